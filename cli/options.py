@@ -1,0 +1,37 @@
+"""Types of options that several commands share; each reads what the user typed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from deat_rb.errors import DeatError
+
+
+def fraction(text: str) -> float:
+    """Reads a size such as ``8/255`` or ``0.03``, in units of the image range [0, 1]."""
+    from deat_rb.threat import parse_fraction
+
+    try:
+        return parse_fraction(text)
+    except DeatError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Reads a list such as ``fgsm,pgd-100``."""
+    found = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not found:
+        raise click.BadParameter("the list is empty; give names with commas between them")
+    return found
+
+
+def json_file(text: str) -> Path:
+    """Reads the name of a JSON file to be written later, which had better be possible then."""
+    path = Path(text)
+    if path.suffix != ".json":
+        raise click.BadParameter(f"'{text}' does not end in .json")
+    if not path.parent.is_dir():
+        raise click.BadParameter(f"there is no folder '{path.parent}' to write '{path.name}' into")
+    return path

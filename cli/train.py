@@ -1,0 +1,68 @@
+"""``deat-rb train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import fraction
+
+
+@click.command()
+@click.option("--method", help="What to train by, such as m+trades; `deat-rb methods` lists them.  [default: m+trades]")
+@click.option("--dataset", help="digits, cifar10, cifar100 or folder.  [default: digits]")
+@click.option(
+    "--data-dir", help="Where the data are: CIFAR's files, or a folder with train/<class>/ and test/<class>/."
+)
+@click.option("--image-size", type=int, help="What a folder's images are resized to.  [default: 32]")
+@click.option("--train-size", type=int, help="Use so many training images only, each class in proportion.")
+@click.option("--val-size", type=int, help="Hold out so many training images for validation.")
+@click.option("--arch", help="preactresnet18, wrn-D-W, timm:NAME, torchvision:NAME or package.module:factory.")
+@click.option("--init-from", help="Begin with the weights of this checkpoint.")
+@click.option("--setting", help="The paper's: fast (cyclic LR, few epochs) or standard (50 epochs).  [default: fast]")
+@click.option("--epochs", type=int)
+@click.option("--lr", type=float, help="Peak learning rate.")
+@click.option("--lr-schedule", help="cyclic, multistep or flat.")
+@click.option("--momentum", type=float)
+@click.option("--weight-decay", type=float)
+@click.option("--batch-size", type=int)
+@click.option("--eps", type=fraction, help="Radius, such as 8/255.")
+@click.option("--alpha", type=fraction, help="Step size, such as 2/255.")
+@click.option("--steps", type=int, help="Steps of the attack; the first epoch's where a schedule raises them.")
+@click.option("--max-steps", type=int, help="The bound of a schedule.")
+@click.option("--gamma", type=float, help="Relaxation of the magnitude's threshold.")
+@click.option("--beta", type=float, help="Weight of the regulariser of TRADES and MART.")
+@click.option("--tau", type=int, help="Patience of friendly crafting.")
+@click.option("--attack-mode", help="The model's mode while crafting: train or eval.")
+@click.option("--precision", help="fp32, bf16, fp16 or auto.")
+@click.option("--device", help="cpu, cuda, cuda:1, mps or auto.  [default: auto]")
+@click.option("--seed", type=int, help="Fixes every random number.  [default: 0]")
+@click.option("--select", help="Which epoch is the result: best (on validation) or last.")
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="Take options from a run's config.json; flags override."
+)
+@click.option("--name", help="The run's name.")
+@click.option("--output", default="runs", show_default=True, help="The folder of the runs.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and its costs, and train nothing.")
+def train(config: Path | None, name: str | None, output: str, dry_run: bool, **flags: Any) -> None:
+    """Train a network by one of the methods.
+
+    Without options: M+TRADES on the embedded digits, a few minutes on a laptop. Images are in [0, 1], and so are --eps
+    and --alpha. The run directory keeps configuration, metrics, weights and curves.
+    """
+    from deat_rb.config import make_options, read_options
+    from deat_rb.progress import TrainingProgress, print_plan, print_result
+    from deat_rb.training import plan
+    from deat_rb.training import train as run_training
+
+    options = read_options(config) if config is not None else {}
+    options |= {key: value for key, value in flags.items() if value is not None}
+    planned = plan(make_options({"method": "m+trades", **options}))
+    print_plan(planned)
+    if dry_run:
+        return
+    with TrainingProgress() as progress:
+        run, history = run_training(planned, output=output, name=name, reporter=progress)
+    print_result(run, history)

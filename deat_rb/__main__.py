@@ -1,0 +1,6 @@
+"""``python -m deat_rb`` is ``deat-rb``."""
+
+from deat_rb.cli import main
+
+if __name__ == "__main__":
+    main(prog_name="deat-rb")

@@ -1,0 +1,239 @@
+"""The inner maximisers: one PGD whose loss, start and patience make it every crafting of the paper's table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchattacks.attack import Attack
+
+from deat_rb import losses, randomness
+from deat_rb.errors import DeatError, nearest
+from deat_rb.guard import untouched
+from deat_rb.stats import CraftStats
+from deat_rb.threat import Linf, check_eps
+
+AttackMode = Literal["train", "eval"]
+Objective = Callable[[Tensor, Tensor], Tensor]
+
+LOSSES = ("ce", "kl", "margin")
+STARTS = ("uniform", "normal", "none")
+
+
+class QuietAttack(Attack):
+    """A torchattacks attack that leaves no trace on the model it is called on (law 2).
+
+    It is called, nested, saved and normalised as every `torchattacks.attack.Attack`. Unlike those it gives each
+    module its own mode back, when it raises too, keeps buffers and gradients as they were, and, where it crafts in
+    train mode, leaves modules alone that their owner has frozen in eval.
+    """
+
+    def __init__(self, name: str, model: nn.Module, attack_mode: AttackMode = "train") -> None:
+        super().__init__(name, model)
+        if attack_mode not in ("train", "eval"):
+            raise DeatError(f"attack_mode = '{attack_mode}' is neither 'train' nor 'eval'")
+        train = attack_mode == "train"
+        self.set_model_training_mode(model_training=train, batchnorm_training=train, dropout_training=train)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The parent's version compares every value ever assigned with `in`, which raises on tensors; what it is for
+        # is to find nested attacks, and here they are assigned bare.
+        object.__setattr__(self, name, value)
+        if isinstance(value, Attack):
+            nested = self.__dict__["_attacks"]
+            nested[f"{name}.0"] = value
+            for inner_name, inner in value.__dict__["_attacks"].items():
+                nested[f"{name}.{inner_name}"] = inner
+
+    def __call__(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """Crafts, and leaves the model as it was.
+
+        Args:
+            inputs: Images in [0, 1], (N, C, H, W), or normalised ones after `set_normalization_used`.
+            labels: (N,).
+            args: For the attack's own ``forward``.
+            kwargs: For the attack's own ``forward``.
+
+        Returns:
+            The adversarial images (N, C, H, W), normalised where ``inputs`` are.
+        """
+        applied = self._normalization_applied
+        with untouched(self.model):
+            try:
+                adv: Tensor = super().__call__(inputs, labels, *args, **kwargs)
+            finally:
+                self._set_normalization_applied(applied)
+        return adv
+
+    def _change_model_mode(self, given_training: bool) -> None:
+        if not self._model_training:
+            self.model.eval()
+            return
+        if not given_training:
+            self.model.train()
+        for module in self.model.modules():
+            kind = type(module).__name__
+            if ("BatchNorm" in kind and not self._batchnorm_training) or (
+                "Dropout" in kind and not self._dropout_training
+            ):
+                module.eval()
+
+    def _recover_model_mode(self, given_training: bool) -> None:
+        """Nothing: `__call__` gives every module its own mode back."""
+
+
+class PGD(QuietAttack):
+    """Projected gradient descent in Linf (Madry et al. 2018; the paper's Equation 3), as training uses it.
+
+    With ``loss="ce"`` and ``start="uniform"`` in eval mode it is `torchattacks.PGD`, bit for bit.
+
+    Args:
+        model: Takes images in [0, 1], shape (N, C, H, W), and returns logits (N, K).
+        eps: Radius, in [0, 1] pixel units.
+        alpha: Step size, in the same unit.
+        steps: Number of steps; 0 returns the start.
+        loss: What is maximised: ``ce``, ``kl`` (TRADES: the KL divergence from the clean images' prediction, which
+            is computed once) or ``margin`` (Carlini and Wagner).
+        start: ``uniform`` in [-eps, eps], ``normal`` (0.001 * N(0, 1), as TRADES and FAT begin) or ``none``.
+        tau: The patience of friendly training (Zhang et al. 2020): an example moves on for at most this many steps
+            after it has been misclassified, and then stays where it is. None: every example takes every step.
+        attack_mode: The model's mode while crafting: ``train``, as the paper's code has it, or ``eval``.
+
+    Raises:
+        DeatError: If an argument is outside of what is said above.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        eps: float = 8 / 255,
+        alpha: float = 2 / 255,
+        steps: int = 10,
+        loss: str = "ce",
+        start: str = "uniform",
+        tau: int | None = None,
+        attack_mode: AttackMode = "train",
+    ) -> None:
+        super().__init__("PGD", model, attack_mode)
+        if loss not in LOSSES:
+            raise DeatError(f"there is no crafting loss '{loss}': {nearest(loss, LOSSES)}")
+        if start not in STARTS:
+            raise DeatError(f"there is no start '{start}': {nearest(start, STARTS)}")
+        if steps < 0:
+            raise DeatError(f"steps = {steps} is negative; an attack takes 0 or more steps")
+        if not alpha > 0:
+            raise DeatError(f"alpha = {alpha:g} is not positive; give a step size such as 2/255")
+        if tau is not None and tau < 0:
+            raise DeatError(f"tau = {tau} is negative; it is the number of steps after a misclassification")
+        self.eps = check_eps(eps)
+        self.alpha = alpha
+        self.steps = steps
+        self.loss = loss
+        self.start = start
+        self.tau = tau
+        self.loss_scale = 1.0
+
+    def forward(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Crafts; see `craft`."""
+        return self.craft(inputs, labels)[0]
+
+    def craft(self, images: Tensor, labels: Tensor | None, adv: Tensor | None = None) -> tuple[Tensor, CraftStats]:
+        """Crafts and says what it cost.
+
+        Args:
+            images: In [0, 1], (N, C, H, W).
+            labels: (N,); not needed for ``loss="kl"`` without ``tau``.
+            adv: Where to begin, (N, C, H, W), instead of ``start``.
+
+        Returns:
+            The adversarial images (N, C, H, W), and l_X and the passes.
+        """
+        images = images.detach().to(self.device)
+        labels = labels.to(self.device) if labels is not None else images.new_zeros(len(images), dtype=torch.long)
+        clean = self._clean_logits(images) if self.loss == "kl" and self.steps > 0 else None
+        adv = self.begin(images) if adv is None else adv
+        if self.tau is not None:
+            adv, stats = self._friendly(images, labels, clean, adv)
+        else:
+            adv, stats = self._every_step(images, labels, clean, adv)
+        if clean is not None:
+            stats.forwards += 1
+        return adv, stats
+
+    def begin(self, images: Tensor) -> Tensor:
+        """Draws the start of the perturbation around ``images`` (N, C, H, W), within [0, 1]."""
+        if self.start == "uniform":
+            return Linf(self.eps).uniform_start(images)
+        if self.start == "normal":
+            return (images + randomness.normal_like(images, 0.001)).clamp(0, 1)
+        return images
+
+    def _every_step(
+        self, images: Tensor, labels: Tensor, clean: Tensor | None, adv: Tensor
+    ) -> tuple[Tensor, CraftStats]:
+        threat = Linf(self.eps)
+        gradient, unit = images.new_zeros(()), 1.0
+        for _ in range(self.steps):
+            _, gradient, unit = self._gradient(adv, labels, clean)
+            adv = threat.ascend(adv, images, gradient, self.alpha)
+        return adv, CraftStats(gradient.abs().sum() * unit, forwards=self.steps, backwards=self.steps)
+
+    def _friendly(self, images: Tensor, labels: Tensor, clean: Tensor | None, adv: Tensor) -> tuple[Tensor, CraftStats]:
+        """Friendly crafting: decisions per example, by masks and without a host sync.
+
+        On a CPU in eval mode, where looking at a mask is free and examples do not see each other, those that have
+        stopped leave the batch. In train mode they have to stay: BatchNorm's statistics are the whole batch's.
+        """
+        threat = Linf(self.eps)
+        leave = images.device.type == "cpu" and not self.model.training
+        moving = torch.ones_like(labels, dtype=torch.bool)
+        everyone = torch.arange(len(images), device=images.device)
+        patience = torch.full_like(labels, self.tau or 0)
+        l_x = images.new_zeros(len(images))
+        passes = images.new_zeros(())
+        for _ in range(self.steps):
+            rows = everyone[moving] if leave else everyone
+            if len(rows) == 0:
+                break
+            passes = passes + moving.sum() / len(images)
+            logits, gradient, unit = self._gradient(adv[rows], labels[rows], None if clean is None else clean[rows])
+            wrong = logits.argmax(dim=1) != labels[rows]
+            go_on = moving[rows] & ~(wrong & (patience[rows] == 0))
+            stepped = threat.ascend(adv[rows], images[rows], gradient, self.alpha)
+            adv = adv.index_copy(0, rows, torch.where(go_on[:, None, None, None], stepped, adv[rows]))
+            norms = gradient.abs().flatten(1).sum(dim=1) * unit
+            l_x = l_x.index_copy(0, rows, torch.where(go_on, norms, l_x[rows]))
+            patience = patience.index_copy(0, rows, patience[rows] - (wrong & go_on).to(patience.dtype))
+            moving = moving.index_copy(0, rows, go_on)
+        return adv, CraftStats(l_x.sum(), forwards=passes, backwards=passes)
+
+    def _clean_logits(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = self.get_logits(images)
+        return logits
+
+    def _gradient(self, adv: Tensor, labels: Tensor, clean: Tensor | None) -> tuple[Tensor, Tensor, float]:
+        """One forward and one backward, for the gradient of the input alone.
+
+        Returns:
+            The logits (N, K) at ``adv``; a gradient (N, C, H, W); and the number by which it is to be multiplied to be
+            the gradient of each example's own loss. Cross-entropy is averaged and KL summed, as torchattacks' PGD and
+            TPGD do, so that the signs are theirs to the last bit.
+        """
+        adv = adv.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = self.get_logits(adv)
+            unit = 1.0
+            if self.loss == "ce":
+                objective = losses.cross_entropy(logits, labels).mean()
+                unit = float(len(adv))
+            elif self.loss == "margin":
+                objective = losses.margin(logits, labels).sum()
+            else:
+                assert clean is not None
+                objective = losses.kl_divergence(logits, clean).sum()
+            (gradient,) = torch.autograd.grad(objective * self.loss_scale, adv)
+        return logits.detach(), gradient, unit / self.loss_scale

@@ -1,0 +1,189 @@
+"""What decides a run: the options a user gives, the paper's settings, and the configuration they resolve to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from deat_rb.errors import DeatError, nearest
+from deat_rb.files import read_json
+from deat_rb.methods import Recipe
+from deat_rb.models import ModelSpec
+
+Setting = Literal["fast", "standard"]
+LrSchedule = Literal["cyclic", "multistep", "flat"]
+Select = Literal["best", "last"]
+
+METHOD_OPTIONS = ("alpha", "steps", "max_steps", "gamma", "beta", "tau", "attack_mode")
+
+
+class TrainOptions(BaseModel):
+    """What `deat-rb train` is asked for. None means: as the method, the setting and the data set have it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str
+    dataset: str = "digits"
+    data_dir: str | None = None
+    image_size: int | None = None
+    train_size: int | None = None
+    val_size: int | None = None
+    arch: str | None = None
+    init_from: str | None = None
+    setting: Setting = "fast"
+    epochs: int | None = Field(None, ge=1)
+    lr: float | None = Field(None, gt=0, allow_inf_nan=False)
+    lr_schedule: LrSchedule | None = None
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0, allow_inf_nan=False)
+    batch_size: int = Field(128, ge=2)
+    eps: float | None = None
+    alpha: float | None = Field(None, gt=0, allow_inf_nan=False)
+    steps: int | None = Field(None, ge=0)
+    max_steps: int | None = Field(None, ge=1)
+    gamma: float | None = Field(None, gt=0, allow_inf_nan=False)
+    beta: float | None = Field(None, ge=0, allow_inf_nan=False)
+    tau: int | None = Field(None, ge=0)
+    attack_mode: Literal["train", "eval"] | None = None
+    precision: Literal["auto", "fp32", "bf16", "fp16"] | None = None
+    device: str = "auto"
+    seed: int = Field(0, ge=0)
+    select: Select | None = None
+
+
+class RunConfig(BaseModel):
+    """Everything that decides a run, resolved; ``config.json`` of a run directory.
+
+    The fields are those of `TrainOptions` without their Nones, the model, and what the run was made with.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str
+    setting: Setting
+    dataset: str
+    data_dir: str | None
+    image_size: int
+    train_size: int
+    val_size: int
+    arch: str
+    init_from: str | None
+    epochs: int
+    lr: float
+    lr_schedule: LrSchedule
+    momentum: float
+    weight_decay: float
+    batch_size: int
+    eps: float
+    alpha: float | None
+    steps: int | None
+    max_steps: int | None
+    gamma: float | None
+    beta: float | None
+    tau: int | None
+    attack_mode: Literal["train", "eval"] | None
+    precision: Literal["fp32", "bf16", "fp16"]
+    device: str
+    seed: int
+    select: Select
+    model: ModelSpec
+    data_fingerprint: str
+    versions: dict[str, str]
+
+    def method_options(self) -> dict[str, Any]:
+        """The overrides for `deat_rb.create`."""
+        return {key: getattr(self, key) for key in METHOD_OPTIONS}
+
+
+class DatasetDefaults(BaseModel):
+    """What a data set suggests where nothing is said.
+
+    Attributes:
+        arch: The architecture.
+        eps: The radius.
+        epoch_factor: How many times the setting's epochs: a small data set needs more of them for as many updates.
+    """
+
+    arch: str = "preactresnet18"
+    eps: float = 8 / 255
+    epoch_factor: int = 1
+
+
+DATASET_DEFAULTS = {
+    "digits": DatasetDefaults(arch="wrn-10-2", eps=0.15, epoch_factor=3),
+    "cifar10": DatasetDefaults(),
+    "cifar100": DatasetDefaults(),
+    "folder": DatasetDefaults(),
+}
+
+
+def dataset_defaults(dataset: str) -> DatasetDefaults:
+    """What a data set suggests.
+
+    Raises:
+        DeatError: If there is no such data set.
+    """
+    if dataset not in DATASET_DEFAULTS:
+        raise DeatError(f"there is no data set '{dataset}': {nearest(dataset, DATASET_DEFAULTS)}")
+    return DATASET_DEFAULTS[dataset]
+
+
+def setting_defaults(setting: Setting, row: Recipe, arch: str) -> dict[str, Any]:
+    """The paper's two training settings (sections 5.1 and 5.2).
+
+    Args:
+        setting: ``fast``: cyclic LR 0 -> 0.1 -> 0, 10 epochs (DEAT-D 12, DEAT-P% and M-DEAT 11, U-FGSM 15), half
+            precision, gamma 1.0 for PreActResNet and 1.01 for WRN, the last epoch is the result. ``standard``: 50
+            epochs, LR 0.05 divided by 10 after 25 and 40, full precision, gamma 1.01, the epoch most robust on
+            validation is the result.
+        row: The method's row.
+        arch: The architecture.
+    """
+    if setting == "fast":
+        defaults: dict[str, Any] = {
+            "epochs": row.fast_epochs, "lr": 0.1, "lr_schedule": "cyclic", "precision": "auto", "select": "last",
+        }  # fmt: skip
+    else:
+        defaults = {"epochs": 50, "lr": 0.05, "lr_schedule": "multistep", "precision": "fp32", "select": "best"}
+    if row.guided:
+        defaults["gamma"] = 1.0 if setting == "fast" and arch.lower().startswith("preactresnet") else 1.01
+    return defaults
+
+
+def read_options(path: str | Path) -> dict[str, Any]:
+    """Reads the options out of a ``config.json``, a run's own or one written by hand.
+
+    Raises:
+        DeatError: If the file does not hold such options.
+    """
+    content = read_json(Path(path))
+    if not isinstance(content, dict):
+        raise DeatError(f"{path} does not hold a JSON object of training options; a run's config.json does")
+    made = set(RunConfig.model_fields) - set(TrainOptions.model_fields)
+    return {key: value for key, value in content.items() if key not in made}
+
+
+def make_options(values: dict[str, Any]) -> TrainOptions:
+    """Checks options.
+
+    Raises:
+        DeatError: Naming the first option that is not admissible, and its value.
+    """
+    try:
+        return TrainOptions.model_validate(values)
+    except ValidationError as error:
+        raise DeatError(first_complaint(error)) from None
+
+
+def first_complaint(error: ValidationError) -> str:
+    """One sentence about the first thing that pydantic did not accept."""
+    first = error.errors()[0]
+    name = "--" + ".".join(str(part) for part in first["loc"]).replace("_", "-")
+    if first["type"] == "extra_forbidden":
+        return f"there is no option {name}"
+    if first["type"] == "missing":
+        return f"{name} is missing"
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    return f"{name} = {first['input']!r} cannot be used: {message.replace('input', 'it', 1)}"

@@ -1,0 +1,217 @@
+"""Reading and writing files: whole or not at all, and never executing what was read."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import secrets
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from deat_rb.errors import DeatError
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "last")
+"""The keys under which training scripts put a state dict beside their epoch and optimiser."""
+
+
+def atomic_write(path: Path | str, data: bytes) -> None:
+    """Writes a file so that at any moment, a power cut included, it is either the old one or the new one.
+
+    Raises:
+        DeatError: The disk is full, the folder is missing or read-only. Nothing is left behind.
+    """
+    write_together({Path(path): data})
+
+
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """Writes several files like `atomic_write`, none before all of them are complete on the disk.
+
+    Raises:
+        DeatError: One cannot be written. None has been then.
+    """
+    staged = {path: path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") for path in contents}
+    path = Path()
+    try:
+        for path, data in contents.items():
+            _write_synced(staged[path], data)
+        for path, complete in staged.items():
+            os.replace(complete, path)
+        for folder in {path.parent for path in contents}:
+            _sync_folder(folder)
+    except OSError as error:
+        raise DeatError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        for incomplete in staged.values():
+            with contextlib.suppress(OSError):
+                incomplete.unlink(missing_ok=True)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a folder, and does not need it
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path | str, content: Any) -> None:
+    """Writes JSON, indented and in UTF-8, atomically.
+
+    Raises:
+        DeatError: It cannot be written, or holds NaN or infinity, which JSON has no word for.
+    """
+    try:
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise DeatError(f"cannot write {path}: JSON has no NaN or infinity ({error})") from error
+    atomic_write(path, text.encode() + b"\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        DeatError: It is missing, not UTF-8, not JSON, or holds NaN or infinity.
+    """
+    try:
+        return json.loads(read_bytes(path).decode(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, DeatError):
+            raise
+        raise DeatError(f"{path} is not valid JSON: {error}") from error
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def read_bytes(path: Path | str) -> bytes:
+    """Reads a file whole.
+
+    Raises:
+        DeatError: It is missing, a folder, or not readable.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise DeatError(f"{path} is a folder where a file is needed")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise DeatError(f"{path} does not exist") from None
+    except OSError as error:
+        raise DeatError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a state dict as safetensors, atomically; shared and channels_last tensors keep their values."""
+    import safetensors.torch
+
+    apart = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    atomic_write(path, safetensors.torch.save(apart, metadata))
+
+
+def load_tensors(path: Path | str) -> dict[str, Tensor]:
+    """Reads a state dict, of safetensors or of `torch.save`, to the CPU without executing anything in the file.
+
+    One wrapping such as ``{"state_dict": ..., "epoch": ...}`` is taken off, and DDP's prefix ``module.`` as well.
+
+    Raises:
+        DeatError: The file is missing, empty, truncated, a web page, a pickle with code, or no dict of tensors.
+    """
+    data = read_bytes(path)
+    head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not data:
+        raise DeatError(f"{path} is empty")
+    if head.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise DeatError(f"{path} is a web page, probably a failed download: fetch the checkpoint again")
+    is_safetensors = Path(path).suffix == ".safetensors" or data[8:9] == b"{"
+    content = _read_safetensors(path, data) if is_safetensors else _read_torch(path, data)
+    return {name.removeprefix("module."): tensor for name, tensor in _unwrap(path, content).items()}
+
+
+def _read_safetensors(path: Path | str, data: bytes) -> Any:
+    import safetensors
+    import safetensors.torch
+
+    try:
+        return safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise DeatError(f"{path} is truncated or not a safetensors file ({error})") from error
+
+
+def _read_torch(path: Path | str, data: bytes) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols that torch.save does not write
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if wanted is None and not (data.startswith(b"\x80") and "Unsupported operand" in str(error)):
+            raise DeatError(f"{path} is truncated or no checkpoint") from error
+        raise DeatError(
+            f"{path} is a pickle that would run code ({wanted[1] if wanted else 'not written by torch.save'}) and was "
+            "not loaded: save only the weights, with torch.save(model.state_dict(), path)"
+        ) from error
+    except Exception as error:  # torch.load meets damage with anything from EOFError to UnicodeDecodeError
+        raise DeatError(f"{path} is truncated or no checkpoint ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _unwrap(path: Path | str, content: Any) -> dict[str, Tensor]:
+    if _is_state_dict(content):
+        return dict(content)
+    if isinstance(content, dict):
+        for key in WRAPPERS:
+            if _is_state_dict(content.get(key)):
+                return dict(content[key])
+    raise DeatError(
+        f"{path} does not hold a state dict, which is a dict of names to tensors; a wrapped one is looked "
+        f"for under {', '.join(WRAPPERS)}"
+    )
+
+
+def _is_state_dict(content: Any) -> bool:
+    return (
+        isinstance(content, dict)
+        and bool(content)
+        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
+    )
+
+
+def sha256_file(path: Path | str) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(read_bytes(path)).hexdigest()
+
+
+def sha256_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of names, types, shapes and values, whatever file, order, device or memory format they are in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        values = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,437 @@
+"""The table of methods: the one place where a method is registered.
+
+A method is a row of four choices: an attack that crafts, a surrogate loss that learns, a schedule that says how many
+steps the attack takes next epoch, and a rule that stops. Step sizes are written for eps = 8/255 and grow with eps.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any
+
+from torch import nn
+from torchattacks.attack import Attack
+
+from deat_rb import losses
+from deat_rb.attacks import PGD
+from deat_rb.errors import DeatError, nearest
+from deat_rb.losses import SurrogateLoss
+from deat_rb.schedules import AccuracyThreshold, Constant, EveryDEpochs, GradientMagnitude, Schedule
+from deat_rb.stopping import GradientRatio, RobustnessDrop, StoppingRule
+from deat_rb.threat import check_eps
+from deat_rb.trainers import AttackTrainer, ReplayTrainer, Trainer
+
+PAPER_EPS = 8 / 255
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A row of the table.
+
+    Attributes:
+        attack: Makes the attack: called with the model and eps=, alpha=, steps= and ``attack_options``.
+        steps: The attack's steps, the first epoch's where a schedule raises them.
+        alpha: The step size at eps = 8/255.
+        attack_options: What else the attack is made with.
+        loss: The surrogate loss.
+        schedule: The schedule's class.
+        schedule_options: What it is made with, beside ``steps`` (``start`` of those that rise).
+        stopping: The stopping rule's class, or None.
+        trainer: Which trainer puts the row together.
+        trainer_options: What it is made with.
+        fast_epochs: T of the fast setting.
+        summary: What the attack is, for the table.
+        cost: Backward passes over T epochs of M mini-batches.
+        paper: Where the paper has it.
+        notes: Where the paper is silent or slips, and what is done.
+    """
+
+    attack: Callable[..., Attack] = PGD
+    steps: int = 1
+    alpha: float = 2 / 255
+    attack_options: Mapping[str, Any] = field(default_factory=dict)
+    loss: str | SurrogateLoss = "ce"
+    schedule: type[Schedule] = Constant
+    schedule_options: Mapping[str, Any] = field(default_factory=dict)
+    stopping: type[StoppingRule] | None = None
+    trainer: type[Trainer] = AttackTrainer
+    trainer_options: Mapping[str, Any] = field(default_factory=dict)
+    fast_epochs: int = 10
+    summary: str = ""
+    cost: str = ""
+    paper: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def guided(self) -> bool:
+        """Whether the gradient magnitude sets the steps."""
+        return self.schedule.guided
+
+
+UNIFORM = {"start": "uniform"}
+NORMAL = {"start": "normal"}
+KL = {"loss": "kl", "start": "normal"}
+FRIENDLY = {"tau": 3, "attack_mode": "eval"}
+CLAMPED = "Algorithms 1-5 leave the image bounds out; every crafted image is kept within [0, 1]."
+START_ONE = "The released runs guided by the magnitude begin with other steps than 1; the text's 1 is kept."
+SMALL_STEP = (
+    "The text has alpha = 10/255 for all guided methods; 2/255 is what the released runs used, and what A.2 adjusts."
+)
+
+
+def _standard() -> Recipe:
+    return Recipe(
+        steps=0, attack_options={"start": "none"}, summary="none", cost="MT", paper="the baseline: plain training"
+    )
+
+
+def _free(r: int) -> Recipe:
+    return Recipe(
+        steps=r,
+        alpha=8 / 255,
+        attack_options={"start": "none"},
+        trainer=ReplayTrainer,
+        trainer_options={"carry": True},
+        summary=f"{r} replays, alpha = eps, delta carried from batch to batch",
+        cost="rMT",
+        paper="section 3; Shafahi et al. 2019",
+        notes=(CLAMPED, "The learning rate moves once per batch; FREE's public code moves it per replay."),
+    )
+
+
+def _replays(steps: str, **row: Any) -> Recipe:
+    return Recipe(
+        alpha=10 / 255,
+        attack_options=UNIFORM,
+        trainer=ReplayTrainer,
+        summary=f"replays of 10/255, uniform start: {steps}",
+        cost="sum of r, times M",
+        **row,
+    )
+
+
+def _deat_every(d: int) -> Recipe:
+    return _replays(
+        f"one more every {d} epochs",
+        schedule=EveryDEpochs,
+        schedule_options={"every": d},
+        fast_epochs=12,
+        paper="section 4.1, Algorithm 1",
+        notes=(CLAMPED,),
+    )
+
+
+def _deat_accuracy(percent: int) -> Recipe:
+    return _replays(
+        f"one more after training accuracy above {percent} %",
+        schedule=AccuracyThreshold,
+        schedule_options={"threshold": percent / 100},
+        fast_epochs=11,
+        paper="section 4.1, Algorithm 1",
+        notes=(CLAMPED, "The training accuracy is that of the last replay's predictions."),
+    )
+
+
+def _m_deat() -> Recipe:
+    return _replays(
+        "guided, at most 8",
+        schedule=GradientMagnitude,
+        schedule_options={"max_steps": 8},
+        fast_epochs=11,
+        paper="section 4.2, Algorithms 2 and 3",
+        notes=(CLAMPED,),
+    )
+
+
+def _pgd(n: int) -> Recipe:
+    return Recipe(
+        steps=n,
+        attack_options=UNIFORM,
+        summary=f"{n} steps of 2/255, uniform start",
+        cost="(i + 1)MT",
+        paper="section 3, Equation 3; Madry et al. 2018",
+        notes=(CLAMPED,),
+    )
+
+
+def _m_pgd() -> Recipe:
+    return Recipe(
+        attack_options=UNIFORM,
+        schedule=GradientMagnitude,
+        schedule_options={"max_steps": 7},
+        summary="steps of 2/255, uniform start: guided, at most 7",
+        cost="sum of (r + 1), times M",
+        paper="section 5.2, Algorithm 4",
+        notes=(CLAMPED, "Algorithm 4's inner loop runs to N where r is meant.", START_ONE, SMALL_STEP),
+    )
+
+
+def _u_fgsm() -> Recipe:
+    return Recipe(
+        steps=1,
+        alpha=10 / 255,
+        attack_options=UNIFORM,
+        stopping=RobustnessDrop,
+        fast_epochs=15,
+        summary="one step of 10/255, uniform start",
+        cost="2MT",
+        paper="section 5.3; Wong et al. 2020",
+        notes=(
+            CLAMPED,
+            "15 epochs in the fast setting, as in its public code and by Table 5's minutes; Fig. 2 has 10.",
+        ),
+    )
+
+
+def _m_u_fgsm() -> Recipe:
+    return Recipe(
+        steps=1,
+        alpha=10 / 255,
+        attack_options=UNIFORM,
+        stopping=GradientRatio,
+        fast_epochs=15,
+        summary="one step of 10/255, uniform start",
+        cost="2MT",
+        paper="section 5.3, Algorithm 5, Equation 8",
+        notes=(
+            CLAMPED,
+            "Algorithm 5 never adds to l_X; it is added.",
+            "R^t > gamma R^{t-1} taken literally fires on noise; l_X has to be rising by 5 % an epoch as well.",
+        ),
+    )
+
+
+def _fat(n: int) -> Recipe:
+    return Recipe(
+        steps=n,
+        attack_options={**NORMAL, **FRIENDLY},
+        summary=f"{n} steps of 2/255, start 0.001 N(0,1), friendly with tau = 3",
+        cost="(share still moving + 1)MT",
+        paper="section 5.2; Zhang et al. 2020",
+    )
+
+
+def _regularised(loss: str, craft: Mapping[str, Any], on: str, kind: str) -> Recipe:
+    source = {"trades": "Zhang et al. 2019", "mart": "Wang et al. 2020"}[loss]
+    if kind == "guided":
+        return Recipe(
+            attack_options=craft,
+            loss=loss,
+            schedule=GradientMagnitude,
+            schedule_options={"max_steps": 10},
+            summary=f"steps of 2/255 on {on}, start 0.001 N(0,1): guided, at most 10",
+            cost="sum of (r + 1), times M",
+            paper=f"section 5.2, Algorithm 4; {source}",
+            notes=(CLAMPED, "Algorithm 4's inner loop runs to N where r is meant.", START_ONE, SMALL_STEP),
+        )
+    friendly = kind == "friendly"
+    return Recipe(
+        steps=10,
+        attack_options={**craft, **FRIENDLY} if friendly else craft,
+        loss=loss,
+        summary=f"10 steps of 2/255 on {on}, start 0.001 N(0,1)" + (", friendly with tau = 3" if friendly else ""),
+        cost="(share still moving + 1)MT" if friendly else "(i + 1)MT",
+        paper=f"section 5.2; {source}" + ("; Zhang et al. 2020" if friendly else ""),
+        notes=("Its public code crafts on KL, unlike MART's.",) if friendly and loss == "mart" else (),
+    )
+
+
+# Each family: the name shown in tables, the pattern that it is read by, an example, and what makes its row.
+_FAMILIES: list[tuple[str, str, str, Callable[..., Recipe]]] = [
+    ("standard", r"standard", "standard", _standard),
+    ("free-R", r"free-(\d+)", "free-8", _free),
+    ("deat-D", r"deat-(\d+)", "deat-3", _deat_every),
+    ("deat-P%", r"deat-(\d+)%", "deat-40%", _deat_accuracy),
+    ("m-deat", r"m-deat", "m-deat", _m_deat),
+    ("pgd-N", r"pgd-(\d+)", "pgd-7", _pgd),
+    ("m+pgd", r"m\+pgd", "m+pgd", _m_pgd),
+    ("u-fgsm", r"u-fgsm", "u-fgsm", _u_fgsm),
+    ("m+u-fgsm", r"m\+u-fgsm", "m+u-fgsm", _m_u_fgsm),
+    ("fat-N", r"fat-(\d+)", "fat-5", _fat),
+    ("trades", r"trades?", "trades", lambda: _regularised("trades", KL, "KL", "plain")),
+    ("f+trades", r"f\+trades?", "f+trades", lambda: _regularised("trades", KL, "KL", "friendly")),
+    ("m+trades", r"m\+trades?", "m+trades", lambda: _regularised("trades", KL, "KL", "guided")),
+    ("mart", r"mart", "mart", lambda: _regularised("mart", NORMAL, "CE", "plain")),
+    ("f+mart", r"f\+mart", "f+mart", lambda: _regularised("mart", KL, "KL", "friendly")),
+    ("m+mart", r"m\+mart", "m+mart", lambda: _regularised("mart", NORMAL, "CE", "guided")),
+]
+
+_registered: dict[str, Recipe] = {}
+
+
+def register_method(name: str, recipe: Recipe) -> None:
+    """Adds a method of one's own; the command line knows one that is an entry point in the group ``deat_rb.methods``.
+
+    Args:
+        name: Read case-insensitively.
+        recipe: Its row.
+
+    Raises:
+        DeatError: If the name is taken.
+    """
+    canonical = name.strip().lower()
+    if canonical in known_methods():
+        raise DeatError(f"there is a method '{canonical}' already; register yours under another name")
+    _registered[canonical] = recipe
+
+
+def known_methods() -> list[str]:
+    """The names of all methods: the paper's, an example of each family, and those registered."""
+    return [example for _, _, example, _ in _FAMILIES] + list(_registered) + [e.name for e in _plugins()]
+
+
+def _plugins() -> list[Any]:
+    return [e for e in entry_points(group="deat_rb.methods") if e.name not in _registered]
+
+
+def recipe(name: str) -> tuple[str, Recipe]:
+    """Finds a method's row.
+
+    Args:
+        name: As the paper writes it, in any case: ``M+TRADES``, ``M+TRADE``, ``DEAT-40%``, ``FREE-8``.
+
+    Returns:
+        Its canonical name, such as ``m+trades``, and its row.
+
+    Raises:
+        DeatError: If there is no such method, or its number makes none.
+    """
+    asked = name.strip().lower()
+    for shown, pattern, _, make in _FAMILIES:
+        match = re.fullmatch(pattern, asked)
+        if match:
+            numbers = [int(group) for group in match.groups()]
+            if numbers and not 1 <= numbers[0] <= (99 if shown == "deat-P%" else 1000):
+                raise DeatError(
+                    f"{numbers[0]} in the method '{asked}' makes no {shown}; the paper has {_example(shown)}"
+                )
+            return (asked if numbers else shown), make(*numbers)
+    for plugin in _plugins():
+        if plugin.name == asked:
+            _registered[asked] = plugin.load()
+    if asked in _registered:
+        return asked, _registered[asked]
+    raise DeatError(f"there is no method '{name}': {nearest(asked, known_methods())}")
+
+
+def _example(shown: str) -> str:
+    return next(example for family, _, example, _ in _FAMILIES if family == shown)
+
+
+def create(name: str, model: nn.Module, *, eps: float = PAPER_EPS, **overrides: Any) -> Trainer:
+    """Makes the trainer of a method.
+
+    Args:
+        name: The method, see `recipe`.
+        model: What is trained: takes images in [0, 1] (N, C, H, W), returns logits (N, K).
+        eps: The Linf radius, in [0, 1] pixel units.
+        overrides: What differs from the method's own row: ``alpha``, ``steps`` (the first epoch's where a schedule
+            raises them), ``max_steps``, ``gamma``, ``beta``, ``tau``, ``attack_mode``, ``every``, ``threshold``. None
+            leaves the row's own value.
+
+    Returns:
+        A torchattacks attack that can `fit`.
+
+    Raises:
+        DeatError: If the method is unknown, or does not have what an override would change.
+    """
+    canonical, row = recipe(name)
+    given = {key: value for key, value in overrides.items() if value is not None}
+    check_eps(eps)
+
+    attack_options = dict(row.attack_options)
+    for key in ("tau", "attack_mode"):
+        if key in given and (key != "tau" or "tau" in attack_options):
+            attack_options[key] = given.pop(key)
+    alpha = given.pop("alpha", row.alpha * (eps / PAPER_EPS))
+    steps = given.pop("steps", row.steps)
+
+    loss = row.loss
+    if "beta" in given and loss in ("trades", "mart"):
+        loss = losses.surrogate(loss, beta=given.pop("beta"))
+    schedule_options = {"steps" if row.schedule is Constant else "start": steps, **row.schedule_options}
+    schedule = row.schedule(**{**schedule_options, **_taken(row.schedule, given)})
+    stopping = row.stopping(**_taken(row.stopping, given)) if row.stopping else None
+    if given:
+        raise DeatError(
+            f"the method {canonical} has no {', '.join(sorted(given))} to change; see deat-rb methods {canonical}"
+        )
+    attack = row.attack(model, eps=eps, alpha=alpha, steps=steps, **attack_options)
+    return row.trainer(attack, loss=loss, schedule=schedule, stopping=stopping, name=canonical, **row.trainer_options)
+
+
+def _taken(factory: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Takes out of ``given`` what ``factory`` has a parameter for."""
+    names = inspect.signature(factory).parameters
+    return {key: given.pop(key) for key in list(given) if key in names}
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """A line of `deat-rb methods`, all text."""
+
+    name: str
+    attack: str
+    loss: str
+    schedule: str
+    stop: str
+    cost: str
+    paper: str
+
+
+def describe(name: str) -> MethodRow:
+    """A method's row in words."""
+    canonical, row = recipe(name)
+    loss = row.loss if isinstance(row.loss, str) else row.loss.name
+    return MethodRow(
+        name=canonical,
+        attack=row.summary or getattr(row.attack, "__name__", "an attack of its own"),
+        loss={"ce": "CE", "trades": "CE(clean) + 6 KL", "mart": "MART, lambda 6"}.get(loss, loss),
+        schedule=_SCHEDULES.get(row.schedule, row.schedule.__name__),
+        stop=_STOPS.get(row.stopping, row.stopping.__name__ if row.stopping else "-"),
+        cost=row.cost or "counted",
+        paper=row.paper or "-",
+    )
+
+
+_SCHEDULES: dict[type[Schedule], str] = {
+    Constant: "constant",
+    EveryDEpochs: "every D epochs",
+    AccuracyThreshold: "training accuracy",
+    GradientMagnitude: "gradient magnitude",
+}
+_STOPS: dict[type[StoppingRule] | None, str] = {
+    None: "-",
+    RobustnessDrop: "PGD-5 drops by over 20 points",
+    GradientRatio: "l_X surges (m = 2, gamma 1.5)",
+}
+
+
+def method_table() -> list[MethodRow]:
+    """The whole table, each family by its example, and the methods registered."""
+    return [describe(name) for name in known_methods()]
+
+
+def explain(name: str) -> str:
+    """About ten lines on a method: the four choices, the cost, where the paper has it, and what was settled."""
+    canonical, row = recipe(name)
+    text = describe(canonical)
+    settings = (
+        "fast: " + str(row.fast_epochs) + " epochs, cyclic LR to 0.1; standard: 50 epochs, LR 0.05 cut at 25 and 40"
+    )
+    lines = [
+        f"{canonical}: {'guided by the gradient magnitude' if row.guided else text.schedule}",
+        f"  attack     {text.attack}",
+        f"  loss       {text.loss}",
+        f"  schedule   {text.schedule}" + ("; alpha* = max(alpha, eps/r)" if row.guided else ""),
+        f"  stop       {text.stop}",
+        f"  trainer    {row.trainer.__name__}: {(row.trainer.__doc__ or '').splitlines()[0]}",
+        f"  cost       {text.cost} backward passes over T epochs of M mini-batches",
+        f"  settings   {settings}",
+        f"  paper      {text.paper}",
+    ]
+    return "\n".join(lines + [f"  note       {note}" for note in row.notes])

@@ -1,0 +1,221 @@
+"""What an evaluation found: figures, intervals and costs as JSON, and the verdict on every example beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+from torch import Tensor
+
+from deat_rb.errors import DeatError
+from deat_rb.files import load_tensors, read_json, save_tensors, write_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SCHEMA_VERSION = 1
+
+
+def wilson(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson 1927).
+
+    Args:
+        correct: How many successes.
+        total: Out of how many, at least 1.
+        confidence: The interval's coverage.
+
+    Returns:
+        Its lower and its upper end, in [0, 1].
+    """
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share = correct / total
+    scale = 1 + z**2 / total
+    centre = (share + z**2 / (2 * total)) / scale
+    half = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2)) / scale
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+class AttackResult(BaseModel):
+    """One attack's figures.
+
+    Attributes:
+        name: The attack, as `deat_rb.evaluate.parse_attacks` spells it.
+        n_correct: Examples that are still classified correctly.
+        n_examples: Out of so many.
+        accuracy: Their share, in [0, 1].
+        low: Lower end of its 95 % Wilson interval.
+        high: Upper end of it.
+        seconds: Wall time.
+        forwards: Images forwarded.
+        backwards: Images for which a gradient was computed.
+        parameters: The attack's settings; sizes in [0, 1] pixel units.
+        notes: What a reader of the figure should know.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    n_correct: int
+    n_examples: int
+    accuracy: float
+    low: float
+    high: float
+    seconds: float
+    forwards: int
+    backwards: int
+    parameters: dict[str, int | float | str] = {}
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, name: str, correct: Tensor, **rest: Any) -> AttackResult:
+        """Counts verdicts (N,) bool; ``rest`` are the other fields."""
+        n_correct, n_examples = int(correct.sum()), len(correct)
+        low, high = wilson(n_correct, n_examples)
+        return cls(
+            name=name,
+            n_correct=n_correct,
+            n_examples=n_examples,
+            accuracy=n_correct / n_examples,
+            low=low,
+            high=high,
+            **rest,
+        )
+
+
+class Report(BaseModel):
+    """An evaluation. What decides a figure is in it; `verdicts` are in a file of their own.
+
+    Attributes:
+        schema_version: Of this record.
+        eps: Linf radius, in [0, 1] pixel units.
+        n_examples: N; every attack saw the same ones.
+        num_classes: K.
+        seed: Of every random start.
+        batch_size: On which AutoAttack's random parts depend.
+        device: Where it ran.
+        versions: Of Python and of the packages that took part.
+        results: One per attack, by name, ``natural`` first.
+        worst_case: An example counts as correct if every attack of this report left it so.
+        provenance: Where model and data came from, as far as the caller knows.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = SCHEMA_VERSION
+    eps: float
+    n_examples: int
+    num_classes: int
+    seed: int
+    batch_size: int
+    device: str
+    versions: dict[str, str]
+    results: dict[str, AttackResult]
+    worst_case: AttackResult
+    provenance: dict[str, str] = {}
+    _verdicts: dict[str, Tensor] = PrivateAttr(default_factory=dict)
+
+    @classmethod
+    def of(cls, results: Sequence[AttackResult], verdicts: dict[str, Tensor], **rest: Any) -> Report:
+        """Puts results and their verdicts, each (N,) bool, together; ``rest`` are the other fields."""
+        worst = next(iter(verdicts.values())).clone()
+        for correct in verdicts.values():
+            worst &= correct
+        worst_case = AttackResult.of(
+            "worst case",
+            worst,
+            seconds=sum(result.seconds for result in results),
+            forwards=sum(result.forwards for result in results),
+            backwards=sum(result.backwards for result in results),
+        )
+        report = cls(
+            n_examples=len(worst), results={result.name: result for result in results}, worst_case=worst_case, **rest
+        )
+        report._verdicts.update(verdicts)
+        return report
+
+    @property
+    def verdicts(self) -> dict[str, Tensor]:
+        """By attack, (N,) bool on the CPU: which examples it left correctly classified.
+
+        Empty where a report was loaded without the file that holds them.
+        """
+        return dict(self._verdicts)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the report, and the verdicts beside it as ``<stem>-verdicts.safetensors``.
+
+        Args:
+            path: A ``.json`` file, or a folder in which it will be ``eval.json``.
+
+        Returns:
+            The JSON file.
+
+        Raises:
+            DeatError: If it cannot be written.
+        """
+        file = _json_file(path)
+        if self._verdicts:
+            save_tensors(_verdict_file(file), self._verdicts)
+        write_json(file, self.model_dump(mode="json"))
+        return file
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Reads what `save` wrote.
+
+        Raises:
+            DeatError: If it is no report, or the verdicts beside it are another report's.
+        """
+        file = _json_file(path)
+        content = read_json(file)
+        version = content.get("schema_version") if isinstance(content, dict) else None
+        if version != SCHEMA_VERSION:
+            raise DeatError(
+                f"{file} is not an evaluation report of schema version {SCHEMA_VERSION} "
+                f"(it says {version!r}); evaluate again"
+            )
+        try:
+            report = cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise DeatError(f"{file} is not an evaluation report: {where}: {first['msg']}") from None
+        if _verdict_file(file).exists():
+            verdicts = load_tensors(_verdict_file(file))
+            counts = {name: (int(correct.sum()), len(correct)) for name, correct in verdicts.items()}
+            if counts != {name: (result.n_correct, result.n_examples) for name, result in report.results.items()}:
+                raise DeatError(f"{_verdict_file(file)} holds another report's verdicts than {file}; evaluate again")
+            report._verdicts.update({name: verdicts[name] for name in report.results})
+        return report
+
+    def table(self) -> Table:
+        """Lays the figures out for a terminal."""
+        from rich.table import Table
+
+        table = Table(title=f"accuracy on {self.n_examples} images, eps {self.eps:.5g}")
+        table.add_column("attack")
+        for column in ("accuracy", "correct", "95 % interval", "seconds"):
+            table.add_column(column, justify="right")
+        rows = [*self.results.values(), *([self.worst_case] if len(self.results) > 2 else [])]
+        for result in rows:
+            table.add_row(
+                result.name,
+                f"{100 * result.accuracy:.2f} %",
+                f"{result.n_correct} / {result.n_examples}",
+                f"{100 * result.low:.2f} - {100 * result.high:.2f}",
+                f"{result.seconds:.1f}",
+            )
+        return table
+
+
+def _json_file(path: str | Path) -> Path:
+    path = Path(path)
+    return path if path.suffix == ".json" else path / "eval.json"
+
+
+def _verdict_file(json_file: Path) -> Path:
+    return json_file.with_name(f"{json_file.stem}-verdicts.safetensors")

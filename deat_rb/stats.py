@@ -1,0 +1,102 @@
+"""What a batch and an epoch leave behind: the figures on which schedules, stopping rules and metrics rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class CraftStats:
+    """What crafting one batch cost and saw.
+
+    Attributes:
+        l_x: The sum over the batch of the L1 norm of each example's last input gradient, in pixel space, a 0-d tensor.
+        forwards: Forward passes, in units of this mini-batch.
+        backwards: Backward passes, in units of this mini-batch.
+    """
+
+    l_x: Tensor
+    forwards: float | Tensor
+    backwards: float | Tensor
+
+
+@dataclass
+class BatchStats:
+    """What one training step did. Sums over the batch stay on the device as 0-d tensors (law 10).
+
+    Attributes:
+        examples: N, the number of examples.
+        loss: The surrogate loss summed over the examples (for replays: the last replay's).
+        correct: How many examples were classified correctly as trained on.
+        l_x: See `CraftStats`.
+        forwards: Forward passes of crafting and updating, in units of mini-batches.
+        backwards: Backward passes of crafting and updating, in units of mini-batches.
+        updates: Optimiser steps.
+    """
+
+    examples: int
+    loss: Tensor
+    correct: Tensor
+    l_x: Tensor
+    forwards: float | Tensor
+    backwards: float | Tensor
+    updates: int
+
+
+@dataclass
+class EpochStats:
+    """An epoch's figures: a row of ``metrics.jsonl``, which is all a schedule or a stopping rule ever sees.
+
+    Attributes:
+        epoch: Which epoch, from 1.
+        steps: The attack's steps r in this epoch (for replays: the replays).
+        alpha: The step size, in [0, 1] pixel units.
+        l_x: Sum over the epoch's examples of the L1 norm of the last input gradient (Algorithms 2-5).
+        lipschitz: Theorem 1's lower bound on the Lipschitz constant of the loss's input gradient, the examples' mean.
+        examples: How many examples were trained on.
+        loss: The surrogate loss, mean.
+        train_acc: Accuracy on the images as trained on, in [0, 1].
+        val_acc: Natural accuracy on the validation images, in [0, 1].
+        val_robust_acc: PGD-20 accuracy on the validation images, in [0, 1].
+        stop_robust_acc: PGD-5 accuracy on the stopping rule's own batch, in [0, 1].
+        backwards: Backward passes in units of mini-batches.
+        forwards: Forward passes in units of mini-batches.
+        updates: Optimiser steps.
+        lr: The learning rate at the epoch's last update.
+        seconds: Training time; validation is counted in ``val_seconds``.
+        val_seconds: Validation time.
+        images_per_second: Training images per second.
+        peak_memory: Peak memory in bytes: the device's, or the process's on a CPU.
+        stopped: Why training ended here, where a rule ended it.
+    """
+
+    epoch: int = 0
+    steps: int = 0
+    alpha: float | None = None
+    l_x: float = 0.0
+    lipschitz: float | None = None
+    examples: int = 0
+    loss: float = 0.0
+    train_acc: float = 0.0
+    val_acc: float | None = None
+    val_robust_acc: float | None = None
+    stop_robust_acc: float | None = None
+    backwards: float = 0.0
+    forwards: float = 0.0
+    updates: int = 0
+    lr: float = 0.0
+    seconds: float = 0.0
+    val_seconds: float = 0.0
+    images_per_second: float = 0.0
+    peak_memory: int = 0
+    stopped: str | None = None
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> EpochStats:
+        """Reads a row of ``metrics.jsonl``; fields it does not know are left out."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{key: value for key, value in row.items() if key in known})

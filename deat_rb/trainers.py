@@ -1,0 +1,268 @@
+"""Two trainers: one that maximises and then descends, one that does both from the same backward pass.
+
+A trainer is a `torchattacks.attack.Attack`: call it and it crafts as it would in training now, without learning.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torchattacks.attack import Attack
+
+from deat_rb.attacks import PGD, QuietAttack
+from deat_rb.engine import Engine
+from deat_rb.errors import DeatError
+from deat_rb.guard import modes_restored
+from deat_rb.losses import SurrogateLoss, surrogate
+from deat_rb.probe import GradientProbe, averages, pixel_scale
+from deat_rb.schedules import Constant, Schedule
+from deat_rb.stats import BatchStats, CraftStats
+from deat_rb.stopping import StoppingRule
+from deat_rb.threat import Linf
+
+if TYPE_CHECKING:
+    from deat_rb.fit import History
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Trainer(QuietAttack):
+    """A method of adversarial training: an attack, a surrogate loss, a schedule and a rule that stops.
+
+    Args:
+        attack: What crafts; the model trained is the one it attacks.
+        loss: What is learnt from: ``ce``, ``trades``, ``mart`` or a `SurrogateLoss`.
+        schedule: How many steps the attack takes; by default as many as it has.
+        stopping: When training ends early, if ever.
+        name: What to call the method.
+
+    Attributes:
+        crafter: The attack.
+        base_alpha: The attack's own step size, which a guided schedule may raise; None where it has none.
+
+    Raises:
+        DeatError: If a schedule is to change the steps of an attack that has none.
+    """
+
+    def __init__(
+        self,
+        attack: Attack,
+        *,
+        loss: str | SurrogateLoss = "ce",
+        schedule: Schedule | None = None,
+        stopping: StoppingRule | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name or type(self).__name__, attack.model)
+        self.crafter = attack
+        self.device = attack.device
+        self.loss = surrogate(loss)
+        has_steps = isinstance(getattr(attack, "steps", None), int)
+        if schedule is not None and not has_steps:
+            raise DeatError(
+                f"{attack.attack} has no steps, so a schedule cannot set them; "
+                "wrap an attack that has, such as torchattacks.PGD"
+            )
+        self.schedule = schedule or Constant(attack.steps if has_steps else 1)
+        self.stopping = stopping
+        self.base_alpha: float | None = getattr(attack, "alpha", None)
+        self.follow_schedule()
+
+    @property
+    def eps(self) -> float:
+        """The attack's radius, in [0, 1] pixel units."""
+        return float(self.crafter.eps)
+
+    @property
+    def alpha(self) -> float | None:
+        """The attack's step size at its present number of steps."""
+        return getattr(self.crafter, "alpha", None)
+
+    @property
+    def steps(self) -> int:
+        """The steps r of the present epoch; setting them moves the schedule there."""
+        return self.schedule.steps
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        self.schedule.steps = steps
+        self.follow_schedule()
+
+    def follow_schedule(self) -> None:
+        """Gives the attack the steps and the step size that the schedule has for the next epoch."""
+        if hasattr(self.crafter, "steps"):
+            self.crafter.steps = self.schedule.steps
+        if self.base_alpha is not None:
+            self.crafter.alpha = self.schedule.alpha(self.base_alpha, self.eps)
+
+    def forward(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """Crafts as training would now; `__call__` sees to it that nothing is learnt."""
+        adv: Tensor = self.crafter(inputs, labels, *args, **kwargs)
+        return adv
+
+    def _change_model_mode(self, given_training: bool) -> None:
+        """Nothing: the attack inside sets the mode it crafts in."""
+
+    def set_model_training_mode(
+        self, model_training: bool = False, batchnorm_training: bool = False, dropout_training: bool = False
+    ) -> None:
+        """Sets the mode that crafting runs in, as torchattacks has it."""
+        for attack in self._attacks.values():
+            attack.set_model_training_mode(model_training, batchnorm_training, dropout_training)
+
+    @abstractmethod
+    def training_step(
+        self, images: Tensor, labels: Tensor, optimizer: Optimizer, engine: Engine | None = None
+    ) -> BatchStats:
+        """Learns from one batch.
+
+        Args:
+            images: In [0, 1], (N, C, H, W), on the model's device.
+            labels: (N,).
+            optimizer: Of the model's parameters.
+            engine: Precision and processes; by default fp32 where the model is.
+        """
+
+    def fit(self, train_loader: Iterable[Batch], val_loader: Iterable[Batch] | None = None, **options: Any) -> History:
+        """Trains; the options and what comes back are those of `deat_rb.fit.fit`."""
+        from deat_rb.fit import fit
+
+        return fit(self, train_loader, val_loader, **options)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the method carries from epoch to epoch beside the weights, as JSON values."""
+        return {
+            "schedule": self.schedule.state_dict(),
+            "stopping": self.stopping.state_dict() if self.stopping else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state_dict`."""
+        self.schedule.load_state_dict(state["schedule"])
+        if self.stopping is not None:
+            self.stopping.load_state_dict(state["stopping"])
+        self.follow_schedule()
+
+
+class AttackTrainer(Trainer):
+    """Maximise, then descend: PGD-N, U-FGSM, FAT, TRADES, MART, and their guided forms (Algorithms 4 and 5).
+
+    Around any torchattacks attack; its gradient magnitude is seen by a probe.
+    """
+
+    _averages: bool | None = None
+
+    def craft(self, images: Tensor, labels: Tensor) -> tuple[Tensor, CraftStats]:
+        """Crafts and says what it cost; the attack sets the mode it wants, every module gets its own back."""
+        with modes_restored(self.model):
+            if isinstance(self.crafter, PGD):
+                self.crafter._change_model_mode(self.model.training)
+                return self.crafter.craft(images, labels)
+            if self._averages is None:
+                self._averages = averages(self.crafter, images)
+            with GradientProbe(self.model, pixel_scale(self.crafter)) as probe:
+                adv: Tensor = self.crafter(images, labels)
+            return adv, probe.stats(len(images), unit=len(images) if self._averages else 1)
+
+    def training_step(
+        self, images: Tensor, labels: Tensor, optimizer: Optimizer, engine: Engine | None = None
+    ) -> BatchStats:
+        """Crafts (Algorithm 4, lines 6-12), then updates the weights once (line 13)."""
+        engine = engine or Engine(images.device)
+        with engine.autocast():
+            adv, crafting = self.craft(images, labels)
+            if self.loss.needs_clean:
+                clean_logits = self.model(images)
+                adv_logits = self.model(adv)
+                loss = self.loss.function(adv_logits, labels, clean_logits)
+            else:
+                adv_logits = self.model(adv)
+                loss = self.loss.function(adv_logits, labels)
+        engine.descend(loss.mean(), optimizer, images)
+        return BatchStats(
+            examples=len(images),
+            loss=loss.detach().sum(),
+            correct=(adv_logits.argmax(dim=1) == labels).sum(),
+            l_x=crafting.l_x,
+            forwards=crafting.forwards + (2 if self.loss.needs_clean else 1),
+            backwards=crafting.backwards + 1,
+            updates=1,
+        )
+
+
+class ReplayTrainer(Trainer):
+    """Both from one backward: FREE, DEAT and M-DEAT (Algorithm 1, lines 4-10; Algorithm 3).
+
+    Args:
+        attack: A `PGD`, whose start, loss, eps and alpha the replays take.
+        carry: Whether the perturbation is carried from batch to batch, from zero, as FREE does (Shafahi et al. 2019).
+        options: As `Trainer` has them.
+    """
+
+    def __init__(self, attack: PGD, *, carry: bool = False, **options: Any) -> None:
+        if not isinstance(attack, PGD) or attack.loss != "ce" or attack.tau is not None:
+            raise DeatError(
+                "a replay trainer crafts with deat_rb.PGD on cross-entropy; its update shares that gradient"
+            )
+        super().__init__(attack, **options)
+        if self.steps < 1:
+            raise DeatError(f"steps = {self.steps} replays would learn nothing; a replay trainer needs 1 or more")
+        if self.loss.needs_clean:
+            raise DeatError(f"a replay trainer has one forward per replay, and the loss {self.loss.name} needs two")
+        self.carry = carry
+        self.carried: Tensor | None = None
+
+    def begin(self, images: Tensor) -> Tensor:
+        """Where the first replay of ``images`` (N, C, H, W) begins (Algorithm 1, line 4)."""
+        if not self.carry:
+            begun: Tensor = self.crafter.begin(images)
+            return begun
+        delta = torch.zeros_like(images)
+        if self.carried is not None:
+            kept = self.carried[: len(images)]
+            delta[: len(kept)] = kept
+        return (images + delta).clamp(0, 1)
+
+    def forward(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """Crafts as the replays would if the weights held still."""
+        images = inputs.detach().to(self.device)
+        self.crafter._change_model_mode(self.model.training)
+        adv: Tensor = self.crafter.craft(images, labels, adv=self.begin(images))[0]
+        return adv
+
+    def training_step(
+        self, images: Tensor, labels: Tensor, optimizer: Optimizer, engine: Engine | None = None
+    ) -> BatchStats:
+        """Replays one batch r times (Algorithm 1, lines 4-10)."""
+        engine = engine or Engine(images.device)
+        threat = Linf(self.eps)
+        adv, gradient = self.begin(images), images
+        for _ in range(self.steps):
+            adv = adv.detach().requires_grad_()
+            with engine.autocast():
+                logits = self.model(adv)
+                loss = self.loss.function(logits, labels)
+            gradient = engine.descend(loss.mean(), optimizer, adv)
+            adv = threat.ascend(adv.detach(), images, gradient, self.crafter.alpha)
+        if self.carry:
+            self._carry(adv - images)
+        return BatchStats(
+            examples=len(images),
+            loss=loss.detach().sum(),
+            correct=(logits.argmax(dim=1) == labels).sum(),
+            l_x=gradient.abs().sum() * len(images),
+            forwards=self.steps,
+            backwards=self.steps,
+            updates=self.steps,
+        )
+
+    def _carry(self, delta: Tensor) -> None:
+        if self.carried is None or len(self.carried) <= len(delta):
+            self.carried = delta
+        else:
+            self.carried = torch.cat([delta, self.carried[len(delta) :]])

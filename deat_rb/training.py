@@ -1,0 +1,242 @@
+"""`deat-rb train`: from options to a run directory."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deat_rb import randomness
+from deat_rb.batches import Batches, ImageSet, hold_out, subset
+from deat_rb.config import RunConfig, TrainOptions, dataset_defaults, make_options, setting_defaults
+from deat_rb.data import DataSet, load_data
+from deat_rb.engine import resolve_device, resolve_precision
+from deat_rb.errors import DeatError
+from deat_rb.files import load_tensors
+from deat_rb.fit import History, Reporter, fit
+from deat_rb.methods import create, describe, recipe
+from deat_rb.models import NormalizedModel, load_weights, model_spec
+from deat_rb.plots import plot_curves
+from deat_rb.runs import CURVES, RunDirectory, check_name
+from deat_rb.threat import check_eps, format_fraction
+from deat_rb.trainers import ReplayTrainer, Trainer
+
+
+
+@dataclass(eq=False)
+class Plan:
+    """A run that is ready to start and has written nothing yet.
+
+    Attributes:
+        config: Everything that decides it.
+        data: The data set.
+        train: The training images.
+        val: The images held out of them.
+        trainer: The method and the model.
+    """
+
+    config: RunConfig
+    data: DataSet
+    train: ImageSet
+    val: ImageSet
+    trainer: Trainer = field(repr=False)
+
+    @property
+    def batches(self) -> int:
+        """M, the mini-batches of an epoch."""
+        return -(-len(self.train) // self.config.batch_size)
+
+    def costs(self) -> dict[str, int] | None:
+        """Backward and forward passes and updates of the whole run, in units of mini-batches (law 6).
+
+        None where they depend on what training will see: guided and accuracy schedules, friendly crafting, stopping
+        rules.
+        """
+        trainer, epochs, m = self.trainer, self.config.epochs, self.batches
+        steps = trainer.schedule.total_steps(epochs)
+        if steps is None or trainer.stopping is not None or getattr(trainer.crafter, "tau", None) is not None:
+            return None
+        if isinstance(trainer, ReplayTrainer):
+            return {"backwards": steps * m, "forwards": steps * m, "updates": steps * m}
+        forwards = steps + epochs * (2 if trainer.loss.needs_clean else 1)
+        if steps and getattr(trainer.crafter, "loss", None) == "kl":
+            forwards += epochs
+        return {"backwards": (steps + epochs) * m, "forwards": forwards * m, "updates": epochs * m}
+
+    def lines(self) -> list[tuple[str, str]]:
+        """The plan in words, as ``--dry-run`` prints it."""
+        config, text = self.config, describe(self.config.method)
+        costs = self.costs()
+        spent = (
+            ", ".join(f"{count:,} {name}" for name, count in costs.items())
+            if costs
+            else f"depends on the run ({text.cost}; M = {self.batches})"
+        )
+        parameters = sum(parameter.numel() for parameter in self.trainer.model.parameters())
+        return [
+            ("method", f"{config.method} ({text.paper})"),
+            ("attack", f"{text.attack}; here eps = {format_fraction(config.eps)}, alpha = {_size(self.trainer.alpha)}"),
+            ("loss", text.loss),
+            ("schedule", text.schedule),
+            ("stop", text.stop),
+            ("setting", f"{config.setting}: {config.epochs} epochs, {config.lr_schedule} LR up to {config.lr:g}"),
+            ("precision", f"{config.precision} on {resolve_device(config.device)}"),
+            ("model", f"{config.arch}, {parameters:,} parameters, {config.model.num_classes} classes"),
+            ("data", f"{config.dataset}: {len(self.train):,} training, {len(self.val):,} validation, "
+                     f"{len(self.data.test):,} test images of {config.image_size}x{config.image_size}"),
+            ("result", f"the weights of the {config.select} epoch"),
+            ("cost", spent),
+        ]  # fmt: skip
+
+
+def _size(alpha: float | None) -> str:
+    return "-" if alpha is None else format_fraction(alpha)
+
+
+def plan(options: TrainOptions) -> Plan:
+    """Resolves options, loads the data and builds the model; writes nothing.
+
+    Raises:
+        DeatError: If any of it is not admissible.
+    """
+    method, row = recipe(options.method)
+    defaults = dataset_defaults(options.dataset)
+    arch = options.arch or defaults.arch
+    setting = setting_defaults(options.setting, row, arch)
+    setting["epochs"] *= defaults.epoch_factor
+    given = {key: value for key, value in options.model_dump().items() if value is not None}
+    eps = check_eps(options.eps if options.eps is not None else defaults.eps, "--eps")
+    device = resolve_device(options.device)
+
+    data = load_data(options.dataset, data_dir=options.data_dir, image_size=options.image_size)
+    val_size = options.val_size or default_val_size(options.train_size or len(data.train))
+    train, val = hold_out(data.train, val_size, seed=options.seed)
+    if options.train_size is not None:
+        train = subset(train, options.train_size, options.seed)
+    channels, size = train.images.shape[1], train.images.shape[-1]
+    spec = model_spec(
+        arch, num_classes=len(data.classes), image_size=size, channels=channels, mean=data.mean, std=data.std
+    )
+    config = RunConfig.model_validate(
+        {
+            **options.model_dump(),
+            **setting,
+            **given,
+            "method": method,
+            "eps": eps,
+            "arch": spec.arch,
+            "image_size": size,
+            "train_size": len(train),
+            "val_size": len(val),
+            "precision": resolve_precision(given.get("precision", setting["precision"]), device),
+            "model": spec,
+            "data_fingerprint": data.fingerprint,
+            "versions": versions(),
+        }
+    )
+    if len(train) < config.batch_size:
+        raise DeatError(
+            f"{len(train)} training images are fewer than a batch of {config.batch_size}; give a smaller --batch-size"
+        )
+    trainer = create(method, _initial(config), eps=eps, **config.method_options())
+    return Plan(config, data, train, val, trainer)
+
+
+def _initial(config: RunConfig) -> NormalizedModel:
+    with randomness.preserved():
+        randomness.seed_global(config.seed, "weights")
+        model = config.model.build()
+    if config.init_from is not None:
+        load_weights(model, load_tensors(Path(config.init_from)), source=config.init_from)
+    return model
+
+
+def default_val_size(images: int) -> int:
+    """How many images are held out: 1,000 of CIFAR-10's 50,000, in proportion for fewer, but 100 where that is a fifth."""
+    return max(min(100, images // 5), min(1000, images // 50))
+
+
+def default_name(config: RunConfig) -> str:
+    """What a run is called where nobody said."""
+    return f"{config.method}-{config.dataset}-{config.arch.replace(':', '-')}-s{config.seed}".replace("/", "-")
+
+
+def train(
+    options: TrainOptions | dict[str, Any] | Plan,
+    *,
+    output: str | Path = "runs",
+    name: str | None = None,
+    reporter: Reporter | None = None,
+    begun: Callable[[RunDirectory], None] | None = None,
+) -> tuple[RunDirectory, History]:
+    """Trains as `deat-rb train` does.
+
+    Args:
+        options: What is asked for, as `TrainOptions` has it, or a plan made of it.
+        output: The folder of all runs.
+        name: The run's name; by default made of method, data set, architecture and seed.
+        reporter: Is told how it goes.
+        begun: Is called with the run directory once it is there.
+
+    Returns:
+        The run directory and the history.
+
+    Raises:
+        DeatError: If something is not admissible; then nothing has been written.
+    """
+    if name is not None:
+        check_name(name)
+    planned = options if isinstance(options, Plan) else plan(
+        make_options(options) if isinstance(options, dict) else options
+    )  # fmt: skip
+    config = planned.config
+    run = RunDirectory.create(Path(output) / (name or default_name(config)), config)
+    if begun is not None:
+        begun(run)
+    device = resolve_device(config.device)
+    try:
+        history = fit(
+            planned.trainer,
+            Batches(
+                planned.train,
+                config.batch_size,
+                shuffle=True,
+                augment=planned.data.augment,
+                seed=config.seed,
+                device=device,
+                memory_format=torch.channels_last,
+            ),
+            Batches(planned.val, config.batch_size, device=device),
+            epochs=config.epochs,
+            lr=config.lr,
+            lr_schedule=config.lr_schedule,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            device=device,
+            precision=config.precision,
+            select=config.select,
+            seed=config.seed,
+            run=run,
+            reporter=reporter,
+        )
+    finally:
+        rows = run.rows()
+        if rows:
+            plot_curves(rows, run.path / CURVES, title=f"{config.method} on {config.dataset}, {config.arch}")
+    return run, history
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result may depend on."""
+    found = {"python": platform.python_version()}
+    for distribution in ("deat-rb", "torch", "torchvision", "torchattacks", "robustbench"):
+        try:
+            found[distribution] = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            found[distribution] = "not installed"
+    return found

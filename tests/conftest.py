@@ -1,0 +1,55 @@
+"""What all tests share. One thread per process: several spin against each other on few cores."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+torch.set_num_threads(1)
+
+COLOURS = {"blue": (40, 60, 200), "green": (40, 200, 60), "grey": (128, 128, 128), "red": (200, 60, 40)}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture
+def tiny_model() -> nn.Module:
+    """A network with BatchNorm for 4 classes and images of any size: the same weights every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(32, 4),
+        )
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of 4 classes, each a colour under noise: 12 training and 4 test images of 32x32 for each."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("colours")
+    noise = torch.Generator().manual_seed(0)
+    for part, count in (("train", 12), ("test", 4)):
+        for name, colour in COLOURS.items():
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = torch.tensor(colour) + torch.randint(-30, 31, (32, 32, 3), generator=noise)
+                image = Image.fromarray(pixels.clamp(0, 255).to(torch.uint8).numpy())
+                image.save(folder / f"{index:04}.png")
+    return root

@@ -1,0 +1,213 @@
+"""Train, evaluate, export, load in RobustBench: through the installed command, as its users do."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+COMMAND = str(Path(sys.executable).parent / "deat-rb")
+TINY = ["--arch", "wrn-10-1", "--train-size", "200", "--batch-size", "50", "--epochs", "3", "--precision", "fp32"]
+
+
+def deat_rb(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [COMMAND, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def refused(*arguments: str | Path, cwd: Path) -> str:
+    """Runs the command, which has to refuse with one sentence; gives that back."""
+    before = sorted(cwd.rglob("*"))
+    result = deat_rb(*arguments, cwd=cwd)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("Error") == 1
+    assert sorted(cwd.rglob("*")) == before, "something was written"
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    where = tmp_path_factory.mktemp("work")
+    result = deat_rb("train", "--method", "M+TRADES", *TINY, "--name", "first", cwd=where)
+    assert result.returncode == 0, result.stderr
+    assert "deat-rb eval runs/first" in result.stdout
+    return where / "runs" / "first"
+
+
+def test_a_run_directory_holds_everything(run: Path) -> None:
+    assert {path.name for path in run.iterdir()} >= {
+        "config.json", "metrics.jsonl", "last.safetensors", "last.json", "best.safetensors", "best.json", "curves.png",
+    }  # fmt: skip
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert [row["steps"] for row in rows][:2] == [1, 2]
+    # 4 batches of 50; per batch r crafting passes and one update, whose two forwards join the clean one of crafting.
+    for row in rows:
+        batches = 2 if row["examples"] == 100 else -(-row["examples"] // 50)
+        assert row["backwards"] == (row["steps"] + 1) * batches
+        assert row["forwards"] == (row["steps"] + 3) * batches
+
+
+def test_a_configuration_runs_again_to_the_same_weights(run: Path) -> None:
+    where = run.parents[1]
+    result = deat_rb("train", "--config", run / "config.json", "--name", "again", cwd=where)
+    assert result.returncode == 0, result.stderr
+    assert (run / "last.safetensors").read_bytes() == (run.parent / "again" / "last.safetensors").read_bytes()
+
+
+def test_evaluation_is_reported_and_kept(run: Path) -> None:
+    result = deat_rb("eval", run, "--attacks", "fgsm,pgd-5,cw-5", "--n-examples", "60", cwd=run.parents[1])
+    assert result.returncode == 0, result.stderr
+    for name in ("natural", "fgsm", "pgd-5", "cw-5"):
+        assert name in result.stdout
+    report = json.loads((run / "eval.json").read_text())
+    assert report["n_examples"] == 60
+    assert (
+        report["results"]["pgd-5"]["low"]
+        <= report["results"]["pgd-5"]["accuracy"]
+        <= report["results"]["pgd-5"]["high"]
+    )
+
+
+def test_the_export_loads_in_robustbench(run: Path) -> None:
+    where = run.parents[1]
+    result = deat_rb(
+        "export",
+        run,
+        "--model-name",
+        "Wang2021Gradient_Tiny",
+        "--as-dataset",
+        "cifar10",
+        "--output",
+        "export",
+        cwd=where,
+    )
+    assert result.returncode == 0, result.stderr
+    script = """
+import sys, torch, deat_rb
+folder = deat_rb.register("export")
+import robustbench
+model = robustbench.load_model("Wang2021Gradient_Tiny", model_dir="export/models", dataset="cifar10", threat_model="Linf")
+torch.manual_seed(0)
+images = torch.rand(8, 3, 32, 32)
+with torch.no_grad():
+    assert torch.equal(model(images), deat_rb.load_model("runs/first")(images))
+print("equal")
+"""
+    loaded = subprocess.run([sys.executable, "-c", script], cwd=where, capture_output=True, text=True, check=False)
+    assert loaded.stdout.strip().endswith("equal"), loaded.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--method", "m+trade5"], "m+trades"),
+        (["--dataset", "cifar"], "cifar10"),
+        (["--arch", "preactresnet81"], "preactresnet18"),
+        (["--eps", "-0.1"], "(0, 1]"),
+        (["--eps", "0"], "(0, 1]"),
+        (["--eps", "1.5"], "(0, 1]"),
+        (["--eps", "8/0"], "divides by zero"),
+        (["--eps", "nan"], "(0, 1]"),
+        (["--name", "a/b"], "a/b"),
+        (["--name", ".."], ".."),
+        (["--method", "pgd-7", "--gamma", "1.01"], "gamma"),
+        (["--precision", "fp16", "--device", "cpu"], "fp16"),
+        (["--precision", "fp8"], "precision"),
+        (["--epochs", "0"], "--epochs"),
+        (["--lr", "-1"], "--lr"),
+        (["--batch-size", "5000"], "5000"),
+        (["--train-size", "100000"], "100000"),
+        (["--dataset", "folder"], "--data-dir"),
+        (["--dataset", "folder", "--data-dir", "nowhere"], "nowhere"),
+        (["--init-from", "missing.pt"], "missing.pt"),
+        (["--config", "missing.json"], "missing.json"),
+        (["--device", "tpu9"], "tpu9"),
+        (["--setting", "slow"], "slow"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ],
+)
+def test_bad_options_are_refused_in_a_sentence(tmp_path: Path, flags: list[str], said: str) -> None:
+    assert said in refused("train", *flags, cwd=tmp_path)
+
+
+def test_a_taken_name_is_refused(run: Path) -> None:
+    assert "already" in refused("train", *TINY, "--name", "first", cwd=run.parents[1])
+
+
+def test_bad_folders_are_refused(tmp_path: Path) -> None:
+    from PIL import Image
+
+    data = tmp_path / "data"
+    (data / "train").mkdir(parents=True)
+    train = ["train", "--dataset", "folder", "--data-dir", "data", "--arch", "wrn-10-1", "--batch-size", "2"]
+    assert "test" in refused(*train, cwd=tmp_path)
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (data / part / name).mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", (32, 32), (number * 9, 0, 0)).save(data / part / name / f"{number}.png")
+    broken = data / "train" / "cat" / "2.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:20])
+    assert "2.png" in refused(*train, cwd=tmp_path)
+    broken.write_bytes(whole)
+    (data / "train" / "empty").mkdir()
+    (data / "test" / "empty").mkdir()
+    assert "empty" in refused(*train, cwd=tmp_path)
+    assert "32" in refused(*train[:-4], "--image-size", "64", "--arch", "wrn-10-1", cwd=tmp_path)
+
+
+def test_bad_checkpoints_are_refused(run: Path, tmp_path: Path) -> None:
+    weights = run / "last.safetensors"
+    bare = ["eval", "--arch", "wrn-10-1", "--dataset", "digits", "--n-examples", "4"]
+    (tmp_path / "cut.safetensors").write_bytes(weights.read_bytes()[:1000])
+    refused(*bare, "cut.safetensors", cwd=tmp_path)
+    (tmp_path / "page.pt").write_text("<!DOCTYPE html><html>Quota exceeded</html>")
+    assert "web page" in refused(*bare, "page.pt", cwd=tmp_path)
+    (tmp_path / "other.safetensors").write_bytes(weights.read_bytes())
+    other = ["eval", "--arch", "wrn-16-1", "--dataset", "digits", "--n-examples", "4", "other.safetensors"]
+    assert "architecture" in refused(*other, cwd=tmp_path)
+
+    class Opens:
+        def __reduce__(self) -> tuple[object, tuple[str, str]]:
+            return open, (str(tmp_path / "owned"), "w")
+
+    torch.save({"net": Opens()}, tmp_path / "hostile.pt")
+    assert "code" in refused(*bare, "hostile.pt", cwd=tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_ctrl_c_ends_with_130_and_says_what_was_kept(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [COMMAND, "train", *TINY, "--epochs", "200", "--name", "long"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    metrics = tmp_path / "runs" / "long" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert "keeps the weights" in errors
+    assert "Traceback" not in errors
+    assert (tmp_path / "runs" / "long" / "last.safetensors").is_file()
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    result = deat_rb("train", "--method", "pgd-7", "--dry-run", *TINY, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    # 200 images less 40 held out make 4 batches of 50; 3 epochs of (7 + 1) backward passes each.
+    assert "96 backwards" in result.stdout
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,94 @@
+"""Beside RobustBench: the same networks give the same logits, and the same attack the same verdicts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from deat_rb import compat
+from deat_rb.evaluate import evaluate
+from deat_rb.models import build_model, load_weights
+
+IMAGES = torch.rand(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def seeded(build: Any, **options: Any) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: nn.Module = build(**options)
+        model(IMAGES)  # moves BatchNorm's statistics
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"), [("Wong2020Fast", "preactresnet18"), ("Hendrycks2020AugMix_WRN", "wrn-40-2")]
+)
+def test_our_networks_hold_robustbenchs_checkpoints(name: str, arch: str) -> None:
+    """Their class with ``mu`` and ``sigma``, ours around their bare class: equal bit for bit."""
+    compat.robustbench()
+    from robustbench.model_zoo import cifar10
+
+    theirs = seeded(
+        {"Wong2020Fast": cifar10.Wong2020FastNet, "Hendrycks2020AugMix_WRN": cifar10.Hendrycks2020AugMixWRNNet}[name]
+    )
+    ours = build_model(arch, dataset="cifar10").eval()
+    load_weights(ours, theirs.state_dict(), source=name)
+    assert torch.equal(ours(IMAGES[:4]), theirs(IMAGES[:4]))
+
+
+def test_our_cifar10_normalisation_is_robustbenchs() -> None:
+    compat.robustbench()
+    from robustbench.model_zoo.cifar10 import Wong2020FastNet
+
+    theirs, ours = Wong2020FastNet(), build_model("preactresnet18", dataset="cifar10")
+    assert torch.equal(ours.mu, theirs.mu)
+    assert torch.equal(ours.sigma, theirs.sigma)
+
+
+def shallow(num_classes: int = 10) -> nn.Module:
+    """Cheap, and neither hopeless nor safe at the eps below."""
+    return nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(192, 24), nn.Tanh(), nn.Linear(24, num_classes))
+
+
+def test_verdicts_are_robustbenchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The standard version with fewer Square queries: the same images fall, whoever drives the attack."""
+    import pyautoattack
+
+    class Short(pyautoattack.AutoAttack):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.square.n_queries = 100
+
+    monkeypatch.setattr(pyautoattack, "AutoAttack", Short)
+    model = seeded(shallow)
+    labels = model(IMAGES).argmax(dim=1)
+    labels[::7] = (labels[::7] + 1) % 10
+    clean, robust, correct = compat.benchmark(model, IMAGES, labels, eps=0.02, batch_size=10, seed=5)
+    report = evaluate(model, IMAGES, labels, attacks=("autoattack",), eps=0.02, batch_size=10, seed=5)
+    assert report.results["natural"].accuracy == pytest.approx(clean)
+    assert 0 < report.results["autoattack"].accuracy < clean, "a comparison where all or none fall shows nothing"
+    assert report.results["autoattack"].accuracy == pytest.approx(robust)
+    assert torch.equal(report.verdicts["autoattack"], correct)
+
+
+def test_robustbench_lists_an_export_without_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It reads accuracies with ``float``: "nan" passes where "None" raises."""
+    robustbench: Any = compat.robustbench()
+    info = {"link": "", "name": "A title", "authors": "A. Author", "venue": "", "architecture": "WideResNet-10-1",
+            "clean_acc": "75.00", "autoattack_acc": "nan"}  # fmt: skip
+    file = tmp_path / "model_info" / "cifar10" / "Linf" / "Wong2020Fast.json"
+    file.parent.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    file.write_text(json.dumps(info))
+    robustbench.utils.list_available_models()
+    assert "**Wong2020Fast**" in capsys.readouterr().out
+    file.write_text(json.dumps({**info, "autoattack_acc": "None"}))
+    with pytest.raises(ValueError, match="could not convert"):
+        robustbench.utils.list_available_models()

@@ -1,0 +1,373 @@
+"""The paper's fifteen methods as plain training loops, to hold the product against.
+
+Written from the paper (arXiv:2103.03076v1: Algorithms 1-5, sections 4 and 5, appendix A.2) and without deat_rb, so that
+the two can only agree by both being right. Naive on purpose: one loop per algorithm, ``loss.backward()`` for every
+gradient, friendly crafting one example at a time. Read it with the paper beside it; numbers in comments are the
+algorithms' lines.
+
+What the paper leaves open, and the loops fix: images and perturbed images stay in [0, 1], the start included;
+crafting passes run in train mode (they move BatchNorm's statistics) except friendly crafting; the start is drawn from
+torch's global generator.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+Batch = tuple[Tensor, Tensor]
+INNER = 2 / 255
+SINGLE = 10 / 255
+PATIENCE = 3
+LAMBDA = 6.0
+
+
+@dataclass
+class Epoch:
+    """What one epoch did; forwards and backwards are in mini-batches, a share where only some examples took part."""
+
+    steps: int
+    examples: int = 0
+    correct: int = 0
+    loss: float = 0.0
+    l_x: float = 0.0
+    forwards: float = 0.0
+    backwards: float = 0.0
+    updates: int = 0
+
+    @property
+    def accuracy(self) -> float:
+        """The share of the epoch's examples, as they were trained on, that the model got right."""
+        return self.correct / self.examples
+
+
+Trace = list[Epoch]
+
+
+@dataclass
+class Loop:
+    """What the loop bodies share: the model, its optimiser and the numbers of this epoch."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    eps: float
+    alpha: float
+    steps: int
+    epoch: Epoch
+    delta: dict[str, Tensor] = field(default_factory=dict)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Runs the whole mini-batch through the model."""
+        self.epoch.forwards += 1
+        logits: Tensor = self.model(images)
+        return logits
+
+    def update(self, each: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """theta <- theta - grad_theta of the mean of ``each``, the examples' losses (N,)."""
+        self.optimizer.zero_grad()
+        each.mean().backward()
+        self.epoch.backwards += 1
+        self.optimizer.step()
+        self.note(each, logits, labels)
+
+    def note(self, each: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Books the update of a batch whose loss and accuracy count: its only one, or its last replay's."""
+        self.epoch.updates += 1
+        self.epoch.examples += len(labels)
+        self.epoch.loss += each.sum().item()
+        self.epoch.correct += int((logits.argmax(1) == labels).sum())
+
+    def step(self, images: Tensor, adversarial: Tensor, gradient: Tensor) -> Tensor:
+        """delta <- delta + alpha sign(gradient); delta <- max(min(delta, eps), -eps); images stay images."""
+        delta = adversarial + self.alpha * gradient.sign() - images
+        delta = torch.clamp(delta, -self.eps, self.eps)
+        return torch.clamp(images + delta, 0, 1).detach()
+
+
+def uniform_start(images: Tensor, eps: float) -> Tensor:
+    """x + delta for delta = U(-eps, eps), kept in [0, 1]."""
+    return torch.clamp(images + torch.empty(images.shape, dtype=images.dtype).uniform_(-eps, eps), 0, 1)
+
+
+def normal_start(images: Tensor) -> Tensor:
+    """x + delta for delta = 0.001 N(0, 1), kept in [0, 1]."""
+    return torch.clamp(images + 0.001 * torch.randn(images.shape, dtype=images.dtype), 0, 1)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log p_y of each example, (N,)."""
+    return -logits.log_softmax(1)[range(len(labels)), labels]
+
+
+def kl(clean_logits: Tensor, adversarial_logits: Tensor) -> Tensor:
+    """KL(p_clean || p_adv) of each example, (N,)."""
+    log_p, log_q = clean_logits.log_softmax(1), adversarial_logits.log_softmax(1)
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+def trades_loss(clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor) -> Tensor:
+    """TRADES (Zhang et al. 2019) of each example, (N,)."""
+    return cross_entropy(clean_logits, labels) + LAMBDA * kl(clean_logits, adversarial_logits)
+
+
+def mart_loss(clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor) -> Tensor:
+    """MART (Wang et al. 2020) of each example, (N,): boosted cross-entropy, and KL weighted by 1 - p_clean[y]."""
+    rows = range(len(labels))
+    others = adversarial_logits.softmax(1).clone()
+    others[rows, labels] = -1
+    boosted = cross_entropy(adversarial_logits, labels) - torch.log(1.0001 - others.max(1).values + 1e-12)
+    doubt = 1 - clean_logits.softmax(1)[rows, labels]
+    return boosted + LAMBDA * kl(clean_logits, adversarial_logits) * doubt
+
+
+def standard(loop: Loop, images: Tensor, labels: Tensor) -> None:
+    """Plain training."""
+    logits = loop.forward(images)
+    loop.update(cross_entropy(logits, labels), logits, labels)
+
+
+def replay(loop: Loop, images: Tensor, labels: Tensor, adversarial: Tensor) -> Tensor:
+    """Algorithm 1, lines 5-10 (and Algorithm 2's line 6); returns x + delta as the last replay left it."""
+    gradient = torch.zeros_like(images)
+    for j in range(loop.steps):  # 5
+        adversarial = adversarial.detach().requires_grad_()
+        logits = loop.forward(adversarial)
+        each = cross_entropy(logits, labels)
+        loop.optimizer.zero_grad()
+        each.mean().backward()  # 6: both gradients from one pass
+        loop.epoch.backwards += 1
+        assert adversarial.grad is not None
+        gradient = adversarial.grad * len(labels)
+        loop.optimizer.step()  # 7
+        if j == loop.steps - 1:
+            loop.note(each, logits, labels)
+        else:
+            loop.epoch.updates += 1
+        adversarial = loop.step(images, adversarial.detach(), gradient)  # 8, 9
+    loop.epoch.l_x += gradient.abs().sum().item()
+    return adversarial
+
+
+def free(loop: Loop, images: Tensor, labels: Tensor) -> None:
+    """FREE (Shafahi et al. 2019): replays whose delta is carried from batch to batch; a short batch takes its rows."""
+    delta = loop.delta.setdefault("delta", torch.zeros_like(images))
+    start = torch.clamp(images + delta[: len(images)], 0, 1)
+    delta[: len(images)] = replay(loop, images, labels, start) - images
+
+
+def deat(loop: Loop, images: Tensor, labels: Tensor) -> None:
+    """Algorithm 1, lines 4-10: replays from a fresh start."""
+    replay(loop, images, labels, uniform_start(images, loop.eps))  # 4
+
+
+def craft(loop: Loop, images: Tensor, start: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:
+    """Algorithm 4, lines 7-12, where N is read as r; ``objective`` maps logits to a scalar, the sum over examples."""
+    adversarial, gradient = start, torch.zeros_like(images)
+    for _ in range(loop.steps):  # 7
+        adversarial = adversarial.detach().requires_grad_()
+        objective(loop.forward(adversarial)).backward()  # 8
+        loop.epoch.backwards += 1
+        assert adversarial.grad is not None
+        gradient = adversarial.grad
+        adversarial = loop.step(images, adversarial.detach(), gradient)  # 9, 10
+    loop.epoch.l_x += gradient.abs().sum().item()  # 12
+    return adversarial
+
+
+def pgd(loop: Loop, images: Tensor, labels: Tensor) -> None:
+    """PGD-N, and Algorithm 4, lines 6-13."""
+    start = uniform_start(images, loop.eps)  # 6
+    adversarial = craft(loop, images, start, lambda logits: cross_entropy(logits, labels).sum())
+    logits = loop.forward(adversarial)
+    loop.update(cross_entropy(logits, labels), logits, labels)  # 13
+
+
+def u_fgsm(loop: Loop, images: Tensor, labels: Tensor) -> None:
+    """Algorithm 5, lines 4-7, with the sum of l_X that its listing forgets."""
+    noisy = uniform_start(images, loop.eps).requires_grad_()  # 4
+    cross_entropy(loop.forward(noisy), labels).sum().backward()
+    loop.epoch.backwards += 1
+    assert noisy.grad is not None
+    loop.epoch.l_x += noisy.grad.abs().sum().item()
+    adversarial = loop.step(images, noisy.detach(), noisy.grad)  # 5, 6
+    logits = loop.forward(adversarial)
+    loop.update(cross_entropy(logits, labels), logits, labels)  # 7
+
+
+def trades(loop: Loop, images: Tensor, labels: Tensor) -> None:
+    """TRADES: crafts on KL to the clean prediction of before; Algorithm 4 with another loss."""
+    fixed = loop.forward(images).detach()
+    adversarial = craft(loop, images, normal_start(images), lambda logits: kl(fixed, logits).sum())
+    clean_logits = loop.forward(images)
+    adversarial_logits = loop.forward(adversarial)
+    loop.update(trades_loss(clean_logits, adversarial_logits, labels), adversarial_logits, labels)
+
+
+def mart(loop: Loop, images: Tensor, labels: Tensor) -> None:
+    """MART: crafts on cross-entropy."""
+    start = normal_start(images)
+    adversarial = craft(loop, images, start, lambda logits: cross_entropy(logits, labels).sum())
+    clean_logits = loop.forward(images)
+    adversarial_logits = loop.forward(adversarial)
+    loop.update(mart_loss(clean_logits, adversarial_logits, labels), adversarial_logits, labels)
+
+
+def befriend(loop: Loop, images: Tensor, labels: Tensor, on_kl: bool) -> Tensor:
+    """Friendly crafting (Zhang et al. 2020, Algorithm 1), one example at a time, in eval mode.
+
+    An example that is misclassified is moved at most `PATIENCE` more times. As in the public code the pass where it is
+    found to stop has gone backward too; that gradient moves nothing, and l_X has the one it last moved along.
+    """
+    share = 1 / len(images)
+    loop.model.eval()
+    fixed = loop.forward(images).detach() if on_kl else None
+    start = normal_start(images)
+    done = []
+    for i in range(len(images)):
+        image, label, adversarial = images[i : i + 1], labels[i : i + 1], start[i : i + 1]
+        patience, magnitude = PATIENCE, 0.0
+        for _ in range(loop.steps):
+            adversarial = adversarial.detach().requires_grad_()
+            logits = loop.model(adversarial)
+            each = cross_entropy(logits, label) if fixed is None else kl(fixed[i : i + 1], logits)
+            each.sum().backward()
+            loop.epoch.forwards += share
+            loop.epoch.backwards += share
+            assert adversarial.grad is not None
+            if logits.argmax() != label:
+                if patience == 0:
+                    break
+                patience -= 1
+            magnitude = adversarial.grad.abs().sum().item()
+            adversarial = loop.step(image, adversarial.detach(), adversarial.grad)
+        loop.epoch.l_x += magnitude
+        done.append(adversarial.detach())
+    loop.model.train()
+    return torch.cat(done)
+
+
+def fat(loop: Loop, images: Tensor, labels: Tensor) -> None:
+    """FAT: plain training on friendly examples."""
+    logits = loop.forward(befriend(loop, images, labels, on_kl=False))
+    loop.update(cross_entropy(logits, labels), logits, labels)
+
+
+def f_trades(loop: Loop, images: Tensor, labels: Tensor) -> None:
+    """TRADES on friendly examples."""
+    adversarial = befriend(loop, images, labels, on_kl=True)
+    clean_logits = loop.forward(images)
+    adversarial_logits = loop.forward(adversarial)
+    loop.update(trades_loss(clean_logits, adversarial_logits, labels), adversarial_logits, labels)
+
+
+def f_mart(loop: Loop, images: Tensor, labels: Tensor) -> None:
+    """MART on friendly examples, which its public code crafts on KL."""
+    adversarial = befriend(loop, images, labels, on_kl=True)
+    clean_logits = loop.forward(images)
+    adversarial_logits = loop.forward(adversarial)
+    loop.update(mart_loss(clean_logits, adversarial_logits, labels), adversarial_logits, labels)
+
+
+def magnitude_rule(l_x: Sequence[float], start: int, gamma: float, bound: int) -> int:
+    """Algorithm 2, lines 1 and 8-14: the next epoch's r after epochs that summed to ``l_x``."""
+    r, threshold = start, 0.0  # 1
+    for t, summed in enumerate(l_x, start=1):
+        if t == 1:  # 8
+            r = r + 1  # 9
+        elif t == 2:  # 10
+            threshold = gamma * summed  # 11
+        elif summed > threshold:  # 12
+            threshold = gamma * summed
+            r = r + 1  # 13
+        r = min(r, bound)
+    return r
+
+
+def ratio_rule(l_x: Sequence[float], gamma: float = 1.5, m: int = 2, rise: float = 0.05) -> bool:
+    """Algorithm 5, lines 9-14: whether training stops after the last epoch of ``l_x``.
+
+    Taken literally the rule fires on noise and while l_X falls; so R must also be ``rise`` of the l_X it rose from.
+    """
+    t = len(l_x) - 1
+    if t - 1 - m < 0:  # 9, for R of this epoch and of the one before
+        return False
+    now = (l_x[t] - l_x[t - m]) / m  # 10
+    before = (l_x[t - 1] - l_x[t - 1 - m]) / m
+    return now > gamma * before and now > rise * l_x[t - m]  # 11
+
+
+def robustness_rule(accuracies: Sequence[float], drop: float = 0.20) -> bool:
+    """U-FGSM's own stop (Wong et al. 2020): PGD-5 accuracy fell by more than ``drop`` from one epoch to the next."""
+    return len(accuracies) > 1 and accuracies[-2] - accuracies[-1] > drop
+
+
+Body = Callable[[Loop, Tensor, Tensor], None]
+BODIES: dict[str, tuple[Body, float, int]] = {
+    "standard": (standard, 0.0, 0),
+    "pgd": (pgd, INNER, 7),
+    "deat": (deat, SINGLE, 8),
+    "u-fgsm": (u_fgsm, SINGLE, 1),
+    "fat": (fat, INNER, 5),
+    "trades": (trades, INNER, 10),
+    "f+trades": (f_trades, INNER, 10),
+    "mart": (mart, INNER, 10),
+    "f+mart": (f_mart, INNER, 10),
+}
+GUIDED = {"m-deat": "deat", "m+pgd": "pgd", "m+trades": "trades", "m+mart": "mart"}
+
+
+def run(
+    method: str,
+    model: nn.Module,
+    batches_per_epoch: Sequence[Sequence[Batch]],
+    *,
+    lr: float,
+    seed_batch: Callable[[int, int], None],
+    gamma: float = 1.01,
+    eps: float = 8 / 255,
+    start_steps: int | None = None,
+) -> Trace:
+    """Trains ``model`` in place by SGD (momentum 0.9, weight decay 5e-4).
+
+    Args:
+        method: The paper's name in lower case: ``free-4``, ``deat-3``, ``deat-40%``, ``m-deat``, ``m+u-fgsm``, ...
+        model: Anything that maps images (N, C, H, W) to logits (N, K); it is put in train mode.
+        batches_per_epoch: For each epoch its batches of images and labels.
+        lr: The learning rate, constant.
+        seed_batch: Called with (epoch, batch) before each batch; seeds torch's global generator.
+        gamma: The relax parameter of the guided methods.
+        eps: The radius.
+        start_steps: The steps of the first epoch, where not the method's own.
+
+    Returns:
+        What each epoch did. The stopping rules are not applied: ask `ratio_rule` or `robustness_rule`.
+    """
+    parts = re.fullmatch(r"(free|deat|pgd|fat)-(\d+)(%?)", method)
+    guided = method in GUIDED
+    family = parts[1] if parts else GUIDED.get(method, method.removeprefix("m+"))
+    body, base_alpha, bound = (free, eps, 0) if family == "free" else BODIES[family]
+    number = int(parts[2]) if parts else bound
+    start = 1 if guided or family == "deat" else number
+    r = start = start if start_steps is None else start_steps
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+    carried: dict[str, Tensor] = {}
+    trace: Trace = []
+    model.train()
+    for t, batches in enumerate(batches_per_epoch):
+        alpha = max(base_alpha, eps / r) if guided else base_alpha  # Algorithm 4, line 3
+        trace.append(Epoch(steps=r))
+        loop = Loop(model, optimizer, eps, alpha, r, trace[-1], carried)
+        for i, (images, labels) in enumerate(batches):
+            seed_batch(t, i)
+            body(loop, images, labels)
+        if guided:
+            r = magnitude_rule([epoch.l_x for epoch in trace], start, gamma, bound)
+        elif family == "deat" and parts is not None:  # Algorithm 1, line 12
+            meets = trace[-1].accuracy > number / 100 if parts[3] else (t + 1) % number == 0
+            r = r + 1 if meets else r  # 13
+    return trace

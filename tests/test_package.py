@@ -1,0 +1,113 @@
+"""What is installed, and what importing it costs."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import deat_rb
+
+ROOT = Path(__file__).parents[1]
+
+
+def in_fresh_python(program: str) -> str:
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """Our wheel, built from a copy so that nothing is left in the working tree."""
+    copy = tmp_path_factory.mktemp("wheel") / "source"
+    copy.mkdir()
+    for name in ("deat_rb", "cli"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    build = "from setuptools import build_meta; build_meta.build_wheel('.')"
+    subprocess.run([sys.executable, "-c", build], cwd=copy, capture_output=True, check=True)
+    return zipfile.ZipFile(next(copy.glob("*.whl")))
+
+
+def read(wheel: zipfile.ZipFile, name: str) -> str:
+    return wheel.read(f"deat_rb-{deat_rb.__version__}.dist-info/{name}").decode()
+
+
+def test_only_deat_rb_is_installed(wheel: zipfile.ZipFile) -> None:
+    installed = {line.split("/")[0] for line in read(wheel, "RECORD").splitlines()}
+    assert installed == {"deat_rb", f"deat_rb-{deat_rb.__version__}.dist-info"}
+
+
+def test_every_source_file_is_installed(wheel: zipfile.ZipFile) -> None:
+    modules = {f"deat_rb/{path.name}" for path in (ROOT / "deat_rb").glob("*.py")}
+    commands = {f"deat_rb/cli/{path.name}" for path in (ROOT / "cli").glob("*.py")}
+    assert {*modules, *commands, "deat_rb/py.typed"} == {
+        name for name in wheel.namelist() if name.startswith("deat_rb/")
+    }
+
+
+def test_metadata(wheel: zipfile.ZipFile) -> None:
+    metadata = read(wheel, "METADATA").splitlines()
+    assert {"Name: deat-rb", "License-Expression: MIT", "Provides-Extra: test"} <= set(metadata)
+    assert read(wheel, "entry_points.txt").split() == ["[console_scripts]", "deat-rb", "=", "deat_rb.cli:main"]
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    program = """
+import sys
+before = set(sys.modules)
+import deat_rb
+new = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(sorted(new - set(sys.stdlib_module_names)))
+"""
+    assert in_fresh_python(program).strip() == "['deat_rb']"
+
+
+@pytest.mark.parametrize(
+    ("flags", "status"),
+    [(["--help"], 0), (["--version"], 0), (["trian"], 2), (["eval", "--help"], 0), (["train", "--help"], 0)],
+)
+def test_the_command_does_not_wait_for_heavy_packages(flags: list[str], status: int) -> None:
+    program = f"""
+import sys
+from click.testing import CliRunner
+from deat_rb.cli import main
+print("status:", CliRunner().invoke(main, {flags}).exit_code)
+heavy = {{"torch", "torchvision", "torchattacks", "robustbench", "matplotlib", "sklearn", "pydantic", "numpy"}}
+print("heavy:", sorted(heavy & set(sys.modules)))
+"""
+    assert in_fresh_python(program).splitlines() == [f"status: {status}", "heavy: []"]
+
+
+def test_every_name_is_there() -> None:
+    values = {name: getattr(deat_rb, name) for name in deat_rb.__all__}
+    assert set(values) <= set(dir(deat_rb))
+    objects = [name for name, value in values.items() if callable(value)]
+    assert sorted([*objects, "__version__"]) == sorted(deat_rb.__all__)
+
+
+def test_type_checkers_see_every_name() -> None:
+    tree = ast.parse((ROOT / "deat_rb" / "__init__.py").read_text())
+    guarded = next(node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in guarded.body if isinstance(node, ast.ImportFrom)]
+    assert sorted(["__version__", *(alias.name for node in imports for alias in node.names)]) == sorted(deat_rb.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    unknown = "nothing"
+    with pytest.raises(AttributeError, match="module 'deat_rb' has no attribute 'nothing'"):
+        getattr(deat_rb, unknown)
+
+
+def test_a_function_is_not_hidden_by_the_module_of_its_name() -> None:
+    program = """
+import json, deat_rb.evaluate, deat_rb.export, deat_rb
+print(json.dumps([callable(deat_rb.evaluate), callable(deat_rb.export)]))
+"""
+    assert json.loads(in_fresh_python(program)) == [True, True]

@@ -1,0 +1,111 @@
+"""The report: intervals, the worst case, what is kept on disk and what is refused there."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from deat_rb.errors import DeatError
+from deat_rb.report import AttackResult, Report, wilson
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    [
+        # By hand: z^2 = 3.841459; centre (0.5 + 0.0192073) / 1.0384146 = 0.5;
+        # half 1.959964 * sqrt(0.0025 + 0.0000960365) / 1.0384146 = 0.0961684.
+        (50, 100, 0.4038316, 0.5961684),
+        (0, 10, 0.0, 0.2775328),  # z^2 / (n + z^2) = 3.841459 / 13.841459
+        (10, 10, 0.7224672, 1.0),
+    ],
+)
+def test_wilson_interval(correct: int, total: int, low: float, high: float) -> None:
+    assert wilson(correct, total) == pytest.approx((low, high), abs=1e-6)
+
+
+NATURAL = torch.tensor([True, True, True, True, False])
+FGSM = torch.tensor([True, True, True, False, False])
+CW = torch.tensor([False, True, True, True, False])
+
+
+def report_of(**verdicts: torch.Tensor) -> Report:
+    """A report of examples whose verdicts are given, each attack having cost 2 s, 10 forwards and 5 backwards."""
+    results = [AttackResult.of(name, correct, seconds=2.0, forwards=10, backwards=5, parameters={"steps": 3},
+                               notes=("a note",))
+               for name, correct in verdicts.items()]
+    return Report.of(results, verdicts, eps=0.1, num_classes=2, seed=7, batch_size=4, device="cpu",
+                     versions={"python": "3.11"})
+
+
+def test_worst_case_is_per_example() -> None:
+    worst = report_of(natural=NATURAL, fgsm=FGSM, cw=CW).worst_case
+    assert (worst.n_correct, worst.n_examples, worst.accuracy) == (2, 5, 0.4)
+    assert (worst.seconds, worst.forwards, worst.backwards) == (6.0, 30, 15)
+    assert (worst.low, worst.high) == wilson(2, 5)
+    assert NATURAL.tolist() == [True, True, True, True, False], "the verdicts given are not written to"
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    report = report_of(natural=NATURAL, fgsm=FGSM, cw=CW).model_copy(update={"provenance": {"model": "runs/a"}})
+    file = report.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["eval-verdicts.safetensors", "eval.json"]
+    content = json.loads(file.read_text())
+    assert content["results"]["fgsm"]["n_correct"] == 3
+    assert content["provenance"] == {"model": "runs/a"}
+    assert "verdicts" not in content
+    assert "_verdicts" not in content
+    for where in (tmp_path, file):
+        again = Report.load(where)
+        assert again.model_dump() == report.model_dump()
+        assert list(again.verdicts) == ["natural", "fgsm", "cw"]
+        assert torch.equal(again.verdicts["natural"], NATURAL)
+        assert torch.equal(again.verdicts["cw"], CW)
+        assert again.verdicts["cw"].dtype == torch.bool
+    report.save(tmp_path / "other.json")
+    assert (tmp_path / "other-verdicts.safetensors").exists()
+    (tmp_path / "eval-verdicts.safetensors").unlink()
+    assert Report.load(tmp_path).verdicts == {}
+
+
+def test_load_refuses(tmp_path: Path) -> None:
+    file = report_of(natural=NATURAL, fgsm=FGSM).save(tmp_path)
+    report_of(natural=NATURAL, fgsm=NATURAL).save(tmp_path / "other.json")
+    (tmp_path / "other-verdicts.safetensors").replace(tmp_path / "eval-verdicts.safetensors")
+    with pytest.raises(DeatError, match="another report's verdicts"):
+        Report.load(file)
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"eps": "far"}))
+    with pytest.raises(DeatError, match="not an evaluation report: eps"):
+        Report.load(file)
+    file.write_text(json.dumps(content | {"schema_version": 99}))
+    with pytest.raises(DeatError, match="says 99"):
+        Report.load(file)
+    file.write_text("[1]")
+    with pytest.raises(DeatError, match="says None"):
+        Report.load(file)
+    with pytest.raises(DeatError, match="does not exist"):
+        Report.load(tmp_path / "nowhere")
+
+
+def test_report_is_frozen_and_has_a_schema() -> None:
+    report = report_of(natural=NATURAL)
+    with pytest.raises(ValueError, match="frozen"):
+        setattr(report, "eps", 0.2)  # noqa: B010 - mypy refuses the assignment, too
+    assert "worst_case" in Report.model_json_schema()["properties"]
+
+
+def test_table() -> None:
+    from rich.console import Console
+
+    console = Console(width=100, file=io.StringIO())
+    with console.capture() as printed:
+        console.print(report_of(natural=NATURAL, fgsm=FGSM, cw=CW).table())
+    lines = [line.split() for line in printed.get().splitlines()]
+    fgsm = next(line for line in lines if "fgsm" in line)
+    assert "60.00" in fgsm
+    assert "2.0" in fgsm
+    assert next(line for line in lines if "worst" in line)[2:5] == ["case", "│", "40.00"]
