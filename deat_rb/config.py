@@ -38,7 +38,7 @@ class TrainOptions(BaseModel):
     lr_schedule: LrSchedule | None = None
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(5e-4, ge=0, allow_inf_nan=False)
-    batch_size: int = Field(128, ge=2)
+    batch_size: int | None = Field(None, ge=2)
     eps: float | None = None
     alpha: float | None = Field(None, gt=0, allow_inf_nan=False)
     steps: int | None = Field(None, ge=0)
@@ -104,15 +104,17 @@ class DatasetDefaults(BaseModel):
         arch: The architecture.
         eps: The radius.
         epoch_factor: How many times the setting's epochs: a small data set needs more of them for as many updates.
+        batch_size: Images per mini-batch.
     """
 
     arch: str = "preactresnet18"
     eps: float = 8 / 255
     epoch_factor: int = 1
+    batch_size: int = 128
 
 
 DATASET_DEFAULTS = {
-    "digits": DatasetDefaults(arch="wrn-10-2", eps=0.15, epoch_factor=3),
+    "digits": DatasetDefaults(arch="wrn-10-1", eps=0.1, epoch_factor=2, batch_size=64),
     "cifar10": DatasetDefaults(),
     "cifar100": DatasetDefaults(),
     "folder": DatasetDefaults(),

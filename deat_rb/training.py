@@ -27,7 +27,6 @@ from deat_rb.threat import check_eps, format_fraction
 from deat_rb.trainers import ReplayTrainer, Trainer
 
 
-
 @dataclass(eq=False)
 class Plan:
     """A run that is ready to start and has written nothing yet.
@@ -125,9 +124,12 @@ def plan(options: TrainOptions) -> Plan:
     config = RunConfig.model_validate(
         {
             **options.model_dump(),
+            "batch_size": defaults.batch_size,
             **setting,
             **given,
             "method": method,
+            "data_dir": _absolute(options.data_dir),
+            "init_from": _absolute(options.init_from),
             "eps": eps,
             "arch": spec.arch,
             "image_size": size,
@@ -147,6 +149,10 @@ def plan(options: TrainOptions) -> Plan:
     return Plan(config, data, train, val, trainer)
 
 
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).resolve())
+
+
 def _initial(config: RunConfig) -> NormalizedModel:
     with randomness.preserved():
         randomness.seed_global(config.seed, "weights")
@@ -157,7 +163,7 @@ def _initial(config: RunConfig) -> NormalizedModel:
 
 
 def default_val_size(images: int) -> int:
-    """How many images are held out: 1,000 of CIFAR-10's 50,000, in proportion for fewer, but 100 where that is a fifth."""
+    """How many are held out: 1,000 of CIFAR-10's 50,000, in proportion for fewer, but 100 if a fifth allows it."""
     return max(min(100, images // 5), min(1000, images // 50))
 
 
