@@ -160,7 +160,7 @@ class PGD(QuietAttack):
         else:
             adv, stats = self._every_step(images, labels, clean, adv)
         if clean is not None:
-            stats.forwards += 1
+            stats.forwards = stats.forwards + 1
         return adv, stats
 
     def begin(self, images: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ eval.json            the last evaluation
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -73,9 +74,12 @@ class RunDirectory:
             raise DeatError(
                 f"the run directory {path} cannot be made ({error.strerror}); choose another --output"
             ) from None
-        run = cls(path, config)
-        write_json(path / CONFIG, config.model_dump(mode="json"))
-        return run
+        try:
+            write_json(path / CONFIG, config.model_dump(mode="json"))
+        except DeatError:
+            path.rmdir()
+            raise
+        return cls(path, config)
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
@@ -125,11 +129,24 @@ class RunDirectory:
         write_json(self.path / f"{which}.json", {**asdict(row), "sha256": sha256_tensors(tensors)})
 
     def append(self, row: EpochStats) -> None:
-        """Adds an epoch to ``metrics.jsonl``, on the disk before this returns."""
-        with open(self.path / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(row), allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Adds an epoch to ``metrics.jsonl``, on the disk before this returns.
+
+        Raises:
+            DeatError: If it cannot be written; then the file is as it was.
+        """
+        path = self.path / METRICS
+        line = (json.dumps(asdict(row), allow_nan=False) + "\n").encode()
+        before = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "ab", buffering=0) as file:
+                written = file.write(line)
+                os.fsync(file.fileno())
+            if written != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if path.exists():
+                os.truncate(path, before)
+            raise DeatError(f"{path} cannot be written ({error.strerror}); the epochs before are kept") from None
 
     def rows(self) -> list[EpochStats]:
         """The epochs so far.

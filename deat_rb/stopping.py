@@ -91,9 +91,9 @@ class RobustnessDrop(StoppingRule):
 class GradientRatio(StoppingRule):
     """M+U-FGSM's rule (Algorithm 5, Equation 8): stop when l_X surges.
 
-    From epoch m + 1 on R^t = (l_X^t - l_X^{t-m}) / m, and training ends when R^t > gamma * R^{t-1}. Taken literally
-    that fires on noise and, with negative ratios, while l_X falls; so R^t has to be more than ``guard`` times l_X^{t-m}
-    as well.
+    R^t = (l_X^t - l_X^{t-m}) / m, and training ends when R^t > gamma * R^{t-1}, from epoch m + 2 on. Taken literally that
+    fires on noise and, with negative ratios, while l_X falls; so R^t has to be more than ``guard`` times l_X^{t-m} as
+    well.
 
     Args:
         m: The distance of the epochs compared.
@@ -117,10 +117,10 @@ class GradientRatio(StoppingRule):
         """Compares the changing ratio with the epoch's before."""
         self.l_x = [*self.l_x, stats.l_x][-(self.m + 2) :]
         ratio, before = self._ratio(-1), self._ratio(-2)
-        if ratio is None:
+        if ratio is None or before is None:
             return None
         base = self.l_x[-1 - self.m]
-        if ratio > self.guard * base and (before is None or ratio > self.gamma * before):
+        if ratio > self.guard * base and ratio > self.gamma * before:
             reason = f"l_X rose by {ratio / base:.0%} an epoch (R = {ratio:.4g}) up to epoch {stats.epoch}"
             return Stop(reason, keep=stats.epoch - 1)
         return None

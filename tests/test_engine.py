@@ -1,0 +1,149 @@
+"""Devices, precisions and the update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torchattacks
+from torch import nn
+from torch.optim import SGD
+from training_problems import images_and_labels, made
+
+import deat_rb
+from deat_rb.engine import Engine, Precision, resolve_device, resolve_precision
+from deat_rb.errors import DeatError
+from deat_rb.trainers import Trainer
+
+CPU = torch.device("cpu")
+
+
+def test_devices() -> None:
+    assert resolve_device("cpu") == CPU
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else resolve_device().type)
+
+
+@pytest.mark.parametrize("name", ["cuda:63", "gpu", "", "meta"])
+def test_devices_that_are_not_there(name: str) -> None:
+    with pytest.raises(DeatError, match=f"there is no device '{name}' here; --device auto takes the best"):
+        resolve_device(name)
+
+
+def test_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_precision("fp32", CPU) == "fp32"
+    assert resolve_precision("bf16", CPU) == "bf16"
+    with pytest.raises(DeatError, match="fp16 does not train on a CPU; use --precision bf16, fp32 or auto"):
+        resolve_precision("fp16", CPU)
+    with pytest.raises(DeatError, match="no precision 'bf61': did you mean 'bf16'"):
+        resolve_precision("bf61", CPU)
+    for bf16, amx, expected in ((True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda bf16=bf16: bf16)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        assert resolve_precision("auto", CPU) == expected
+    for capability, expected in (((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert resolve_precision("auto", torch.device("cuda")) == expected
+
+
+def test_descend_gives_the_gradient_before_the_update() -> None:
+    """Of w x^2 at w = 3, x = 2: 2 w x = 12 with respect to x, x^2 = 4 to w, so that w = 3 - 0.5 * 4 = 1."""
+    w, x = nn.Parameter(torch.tensor(3.0)), torch.tensor(2.0, requires_grad=True)
+    w.grad = torch.tensor(100.0)
+    gradient = Engine().descend(w * x**2, SGD([w], lr=0.5), x)
+    assert (float(gradient), float(w)) == (12.0, 1.0)
+    assert float(Engine().descend(w * x.detach() ** 2, SGD([w], lr=0.5), x.detach())) == 0
+
+
+def test_autocast_is_the_precision_s() -> None:
+    model, (images, _) = made(), images_and_labels()
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        engine = Engine("cpu", precision)  # type: ignore[arg-type]
+        with engine.autocast():
+            assert model(images).dtype == dtype
+
+
+def test_model_and_images_are_laid_out_in_channels_last() -> None:
+    engine = Engine()
+    model = engine.prepare(made())
+    images, labels = engine.receive(*images_and_labels())
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(images, images_and_labels()[0])
+    assert labels.dtype == torch.int64
+
+
+def test_peak_memory_is_in_bytes() -> None:
+    """A process that has imported torch takes more than 50 MB and less than 100 GB."""
+    assert 50e6 < Engine().peak_memory() < 100e9
+
+
+def test_bf16_sees_the_gradient_magnitude_of_fp32() -> None:
+    for name in ("pgd-2", "deat-2", "mart"):
+        seen = [l_x_of(name, precision, "cpu") for precision in ("fp32", "bf16")]
+        assert seen[1] == pytest.approx(seen[0], rel=0.05), name
+
+
+def l_x_of(name: str, precision: Precision, device: str) -> float:
+    model = made().eval().to(device)
+    trainer = MADE.get(name, lambda model: deat_rb.create(name, model))(model)
+    images, labels = images_and_labels(64, size=32)
+    torch.manual_seed(1)
+    stats = trainer.training_step(
+        images.to(device), labels.to(device), SGD(model.parameters(), lr=0.01), Engine(device, precision)
+    )
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+    assert bool(stats.loss.isfinite())
+    return float(stats.l_x)
+
+
+MADE: dict[str, Callable[[nn.Module], Trainer]] = {
+    "torchattacks": lambda model: deat_rb.AttackTrainer(torchattacks.PGD(model, steps=2))
+}
+NAMES = ["standard", "pgd-2", "m-deat", "free-3", "trades", "mart", "fat-2", "f+mart", "torchattacks"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_on_a_gpu_sees_the_gradient_magnitude_of_fp32(name: str, precision: Precision) -> None:
+    """The noise of TRADES' start is at the resolution of half precision, so its l_X is only known to be finite."""
+    expected, seen = l_x_of(name, "fp32", "cuda"), l_x_of(name, precision, "cuda")
+    if name not in ("trades", "f+mart"):
+        assert seen == pytest.approx(expected, rel=0.05)
+
+
+@contextmanager
+def syncs_raise() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_training_step_on_a_gpu_does_not_wait(name: str, precision: Precision) -> None:
+    model = made().cuda()
+    trainer = MADE.get(name, lambda model: deat_rb.create(name, model))(model)
+    engine = Engine("cuda", precision)
+    optimizer = SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    images, labels = (part.cuda() for part in images_and_labels(16))
+    trainer.training_step(images, labels, optimizer, engine)
+    with syncs_raise():
+        stats = trainer.training_step(images, labels, optimizer, engine)
+    assert bool(stats.loss.isfinite())
+
+
+@pytest.mark.gpu
+def test_fit_on_a_gpu_trains_and_gives_the_generators_back() -> None:
+    state = torch.cuda.get_rng_state()
+    model = made()
+    history = deat_rb.create("m-deat", model).fit([images_and_labels(16)] * 2, epochs=2, device="cuda", precision="bf16")
+    assert next(model.parameters()).device.type == "cuda"
+    assert history.steps == [1, 2]
+    assert history.rows[-1].peak_memory > 0
+    assert torch.equal(torch.cuda.get_rng_state(), state)
