@@ -10,7 +10,7 @@ from .options import fraction, json_file, names
 
 
 @click.command("eval")
-@click.argument("target", metavar="RUN|CHECKPOINT", type=click.Path(path_type=Path))
+@click.argument("targets", metavar="RUN|CHECKPOINT...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--attacks", type=names, default="fgsm,pgd-100,cw-20", show_default=True, metavar="A,B,...",
               help="natural, fgsm, pgd-N, cw-N, autoattack.")  # fmt: skip
 @click.option("--autoattack", is_flag=True, help="AutoAttack's standard version as well.")
@@ -28,7 +28,7 @@ from .options import fraction, json_file, names
 @click.option("--image-size", type=int, metavar="N", help="To which a folder's images are resized.")
 @click.option("--num-classes", type=int, metavar="N", help="A checkpoint's logits, if more than the data's classes.")
 def evaluate(
-    target: Path,
+    targets: tuple[Path, ...],
     attacks: tuple[str, ...],
     autoattack: bool,
     n_examples: int | None,
@@ -46,13 +46,16 @@ def evaluate(
     """Attack a trained network and report its robust accuracy.
 
     A run knows its network, its data and its eps, and keeps the report as eval.json. A checkpoint is any state dict;
-    say with --arch and --dataset what it is. One without mean and std takes images in [0, 1] as they are.
+    say with --arch and --dataset what it is. One without mean and std takes images in [0, 1] as they are. Of several
+    runs, such as one method's seeds, the mean and the standard deviation are reported as well.
     """
     from rich.console import Console
 
     from deat_rb.engine import resolve_device
     from deat_rb.evaluate import evaluate, parse_attacks
+    from deat_rb.errors import DeatError
     from deat_rb.progress import EvaluationProgress
+    from deat_rb.report import means
     from deat_rb.subject import open_subject
     from deat_rb.threat import check_eps
 
@@ -60,21 +63,33 @@ def evaluate(
     if eps is not None:
         check_eps(eps, "--eps")
     where = resolve_device(device)
-    subject = open_subject(target, arch=arch, dataset=dataset, data_dir=data_dir, image_size=image_size,
-                           num_classes=num_classes)  # fmt: skip
-    images, labels = subject.examples(n_examples)
-    with EvaluationProgress(len(labels)) as progress:
-        report = evaluate(subject.model, images, labels, attacks=chosen, eps=eps or subject.eps, batch_size=batch_size,
-                          seed=seed, device=where, progress=progress)  # fmt: skip
-    report = report.model_copy(update={"provenance": subject.provenance})
-
+    if json_path is not None and len(targets) > 1:
+        raise DeatError(
+            f"--json {json_path} holds one report, and {len(targets)} are asked for; each run keeps its own"
+        )
+    subjects = [
+        open_subject(
+            target, arch=arch, dataset=dataset, data_dir=data_dir, image_size=image_size, num_classes=num_classes
+        )
+        for target in targets
+    ]
     console = Console()
-    console.print(report.table())
-    if "note" in subject.provenance:
-        console.print(f"note: {subject.provenance['note']}", highlight=False, soft_wrap=True)
-    for result in report.results.values():
-        for note in result.notes:
-            console.print(f"{result.name}: {note}", highlight=False, soft_wrap=True)
-    for place in (subject.run, json_path):
-        if place is not None:
-            console.print(f"written: {report.save(place)}", highlight=False, soft_wrap=True)
+    reports = []
+    for subject in subjects:
+        images, labels = subject.examples(n_examples)
+        with EvaluationProgress(len(labels)) as progress:
+            report = evaluate(subject.model, images, labels, attacks=chosen, eps=eps or subject.eps,
+                              batch_size=batch_size, seed=seed, device=where, progress=progress)  # fmt: skip
+        report = report.model_copy(update={"provenance": subject.provenance})
+        reports.append(report)
+        console.print(report.table())
+        if "note" in subject.provenance:
+            console.print(f"note: {subject.provenance['note']}", highlight=False, soft_wrap=True)
+        for result in report.results.values():
+            for note in result.notes:
+                console.print(f"{result.name}: {note}", highlight=False, soft_wrap=True)
+        for place in (subject.run, json_path):
+            if place is not None:
+                console.print(f"written: {report.save(place)}", highlight=False, soft_wrap=True)
+    if len(reports) > 1:
+        console.print(means(reports))

@@ -27,6 +27,14 @@ def names(text: str) -> tuple[str, ...]:
     return found
 
 
+def seed_list(text: str) -> tuple[int, ...]:
+    """Reads a list of seeds such as ``0,1,2``."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"'{text}' is not a list of whole numbers such as 0,1,2") from None
+
+
 def json_file(text: str) -> Path:
     """Reads the name of a JSON file to be written later, which had better be possible then."""
     path = Path(text)

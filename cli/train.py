@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import fraction
+from .options import fraction, seed_list
 
 
 @click.command()
@@ -39,6 +39,9 @@ from .options import fraction
 @click.option("--precision", help="fp32, bf16, fp16 or auto.")
 @click.option("--device", help="cpu, cuda, cuda:1, mps or auto.  [default: auto]")
 @click.option("--seed", type=int, help="Fixes every random number.  [default: 0]")
+@click.option(
+    "--seeds", type=seed_list, metavar="0,1,2", help="Train with each of these seeds, and report mean and deviation."
+)
 @click.option("--select", help="Which epoch is the result: best (on validation) or last.")
 @click.option(
     "--config", type=click.Path(path_type=Path), help="Take options from a run's config.json; flags override."
@@ -46,23 +49,32 @@ from .options import fraction
 @click.option("--name", help="The run's name.")
 @click.option("--output", default="runs", show_default=True, help="The folder of the runs.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and its costs, and train nothing.")
-def train(config: Path | None, name: str | None, output: str, dry_run: bool, **flags: Any) -> None:
+def train(
+    config: Path | None, name: str | None, output: str, dry_run: bool, seeds: tuple[int, ...] | None, **flags: Any
+) -> None:
     """Train a network by one of the methods.
 
     Without options: M+TRADES on the embedded digits, a few minutes on a laptop. Images are in [0, 1], and so are --eps
     and --alpha. The run directory keeps configuration, metrics, weights and curves.
     """
     from deat_rb.config import make_options, read_options
-    from deat_rb.progress import TrainingProgress, print_plan, print_result
-    from deat_rb.training import plan
+    from deat_rb.progress import TrainingProgress, print_plan, print_result, print_seeds
+    from deat_rb.training import plan, train_seeds
     from deat_rb.training import train as run_training
 
     options = read_options(config) if config is not None else {}
     options |= {key: value for key, value in flags.items() if value is not None}
-    planned = plan(make_options({"method": "m+trades", **options}))
+    asked = make_options({"method": "m+trades", **options})
+    planned = plan(asked)
     print_plan(planned)
     if dry_run:
         return
     with TrainingProgress() as progress:
-        run, history = run_training(planned, output=output, name=name, reporter=progress)
-    print_result(run, history)
+        if seeds:
+            results = train_seeds(asked, seeds, output=output, name=name, reporter=progress)
+        else:
+            results = [run_training(planned, output=output, name=name, reporter=progress)]
+    for run, history in results:
+        print_result(run, history)
+    if seeds:
+        print_seeds(results)

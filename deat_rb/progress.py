@@ -179,6 +179,26 @@ def print_plan(planned: Plan) -> None:
         print(f"{name:<10} {text}")
 
 
+def print_seeds(results: list[tuple[RunDirectory, History]]) -> None:
+    """Prints what several seeds came to: mean and standard deviation."""
+    from deat_rb.training import mean_and_std
+
+    chosen = [next(row for row in history.rows if row.epoch == history.selected) for _, history in results]
+    figures = {
+        "validation natural, %": [100 * row.val_acc for row in chosen if row.val_acc is not None],
+        "validation PGD-20, %": [100 * row.val_robust_acc for row in chosen if row.val_robust_acc is not None],
+        "backward passes": [history.backwards for _, history in results],
+        "epochs": [float(len(history.rows)) for _, history in results],
+        "training seconds": [sum(row.seconds for row in history.rows) for _, history in results],
+    }
+    print(f"{len(results)} seeds, mean and standard deviation:")
+    for name, values in figures.items():
+        if values:
+            mean, std = mean_and_std(values)
+            print(f"  {name:<22} {mean:,.2f} ± {std:,.2f}")
+    print("next       deat-rb eval " + " ".join(str(run.path) for run, _ in results))
+
+
 def print_result(run: RunDirectory, history: History) -> None:
     """Prints where a run ended and what to do with it next."""
     chosen = next(row for row in history.rows if row.epoch == history.selected)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import NormalDist
+from statistics import NormalDist, fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deat_rb.errors import DeatError
 from deat_rb.files import load_tensors, read_json, save_tensors, write_json
+from deat_rb.threat import format_fraction
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -196,7 +197,7 @@ class Report(BaseModel):
         """Lays the figures out for a terminal."""
         from rich.table import Table
 
-        table = Table(title=f"accuracy on {self.n_examples} images, eps {self.eps:.5g}")
+        table = Table(title=f"accuracy on {self.n_examples} images, eps {format_fraction(self.eps)}")
         table.add_column("attack")
         for column in ("accuracy", "correct", "95 % interval", "seconds"):
             table.add_column(column, justify="right")
@@ -210,6 +211,19 @@ class Report(BaseModel):
                 f"{result.seconds:.1f}",
             )
         return table
+
+
+def means(reports: Sequence[Report]) -> Table:
+    """Lays out each attack's mean accuracy over several reports, and the sample standard deviation."""
+    from rich.table import Table
+
+    table = Table(title=f"mean and standard deviation over {len(reports)} evaluations")
+    table.add_column("attack")
+    table.add_column("accuracy", justify="right")
+    for name in reports[0].results:
+        values = [100 * report.results[name].accuracy for report in reports]
+        table.add_row(name, f"{fmean(values):.2f} ± {stdev(values):.2f} %")
+    return table
 
 
 def _json_file(path: str | Path) -> Path:

@@ -91,9 +91,9 @@ class RobustnessDrop(StoppingRule):
 class GradientRatio(StoppingRule):
     """M+U-FGSM's rule (Algorithm 5, Equation 8): stop when l_X surges.
 
-    R^t = (l_X^t - l_X^{t-m}) / m, and training ends when R^t > gamma * R^{t-1}, from epoch m + 2 on. Taken literally that
-    fires on noise and, with negative ratios, while l_X falls; so R^t has to be more than ``guard`` times l_X^{t-m} as
-    well.
+    R^t = (l_X^t - l_X^{t-m}) / m, and training ends when R^t > gamma * R^{t-1}, from epoch m + 2 on. Taken literally
+    that fires on noise and, with negative ratios, while l_X falls; so R^t has to be more than ``guard`` times l_X^{t-m}
+    as well.
 
     Args:
         m: The distance of the epochs compared.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -103,7 +104,7 @@ def plan(options: TrainOptions) -> Plan:
     Raises:
         DeatError: If any of it is not admissible.
     """
-    method, row = recipe(options.method)
+    method, row = recipe(_for_dataset(options.method, options.dataset))
     defaults = dataset_defaults(options.dataset)
     arch = options.arch or defaults.arch
     setting = setting_defaults(options.setting, row, arch)
@@ -147,6 +148,12 @@ def plan(options: TrainOptions) -> Plan:
         )
     trainer = create(method, _initial(config), eps=eps, **config.method_options())
     return Plan(config, data, train, val, trainer)
+
+
+def _for_dataset(method: str, dataset: str) -> str:
+    """The P that ``deat-P%`` stands for on a data set: 20 on CIFAR-100, 40 elsewhere (section 5.1)."""
+    percent = 20 if dataset == "cifar100" else 40
+    return f"deat-{percent}%" if method.strip().lower() in ("deat-p%", "deat-%") else method
 
 
 def _absolute(path: str | None) -> str | None:
@@ -235,6 +242,41 @@ def train(
         if rows:
             plot_curves(rows, run.path / CURVES, title=f"{config.method} on {config.dataset}, {config.arch}")
     return run, history
+
+
+def train_seeds(
+    options: TrainOptions,
+    seeds: Sequence[int],
+    *,
+    output: str | Path = "runs",
+    name: str | None = None,
+    reporter: Reporter | None = None,
+) -> list[tuple[RunDirectory, History]]:
+    """Trains the same with one seed after another.
+
+    Args:
+        options: What is asked for; their seed is not used.
+        seeds: The seeds, each once.
+        output: The folder of all runs.
+        name: The runs' name, to which ``-s`` and the seed are added.
+        reporter: Is told how each goes.
+
+    Raises:
+        DeatError: If something is not admissible or one of the names is taken; then nothing has been written.
+    """
+    if len(set(seeds)) != len(seeds) or not seeds:
+        raise DeatError(f"--seeds {','.join(map(str, seeds))} has to name different seeds; give such as 0,1,2")
+    plans = [plan(options.model_copy(update={"seed": seed})) for seed in seeds]
+    names = [f"{name}-s{p.config.seed}" if name else default_name(p.config) for p in plans]
+    for each in names:
+        if (Path(output) / check_name(each)).exists():
+            raise DeatError(f"there is a run at {Path(output) / each} already; choose another --name or --output")
+    return [train(p, output=output, name=each, reporter=reporter) for p, each in zip(plans, names, strict=True)]
+
+
+def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and the sample standard deviation (0 for a single value), as the paper's Tables 6 and 7 give them."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def versions() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import pytest
 import torch
@@ -173,8 +174,8 @@ def test_normalised_images_are_taken_as_torchattacks_takes_them() -> None:
 
 
 def test_train_mode_is_torchattacks_in_train_mode() -> None:
-    model = small_network().train()
-    model[3].p = 0.0  # dropout draws from the generator that the start is drawn from
+    model = small_network()
+    model[3] = nn.Identity()  # for the dropout, which draws from the generator that the start is drawn from
     images, labels = batch_for(model)
     theirs = torchattacks.PGD(model, steps=3)
     theirs.set_model_training_mode(model_training=True, batchnorm_training=True, dropout_training=True)
@@ -310,10 +311,10 @@ def test_an_example_stops_tau_steps_after_it_is_misclassified(mode: AttackMode, 
     assert float(stats.forwards) == pytest.approx(passes / 6)
 
 
-def crafting(model: nn.Module, mode: AttackMode, **options: int) -> PGD:
+def crafting(model: nn.Module, mode: AttackMode, *, tau: int, steps: int) -> PGD:
     """A friendly attack whose model is in the mode that a call would set."""
     model.train(mode == "train")
-    return PGD(model, eps=0.4, alpha=0.1, start="none", attack_mode=mode, **options)
+    return PGD(model, eps=0.4, alpha=0.1, start="none", attack_mode=mode, tau=tau, steps=steps)
 
 
 def test_outputs_stay_with_their_labels() -> None:
@@ -510,7 +511,7 @@ REFUSALS: list[tuple[Callable[[nn.Module], object], str]] = [
     (lambda m: PGD(m, alpha=math.nan), r"alpha = nan is not positive"),
     (lambda m: PGD(m, tau=-1), r"tau = -1 is negative"),
     (lambda m: PGD(m, eps=8), r"eps = 8 is outside \(0, 1\]"),
-    (lambda m: PGD(m, **{"attack_mode": "evil"}), r"attack_mode = 'evil' is neither 'train' nor 'eval'"),
+    (lambda m: PGD(m, attack_mode=cast(AttackMode, "evil")), r"attack_mode = 'evil' is neither 'train' nor 'eval'"),
 ]
 
 

@@ -79,12 +79,14 @@ def test_a_steady_rise_is_no_surge() -> None:
     assert replay(GradientRatio(m=1, gamma=1.2), by_l_x(steady)) is not None
 
 
-def test_nothing_is_compared_before_there_are_m_epochs() -> None:
+def test_nothing_is_compared_before_there_are_two_ratios() -> None:
+    # Early l_X may climb as steeply as it likes: R^{m+1} has no ratio before it.
     for m in (1, 2, 3):
-        assert replay(GradientRatio(m=m), by_l_x([1.0, 50.0, 1e6][:m])) is None
-        stop = replay(GradientRatio(m=m), by_l_x([*[1.0] * m, 100.0]))
+        assert replay(GradientRatio(m=m), by_l_x([1.0, 50.0, 1e4, 1e6][: m + 1])) is None
+        stop = replay(GradientRatio(m=m), by_l_x([*[1.0] * (m + 1), 100.0]))
         assert stop is not None
-        assert stop.keep == m
+        assert stop.keep == m + 1
+    assert replay(GradientRatio(), by_l_x([10.0, 13.0, 16.0, 19.0, 22.0, 25.0])) is None
 
 
 def test_m_is_the_distance_of_the_epochs_compared() -> None:

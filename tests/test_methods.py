@@ -1,0 +1,458 @@
+"""The table of methods: its rows, the names they go by, what overrides them, and rows of one's own."""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from small_problems import Plane, plane_images
+from torch import Tensor, nn
+from torch.optim import SGD
+
+import deat_rb
+from deat_rb import losses, methods
+from deat_rb.attacks import PGD
+from deat_rb.cli import main
+from deat_rb.errors import DeatError
+from deat_rb.methods import Recipe, create, describe, explain, known_methods, method_table, recipe, register_method
+from deat_rb.schedules import AccuracyThreshold, Constant, EveryDEpochs, GradientMagnitude
+from deat_rb.stopping import GradientRatio, RobustnessDrop
+from deat_rb.trainers import AttackTrainer, ReplayTrainer
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "own_method.md"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "_registered", {})
+
+
+# ------------------------------------------------------------------------------------------------ the rows
+
+# name: trainer, steps of the first epoch, alpha in 255ths, start, crafting loss, tau, mode, surrogate,
+#       schedule and its numbers, stopping rule and its numbers, epochs of the fast setting
+TABLE: dict[str, tuple[Any, ...]] = {
+    "standard": ("Attack", 0, 2, "none", "ce", None, "train", "ce", Constant, {}, None, {}, 10),
+    "free-8": ("Replay, carried", 8, 8, "none", "ce", None, "train", "ce", Constant, {}, None, {}, 10),
+    "deat-3": (
+        "Replay", 1, 10, "uniform", "ce", None, "train", "ce",
+        EveryDEpochs, {"every": 3, "max_steps": None}, None, {}, 12,
+    ),
+    "deat-40%": (
+        "Replay", 1, 10, "uniform", "ce", None, "train", "ce",
+        AccuracyThreshold, {"threshold": 0.4, "max_steps": None}, None, {}, 11,
+    ),
+    "m-deat": (
+        "Replay", 1, 10, "uniform", "ce", None, "train", "ce", GradientMagnitude, {"max_steps": 8}, None, {}, 11,
+    ),
+    "pgd-7": ("Attack", 7, 2, "uniform", "ce", None, "train", "ce", Constant, {}, None, {}, 10),
+    "m+pgd": (
+        "Attack", 1, 2, "uniform", "ce", None, "train", "ce", GradientMagnitude, {"max_steps": 7}, None, {}, 10,
+    ),
+    "u-fgsm": (
+        "Attack", 1, 10, "uniform", "ce", None, "train", "ce",
+        Constant, {}, RobustnessDrop, {"drop": 0.2, "validation_steps": 5}, 15,
+    ),
+    "m+u-fgsm": (
+        "Attack", 1, 10, "uniform", "ce", None, "train", "ce",
+        Constant, {}, GradientRatio, {"m": 2, "gamma": 1.5, "guard": 0.05}, 15,
+    ),
+    "fat-5": ("Attack", 5, 2, "normal", "ce", 3, "eval", "ce", Constant, {}, None, {}, 10),
+    "trades": ("Attack", 10, 2, "normal", "kl", None, "train", "trades", Constant, {}, None, {}, 10),
+    "f+trades": ("Attack", 10, 2, "normal", "kl", 3, "eval", "trades", Constant, {}, None, {}, 10),
+    "m+trades": (
+        "Attack", 1, 2, "normal", "kl", None, "train", "trades", GradientMagnitude, {"max_steps": 10}, None, {}, 10,
+    ),
+    "mart": ("Attack", 10, 2, "normal", "ce", None, "train", "mart", Constant, {}, None, {}, 10),
+    "f+mart": ("Attack", 10, 2, "normal", "kl", 3, "eval", "mart", Constant, {}, None, {}, 10),
+    "m+mart": (
+        "Attack", 1, 2, "normal", "ce", None, "train", "mart", GradientMagnitude, {"max_steps": 10}, None, {}, 10,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_row_has_the_papers_numbers(name: str) -> None:
+    kind, steps, alpha, start, craft, tau, mode, loss, schedule, numbers, stopping, stop_numbers, epochs = TABLE[name]
+    trainer = create(name, Plane())
+    attack = trainer.crafter
+    assert trainer.attack == name
+    assert isinstance(attack, PGD)
+    if isinstance(trainer, ReplayTrainer):
+        assert kind == ("Replay, carried" if trainer.carry else "Replay")
+    else:
+        assert isinstance(trainer, AttackTrainer)
+        assert kind == "Attack"
+    assert (trainer.steps, attack.steps) == (steps, steps)
+    assert trainer.base_alpha == pytest.approx(alpha / 255)
+    assert attack.eps == pytest.approx(8 / 255)
+    assert (attack.start, attack.loss, attack.tau) == (start, craft, tau)
+    assert attack._model_training == (mode == "train")
+    assert trainer.loss.name == loss
+    assert type(trainer.schedule) is schedule
+    assert {key: getattr(trainer.schedule, key) for key in numbers} == numbers
+    assert (type(trainer.stopping) if trainer.stopping else None) is stopping
+    assert {key: getattr(trainer.stopping, key) for key in stop_numbers} == stop_numbers
+    row = recipe(name)[1]
+    assert row.fast_epochs == epochs
+    assert row.guided == (schedule is GradientMagnitude)
+
+
+def test_the_table_has_these_sixteen_methods_in_this_order() -> None:
+    assert known_methods() == list(TABLE)
+    assert [row.name for row in method_table()] == list(TABLE)
+
+
+@pytest.mark.parametrize(("name", "largest"), [("m-deat", 8), ("m+pgd", 7), ("m+trades", 10), ("m+mart", 10)])
+def test_guided_rows_raise_alpha_to_eps_over_r_up_to_their_bound(name: str, largest: int) -> None:
+    trainer = create(name, Plane())
+    base = 10 if name == "m-deat" else 2
+    for steps in range(1, largest + 1):
+        trainer.steps = steps
+        assert trainer.crafter.steps == steps
+        assert trainer.alpha == pytest.approx(max(base, 8 / steps) / 255)
+    trainer.schedule._rise()
+    assert trainer.steps == largest
+
+
+@pytest.mark.parametrize(
+    ("name", "clean", "missed"), [("trades", math.log(4 / 3), 1.0), ("mart", math.log(2) - math.log(0.5001), 0.25)]
+)
+def test_the_regularisers_weight_is_six(name: str, clean: float, missed: float) -> None:
+    # Clean prediction (3/4, 1/4), adversarial (1/2, 1/2), label 0; KL = 3/4 ln 3 - ln 2.
+    sure, unsure, label = torch.tensor([[math.log(3.0), 0.0]]), torch.zeros(1, 2), torch.tensor([0])
+    kl = 0.75 * math.log(3) - math.log(2)
+    for prefix in ("", "f+", "m+"):
+        found = create(prefix + name, Plane()).loss.function(unsure, label, sure)
+        assert found.item() == pytest.approx(clean + 6 * kl * missed, rel=1e-5)
+    half = create(name, Plane(), beta=3.0).loss.function(unsure, label, sure)
+    assert half.item() == pytest.approx(clean + 3 * kl * missed, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_every_row_takes_a_training_step(name: str, tiny_model: nn.Module) -> None:
+    trainer = create(name, tiny_model.train())
+    images = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    before = {key: value.clone() for key, value in tiny_model.state_dict().items()}
+    stats = trainer.training_step(images, torch.arange(6) % 4, SGD(tiny_model.parameters(), lr=0.1))
+    assert stats.examples == 6
+    assert math.isfinite(float(stats.loss))
+    assert (float(stats.l_x) > 0) == (name != "standard")
+    assert any(not torch.equal(value, before[key]) for key, value in tiny_model.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------------ names
+
+
+@pytest.mark.parametrize(
+    ("written", "canonical"),
+    [
+        *[(name.upper(), name) for name in TABLE],
+        ("M+TRADE", "m+trades"), ("TRADE", "trades"), ("F+TRADE", "f+trades"), ("F+TRADES", "f+trades"),
+        ("DEAT-40%", "deat-40%"), ("DEAT-20%", "deat-20%"), ("Deat-5", "deat-5"), ("FREE-8", "free-8"),
+        ("FREE-4", "free-4"), ("PGD-20", "pgd-20"), ("FAT-10", "fat-10"), ("  M-DEAT ", "m-deat"),
+    ],
+)
+def test_names_are_read_as_the_paper_writes_them(written: str, canonical: str) -> None:
+    assert recipe(written)[0] == canonical
+    assert create(written, Plane()).attack == canonical
+
+
+def test_the_number_in_a_name_is_the_rows() -> None:
+    assert create("free-4", Plane()).steps == 4
+    assert create("pgd-20", Plane()).steps == 20
+    assert create("fat-10", Plane()).steps == 10
+    every, above = create("deat-5", Plane()).schedule, create("deat-20%", Plane()).schedule
+    assert isinstance(every, EveryDEpochs)
+    assert isinstance(above, AccuracyThreshold)
+    assert (every.every, above.threshold) == (5, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("m+trads", "m+trades"), ("M+PDG", "m+pgd"), ("mdeat", "m-deat"), ("ufgsm", "u-fgsm"), ("deat", "deat-3"),
+        ("pgd", "pgd-7"), ("free8", "free-8"), ("fat", "fat-5"), ("f-mart", "f+mart"),
+    ],
+)
+def test_a_wrong_name_is_told_the_nearest(wrong: str, meant: str) -> None:
+    with pytest.raises(DeatError, match=re.escape(f"there is no method '{wrong}': did you mean ")) as error:
+        recipe(wrong)
+    assert f"'{meant}'" in str(error.value)
+
+
+def test_a_name_near_none_is_told_all() -> None:
+    with pytest.raises(DeatError, match=r"no method 'zzzzzzzz': known are standard, free-8, deat-3, .*, m\+mart$"):
+        create("zzzzzzzz", Plane())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("free-0", "0 in the method 'free-0' makes no free-R; the paper has free-8"),
+        ("deat-0", "0 in the method 'deat-0' makes no deat-D; the paper has deat-3"),
+        ("deat-100%", "100 in the method 'deat-100%' makes no deat-P%; the paper has deat-40%"),
+        ("deat-0%", "0 in the method 'deat-0%' makes no deat-P%; the paper has deat-40%"),
+        ("pgd-1001", "1001 in the method 'pgd-1001' makes no pgd-N; the paper has pgd-7"),
+    ],
+)
+def test_a_number_that_makes_no_method_is_named(wrong: str, message: str) -> None:
+    with pytest.raises(DeatError, match=f"^{re.escape(message)}$"):
+        recipe(wrong)
+
+
+# ------------------------------------------------------------------------------------------------ overrides
+
+
+def test_overrides_reach_their_places() -> None:
+    guided = create("m+trades", Plane(), alpha=1 / 255, steps=2, max_steps=5, gamma=1.2, attack_mode="eval")
+    assert isinstance(guided.schedule, GradientMagnitude)
+    assert (guided.schedule.steps, guided.schedule.max_steps, guided.schedule.gamma) == (2, 5, 1.2)
+    assert guided.base_alpha == 1 / 255
+    assert guided.alpha == pytest.approx(4 / 255)  # eps / r
+    assert guided.crafter._model_training is False
+
+    friendly = create("fat-5", Plane(), tau=1, attack_mode="train", steps=8)
+    assert (friendly.crafter.tau, friendly.crafter.steps, friendly.crafter._model_training) == (1, 8, True)
+
+    every, above = create("deat-3", Plane(), every=2, max_steps=4), create("deat-40%", Plane(), threshold=0.3)
+    assert isinstance(every.schedule, EveryDEpochs)
+    assert isinstance(above.schedule, AccuracyThreshold)
+    assert (every.schedule.every, every.schedule.max_steps, above.schedule.threshold) == (2, 4, 0.3)
+
+    stopped = create("m+u-fgsm", Plane(), gamma=2.0, m=3, guard=0.1).stopping
+    assert isinstance(stopped, GradientRatio)
+    assert (stopped.gamma, stopped.m, stopped.guard) == (2.0, 3, 0.1)
+    dropped = create("u-fgsm", Plane(), drop=0.3).stopping
+    assert isinstance(dropped, RobustnessDrop)
+    assert (dropped.drop, dropped.validation_steps) == (0.3, 5)
+
+
+def test_none_leaves_the_rows_own_value() -> None:
+    trainer = create("m+pgd", Plane(), alpha=None, steps=None, max_steps=None, gamma=None, tau=None, beta=None)
+    assert (trainer.steps, trainer.schedule.max_steps) == (1, 7)
+
+
+def test_step_sizes_grow_with_eps_unless_they_are_given() -> None:
+    for name in ("pgd-7", "fat-5", "mart"):
+        assert create(name, Plane(), eps=4 / 255).base_alpha == pytest.approx(1 / 255)
+    assert create("free-8", Plane(), eps=16 / 255).base_alpha == pytest.approx(16 / 255)
+    assert create("u-fgsm", Plane(), eps=16 / 255).base_alpha == pytest.approx(20 / 255)
+    assert create("pgd-7", Plane(), eps=4 / 255, alpha=3 / 255).base_alpha == pytest.approx(3 / 255)
+    assert create("pgd-7", Plane(), eps=4 / 255).crafter.eps == 4 / 255
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("pgd-7", {"gamma": 1.0}, "the method pgd-7 has no gamma to change; see deat-rb methods pgd-7"),
+        ("pgd-7", {"tau": 3, "beta": 6.0}, "the method pgd-7 has no beta, tau to change"),
+        ("trades", {"max_steps": 5}, "the method trades has no max_steps to change"),
+        ("M+PGD", {"every": 3}, r"the method m\+pgd has no every to change"),
+        ("pgd-7", {"epz": 1}, "the method pgd-7 has no epz to change"),
+        ("pgd-7", {"alpha": -1.0}, "alpha = -1 is not positive"),
+        ("pgd-7", {"steps": -2}, "steps = -2 is negative"),
+        ("pgd-7", {"eps": 8.0}, r"eps = 8 is outside \(0, 1\]"),
+        ("m+pgd", {"steps": 9}, "max_steps = 7 is below the 9 steps"),
+        ("m+pgd", {"gamma": 0.0}, "gamma = 0 is not a positive number"),
+        ("deat-40%", {"threshold": 40}, r"threshold = 40 is outside \(0, 1\)"),
+        ("free-8", {"steps": 0}, "steps = 0 replays would learn nothing"),
+        ("fat-5", {"tau": -1}, "tau = -1 is negative"),
+        ("trades", {"attack_mode": "test"}, "attack_mode = 'test' is neither 'train' nor 'eval'"),
+        ("u-fgsm", {"drop": 20}, r"drop = 20 is outside \(0, 1\)"),
+    ],
+)
+def test_what_a_method_has_not_or_cannot_be_is_refused(name: str, override: dict[str, Any], message: str) -> None:
+    with pytest.raises(DeatError, match=message):
+        create(name, Plane(), **override)
+
+
+# ------------------------------------------------------------------------------------------------ in words
+
+
+def test_a_row_in_words() -> None:
+    row = describe("M+TRADE")
+    assert (row.name, row.loss, row.schedule, row.stop) == ("m+trades", "CE(clean) + 6 KL", "gradient magnitude", "-")
+    assert row.attack == "steps of 2/255 on KL, start 0.001 N(0,1): guided, at most 10"
+    assert row.cost == "sum of (r + 1), times M"
+    assert "Algorithm 4" in row.paper
+    assert describe("u-fgsm").stop == "PGD-5 drops by over 20 points"
+    assert describe("m+u-fgsm").stop == "l_X surges (m = 2, gamma 1.5)"
+    assert [describe(name).loss for name in ("pgd-7", "mart")] == ["CE", "MART, lambda 6"]
+    schedules = [describe(name).schedule for name in ("pgd-7", "deat-3", "deat-40%", "m-deat")]
+    assert schedules == ["constant", "every D epochs", "training accuracy", "gradient magnitude"]
+
+
+@pytest.mark.parametrize(
+    ("name", "cost"),
+    [("standard", "MT"), ("free-4", "rMT"), ("pgd-7", "(i + 1)MT"), ("u-fgsm", "2MT"), ("deat-3", "sum of r, times M")],
+)
+def test_costs_are_law_sixs(name: str, cost: str) -> None:
+    assert describe(name).cost == cost
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_an_explanation_is_about_ten_lines_and_says_where_the_paper_has_it(name: str) -> None:
+    text = explain(name)
+    lines = text.splitlines()
+    assert 9 <= len(lines) <= 13
+    assert lines[0].startswith(f"{name}: ")
+    assert [line.split()[0] for line in lines[1:9]] == [
+        "attack", "loss", "schedule", "stop", "trainer", "cost", "settings", "paper",
+    ]
+    assert describe(name).paper in lines[8]
+    assert f"fast: {TABLE[name][-1]} epochs" in text
+    assert ("alpha* = max(alpha, eps/r)" in text) == (TABLE[name][8] is GradientMagnitude)
+
+
+# ------------------------------------------------------------------------------------------------ one's own
+
+
+def test_a_registered_row_is_a_method_like_the_others() -> None:
+    register_method("  Mine ", Recipe(steps=2, alpha=4 / 255))
+    assert known_methods() == [*TABLE, "mine"]
+    assert recipe("MINE")[0] == "mine"
+    trainer = create("mine", Plane(), steps=3)
+    assert (trainer.attack, trainer.steps, trainer.base_alpha) == ("mine", 3, 4 / 255)
+    row = method_table()[-1]
+    assert (row.name, row.attack, row.loss, row.schedule, row.stop, row.cost, row.paper) == (
+        "mine", "PGD", "CE", "constant", "-", "counted", "-",
+    )
+    assert explain("mine").startswith("mine: constant")
+
+
+def test_a_row_may_have_a_loss_a_trainer_and_a_schedule_of_its_own() -> None:
+    class Halves(AttackTrainer):
+        pass
+
+    own = losses.SurrogateLoss("half", lambda logits, labels: losses.cross_entropy(logits, labels) / 2)
+    register_method("halves", Recipe(steps=1, loss=own, trainer=Halves, stopping=GradientRatio))
+    trainer = create("halves", Plane())
+    assert type(trainer) is Halves
+    assert trainer.loss is own
+    assert describe("halves").loss == "half"
+    assert "Halves" in explain("halves")
+    with pytest.raises(DeatError, match="the method halves has no beta to change"):
+        create("halves", Plane(), beta=2.0)
+
+
+@pytest.mark.parametrize("taken", ["trades", "M+TRADES", "pgd-7", "pgd-10", "Trade", "deat-55%"])
+def test_a_name_that_the_table_reads_cannot_be_taken(taken: str) -> None:
+    with pytest.raises(DeatError, match=re.escape(f"there is a method '{taken.lower()}' already; register yours")):
+        register_method(taken, Recipe())
+
+
+def test_a_name_is_registered_once() -> None:
+    register_method("mine", Recipe())
+    with pytest.raises(DeatError, match="there is a method 'mine' already"):
+        register_method("Mine", Recipe())
+
+
+def install(folder: Path, entries: str) -> None:
+    """Lays down what an installed package leaves of its entry points."""
+    info = folder / "nfgsm-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: nfgsm\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[deat_rb.methods]\n{entries}\n")
+
+
+def test_an_entry_point_is_read_in_any_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_rows.py").write_text("from deat_rb.methods import Recipe\nROW = Recipe(steps=3)\n")
+    install(tmp_path, "Mine = my_rows:ROW")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "mine" in [name.lower() for name in known_methods()]
+    assert create("mine", Plane()).steps == 3
+    assert create("MINE", Plane()).attack == "mine"
+
+
+# ------------------------------------------------------------------------------------------------ docs/own_method.md
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", DOCUMENT.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+@pytest.fixture
+def documented() -> ModuleType:
+    """The document's python code, run as it stands there."""
+    module = ModuleType("nfgsm")
+    for block in blocks("python"):
+        exec(compile(block, str(DOCUMENT), "exec"), module.__dict__)
+    return module
+
+
+def noise_of(images: Tensor, bound: float, seed: int) -> Tensor:
+    torch.manual_seed(seed)
+    return torch.empty_like(images).uniform_(-bound, bound)
+
+
+def test_the_documents_methods_are_known(documented: ModuleType) -> None:
+    assert known_methods()[-2:] == ["n-fgsm", "m+n-fgsm"]
+    assert recipe("N-FGSM")[1] is documented.N_FGSM
+    assert describe("n-fgsm").cost == "2MT"
+    assert recipe("m+n-fgsm")[1].guided
+
+
+@pytest.mark.usefixtures("documented")
+def test_n_fgsm_is_noise_of_two_eps_and_a_step_that_is_not_projected() -> None:
+    # On a plane the step is -alpha sign(w) for label 0 and +alpha sign(w) for label 1, wherever it begins.
+    images, labels, _ = plane_images()
+    direction = torch.where(labels == 0, -1.0, 1.0)[:, None] * torch.tensor([1.0, -1.0, 1.0, -1.0])
+    trainer = create("n-fgsm", Plane(), eps=0.1)
+    assert trainer.alpha == pytest.approx(0.1)
+    with torch.random.fork_rng(devices=[]):
+        begun = (images + noise_of(images, 0.2, seed=3)).clamp(0, 1)
+        torch.manual_seed(3)
+        adv = trainer(images, labels)
+    torch.testing.assert_close(adv, (begun + 0.1 * direction.view(8, 1, 2, 2)).clamp(0, 1), rtol=0, atol=1e-6)
+    assert 0.15 < float((adv - images).abs().max()) <= 0.3 + 1e-6
+
+
+@pytest.mark.usefixtures("documented")
+def test_guided_n_fgsm_has_the_rules_steps_and_alphas_and_an_l_x() -> None:
+    images, labels, _ = plane_images()
+    model = Plane()
+    trainer = create("m+n-fgsm", model, eps=0.1)
+    seen = []
+    for _ in range(6):
+        trainer.steps = trainer.schedule.steps
+        assert trainer.alpha is not None
+        seen.append((trainer.steps, round(trainer.alpha, 9)))
+        trainer.schedule._rise()
+    # alpha = eps/4; alpha* = max(alpha, eps / r); at most 4 steps.
+    assert seen == [(1, 0.1), (2, 0.05), (3, 0.033333333), (4, 0.025), (4, 0.025), (4, 0.025)]
+
+    trainer.steps = 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        stats = trainer.training_step(images, labels, SGD(model.parameters(), lr=0.0))
+        begun = (images + noise_of(images, 0.2, seed=4)).clamp(0, 1)
+    # The L1 norm of each gradient is 10 sigmoid(-+m), where m = w.x + 1 at the noisy image.
+    margins = begun.flatten(1) @ torch.tensor([1.0, -2.0, 3.0, -4.0]) + 1
+    norms = 10 * torch.sigmoid(torch.where(labels == 0, -margins, margins))
+    assert float(stats.l_x) == pytest.approx(float(norms.sum()), rel=1e-5)
+    assert (float(stats.forwards), float(stats.backwards)) == (2, 2)
+
+
+def test_the_documents_entry_points_make_the_command_know_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (snippet,) = blocks("toml")
+    entries: dict[str, str] = tomllib.loads(snippet)["project"]["entry-points"]["deat_rb.methods"]
+    (tmp_path / "nfgsm.py").write_text(blocks("python")[0])
+    install(tmp_path, "\n".join(f"{name} = {target}" for name, target in entries.items()))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert known_methods() == [*TABLE, "n-fgsm", "m+n-fgsm"]
+    table = CliRunner().invoke(main, ["methods"])
+    assert table.exit_code == 0
+    assert "m+n-fgsm" in table.output
+    for name in entries:
+        one = CliRunner().invoke(main, ["methods", name.upper()])
+        assert one.exit_code == 0, one.output
+        assert "noise of 2 eps" in one.output
+    assert deat_rb.create("N-FGSM", Plane()).attack == "n-fgsm"
