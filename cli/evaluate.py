@@ -52,8 +52,8 @@ def evaluate(
     from rich.console import Console
 
     from deat_rb.engine import resolve_device
-    from deat_rb.evaluate import evaluate, parse_attacks
     from deat_rb.errors import DeatError
+    from deat_rb.evaluate import evaluate, parse_attacks
     from deat_rb.progress import EvaluationProgress
     from deat_rb.report import means
     from deat_rb.subject import open_subject

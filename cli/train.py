@@ -36,6 +36,9 @@ from .options import fraction, seed_list
 @click.option("--beta", type=float, help="Weight of the regulariser of TRADES and MART.")
 @click.option("--tau", type=int, help="Patience of friendly crafting.")
 @click.option("--attack-mode", help="The model's mode while crafting: train or eval.")
+@click.option(
+    "--lr-per-replay", is_flag=True, default=None, help="Move the LR with each replay, as FREE's public code."
+)
 @click.option("--precision", help="fp32, bf16, fp16 or auto.")
 @click.option("--device", help="cpu, cuda, cuda:1, mps or auto.  [default: auto]")
 @click.option("--seed", type=int, help="Fixes every random number.  [default: 0]")

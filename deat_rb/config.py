@@ -16,7 +16,7 @@ Setting = Literal["fast", "standard"]
 LrSchedule = Literal["cyclic", "multistep", "flat"]
 Select = Literal["best", "last"]
 
-METHOD_OPTIONS = ("alpha", "steps", "max_steps", "gamma", "beta", "tau", "attack_mode")
+METHOD_OPTIONS = ("alpha", "steps", "max_steps", "gamma", "beta", "tau", "attack_mode", "lr_per_replay")
 
 
 class TrainOptions(BaseModel):
@@ -47,6 +47,7 @@ class TrainOptions(BaseModel):
     beta: float | None = Field(None, ge=0, allow_inf_nan=False)
     tau: int | None = Field(None, ge=0)
     attack_mode: Literal["train", "eval"] | None = None
+    lr_per_replay: bool | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] | None = None
     device: str = "auto"
     seed: int = Field(0, ge=0)
@@ -84,6 +85,7 @@ class RunConfig(BaseModel):
     beta: float | None
     tau: int | None
     attack_mode: Literal["train", "eval"] | None
+    lr_per_replay: bool | None
     precision: Literal["fp32", "bf16", "fp16"]
     device: str
     seed: int

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from deat_rb.evaluate import validate
 from deat_rb.guard import modes_restored
 from deat_rb.probe import lipschitz_lower_bound
 from deat_rb.stats import BatchStats, EpochStats
+from deat_rb.trainers import set_rate
 
 if TYPE_CHECKING:
     from deat_rb.runs import RunDirectory
@@ -237,7 +239,6 @@ class _Loop:
         steps, alpha = trainer.steps, trainer.alpha
         self.reporter.epoch_begins(epoch, self.epochs, batches, steps)
         sums = EpochSums()
-        rate = 0.0
         size = 0
         began = time.perf_counter()
         randomness.seed_global(self.seed, "epoch", epoch)
@@ -247,9 +248,8 @@ class _Loop:
                 size = images[0].numel()
                 if epoch == 1:
                     _check_first(trainer, images, labels)
-            rate = self.rate((epoch - 1 + min(number / batches, 1)) / self.epochs)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+            trainer.rate = partial(self._rate_within, epoch - 1, number, batches)
+            set_rate(self.optimizer, trainer.rate(0.0))
             randomness.seed_global(self.seed, "batch", epoch, number)
             sums.add(trainer.training_step(images, labels, self.optimizer, engine))
             self.reporter.batch_ended(sums)
@@ -274,11 +274,15 @@ class _Loop:
             backwards=totals["backwards"],
             forwards=totals["forwards"],
             updates=sums.updates,
-            lr=rate,
+            lr=self.optimizer.param_groups[0]["lr"],
             seconds=seconds,
             images_per_second=sums.examples / seconds,
             peak_memory=engine.peak_memory(),
         )
+
+    def _rate_within(self, epochs_done: int, batch: int, batches: int, share: float) -> float:
+        """The learning rate where a share of a batch is done."""
+        return self.rate((epochs_done + min((batch + share) / batches, 1)) / self.epochs)
 
     def _validated(self, row: EpochStats, validation: Batch | None) -> EpochStats:
         if validation is None:

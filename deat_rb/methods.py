@@ -330,8 +330,8 @@ def create(name: str, model: nn.Module, *, eps: float = PAPER_EPS, **overrides: 
         model: What is trained: takes images in [0, 1] (N, C, H, W), returns logits (N, K).
         eps: The Linf radius, in [0, 1] pixel units.
         overrides: What differs from the method's own row: ``alpha``, ``steps`` (the first epoch's where a schedule
-            raises them), ``max_steps``, ``gamma``, ``beta``, ``tau``, ``attack_mode``, ``every``, ``threshold``. None
-            leaves the row's own value.
+            raises them), ``max_steps``, ``gamma``, ``beta``, ``tau``, ``attack_mode``, ``lr_per_replay``, and what
+            else the row's schedule and stopping rule are made with. None leaves the row's own value.
 
     Returns:
         A torchattacks attack that can `fit`.
@@ -350,6 +350,10 @@ def create(name: str, model: nn.Module, *, eps: float = PAPER_EPS, **overrides: 
     alpha = given.pop("alpha", row.alpha * (eps / PAPER_EPS))
     steps = given.pop("steps", row.steps)
 
+    trainer_options = dict(row.trainer_options)
+    if row.trainer is ReplayTrainer and "lr_per_replay" in given:
+        trainer_options["lr_per_replay"] = given.pop("lr_per_replay")
+
     loss = row.loss
     if "beta" in given and loss in ("trades", "mart"):
         loss = losses.surrogate(loss, beta=given.pop("beta"))
@@ -361,7 +365,7 @@ def create(name: str, model: nn.Module, *, eps: float = PAPER_EPS, **overrides: 
             f"the method {canonical} has no {', '.join(sorted(given))} to change; see deat-rb methods {canonical}"
         )
     attack = row.attack(model, eps=eps, alpha=alpha, steps=steps, **attack_options)
-    return row.trainer(attack, loss=loss, schedule=schedule, stopping=stopping, name=canonical, **row.trainer_options)
+    return row.trainer(attack, loss=loss, schedule=schedule, stopping=stopping, name=canonical, **trainer_options)
 
 
 def _taken(factory: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:

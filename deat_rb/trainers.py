@@ -6,7 +6,7 @@ A trainer is a `torchattacks.attack.Attack`: call it and it crafts as it would i
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 Batch = tuple[Tensor, Tensor]
 
 
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    """Sets the learning rate of all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
 class Trainer(QuietAttack):
     """A method of adversarial training: an attack, a surrogate loss, a schedule and a rule that stops.
 
@@ -44,6 +50,7 @@ class Trainer(QuietAttack):
     Attributes:
         crafter: The attack.
         base_alpha: The attack's own step size, which a guided schedule may raise; None where it has none.
+        rate: The learning rate by the share of the present batch that is done, while `fit` runs.
 
     Raises:
         DeatError: If a schedule is to change the steps of an attack that has none.
@@ -71,6 +78,7 @@ class Trainer(QuietAttack):
         self.schedule = schedule or Constant(attack.steps if has_steps else 1)
         self.stopping = stopping
         self.base_alpha: float | None = getattr(attack, "alpha", None)
+        self.rate: Callable[[float], float] | None = None
         self.follow_schedule()
 
     @property
@@ -201,10 +209,12 @@ class ReplayTrainer(Trainer):
     Args:
         attack: A `PGD`, whose start, loss, eps and alpha the replays take.
         carry: Whether the perturbation is carried from batch to batch, from zero, as FREE does (Shafahi et al. 2019).
+        lr_per_replay: Whether the learning rate moves with each replay, as in FREE's public code, and not once per
+            batch.
         options: As `Trainer` has them.
     """
 
-    def __init__(self, attack: PGD, *, carry: bool = False, **options: Any) -> None:
+    def __init__(self, attack: PGD, *, carry: bool = False, lr_per_replay: bool = False, **options: Any) -> None:
         if not isinstance(attack, PGD) or attack.loss != "ce" or attack.tau is not None:
             raise DeatError(
                 "a replay trainer crafts with deat_rb.PGD on cross-entropy; its update shares that gradient"
@@ -215,6 +225,7 @@ class ReplayTrainer(Trainer):
         if self.loss.needs_clean:
             raise DeatError(f"a replay trainer has one forward per replay, and the loss {self.loss.name} needs two")
         self.carry = carry
+        self.lr_per_replay = lr_per_replay
         self.carried: Tensor | None = None
 
     def begin(self, images: Tensor) -> Tensor:
@@ -242,7 +253,9 @@ class ReplayTrainer(Trainer):
         engine = engine or Engine(images.device)
         threat = Linf(self.eps)
         adv, gradient = self.begin(images), images
-        for _ in range(self.steps):
+        for replay in range(self.steps):
+            if self.lr_per_replay and self.rate is not None:
+                set_rate(optimizer, self.rate(replay / self.steps))
             adv = adv.detach().requires_grad_()
             with engine.autocast():
                 logits = self.model(adv)

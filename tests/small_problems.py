@@ -27,16 +27,18 @@ def plane_images() -> tuple[Tensor, Tensor, Tensor]:
     The margin at (.5, .5, .5, .5) is 0 and the best perturbation takes 0.1 * |w|_1 = 1.0 off class 0's margin, where
     [0, 1] leaves room for it.
     """
-    images = torch.tensor([
-        [0.5, 0.5, 0.8, 0.5],  # margin 0.9: broken
-        [0.5, 0.5, 0.9, 0.5],  # margin 1.2: robust
-        [0.5, 0.1, 0.5, 0.5],  # margin 0.8: broken
-        [0.5, 0.5, 0.1, 0.5],  # margin -1.2 for class 1: robust
-        [0.5, 0.5, 0.2, 0.5],  # margin -0.9 for class 1: broken
-        [0.5, 0.5, 0.9, 0.5],  # labelled 1: wrong without any attack
-        [0.0, 1.0, 1.0, 0.6],  # margin -0.4: class 1
-        [0.0, 1.0, 1.0, 0.3],  # margin 0.8, and only w_3 and w_4 find room (1 and 2 are at their ends): loses 0.7
-    ]).view(8, 1, 2, 2)
+    images = torch.tensor(
+        [
+            [0.5, 0.5, 0.8, 0.5],  # margin 0.9: broken
+            [0.5, 0.5, 0.9, 0.5],  # margin 1.2: robust
+            [0.5, 0.1, 0.5, 0.5],  # margin 0.8: broken
+            [0.5, 0.5, 0.1, 0.5],  # margin -1.2 for class 1: robust
+            [0.5, 0.5, 0.2, 0.5],  # margin -0.9 for class 1: broken
+            [0.5, 0.5, 0.9, 0.5],  # labelled 1: wrong without any attack
+            [0.0, 1.0, 1.0, 0.6],  # margin -0.4: class 1
+            [0.0, 1.0, 1.0, 0.3],  # margin 0.8, and only w_3 and w_4 find room (1 and 2 are at their ends): loses 0.7
+        ]
+    ).view(8, 1, 2, 2)
     labels = torch.tensor([0, 0, 0, 1, 1, 1, 1, 0])
     robust = torch.tensor([False, True, False, True, False, False, False, True])
     return images, labels, robust
@@ -47,8 +49,15 @@ def small_network() -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model = nn.Sequential(
-            nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.3),
-            nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 5),
+            nn.Conv2d(3, 6, 3, padding=1),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Dropout(0.3),
+            nn.Conv2d(6, 6, 3, padding=1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(24, 5),
         )
         model(torch.rand(32, 3, 8, 8))
         return model.eval()

@@ -46,8 +46,15 @@ def test_autoattack_with_few_classes(
 ) -> None:
     model, images, labels = blobs[classes]
     told: list[str] = []
-    report = evaluate(model, images, labels, attacks="pgd-20,autoattack", eps=0.1, batch_size=8,
-                      progress=lambda name, *_: told.append(name))
+    report = evaluate(
+        model,
+        images,
+        labels,
+        attacks="pgd-20,autoattack",
+        eps=0.1,
+        batch_size=8,
+        progress=lambda name, *_: told.append(name),
+    )
     found = report.results["autoattack"]
     assert found.parameters["parts"] == parts
     assert found.parameters["targets"] == targets

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -58,18 +58,17 @@ def test_descend_gives_the_gradient_before_the_update() -> None:
 
 def test_autocast_is_the_precision_s() -> None:
     model, (images, _) = made(), images_and_labels()
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        engine = Engine("cpu", precision)  # type: ignore[arg-type]
+    for engine, dtype in ((Engine("cpu", "fp32"), torch.float32), (Engine("cpu", "bf16"), torch.bfloat16)):
         with engine.autocast():
             assert model(images).dtype == dtype
 
 
 def test_model_and_images_are_laid_out_in_channels_last() -> None:
     engine = Engine()
-    model = engine.prepare(made())
+    weight = next(engine.prepare(made()).parameters())
     images, labels = engine.receive(*images_and_labels())
     assert images.is_contiguous(memory_format=torch.channels_last)
-    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert weight.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(images, images_and_labels()[0])
     assert labels.dtype == torch.int64
 
@@ -87,7 +86,7 @@ def test_bf16_sees_the_gradient_magnitude_of_fp32() -> None:
 
 def l_x_of(name: str, precision: Precision, device: str) -> float:
     model = made().eval().to(device)
-    trainer = MADE.get(name, lambda model: deat_rb.create(name, model))(model)
+    trainer = trainer_of(name, model)
     images, labels = images_and_labels(64, size=32)
     torch.manual_seed(1)
     stats = trainer.training_step(
@@ -98,9 +97,12 @@ def l_x_of(name: str, precision: Precision, device: str) -> float:
     return float(stats.l_x)
 
 
-MADE: dict[str, Callable[[nn.Module], Trainer]] = {
-    "torchattacks": lambda model: deat_rb.AttackTrainer(torchattacks.PGD(model, steps=2))
-}
+def trainer_of(name: str, model: nn.Module) -> Trainer:
+    if name == "torchattacks":
+        return deat_rb.AttackTrainer(torchattacks.PGD(model, steps=2))
+    return deat_rb.create(name, model)
+
+
 NAMES = ["standard", "pgd-2", "m-deat", "free-3", "trades", "mart", "fat-2", "f+mart", "torchattacks"]
 
 
@@ -128,7 +130,7 @@ def syncs_raise() -> Iterator[None]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_training_step_on_a_gpu_does_not_wait(name: str, precision: Precision) -> None:
     model = made().cuda()
-    trainer = MADE.get(name, lambda model: deat_rb.create(name, model))(model)
+    trainer = trainer_of(name, model)
     engine = Engine("cuda", precision)
     optimizer = SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     images, labels = (part.cuda() for part in images_and_labels(16))
@@ -142,7 +144,8 @@ def test_a_training_step_on_a_gpu_does_not_wait(name: str, precision: Precision)
 def test_fit_on_a_gpu_trains_and_gives_the_generators_back() -> None:
     state = torch.cuda.get_rng_state()
     model = made()
-    history = deat_rb.create("m-deat", model).fit([images_and_labels(16)] * 2, epochs=2, device="cuda", precision="bf16")
+    trainer = deat_rb.create("m-deat", model)
+    history = trainer.fit([images_and_labels(16)] * 2, epochs=2, device="cuda", precision="bf16")
     assert next(model.parameters()).device.type == "cuda"
     assert history.steps == [1, 2]
     assert history.rows[-1].peak_memory > 0

@@ -69,8 +69,16 @@ def test_verdicts_do_not_depend_on_who_else_is_correct(network: nn.Sequential, b
 def test_report_accounts(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
     images, labels = batch
     calls: list[tuple[str, int, int, int]] = []
-    report = evaluate(network, images, labels, attacks="cw-3, FGSM,cw-3,pgd-4", eps=0.04, batch_size=20, seed=1,
-                      progress=lambda *now: calls.append(now))
+    report = evaluate(
+        network,
+        images,
+        labels,
+        attacks="cw-3, FGSM,cw-3,pgd-4",
+        eps=0.04,
+        batch_size=20,
+        seed=1,
+        progress=lambda *now: calls.append(now),
+    )
     assert list(report.results) == list(report.verdicts) == ["natural", "cw-3", "fgsm", "pgd-4"]
     natural, single = report.results["natural"], report.results["fgsm"]
     assert (natural.n_correct, natural.n_examples, natural.accuracy) == (40, 48, 40 / 48)
@@ -85,7 +93,11 @@ def test_report_accounts(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -
     assert report.worst_case.n_correct <= min(result.n_correct for result in report.results.values())
     assert report.worst_case.forwards == sum(result.forwards for result in report.results.values())
     assert report.results["pgd-4"].parameters == {
-        "eps": 0.04, "alpha": 0.01, "steps": 4, "loss": "ce", "start": "uniform"
+        "eps": 0.04,
+        "alpha": 0.01,
+        "steps": 4,
+        "loss": "ce",
+        "start": "uniform",
     }
     assert (report.num_classes, report.batch_size, report.seed, report.device) == (5, 20, 1, "cpu")
     assert report.versions["torch"] == torch.__version__.partition("+")[0]
@@ -104,7 +116,8 @@ def test_step_is_two_255ths_at_eight() -> None:
 def test_validate_is_the_same_attack(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
     report = evaluate(network, *batch, attacks="pgd-6", eps=0.04, batch_size=16, seed=4)
     assert validate(network, *batch, eps=0.04, steps=6, batch_size=16, seed=4) == (
-        report.results["natural"].accuracy, report.results["pgd-6"].accuracy
+        report.results["natural"].accuracy,
+        report.results["pgd-6"].accuracy,
     )
     # A step that cannot move anything leaves the start alone, which breaks fewer.
     assert validate(network, *batch, eps=0.04, steps=6, alpha=1e-9, batch_size=16, seed=4)[1] > (

@@ -133,7 +133,7 @@ def test_options_are_checked(options: dict[str, Any], message: str) -> None:
 
 
 def test_a_rule_that_validates_needs_images() -> None:
-    with pytest.raises(DeatError, match="u-fgsm stops by validation and needs images to validate on; give a val_loader"):
+    with pytest.raises(DeatError, match="u-fgsm stops by validation and needs images to validate on"):
         fitted("u-fgsm")
 
 
@@ -334,9 +334,7 @@ def test_a_rule_stops_and_the_last_healthy_weights_are_kept(
     model, run = normalized(), RunDirectory.create(tmp_path / "run", run_config(select=select))
     seen = Seen(model)
     trainer = deat_rb.AttackTrainer(deat_rb.PGD(model, steps=1), stopping=AfterEpoch(3, keep=2))
-    history = trainer.fit(
-        loader(), [images_and_labels()], epochs=6, lr=0.05, select=select, run=run, reporter=seen
-    )
+    history = trainer.fit(loader(), [images_and_labels()], epochs=6, lr=0.05, select=select, run=run, reporter=seen)
     assert history.stopped == "the script says so"
     assert history.selected == 2
     assert same(weights(model), seen.weights[1])
@@ -373,8 +371,9 @@ def test_frozen_batchnorms_stay_frozen_through_fit() -> None:
     model = used()
     before = weights(model)
     deat_rb.create("pgd-1", model).fit(loader(), [images_and_labels()], epochs=2, lr=0.05)
-    assert torch.equal(model[4].running_mean, before["4.running_mean"])
-    assert not torch.equal(model[1].running_mean, before["1.running_mean"])
+    after = weights(model)
+    assert torch.equal(after["4.running_mean"], before["4.running_mean"])
+    assert not torch.equal(after["1.running_mean"], before["1.running_mean"])
     assert [model.training, model[1].training, model[4].training, model[8].training] == [True, True, False, False]
 
 
@@ -397,12 +396,12 @@ def test_a_loss_that_is_no_longer_finite_ends_training(tmp_path: Path) -> None:
             yield (images if self.epoch < 2 else images * float("nan")), labels
 
     state = torch.get_rng_state()
-    with pytest.raises(DeatError, match="no longer finite in epoch 2; epoch 1 is the last good one; try a smaller --lr"):
+    with pytest.raises(DeatError, match="no longer finite in epoch 2; epoch 1 is the last good one"):
         deat_rb.create("pgd-1", model).fit(Blows(), epochs=3, lr=0.05, run=run)
     assert torch.equal(torch.get_rng_state(), state)
     assert [row.epoch for row in run.rows()] == [1]
     assert all(bool(tensor.isfinite().all()) for tensor in deat_rb.load_model(run.path).state_dict().values())
-    with pytest.raises(DeatError, match="not finite|no longer finite in epoch 1; there is no good epoch before it"):
+    with pytest.raises(DeatError, match="no longer finite in epoch 1; there is no good epoch before it"):
         deat_rb.create("standard", made()).fit(loader(3), epochs=1, lr=1e30)
 
 

@@ -138,9 +138,14 @@ def test_untouched_undoes_what_an_attack_may_do() -> None:
         assert all(parameter.grad is None for parameter in model.parameters())
         wreak_havoc()
     assert before.differences() == []
-    with pytest.raises(ValueError, match="on purpose"), untouched(model):
-        wreak_havoc()
-        raise ValueError("on purpose")
+
+    def raising() -> None:
+        with untouched(model):
+            wreak_havoc()
+            raise ValueError("on purpose")
+
+    with pytest.raises(ValueError, match="on purpose"):
+        raising()
     assert before.differences() == []
     assert all(old is parameter.grad for old, parameter in zip(kept, model.parameters(), strict=True))
 
@@ -148,7 +153,12 @@ def test_untouched_undoes_what_an_attack_may_do() -> None:
 def test_modes_restored_gives_each_module_its_own() -> None:
     model = used()
     before = Snapshot(model)
-    with pytest.raises(ValueError, match="on purpose"), modes_restored(model):
-        model.eval()
-        raise ValueError("on purpose")
+
+    def raising() -> None:
+        with modes_restored(model):
+            model.eval()
+            raise ValueError("on purpose")
+
+    with pytest.raises(ValueError, match="on purpose"):
+        raising()
     assert before.differences() == []

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-import tomllib
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
-from small_problems import Plane, plane_images
-from torch import Tensor, nn
+from small_problems import Plane
+from torch import nn
 from torch.optim import SGD
 
-import deat_rb
 from deat_rb import losses, methods
 from deat_rb.attacks import PGD
-from deat_rb.cli import main
 from deat_rb.errors import DeatError
 from deat_rb.methods import Recipe, create, describe, explain, known_methods, method_table, recipe, register_method
 from deat_rb.schedules import AccuracyThreshold, Constant, EveryDEpochs, GradientMagnitude
@@ -42,38 +37,130 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "standard": ("Attack", 0, 2, "none", "ce", None, "train", "ce", Constant, {}, None, {}, 10),
     "free-8": ("Replay, carried", 8, 8, "none", "ce", None, "train", "ce", Constant, {}, None, {}, 10),
     "deat-3": (
-        "Replay", 1, 10, "uniform", "ce", None, "train", "ce",
-        EveryDEpochs, {"every": 3, "max_steps": None}, None, {}, 12,
+        "Replay",
+        1,
+        10,
+        "uniform",
+        "ce",
+        None,
+        "train",
+        "ce",
+        EveryDEpochs,
+        {"every": 3, "max_steps": None},
+        None,
+        {},
+        12,
     ),
     "deat-40%": (
-        "Replay", 1, 10, "uniform", "ce", None, "train", "ce",
-        AccuracyThreshold, {"threshold": 0.4, "max_steps": None}, None, {}, 11,
+        "Replay",
+        1,
+        10,
+        "uniform",
+        "ce",
+        None,
+        "train",
+        "ce",
+        AccuracyThreshold,
+        {"threshold": 0.4, "max_steps": None},
+        None,
+        {},
+        11,
     ),
     "m-deat": (
-        "Replay", 1, 10, "uniform", "ce", None, "train", "ce", GradientMagnitude, {"max_steps": 8}, None, {}, 11,
+        "Replay",
+        1,
+        10,
+        "uniform",
+        "ce",
+        None,
+        "train",
+        "ce",
+        GradientMagnitude,
+        {"max_steps": 8},
+        None,
+        {},
+        11,
     ),
     "pgd-7": ("Attack", 7, 2, "uniform", "ce", None, "train", "ce", Constant, {}, None, {}, 10),
     "m+pgd": (
-        "Attack", 1, 2, "uniform", "ce", None, "train", "ce", GradientMagnitude, {"max_steps": 7}, None, {}, 10,
+        "Attack",
+        1,
+        2,
+        "uniform",
+        "ce",
+        None,
+        "train",
+        "ce",
+        GradientMagnitude,
+        {"max_steps": 7},
+        None,
+        {},
+        10,
     ),
     "u-fgsm": (
-        "Attack", 1, 10, "uniform", "ce", None, "train", "ce",
-        Constant, {}, RobustnessDrop, {"drop": 0.2, "validation_steps": 5}, 15,
+        "Attack",
+        1,
+        10,
+        "uniform",
+        "ce",
+        None,
+        "train",
+        "ce",
+        Constant,
+        {},
+        RobustnessDrop,
+        {"drop": 0.2, "validation_steps": 5},
+        15,
     ),
     "m+u-fgsm": (
-        "Attack", 1, 10, "uniform", "ce", None, "train", "ce",
-        Constant, {}, GradientRatio, {"m": 2, "gamma": 1.5, "guard": 0.05}, 15,
+        "Attack",
+        1,
+        10,
+        "uniform",
+        "ce",
+        None,
+        "train",
+        "ce",
+        Constant,
+        {},
+        GradientRatio,
+        {"m": 2, "gamma": 1.5, "guard": 0.05},
+        15,
     ),
     "fat-5": ("Attack", 5, 2, "normal", "ce", 3, "eval", "ce", Constant, {}, None, {}, 10),
     "trades": ("Attack", 10, 2, "normal", "kl", None, "train", "trades", Constant, {}, None, {}, 10),
     "f+trades": ("Attack", 10, 2, "normal", "kl", 3, "eval", "trades", Constant, {}, None, {}, 10),
     "m+trades": (
-        "Attack", 1, 2, "normal", "kl", None, "train", "trades", GradientMagnitude, {"max_steps": 10}, None, {}, 10,
+        "Attack",
+        1,
+        2,
+        "normal",
+        "kl",
+        None,
+        "train",
+        "trades",
+        GradientMagnitude,
+        {"max_steps": 10},
+        None,
+        {},
+        10,
     ),
     "mart": ("Attack", 10, 2, "normal", "ce", None, "train", "mart", Constant, {}, None, {}, 10),
     "f+mart": ("Attack", 10, 2, "normal", "kl", 3, "eval", "mart", Constant, {}, None, {}, 10),
     "m+mart": (
-        "Attack", 1, 2, "normal", "ce", None, "train", "mart", GradientMagnitude, {"max_steps": 10}, None, {}, 10,
+        "Attack",
+        1,
+        2,
+        "normal",
+        "ce",
+        None,
+        "train",
+        "mart",
+        GradientMagnitude,
+        {"max_steps": 10},
+        None,
+        {},
+        10,
     ),
 }
 
@@ -155,9 +242,18 @@ def test_every_row_takes_a_training_step(name: str, tiny_model: nn.Module) -> No
     ("written", "canonical"),
     [
         *[(name.upper(), name) for name in TABLE],
-        ("M+TRADE", "m+trades"), ("TRADE", "trades"), ("F+TRADE", "f+trades"), ("F+TRADES", "f+trades"),
-        ("DEAT-40%", "deat-40%"), ("DEAT-20%", "deat-20%"), ("Deat-5", "deat-5"), ("FREE-8", "free-8"),
-        ("FREE-4", "free-4"), ("PGD-20", "pgd-20"), ("FAT-10", "fat-10"), ("  M-DEAT ", "m-deat"),
+        ("M+TRADE", "m+trades"),
+        ("TRADE", "trades"),
+        ("F+TRADE", "f+trades"),
+        ("F+TRADES", "f+trades"),
+        ("DEAT-40%", "deat-40%"),
+        ("DEAT-20%", "deat-20%"),
+        ("Deat-5", "deat-5"),
+        ("FREE-8", "free-8"),
+        ("FREE-4", "free-4"),
+        ("PGD-20", "pgd-20"),
+        ("FAT-10", "fat-10"),
+        ("  M-DEAT ", "m-deat"),
     ],
 )
 def test_names_are_read_as_the_paper_writes_them(written: str, canonical: str) -> None:
@@ -178,8 +274,15 @@ def test_the_number_in_a_name_is_the_rows() -> None:
 @pytest.mark.parametrize(
     ("wrong", "meant"),
     [
-        ("m+trads", "m+trades"), ("M+PDG", "m+pgd"), ("mdeat", "m-deat"), ("ufgsm", "u-fgsm"), ("deat", "deat-3"),
-        ("pgd", "pgd-7"), ("free8", "free-8"), ("fat", "fat-5"), ("f-mart", "f+mart"),
+        ("m+trads", "m+trades"),
+        ("M+PDG", "m+pgd"),
+        ("mdeat", "m-deat"),
+        ("ufgsm", "u-fgsm"),
+        ("deat", "deat-3"),
+        ("pgd", "pgd-7"),
+        ("free8", "free-8"),
+        ("fat", "fat-5"),
+        ("f-mart", "f+mart"),
     ],
 )
 def test_a_wrong_name_is_told_the_nearest(wrong: str, meant: str) -> None:
@@ -305,7 +408,14 @@ def test_an_explanation_is_about_ten_lines_and_says_where_the_paper_has_it(name:
     assert 9 <= len(lines) <= 13
     assert lines[0].startswith(f"{name}: ")
     assert [line.split()[0] for line in lines[1:9]] == [
-        "attack", "loss", "schedule", "stop", "trainer", "cost", "settings", "paper",
+        "attack",
+        "loss",
+        "schedule",
+        "stop",
+        "trainer",
+        "cost",
+        "settings",
+        "paper",
     ]
     assert describe(name).paper in lines[8]
     assert f"fast: {TABLE[name][-1]} epochs" in text
@@ -323,7 +433,13 @@ def test_a_registered_row_is_a_method_like_the_others() -> None:
     assert (trainer.attack, trainer.steps, trainer.base_alpha) == ("mine", 3, 4 / 255)
     row = method_table()[-1]
     assert (row.name, row.attack, row.loss, row.schedule, row.stop, row.cost, row.paper) == (
-        "mine", "PGD", "CE", "constant", "-", "counted", "-",
+        "mine",
+        "PGD",
+        "CE",
+        "constant",
+        "-",
+        "counted",
+        "-",
     )
     assert explain("mine").startswith("mine: constant")
 
@@ -353,106 +469,3 @@ def test_a_name_is_registered_once() -> None:
     register_method("mine", Recipe())
     with pytest.raises(DeatError, match="there is a method 'mine' already"):
         register_method("Mine", Recipe())
-
-
-def install(folder: Path, entries: str) -> None:
-    """Lays down what an installed package leaves of its entry points."""
-    info = folder / "nfgsm-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: nfgsm\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[deat_rb.methods]\n{entries}\n")
-
-
-def test_an_entry_point_is_read_in_any_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_rows.py").write_text("from deat_rb.methods import Recipe\nROW = Recipe(steps=3)\n")
-    install(tmp_path, "Mine = my_rows:ROW")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert "mine" in [name.lower() for name in known_methods()]
-    assert create("mine", Plane()).steps == 3
-    assert create("MINE", Plane()).attack == "mine"
-
-
-# ------------------------------------------------------------------------------------------------ docs/own_method.md
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", DOCUMENT.read_text(encoding="utf-8"), flags=re.M | re.S)
-
-
-@pytest.fixture
-def documented() -> ModuleType:
-    """The document's python code, run as it stands there."""
-    module = ModuleType("nfgsm")
-    for block in blocks("python"):
-        exec(compile(block, str(DOCUMENT), "exec"), module.__dict__)
-    return module
-
-
-def noise_of(images: Tensor, bound: float, seed: int) -> Tensor:
-    torch.manual_seed(seed)
-    return torch.empty_like(images).uniform_(-bound, bound)
-
-
-def test_the_documents_methods_are_known(documented: ModuleType) -> None:
-    assert known_methods()[-2:] == ["n-fgsm", "m+n-fgsm"]
-    assert recipe("N-FGSM")[1] is documented.N_FGSM
-    assert describe("n-fgsm").cost == "2MT"
-    assert recipe("m+n-fgsm")[1].guided
-
-
-@pytest.mark.usefixtures("documented")
-def test_n_fgsm_is_noise_of_two_eps_and_a_step_that_is_not_projected() -> None:
-    # On a plane the step is -alpha sign(w) for label 0 and +alpha sign(w) for label 1, wherever it begins.
-    images, labels, _ = plane_images()
-    direction = torch.where(labels == 0, -1.0, 1.0)[:, None] * torch.tensor([1.0, -1.0, 1.0, -1.0])
-    trainer = create("n-fgsm", Plane(), eps=0.1)
-    assert trainer.alpha == pytest.approx(0.1)
-    with torch.random.fork_rng(devices=[]):
-        begun = (images + noise_of(images, 0.2, seed=3)).clamp(0, 1)
-        torch.manual_seed(3)
-        adv = trainer(images, labels)
-    torch.testing.assert_close(adv, (begun + 0.1 * direction.view(8, 1, 2, 2)).clamp(0, 1), rtol=0, atol=1e-6)
-    assert 0.15 < float((adv - images).abs().max()) <= 0.3 + 1e-6
-
-
-@pytest.mark.usefixtures("documented")
-def test_guided_n_fgsm_has_the_rules_steps_and_alphas_and_an_l_x() -> None:
-    images, labels, _ = plane_images()
-    model = Plane()
-    trainer = create("m+n-fgsm", model, eps=0.1)
-    seen = []
-    for _ in range(6):
-        trainer.steps = trainer.schedule.steps
-        assert trainer.alpha is not None
-        seen.append((trainer.steps, round(trainer.alpha, 9)))
-        trainer.schedule._rise()
-    # alpha = eps/4; alpha* = max(alpha, eps / r); at most 4 steps.
-    assert seen == [(1, 0.1), (2, 0.05), (3, 0.033333333), (4, 0.025), (4, 0.025), (4, 0.025)]
-
-    trainer.steps = 1
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(4)
-        stats = trainer.training_step(images, labels, SGD(model.parameters(), lr=0.0))
-        begun = (images + noise_of(images, 0.2, seed=4)).clamp(0, 1)
-    # The L1 norm of each gradient is 10 sigmoid(-+m), where m = w.x + 1 at the noisy image.
-    margins = begun.flatten(1) @ torch.tensor([1.0, -2.0, 3.0, -4.0]) + 1
-    norms = 10 * torch.sigmoid(torch.where(labels == 0, -margins, margins))
-    assert float(stats.l_x) == pytest.approx(float(norms.sum()), rel=1e-5)
-    assert (float(stats.forwards), float(stats.backwards)) == (2, 2)
-
-
-def test_the_documents_entry_points_make_the_command_know_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (snippet,) = blocks("toml")
-    entries: dict[str, str] = tomllib.loads(snippet)["project"]["entry-points"]["deat_rb.methods"]
-    (tmp_path / "nfgsm.py").write_text(blocks("python")[0])
-    install(tmp_path, "\n".join(f"{name} = {target}" for name, target in entries.items()))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert known_methods() == [*TABLE, "n-fgsm", "m+n-fgsm"]
-    table = CliRunner().invoke(main, ["methods"])
-    assert table.exit_code == 0
-    assert "m+n-fgsm" in table.output
-    for name in entries:
-        one = CliRunner().invoke(main, ["methods", name.upper()])
-        assert one.exit_code == 0, one.output
-        assert "noise of 2 eps" in one.output
-    assert deat_rb.create("N-FGSM", Plane()).attack == "n-fgsm"

@@ -191,7 +191,7 @@ def test_an_attack_without_a_step_size_can() -> None:
 
 
 def test_the_probe_alone() -> None:
-    images, labels, _ = plane_images()
+    images = plane_images()[0]
     model = Plane()
     with GradientProbe(model) as probe:
         adv = images[:1].clone().requires_grad_()

@@ -29,8 +29,17 @@ def test_verdicts_and_images_do_not_depend_on_how_often_examples_leave(
     start = uniform_start(images, 0.04, torch.Generator().manual_seed(1))
     first = plain_pgd(network, images, labels, start, 0.04, 0.01, 10, margin=False)
     counted = Counted(network)
-    crafted = pgd(counted, images, labels, start=start, eps=0.04, alpha=0.01, steps=10, loss=losses.cross_entropy,
-                  leave_every=every)
+    crafted = pgd(
+        counted,
+        images,
+        labels,
+        start=start,
+        eps=0.04,
+        alpha=0.01,
+        steps=10,
+        loss=losses.cross_entropy,
+        leave_every=every,
+    )
     assert crafted.broken.tolist() == (first <= 10).tolist()
     with torch.no_grad():
         assert ((network(crafted.images).argmax(1) != labels) == crafted.broken).all()

@@ -132,8 +132,8 @@ def run_config(**changes: Any) -> RunConfig:
         "method": "pgd-2", "setting": "fast", "dataset": "digits", "data_dir": None, "image_size": 8, "train_size": 12,
         "val_size": 4, "arch": ARCH, "init_from": None, "epochs": 2, "lr": 0.1, "lr_schedule": "cyclic",
         "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 6, "eps": 8 / 255, "alpha": None, "steps": None,
-        "max_steps": None, "gamma": None, "beta": None, "tau": None, "attack_mode": None, "precision": "fp32",
-        "device": "cpu", "seed": 0, "select": "last", "data_fingerprint": "0", "versions": {},
+        "max_steps": None, "gamma": None, "beta": None, "tau": None, "attack_mode": None, "lr_per_replay": None,
+        "precision": "fp32", "device": "cpu", "seed": 0, "select": "last", "data_fingerprint": "0", "versions": {},
         "model": ModelSpec(arch=ARCH, num_classes=4, image_size=8, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)),
     }  # fmt: skip
     return RunConfig.model_validate({**fields, **changes})

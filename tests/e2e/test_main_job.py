@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
+
+from deat_rb.cli import main
 
 COMMAND = str(Path(sys.executable).parent / "deat-rb")
 TINY = ["--arch", "wrn-10-1", "--train-size", "200", "--batch-size", "50", "--epochs", "3", "--precision", "fp32"]
@@ -24,12 +28,13 @@ def deat_rb(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[st
 
 
 def refused(*arguments: str | Path, cwd: Path) -> str:
-    """Runs the command, which has to refuse with one sentence; gives that back."""
+    """Runs the command in this process, which has to refuse with one sentence; gives that back."""
     before = sorted(cwd.rglob("*"))
-    result = deat_rb(*arguments, cwd=cwd)
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr
-    assert result.stderr.count("Error") == 1
+    with contextlib.chdir(cwd):
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert "Traceback" not in result.output
+    assert result.stderr.splitlines()[-1].startswith("Error: ")
     assert sorted(cwd.rglob("*")) == before, "something was written"
     return result.stderr
 
@@ -96,7 +101,9 @@ def test_the_export_loads_in_robustbench(run: Path) -> None:
 import sys, torch, deat_rb
 folder = deat_rb.register("export")
 import robustbench
-model = robustbench.load_model("Wang2021Gradient_Tiny", model_dir="export/models", dataset="cifar10", threat_model="Linf")
+model = robustbench.load_model(
+    "Wang2021Gradient_Tiny", model_dir="export/models", dataset="cifar10", threat_model="Linf"
+)
 torch.manual_seed(0)
 images = torch.rand(8, 3, 32, 32)
 with torch.no_grad():
@@ -105,6 +112,14 @@ print("equal")
 """
     loaded = subprocess.run([sys.executable, "-c", script], cwd=where, capture_output=True, text=True, check=False)
     assert loaded.stdout.strip().endswith("equal"), loaded.stderr
+
+
+def test_a_refusal_ends_the_installed_command_with_2_and_one_sentence(tmp_path: Path) -> None:
+    result = deat_rb("train", "--method", "m+trade5", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -161,10 +176,10 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
     broken.write_bytes(whole[:20])
     assert "2.png" in refused(*train, cwd=tmp_path)
     broken.write_bytes(whole)
+    assert "CIFAR" in refused(*train, "--image-size", "64", cwd=tmp_path)
     (data / "train" / "empty").mkdir()
     (data / "test" / "empty").mkdir()
     assert "empty" in refused(*train, cwd=tmp_path)
-    assert "32" in refused(*train[:-4], "--image-size", "64", "--arch", "wrn-10-1", cwd=tmp_path)
 
 
 def test_bad_checkpoints_are_refused(run: Path, tmp_path: Path) -> None:

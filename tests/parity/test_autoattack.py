@@ -21,8 +21,9 @@ def robust_network(classes: int, eps: float) -> tuple[nn.Module, Tensor, Tensor]
     images, labels = images[labels < classes], labels[labels < classes]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(1, 12, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-                              nn.Linear(192, classes))
+        model = nn.Sequential(
+            nn.Conv2d(1, 12, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(192, classes)
+        )
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         for _ in range(60):
             rows = torch.randint(100, len(images), (128,))

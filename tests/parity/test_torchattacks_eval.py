@@ -24,8 +24,14 @@ def problem() -> tuple[nn.Module, Tensor, Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(
-            nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
-            nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 10),
+            nn.Conv2d(3, 16, 3, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(64, 10),
         )
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         for _ in range(40):
@@ -46,11 +52,14 @@ def still_correct(model: nn.Module, adv: Tensor, labels: Tensor) -> Tensor:
 def test_fgsm_verdicts_are_torchattacks(problem: tuple[nn.Module, Tensor, Tensor], eps: float) -> None:
     model, images, labels = problem
     report = evaluate(model, images, labels, attacks="fgsm", eps=eps, batch_size=16)
-    theirs = torch.cat([
-        still_correct(model, torchattacks.FGSM(model, eps=eps)(images[i : i + 16], labels[i : i + 16]),
-                      labels[i : i + 16])
-        for i in range(0, 64, 16)
-    ])
+    theirs = torch.cat(
+        [
+            still_correct(
+                model, torchattacks.FGSM(model, eps=eps)(images[i : i + 16], labels[i : i + 16]), labels[i : i + 16]
+            )
+            for i in range(0, 64, 16)
+        ]
+    )
     natural = report.verdicts["natural"]
     assert torch.equal(report.verdicts["fgsm"], theirs & natural)
     assert 0 < report.results["fgsm"].n_correct < int(natural.sum()) < 64

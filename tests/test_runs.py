@@ -1,0 +1,150 @@
+"""Run directories: their names, what is written, and what damaged ones say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_problems import images_and_labels, normalized, run_config
+
+import deat_rb
+from deat_rb.errors import DeatError
+from deat_rb.runs import RunDirectory, check_name
+from deat_rb.stats import EpochStats
+
+ROW = EpochStats(epoch=1, steps=2, alpha=2 / 255, l_x=1 / 3, loss=0.1, examples=12, val_robust_acc=0.5)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory.create(tmp_path / "runs" / "first", run_config())
+
+
+@pytest.mark.parametrize("name", ["a", "deat-40%", "m+trades-digits-wrn-10-2-s0", "v1.2_b"])
+def test_names(name: str) -> None:
+    assert check_name(name) == name
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "../a", "a..b", "", ".hidden", "-flag", "a b", "a\n", "ü", "C:\\x"])
+def test_names_that_are_no_names(name: str) -> None:
+    with pytest.raises(DeatError, match="cannot be a run's name; use letters, digits"):
+        check_name(name)
+
+
+def test_a_taken_name_is_refused_and_nothing_overwritten(run: RunDirectory) -> None:
+    before = (run.path / "config.json").read_bytes()
+    with pytest.raises(DeatError, match=f"there is a run at {run.path} already; choose another --name or --output"):
+        RunDirectory.create(run.path, run_config(seed=9))
+    assert (run.path / "config.json").read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DeatError, match=r"cannot be made .*choose another --output"):
+        RunDirectory.create(tmp_path / "file" / "run", run_config())
+
+
+def test_a_run_that_cannot_be_written_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: object) -> None:
+        raise DeatError(f"{path} cannot be written: the disk is full")
+
+    monkeypatch.setattr("deat_rb.runs.write_json", full)
+    with pytest.raises(DeatError, match="disk is full"):
+        RunDirectory.create(tmp_path / "run", run_config())
+    assert not (tmp_path / "run").exists()
+
+
+def test_metrics_that_cannot_be_written_are_one_sentence(run: RunDirectory) -> None:
+    (run.path / "metrics.jsonl").mkdir()
+    with pytest.raises(DeatError, match=r"metrics\.jsonl"):
+        run.append(ROW)
+
+
+def test_a_run_opens_with_the_same_configuration(run: RunDirectory) -> None:
+    again = RunDirectory.open(str(run.path))
+    assert again.config == run.config
+    assert again.model_spec.mean == (0.4, 0.5, 0.6)
+
+
+DAMAGED: dict[str, tuple[str, str]] = {
+    "no JSON": ("{", "config.json"),
+    "a list": ("[]", "not a run's configuration"),
+    "empty": ("{}", "not a run's configuration: method: Field required"),
+    "one field more": (json.dumps(run_config().model_dump() | {"sed": 1}), "configuration: sed: Extra inputs"),
+    "a wrong value": (json.dumps(run_config().model_dump() | {"epochs": "many"}), "configuration: epochs: "),
+    "a wrong network": (
+        json.dumps(run_config().model_dump() | {"model": {"arch": "wrn-11-1", "num_classes": 4}}),
+        "wrn-11-1|configuration: model",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_configuration_is_refused(case: str, run: RunDirectory) -> None:
+    text, message = DAMAGED[case]
+    (run.path / "config.json").write_text(text)
+    with pytest.raises(DeatError, match=message):
+        RunDirectory.open(run.path)
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(DeatError, match=f"{path} is not a run directory: it has no config.json"):
+            RunDirectory.open(path)
+
+
+def test_metrics_come_back_as_they_were(run: RunDirectory) -> None:
+    assert run.rows() == []
+    second = EpochStats(epoch=2, steps=3, stopped="because", val_acc=None)
+    run.append(ROW)
+    run.append(second)
+    assert run.rows() == [ROW, second]
+    lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
+    assert json.loads(lines[0])["l_x"] == 1 / 3
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "7", "<html>"])
+def test_damaged_metrics_are_refused(line: str, run: RunDirectory) -> None:
+    run.append(ROW)
+    with open(run.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    with pytest.raises(DeatError, match=r"metrics\.jsonl has a line that is not a JSON object; the run is damaged"):
+        run.rows()
+
+
+def test_saved_weights_give_the_same_logits(run: RunDirectory) -> None:
+    images, _ = images_and_labels()
+    model = normalized()
+    model(images)  # moves BatchNorm
+    run.save_weights("last", model.state_dict(), ROW)
+    loaded = deat_rb.load_model(run.path)
+    assert not loaded.training
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model.eval()(images))
+    about = run.checkpoint("last")
+    assert (about["epoch"], about["val_robust_acc"], len(about["sha256"])) == (1, 0.5, 64)
+
+
+def test_the_selected_weights_are_the_result(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", run_config(select="best"))
+    with pytest.raises(DeatError, match=r"no best\.safetensors; it ended before its first epoch did"):
+        deat_rb.load_model(run.path)
+    best, last = normalized(), normalized()
+    with torch.no_grad():
+        for parameter in last.parameters():
+            parameter.add_(1)
+    run.save_weights("best", best.state_dict(), ROW)
+    run.save_weights("last", last.state_dict(), ROW)
+    loaded = deat_rb.load_model(run.path).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in best.state_dict().items())
+
+
+@pytest.mark.parametrize("content", ["[]", "7", "{"])
+def test_a_damaged_checkpoint_note_is_refused(content: Any, run: RunDirectory) -> None:
+    (run.path / "best.json").write_text(content)
+    with pytest.raises(DeatError, match=r"best\.json"):
+        run.checkpoint("best")
