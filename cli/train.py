@@ -51,9 +51,20 @@ from .options import fraction, seed_list
 )
 @click.option("--name", help="The run's name.")
 @click.option("--output", default="runs", show_default=True, help="The folder of the runs.")
+@click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with a run that was stopped.")
+@click.option(
+    "--save-every", type=float, default=5.0, show_default=True, metavar="MINUTES", help="Checkpoint so often."
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and its costs, and train nothing.")
 def train(
-    config: Path | None, name: str | None, output: str, dry_run: bool, seeds: tuple[int, ...] | None, **flags: Any
+    config: Path | None,
+    name: str | None,
+    output: str,
+    dry_run: bool,
+    seeds: tuple[int, ...] | None,
+    resume: Path | None,
+    save_every: float,
+    **flags: Any,
 ) -> None:
     """Train a network by one of the methods.
 
@@ -61,22 +72,33 @@ def train(
     and --alpha. The run directory keeps configuration, metrics, weights and curves.
     """
     from deat_rb.config import make_options, read_options
+    from deat_rb.errors import DeatError
     from deat_rb.progress import TrainingProgress, print_plan, print_result, print_seeds
     from deat_rb.training import plan, train_seeds
+    from deat_rb.training import resume as resume_training
     from deat_rb.training import train as run_training
 
+    given = {key: value for key, value in flags.items() if value is not None}
+    if not save_every > 0:
+        raise DeatError(f"--save-every = {save_every:g} is not a positive number of minutes")
+    if resume is not None:
+        if config is not None or name is not None or seeds or dry_run:
+            raise DeatError("--resume goes on with a run as it is: leave out --config, --name, --seeds and --dry-run")
+        with TrainingProgress() as progress:
+            run, history = resume_training(resume, given, reporter=progress, save_every=save_every)
+        print_result(run, history)
+        return
     options = read_options(config) if config is not None else {}
-    options |= {key: value for key, value in flags.items() if value is not None}
-    asked = make_options({"method": "m+trades", **options})
+    asked = make_options({"method": "m+trades", **options, **given})
     planned = plan(asked)
     print_plan(planned)
     if dry_run:
         return
     with TrainingProgress() as progress:
         if seeds:
-            results = train_seeds(asked, seeds, output=output, name=name, reporter=progress)
+            results = train_seeds(asked, seeds, output=output, name=name, reporter=progress, save_every=save_every)
         else:
-            results = [run_training(planned, output=output, name=name, reporter=progress)]
+            results = [run_training(planned, output=output, name=name, reporter=progress, save_every=save_every)]
     for run, history in results:
         print_result(run, history)
     if seeds:

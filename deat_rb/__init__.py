@@ -12,12 +12,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from deat_rb.attacks import PGD
+    from deat_rb.attacks import PGD, QuietAttack
     from deat_rb.data import load_data
     from deat_rb.errors import DeatError
     from deat_rb.evaluate import evaluate
     from deat_rb.export import export, register
-    from deat_rb.methods import create, method_table, register_method
+    from deat_rb.methods import Recipe, create, method_table, register_method
     from deat_rb.models import ModelSpec, build_model, load_model
     from deat_rb.probe import GradientProbe, lipschitz_lower_bound
     from deat_rb.schedules import AccuracyThreshold, Constant, EveryDEpochs, GradientMagnitude
@@ -38,6 +38,8 @@ __all__ = [
     "GradientProbe",
     "GradientRatio",
     "ModelSpec",
+    "QuietAttack",
+    "Recipe",
     "ReplayTrainer",
     "RobustnessDrop",
     "__version__",
@@ -65,6 +67,8 @@ _MODULE_OF = {
     "GradientProbe": "probe",
     "GradientRatio": "stopping",
     "ModelSpec": "models",
+    "QuietAttack": "attacks",
+    "Recipe": "methods",
     "ReplayTrainer": "trainers",
     "RobustnessDrop": "stopping",
     "build_model": "models",

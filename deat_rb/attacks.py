@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from torchattacks.attack import Attack
 
 from deat_rb import losses, randomness
 from deat_rb.errors import DeatError, nearest
-from deat_rb.guard import untouched
+from deat_rb.guard import modes_restored, untouched
 from deat_rb.stats import CraftStats
 from deat_rb.threat import Linf, check_eps
 
@@ -61,17 +62,19 @@ class QuietAttack(Attack):
         """
         applied = self._normalization_applied
         with untouched(self.model):
+            self.enter_mode()
             try:
                 adv: Tensor = super().__call__(inputs, labels, *args, **kwargs)
             finally:
                 self._set_normalization_applied(applied)
         return adv
 
-    def _change_model_mode(self, given_training: bool) -> None:
+    def enter_mode(self) -> None:
+        """Puts the model into the mode that crafting runs in."""
         if not self._model_training:
             self.model.eval()
             return
-        if not given_training:
+        if not self.model.training:
             self.model.train()
         for module in self.model.modules():
             kind = type(module).__name__
@@ -80,8 +83,23 @@ class QuietAttack(Attack):
             ):
                 module.eval()
 
+    def save(self, *args: Any, **kwargs: Any) -> Any:
+        """Saves adversarial images as `torchattacks.attack.Attack.save` does, and leaves the modes as they were."""
+        with modes_restored(self.model):
+            return super().save(*args, **kwargs)
+
+    def get_output_with_eval_nograd(self, inputs: Tensor) -> Tensor:
+        """The logits (N, K) of images (N, C, H, W) in eval mode, which leaves the modes as they were."""
+        with modes_restored(self.model):
+            logits: Tensor = super().get_output_with_eval_nograd(inputs)
+        return logits
+
+    # torchattacks would set and recover one mode for the whole model, on nested attacks as well.
+    def _change_model_mode(self, given_training: bool) -> None:
+        pass
+
     def _recover_model_mode(self, given_training: bool) -> None:
-        """Nothing: `__call__` gives every module its own mode back."""
+        pass
 
 
 class PGD(QuietAttack):
@@ -122,10 +140,10 @@ class PGD(QuietAttack):
             raise DeatError(f"there is no crafting loss '{loss}': {nearest(loss, LOSSES)}")
         if start not in STARTS:
             raise DeatError(f"there is no start '{start}': {nearest(start, STARTS)}")
-        if steps < 0:
-            raise DeatError(f"steps = {steps} is negative; an attack takes 0 or more steps")
-        if not alpha > 0:
-            raise DeatError(f"alpha = {alpha:g} is not positive; give a step size such as 2/255")
+        if not isinstance(steps, int) or steps < 0:
+            raise DeatError(f"steps = {steps} is not a whole number of 0 or more")
+        if not (math.isfinite(alpha) and alpha > 0):
+            raise DeatError(f"alpha = {alpha:g} is not a positive number; give a step size such as 2/255")
         if tau is not None and tau < 0:
             raise DeatError(f"tau = {tau} is negative; it is the number of steps after a misclassification")
         self.eps = check_eps(eps)
@@ -152,7 +170,12 @@ class PGD(QuietAttack):
             The adversarial images (N, C, H, W), and l_X and the passes.
         """
         images = images.detach().to(self.device)
-        labels = labels.to(self.device) if labels is not None else images.new_zeros(len(images), dtype=torch.long)
+        if labels is not None:
+            labels = labels.to(self.device)
+        elif self.loss == "kl" and self.tau is None:
+            labels = images.new_zeros(len(images), dtype=torch.long)
+        else:
+            raise DeatError("this attack needs labels: call it with (images, labels)")
         clean = self._clean_logits(images) if self.loss == "kl" and self.steps > 0 else None
         adv = self.begin(images) if adv is None else adv
         if self.tau is not None:

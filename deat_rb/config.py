@@ -27,9 +27,9 @@ class TrainOptions(BaseModel):
     method: str
     dataset: str = "digits"
     data_dir: str | None = None
-    image_size: int | None = None
-    train_size: int | None = None
-    val_size: int | None = None
+    image_size: int | None = Field(None, ge=1)
+    train_size: int | None = Field(None, ge=1)
+    val_size: int | None = Field(None, ge=1)
     arch: str | None = None
     init_from: str | None = None
     setting: Setting = "fast"

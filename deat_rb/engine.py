@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from deat_rb.errors import DeatError, nearest
 
@@ -29,8 +30,8 @@ def resolve_device(name: str = "auto") -> torch.device:
         return torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
+        torch.empty(0, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError):  # the last is meta's
         raise DeatError(f"there is no device '{name}' here; --device auto takes the best there is") from None
     return device
 
@@ -63,13 +64,22 @@ class Engine:
     Args:
         device: Where.
         precision: fp32, or bf16 or fp16 by autocast; fp16 updates with a loss scale.
+
+    Attributes:
+        loss_scale: The fixed scale under which our own attacks craft, so that fp16 gradients do not vanish.
     """
 
     def __init__(self, device: torch.device | str = "cpu", precision: Precision = "fp32") -> None:
         self.device = torch.device(device)
         self.precision = precision
         self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+        self.loss_scale = 1024.0 if precision == "fp16" else 1.0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+
+    def sgd(self, parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float) -> SGD:
+        """Makes the optimiser; on a GPU the fused one, which steps under a loss scale without waiting."""
+        fused = self.device.type == "cuda"
+        return SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=fused)
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context in which the model is forwarded."""

@@ -1,4 +1,4 @@
-"""The epoch loop: learning rate, validation, the schedule's and the rule's decisions, what is kept."""
+"""The epoch loop: learning rate, validation, the schedule's and the rule's decisions, what is kept, where to go on."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from deat_rb import randomness
+from deat_rb import checkpoint, randomness
 from deat_rb.batches import check_batch
-from deat_rb.engine import Engine, Precision, resolve_device
+from deat_rb.checkpoint import Checkpoint
+from deat_rb.engine import Engine, resolve_device, resolve_precision
 from deat_rb.errors import DeatError, Interrupted, nearest
 from deat_rb.evaluate import validate
 from deat_rb.guard import modes_restored
 from deat_rb.probe import lipschitz_lower_bound
-from deat_rb.stats import BatchStats, EpochStats
+from deat_rb.rates import LR_SCHEDULES
+from deat_rb.signals import StopRequests
+from deat_rb.stats import EpochStats, EpochSums
 from deat_rb.trainers import set_rate
 
 if TYPE_CHECKING:
@@ -28,23 +31,7 @@ if TYPE_CHECKING:
     from deat_rb.trainers import Batch, Trainer
 
 STOP_BATCH = 128
-
-
-def _cyclic(done: float) -> float:
-    return 1 - abs(2 * done - 1)
-
-
-def _multistep(done: float) -> float:
-    return 1.0 if done < 0.5 else 0.1 if done < 0.8 else 0.01
-
-
-def _flat(done: float) -> float:
-    return 1.0
-
-
-LR_SCHEDULES: dict[str, Callable[[float], float]] = {"cyclic": _cyclic, "multistep": _multistep, "flat": _flat}
-"""Share of the peak learning rate by share of the run: 0 -> 1 -> 0; divided by 10 at 1/2 and 4/5 of it (epochs 25 and
-40 of the paper's 50); flat. It moves once per batch, not per replay."""
+Weights = dict[str, Tensor]
 
 
 class Reporter:
@@ -61,6 +48,9 @@ class Reporter:
 
     def epoch_ended(self, row: EpochStats) -> None:
         """An epoch is complete, with its validation."""
+
+    def warn(self, sentence: str) -> None:
+        """Something is not as it should be, and training goes on."""
 
 
 @dataclass
@@ -88,27 +78,6 @@ class History:
         return sum(row.backwards for row in self.rows)
 
 
-class EpochSums:
-    """Sums of `BatchStats` over an epoch; they stay on the device until `read`."""
-
-    def __init__(self) -> None:
-        self.examples = self.updates = self.batches = 0
-        self._sums: dict[str, float | Tensor] = dict.fromkeys(("loss", "correct", "l_x", "forwards", "backwards"), 0.0)
-
-    def add(self, stats: BatchStats) -> None:
-        """Adds a batch."""
-        self.examples += stats.examples
-        self.updates += stats.updates
-        self.batches += 1
-        for name, value in self._sums.items():
-            term = getattr(stats, name)
-            self._sums[name] = value + (term.double() if name == "l_x" and term.device.type != "mps" else term)
-
-    def read(self) -> dict[str, float]:
-        """The sums as numbers: the epoch's one wait for the device."""
-        return {name: float(value) for name, value in self._sums.items()}
-
-
 def fit(
     trainer: Trainer,
     train_loader: Iterable[Batch],
@@ -120,10 +89,12 @@ def fit(
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     device: torch.device | str | None = None,
-    precision: Precision = "fp32",
+    precision: str = "fp32",
     select: str | None = None,
     seed: int = 0,
     run: RunDirectory | None = None,
+    resume: bool = False,
+    save_every: float = 5.0,
     reporter: Reporter | None = None,
 ) -> History:
     """Trains a trainer's model.
@@ -135,15 +106,17 @@ def fit(
         val_loader: Held-out training images; after each epoch they are attacked by PGD-20. Never the test set.
         epochs: T.
         lr: The peak learning rate.
-        lr_schedule: ``cyclic``, ``multistep`` or ``flat``, see `LR_SCHEDULES`.
+        lr_schedule: ``cyclic``, ``multistep`` or ``flat``, see `deat_rb.rates`.
         momentum: Of SGD.
         weight_decay: Of SGD.
         device: Where to train; by default where the model is.
-        precision: ``fp32``, ``bf16`` or ``fp16``.
+        precision: ``fp32``, ``bf16``, ``fp16`` or ``auto``.
         select: Which weights the model ends with: those most robust on validation (``best``) or the ``last``. By
             default best where there is a ``val_loader``.
         seed: Fixes every random number drawn; torch's global generators are given back as they were.
-        run: Where to write metrics and weights, if anywhere.
+        run: Where to write metrics, weights and checkpoints, if anywhere. Ctrl-C and SIGTERM then wait for the batch.
+        resume: Go on from the run's newest checkpoint.
+        save_every: Minutes between two checkpoints within an epoch; there is one after each epoch as well.
         reporter: Is told how it goes.
 
     Returns:
@@ -151,7 +124,8 @@ def fit(
         healthy weights.
 
     Raises:
-        DeatError: If an option or the first batch is not admissible, or the loss is no longer finite.
+        DeatError: If an option or the first batch is not admissible, or training is no longer finite; the model then
+            holds the last good epoch's weights.
         Interrupted: On Ctrl-C, saying what was kept.
     """
     if lr_schedule not in LR_SCHEDULES:
@@ -162,23 +136,43 @@ def fit(
         raise DeatError(f"select = '{select}' is neither 'best' nor 'last'")
     if select == "best" and val_loader is None:
         raise DeatError("select = 'best' needs validation images to choose by; give a val_loader or select = 'last'")
+    if resume and run is None:
+        raise DeatError("resume = True needs the run to go on with; give run")
+    where = resolve_device(str(device or trainer.device or "cpu"))
+    engine = Engine(where, resolve_precision(precision, where))
     loop = _Loop(
         trainer=trainer,
-        engine=Engine(resolve_device(str(device)) if device is not None else trainer.device or "cpu", precision),
-        optimizer=torch.optim.SGD(trainer.model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay),
+        engine=engine,
+        optimizer=engine.sgd(trainer.model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay),
         rate=lambda done: lr * LR_SCHEDULES[lr_schedule](done),
         epochs=epochs,
         seed=seed,
         run=run,
+        save_every=60 * save_every,
         reporter=reporter or Reporter(),
         select=select or ("best" if val_loader is not None else "last"),
+        kept=deque(maxlen=trainer.stopping.lookback if trainer.stopping else 1),
     )
-    with randomness.preserved():
-        return loop(train_loader, val_loader)
+    try:
+        with randomness.preserved():
+            return loop(train_loader, val_loader, resume)
+    finally:
+        trainer.follow_rate(None)
 
 
 @dataclass
 class _Loop:
+    """A run under way: what it is given, and where it is.
+
+    Attributes:
+        epoch: The epoch under way, from 1.
+        batch: How many of its batches are done.
+        sums: Over those batches.
+        spent: Seconds that earlier processes spent on those batches.
+        kept: The newest epochs with their weights, as many as the stopping rule may go back by.
+        best: The epoch most robust on validation with its weights; None for the weights where they are on the disk.
+    """
+
     trainer: Trainer
     engine: Engine
     optimizer: torch.optim.SGD
@@ -186,88 +180,95 @@ class _Loop:
     epochs: int
     seed: int
     run: RunDirectory | None
+    save_every: float
     reporter: Reporter
     select: str
+    kept: deque[tuple[EpochStats, Weights]]
+    best: tuple[EpochStats, Weights | None] | None = None
+    epoch: int = 1
+    batch: int = 0
+    spent: float = 0.0
+    sums: EpochSums = field(default_factory=EpochSums)
+    history: History = field(default_factory=History)
+    requests: StopRequests = field(default_factory=StopRequests)
+    saved: float = field(default_factory=time.monotonic)
 
-    def __call__(self, train_loader: Iterable[Batch], val_loader: Iterable[Batch] | None) -> History:
+    def __call__(self, loader: Iterable[Batch], val_loader: Iterable[Batch] | None, resume: bool) -> History:
         trainer = self.trainer
-        model = self.engine.prepare(trainer.model)
+        self.engine.prepare(trainer.model)
         trainer.set_device(self.engine.device)
-        validation = _gather(val_loader, self.engine) if val_loader is not None else None
+        validation = _gather(trainer, val_loader, self.engine) if val_loader is not None else None
         rule = trainer.stopping
         if rule is not None and rule.validation_steps and validation is None:
             raise DeatError(f"{trainer.attack} stops by validation and needs images to validate on; give a val_loader")
-        batches = len(train_loader) if isinstance(train_loader, Sized) else sum(1 for _ in train_loader)
-        history = History()
-        kept: deque[tuple[EpochStats, dict[str, Tensor]]] = deque(maxlen=rule.lookback if rule else 1)
-        best: tuple[EpochStats, dict[str, Tensor]] | None = None
+        batches = len(loader) if isinstance(loader, Sized) else sum(1 for _ in loader)
+        if resume:
+            self._restore()
         try:
-            for epoch in range(1, self.epochs + 1):
-                row = self._epoch(epoch, train_loader, batches)
-                row = self._validated(row, validation)
-                stop = rule.update(row) if rule else None
-                if stop is not None:
-                    row = replace(row, stopped=stop.reason)
-                trainer.schedule.update(row)
-                trainer.follow_schedule()
-                history.rows.append(row)
-                kept.append((row, _copy(model)))
-                if self.run is not None:
-                    self.run.append(row)
-                if stop is not None:
-                    history.stopped = stop.reason
-                    while kept[-1][0].epoch > stop.keep and len(kept) > 1:
-                        kept.pop()
-                elif best is None or (row.val_robust_acc or 0) > (best[0].val_robust_acc or 0):
-                    best = kept[-1]
-                    self._save("best", best)
-                self._save("last", kept[-1])
-                self.reporter.epoch_ended(row)
-                if stop is not None:
-                    break
+            if self.run is None:
+                self._train(loader, validation, batches)
+            else:
+                with self.requests:
+                    self._train(loader, validation, batches)
         except KeyboardInterrupt:
-            raise Interrupted(self._kept(history)) from None
-        chosen = kept[-1] if self.select == "last" or best is None else best
-        history.selected = chosen[0].epoch
-        model.load_state_dict(chosen[1])
-        return history
+            raise Interrupted(self._what_is_kept()) from None
+        self._select()
+        return self.history
 
-    def _epoch(self, epoch: int, loader: Iterable[Batch], batches: int) -> EpochStats:
+    def _train(self, loader: Iterable[Batch], validation: Batch | None, batches: int) -> None:
+        while self.epoch <= self.epochs and self.history.stopped is None:
+            row = self._epoch(loader, batches)
+            with self.requests.at_once():
+                row = self._validated(row, validation)
+            self._conclude(row)
+            if self.requests.requested:
+                raise KeyboardInterrupt
+
+    def _epoch(self, loader: Iterable[Batch], batches: int) -> EpochStats:
         trainer, engine, model = self.trainer, self.engine, self.trainer.model
         if not model.training:
             model.train()
         steps, alpha = trainer.steps, trainer.alpha
-        self.reporter.epoch_begins(epoch, self.epochs, batches, steps)
-        sums = EpochSums()
-        size = 0
+        self.reporter.epoch_begins(self.epoch, self.epochs, batches, steps)
         began = time.perf_counter()
-        randomness.seed_global(self.seed, "epoch", epoch)
-        for number, (images, labels) in enumerate(_of_epoch(loader, epoch)):
-            images, labels = engine.receive(images, labels)
-            if number == 0:
-                size = images[0].numel()
-                if epoch == 1:
-                    _check_first(trainer, images, labels)
-            trainer.rate = partial(self._rate_within, epoch - 1, number, batches)
-            set_rate(self.optimizer, trainer.rate(0.0))
-            randomness.seed_global(self.seed, "batch", epoch, number)
-            sums.add(trainer.training_step(images, labels, self.optimizer, engine))
-            self.reporter.batch_ended(sums)
-        if sums.batches == 0:
-            raise DeatError(f"the training loader gave no batch in epoch {epoch}; give one that can be iterated anew")
-        totals = sums.read()
-        seconds = time.perf_counter() - began
-        if not (math.isfinite(totals["loss"]) and math.isfinite(totals["l_x"])):
-            good = f"epoch {epoch - 1} is the last good one" if epoch > 1 else "there is no good epoch before it"
-            raise DeatError(
-                f"the loss or the gradient is no longer finite in epoch {epoch}; {good}; try a smaller --lr"
-            )
+        randomness.seed_global(self.seed, "epoch", self.epoch)
+        for batch in _of_epoch(loader, self.epoch, self.batch):
+            if self.epoch == 1 and self.batch == 0:
+                _check_first(trainer, batch, engine)
+            images, labels = engine.receive(*batch)
+            trainer.follow_rate(partial(self._rate_within, self.epoch - 1, self.batch, batches))
+            set_rate(self.optimizer, self._rate_within(self.epoch - 1, self.batch, batches, 0.0))
+            randomness.seed_global(self.seed, "batch", self.epoch, self.batch)
+            self.sums.add(trainer.training_step(images, labels, self.optimizer, engine))
+            self.batch += 1
+            self.reporter.batch_ended(self.sums)
+            due = self.run is not None and time.monotonic() - self.saved > self.save_every
+            if due or self.requests.requested:
+                self._save(self.spent + time.perf_counter() - began)
+                if self.requests.requested:
+                    raise KeyboardInterrupt
+        if self.sums.batches == 0:
+            raise DeatError(f"the loader gave no batch in epoch {self.epoch}; give one that can be iterated anew")
+        return self._row(steps, alpha, self.spent + time.perf_counter() - began)
+
+    def _row(self, steps: int, alpha: float | None, seconds: float) -> EpochStats:
+        """The epoch's figures: the one wait for the device."""
+        sums, totals = self.sums, self.sums.read()
+        weights = torch.stack([p.detach().float().sum() for p in self.trainer.model.parameters()])
+        if not (math.isfinite(totals["loss"]) and math.isfinite(totals["l_x"]) and bool(weights.isfinite().all())):
+            good = "there is no good epoch before it"
+            if self.kept:
+                good = f"epoch {self.kept[-1][0].epoch} is the last good one"
+                self.trainer.model.load_state_dict(self.kept[-1][1])
+            raise DeatError(f"training is no longer finite in epoch {self.epoch}; {good}; try a smaller --lr")
         return EpochStats(
-            epoch=epoch,
+            epoch=self.epoch,
             steps=steps,
             alpha=alpha,
             l_x=totals["l_x"],
-            lipschitz=lipschitz_lower_bound(totals["l_x"], examples=sums.examples, eps=trainer.eps, size=size),
+            lipschitz=lipschitz_lower_bound(
+                totals["l_x"], examples=sums.examples, eps=self.trainer.eps, size=sums.image_size
+            ),
             examples=sums.examples,
             loss=totals["loss"] / sums.examples,
             train_acc=totals["correct"] / sums.examples,
@@ -277,7 +278,7 @@ class _Loop:
             lr=self.optimizer.param_groups[0]["lr"],
             seconds=seconds,
             images_per_second=sums.examples / seconds,
-            peak_memory=engine.peak_memory(),
+            peak_memory=self.engine.peak_memory(),
         )
 
     def _rate_within(self, epochs_done: int, batch: int, batches: int, share: float) -> float:
@@ -301,40 +302,129 @@ class _Loop:
                 row = replace(row, stop_robust_acc=robust)
         return replace(row, val_seconds=time.perf_counter() - began)
 
-    def _save(self, which: str, weights: tuple[EpochStats, dict[str, Tensor]]) -> None:
+    def _conclude(self, row: EpochStats) -> None:
+        """Lets rule and schedule decide on a finished epoch, and keeps it."""
+        trainer = self.trainer
+        stop = trainer.stopping.update(row) if trainer.stopping else None
+        if stop is not None:
+            row = replace(row, stopped=stop.reason)
+        trainer.schedule.update(row)
+        trainer.follow_schedule()
+        self.history.rows.append(row)
+        self.kept.append((row, _copy(trainer.model)))
         if self.run is not None:
-            self.run.save_weights(which, weights[1], weights[0])
+            self.run.append(row)
+        if stop is not None:
+            self.history.stopped = stop.reason
+            while self.kept[-1][0].epoch > stop.keep and len(self.kept) > 1:
+                self.kept.pop()
+        elif self.best is None or _merit(row) > _merit(self.best[0]):
+            self.best = self.kept[-1]
+            if self.run is not None:
+                self.run.save_weights("best", self.kept[-1][1], row)
+        self.epoch, self.batch, self.spent, self.sums = self.epoch + 1, 0, 0.0, EpochSums()
+        if self.run is not None:
+            self.run.save_weights("last", self.kept[-1][1], self.kept[-1][0])
+            self._save(0.0)
+        self.reporter.epoch_ended(row)
 
-    def _kept(self, history: History) -> str:
+    def _select(self) -> None:
+        row, weights = self.best if self.select == "best" and self.best is not None else self.kept[-1]
+        self.history.selected = row.epoch
+        if weights is None:
+            assert self.run is not None
+            weights = self.run.weights("best")
+        self.trainer.model.load_state_dict(weights)
+
+    def _save(self, spent: float) -> None:
         if self.run is None:
-            return f"{len(history.rows)} of {self.epochs} epochs were trained; the model holds the newest weights"
-        if not history.rows:
-            return f"the first epoch was not complete; {self.run.path} holds the configuration only"
-        return f"{self.run.path} keeps the weights and metrics of {len(history.rows)} of {self.epochs} epochs"
+            return
+        state = Checkpoint(
+            facts={
+                "epoch": self.epoch,
+                "batch": self.batch,
+                "spent": spent,
+                "sums": self.sums.facts(),
+                "trainer": self.trainer.state_dict(),
+                "scaler": self.engine.scaler.state_dict(),
+                "best": self.best[0].epoch if self.best else None,
+                "kept": [row.epoch for row, _ in self.kept],
+                "stopped": self.history.stopped,
+            }
+        )
+        state.put("model", self.trainer.model.state_dict())
+        state.put_optimizer(self.optimizer)
+        state.put("trainer", self.trainer.tensors())
+        state.put("sums", self.sums.tensors())
+        for row, weights in self.kept:
+            state.put(f"kept.{row.epoch}", weights)
+        checkpoint.write(self.run.checkpoints, state)
+        self.saved = time.monotonic()
+
+    def _restore(self) -> None:
+        assert self.run is not None
+        state = checkpoint.newest(self.run.checkpoints, self.reporter.warn)
+        if state is None:
+            self.run.truncate(0)
+            return
+        facts = state.facts
+        self.epoch, self.batch, self.spent = facts["epoch"], facts["batch"], facts["spent"]
+        self.history.rows = self.run.truncate(self.epoch - 1)
+        self.history.stopped = facts["stopped"]
+        state.take_model(self.trainer.model)
+        state.take_optimizer(self.optimizer)
+        self.trainer.load_state_dict(facts["trainer"], state.take("trainer"))
+        self.engine.scaler.load_state_dict(facts["scaler"])
+        self.sums = EpochSums.restored(facts["sums"], state.take("sums"), self.engine.device)
+        by_epoch = {row.epoch: row for row in self.history.rows}
+        if facts["best"] is not None:
+            self.best = by_epoch[facts["best"]], None
+        self.kept.extend((by_epoch[epoch], state.take(f"kept.{epoch}")) for epoch in facts["kept"])
+
+    def _what_is_kept(self) -> str:
+        done = f"{len(self.history.rows)} of {self.epochs} epochs"
+        if self.run is None:
+            return f"{done} were trained; the model holds the newest weights"
+        return f"{self.run.path} keeps {done}; deat-rb train --resume {self.run.path} goes on from there"
 
 
-def _of_epoch(loader: Iterable[Batch], epoch: int) -> Iterator[Batch]:
+def _merit(row: EpochStats) -> tuple[float, float]:
+    """What the best epoch is best by: robust accuracy on validation and, where that is equal, natural accuracy."""
+    return row.val_robust_acc or 0.0, row.val_acc or 0.0
+
+
+def _of_epoch(loader: Iterable[Batch], epoch: int, batch: int) -> Iterator[Batch]:
+    """The batches of an epoch from one on; a loader that cannot begin there is read up to it."""
     set_epoch = getattr(loader, "set_epoch", None)
     if set_epoch is not None:
         set_epoch(epoch)
-    return iter(loader)
+    starting_at: Callable[[int], Iterator[Batch]] | None = getattr(loader, "starting_at", None)
+    if starting_at is not None:
+        return starting_at(batch)
+    batches = iter(loader)
+    for _ in range(batch):
+        next(batches, None)
+    return batches
 
 
-def _gather(loader: Iterable[Batch], engine: Engine) -> Batch:
+def _gather(trainer: Trainer, loader: Iterable[Batch], engine: Engine) -> Batch:
     batches = list(loader)
     if not batches:
         raise DeatError("the validation loader gave no batch; give validation images or none at all")
     images, labels = torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
-    check_batch(images, labels)
+    _check_first(trainer, (images, labels), engine)
     return engine.receive(images, labels)
 
 
-def _check_first(trainer: Trainer, images: Tensor, labels: Tensor) -> None:
+def _check_first(trainer: Trainer, batch: Any, engine: Engine) -> None:
+    if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
+        raise DeatError("a loader has to give pairs of tensors (images, labels), and this one gives something else")
+    images, labels = batch
     check_batch(images, labels)
     with modes_restored(trainer.model), torch.no_grad():
-        classes = trainer.model.eval()(images[:1]).shape[1]
+        classes = trainer.model.eval()(images[:1].to(engine.device)).shape[1]
     check_batch(images, labels, classes)
 
 
-def _copy(model: torch.nn.Module) -> dict[str, Tensor]:
+def _copy(model: torch.nn.Module) -> Weights:
     return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}

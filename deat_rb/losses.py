@@ -6,6 +6,7 @@ losses and gradients.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,11 @@ from deat_rb.errors import DeatError, nearest
 
 def _wide(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def _is_label(logits: Tensor, labels: Tensor) -> Tensor:
+    """Where in the logits (N, K) the labels (N,) are; one_hot would look at the labels, which waits for the device."""
+    return labels[:, None] == torch.arange(logits.shape[1], device=labels.device)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -33,14 +39,15 @@ def kl_divergence(logits: Tensor, target_logits: Tensor) -> Tensor:
         target_logits: The reference distribution: the clean images' logits.
     """
     prediction = F.log_softmax(_wide(logits), dim=1)
-    target = F.log_softmax(_wide(target_logits), dim=1)
-    return F.kl_div(prediction, target, reduction="none", log_target=True).sum(dim=1)
+    target = _wide(target_logits)
+    # softmax and not exp(log_softmax): their last bits differ, and torchattacks' TPGD has the former.
+    return (F.softmax(target, dim=1) * (F.log_softmax(target, dim=1) - prediction)).sum(dim=1)
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
     """The Carlini-Wagner margin, max_{k != y} z_k - z_y, per example (N,): positive once misclassified."""
     logits = _wide(logits)
-    true = F.one_hot(labels, logits.shape[1]).bool()
+    true = _is_label(logits, labels)
     return logits.masked_fill(true, -torch.inf).amax(dim=1) - logits.gather(1, labels[:, None]).squeeze(1)
 
 
@@ -50,7 +57,7 @@ def boosted_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     As in MART's public code 1.0001 stands for the 1, which bounds the second term by 9.2.
     """
     logits = _wide(logits)
-    true = F.one_hot(labels, logits.shape[1]).bool()
+    true = _is_label(logits, labels)
     strongest_wrong = F.softmax(logits, dim=1).masked_fill(true, 0).amax(dim=1)
     return cross_entropy(logits, labels) - torch.log(1.0001 - strongest_wrong + 1e-12)
 
@@ -89,10 +96,12 @@ def surrogate(name: str | SurrogateLoss, *, beta: float = 6.0) -> SurrogateLoss:
     """Finds the surrogate loss ``ce``, ``trades`` or ``mart``; one of your own is passed through.
 
     Raises:
-        DeatError: If no loss has that name.
+        DeatError: If no loss has that name, or beta is negative.
     """
     if isinstance(name, SurrogateLoss):
         return name
+    if not (math.isfinite(beta) and beta >= 0):
+        raise DeatError(f"beta = {beta:g} is not a finite number of 0 or more; TRADES and MART have 6")
     if name == "ce":
         return SurrogateLoss("ce", cross_entropy)
     regularised = {"trades": trades, "mart": mart}

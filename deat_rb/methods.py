@@ -10,7 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from torch import nn
@@ -271,21 +271,25 @@ def register_method(name: str, recipe: Recipe) -> None:
         recipe: Its row.
 
     Raises:
-        DeatError: If the name is taken.
+        DeatError: If the name is taken, or is none.
     """
     canonical = name.strip().lower()
-    if canonical in known_methods():
+    if not canonical or not isinstance(recipe, Recipe):
+        raise DeatError(f"a method needs a name and a Recipe, not '{name}' and {type(recipe).__name__}")
+    taken = any(re.fullmatch(pattern, canonical) for _, pattern, _, _ in _FAMILIES)
+    if taken or canonical in known_methods():
         raise DeatError(f"there is a method '{canonical}' already; register yours under another name")
     _registered[canonical] = recipe
 
 
 def known_methods() -> list[str]:
     """The names of all methods: the paper's, an example of each family, and those registered."""
-    return [example for _, _, example, _ in _FAMILIES] + list(_registered) + [e.name for e in _plugins()]
+    return [example for _, _, example, _ in _FAMILIES] + list(_registered) + list(_plugins())
 
 
-def _plugins() -> list[Any]:
-    return [e for e in entry_points(group="deat_rb.methods") if e.name not in _registered]
+def _plugins() -> dict[str, EntryPoint]:
+    points = {point.name.lower(): point for point in entry_points(group="deat_rb.methods")}
+    return {name: point for name, point in points.items() if name not in _registered}
 
 
 def recipe(name: str) -> tuple[str, Recipe]:
@@ -309,13 +313,24 @@ def recipe(name: str) -> tuple[str, Recipe]:
                 raise DeatError(
                     f"{numbers[0]} in the method '{asked}' makes no {shown}; the paper has {_example(shown)}"
                 )
-            return (asked if numbers else shown), make(*numbers)
-    for plugin in _plugins():
-        if plugin.name == asked:
-            _registered[asked] = plugin.load()
+            return (re.sub(r"\d+", str(*numbers), asked) if numbers else shown), make(*numbers)
+    if asked in _plugins():
+        _registered[asked] = _load(_plugins()[asked])
     if asked in _registered:
         return asked, _registered[asked]
     raise DeatError(f"there is no method '{name}': {nearest(asked, known_methods())}")
+
+
+def _load(point: EntryPoint) -> Recipe:
+    try:
+        row = point.load()
+    except Exception as error:  # somebody else's code
+        raise DeatError(
+            f"the method '{point.name}' of the entry point {point.value} cannot be loaded: {error}"
+        ) from error
+    if not isinstance(row, Recipe):
+        raise DeatError(f"the entry point {point.value} of the method '{point.name}' is no deat_rb.Recipe")
+    return row
 
 
 def _example(shown: str) -> str:
@@ -344,11 +359,14 @@ def create(name: str, model: nn.Module, *, eps: float = PAPER_EPS, **overrides: 
     check_eps(eps)
 
     attack_options = dict(row.attack_options)
-    for key in ("tau", "attack_mode"):
-        if key in given and (key != "tau" or "tau" in attack_options):
-            attack_options[key] = given.pop(key)
-    alpha = given.pop("alpha", row.alpha * (eps / PAPER_EPS))
-    steps = given.pop("steps", row.steps)
+    if "tau" in given and "tau" in attack_options:
+        attack_options["tau"] = given.pop("tau")
+    has_mode = row.trainer is not ReplayTrainer and "attack_mode" in inspect.signature(row.attack).parameters
+    if "attack_mode" in given and has_mode:
+        attack_options["attack_mode"] = given.pop("attack_mode")
+    alpha, steps = row.alpha * (eps / PAPER_EPS), row.steps
+    if steps > 0 or row.guided:
+        alpha, steps = given.pop("alpha", alpha), given.pop("steps", steps)
 
     trainer_options = dict(row.trainer_options)
     if row.trainer is ReplayTrainer and "lr_per_replay" in given:
@@ -433,7 +451,7 @@ def explain(name: str) -> str:
         f"  loss       {text.loss}",
         f"  schedule   {text.schedule}" + ("; alpha* = max(alpha, eps/r)" if row.guided else ""),
         f"  stop       {text.stop}",
-        f"  trainer    {row.trainer.__name__}: {(row.trainer.__doc__ or '').splitlines()[0]}",
+        f"  trainer    {row.trainer.__name__}: {(row.trainer.__doc__ or '-').splitlines()[0]}",
         f"  cost       {text.cost} backward passes over T epochs of M mini-batches",
         f"  settings   {settings}",
         f"  paper      {text.paper}",

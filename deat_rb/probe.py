@@ -24,7 +24,7 @@ class GradientProbe:
 
     Args:
         model: The model that an attack is about to forward.
-        pixel_scale: d(model input) / d(pixel), (1, C, 1, 1) or a number; see `pixel_scale`.
+        pixel_scale: d(model input) / d(pixel), (1, C, 1, 1) or a number: 1 / std where the model's input is normalised.
 
     Attributes:
         gradient: The last input gradient seen, (N, C, H, W), or None.
@@ -73,36 +73,30 @@ class GradientProbe:
         )
 
 
-def pixel_scale(attack: Attack) -> Tensor | float:
-    """How much the model's input moves when a pixel does, for an attack with `set_normalization_used`."""
-    if attack.normalization_used is None:
-        return 1.0
-    std: Tensor = attack.normalization_used["std"]
-    return 1 / std.to(attack.device)
-
-
 def averages(attack: Attack, images: Tensor) -> bool:
     """Finds out whether an attack's loss is averaged over the batch (torchattacks' PGD) or summed (its TPGD).
 
-    It is called once on two images and once on the same two twice over, with the labels the model predicts: an
+    It is called once on a few images and once on the same ones twice over, with the labels the model predicts: an
     averaged loss halves each gradient. The model and torch's generators are left as they were.
 
     Raises:
         DeatError: If the attack computes no gradient at its inputs, so that l_X cannot be had.
     """
+    few = images[:8]
+    with untouched(attack.model):
+        labels = attack.get_output_with_eval_nograd(few).argmax(dim=1)
     norms = []
-    labels = attack.get_output_with_eval_nograd(images[:2]).argmax(dim=1)
     for copies in (1, 2):
         with untouched(attack.model), preserved(), GradientProbe(attack.model) as probe:
             torch.manual_seed(0)
-            attack(torch.cat([images[:2]] * copies), torch.cat([labels] * copies))
+            attack(torch.cat([few] * copies), torch.cat([labels] * copies))
         if probe.gradient is None:
             raise DeatError(
-                f"{attack.attack} computes no gradient at its inputs, so the gradient magnitude cannot guide it; "
+                f"{attack.attack} computes no gradient at its inputs, so that l_X cannot be had; "
                 "choose a gradient attack such as torchattacks.PGD"
             )
-        norms.append(float(probe.gradient.abs().sum() / len(probe.gradient)))
-    return norms[1] < 0.75 * norms[0]
+        norms.append(float(probe.gradient[: len(few)].abs().sum()))
+    return norms[1] < 0.7 * norms[0]
 
 
 def lipschitz_lower_bound(l_x: float, *, examples: int, eps: float, size: int) -> float:

@@ -7,8 +7,8 @@ from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from deat_rb.fit import EpochSums, History, Reporter
-from deat_rb.stats import EpochStats
+from deat_rb.fit import History, Reporter
+from deat_rb.stats import EpochStats, EpochSums
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -155,6 +155,10 @@ class TrainingProgress(Reporter, AbstractContextManager["TrainingProgress"]):
     def validation_begins(self) -> None:
         """Says that the epoch is being validated."""
         self._bar.update(self._task, description=f"epoch {self._epoch}/{self._epochs}, validating")
+
+    def warn(self, sentence: str) -> None:
+        """Prints the sentence."""
+        self.console.print(f"warning: {sentence}", highlight=False, soft_wrap=True)
 
     def epoch_ended(self, row: EpochStats) -> None:
         """Prints the epoch's line."""

@@ -4,6 +4,7 @@ config.json          everything that decides the run; `deat-rb train --config` r
 metrics.jsonl        a row of `EpochStats` per epoch
 last.safetensors     the newest weights, and last.json about them
 best.safetensors     those most robust on validation, and best.json
+checkpoints/         what an interrupted run is continued from, the newest two
 curves.png           the metrics as a picture
 eval.json            the last evaluation
 """
@@ -11,10 +12,12 @@ eval.json            the last evaluation
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,13 +27,14 @@ from torch import Tensor
 
 from deat_rb.config import RunConfig
 from deat_rb.errors import DeatError
-from deat_rb.files import read_json, save_tensors, sha256_tensors, write_json
+from deat_rb.files import atomic_write, load_tensors, read_json, save_tensors, sha256_tensors, write_json
 from deat_rb.models import ModelSpec
 from deat_rb.stats import EpochStats
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
+LOCK = ".lock"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+%-]*")
 
 
@@ -67,9 +71,9 @@ class RunDirectory:
         check_name(path.name)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                raise DeatError(f"there is a run at {path} already; choose another --name or --output")
             path.mkdir()
-        except FileExistsError:
-            raise DeatError(f"there is a run at {path} already; choose another --name or --output") from None
         except OSError as error:
             raise DeatError(
                 f"the run directory {path} cannot be made ({error.strerror}); choose another --output"
@@ -98,6 +102,12 @@ class RunDirectory:
             where = ".".join(str(part) for part in first["loc"])
             raise DeatError(f"{path / CONFIG} is not a run's configuration: {where}: {first['msg']}") from None
 
+    def reconfigured(self, config: RunConfig) -> RunDirectory:
+        """Records another configuration, the old one beside it as ``config-before.json``."""
+        write_json(self.path / "config-before.json", self.config.model_dump(mode="json"))
+        write_json(self.path / CONFIG, config.model_dump(mode="json"))
+        return RunDirectory(self.path, config)
+
     @property
     def model_spec(self) -> ModelSpec:
         """The network."""
@@ -122,6 +132,29 @@ class RunDirectory:
             raise DeatError(f"{self.path / which}.json is not a JSON object; the run is damaged")
         return content
 
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def weights(self, which: str) -> dict[str, Tensor]:
+        """Reads the ``best`` or ``last`` weights."""
+        return load_tensors(self.path / f"{which}.safetensors")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps every other process from training in this folder; the lock dies with its owner.
+
+        Raises:
+            DeatError: If another process holds it.
+        """
+        with open(self.path / LOCK, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DeatError(f"another process is training in {self.path}; wait for it or end it") from None
+            yield
+
     def save_weights(self, which: str, state: Mapping[str, Tensor], row: EpochStats) -> None:
         """Writes weights and what is known of them, atomically."""
         tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
@@ -144,9 +177,25 @@ class RunDirectory:
             if written != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            if path.exists():
+            if path.is_file():
                 os.truncate(path, before)
             raise DeatError(f"{path} cannot be written ({error.strerror}); the epochs before are kept") from None
+
+    def truncate(self, epochs: int) -> list[EpochStats]:
+        """Forgets the metrics of all but the first epochs, and gives those.
+
+        Raises:
+            DeatError: If there are fewer.
+        """
+        path = self.path / METRICS
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+        if len(lines) < epochs:
+            raise DeatError(
+                f"{path} has {len(lines)} epochs where the run is {epochs} on; it is damaged, start it anew"
+            )
+        if len(lines) > epochs:
+            atomic_write(path, "".join(lines[:epochs]).encode())
+        return self.rows()
 
     def rows(self) -> list[EpochStats]:
         """The epochs so far.

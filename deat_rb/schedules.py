@@ -31,10 +31,10 @@ class Schedule:
     guided = False
 
     def __init__(self, steps: int = 1, max_steps: int | None = None) -> None:
-        if steps < 0:
-            raise DeatError(f"steps = {steps} is negative; a schedule begins with 0 or more steps")
+        if not isinstance(steps, int) or steps < 0:
+            raise DeatError(f"steps = {steps} is not a whole number of 0 or more")
         if max_steps is not None and max_steps < max(steps, 1):
-            raise DeatError(f"max_steps = {max_steps} is below the {max(steps, 1)} steps that the schedule begins with")
+            raise DeatError(f"max_steps = {max_steps} is below {max(steps, 1)}, with which the schedule begins")
         self.steps = steps
         self.max_steps = max_steps
 
@@ -94,7 +94,7 @@ class EveryDEpochs(Schedule):
             self._rise()
 
     def total_steps(self, epochs: int) -> int:
-        """T (T + D) / 2D for T epochs, where no bound interferes."""
+        """The sum from a fresh schedule: T (T + D) / 2D, rounded up to whole steps, where no bound interferes."""
         copy = EveryDEpochs(self.every, start=self.steps, max_steps=self.max_steps)
         total = 0
         for epoch in range(1, epochs + 1):
@@ -148,7 +148,13 @@ class GradientMagnitude(Schedule):
         self.threshold: float | None = None
 
     def update(self, stats: EpochStats) -> None:
-        """Compares the epoch's l_X with the threshold."""
+        """Compares the epoch's l_X with the threshold.
+
+        Raises:
+            DeatError: If l_X is not finite, which no later one could be compared with.
+        """
+        if not math.isfinite(stats.l_x):
+            raise DeatError(f"l_X is {stats.l_x:g} in epoch {stats.epoch}; training has diverged, try a smaller --lr")
         self.epochs += 1
         if self.epochs == 1:
             self._rise()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -36,6 +37,7 @@ class BatchStats:
         forwards: Forward passes of crafting and updating, in units of mini-batches.
         backwards: Backward passes of crafting and updating, in units of mini-batches.
         updates: Optimiser steps.
+        image_size: |x|, the number of values of one image: C * H * W.
     """
 
     examples: int
@@ -45,6 +47,55 @@ class BatchStats:
     forwards: float | Tensor
     backwards: float | Tensor
     updates: int
+    image_size: int
+
+
+class EpochSums:
+    """Sums of `BatchStats` over an epoch; they stay on the device until `read`.
+
+    Attributes:
+        examples: How many examples.
+        updates: Optimiser steps.
+        batches: Mini-batches.
+        image_size: |x|, the number of values of one image.
+    """
+
+    def __init__(self) -> None:
+        self.examples = self.updates = self.batches = self.image_size = 0
+        self._sums: dict[str, float | Tensor] = dict.fromkeys(("loss", "correct", "l_x", "forwards", "backwards"), 0.0)
+
+    def add(self, stats: BatchStats) -> None:
+        """Adds a batch."""
+        self.examples += stats.examples
+        self.updates += stats.updates
+        self.batches += 1
+        self.image_size = stats.image_size
+        for name, value in self._sums.items():
+            term = getattr(stats, name)
+            self._sums[name] = value + (term.double() if name == "l_x" and term.device.type != "mps" else term)
+
+    def read(self) -> dict[str, float]:
+        """The sums as numbers: the epoch's one wait for the device."""
+        return {name: float(value) for name, value in self._sums.items()}
+
+    def facts(self) -> dict[str, Any]:
+        """Of the sums in an unfinished epoch, those that are numbers, as JSON values."""
+        counts = {name: getattr(self, name) for name in ("examples", "updates", "batches", "image_size")}
+        return {**counts, "sums": {name: value for name, value in self._sums.items() if not isinstance(value, Tensor)}}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Of the sums in an unfinished epoch, those that are tensors."""
+        return {name: value for name, value in self._sums.items() if isinstance(value, Tensor)}
+
+    @classmethod
+    def restored(cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device) -> EpochSums:
+        """Goes on from `facts` and `tensors`."""
+        sums = cls()
+        sums.examples, sums.updates = facts["examples"], facts["updates"]
+        sums.batches, sums.image_size = facts["batches"], facts["image_size"]
+        sums._sums.update(facts["sums"])
+        sums._sums.update({name: tensor.to(device) for name, tensor in tensors.items()})
+        return sums
 
 
 @dataclass

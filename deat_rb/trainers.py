@@ -6,7 +6,8 @@ A trainer is a `torchattacks.attack.Attack`: call it and it crafts as it would i
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from deat_rb.engine import Engine
 from deat_rb.errors import DeatError
 from deat_rb.guard import modes_restored
 from deat_rb.losses import SurrogateLoss, surrogate
-from deat_rb.probe import GradientProbe, averages, pixel_scale
+from deat_rb.probe import GradientProbe, averages
 from deat_rb.schedules import Constant, Schedule
 from deat_rb.stats import BatchStats, CraftStats
 from deat_rb.stopping import StoppingRule
@@ -50,7 +51,6 @@ class Trainer(QuietAttack):
     Attributes:
         crafter: The attack.
         base_alpha: The attack's own step size, which a guided schedule may raise; None where it has none.
-        rate: The learning rate by the share of the present batch that is done, while `fit` runs.
 
     Raises:
         DeatError: If a schedule is to change the steps of an attack that has none.
@@ -69,6 +69,10 @@ class Trainer(QuietAttack):
         self.crafter = attack
         self.device = attack.device
         self.loss = surrogate(loss)
+        if not isinstance(getattr(attack, "eps", None), int | float):
+            raise DeatError(
+                f"{attack.attack} has no eps, so that it cannot be trained with; wrap one attack with an eps"
+            )
         has_steps = isinstance(getattr(attack, "steps", None), int)
         if schedule is not None and not has_steps:
             raise DeatError(
@@ -78,8 +82,12 @@ class Trainer(QuietAttack):
         self.schedule = schedule or Constant(attack.steps if has_steps else 1)
         self.stopping = stopping
         self.base_alpha: float | None = getattr(attack, "alpha", None)
-        self.rate: Callable[[float], float] | None = None
+        self._rate: Callable[[float], float] | None = None
         self.follow_schedule()
+
+    def follow_rate(self, rate: Callable[[float], float] | None) -> None:
+        """Is given the learning rate by the share of the present batch that is done, while `fit` runs."""
+        self._rate = rate
 
     @property
     def eps(self) -> float:
@@ -88,8 +96,8 @@ class Trainer(QuietAttack):
 
     @property
     def alpha(self) -> float | None:
-        """The attack's step size at its present number of steps."""
-        return getattr(self.crafter, "alpha", None)
+        """The attack's step size at its present number of steps; None where it takes none."""
+        return getattr(self.crafter, "alpha", None) if self.steps else None
 
     @property
     def steps(self) -> int:
@@ -111,9 +119,9 @@ class Trainer(QuietAttack):
     def forward(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """Crafts as training would now; `__call__` sees to it that nothing is learnt."""
         adv: Tensor = self.crafter(inputs, labels, *args, **kwargs)
-        return adv
+        return adv.detach()
 
-    def _change_model_mode(self, given_training: bool) -> None:
+    def enter_mode(self) -> None:
         """Nothing: the attack inside sets the mode it crafts in."""
 
     def set_model_training_mode(
@@ -122,6 +130,18 @@ class Trainer(QuietAttack):
         """Sets the mode that crafting runs in, as torchattacks has it."""
         for attack in self._attacks.values():
             attack.set_model_training_mode(model_training, batchnorm_training, dropout_training)
+
+    def require_pixels(self) -> None:
+        """Refuses to train after `set_normalization_used`: a model that is trained takes images in [0, 1].
+
+        Raises:
+            DeatError: Always then.
+        """
+        if self.normalization_used is not None or self.crafter.normalization_used is not None:
+            raise DeatError(
+                "training takes images in [0, 1], so that eps is in pixel units: put the normalisation into the model, "
+                "as deat_rb.build_model does, in place of set_normalization_used"
+            )
 
     @abstractmethod
     def training_step(
@@ -149,8 +169,12 @@ class Trainer(QuietAttack):
             "stopping": self.stopping.state_dict() if self.stopping else None,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a `state_dict`."""
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that the method carries from batch to batch."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """Goes on from a `state_dict` and its `tensors`."""
         self.schedule.load_state_dict(state["schedule"])
         if self.stopping is not None:
             self.stopping.load_state_dict(state["stopping"])
@@ -165,25 +189,33 @@ class AttackTrainer(Trainer):
 
     _averages: bool | None = None
 
-    def craft(self, images: Tensor, labels: Tensor) -> tuple[Tensor, CraftStats]:
-        """Crafts and says what it cost; the attack sets the mode it wants, every module gets its own back."""
+    def craft(self, images: Tensor, labels: Tensor, loss_scale: float = 1.0) -> tuple[Tensor, CraftStats]:
+        """Crafts and says what it cost; the attack sets the mode it wants, every module gets its own back.
+
+        Args:
+            images: As for `training_step`.
+            labels: (N,).
+            loss_scale: Under which our own attacks take their gradients.
+        """
         with modes_restored(self.model):
             if isinstance(self.crafter, PGD):
-                self.crafter._change_model_mode(self.model.training)
+                self.crafter.loss_scale = loss_scale
+                self.crafter.enter_mode()
                 return self.crafter.craft(images, labels)
             if self._averages is None:
                 self._averages = averages(self.crafter, images)
-            with GradientProbe(self.model, pixel_scale(self.crafter)) as probe:
+            with GradientProbe(self.model) as probe:
                 adv: Tensor = self.crafter(images, labels)
-            return adv, probe.stats(len(images), unit=len(images) if self._averages else 1)
+            return adv.detach(), probe.stats(len(images), unit=len(images) if self._averages else 1)
 
     def training_step(
         self, images: Tensor, labels: Tensor, optimizer: Optimizer, engine: Engine | None = None
     ) -> BatchStats:
         """Crafts (Algorithm 4, lines 6-12), then updates the weights once (line 13)."""
+        self.require_pixels()
         engine = engine or Engine(images.device)
         with engine.autocast():
-            adv, crafting = self.craft(images, labels)
+            adv, crafting = self.craft(images, labels, engine.loss_scale)
             if self.loss.needs_clean:
                 clean_logits = self.model(images)
                 adv_logits = self.model(adv)
@@ -200,7 +232,17 @@ class AttackTrainer(Trainer):
             forwards=crafting.forwards + (2 if self.loss.needs_clean else 1),
             backwards=crafting.backwards + 1,
             updates=1,
+            image_size=images[0].numel(),
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the method carries from epoch to epoch beside the weights, as JSON values."""
+        return {**super().state_dict(), "averages": self._averages}
+
+    def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """Goes on from a `state_dict`."""
+        super().load_state_dict(state, tensors)
+        self._averages = state["averages"]
 
 
 class ReplayTrainer(Trainer):
@@ -226,7 +268,7 @@ class ReplayTrainer(Trainer):
             raise DeatError(f"a replay trainer has one forward per replay, and the loss {self.loss.name} needs two")
         self.carry = carry
         self.lr_per_replay = lr_per_replay
-        self.carried: Tensor | None = None
+        self._carried: Tensor | None = None
 
     def begin(self, images: Tensor) -> Tensor:
         """Where the first replay of ``images`` (N, C, H, W) begins (Algorithm 1, line 4)."""
@@ -234,15 +276,15 @@ class ReplayTrainer(Trainer):
             begun: Tensor = self.crafter.begin(images)
             return begun
         delta = torch.zeros_like(images)
-        if self.carried is not None:
-            kept = self.carried[: len(images)]
+        if self._carried is not None:
+            kept = self._carried[: len(images)]
             delta[: len(kept)] = kept
         return (images + delta).clamp(0, 1)
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """Crafts as the replays would if the weights held still."""
         images = inputs.detach().to(self.device)
-        self.crafter._change_model_mode(self.model.training)
+        self.crafter.enter_mode()
         adv: Tensor = self.crafter.craft(images, labels, adv=self.begin(images))[0]
         return adv
 
@@ -250,12 +292,13 @@ class ReplayTrainer(Trainer):
         self, images: Tensor, labels: Tensor, optimizer: Optimizer, engine: Engine | None = None
     ) -> BatchStats:
         """Replays one batch r times (Algorithm 1, lines 4-10)."""
+        self.require_pixels()
         engine = engine or Engine(images.device)
         threat = Linf(self.eps)
         adv, gradient = self.begin(images), images
         for replay in range(self.steps):
-            if self.lr_per_replay and self.rate is not None:
-                set_rate(optimizer, self.rate(replay / self.steps))
+            if self.lr_per_replay and self._rate is not None:
+                set_rate(optimizer, self._rate(replay / self.steps))
             adv = adv.detach().requires_grad_()
             with engine.autocast():
                 logits = self.model(adv)
@@ -263,7 +306,7 @@ class ReplayTrainer(Trainer):
             gradient = engine.descend(loss.mean(), optimizer, adv)
             adv = threat.ascend(adv.detach(), images, gradient, self.crafter.alpha)
         if self.carry:
-            self._carry(adv - images)
+            self._keep(adv - images)
         return BatchStats(
             examples=len(images),
             loss=loss.detach().sum(),
@@ -272,10 +315,21 @@ class ReplayTrainer(Trainer):
             forwards=self.steps,
             backwards=self.steps,
             updates=self.steps,
+            image_size=images[0].numel(),
         )
 
-    def _carry(self, delta: Tensor) -> None:
-        if self.carried is None or len(self.carried) <= len(delta):
-            self.carried = delta
+    def _keep(self, delta: Tensor) -> None:
+        if self._carried is None or len(self._carried) <= len(delta):
+            self._carried = delta
         else:
-            self.carried = torch.cat([delta, self.carried[len(delta) :]])
+            self._carried = torch.cat([delta, self._carried[len(delta) :]])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """FREE's perturbation."""
+        return {} if self._carried is None else {"carried": self._carried}
+
+    def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """Goes on from a `state_dict` and its `tensors`."""
+        super().load_state_dict(state, tensors)
+        carried = tensors.get("carried")
+        self._carried = None if carried is None else carried.to(self.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -114,7 +114,9 @@ def plan(options: TrainOptions) -> Plan:
     device = resolve_device(options.device)
 
     data = load_data(options.dataset, data_dir=options.data_dir, image_size=options.image_size)
-    val_size = options.val_size or default_val_size(options.train_size or len(data.train))
+    val_size = options.val_size
+    if val_size is None:
+        val_size = default_val_size(options.train_size or len(data.train))
     train, val = hold_out(data.train, val_size, seed=options.seed)
     if options.train_size is not None:
         train = subset(train, options.train_size, options.seed)
@@ -185,7 +187,7 @@ def train(
     output: str | Path = "runs",
     name: str | None = None,
     reporter: Reporter | None = None,
-    begun: Callable[[RunDirectory], None] | None = None,
+    save_every: float = 5.0,
 ) -> tuple[RunDirectory, History]:
     """Trains as `deat-rb train` does.
 
@@ -194,7 +196,7 @@ def train(
         output: The folder of all runs.
         name: The run's name; by default made of method, data set, architecture and seed.
         reporter: Is told how it goes.
-        begun: Is called with the run directory once it is there.
+        save_every: Minutes between two checkpoints within an epoch.
 
     Returns:
         The run directory and the history.
@@ -209,21 +211,63 @@ def train(
     )  # fmt: skip
     config = planned.config
     run = RunDirectory.create(Path(output) / (name or default_name(config)), config)
-    if begun is not None:
-        begun(run)
+    with run.locked():
+        return run, _fit(planned, run, reporter, save_every)
+
+
+def resume(
+    path: str | Path, changes: Mapping[str, Any], *, reporter: Reporter | None = None, save_every: float = 5.0
+) -> tuple[RunDirectory, History]:
+    """Goes on with a run that was stopped in any way at any moment, as `deat-rb train --resume` does.
+
+    Args:
+        path: The run directory.
+        changes: Options asked for anew. None may differ from the run's, but ``epochs`` may grow under a flat or
+            multistep learning rate.
+        reporter: Is told how it goes.
+        save_every: Minutes between two checkpoints within an epoch.
+
+    Raises:
+        DeatError: If it is no run, another process is at it, or an option or the data have changed; by name.
+    """
+    run = RunDirectory.open(path)
+    config = run.config
+    for option, value in changes.items():
+        was = getattr(config, option)
+        if option == "epochs" and value > was and config.lr_schedule != "cyclic":
+            continue
+        if value != was:
+            hint = "; a cyclic learning rate cannot be prolonged" if option == "epochs" else ""
+            name = f"--{option.replace('_', '-')}"
+            raise DeatError(f"{name} = {value} differs from the run's {was}{hint}; start a new run for it")
+    values = {key: value for key, value in config.model_dump().items() if key in TrainOptions.model_fields}
+    planned = plan(make_options({**values, **changes}))
+    if planned.config.data_fingerprint != config.data_fingerprint:
+        raise DeatError(f"the data of {config.dataset} are not those of the run {path}; start a new run for them")
+    with run.locked():
+        if planned.config.epochs != config.epochs:
+            run = run.reconfigured(config.model_copy(update={"epochs": planned.config.epochs}))
+        return run, _fit(planned, run, reporter, save_every, resume=True)
+
+
+def _fit(
+    planned: Plan, run: RunDirectory, reporter: Reporter | None, save_every: float, resume: bool = False
+) -> History:
+    config = planned.config
     device = resolve_device(config.device)
+    batches = Batches(
+        planned.train,
+        config.batch_size,
+        shuffle=True,
+        augment=planned.data.augment,
+        seed=config.seed,
+        device=device,
+        memory_format=torch.channels_last,
+    )
     try:
-        history = fit(
+        return fit(
             planned.trainer,
-            Batches(
-                planned.train,
-                config.batch_size,
-                shuffle=True,
-                augment=planned.data.augment,
-                seed=config.seed,
-                device=device,
-                memory_format=torch.channels_last,
-            ),
+            batches,
             Batches(planned.val, config.batch_size, device=device),
             epochs=config.epochs,
             lr=config.lr,
@@ -235,13 +279,14 @@ def train(
             select=config.select,
             seed=config.seed,
             run=run,
+            resume=resume,
+            save_every=save_every,
             reporter=reporter,
         )
     finally:
         rows = run.rows()
         if rows:
             plot_curves(rows, run.path / CURVES, title=f"{config.method} on {config.dataset}, {config.arch}")
-    return run, history
 
 
 def train_seeds(
@@ -251,6 +296,7 @@ def train_seeds(
     output: str | Path = "runs",
     name: str | None = None,
     reporter: Reporter | None = None,
+    save_every: float = 5.0,
 ) -> list[tuple[RunDirectory, History]]:
     """Trains the same with one seed after another.
 
@@ -260,6 +306,7 @@ def train_seeds(
         output: The folder of all runs.
         name: The runs' name, to which ``-s`` and the seed are added.
         reporter: Is told how each goes.
+        save_every: Minutes between two checkpoints within an epoch.
 
     Raises:
         DeatError: If something is not admissible or one of the names is taken; then nothing has been written.
@@ -271,7 +318,10 @@ def train_seeds(
     for each in names:
         if (Path(output) / check_name(each)).exists():
             raise DeatError(f"there is a run at {Path(output) / each} already; choose another --name or --output")
-    return [train(p, output=output, name=each, reporter=reporter) for p, each in zip(plans, names, strict=True)]
+    return [
+        train(p, output=output, name=each, reporter=reporter, save_every=save_every)
+        for p, each in zip(plans, names, strict=True)
+    ]
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:

@@ -18,10 +18,11 @@ from training_problems import Batch, images_and_labels, loader, made, normalized
 import deat_rb
 from deat_rb.engine import Engine
 from deat_rb.errors import DeatError, Interrupted
-from deat_rb.fit import LR_SCHEDULES, EpochSums, Reporter
+from deat_rb.fit import Reporter
 from deat_rb.progress import TrainingProgress, print_result
+from deat_rb.rates import LR_SCHEDULES
 from deat_rb.runs import RunDirectory
-from deat_rb.stats import BatchStats, EpochStats
+from deat_rb.stats import BatchStats, EpochStats, EpochSums
 from deat_rb.stopping import Stop, StoppingRule
 from deat_rb.trainers import Trainer
 
@@ -89,7 +90,7 @@ BAD_BATCHES: dict[str, tuple[Any, str]] = {
     "fewer labels": ((IMAGES, LABELS[1:]), "6 images have 5 labels"),
     "float labels": ((IMAGES, LABELS.float()), "int64"),
     "one image": ((IMAGES[0], LABELS[:1]), r"\(N, C, H, W\)"),
-    "numpy": ((IMAGES.numpy(), LABELS.numpy()), "must be tensors"),
+    "numpy": ((IMAGES.numpy(), LABELS.numpy()), "pairs of tensors"),
 }
 
 
@@ -427,12 +428,12 @@ def test_ctrl_c_says_what_was_kept(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "second", run_config())
     with pytest.raises(Interrupted) as caught:
         deat_rb.create("pgd-1", normalized()).fit(loader(), epochs=3, run=run, reporter=Interrupts(2))
-    assert caught.value.kept == f"{run.path} keeps the weights and metrics of 1 of 3 epochs"
+    assert caught.value.kept == f"{run.path} keeps 1 of 3 epochs; deat-rb train --resume {run.path} goes on from there"
     assert run.checkpoint("last")["epoch"] == 1
     deat_rb.load_model(run.path)
 
     run = RunDirectory.create(tmp_path / "first", run_config())
-    with pytest.raises(Interrupted, match="the first epoch was not complete"):
+    with pytest.raises(Interrupted, match="keeps 0 of 3 epochs"):
         deat_rb.create("pgd-1", normalized()).fit(loader(), epochs=3, run=run, reporter=Interrupts(1))
     assert [path.name for path in run.path.iterdir()] == ["config.json"]
 
@@ -494,7 +495,7 @@ def test_progress_on_a_terminal_has_a_bar_with_figures(monkeypatch: pytest.Monke
     with TrainingProgress(console) as progress:
         progress.epoch_begins(2, 4, 10, 3)
         sums = EpochSums()
-        sums.add(BatchStats(8, torch.tensor(10.0), torch.tensor(6), torch.tensor(32.0), 4, 4, 1))
+        sums.add(BatchStats(8, torch.tensor(10.0), torch.tensor(6), torch.tensor(32.0), 4, 4, 1, 192))
         progress.batch_ended(sums)
         progress._bar.refresh()
     for text in ("epoch 2/4, r = 3", "loss 1.250", "train 75.0%", "l_X 32", "images/s"):

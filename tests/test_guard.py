@@ -51,7 +51,9 @@ def test_a_call_leaves_a_training_model_as_it_was(name: str) -> None:
     if name == "standard":
         assert torch.equal(adv, images)
     else:
-        assert 0 < float((adv - images).abs().max()) <= 8 / 255 + 1e-6
+        # torchattacks' APGD returns the clean image where it does not fool the model.
+        assert name == "APGD" or not torch.equal(adv, images)
+        assert float((adv - images).abs().max()) <= 8 / 255 + 1e-6
         assert 0 <= float(adv.min()) <= float(adv.max()) <= 1
 
 

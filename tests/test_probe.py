@@ -161,9 +161,17 @@ def test_l_x_is_in_pixel_space_where_the_model_takes_normalised_images(attack: C
         loss = functional.cross_entropy(model((clean - offset) / scale), labels[i : i + 1])
         expected += float(torch.autograd.grad(loss, clean)[0].abs().sum())
 
-    trainer = deat_rb.AttackTrainer(attack(model))
-    trainer.set_normalization_used(mean, std)
-    assert craft(trainer, (images - offset) / scale, labels) == pytest.approx(expected, rel=1e-4)
+    made_attack = attack(model)
+    made_attack.set_normalization_used(mean, std)
+    with GradientProbe(model, pixel_scale=1 / scale) as probe:
+        made_attack((images - offset) / scale, labels)
+    # Both attacks average their cross-entropy.
+    l_x = probe.stats(len(images), unit=len(images)).l_x
+    assert float(l_x) == pytest.approx(expected, rel=1e-4)
+
+    trainer = deat_rb.AttackTrainer(made_attack)
+    with pytest.raises(DeatError, match=r"training takes images in \[0, 1\]"):
+        trainer.training_step(images, labels, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
 @pytest.mark.parametrize("name", ["GN", "Square"])
@@ -171,7 +179,7 @@ def test_an_attack_without_gradients_cannot_be_guided(name: str) -> None:
     attack = torchattacks.GN(made()) if name == "GN" else torchattacks.Square(made(), n_queries=2)
     attack.steps, attack.eps = 2, 8 / 255
     trainer = deat_rb.AttackTrainer(attack, schedule=deat_rb.GradientMagnitude(max_steps=3))
-    with pytest.raises(DeatError, match=f"{name} computes no gradient at its inputs, so the gradient magnitude cannot"):
+    with pytest.raises(DeatError, match=f"{name} computes no gradient at its inputs, so that l_X cannot"):
         trainer.fit([images_and_labels()], epochs=1)
 
 

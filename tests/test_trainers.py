@@ -155,7 +155,8 @@ def test_a_surrogate_loss_of_ones_own() -> None:
 def test_a_replay_trainer_s_call_crafts_as_its_replays_with_the_weights_held_still() -> None:
     model = made().eval()
     images, labels = images_and_labels()
-    trainer = deat_rb.create("deat-1", model, steps=3, alpha=10 / 255, attack_mode="eval")
+    attack = deat_rb.PGD(model, steps=3, alpha=10 / 255, attack_mode="eval")
+    trainer = deat_rb.ReplayTrainer(attack)
     torch.manual_seed(1)
     adv = trainer(images, labels)
     torch.manual_seed(1)
@@ -213,9 +214,10 @@ def test_a_guided_trainer_around_torchattacks_changes_that_attack() -> None:
     attack = torchattacks.PGD(made(), eps=EPS, alpha=2 / 255, steps=5)
     trainer = deat_rb.AttackTrainer(attack, schedule=deat_rb.GradientMagnitude(max_steps=7))
     assert (attack.steps, attack.alpha) == (1, EPS)
-    trainer.load_state_dict({"schedule": {"steps": 3, "epochs": 4, "threshold": 9.0}, "stopping": None})
+    state = {"schedule": {"steps": 3, "epochs": 4, "threshold": 9.0}, "stopping": None, "averages": True}
+    trainer.load_state_dict(state)
     assert (attack.steps, attack.alpha) == (3, EPS / 3)
-    assert trainer.state_dict() == {"schedule": {"steps": 3, "epochs": 4, "threshold": 9.0}, "stopping": None}
+    assert trainer.state_dict() == state
 
 
 # Among torchattacks
