@@ -344,6 +344,7 @@ class _Loop:
                 "epoch": self.epoch,
                 "batch": self.batch,
                 "spent": spent,
+                "lr": self.optimizer.param_groups[0]["lr"],
                 "sums": self.sums.facts(),
                 "trainer": self.trainer.state_dict(),
                 "scaler": self.engine.scaler.state_dict(),
@@ -373,6 +374,7 @@ class _Loop:
         self.history.stopped = facts["stopped"]
         state.take_model(self.trainer.model)
         state.take_optimizer(self.optimizer)
+        set_rate(self.optimizer, facts["lr"])
         self.trainer.load_state_dict(facts["trainer"], state.take("trainer"))
         self.engine.scaler.load_state_dict(facts["scaler"])
         self.sums = EpochSums.restored(facts["sums"], state.take("sums"), self.engine.device)
