@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from deat_rb.attacks import PGD, QuietAttack
+    from deat_rb.catalogue import method_table
     from deat_rb.data import load_data
     from deat_rb.errors import DeatError
     from deat_rb.evaluate import evaluate
     from deat_rb.export import export, register
-    from deat_rb.methods import Recipe, create, method_table, register_method
-    from deat_rb.models import ModelSpec, build_model, load_model
+    from deat_rb.methods import Recipe, create, register_method
+    from deat_rb.models import ModelSpec, build_model
     from deat_rb.probe import GradientProbe, lipschitz_lower_bound
     from deat_rb.schedules import AccuracyThreshold, Constant, EveryDEpochs, GradientMagnitude
     from deat_rb.stopping import GradientRatio, RobustnessDrop
+    from deat_rb.subject import load_model
     from deat_rb.trainers import AttackTrainer, ReplayTrainer
     from deat_rb.training import train
 
@@ -77,8 +79,8 @@ _MODULE_OF = {
     "export": "export",
     "lipschitz_lower_bound": "probe",
     "load_data": "data",
-    "load_model": "models",
-    "method_table": "methods",
+    "load_model": "subject",
+    "method_table": "catalogue",
     "register": "export",
     "register_method": "methods",
     "train": "training",

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,8 @@ from deat_rb.errors import DeatError
 from deat_rb.files import load_tensors, read_json, sha256_file, write_together
 from deat_rb.models import PREACTRESNET18, ModelSpec, check_weights, load_weights, model_spec, robustbench_class
 from deat_rb.report import Report
+from deat_rb.runs import RunDirectory
 from deat_rb.threat import format_fraction
-
-if TYPE_CHECKING:
-    from deat_rb.runs import RunDirectory
 
 NAME = re.compile(r"[A-Z][A-Za-z]*[0-9]{4}[A-Z][A-Za-z0-9]*(_[A-Za-z0-9-]+)*", re.ASCII)
 SPELLED = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "digits": "scikit-learn's digits", "folder": "a folder"}
@@ -106,8 +104,6 @@ def export(
         DeatError: RobustBench has no such data set or architecture, the name is malformed or taken, the evaluation is
             of other weights, or the files cannot be written.
     """
-    from deat_rb.runs import RunDirectory
-
     if NAME.fullmatch(model_name) is None:
         raise DeatError(f"model name '{model_name}' does not have RobustBench's form <FirstAuthor><Year><Word>, "
                         "with a suffix after _ for variants: Wang2021Gradient_R18")  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from deat_rb import checkpoint, randomness
-from deat_rb.batches import check_batch
 from deat_rb.checkpoint import Checkpoint
 from deat_rb.engine import Engine, resolve_device, resolve_precision
 from deat_rb.errors import DeatError, Interrupted, nearest
 from deat_rb.evaluate import validate
-from deat_rb.guard import modes_restored
+from deat_rb.loaders import check_first, gather, of_epoch
 from deat_rb.probe import lipschitz_lower_bound
 from deat_rb.rates import LR_SCHEDULES
 from deat_rb.signals import StopRequests
@@ -197,7 +196,7 @@ class _Loop:
         trainer = self.trainer
         self.engine.prepare(trainer.model)
         trainer.set_device(self.engine.device)
-        validation = _gather(trainer, val_loader, self.engine) if val_loader is not None else None
+        validation = gather(trainer, val_loader, self.engine) if val_loader is not None else None
         rule = trainer.stopping
         if rule is not None and rule.validation_steps and validation is None:
             raise DeatError(f"{trainer.attack} stops by validation and needs images to validate on; give a val_loader")
@@ -232,9 +231,9 @@ class _Loop:
         self.reporter.epoch_begins(self.epoch, self.epochs, batches, steps)
         began = time.perf_counter()
         randomness.seed_global(self.seed, "epoch", self.epoch)
-        for batch in _of_epoch(loader, self.epoch, self.batch):
+        for batch in of_epoch(loader, self.epoch, self.batch):
             if self.epoch == 1 and self.batch == 0:
-                _check_first(trainer, batch, engine)
+                check_first(trainer, batch, engine)
             images, labels = engine.receive(*batch)
             trainer.follow_rate(partial(self._rate_within, self.epoch - 1, self.batch, batches))
             set_rate(self.optimizer, self._rate_within(self.epoch - 1, self.batch, batches, 0.0))
@@ -393,39 +392,6 @@ class _Loop:
 def _merit(row: EpochStats) -> tuple[float, float]:
     """What the best epoch is best by: robust accuracy on validation and, where that is equal, natural accuracy."""
     return row.val_robust_acc or 0.0, row.val_acc or 0.0
-
-
-def _of_epoch(loader: Iterable[Batch], epoch: int, batch: int) -> Iterator[Batch]:
-    """The batches of an epoch from one on; a loader that cannot begin there is read up to it."""
-    set_epoch = getattr(loader, "set_epoch", None)
-    if set_epoch is not None:
-        set_epoch(epoch)
-    starting_at: Callable[[int], Iterator[Batch]] | None = getattr(loader, "starting_at", None)
-    if starting_at is not None:
-        return starting_at(batch)
-    batches = iter(loader)
-    for _ in range(batch):
-        next(batches, None)
-    return batches
-
-
-def _gather(trainer: Trainer, loader: Iterable[Batch], engine: Engine) -> Batch:
-    batches = list(loader)
-    if not batches:
-        raise DeatError("the validation loader gave no batch; give validation images or none at all")
-    images, labels = torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
-    _check_first(trainer, (images, labels), engine)
-    return engine.receive(images, labels)
-
-
-def _check_first(trainer: Trainer, batch: Any, engine: Engine) -> None:
-    if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
-        raise DeatError("a loader has to give pairs of tensors (images, labels), and this one gives something else")
-    images, labels = batch
-    check_batch(images, labels)
-    with modes_restored(trainer.model), torch.no_grad():
-        classes = trainer.model.eval()(images[:1].to(engine.device)).shape[1]
-    check_batch(images, labels, classes)
 
 
 def _copy(model: torch.nn.Module) -> Weights:

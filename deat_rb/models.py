@@ -6,7 +6,6 @@ import copy
 import importlib
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from deat_rb import compat, randomness
 from deat_rb.data import CIFAR10_NORMALISATION, CIFAR100_NORMALISATION
 from deat_rb.errors import DeatError, nearest
-from deat_rb.files import load_tensors
 
 _wide_resnet, _resnet = compat.architectures()
 
@@ -336,28 +334,3 @@ def _renamed(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[s
         tensor = renamed.get(name, own[name])
         renamed[name] = tensor.reshape(own[name].shape) if tensor.numel() == own[name].numel() else tensor
     return renamed
-
-
-def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> nn.Module:
-    """Loads a trained network, in eval mode; it takes images in [0, 1].
-
-    Args:
-        path: A run directory, of which the selected checkpoint is taken, or the ``.pt`` file of an export.
-        device: Where to put it.
-
-    Raises:
-        DeatError: There is no such run or file, it is damaged, or nothing says of what architecture it is.
-    """
-    path = Path(path)
-    if path.is_dir():
-        from deat_rb.runs import RunDirectory
-
-        run = RunDirectory.open(path)
-        spec, weights = run.model_spec, run.selected_weights_path
-    else:
-        from deat_rb.export import exported_spec
-
-        spec, weights = exported_spec(path), path
-    model = spec.build()
-    load_weights(model, load_tensors(weights), source=str(weights))
-    return model.to(device).eval()

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from deat_rb.data import DataSet, ImageSet, load_data
 from deat_rb.errors import DeatError
+from deat_rb.export import exported_spec
 from deat_rb.files import load_tensors, sha256_file
-from deat_rb.models import build_model, load_model, load_weights
+from deat_rb.models import build_model, load_weights
 from deat_rb.runs import RunDirectory
 
 
@@ -48,6 +49,27 @@ class Subject:
             raise DeatError(f"--n-examples {count} is not possible with {len(test)} test images: "
                             f"give a number from 1 to {len(test)}")  # fmt: skip
         return test.first(count).tensors()
+
+
+def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> nn.Module:
+    """Loads a trained network, in eval mode; it takes images in [0, 1].
+
+    Args:
+        path: A run directory, of which the selected checkpoint is taken, or the ``.pt`` file of an export.
+        device: Where to put it.
+
+    Raises:
+        DeatError: There is no such run or file, it is damaged, or nothing says of what architecture it is.
+    """
+    path = Path(path)
+    if path.is_dir():
+        run = RunDirectory.open(path)
+        spec, weights = run.model_spec, run.selected_weights_path
+    else:
+        spec, weights = exported_spec(path), path
+    model = spec.build()
+    load_weights(model, load_tensors(weights), source=str(weights))
+    return model.to(device).eval()
 
 
 def in_turn(images: ImageSet) -> ImageSet:

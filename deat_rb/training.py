@@ -14,13 +14,14 @@ import torch
 
 from deat_rb import randomness
 from deat_rb.batches import Batches, ImageSet, hold_out, subset
+from deat_rb.catalogue import describe
 from deat_rb.config import RunConfig, TrainOptions, dataset_defaults, make_options, setting_defaults
 from deat_rb.data import DataSet, load_data
 from deat_rb.engine import resolve_device, resolve_precision
 from deat_rb.errors import DeatError
 from deat_rb.files import load_tensors
 from deat_rb.fit import History, Reporter, fit
-from deat_rb.methods import create, describe, recipe
+from deat_rb.methods import create, recipe
 from deat_rb.models import NormalizedModel, load_weights, model_spec
 from deat_rb.plots import plot_curves
 from deat_rb.runs import CURVES, RunDirectory, check_name

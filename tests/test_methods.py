@@ -15,8 +15,9 @@ from torch.optim import SGD
 
 from deat_rb import losses, methods
 from deat_rb.attacks import PGD
+from deat_rb.catalogue import describe, explain, method_table
 from deat_rb.errors import DeatError
-from deat_rb.methods import Recipe, create, describe, explain, known_methods, method_table, recipe, register_method
+from deat_rb.methods import Recipe, create, known_methods, recipe, register_method
 from deat_rb.schedules import AccuracyThreshold, Constant, EveryDEpochs, GradientMagnitude
 from deat_rb.stopping import GradientRatio, RobustnessDrop
 from deat_rb.trainers import AttackTrainer, ReplayTrainer

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.optim import SGD
 
 from deat_rb import create, methods
+from deat_rb.catalogue import describe
 from deat_rb.cli import main
-from deat_rb.methods import describe, known_methods, recipe
+from deat_rb.methods import known_methods, recipe
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "own_method.md"
 

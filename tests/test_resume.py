@@ -114,10 +114,9 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(damage: str
     with pytest.raises(Interrupted):
         train("free-2", run, Stops(6))
     newest = sorted(run.checkpoints.iterdir())[-1]
-    content = bytearray(newest.read_bytes())
-    if damage == "bit":
-        content[-100] ^= 1
-    newest.write_bytes({"cut": content[: len(content) // 2], "empty": b""}.get(damage, bytes(content)))
+    content = newest.read_bytes()
+    flipped = content[:-100] + bytes([content[-100] ^ 1]) + content[-99:]
+    newest.write_bytes({"cut": content[: len(content) // 2], "bit": flipped, "empty": b""}[damage])
     reporter = Stops(10**6)
     train("free-2", run, reporter, resume=True)
     assert len(reporter.warnings) == 1

@@ -1,0 +1,60 @@
+"""What `fit` asks of a loader: any iterable of (images, labels), checked where it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from deat_rb.batches import check_batch
+from deat_rb.engine import Engine
+from deat_rb.errors import DeatError
+from deat_rb.guard import modes_restored
+
+if TYPE_CHECKING:
+    from deat_rb.trainers import Batch, Trainer
+
+
+def of_epoch(loader: Iterable[Batch], epoch: int, batch: int) -> Iterator[Batch]:
+    """The batches of an epoch from one on; a loader that cannot begin there is read up to it."""
+    set_epoch = getattr(loader, "set_epoch", None)
+    if set_epoch is not None:
+        set_epoch(epoch)
+    starting_at: Callable[[int], Iterator[Batch]] | None = getattr(loader, "starting_at", None)
+    if starting_at is not None:
+        return starting_at(batch)
+    batches = iter(loader)
+    for _ in range(batch):
+        next(batches, None)
+    return batches
+
+
+def gather(trainer: Trainer, loader: Iterable[Batch], engine: Engine) -> Batch:
+    """All of a validation loader as one batch, on the device.
+
+    Raises:
+        DeatError: If there is none, or it cannot be used.
+    """
+    batches = list(loader)
+    if not batches:
+        raise DeatError("the validation loader gave no batch; give validation images or none at all")
+    images, labels = torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
+    check_first(trainer, (images, labels), engine)
+    return engine.receive(images, labels)
+
+
+def check_first(trainer: Trainer, batch: Any, engine: Engine) -> None:
+    """Checks a batch against what the trainer's model takes and gives.
+
+    Raises:
+        DeatError: Naming what is not admissible.
+    """
+    if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
+        raise DeatError("a loader has to give pairs of tensors (images, labels), and this one gives something else")
+    images, labels = batch
+    check_batch(images, labels)
+    with modes_restored(trainer.model), torch.no_grad():
+        classes = trainer.model.eval()(images[:1].to(engine.device)).shape[1]
+    check_batch(images, labels, classes)
