@@ -113,8 +113,8 @@ class TrainingProgress(Reporter, AbstractContextManager["TrainingProgress"]):
             transient=True,
         )
         self._task = self._bar.add_task("loading", total=None, figures="")
-        self._said = monotonic()
-        self._began = monotonic()
+        self._said = self._began = monotonic()
+        self._validated = ""
 
     def __enter__(self) -> Self:
         if self.console.is_interactive:
@@ -149,7 +149,7 @@ class TrainingProgress(Reporter, AbstractContextManager["TrainingProgress"]):
             self._task,
             completed=(self._epoch - 1) * self._batches + sums.batches,
             figures=f"loss {so_far['loss'] / sums.examples:.3f}, train {so_far['correct'] / sums.examples:.1%}, "
-            f"l_X {so_far['l_x']:.4g}, {rate:.0f} images/s",
+            f"l_X {so_far['l_x']:.4g}, {rate:.0f} images/s{self._validated}",
         )
 
     def validation_begins(self) -> None:
@@ -162,13 +162,12 @@ class TrainingProgress(Reporter, AbstractContextManager["TrainingProgress"]):
 
     def epoch_ended(self, row: EpochStats) -> None:
         """Prints the epoch's line."""
-        validated = "" if row.val_acc is None else f", validation {row.val_acc:.1%}"
-        if row.val_robust_acc is not None:
-            validated += f", PGD-20 {row.val_robust_acc:.1%}"
+        if row.val_acc is not None and row.val_robust_acc is not None:
+            self._validated = f", validation {row.val_acc:.1%}, PGD-20 {row.val_robust_acc:.1%}"
         left = (row.seconds + row.val_seconds) * (self._epochs - row.epoch)
         self.console.print(
             f"epoch {row.epoch}/{self._epochs}: r = {row.steps}, loss {row.loss:.3f}, "
-            f"train {row.train_acc:.1%}{validated}, l_X {row.l_x:.4g}, "
+            f"train {row.train_acc:.1%}{self._validated}, l_X {row.l_x:.4g}, "
             f"{row.images_per_second:.0f} images/s, about {left:.0f} s left",
             highlight=False,
             soft_wrap=True,
