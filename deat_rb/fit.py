@@ -363,6 +363,7 @@ class _Loop:
 
     def _restore(self) -> None:
         assert self.run is not None
+        self.run.discard_unfinished()
         state = checkpoint.newest(self.run.checkpoints, self.reporter.warn)
         if state is None:
             self.run.truncate(0)

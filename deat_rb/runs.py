@@ -181,6 +181,12 @@ class RunDirectory:
                 os.truncate(path, before)
             raise DeatError(f"{path} cannot be written ({error.strerror}); the epochs before are kept") from None
 
+    def discard_unfinished(self) -> None:
+        """Removes what a killed process had not finished writing."""
+        for folder in (self.path, self.checkpoints):
+            for path in folder.glob(".*.tmp"):
+                path.unlink(missing_ok=True)
+
     def truncate(self, epochs: int) -> list[EpochStats]:
         """Forgets the metrics of all but the first epochs, and gives those.
 
