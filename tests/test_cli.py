@@ -233,7 +233,10 @@ def test_ctrl_c_while_attacking(described: list[str | Path]) -> None:
     # Within such an eps nothing is broken, so that no image is done before the last step.
     flags = ["--attacks", "pgd-100000", "--eps", "1e-12"]
     command = [sys.executable, "-m", "deat_rb", "eval", *map(str, described), *flags]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A shell starts what it puts into the background with SIGINT ignored, and that is inherited.
+    running = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
     assert running.stderr is not None
     assert running.stderr.readline().startswith("natural: ")
     time.sleep(0.5)
