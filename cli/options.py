@@ -29,10 +29,10 @@ def names(text: str) -> tuple[str, ...]:
 
 def seed_list(text: str) -> tuple[int, ...]:
     """Reads a list of seeds such as ``0,1,2``."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise click.BadParameter(f"'{text}' is not a list of whole numbers such as 0,1,2") from None
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts) or len(set(parts)) < len(parts):
+        raise click.BadParameter(f"'{text}' is not a list of different whole numbers such as 0,1,2")
+    return tuple(int(part) for part in parts)
 
 
 def json_file(text: str) -> Path:

@@ -74,10 +74,13 @@ def train(
     from deat_rb.config import make_options, read_options
     from deat_rb.errors import DeatError
     from deat_rb.progress import TrainingProgress, print_plan, print_result, print_seeds
+    from deat_rb.runs import check_name
     from deat_rb.training import plan, train_seeds
     from deat_rb.training import resume as resume_training
     from deat_rb.training import train as run_training
 
+    if name is not None:
+        check_name(name)
     given = {key: value for key, value in flags.items() if value is not None}
     if not save_every > 0:
         raise DeatError(f"--save-every = {save_every:g} is not a positive number of minutes")
@@ -89,6 +92,12 @@ def train(
         print_result(run, history)
         return
     options = read_options(config) if config is not None else {}
+    for option in ("method", "setting"):
+        if option in given and options.get(option, given[option]) != given[option]:
+            raise DeatError(
+                f"--{option} {given[option]} beside --config: {config} spells out all that {options[option]} stands "
+                "for; leave --config out and give the options that are to stay"
+            )
     asked = make_options({"method": "m+trades", **options, **given})
     planned = plan(asked)
     print_plan(planned)

@@ -143,6 +143,10 @@ def _digits(data_dir: Path | None, image_size: int) -> DataSet:
 
     500 of them, each class in proportion and the same in every run, are the test set.
     """
+    if data_dir is not None:
+        raise DeatError(
+            f"--data-dir {data_dir} is of no use to the digits; for a folder of images say --dataset folder"
+        )
     from sklearn.datasets import load_digits
 
     bunch = load_digits()

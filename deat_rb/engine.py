@@ -77,8 +77,11 @@ class Engine:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
     def sgd(self, parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float) -> SGD:
-        """Makes the optimiser; on a GPU the fused one, which steps under a loss scale without waiting."""
-        fused = self.device.type == "cuda"
+        """Makes the optimiser; on a GPU the fused one, but for fp16.
+
+        A fused step that a loss scale skips on overflow leaves its first momentum uninitialised.
+        """
+        fused = self.device.type == "cuda" and self.precision != "fp16"
         return SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=fused)
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -117,6 +120,8 @@ class Engine:
             scale = self.scaler._get_scale_async()
             assert scale is not None
             gradient = gradient / scale
+            # A scale that grows overflows now and then, by design; the update is skipped, and so is the gradient.
+            gradient = torch.where(gradient.isfinite().all(), gradient, torch.zeros_like(gradient))
         self.scaler.step(optimizer)
         self.scaler.update()
         return gradient

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from deat_rb import autoattack, losses, randomness
 from deat_rb.batches import check_batch
+from deat_rb.engine import resolve_device
 from deat_rb.errors import DeatError, nearest
 from deat_rb.guard import untouched
 from deat_rb.report import AttackResult, Report, wilson
@@ -172,7 +173,7 @@ def _held(
     check_batch(images, labels)
     tensors = (*model.parameters(), *model.buffers())
     home = tensors[0].device if tensors else images.device
-    target = torch.device(device) if device is not None else home
+    target = resolve_device(str(device)) if device is not None else home
     with untouched(model):
         model.eval().requires_grad_(False)
         if target != home:

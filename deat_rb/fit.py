@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -137,7 +137,7 @@ def fit(
         raise DeatError("select = 'best' needs validation images to choose by; give a val_loader or select = 'last'")
     if resume and run is None:
         raise DeatError("resume = True needs the run to go on with; give run")
-    where = resolve_device(str(device or trainer.device or "cpu"))
+    where = resolve_device(str(device or next(trainer.model.parameters()).device))
     engine = Engine(where, resolve_precision(precision, where))
     loop = _Loop(
         trainer=trainer,
@@ -169,7 +169,7 @@ class _Loop:
         sums: Over those batches.
         spent: Seconds that earlier processes spent on those batches.
         kept: The newest epochs with their weights, as many as the stopping rule may go back by.
-        best: The epoch most robust on validation with its weights; None for the weights where they are on the disk.
+        best: The epoch most robust on validation with its weights.
     """
 
     trainer: Trainer
@@ -183,7 +183,7 @@ class _Loop:
     reporter: Reporter
     select: str
     kept: deque[tuple[EpochStats, Weights]]
-    best: tuple[EpochStats, Weights | None] | None = None
+    best: tuple[EpochStats, Weights] | None = None
     epoch: int = 1
     batch: int = 0
     spent: float = 0.0
@@ -200,7 +200,14 @@ class _Loop:
         rule = trainer.stopping
         if rule is not None and rule.validation_steps and validation is None:
             raise DeatError(f"{trainer.attack} stops by validation and needs images to validate on; give a val_loader")
-        batches = len(loader) if isinstance(loader, Sized) else sum(1 for _ in loader)
+        if iter(loader) is loader:
+            raise DeatError(
+                "the loader can be iterated only once; give one that begins anew in each epoch, such as a list"
+            )
+        try:
+            batches = len(loader)  # type: ignore[arg-type]  # a DataLoader has a length, which may raise
+        except TypeError:
+            batches = sum(1 for _ in loader)
         if resume:
             self._restore()
         try:
@@ -217,8 +224,12 @@ class _Loop:
     def _train(self, loader: Iterable[Batch], validation: Batch | None, batches: int) -> None:
         while self.epoch <= self.epochs and self.history.stopped is None:
             row = self._epoch(loader, batches)
-            with self.requests.at_once():
-                row = self._validated(row, validation)
+            try:
+                with self.requests.at_once():
+                    row = self._validated(row, validation)
+            except KeyboardInterrupt:
+                self._save(row.seconds)
+                raise
             self._conclude(row)
             if self.requests.requested:
                 raise KeyboardInterrupt
@@ -231,7 +242,7 @@ class _Loop:
         self.reporter.epoch_begins(self.epoch, self.epochs, batches, steps)
         began = time.perf_counter()
         randomness.seed_global(self.seed, "epoch", self.epoch)
-        for batch in of_epoch(loader, self.epoch, self.batch):
+        for batch in of_epoch(loader, self.epoch, self.batch, self.seed):
             if self.epoch == 1 and self.batch == 0:
                 check_first(trainer, batch, engine)
             images, labels = engine.receive(*batch)
@@ -317,7 +328,7 @@ class _Loop:
             self.history.stopped = stop.reason
             while self.kept[-1][0].epoch > stop.keep and len(self.kept) > 1:
                 self.kept.pop()
-        elif self.best is None or _merit(row) > _merit(self.best[0]):
+        elif row.val_acc is not None and (self.best is None or _merit(row) > _merit(self.best[0])):
             self.best = self.kept[-1]
             if self.run is not None:
                 self.run.save_weights("best", self.kept[-1][1], row)
@@ -330,9 +341,6 @@ class _Loop:
     def _select(self) -> None:
         row, weights = self.best if self.select == "best" and self.best is not None else self.kept[-1]
         self.history.selected = row.epoch
-        if weights is None:
-            assert self.run is not None
-            weights = self.run.weights("best")
         self.trainer.model.load_state_dict(weights)
 
     def _save(self, spent: float) -> None:
@@ -358,6 +366,8 @@ class _Loop:
         state.put("sums", self.sums.tensors())
         for row, weights in self.kept:
             state.put(f"kept.{row.epoch}", weights)
+        if self.best is not None and self.select == "best":
+            state.put("best", self.best[1])
         checkpoint.write(self.run.checkpoints, state)
         self.saved = time.monotonic()
 
@@ -380,7 +390,7 @@ class _Loop:
         self.sums = EpochSums.restored(facts["sums"], state.take("sums"), self.engine.device)
         by_epoch = {row.epoch: row for row in self.history.rows}
         if facts["best"] is not None:
-            self.best = by_epoch[facts["best"]], None
+            self.best = by_epoch[facts["best"]], state.take("best")
         self.kept.extend((by_epoch[epoch], state.take(f"kept.{epoch}")) for epoch in facts["kept"])
 
     def _what_is_kept(self) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from deat_rb import randomness
 from deat_rb.batches import check_batch
 from deat_rb.engine import Engine
 from deat_rb.errors import DeatError
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from deat_rb.trainers import Batch, Trainer
 
 
-def of_epoch(loader: Iterable[Batch], epoch: int, batch: int) -> Iterator[Batch]:
+def of_epoch(loader: Iterable[Batch], epoch: int, batch: int, seed: int) -> Iterator[Batch]:
     """The batches of an epoch from one on; a loader that cannot begin there is read up to it."""
     set_epoch = getattr(loader, "set_epoch", None)
     if set_epoch is not None:
@@ -25,10 +27,18 @@ def of_epoch(loader: Iterable[Batch], epoch: int, batch: int) -> Iterator[Batch]
     starting_at: Callable[[int], Iterator[Batch]] | None = getattr(loader, "starting_at", None)
     if starting_at is not None:
         return starting_at(batch)
-    batches = iter(loader)
-    for _ in range(batch):
-        next(batches, None)
-    return batches
+    return _seeded(iter(loader), epoch, batch, seed)
+
+
+def _seeded(batches: Iterator[Batch], epoch: int, first: int, seed: int) -> Iterator[Batch]:
+    """Seeds torch's generators before each batch, so that what a loader draws follows from the position alone."""
+    for number in itertools.count():
+        randomness.seed_global(seed, "load", epoch, number)
+        batch = next(batches, None)
+        if batch is None:
+            return
+        if number >= first:
+            yield batch
 
 
 def gather(trainer: Trainer, loader: Iterable[Batch], engine: Engine) -> Batch:

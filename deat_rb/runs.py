@@ -27,7 +27,7 @@ from torch import Tensor
 
 from deat_rb.config import RunConfig
 from deat_rb.errors import DeatError
-from deat_rb.files import atomic_write, load_tensors, read_json, save_tensors, sha256_tensors, write_json
+from deat_rb.files import atomic_write, read_json, save_tensors, sha256_tensors, write_json
 from deat_rb.models import ModelSpec
 from deat_rb.stats import EpochStats
 
@@ -136,10 +136,6 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
         return self.path / "checkpoints"
-
-    def weights(self, which: str) -> dict[str, Tensor]:
-        """Reads the ``best`` or ``last`` weights."""
-        return load_tensors(self.path / f"{which}.safetensors")
 
     @contextmanager
     def locked(self) -> Iterator[None]:

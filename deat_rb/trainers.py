@@ -203,9 +203,10 @@ class AttackTrainer(Trainer):
                 self.crafter.enter_mode()
                 return self.crafter.craft(images, labels)
             if self._averages is None:
-                self._averages = averages(self.crafter, images)
+                self._averages = averages(self.crafter, images.contiguous())
             with GradientProbe(self.model) as probe:
-                adv: Tensor = self.crafter(images, labels)
+                # Some of torchattacks' view their images as vectors, which channels_last does not allow.
+                adv: Tensor = self.crafter(images.contiguous(), labels)
             return adv.detach(), probe.stats(len(images), unit=len(images) if self._averages else 1)
 
     def training_step(
@@ -216,6 +217,8 @@ class AttackTrainer(Trainer):
         engine = engine or Engine(images.device)
         with engine.autocast():
             adv, crafting = self.craft(images, labels, engine.loss_scale)
+        # A region of its own: the casts of weights that a no_grad forward caches would carry no gradient here.
+        with engine.autocast():
             if self.loss.needs_clean:
                 clean_logits = self.model(images)
                 adv_logits = self.model(adv)

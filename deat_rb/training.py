@@ -25,6 +25,7 @@ from deat_rb.methods import create, recipe
 from deat_rb.models import NormalizedModel, load_weights, model_spec
 from deat_rb.plots import plot_curves
 from deat_rb.runs import CURVES, RunDirectory, check_name
+from deat_rb.subject import in_turn
 from deat_rb.threat import check_eps, format_fraction
 from deat_rb.trainers import ReplayTrainer, Trainer
 
@@ -117,7 +118,7 @@ def plan(options: TrainOptions) -> Plan:
     data = load_data(options.dataset, data_dir=options.data_dir, image_size=options.image_size)
     val_size = options.val_size
     if val_size is None:
-        val_size = default_val_size(options.train_size or len(data.train))
+        val_size = default_val_size(min(options.train_size or len(data.train), len(data.train)))
     train, val = hold_out(data.train, val_size, seed=options.seed)
     if options.train_size is not None:
         train = subset(train, options.train_size, options.seed)
@@ -148,6 +149,11 @@ def plan(options: TrainOptions) -> Plan:
     if len(train) < config.batch_size:
         raise DeatError(
             f"{len(train)} training images are fewer than a batch of {config.batch_size}; give a smaller --batch-size"
+        )
+    if len(train) % config.batch_size == 1 and ":" in config.arch:
+        raise DeatError(
+            f"{len(train)} training images in batches of {config.batch_size} leave one of a single image, from which "
+            "BatchNorm cannot learn; give another --batch-size or --train-size"
         )
     trainer = create(method, _initial(config), eps=eps, **config.method_options())
     return Plan(config, data, train, val, trainer)
@@ -233,16 +239,16 @@ def resume(
     """
     run = RunDirectory.open(path)
     config = run.config
-    for option, value in changes.items():
-        was = getattr(config, option)
-        if option == "epochs" and value > was and config.lr_schedule != "cyclic":
-            continue
-        if value != was:
-            hint = "; a cyclic learning rate cannot be prolonged" if option == "epochs" else ""
-            name = f"--{option.replace('_', '-')}"
-            raise DeatError(f"{name} = {value} differs from the run's {was}{hint}; start a new run for it")
     values = {key: value for key, value in config.model_dump().items() if key in TrainOptions.model_fields}
     planned = plan(make_options({**values, **changes}))
+    for option in changes:
+        was, now = getattr(config, option), getattr(planned.config, option)
+        if option == "data_dir" or (option == "epochs" and now > was and config.lr_schedule != "cyclic"):
+            continue
+        if now != was:
+            hint = "; a cyclic learning rate cannot be prolonged" if option == "epochs" else ""
+            name = f"--{option.replace('_', '-')}"
+            raise DeatError(f"{name} = {now} differs from the run's {was}{hint}; start a new run for it")
     if planned.config.data_fingerprint != config.data_fingerprint:
         raise DeatError(f"the data of {config.dataset} are not those of the run {path}; start a new run for them")
     with run.locked():
@@ -269,7 +275,7 @@ def _fit(
         return fit(
             planned.trainer,
             batches,
-            Batches(planned.val, config.batch_size, device=device),
+            Batches(in_turn(planned.val), config.batch_size, device=device),
             epochs=config.epochs,
             lr=config.lr,
             lr_schedule=config.lr_schedule,

@@ -68,7 +68,7 @@ def test_config_json_runs_it_again_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_a_run_on_all_images_runs_again_on_as_many(tmp_path: Path) -> None:
-    first = planned(train_size=None)
+    first = planned(train_size=None, batch_size=50)
     assert len(first.train) + len(first.val) == len(first.data.train)
     path = tmp_path / "config.json"
     path.write_text(first.config.model_dump_json())
@@ -100,7 +100,7 @@ def test_training_never_sees_a_test_image(tmp_path: Path) -> None:
 
 
 def test_what_is_held_out_is_not_trained_on() -> None:
-    ready = planned(train_size=None)
+    ready = planned(train_size=None, batch_size=50)
 
     def rows(data: ImageSet) -> set[bytes]:
         return {image.numpy().tobytes() for image in data.images}
