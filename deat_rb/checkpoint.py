@@ -118,7 +118,8 @@ def _numbered(folder: Path) -> list[Path]:
 def _read(path: Path) -> Checkpoint:
     with safe_open(path, framework="pt") as file:
         header = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        names = file.keys()
+        tensors = {name: file.get_tensor(name) for name in names}
     if _digest(header["facts"], tensors) != header["sha256"]:
         raise ValueError("its checksum does not fit")
     return Checkpoint(tensors, json.loads(header["facts"]))

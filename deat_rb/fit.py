@@ -18,7 +18,7 @@ from deat_rb.checkpoint import Checkpoint
 from deat_rb.engine import Engine, resolve_device, resolve_precision
 from deat_rb.errors import DeatError, Interrupted, nearest
 from deat_rb.evaluate import validate
-from deat_rb.loaders import check_first, gather, of_epoch
+from deat_rb.loaders import check_first, count_batches, gather, of_epoch
 from deat_rb.probe import lipschitz_lower_bound
 from deat_rb.rates import LR_SCHEDULES
 from deat_rb.signals import StopRequests
@@ -204,10 +204,7 @@ class _Loop:
             raise DeatError(
                 "the loader can be iterated only once; give one that begins anew in each epoch, such as a list"
             )
-        try:
-            batches = len(loader)  # type: ignore[arg-type]  # a DataLoader has a length, which may raise
-        except TypeError:
-            batches = sum(1 for _ in loader)
+        batches = count_batches(loader)
         if resume:
             self._restore()
         try:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,14 @@ from deat_rb.guard import modes_restored
 
 if TYPE_CHECKING:
     from deat_rb.trainers import Batch, Trainer
+
+
+def count_batches(loader: Iterable[Batch]) -> int:
+    """How many batches an epoch has; a loader that does not say so is read once."""
+    with contextlib.suppress(TypeError):  # a DataLoader over a stream has a length, which raises
+        if isinstance(loader, Sized):
+            return len(loader)
+    return sum(1 for _ in loader)
 
 
 def of_epoch(loader: Iterable[Batch], epoch: int, batch: int, seed: int) -> Iterator[Batch]:
