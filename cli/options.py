@@ -19,9 +19,16 @@ def fraction(text: str) -> float:
         raise click.BadParameter(str(error)) from None
 
 
-def names(text: str) -> tuple[str, ...]:
-    """Reads a list such as ``fgsm,pgd-100``."""
-    found = tuple(part.strip() for part in text.split(",") if part.strip())
+def fraction_list(text: str) -> tuple[float, ...]:
+    """Reads sizes such as ``0,2/255,4/255``."""
+    return tuple(fraction(part) for part in text.split(","))
+
+
+def attack_names(text: str) -> tuple[str, ...]:
+    """Reads a list such as ``fgsm,torchattacks.PGD(steps=5,alpha=0.01)``, commas in parentheses left alone."""
+    from deat_rb.attacklist import split_names
+
+    found = tuple(name for name in split_names(text) if name)
     if not found:
         raise click.BadParameter("the list is empty; give names with commas between them")
     return found
@@ -33,6 +40,13 @@ def seed_list(text: str) -> tuple[int, ...]:
     if not all(part.strip().isdecimal() for part in parts) or len(set(parts)) < len(parts):
         raise click.BadParameter(f"'{text}' is not a list of different whole numbers such as 0,1,2")
     return tuple(int(part) for part in parts)
+
+
+def size(text: str) -> int:
+    """Reads a size such as ``8G``, in bytes."""
+    from deat_rb.sizes import parse_size
+
+    return parse_size(text)
 
 
 def json_file(text: str) -> Path:

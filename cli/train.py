@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import fraction, seed_list
+from .options import fraction, seed_list, size
 
 
 @click.command()
@@ -16,6 +16,8 @@ from .options import fraction, seed_list
 @click.option(
     "--data-dir", help="Where the data are: CIFAR's files, or a folder with train/<class>/ and test/<class>/."
 )
+@click.option("--memory-limit", type=size, metavar="SIZE",
+              help="Read a folder whose decoded images exceed this, such as 8G, by worker processes.")  # fmt: skip
 @click.option("--image-size", type=int, help="What a folder's images are resized to.  [default: 32]")
 @click.option("--train-size", type=int, help="Use so many training images only, each class in proportion.")
 @click.option("--val-size", type=int, help="Hold out so many training images for validation.")
@@ -39,6 +41,14 @@ from .options import fraction, seed_list
 @click.option(
     "--lr-per-replay", is_flag=True, default=None, help="Move the LR with each replay, as FREE's public code."
 )
+@click.option(
+    "--no-stop", "heed_stop", flag_value=False, default=None, help="Note where the method's rule would stop, and go on."
+)
+@click.option(
+    "--on-nonfinite", help="When a loss, a gradient or l_X is not finite: stop, or skip the batch.  [default: stop]"
+)
+@click.option("--compile", "compiled", is_flag=True, default=None, help="Have torch.compile make the passes.")
+@click.option("--sync-bn", is_flag=True, default=None, help="BatchNorm's statistics over all processes; GPUs only.")
 @click.option("--precision", help="fp32, bf16, fp16 or auto.")
 @click.option("--device", help="cpu, cuda, cuda:1, mps or auto.  [default: auto]")
 @click.option("--seed", type=int, help="Fixes every random number.  [default: 0]")
@@ -52,8 +62,13 @@ from .options import fraction, seed_list
 @click.option("--name", help="The run's name.")
 @click.option("--output", default="runs", show_default=True, help="The folder of the runs.")
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with a run that was stopped.")
+@click.option("--trust-code", is_flag=True,
+              help="Let a run or --config that is another's build its network by package.module:factory.")  # fmt: skip
 @click.option(
     "--save-every", type=float, default=5.0, show_default=True, metavar="MINUTES", help="Checkpoint so often."
+)
+@click.option(
+    "--track", multiple=True, metavar="NAME", help="Tell a tracker of each epoch, such as tensorboard; may be repeated."
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and its costs, and train nothing.")
 def train(
@@ -64,6 +79,9 @@ def train(
     seeds: tuple[int, ...] | None,
     resume: Path | None,
     save_every: float,
+    track: tuple[str, ...],
+    memory_limit: int | None,
+    trust_code: bool,
     **flags: Any,
 ) -> None:
     """Train a network by one of the methods.
@@ -73,6 +91,8 @@ def train(
     """
     from deat_rb.config import make_options, read_options
     from deat_rb.errors import DeatError
+    from deat_rb.models import check_trust
+    from deat_rb.processes import is_main
     from deat_rb.progress import TrainingProgress, print_plan, print_result, print_seeds
     from deat_rb.runs import check_name
     from deat_rb.training import plan, train_seeds
@@ -88,10 +108,21 @@ def train(
         if config is not None or name is not None or seeds or dry_run:
             raise DeatError("--resume goes on with a run as it is: leave out --config, --name, --seeds and --dry-run")
         with TrainingProgress() as progress:
-            run, history = resume_training(resume, given, reporter=progress, save_every=save_every)
-        print_result(run, history)
+            run, history = resume_training(
+                resume,
+                given,
+                reporter=progress,
+                save_every=save_every,
+                track=track,
+                memory_limit=memory_limit,
+                trust_code=trust_code,
+            )
+        if is_main():
+            print_result(run, history)
         return
     options = read_options(config) if config is not None else {}
+    if "arch" not in given and isinstance(options.get("arch"), str):
+        check_trust(options["arch"], trust_code, source=str(config))
     for option in ("method", "setting"):
         if option in given and options.get(option, given[option]) != given[option]:
             raise DeatError(
@@ -99,15 +130,19 @@ def train(
                 "for; leave --config out and give the options that are to stay"
             )
     asked = make_options({"method": "m+trades", **options, **given})
-    planned = plan(asked)
-    print_plan(planned)
+    planned = plan(asked, memory_limit=memory_limit)
+    if is_main():
+        print_plan(planned)
     if dry_run:
         return
     with TrainingProgress() as progress:
+        how: dict[str, Any] = {"output": output, "reporter": progress, "save_every": save_every, "track": track}
         if seeds:
-            results = train_seeds(asked, seeds, output=output, name=name, reporter=progress, save_every=save_every)
+            results = train_seeds(asked, seeds, name=name, memory_limit=memory_limit, **how)
         else:
-            results = [run_training(planned, output=output, name=name, reporter=progress, save_every=save_every)]
+            results = [run_training(planned, name=name, **how)]
+    if not is_main():
+        return
     for run, history in results:
         print_result(run, history)
     if seeds:

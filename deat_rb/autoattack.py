@@ -1,8 +1,8 @@
-"""AutoAttack's standard version (Croce and Hein 2020), driven part by part and batch by batch.
+"""AutoAttack (Croce and Hein 2020), its versions standard, plus and rand, and Square alone, driven part by part.
 
 The attacks are pyautoattack's. Which examples share a batch and how it is seeded are those of its
 ``run_standard_evaluation``, on which the verdicts of its random parts depend; only the loop around them is ours, so
-that it can say how far it is and runs on problems of fewer than ten classes, too.
+that it can say how far it is, be continued, and run on problems of fewer than ten classes, too.
 """
 
 from __future__ import annotations
@@ -10,123 +10,212 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deat_rb import randomness
-from deat_rb.whitebox import Counted, admissible
+from deat_rb.attacklist import AUTOATTACK
+from deat_rb.suite import Attack, Batch, Parameters, Part, Terms
+from deat_rb.whitebox import Counted, Crafted
 
-STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
+VERSIONS = {
+    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+    "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
+    "rand": ("apgd-ce", "apgd-dlr"),
+}
+FEWEST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
+"""Both DLR losses divide by a difference of logits: the plain one of the third, the targeted one of the fourth."""
+TARGETED = ("apgd-t", "fab-t")
+ITERATIONS, QUERIES, AVERAGED = 100, 5000, 20
+SMALLEST_BATCH = 16
+"""Of fewer examples, matrix products round otherwise, and an example's gradient depends on who else is there."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What AutoAttack left of the examples.
+def parts_for(num_classes: int, version: str = "standard") -> tuple[tuple[str, ...], int]:
+    """Says which parts of a version exist for so many classes, and with how many targets.
 
-    Attributes:
-        correct: (N,) bool: still classified correctly after every part.
-        parts: The parts that exist for this number of classes, in their order.
-        targets: The number of target classes of the targeted parts.
-        notes: What a reader of the figure should know.
+    With fewer than 4 classes there is no targeted DLR loss, with 2 none at all. FAB-T needs no more than another class.
     """
-
-    correct: Tensor
-    parts: tuple[str, ...]
-    targets: int
-    notes: tuple[str, ...]
-
-
-def parts_for(num_classes: int) -> tuple[tuple[str, ...], int]:
-    """Says which parts of the standard version exist for so many classes, and with how many targets.
-
-    The targeted DLR loss divides by a difference that involves the fourth largest logit: with 2 or 3 classes it does
-    not exist. FAB-T needs no more than another class.
-    """
-    parts = STANDARD if num_classes >= 4 else tuple(part for part in STANDARD if part != "apgd-t")
+    parts = tuple(part for part in VERSIONS[version] if num_classes >= FEWEST_CLASSES.get(part, 2))
     return parts, min(9, num_classes - 1)
 
 
-def run(
-    model: Counted,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    correct: Tensor,
-    num_classes: int,
-    eps: float,
-    batch_size: int,
-    seed: int,
-    device: torch.device,
-    progress: Callable[[str, int, int, int], None] | None = None,
-) -> Outcome:
-    """Runs the standard version.
+def build(name: str, terms: Terms) -> Attack:
+    """Makes ``autoattack``, ``autoattack-plus``, ``autoattack-rand`` or ``square``.
 
-    Args:
-        model: In eval mode, on ``device``, its parameters frozen (FAB calls ``backward()``).
-        images: In [0, 1], (N, C, H, W), wherever they are.
-        labels: (N,).
-        correct: (N,) bool, on the CPU: which are classified correctly without any attack.
-        num_classes: K, at least 2.
-        eps: Linf radius, in [0, 1] pixel units.
-        batch_size: How many examples are attacked together.
-        seed: Every batch of every part starts from it, as in pyautoattack.
-        device: Where the attacks run.
-        progress: Told ``(part, done, total, robust)`` after every batch.
+    With an eps of 0 there is nothing to search, and it has no parts.
     """
-    parts, targets = parts_for(num_classes)
-    notes = []
-    if len(parts) < len(STANDARD):
-        notes.append(f"{num_classes} classes: there is no targeted DLR loss, so {', '.join(parts)} ran without apgd-t")
-    elif targets < 9:
-        notes.append(f"{num_classes} classes: the targeted parts ran with {targets} targets where the standard has 9")
-    correct = correct.clone()
-    outside = 0
-    with randomness.preserved(), torch.no_grad(), _warnings() as warnings:
-        attack_of = _attacks(model, eps=eps, seed=seed, device=device, targets=targets)
-        for part in parts:
-            left = correct.nonzero().flatten()
-            for begin in range(0, len(left), batch_size):
-                rows = left[begin : begin + batch_size]
-                clean, target = images[rows.to(images.device)].to(device), labels[rows.to(labels.device)].to(device)
-                adv = attack_of[part](clean.clone(), target.clone())
-                wrong = model(adv).argmax(dim=1) != target
-                allowed = admissible(adv, clean, eps)
-                outside += int((~allowed).sum())
-                correct[rows] = ~(wrong & allowed).cpu()
-                if progress is not None:
-                    progress(f"autoattack/{part}", begin + len(rows), len(left), int(correct.sum()))
-            notes.append(f"{int(correct.sum())} of {len(correct)} correct after {part}")
-    if outside:
-        notes.append(f"{outside} adversarial images were not finite, in [0, 1] and within eps, and do not count")
-    return Outcome(correct, parts, targets, (*notes, *warnings))
+    version = AUTOATTACK.get(name, "standard")
+    names, targets = (("square",), 0) if name == "square" else parts_for(terms.num_classes, version)
+    parameters, notes = _account(name, version, names, targets, terms)
+    if terms.eps == 0:
+        return Attack(name, (), parameters, (*notes, "eps is 0: there was nothing to search"))
+    warnings: list[str] = []
+    suite = _Suite(version, terms, targets, warnings)
+    parts = tuple(Part(part, suite.part(part), calls=suite.calls(part), packed=True) for part in names)
+    return Attack(name, parts, parameters, notes, warnings)
 
 
-def _attacks(
-    model: Counted, *, eps: float, seed: int, device: torch.device, targets: int
-) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """Makes the parts, each of which seeds torch's global generators anew whenever it is called."""
-    import pyautoattack
+def _account(
+    name: str, version: str, names: tuple[str, ...], targets: int, terms: Terms
+) -> tuple[Parameters, tuple[str, ...]]:
+    """What the report says of the settings, and of what few classes left out."""
+    if name == "square":
+        return {"eps": terms.eps, "queries": QUERIES}, ()
+    parameters: Parameters = {"eps": terms.eps, "version": version, "parts": ", ".join(names)}
+    notes, few = [], f"{terms.num_classes} classes"
+    if missing := [part for part in VERSIONS[version] if part not in names]:
+        notes.append(f"{few}: a DLR loss that {' and '.join(missing)} would need does not exist, so it ran without")
+    if version != "rand":
+        parameters["targets"] = targets
+        if targets < 9:
+            notes.append(f"{few}: the targeted parts ran with {targets} targets where the standard has 9")
+    return parameters, tuple(notes)
 
-    suite: Any = pyautoattack.AutoAttack(model, norm="Linf", eps=eps, seed=seed, device=device, version="standard")
-    suite.apgd.loss = "ce"
-    suite.apgd_targeted.n_target_classes = targets
-    suite.fab.targeted = True
-    suite.fab.n_target_classes = targets
-    return {
-        "apgd-ce": suite.apgd.perturb,
-        "apgd-t": suite.apgd_targeted.perturb,
-        "fab-t": suite.fab.perturb,
-        "square": suite.square.perturb,
-    }
+
+class _Suite:
+    """pyautoattack's attacks on one model."""
+
+    def __init__(self, version: str, terms: Terms, targets: int, warnings: list[str]) -> None:
+        self.version = version
+        self.terms = terms
+        self.targets = targets
+        self.warnings = warnings
+        self._model: Counted | None = None
+        self._suite: Any = None
+
+    def part(self, name: str) -> Callable[[Counted, Batch], Crafted]:
+        """Gives a part, which seeds torch's global generators anew for every batch, as in pyautoattack."""
+
+        def craft(model: Counted, batch: Batch) -> Crafted:
+            images, labels = batch.images[batch.chosen], batch.labels[batch.chosen]
+            with randomness.preserved(), torch.no_grad(), _warnings(self.warnings):
+                randomness.seed_global(self.terms.seed, "evaluate", name, batch.number)
+                adv = self._perturb(name, model)(images.clone(), labels.clone())
+                return Crafted(adv, model.exact(adv).argmax(dim=1) != labels)
+
+        return craft
+
+    def calls(self, name: str) -> int:
+        """How often a part forwards a batch, at most."""
+        restarts = 5 if self.version == "plus" else 1
+        averaged = AVERAGED if self.version == "rand" else 1
+        return {
+            "apgd-ce": 2 + restarts * (ITERATIONS + 1) * averaged,
+            "apgd-dlr": 2 + restarts * (ITERATIONS + 1) * averaged,
+            "apgd-t": 2 + self.targets * (ITERATIONS + 2),
+            "fab": 2 + restarts * (2 * ITERATIONS + 2),
+            "fab-t": 2 + self.targets * (2 * ITERATIONS + 3),
+            "square": 3 + QUERIES + 1,
+        }[name]
+
+    def _perturb(self, name: str, model: Counted) -> Callable[[Tensor, Tensor], Tensor]:
+        suite = self._made(model)
+        attack = {
+            "apgd-ce": suite.apgd,
+            "apgd-dlr": suite.apgd,
+            "apgd-t": suite.apgd_targeted,
+            "fab": suite.fab,
+            "fab-t": suite.fab,
+            "square": suite.square,
+        }[name]
+        if attack is suite.apgd:
+            attack.loss = name.removeprefix("apgd-")
+        if attack is suite.fab:
+            attack.targeted = name == "fab-t"
+            attack.n_restarts = 1 if attack.targeted or self.version != "plus" else 5
+        perturb: Callable[[Tensor, Tensor], Tensor] = attack.perturb
+        return perturb
+
+    def _made(self, model: Counted) -> Any:
+        if model is self._model:
+            return self._suite
+        import pyautoattack
+
+        terms = self.terms
+        suite: Any = pyautoattack.AutoAttack(
+            model, norm=terms.norm, eps=terms.eps, seed=terms.seed, device=terms.device, version=self.version
+        )
+        suite.apgd_targeted.n_target_classes = suite.fab.n_target_classes = self.targets
+        if terms.device.type == "cpu" and self.version != "rand":
+            # Elsewhere, to know who is broken the queue has to run empty, and small batches round otherwise.
+            for attack in (suite.apgd, suite.apgd_targeted):
+                attack.attack_single_run = _leaving_early(attack)
+        self._model, self._suite = model, suite
+        return suite
+
+
+def _leaving_early(attack: Any) -> Callable[..., tuple[Tensor, ...]]:
+    """Makes APGD's run forward no longer who is broken: it would only go on to look for a higher loss for them."""
+    run: Callable[..., tuple[Tensor, ...]] = attack.attack_single_run
+
+    def attack_single_run(images: Tensor, labels: Tensor, x_init: Tensor | None = None) -> tuple[Tensor, ...]:
+        model = attack.model
+        attack.model = leaving = _Leaving(model, labels)
+        try:
+            best, correct, loss, adversarial = run(images, labels, x_init)
+        finally:
+            attack.model = model
+        return best, correct, loss, leaving.restore(adversarial)
+
+    return attack_single_run
+
+
+class _Leaving:
+    """A model on a batch of moving images, of which it forwards only those that it still classifies correctly.
+
+    The others get their last logits again, which do not depend on the images: their gradient is zero. A model that
+    draws random numbers forwards all, as what it draws depends on the number of images.
+    """
+
+    def __init__(self, model: Callable[[Tensor], Tensor], labels: Tensor) -> None:
+        self.model = model
+        self.labels = labels
+        self.broken = torch.zeros_like(labels, dtype=torch.bool)
+        self.draws = False
+        self._logits: Tensor | None = None
+        self._breaking: Tensor | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        logits = self._forward(images)
+        broken = ~self.broken & (logits.detach().argmax(dim=1) != self.labels)
+        if self._breaking is None:
+            self._breaking = images.detach().clone()
+        self._breaking[broken] = images.detach()[broken]
+        self.broken |= broken
+        self._logits = logits.detach()
+        return logits
+
+    def restore(self, adversarial: Tensor) -> Tensor:
+        """Puts the images in place that broke their examples: APGD has moved them since."""
+        if self._breaking is None or self.draws:
+            return adversarial
+        return torch.where(self.broken[:, None, None, None], self._breaking, adversarial)
+
+    def _forward(self, images: Tensor) -> Tensor:
+        if self._logits is None:
+            before = torch.get_rng_state()
+            logits = self.model(images)
+            self.draws = not torch.equal(before, torch.get_rng_state())
+            return logits
+        if self.draws:
+            return self.model(images)
+        staying = ~self.broken
+        if not staying.any():
+            return self._logits + 0 * images.flatten(1).sum(dim=1, keepdim=True)
+        if int(staying.sum()) < SMALLEST_BATCH:
+            staying[(~staying).nonzero().flatten()[: SMALLEST_BATCH - int(staying.sum())]] = True
+        if staying.all():
+            return self.model(images)
+        rows = staying.nonzero().flatten()
+        return self._logits.index_copy(0, rows, self.model(images[rows]))
 
 
 @contextmanager
-def _warnings() -> Iterator[list[str]]:
+def _warnings(collected: list[str]) -> Iterator[None]:
     """Collects what AutoAttack warns of, each sentence once, in place of printing it."""
-    collected: list[str] = []
 
     class Collect(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -138,7 +227,7 @@ def _warnings() -> Iterator[list[str]]:
     logger.addHandler(handler)
     logger.propagate = False
     try:
-        yield collected
+        yield
     finally:
         logger.removeHandler(handler)
         logger.propagate = propagate

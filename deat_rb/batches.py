@@ -1,23 +1,111 @@
-"""Images in memory, parts of them, and the batches made of them."""
+"""Labelled images, parts of them, and the batches made of them."""
 
 from __future__ import annotations
 
+import copy
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from deat_rb.errors import DeatError
+from deat_rb.processes import share
 from deat_rb.randomness import generator
 
 PADDING = 4
 ROUNDING = 1e-6
 
 
+class Reader(Protocol):
+    """Gives the images of one batch after another, on a device."""
+
+    def __call__(self, order: Tensor | None, windows: Sequence[slice]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Reads batches.
+
+        Args:
+            order: The positions of all images, (N,) int64 on the CPU, in the order of the epoch; None for their own.
+            windows: Which parts of the order are wanted, a batch each.
+
+        Yields:
+            uint8 images (n, C, H, W) and int64 labels (n,).
+        """
+        ...
+
+
+class LabelledImages(ABC):
+    """Images of one size with their labels: in memory (`ImageSet`) or in files (`deat_rb.folders.FileSet`).
+
+    Attributes:
+        labels: int64 of shape (N,), from 0 on.
+    """
+
+    labels: Tensor
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of each image."""
+
+    @abstractmethod
+    def _part(self, chosen: slice | Tensor) -> Self:
+        """Those at the chosen positions."""
+
+    @abstractmethod
+    def held(self) -> ImageSet:
+        """All of them in memory."""
+
+    @abstractmethod
+    def chunks(self) -> Iterator[Tensor]:
+        """All of them once, in order: uint8 (n, C, H, W), of which files are read as few at a time as is quick."""
+
+    @abstractmethod
+    def reader(self, device: torch.device | str) -> Reader:
+        """What gives batches of them."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that all of them take, decoded."""
+        return len(self) * math.prod(self.shape)
+
+    def select(self, indices: Tensor | Sequence[int]) -> Self:
+        """The images at these positions, in this order."""
+        return self._part(torch.as_tensor(indices, dtype=torch.int64))
+
+    def first(self, count: int) -> Self:
+        """The first images, as a view.
+
+        Raises:
+            DeatError: There are not that many.
+        """
+        if not 1 <= count <= len(self):
+            raise DeatError(
+                f"the first {count} of {len(self)} images were asked for: give a number from 1 to {len(self)}"
+            )
+        return self._part(slice(count))
+
+    def tensors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """The whole set at once.
+
+        Returns:
+            float32 images (N, C, H, W) in [0, 1] and labels (N,), both on the device.
+        """
+        held = self.held()
+        return held.images.to(device).to(torch.float32).div_(255), held.labels.to(device)
+
+
+Images = TypeVar("Images", bound=LabelledImages)
+
+
 @dataclass(frozen=True, eq=False)
-class ImageSet:
+class ImageSet(LabelledImages):
     """Labelled images in memory, a byte per value.
 
     Attributes:
@@ -39,36 +127,44 @@ class ImageSet:
             )
         _check_labels(self.labels, len(self.images), None)
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of each image."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
 
-    def select(self, indices: Tensor | Sequence[int]) -> ImageSet:
-        """The images at these positions, in this order."""
-        positions = torch.as_tensor(indices, dtype=torch.int64)
-        return ImageSet(self.images[positions], self.labels[positions])
+    def _part(self, chosen: slice | Tensor) -> Self:
+        return type(self)(self.images[chosen], self.labels[chosen])
 
-    def first(self, count: int) -> ImageSet:
-        """The first images, as a view.
+    def held(self) -> ImageSet:
+        """Itself."""
+        return self
 
-        Raises:
-            DeatError: There are not that many.
-        """
-        if not 1 <= count <= len(self):
-            raise DeatError(
-                f"the first {count} of {len(self)} images were asked for: give a number from 1 to {len(self)}"
-            )
-        return ImageSet(self.images[:count], self.labels[:count])
+    def chunks(self) -> Iterator[Tensor]:
+        """All images, once."""
+        yield self.images
 
-    def tensors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """The whole set at once.
-
-        Returns:
-            float32 images (N, C, H, W) in [0, 1] and labels (N,), both on the device.
-        """
-        return self.images.to(device).to(torch.float32).div_(255), self.labels.to(device)
+    def reader(self, device: torch.device | str) -> Reader:
+        """Takes the images to the device, where batches are gathered from them."""
+        return _HeldImages(self.images.to(device), self.labels.to(device))
 
 
-def hold_out(train: ImageSet, size: int, *, seed: int) -> tuple[ImageSet, ImageSet]:
+@dataclass(frozen=True, eq=False)
+class _HeldImages:
+    """Gathers batches where the images are."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __call__(self, order: Tensor | None, windows: Sequence[slice]) -> Iterator[tuple[Tensor, Tensor]]:
+        if order is not None:
+            order = order.to(self.labels.device)
+        for window in windows:
+            chosen = window if order is None else order[window]
+            yield self.images[chosen], self.labels[chosen]
+
+
+def hold_out(train: Images, size: int, *, seed: int) -> tuple[Images, Images]:
     """Takes a validation part out of the training images, each class in proportion.
 
     Args:
@@ -90,7 +186,7 @@ def hold_out(train: ImageSet, size: int, *, seed: int) -> tuple[ImageSet, ImageS
     return train.select(torch.nonzero(~held)[:, 0]), train.select(torch.nonzero(held)[:, 0])
 
 
-def subset(train: ImageSet, size: int, seed: int) -> ImageSet:
+def subset(train: Images, size: int, seed: int) -> Images:
     """Takes fewer training images, each class in proportion, in the order of ``train``.
 
     Args:
@@ -119,22 +215,23 @@ def _stratified(labels: Tensor, size: int, stream: torch.Generator) -> Tensor:
     remainders = size * counts % len(labels)
     shares[remainders.argsort(descending=True, stable=True)[: size - int(shares.sum())]] += 1
     chosen = torch.zeros(len(labels), dtype=torch.bool)
-    for label, share in enumerate(shares.tolist()):
+    for label, taken in enumerate(shares.tolist()):
         members = torch.nonzero(labels == label)[:, 0]
-        chosen[members[torch.randperm(len(members), generator=stream)[:share]]] = True
+        chosen[members[torch.randperm(len(members), generator=stream)[:taken]]] = True
     return chosen
 
 
 class Batches:
-    """The batches of one epoch after another, on the device, which also holds the images.
+    """The batches of one epoch after another, on the device.
 
-    The order and the augmentation of an epoch follow from the seed and the epoch's number alone, on every device.
-    Iterating twice without `set_epoch` between gives the same batches twice.
+    The order and the augmentation of an epoch follow from the seed and the epoch's number alone, on every device, for
+    any number of processes, and whether the images are held in memory or read from files. Iterating twice without
+    `set_epoch` between gives the same batches twice.
     """
 
     def __init__(
         self,
-        data: ImageSet,
+        data: LabelledImages,
         batch_size: int,
         *,
         shuffle: bool = False,
@@ -143,21 +240,26 @@ class Batches:
         device: torch.device | str = "cpu",
         drop_last: bool = False,
         memory_format: torch.memory_format = torch.contiguous_format,
+        rank: int = 0,
+        processes: int = 1,
     ) -> None:
-        """Puts the images on the device.
+        """Puts images that are in memory on the device.
 
         Args:
             data: The images.
-            batch_size: Images per batch; the last batch has what remains.
+            batch_size: Images per batch, of all processes together; the last batch has what remains.
             shuffle: Another order in every epoch.
             augment: Crops each image at random from itself with 4 black pixels around it, and mirrors half of them.
             seed: Of the order and the augmentation.
             device: Where the batches are wanted.
             drop_last: Leaves a last batch out that is not full.
             memory_format: Of the images; ``torch.channels_last`` gives the same values.
+            rank: Which process this is; see `divided`.
+            processes: How many there are.
 
         Raises:
-            DeatError: ``batch_size`` is below 1, or there are fewer images than a batch of training takes.
+            DeatError: ``batch_size`` is below 1, there are fewer images than a batch of training takes, or a batch
+                cannot be divided over the processes.
         """
         if batch_size < 1:
             raise DeatError(f"--batch-size {batch_size} is not possible: give 1 or more")
@@ -173,16 +275,51 @@ class Batches:
         self.drop_last = drop_last
         self.memory_format = memory_format
         self.epoch = 0
-        self._images = data.images.to(device)
-        self._labels = data.labels.to(device)
+        self._count = len(data)
+        self._divide(rank, processes)
+        self._read = data.reader(device)
+
+    def divided(self, rank: int, processes: int) -> Batches:
+        """The same batches, of which each is a process's share (`deat_rb.processes.share`) of the global one.
+
+        Order and augmentation are drawn for the global batch and then divided: the shares of all ranks, one after
+        another, are the batch of a single process. The images are not copied.
+
+        Args:
+            rank: Which process this is, from 0 on.
+            processes: How many there are.
+
+        Raises:
+            DeatError: There is no such rank, or a batch has fewer images than there are processes.
+        """
+        part = copy.copy(self)
+        part._divide(rank, processes)
+        return part
+
+    def _divide(self, rank: int, processes: int) -> None:
+        if not 0 <= rank < processes:
+            raise DeatError(f"rank {rank} of {processes} processes is not possible: ranks are 0 to {processes - 1}")
+        rest = self._count % self.batch_size
+        smallest = rest if rest and not self.drop_last else self.batch_size
+        if smallest < processes:
+            raise DeatError(
+                f"{self._count} images in batches of {self.batch_size} leave one of {smallest}, which cannot be "
+                f"divided over {processes} processes: give another --batch-size or --train-size, or fewer processes"
+            )
+        self.rank = rank
+        self.processes = processes
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch that the next iteration gives."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self._labels), self.batch_size)
+        full, rest = divmod(self._count, self.batch_size)
         return full + (rest > 0 and not self.drop_last)
+
+    def examples_in(self, batch: int) -> int:
+        """How many images the global batch of this number has, from 0 on: the shares of all processes together."""
+        return min(self.batch_size, self._count - batch * self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.starting_at(0)
@@ -194,30 +331,39 @@ class Batches:
             float32 images (N, C, H, W) in [0, 1] and int64 labels (N,).
 
         Raises:
-            DeatError: The epoch is shorter.
+            DeatError: The epoch is shorter; while iterating, that an image file cannot be read.
         """
         if not 0 <= batch <= len(self):
             raise DeatError(f"an epoch of {len(self)} batches cannot be continued at batch {batch}")
-        count, epoch = len(self._labels), self.epoch
-        order = torch.randperm(count, generator=generator(self.seed, "order", epoch)) if self.shuffle else None
-        if order is not None:
-            order = order.to(self._labels.device)
-        return (self._batch(order, epoch, number) for number in range(batch, len(self)))
+        stream = generator(self.seed, "order", self.epoch)
+        order = torch.randperm(self._count, generator=stream) if self.shuffle else None
+        return self._batches(order, self.epoch, range(batch, len(self)))
 
-    def _batch(self, order: Tensor | None, epoch: int, number: int) -> tuple[Tensor, Tensor]:
-        window = slice(number * self.batch_size, (number + 1) * self.batch_size)
-        chosen = window if order is None else order[window]
-        images, labels = self._images[chosen], self._labels[chosen]
-        if self.augment:
-            images = _augment(images, generator(self.seed, "augment", epoch, number))
-        return images.to(torch.float32).div_(255).contiguous(memory_format=self.memory_format), labels
+    def _batches(self, order: Tensor | None, epoch: int, numbers: range) -> Iterator[tuple[Tensor, Tensor]]:
+        windows = []
+        for number in numbers:
+            own = self._share(number)
+            windows.append(slice(number * self.batch_size + own.start, number * self.batch_size + own.stop))
+        for number, (images, labels) in zip(numbers, self._read(order, windows), strict=True):
+            if self.augment:
+                stream = generator(self.seed, "augment", epoch, number)
+                images = _augment(images, stream, self._size(number), self._share(number))
+            yield images.to(torch.float32).div_(255).contiguous(memory_format=self.memory_format), labels
+
+    def _size(self, number: int) -> int:
+        """How many images the global batch has."""
+        return min(self.batch_size, self._count - number * self.batch_size)
+
+    def _share(self, number: int) -> slice:
+        """Which of them are this process's."""
+        return share(self._size(number), self.rank, self.processes)
 
 
-def _augment(images: Tensor, stream: torch.Generator) -> Tensor:
-    """Draws, for each image, where it is cropped and whether it is mirrored."""
-    offsets = torch.randint(0, 2 * PADDING + 1, (2, len(images)), generator=stream)
-    mirrored = torch.randint(0, 2, (1, len(images)), generator=stream)
-    top, left, flip = torch.cat((offsets, mirrored)).to(images.device, non_blocking=True)
+def _augment(images: Tensor, stream: torch.Generator, size: int, own: slice) -> Tensor:
+    """Draws, for each of the ``size`` images of a global batch, its crop and its mirroring, and applies one's own."""
+    offsets = torch.randint(0, 2 * PADDING + 1, (2, size), generator=stream)
+    mirrored = torch.randint(0, 2, (1, size), generator=stream)
+    top, left, flip = torch.cat((offsets, mirrored))[:, own].to(images.device, non_blocking=True)
     return crop_and_flip(images, top, left, flip > 0)
 
 

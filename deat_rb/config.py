@@ -52,6 +52,10 @@ class TrainOptions(BaseModel):
     device: str = "auto"
     seed: int = Field(0, ge=0)
     select: Select | None = None
+    heed_stop: bool = True
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    compiled: bool = False
+    sync_bn: bool = False
 
 
 class RunConfig(BaseModel):
@@ -90,6 +94,10 @@ class RunConfig(BaseModel):
     device: str
     seed: int
     select: Select
+    heed_stop: bool = True
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    compiled: bool = False
+    sync_bn: bool = False
     model: ModelSpec
     data_fingerprint: str
     versions: dict[str, str]

@@ -7,33 +7,38 @@ offered here too.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import functional
 
-from deat_rb.batches import Batches, ImageSet, check_batch, hold_out, subset
+from deat_rb.batches import Batches, ImageSet, LabelledImages, check_batch, hold_out, subset
 from deat_rb.errors import DeatError, nearest
+from deat_rb.folders import FileSet, image_files
+from deat_rb.survey import Normalisation, Progress, Survey, remembered_survey, survey
 
-__all__ = ["DATASETS", "Batches", "DataSet", "ImageSet", "check_batch", "hold_out", "load_data", "subset"]
+__all__ = [
+    "DATASETS",
+    "Batches",
+    "DataSet",
+    "ImageSet",
+    "LabelledImages",
+    "check_batch",
+    "hold_out",
+    "load_data",
+    "subset",
+]
 
 CIFAR10_NORMALISATION = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
 CIFAR100_NORMALISATION = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 DIGITS_TEST_SIZE = 500
 DOWNLOAD_TIMEOUT = 30.0
-DECODING_THREADS = 4
-FILES_PER_TASK = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +60,8 @@ class DataSet:
     """
 
     name: str
-    train: ImageSet
-    test: ImageSet
+    train: LabelledImages
+    test: LabelledImages
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -68,10 +73,10 @@ class DataSet:
             raise DeatError(
                 f"{self.name} has only one class, {self.classes[0]}: there must be two or more to tell apart"
             )
-        if self.train.images.shape[1:] != self.test.images.shape[1:]:
+        if self.train.shape != self.test.shape:
             raise DeatError(
-                f"{self.name} has training images of {tuple(self.train.images.shape[1:])} and test images of "
-                f"{tuple(self.test.images.shape[1:])}: both must have the same (C, H, W)"
+                f"{self.name} has training images of {self.train.shape} and test images of {self.test.shape}: "
+                "both must have the same (C, H, W)"
             )
         for part, images in (("training", self.train), ("test", self.test)):
             highest = int(images.labels.max())
@@ -82,13 +87,34 @@ class DataSet:
                 )
 
 
-def load_data(name: str, *, data_dir: str | Path | None = None, image_size: int | None = None) -> DataSet:
-    """Loads a data set into memory.
+@dataclass(frozen=True)
+class _Request:
+    """What `load_data` was asked for, besides the name."""
+
+    data_dir: Path | None
+    image_size: int
+    memory_limit: int | None
+    progress: Progress | None
+
+
+def load_data(
+    name: str,
+    *,
+    data_dir: str | Path | None = None,
+    image_size: int | None = None,
+    memory_limit: int | None = None,
+    progress: Progress | None = None,
+) -> DataSet:
+    """Loads a data set into memory, or leaves it in its files where it is too large for that.
 
     Args:
         name: "digits", "cifar10", "cifar100" or "folder".
         data_dir: Where CIFAR's files are or shall be downloaded to (default "data"), or the folder. Digits need none.
         image_size: Height and width that images of a folder are brought to (default 32). The others are 32x32.
+        memory_limit: Bytes that the decoded images of a folder may take, a byte per value. Where they would take more
+            they stay in their files and are decoded by worker processes in each epoch; batches, fingerprint, mean and
+            standard deviation are the same. By default all are held in memory.
+        progress: Is told how many of how many images have been seen where they stay in their files and are new here.
 
     Raises:
         DeatError: The name is unknown, or the data cannot be had or used.
@@ -99,53 +125,32 @@ def load_data(name: str, *, data_dir: str | Path | None = None, image_size: int 
         raise DeatError(
             f"--image-size {image_size} cannot be had: the images of {name} are 32x32; --dataset folder resizes"
         )
+    if memory_limit is not None and memory_limit < 0:
+        raise DeatError(f"--memory-limit {memory_limit} is below 0: give a number of bytes, such as 8G")
     folder = None if data_dir is None else Path(data_dir).expanduser()
-    return DATASETS[name](folder, 32 if image_size is None else image_size)
+    return DATASETS[name](_Request(folder, 32 if image_size is None else image_size, memory_limit, progress))
 
 
 def _data_set(
     name: str,
-    train: ImageSet,
-    test: ImageSet,
+    train: LabelledImages,
+    test: LabelledImages,
     classes: tuple[str, ...],
+    seen: Survey,
     *,
     augment: bool,
-    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
 ) -> DataSet:
-    mean, std = normalisation or _mean_and_std(train.images)
-    return DataSet(name, train, test, classes, mean, std, augment, _fingerprint(train, test, classes))
+    return DataSet(name, train, test, classes, seen.mean, seen.std, augment, seen.fingerprint)
 
 
-def _mean_and_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel, in [0, 1], from the counts of the 256 values: exact and small."""
-    values = torch.arange(256, dtype=torch.float64) / 255
-    means, stds = [], []
-    for channel in images.unbind(1):
-        shares = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
-        mean = (shares * values).sum()
-        means.append(mean.item())
-        # A channel that is everywhere the same has no spread, and the model divides by it.
-        stds.append(max((shares * (values - mean) ** 2).sum().sqrt().item(), 1 / 255))
-    return tuple(means), tuple(stds)
-
-
-def _fingerprint(train: ImageSet, test: ImageSet, classes: tuple[str, ...]) -> str:
-    digest = hashlib.sha256(repr(classes).encode())
-    for part in (train, test):
-        digest.update(repr(tuple(part.images.shape)).encode())
-        digest.update(part.images.contiguous().numpy().data)
-        digest.update(part.labels.contiguous().numpy().data)
-    return digest.hexdigest()
-
-
-def _digits(data_dir: Path | None, image_size: int) -> DataSet:
+def _digits(request: _Request) -> DataSet:
     """scikit-learn's 1,797 handwritten digits: 8x8 values of 0 to 16, enlarged bilinearly to 32x32 RGB.
 
     500 of them, each class in proportion and the same in every run, are the test set.
     """
-    if data_dir is not None:
+    if request.data_dir is not None:
         raise DeatError(
-            f"--data-dir {data_dir} is of no use to the digits; for a folder of images say --dataset folder"
+            f"--data-dir {request.data_dir} is of no use to the digits; for a folder of images say --dataset folder"
         )
     from sklearn.datasets import load_digits
 
@@ -154,22 +159,23 @@ def _digits(data_dir: Path | None, image_size: int) -> DataSet:
     large = functional.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False)
     images = large.round().clamp(0, 255).to(torch.uint8).repeat(1, 3, 1, 1)
     train, test = hold_out(ImageSet(images, torch.from_numpy(bunch.target).long()), DIGITS_TEST_SIZE, seed=0)
-    return _data_set("digits", train, test, tuple(str(digit) for digit in range(10)), augment=False)
+    classes = tuple(str(digit) for digit in range(10))
+    return _data_set("digits", train, test, classes, survey(train, test, classes), augment=False)
 
 
-def _cifar10(data_dir: Path | None, image_size: int) -> DataSet:
+def _cifar10(request: _Request) -> DataSet:
     from torchvision.datasets import CIFAR10
 
-    return _cifar("cifar10", CIFAR10, data_dir or Path("data"), CIFAR10_NORMALISATION)
+    return _cifar("cifar10", CIFAR10, request.data_dir or Path("data"), CIFAR10_NORMALISATION)
 
 
-def _cifar100(data_dir: Path | None, image_size: int) -> DataSet:
+def _cifar100(request: _Request) -> DataSet:
     from torchvision.datasets import CIFAR100
 
-    return _cifar("cifar100", CIFAR100, data_dir or Path("data"), CIFAR100_NORMALISATION)
+    return _cifar("cifar100", CIFAR100, request.data_dir or Path("data"), CIFAR100_NORMALISATION)
 
 
-def _cifar(name: str, source: Any, root: Path, normalisation: tuple[tuple[float, ...], tuple[float, ...]]) -> DataSet:
+def _cifar(name: str, source: Any, root: Path, normalisation: Normalisation) -> DataSet:
     """Loads the files that torchvision's class ``source`` reads, and fetches them before if they are not there."""
     if not (root / source.base_folder).exists():
         _fetch_cifar(name, source, root)
@@ -184,7 +190,9 @@ def _cifar(name: str, source: Any, root: Path, normalisation: tuple[tuple[float,
         ImageSet(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
         for part in parts
     )
-    return _data_set(name, train, test, tuple(parts[0].classes), augment=True, normalisation=normalisation)
+    classes = tuple(parts[0].classes)
+    seen = survey(train, test, classes, normalisation=normalisation)
+    return _data_set(name, train, test, classes, seen, augment=True)
 
 
 def _fetch_cifar(name: str, source: Any, root: Path) -> None:
@@ -229,8 +237,9 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def _folder(data_dir: Path | None, image_size: int) -> DataSet:
+def _folder(request: _Request) -> DataSet:
     """``train/<class>/*`` and ``test/<class>/*``, read as torchvision's ``ImageFolder`` reads them."""
+    data_dir, image_size = request.data_dir, request.image_size
     if data_dir is None:
         raise DeatError("--dataset folder needs --data-dir: the folder that has train/<class>/* and test/<class>/*")
     if image_size < 1:
@@ -240,7 +249,7 @@ def _folder(data_dir: Path | None, image_size: int) -> DataSet:
             raise DeatError(
                 f"--data-dir {data_dir} has no folder {part}: it must have train/<class>/* and test/<class>/*"
             )
-    train_files, test_files = _image_files(data_dir / "train"), _image_files(data_dir / "test")
+    train_files, test_files = image_files(data_dir / "train"), image_files(data_dir / "test")
     if differing := sorted(train_files.keys() ^ test_files.keys()):
         raise DeatError(
             f"the class '{differing[0]}' is under only one of {data_dir / 'train'} and {data_dir / 'test'}: "
@@ -251,64 +260,16 @@ def _folder(data_dir: Path | None, image_size: int) -> DataSet:
             f"{data_dir / 'train'} has {f'only one class, {min(train_files)}' if train_files else 'no class'}: "
             "there must be two or more, a folder each"
         )
-    train, test = _decode(train_files, image_size), _decode(test_files, image_size)
-    return _data_set("folder", train, test, tuple(train_files), augment=True)
+    train, test = FileSet.of(train_files, image_size), FileSet.of(test_files, image_size)
+    classes = tuple(train_files)
+    if request.memory_limit is not None and train.nbytes + test.nbytes > request.memory_limit:
+        seen = remembered_survey(train, test, classes, request.progress)
+        return _data_set("folder", train, test, classes, seen, augment=True)
+    held = train.held(), test.held()
+    return _data_set("folder", *held, classes, survey(*held, classes), augment=True)
 
 
-def _image_files(root: Path) -> dict[str, list[Path]]:
-    """The image files of each class, classes and files in alphabetical order, links followed."""
-    try:
-        classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        files = {
-            name: [
-                Path(folder, file)
-                for folder, _, inside in sorted(os.walk(root / name, followlinks=True))
-                for file in sorted(inside)
-                if file.lower().endswith(IMAGE_SUFFIXES)
-            ]
-            for name in classes
-        }
-    except OSError as error:
-        raise DeatError(f"{error.filename} cannot be read: {error.strerror}") from error
-    for name, found in files.items():
-        if not found:
-            raise DeatError(f"the class folder {root / name} has no image: put some there, or remove it")
-    return files
-
-
-def _decode(files: dict[str, list[Path]], size: int) -> ImageSet:
-    """Decodes all files to RGB of one size: the largest centred square, resized bilinearly."""
-    paths = [path for found in files.values() for path in found]
-    labels = [label for label, found in enumerate(files.values()) for _ in found]
-    images = np.empty((len(paths), 3, size, size), dtype=np.uint8)
-
-    def decode(start: int) -> None:
-        for position, path in enumerate(paths[start : start + FILES_PER_TASK], start):
-            images[position] = _read_image(path, size)
-
-    with ThreadPoolExecutor(min(DECODING_THREADS, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(decode, range(0, len(paths), FILES_PER_TASK)):
-            pass
-    return ImageSet(torch.from_numpy(images), torch.tensor(labels))
-
-
-def _read_image(path: Path, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """One image (3, size, size)."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            mode, whole = image.mode, image.convert("RGB")
-        pixels = np.asarray(ImageOps.fit(whole, (size, size), Image.Resampling.BILINEAR))
-    # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more, each for broken content.
-    except Exception as error:
-        raise DeatError(f"{path} cannot be read as an image: repair or remove it") from error
-    if mode.startswith(("I", "F")):
-        raise DeatError(f"{path} has more than 8 bits per value, which Pillow cuts off at 255: convert it to 8 bits")
-    return pixels.transpose(2, 0, 1)
-
-
-DATASETS: dict[str, Callable[[Path | None, int], DataSet]] = {
+DATASETS: dict[str, Callable[[_Request], DataSet]] = {
     "digits": _digits,
     "cifar10": _cifar10,
     "cifar100": _cifar100,

@@ -1,202 +1,41 @@
-"""Natural accuracy, FGSM, PGD-N, CW-N and AutoAttack on the same images, in one report."""
+"""Robust accuracy of any model under any of the attacks, on the same images, in one report."""
 
 from __future__ import annotations
 
 import platform
 import re
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from hashlib import sha256
 from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from deat_rb import autoattack, losses, randomness
-from deat_rb.batches import check_batch
-from deat_rb.engine import resolve_device
-from deat_rb.errors import DeatError, nearest
-from deat_rb.guard import untouched
-from deat_rb.report import AttackResult, Report, wilson
-from deat_rb.threat import check_eps
-from deat_rb.whitebox import Counted, Crafted, admissible, fgsm, pgd, uniform_start
+from deat_rb.attacking import NATURAL, Attacker, Found, Progress
+from deat_rb.attacklist import parse_attacks, split_names
+from deat_rb.errors import DeatError, Interrupted, nearest
+from deat_rb.files import sha256_tensors
+from deat_rb.held import held_still
+from deat_rb.journal import Journal, opened
+from deat_rb.report import AttackResult, Check, CurvePoint, Norm, Report, wilson
+from deat_rb.suite import Attack, Terms, build_attack, white_box
+from deat_rb.threat import check_eps, check_norm, check_radius, format_fraction
 
-__all__ = ["AttackResult", "Report", "evaluate", "parse_attacks", "validate", "wilson"]
+__all__ = ["AttackResult", "Report", "evaluate", "parse_attacks", "split_names", "validate", "wilson"]
 
-Progress = Callable[[str, int, int, int], None]
-KNOWN = ("natural", "fgsm", "pgd-100", "cw-20", "autoattack")
-LOSSES = {"ce": losses.cross_entropy, "margin": losses.margin}
-
-
-def parse_attacks(attacks: str | Sequence[str]) -> tuple[str, ...]:
-    """Reads names of attacks, in any case: ``natural``, ``fgsm``, ``pgd-N``, ``cw-N``, ``autoattack``.
-
-    Args:
-        attacks: The names, or one text with commas between them.
-
-    Returns:
-        Each once, in lower case and in the order given, after ``natural``, which is always measured.
-
-    Raises:
-        DeatError: If there is no such attack, or it would take no step.
-    """
-    names = ["natural"]
-    for given in attacks.split(",") if isinstance(attacks, str) else attacks:
-        name = given.strip().lower()
-        if match := re.fullmatch(r"(pgd|cw)-([0-9]{1,6})", name):
-            steps = int(match[2])
-            if steps == 0:
-                raise DeatError(f"attack '{given.strip()}' takes no step; give a number of steps such as {match[1]}-20")
-            name = f"{match[1]}-{steps}"
-        elif name not in ("natural", "fgsm", "autoattack"):
-            raise DeatError(f"there is no attack '{given.strip()}': {nearest(name, KNOWN)}")
-        names.append(name)
-    return tuple(dict.fromkeys(names))
-
-
-@dataclass(frozen=True)
-class _WhiteBox:
-    """One of our own attacks with its settings."""
-
-    name: str
-    eps: float
-    loss: str
-    alpha: float
-    steps: int
-    start: str
-
-    @classmethod
-    def named(cls, name: str, eps: float) -> _WhiteBox:
-        """``fgsm``, ``pgd-N`` or ``cw-N``; steps are of eps / 4, which is 2/255 for 8/255."""
-        if name == "fgsm":
-            return cls(name, eps, "ce", alpha=eps, steps=1, start="none")
-        kind, steps = name.split("-")
-        return cls(name, eps, "ce" if kind == "pgd" else "margin", alpha=eps / 4, steps=int(steps), start="uniform")
-
-    @property
-    def parameters(self) -> dict[str, int | float | str]:
-        return {"eps": self.eps, "alpha": self.alpha, "steps": self.steps, "loss": self.loss, "start": self.start}
-
-    def __call__(
-        self, model: Counted, images: Tensor, labels: Tensor, chosen: Tensor, numbers: torch.Generator
-    ) -> Crafted:
-        """Attacks the ``chosen`` (N,) of a batch; ``numbers`` are drawn for all of it, so that none depends on them."""
-        loss = LOSSES[self.loss]
-        if self.start == "none":
-            return fgsm(model, images[chosen], labels[chosen], eps=self.eps, loss=loss)
-        start = uniform_start(images, self.eps, numbers)
-        return pgd(
-            model,
-            images[chosen],
-            labels[chosen],
-            start=start[chosen],
-            eps=self.eps,
-            alpha=self.alpha,
-            steps=self.steps,
-            loss=loss,
-        )
-
-
-class _Evaluation:
-    """A model held still, and the examples that every attack sees."""
-
-    def __init__(
-        self, model: nn.Module, images: Tensor, labels: Tensor, batch_size: int, seed: int, device: torch.device
-    ) -> None:
-        self.model = model
-        self.images = images
-        self.labels = labels
-        self.batch_size = batch_size
-        self.seed = seed
-        self.device = device
-
-    def batches(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Goes through the examples in their order: where they are, images and labels on the device."""
-        for begin in range(0, len(self.images), self.batch_size):
-            rows = slice(begin, min(begin + self.batch_size, len(self.images)))
-            yield rows, self.images[rows].to(self.device), self.labels[rows].to(self.device)
-
-    def natural(self, model: Counted, progress: Progress | None = None) -> Tensor:
-        """Says which examples are classified correctly as they are, (N,) bool."""
-        correct = torch.zeros(len(self.images), dtype=torch.bool)
-        for rows, images, labels in self.batches():
-            with torch.no_grad():
-                logits = model(images)
-            if logits.isnan().any():
-                raise DeatError(
-                    f"the model gives NaN on images {rows.start} to {rows.stop - 1}; "
-                    "a model that has diverged cannot be evaluated"
-                )
-            correct[rows] = (logits.argmax(dim=1) == labels).cpu()
-            if progress is not None:
-                progress("natural", rows.stop, len(correct), int(correct.sum()))
-        return correct
-
-    def white_box(
-        self, attack: _WhiteBox, model: Counted, natural: Tensor, progress: Progress | None = None
-    ) -> tuple[Tensor, int]:
-        """Runs one attack on what is naturally correct.
-
-        Returns:
-            Which examples stay correct, (N,) bool, and how many adversarial images left the threat model: those
-            break nothing.
-        """
-        correct = natural.clone()
-        outside = 0
-        for batch, (rows, images, labels) in enumerate(self.batches()):
-            chosen = natural[rows].to(self.device)
-            if natural[rows].any():
-                numbers = randomness.generator(self.seed, "evaluate", attack.name, batch)
-                crafted = attack(model, images, labels, chosen, numbers)
-                allowed = admissible(crafted.images, images[chosen], attack.eps)
-                outside += int((~allowed).sum())
-                correct[rows] = correct[rows].masked_scatter(natural[rows], ~(crafted.broken & allowed).cpu())
-            if progress is not None:
-                progress(attack.name, rows.stop, len(correct), int(correct[: rows.stop].sum()))
-        return correct, outside
-
-
-@contextmanager
-def _held(
-    model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int, seed: int, device: torch.device | str | None
-) -> Iterator[tuple[_Evaluation, int]]:
-    """Checks the input and holds the model still: eval mode, on the device, parameters frozen; then gives it back.
-
-    Frozen parameters keep FAB's ``backward()`` from their gradients, and compiled models from computing them.
-
-    Yields:
-        The evaluation and the number of classes.
-    """
-    if batch_size < 1:
-        raise DeatError(f"batch_size = {batch_size} is not positive; give a number of images such as 128")
-    check_batch(images, labels)
-    tensors = (*model.parameters(), *model.buffers())
-    home = tensors[0].device if tensors else images.device
-    target = resolve_device(str(device)) if device is not None else home
-    with untouched(model):
-        model.eval().requires_grad_(False)
-        if target != home:
-            model.to(target)
-        try:
-            num_classes = _count_classes(model, images[:2].to(target))
-            check_batch(images, labels, num_classes)
-            yield _Evaluation(model, images, labels, batch_size, seed, target), num_classes
-        finally:
-            if target != home:
-                model.to(home)
-
-
-def _count_classes(model: nn.Module, images: Tensor) -> int:
-    with torch.no_grad():
-        logits = model(images)
-    if logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
-        raise DeatError(
-            f"the model gives logits of shape {tuple(logits.shape)} for {len(images)} images of "
-            f"{tuple(images.shape[1:])}, where ({len(images)}, K) with K of 2 or more classes is needed; "
-            "RobustBench's architectures are for 32x32"
-        )
-    return int(logits.shape[1])
+Eps = str | float | Sequence[str | float]
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+CHECKS = ("none", "quick", "full")
+KEPT_BYTES = 2 * 2**30
+"""Adversarial images are kept by default as long as those of all attacks together take no more."""
+UPPER_BOUND = (
+    "the attacks crafted in bf16: what they broke was confirmed in fp32, but what they missed was not looked for "
+    "there, so robust accuracies are upper bounds"
+)
 
 
 def evaluate(
@@ -205,10 +44,18 @@ def evaluate(
     labels: Tensor,
     *,
     attacks: str | Sequence[str] = ("fgsm", "pgd-100", "cw-20"),
-    eps: float = 8 / 255,
+    eps: Eps = 8 / 255,
+    main_eps: str | float | None = None,
+    norm: str = "Linf",
     batch_size: int = 128,
     seed: int = 0,
     device: torch.device | str | None = None,
+    precision: str = "fp32",
+    channels_last: bool = True,
+    keep_adversarial: bool | None = None,
+    checks: str = "none",
+    state: str | Path | None = None,
+    resume: bool | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Measures accuracy without an attack and under each of ``attacks``.
@@ -220,81 +67,201 @@ def evaluate(
         model: Takes images in [0, 1], shape (N, C, H, W), and returns logits (N, K).
         images: In [0, 1], (N, C, H, W), wherever they are: batches are moved to the device.
         labels: (N,), int64.
-        attacks: See `parse_attacks`. ``fgsm`` is one step of ``eps`` without a random start; ``pgd-N`` takes N steps
-            of eps / 4 on the cross-entropy from a uniform start, ``cw-N`` on the margin max_{k != y} z_k - z_y;
-            ``autoattack`` is AutoAttack's standard version.
-        eps: Linf radius, in [0, 1] pixel units.
+        attacks: See `parse_attacks`. ``noise-gaussian`` and ``noise-uniform`` are of size ``eps``; ``fgsm`` is one step
+            of ``eps`` without a random start; ``pgd-N`` takes N steps of eps / 4 on the cross-entropy from a uniform
+            start, ``cw-N`` on the margin max_{k != y} z_k - z_y, and ``pgd-NxR`` starts R times; ``autoattack`` is
+            AutoAttack's standard version, ``autoattack-plus`` and ``autoattack-rand`` are the other two, and ``square``
+            is its black-box part alone; ``torchattacks.NAME(...)`` is that attack, within ``eps`` unless told its own.
+        eps: The radius, in [0, 1] pixel units, as a number or a text such as ``8/255``; several make a sweep.
+        main_eps: Of a sweep, the radius that the report is about; by default, and if it is not one of them, the last.
+        norm: ``Linf`` or ``L2``.
         batch_size: How many examples are attacked together.
-        seed: Fixes the random starts, batch by batch.
+        seed: Fixes everything random, batch by batch.
         device: Where to run; by default where the model is.
+        precision: ``fp32``, or ``bf16`` for a quicker look, whose robust accuracies are upper bounds.
+        channels_last: On a CPU, lays the convolutions' weights out so while they are evaluated, where the model takes
+            it. That is quicker and rounds otherwise, by some 1e-7 of the logits; without it they are left as they are.
+        keep_adversarial: Whether the report keeps the adversarial images of the main radius; by default if those of
+            all attacks take no more than 2 GiB.
+        checks: ``none``, ``quick`` or ``full``: how much is looked at that would make the figures suspect.
+        state: A folder in which every batch is kept until the evaluation has ended, so that it can be continued.
+        resume: True to continue what is in ``state``, False to start anew; by default it is continued if it is of this
+            very evaluation.
         progress: Told ``(attack, done, total, robust)`` after every batch, ``robust`` being how many are correct
-            so far. AutoAttack names its parts, as in ``autoattack/square``.
+            so far. The parts of an attack are named as in ``autoattack/square``, and for them it is of all examples;
+            those of a sweep as in ``fgsm (eps 4/255)``.
+            If it has a method ``within``, that is told ``(attack, batch, batches, share)`` while a batch is attacked.
+
+    Returns:
+        The report, with `Report.verdicts` and `Report.adversarial`.
 
     Raises:
-        DeatError: If images, labels, eps or a name cannot be used.
+        DeatError: If images, labels, eps or a name cannot be used, or ``state`` holds another evaluation.
+        Interrupted: On Ctrl-C; it says what is kept.
     """
     names = parse_attacks(attacks)
-    check_eps(eps)
-    results: list[AttackResult] = []
-    verdicts: dict[str, Tensor] = {}
-    with _held(model, images, labels, batch_size=batch_size, seed=seed, device=device) as (held, num_classes):
-        for name in names:
-            counted = Counted(model)
-            parameters: dict[str, int | float | str] = {}
-            notes: tuple[str, ...] = ()
-            started = time.perf_counter()
-            if name == "natural":
-                verdicts[name] = held.natural(counted, progress)
-            elif name == "autoattack":
-                outcome = autoattack.run(
-                    counted,
-                    images,
-                    labels,
-                    correct=verdicts["natural"],
-                    num_classes=num_classes,
-                    eps=eps,
-                    batch_size=batch_size,
-                    seed=seed,
-                    device=held.device,
-                    progress=progress,
-                )
-                verdicts[name], notes = outcome.correct, outcome.notes
-                parameters = {
-                    "eps": eps,
-                    "version": "standard",
-                    "parts": ", ".join(outcome.parts),
-                    "targets": outcome.targets,
-                }
-            else:
-                attack = _WhiteBox.named(name, eps)
-                verdicts[name], outside = held.white_box(attack, counted, verdicts["natural"], progress)
-                parameters = attack.parameters
-                if outside:
-                    notes = (
-                        f"{outside} adversarial images were not finite, in [0, 1] and within eps, and do not count",
-                    )
-            results.append(
-                AttackResult.of(
-                    name,
-                    verdicts[name],
-                    seconds=time.perf_counter() - started,
-                    forwards=counted.forwards,
-                    backwards=counted.backwards,
-                    parameters=parameters,
-                    notes=notes,
-                )
-            )
-        where = held.device
-    return Report.of(
-        results,
-        verdicts,
-        eps=eps,
-        num_classes=num_classes,
+    norm = check_norm(norm)
+    check_options(precision=precision, checks=checks)
+    radii, main = _radii(eps, main_eps, norm)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise DeatError(f"seed = {seed!r} is not possible; give a whole number of 0 or more")
+    with held_still(model, images, labels, batch_size=batch_size, device=device, channels_last=channels_last) as held:
+        keep = keep_adversarial
+        if keep is None:
+            keep = 4 * images.numel() * (len(names) - 1) <= KEPT_BYTES
+        terms = Terms(norm, main, seed, held.num_classes, held.device)
+        plans = {radius: _attacks(names, replace(terms, eps=radius)) for radius in sorted({*radii, main})}
+        facts = _facts(model, images, labels)
+        settings = {
+            "norm": norm,
+            "eps": ", ".join(format_fraction(radius) for radius in radii),
+            "main eps": format_fraction(main),
+            "attacks": ", ".join(names),
+            "seed": str(seed),
+            "batch size": str(batch_size),
+            "precision": precision,
+            "layout": "channels_last" if held.channels_last else "own",
+            "device": _device_name(held.device),
+            "adversarial images": "kept" if keep else "not kept",
+        }
+        with opened(state, {**facts, **settings, **_versions()}, resume) as journal, _interruptible(journal):
+            if journal.said and hasattr(progress, "say"):
+                cast(Any, progress).say(journal.said)
+            attacker = Attacker(held, terms, journal, keep, PRECISIONS[precision], progress, len(plans) > 1)
+            found, curve = _run(attacker, plans, main)
+    report = Report.of(
+        [each.result(attack) for attack, each in found.items()],
+        {attack.name: each.correct for attack, each in found.items()},
+        norm=cast(Norm, norm),
+        eps=main,
+        num_classes=held.num_classes,
         seed=seed,
         batch_size=batch_size,
-        device=f"{where} ({torch.cuda.get_device_name(where)})" if where.type == "cuda" else str(where),
+        precision=precision,
+        layout=cast(Any, settings["layout"]),
+        device=settings["device"],
         versions=_versions(),
+        curve=curve if len(plans) > 1 else (),
+        model_sha256=facts["weights"],
+        examples_sha256=facts["examples"],
+        notes=(UPPER_BOUND,) if precision != "fp32" else (),
     )
+    report._adversarial.update(
+        {attack.name: each.adversarial for attack, each in found.items() if each.adversarial is not None}
+    )
+    if checks == "none":
+        return report
+    return report.model_copy(update={"checks": _checked(model, images, labels, report, checks, device, progress)})
+
+
+def _run(
+    attacker: Attacker, plans: Mapping[float, Mapping[str, Attack]], main: float
+) -> tuple[dict[Attack, Found], tuple[CurvePoint, ...]]:
+    """Runs the natural pass once, and the attacks at every radius."""
+    everyone = torch.ones(len(attacker.held), dtype=torch.bool)
+    natural = attacker.run(NATURAL, everyone)
+    results: dict[Attack, Found] = {NATURAL: natural}
+    curve = []
+    for radius, attacks in plans.items():
+        here = replace(attacker, terms=replace(attacker.terms, eps=radius), keep=attacker.keep and radius == main)
+        verdicts = {"natural": natural.correct}
+        for name, attack in attacks.items():
+            # Within a radius of 0 there is nothing but the image; only as the report's own is that tried out.
+            found = here.run(attack, natural.correct) if radius > 0 or radius == main else natural
+            verdicts[name] = found.correct
+            if radius == main:
+                results[attack] = found
+        curve.append(CurvePoint.of(radius, verdicts))
+    return results, tuple(curve)
+
+
+def _attacks(names: Sequence[str], terms: Terms) -> dict[str, Attack]:
+    return {name: build_attack(name, terms) for name in names if name != "natural"}
+
+
+def _radii(eps: Eps, main_eps: str | float | None, norm: str) -> tuple[tuple[float, ...], float]:
+    """Reads the radii, and says which of them the report is about."""
+    given = eps.split(",") if isinstance(eps, str) else eps if isinstance(eps, Sequence) else (eps,)
+    radii = tuple(dict.fromkeys(check_radius(each, norm=norm) for each in given))
+    if not radii:
+        raise DeatError("eps is an empty list; give one or more radii such as 8/255")
+    if main_eps is None:
+        return radii, radii[-1]
+    main = check_radius(main_eps, "main_eps", norm=norm)
+    near = [radius for radius in radii if abs(radius - main) < 1e-9]
+    return radii, near[0] if near else radii[-1]
+
+
+def check_options(*, precision: str, checks: str) -> None:
+    """Checks what `evaluate` takes one of a few words for.
+
+    Raises:
+        DeatError: There is no such precision or level of checks.
+    """
+    if precision not in PRECISIONS:
+        raise DeatError(f"there is no precision '{precision}' to evaluate in: {nearest(precision, PRECISIONS)}")
+    if checks not in CHECKS:
+        raise DeatError(f"there is no level of checks '{checks}': {nearest(checks, CHECKS)}")
+
+
+def _checked(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    report: Report,
+    level: str,
+    device: torch.device | str | None,
+    progress: Progress | None,
+) -> tuple[Check, ...]:
+    from deat_rb.checks import run_checks
+
+    return run_checks(
+        model,
+        images,
+        labels,
+        report,
+        level=level,
+        eps=report.eps,
+        norm=report.norm,
+        batch_size=report.batch_size,
+        seed=report.seed,
+        device=device,
+        progress=getattr(progress, "checking", None),
+    )
+
+
+@contextmanager
+def _interruptible(journal: Journal) -> Any:
+    """Lets Ctrl-C say what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(journal.kept) from None
+
+
+def _facts(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, str]:
+    """What the evaluation is of: SHA-256 of the weights, the network's description and the examples."""
+    weights = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    description = re.sub(r" at 0x[0-9a-f]+", "", repr(model))
+    return {
+        "weights": sha256_tensors(weights),
+        "network": sha256(description.encode()).hexdigest(),
+        "examples": sha256_tensors({"images": images, "labels": labels}),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for distribution in ("deat-rb", "torch", "torchattacks", "pyautoattack"):
+        name = distribution.replace("-", "_")
+        versions[name] = "not installed"
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(distribution)
+    return versions
 
 
 def validate(
@@ -323,19 +290,12 @@ def validate(
     Returns:
         Natural accuracy and PGD accuracy, in [0, 1].
     """
-    attack = _WhiteBox(f"pgd-{steps}", check_eps(eps), "ce", eps / 4 if alpha is None else alpha, steps, "uniform")
-    with _held(model, images, labels, batch_size=batch_size, seed=seed, device=None) as (held, _):
-        counted = Counted(model)
-        natural = held.natural(counted)
-        robust, _ = held.white_box(attack, counted, natural)
+    check_eps(eps)
+    with held_still(model, images, labels, batch_size=batch_size, device=None) as held:
+        terms = Terms("Linf", eps, seed, held.num_classes, held.device)
+        name = f"pgd-{steps}"
+        part = white_box(name, terms, alpha=eps / 4 if alpha is None else alpha)(0, "")
+        attacker = Attacker(held, terms, Journal(None))
+        natural = attacker.run(NATURAL, torch.ones(len(held), dtype=torch.bool)).correct
+        robust = attacker.run(Attack(name, (part,), {}), natural).correct
     return int(natural.sum()) / len(natural), int(robust.sum()) / len(robust)
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for distribution in ("deat-rb", "torch", "torchattacks", "pyautoattack"):
-        try:
-            versions[distribution.replace("-", "_")] = metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            versions[distribution.replace("-", "_")] = "not installed"
-    return versions

@@ -185,7 +185,8 @@ def _figures(run: RunDirectory) -> tuple[dict[str, str], int]:
         raise DeatError(f"{file} is an evaluation of other weights than the run has selected: evaluate again")
     accuracies = {attack: 100 * result.accuracy for attack, result in report.results.items()}
     figures["clean_acc"] = _percent(accuracies.pop("natural"))
-    if accuracies and format_fraction(report.eps) == format_fraction(run.config.eps):
+    of_linf = report.norm == "Linf" and report.precision == "fp32"
+    if accuracies and of_linf and format_fraction(report.eps) == format_fraction(run.config.eps):
         figures["reported"] = _percent(min(accuracies.values()))
         if "autoattack" in accuracies:
             figures["autoattack_acc"] = _percent(accuracies["autoattack"])

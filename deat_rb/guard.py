@@ -21,6 +21,19 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Asks for no gradient of a parameter in between: what does not need one is not computed, compiled or not."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Gives back buffers, modes, gradients and ``requires_grad`` as they were, whatever happens in between.
 

@@ -15,6 +15,7 @@ from deat_rb.batches import check_batch
 from deat_rb.engine import Engine
 from deat_rb.errors import DeatError
 from deat_rb.guard import modes_restored
+from deat_rb.processes import World
 
 if TYPE_CHECKING:
     from deat_rb.trainers import Batch, Trainer
@@ -28,15 +29,67 @@ def count_batches(loader: Iterable[Batch]) -> int:
     return sum(1 for _ in loader)
 
 
-def of_epoch(loader: Iterable[Batch], epoch: int, batch: int, seed: int) -> Iterator[Batch]:
-    """The batches of an epoch from one on; a loader that cannot begin there is read up to it."""
+class Shares:
+    """One process's shares of the batches that a loader gives.
+
+    Args:
+        loader: Gives the global batches, the same in every process.
+        world: The processes.
+    """
+
+    def __init__(self, loader: Iterable[Batch], world: World) -> None:
+        self.loader = loader
+        self.world = world
+
+    def of_epoch(self, epoch: int, batch: int, seed: int) -> Iterator[tuple[Batch, int]]:
+        """As `of_epoch`."""
+        for (images, labels), total in of_epoch(self.loader, epoch, batch, seed):
+            part = self.world.share(total)
+            yield (images[part], labels[part]), total
+
+
+class OwnShares:
+    """The same of a loader that makes no more than one process's share.
+
+    Args:
+        loader: Has ``divided(rank, processes)`` and ``examples_in(batch)``, as `deat_rb.Batches`.
+        world: The processes.
+    """
+
+    def __init__(self, loader: Any, world: World) -> None:
+        self.loader = loader.divided(world.rank, world.size)
+
+    def of_epoch(self, epoch: int, batch: int, seed: int) -> Iterator[tuple[Batch, int]]:
+        """As `of_epoch`."""
+        for number, (part, _) in enumerate(of_epoch(self.loader, epoch, batch, seed), start=batch):
+            yield part, self.loader.examples_in(number)
+
+
+Loader = Iterable["Batch"] | Shares | OwnShares
+
+
+def divided(loader: Iterable[Batch], world: World) -> Loader:
+    """What `of_epoch` is to read where several processes train together."""
+    if world.size == 1:
+        return loader
+    return OwnShares(loader, world) if hasattr(loader, "divided") else Shares(loader, world)
+
+
+def of_epoch(loader: Loader, epoch: int, batch: int, seed: int) -> Iterator[tuple[Batch, int]]:
+    """The batches of an epoch from one on; a loader that cannot begin there is read up to it.
+
+    Yields:
+        A batch, or this process's share of one, and how many examples all shares of it have together.
+    """
+    if isinstance(loader, Shares | OwnShares):
+        yield from loader.of_epoch(epoch, batch, seed)
+        return
     set_epoch = getattr(loader, "set_epoch", None)
     if set_epoch is not None:
         set_epoch(epoch)
     starting_at: Callable[[int], Iterator[Batch]] | None = getattr(loader, "starting_at", None)
-    if starting_at is not None:
-        return starting_at(batch)
-    return _seeded(iter(loader), epoch, batch, seed)
+    for each in _seeded(iter(loader), epoch, batch, seed) if starting_at is None else starting_at(batch):
+        yield each, len(each[-1])  # what is no pair of tensors is refused by `check_first`
 
 
 def _seeded(batches: Iterator[Batch], epoch: int, first: int, seed: int) -> Iterator[Batch]:

@@ -200,7 +200,7 @@ def _m_u_fgsm() -> Recipe:
         notes=(
             CLAMPED,
             "Algorithm 5 never adds to l_X; it is added.",
-            "R^t > gamma R^{t-1} taken literally fires on noise; l_X has to be rising by 5 % an epoch as well.",
+            "R^t > gamma R^{t-1} taken literally fires on noise; l_X has to be rising by 40 % an epoch as well.",
         ),
     )
 

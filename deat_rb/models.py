@@ -19,6 +19,8 @@ from deat_rb.errors import DeatError, nearest
 _wide_resnet, _resnet = compat.architectures()
 
 PREACTRESNET18 = "preactresnet18"
+PRETRAINED = ("torchvision", "timm")
+"""Packages whose networks are had by name."""
 DATASETS = {
     "digits": (10, ((0.3053,) * 3, (0.3236,) * 3)),
     "cifar10": (10, CIFAR10_NORMALISATION),
@@ -241,6 +243,25 @@ def _build_torchvision(name: str, spec: ModelSpec) -> nn.Module:
         raise DeatError(f"torchvision has no model '{name}': {_few(nearest(name, models.list_models()))}")
     net: nn.Module = models.get_model(name, weights=None, num_classes=spec.num_classes)
     return net
+
+
+def check_trust(arch: str, trust_code: bool, *, source: str) -> None:
+    """Refuses to build a network by code that somebody else has named, unless that is allowed.
+
+    Args:
+        arch: The architecture.
+        trust_code: Whether it is allowed.
+        source: Who named it, for instance a run directory.
+
+    Raises:
+        DeatError: If the architecture is a ``package.module:factory`` and that is not allowed.
+    """
+    kind, colon, _ = arch.partition(":")
+    if colon and kind not in PRETRAINED and not trust_code:
+        raise DeatError(
+            f"{source} has its network built by '{arch}', which runs that module's code: "
+            "allow it by --trust-code (trust_code=True) if you know where that comes from"
+        )
 
 
 def _build_custom(module_name: str, factory_name: str, spec: ModelSpec) -> nn.Module:

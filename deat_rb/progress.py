@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from deat_rb.fit import History, Reporter
+from deat_rb.processes import is_main
 from deat_rb.stats import EpochStats, EpochSums
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class EvaluationProgress(AbstractContextManager["EvaluationProgress"]):
             transient=True,
         )
         self._task = self._bar.add_task("loading", total=None, accuracy="")
-        self._attack = ""
+        self._attack = self._accuracy = ""
+        self._kept = 0.0
         self._began = self._said = monotonic()
         self._last = self._began
 
@@ -69,23 +71,59 @@ class EvaluationProgress(AbstractContextManager["EvaluationProgress"]):
             attack: Its name.
             done: Examples that it has attacked.
             total: Examples that it attacks.
-            correct: Of those done, or for AutoAttack's parts of all examples, how many are correct.
+            correct: Of those done, or for the parts of an attack of all examples, how many are correct.
         """
+        self._attend(attack, total)
+        self._last = monotonic()
+        share = correct / (self.n_examples if "/" in attack.partition("(")[0] else done)
+        self._accuracy = f"{100 * share:.2f} % correct"
+        if self.console.is_interactive:
+            self._bar.update(self._task, completed=done, total=total, accuracy=self._accuracy)
+        elif done == total:
+            self._say(f"{attack}: {total} images, {self._accuracy}, {self._last - self._began:.1f} s")
+        elif self._last - self._said >= LINE_EVERY:
+            self._say(f"{attack}: {done} of {total} images, {self._accuracy} so far, {self._left(done / total)}")
+
+    def within(self, attack: str, batch: int, batches: int, share: float) -> None:
+        """Takes note of how far the attack on a batch is.
+
+        Args:
+            attack: Its name.
+            batch: Which batch, from 1 on.
+            batches: Of how many.
+            share: The share of its passes that is done at most, in [0, 1].
+        """
+        self._attend(attack, None, (batch - 1) / batches)
+        self._last = monotonic()
+        so_far = f"{self._accuracy} so far, " if self._accuracy else ""
+        if self.console.is_interactive:
+            shown = f"batch {batch}/{batches} at {share:.0%}{', ' * bool(so_far)}{self._accuracy}"
+            self._bar.update(self._task, accuracy=shown)
+        elif self._last - self._said >= LINE_EVERY:
+            self._say(f"{attack}: batch {batch} of {batches} at {share:.0%}, {so_far}"
+                      f"{self._left((batch - 1 + share) / batches)}")  # fmt: skip
+
+    def say(self, sentence: str) -> None:
+        """Prints a sentence."""
+        self._say(sentence)
+
+    def checking(self, check: str, done: int, total: int) -> None:
+        """Shows which of the checks is being made."""
+        self._attend("checks", total)
+        if self.console.is_interactive:
+            self._bar.update(self._task, completed=done, total=total, accuracy=check)
+
+    def _attend(self, attack: str, total: int | None, done: float = 0.0) -> None:
+        """Begins the clock of an attack that is new, of which the share ``done`` was found as it had been kept."""
         if attack != self._attack:
-            self._attack = attack
+            self._attack, self._accuracy, self._kept = attack, "", done
             self._began = self._said = self._last
             if self.console.is_interactive:
-                self._bar.reset(self._task, description=attack, total=total)
-        self._last = monotonic()
-        share = correct / (self.n_examples if attack.startswith("autoattack/") else done)
-        accuracy = f"{100 * share:.2f} % correct"
-        if self.console.is_interactive:
-            self._bar.update(self._task, completed=done, accuracy=accuracy)
-        elif done == total:
-            self._say(f"{attack}: {total} images, {accuracy}, {self._last - self._began:.1f} s")
-        elif self._last - self._said >= LINE_EVERY:
-            left = (self._last - self._began) * (total - done) / done
-            self._say(f"{attack}: {done} of {total} images, {accuracy} so far, {left:.0f} s left")
+                self._bar.reset(self._task, description=attack, total=total, accuracy="")
+
+    def _left(self, done: float) -> str:
+        spent, share = self._last - self._began, done - self._kept
+        return f"{spent * (1 - done) / share:.0f} s left" if share > 0 else f"{spent:.0f} s spent"
 
     def _say(self, line: str) -> None:
         self._said = self._last
@@ -103,7 +141,7 @@ class TrainingProgress(Reporter, AbstractContextManager["TrainingProgress"]):
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.console = console or Console(stderr=True)
+        self.console = console or Console(stderr=True, quiet=not is_main())
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -8,11 +8,14 @@ would have drawn there, and the order of one stream cannot disturb another.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+
+_division: ContextVar[tuple[slice, int, torch.Generator] | None] = ContextVar("division", default=None)
 
 
 def derive(seed: int, *key: str | int) -> int:
@@ -47,22 +50,41 @@ def seed_global(seed: int, *key: str | int) -> None:
     torch.manual_seed(derive(seed, *key))
 
 
+@contextmanager
+def divided(part: slice, total: int, stream: torch.Generator) -> Iterator[None]:
+    """Within it, noise is drawn for a global batch, and that of one process's part of it is given.
+
+    Args:
+        part: Which examples of the global batch are this process's.
+        total: How many examples the global batch has.
+        stream: Where the noise comes from, in the same state in every process.
+    """
+    token = _division.set((part, total, stream))
+    try:
+        yield
+    finally:
+        _division.reset(token)
+
+
 def uniform_like(images: Tensor, bound: float) -> Tensor:
     """Draws from U(-bound, bound), in the shape of ``images`` (N, C, H, W).
 
     The numbers come in the order of a contiguous tensor whatever the memory format of ``images`` is, so that
     channels_last changes the speed of a run and not its noise.
     """
-    noise = torch.empty(images.shape, dtype=images.dtype, device=images.device).uniform_(-bound, bound)
-    return _laid_out_as(images, noise)
+    return _drawn(images, lambda blank, stream: blank.uniform_(-bound, bound, generator=stream))
 
 
 def normal_like(images: Tensor, std: float) -> Tensor:
     """Draws from std * N(0, 1), in the shape of ``images`` and in the order of `uniform_like`."""
-    return _laid_out_as(images, std * torch.randn(images.shape, dtype=images.dtype, device=images.device))
+    return std * _drawn(images, lambda blank, stream: blank.normal_(generator=stream))
 
 
-def _laid_out_as(images: Tensor, noise: Tensor) -> Tensor:
+def _drawn(images: Tensor, draw: Callable[[Tensor, torch.Generator | None], Tensor]) -> Tensor:
+    division = _division.get()
+    part, total, stream = division if division is not None else (slice(None), len(images), None)
+    blank = torch.empty((total, *images.shape[1:]), dtype=images.dtype, device=images.device)
+    noise = draw(blank, stream)[part]
     if images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last):
         return noise.contiguous(memory_format=torch.channels_last)
     return noise

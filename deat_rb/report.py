@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import NormalDist, fmean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from torch import Tensor
 
@@ -18,7 +20,8 @@ from deat_rb.threat import format_fraction
 if TYPE_CHECKING:
     from rich.table import Table
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+Norm = Literal["Linf", "L2"]
 
 
 def wilson(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -53,6 +56,7 @@ class AttackResult(BaseModel):
         seconds: Wall time.
         forwards: Images forwarded.
         backwards: Images for which a gradient was computed.
+        inadmissible: Images that the attack made and that are not finite, in [0, 1] and within eps: they broke nothing.
         parameters: The attack's settings; sizes in [0, 1] pixel units.
         notes: What a reader of the figure should know.
     """
@@ -68,7 +72,8 @@ class AttackResult(BaseModel):
     seconds: float
     forwards: int
     backwards: int
-    parameters: dict[str, int | float | str] = {}
+    inadmissible: int = 0
+    parameters: dict[str, bool | int | float | str] = {}
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -87,50 +92,119 @@ class AttackResult(BaseModel):
         )
 
 
+class Check(BaseModel):
+    """One reason to believe an evaluation, or to doubt it.
+
+    Attributes:
+        name: What was looked at, in a few words.
+        status: ``pass``, ``warn`` or ``fail``.
+        figure: What was measured, in the unit that the sentence names; None where it could not be.
+        sentence: What the figure means.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    status: Literal["pass", "warn", "fail"]
+    figure: float | None
+    sentence: str
+
+
+class CurvePoint(BaseModel):
+    """What one radius of a sweep left.
+
+    Attributes:
+        eps: The radius, in [0, 1] pixel units.
+        n_correct: By attack, how many examples it left correctly classified.
+        accuracy: Their share, in [0, 1].
+        worst_case: The share that every attack left so.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    eps: float
+    n_correct: dict[str, int]
+    accuracy: dict[str, float]
+    worst_case: float
+
+    @classmethod
+    def of(cls, eps: float, verdicts: Mapping[str, Tensor]) -> CurvePoint:
+        """Counts verdicts, each (N,) bool."""
+        return cls(
+            eps=eps,
+            n_correct={name: int(correct.sum()) for name, correct in verdicts.items()},
+            accuracy={name: int(correct.sum()) / len(correct) for name, correct in verdicts.items()},
+            worst_case=int(worst_of(verdicts).sum()) / len(next(iter(verdicts.values()))),
+        )
+
+
+def worst_of(verdicts: Mapping[str, Tensor]) -> Tensor:
+    """Says which examples every attack left correct, (N,) bool."""
+    return torch.stack(list(verdicts.values())).all(dim=0)
+
+
 class Report(BaseModel):
     """An evaluation. What decides a figure is in it; `verdicts` are in a file of their own.
 
     Attributes:
         schema_version: Of this record.
-        eps: Linf radius, in [0, 1] pixel units.
+        norm: In which eps is a radius.
+        eps: The radius, in [0, 1] pixel units.
         n_examples: N; every attack saw the same ones.
         num_classes: K.
         seed: Of every random start.
         batch_size: On which AutoAttack's random parts depend.
+        precision: ``fp32``, or ``bf16``: then the attacks crafted in it, and every figure but the natural one is an
+            upper bound.
+        layout: Of the convolutions' weights: the model's own, or channels_last, which is quicker on a CPU and rounds
+            otherwise.
         device: Where it ran.
         versions: Of Python and of the packages that took part.
         results: One per attack, by name, ``natural`` first.
         worst_case: An example counts as correct if every attack of this report left it so.
+        curve: Of a sweep, one point for each eps, from the smallest on.
+        model_sha256: Of the names, types, shapes and values of the model's weights and buffers.
+        examples_sha256: Of the images and the labels, as they were given.
+        notes: What a reader of all figures should know.
+        checks: What makes the figures believable or suspect.
         provenance: Where model and data came from, as far as the caller knows.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = SCHEMA_VERSION
+    norm: Norm = "Linf"
     eps: float
     n_examples: int
     num_classes: int
     seed: int
     batch_size: int
+    precision: Literal["fp32", "bf16"] = "fp32"
+    layout: Literal["own", "channels_last"] = "own"
     device: str
     versions: dict[str, str]
     results: dict[str, AttackResult]
     worst_case: AttackResult
+    curve: tuple[CurvePoint, ...] = ()
+    model_sha256: str = ""
+    examples_sha256: str = ""
+    notes: tuple[str, ...] = ()
+    checks: tuple[Check, ...] = ()
     provenance: dict[str, str] = {}
     _verdicts: dict[str, Tensor] = PrivateAttr(default_factory=dict)
+    _adversarial: dict[str, Tensor] = PrivateAttr(default_factory=dict)
 
     @classmethod
     def of(cls, results: Sequence[AttackResult], verdicts: dict[str, Tensor], **rest: Any) -> Report:
         """Puts results and their verdicts, each (N,) bool, together; ``rest`` are the other fields."""
-        worst = next(iter(verdicts.values())).clone()
-        for correct in verdicts.values():
-            worst &= correct
+        worst = worst_of(verdicts)
         worst_case = AttackResult.of(
             "worst case",
             worst,
             seconds=sum(result.seconds for result in results),
             forwards=sum(result.forwards for result in results),
             backwards=sum(result.backwards for result in results),
+            inadmissible=sum(result.inadmissible for result in results),
         )
         report = cls(
             n_examples=len(worst), results={result.name: result for result in results}, worst_case=worst_case, **rest
@@ -145,6 +219,16 @@ class Report(BaseModel):
         Empty where a report was loaded without the file that holds them.
         """
         return dict(self._verdicts)
+
+    @property
+    def adversarial(self) -> dict[str, Tensor]:
+        """By attack, float32 (N, C, H, W) on the CPU: what it made of the images.
+
+        A verdict is the model's on these images, each of which is in [0, 1] and within eps: an example that was wrong
+        before, or of which the attack made nothing admissible, is there as it was. Without ``natural``; empty in a
+        report that was loaded, and where `evaluate` did not keep them.
+        """
+        return dict(self._adversarial)
 
     def save(self, path: str | Path) -> Path:
         """Writes the report, and the verdicts beside it as ``<stem>-verdicts.safetensors``.
@@ -197,7 +281,10 @@ class Report(BaseModel):
         """Lays the figures out for a terminal."""
         from rich.table import Table
 
-        table = Table(title=f"accuracy on {self.n_examples} images, eps {format_fraction(self.eps)}")
+        table = Table(
+            title=f"accuracy on {self.n_examples} images, {self.norm}, eps {format_fraction(self.eps)}"
+            + (", upper bounds" if self.precision != "fp32" else "")
+        )
         table.add_column("attack")
         for column in ("accuracy", "correct", "95 % interval", "seconds"):
             table.add_column(column, justify="right")
@@ -211,6 +298,26 @@ class Report(BaseModel):
                 f"{result.seconds:.1f}",
             )
         return table
+
+
+def sweep_table(report: Report) -> Table:
+    """Lays out a sweep: a row for each attack, a column for each eps."""
+    from rich.table import Table
+
+    table = Table(title=f"accuracy by eps ({report.norm}), %")
+    table.add_column("attack")
+    for point in report.curve:
+        table.add_column(format_fraction(point.eps), justify="right")
+    for name in report.curve[0].accuracy:
+        table.add_row(name, *(f"{100 * point.accuracy[name]:.2f}" for point in report.curve))
+    table.add_row("worst case", *(f"{100 * point.worst_case:.2f}" for point in report.curve))
+    return table
+
+
+def json_schema() -> str:
+    """The JSON schema of ``eval.json``, as text."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Report.model_json_schema()}
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
 def means(reports: Sequence[Report]) -> Table:

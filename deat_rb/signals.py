@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -33,7 +34,9 @@ class StopRequests:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for each, handler in self._before.items():
-            signal.signal(each, handler)
+            # torchrun ends all processes when one is gone; the others have a sentence to say before.
+            ending = isinstance(error, RuntimeError) and "TORCHELASTIC_RUN_ID" in os.environ
+            signal.signal(each, signal.SIG_IGN if ending and each == signal.SIGTERM else handler)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:

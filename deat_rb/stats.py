@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from deat_rb.processes import World
 
 
 @dataclass
@@ -64,19 +67,38 @@ class EpochSums:
         self.examples = self.updates = self.batches = self.image_size = 0
         self._sums: dict[str, float | Tensor] = dict.fromkeys(("loss", "correct", "l_x", "forwards", "backwards"), 0.0)
 
-    def add(self, stats: BatchStats) -> None:
-        """Adds a batch."""
+    def add(self, stats: BatchStats, share: float = 1.0) -> None:
+        """Adds a batch, or a process's share of one, to which its passes are in proportion."""
         self.examples += stats.examples
         self.updates += stats.updates
         self.batches += 1
         self.image_size = stats.image_size
         for name, value in self._sums.items():
             term = getattr(stats, name)
+            if name in ("forwards", "backwards"):
+                term = term * share
             self._sums[name] = value + (term.double() if name == "l_x" and term.device.type != "mps" else term)
 
     def read(self) -> dict[str, float]:
         """The sums as numbers: the epoch's one wait for the device."""
         return {name: float(value) for name, value in self._sums.items()}
+
+    def over(self, world: World) -> EpochSums:
+        """The sums of all processes together."""
+        if world.size == 1:
+            return self
+        whole = EpochSums.restored(self.facts(), self.tensors(), torch.device("cpu"))
+        example = next((value for value in self._sums.values() if isinstance(value, Tensor)), torch.zeros(()))
+        sums = world.sum(torch.tensor([self.examples, *self.read().values()], dtype=torch.float64).to(example.device))
+        whole.examples = int(sums[0])
+        whole._sums.update(zip(whole._sums, sums[1:].tolist(), strict=True))
+        return whole
+
+    def emptied(self) -> EpochSums:
+        """What a process goes on with whose sums so far are in another's: none, at the same batch."""
+        rest = EpochSums()
+        rest.updates, rest.batches, rest.image_size = self.updates, self.batches, self.image_size
+        return rest
 
     def facts(self) -> dict[str, Any]:
         """Of the sums in an unfinished epoch, those that are numbers, as JSON values."""
@@ -122,7 +144,9 @@ class EpochStats:
         val_seconds: Validation time.
         images_per_second: Training images per second.
         peak_memory: Peak memory in bytes: the device's, or the process's on a CPU.
-        stopped: Why training ended here, where a rule ended it.
+        stopped: Why a rule ended training here or, where it was not to be heeded, would have.
+        skipped: Batches that were left out because something was not finite.
+        processes: How many processes trained together.
     """
 
     epoch: int = 0
@@ -145,6 +169,8 @@ class EpochStats:
     images_per_second: float = 0.0
     peak_memory: int = 0
     stopped: str | None = None
+    skipped: int = 0
+    processes: int = 1
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> EpochStats:

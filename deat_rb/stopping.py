@@ -93,7 +93,9 @@ class GradientRatio(StoppingRule):
 
     R^t = (l_X^t - l_X^{t-m}) / m, and training ends when R^t > gamma * R^{t-1}, from epoch m + 2 on. Taken literally
     that fires on noise and, with negative ratios, while l_X falls; so R^t has to be more than ``guard`` times l_X^{t-m}
-    as well.
+    as well. In healthy runs l_X may rise by up to 30 % an epoch while the network begins to learn; in collapsing ones it
+    doubles within two epochs (docs/results.md has the recorded runs). The rise may have begun at any of the m epochs,
+    so that it is epoch t - m that is kept.
 
     Args:
         m: The distance of the epochs compared.
@@ -101,7 +103,7 @@ class GradientRatio(StoppingRule):
         guard: The rise per epoch, as a share of l_X, below which nothing is a surge.
     """
 
-    def __init__(self, *, m: int = 2, gamma: float = 1.5, guard: float = 0.05) -> None:
+    def __init__(self, *, m: int = 2, gamma: float = 1.5, guard: float = 0.4) -> None:
         if m < 1:
             raise DeatError(f"m = {m} is not a number of epochs; Algorithm 5 has m = 2")
         if not (math.isfinite(gamma) and gamma > 0):
@@ -111,6 +113,7 @@ class GradientRatio(StoppingRule):
         self.m = m
         self.gamma = gamma
         self.guard = guard
+        self.lookback = m + 1
         self.l_x: list[float] = []
 
     def update(self, stats: EpochStats) -> Stop | None:
@@ -122,7 +125,7 @@ class GradientRatio(StoppingRule):
         base = self.l_x[-1 - self.m]
         if ratio > self.guard * base and ratio > self.gamma * before:
             reason = f"l_X rose by {ratio / base:.0%} an epoch (R = {ratio:.4g}) up to epoch {stats.epoch}"
-            return Stop(reason, keep=stats.epoch - 1)
+            return Stop(reason, keep=stats.epoch - self.m)
         return None
 
     def _ratio(self, at: int) -> float | None:

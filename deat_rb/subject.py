@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from deat_rb.data import DataSet, ImageSet, load_data
+from deat_rb.batches import Images
+from deat_rb.data import DataSet, load_data
 from deat_rb.errors import DeatError
-from deat_rb.export import exported_spec
+from deat_rb.export import ExportPaths, exported_spec
 from deat_rb.files import load_tensors, sha256_file
-from deat_rb.models import build_model, load_weights
+from deat_rb.models import PRETRAINED, build_model, check_trust, load_weights
 from deat_rb.runs import RunDirectory
+from deat_rb.zoo import check_takes, import_model, load_pretrained, load_zoo_model, zoo_file
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,20 +53,24 @@ class Subject:
         return test.first(count).tensors()
 
 
-def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> nn.Module:
+def load_model(path: str | Path, *, device: torch.device | str = "cpu", trust_code: bool = False) -> nn.Module:
     """Loads a trained network, in eval mode; it takes images in [0, 1].
 
     Args:
         path: A run directory, of which the selected checkpoint is taken, or the ``.pt`` file of an export.
         device: Where to put it.
+        trust_code: Whether a run may have its network built by the function ``package.module:factory`` that its
+            ``config.json`` names, which runs code of that module.
 
     Raises:
-        DeatError: There is no such run or file, it is damaged, or nothing says of what architecture it is.
+        DeatError: There is no such run or file, it is damaged, nothing says of what architecture it is, or it would
+            run code that is not trusted.
     """
     path = Path(path)
     if path.is_dir():
         run = RunDirectory.open(path)
         spec, weights = run.model_spec, run.selected_weights_path
+        check_trust(run.model_spec.arch, trust_code, source=f"the run {run.path}")
     else:
         spec, weights = exported_spec(path), path
     model = spec.build()
@@ -72,7 +78,7 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> nn.Mo
     return model.to(device).eval()
 
 
-def in_turn(images: ImageSet) -> ImageSet:
+def in_turn(images: Images) -> Images:
     """Orders images that lie class by class, as a folder's do, so that the classes take turns.
 
     The first images are then of all classes. Others stay in their order, in which RobustBench takes the first, too.
@@ -85,19 +91,20 @@ def in_turn(images: ImageSet) -> ImageSet:
     return images.select(within_class.argsort(stable=True))
 
 
-def open_run(path: Path, *, data_dir: str | Path | None = None) -> Subject:
+def open_run(path: Path, *, data_dir: str | Path | None = None, trust_code: bool = False) -> Subject:
     """Opens a run with its selected checkpoint and the data it was trained on.
 
     Args:
         path: The run directory.
         data_dir: Where the data lie now, if they have been moved since.
+        trust_code: See `load_model`.
 
     Raises:
         DeatError: It is no run, or its weights or its data cannot be had.
     """
     run = RunDirectory.open(path)
     config = run.config
-    model = load_model(path)
+    model = load_model(path, trust_code=trust_code)
     data = load_data(config.dataset, data_dir=data_dir or config.data_dir, image_size=config.image_size)
     provenance = {
         "run": run.path.name,
@@ -122,7 +129,7 @@ def open_checkpoint(
     image_size: int | None = None,
     num_classes: int | None = None,
 ) -> Subject:
-    """Opens a state dict of a named architecture.
+    """Opens a state dict of a named architecture, or an export, which says its architecture itself.
 
     A state dict that holds no mean and standard deviation is of a network that takes [0, 1] images as they are.
 
@@ -138,54 +145,129 @@ def open_checkpoint(
         DeatError: Something is missing, or the parts do not fit each other.
     """
     tensors = load_tensors(path)
-    if arch is None or dataset is None:
-        missing = " and ".join(flag for flag, value in (("--arch", arch), ("--dataset", dataset)) if value is None)
+    described = arch is not None or not _is_export(path)
+    if dataset is None or (arch is None and described):
+        wanted = (("--arch", arch if described else ""), ("--dataset", dataset))
+        missing = " and ".join(flag for flag, value in wanted if value is None)
         raise DeatError(f"{path} is a checkpoint, which does not say its network and data: give {missing}")
     data = load_data(dataset, data_dir=data_dir, image_size=image_size)
     classes = num_classes or len(data.classes)
     if classes < len(data.classes):
         raise DeatError(f"--num-classes {classes} is too few: {data.name} has {len(data.classes)} classes")
-    model = build_model(arch, num_classes=classes, image_size=data.test.images.shape[-1])
-    load_weights(model, tensors, source=str(path))
-    provenance = {
-        "weights": path.name,
-        "weights_sha256": sha256_file(path),
-        "arch": arch,
-        "dataset": data.name,
-        "data_sha256": data.fingerprint,
-    }
+    if arch is None:
+        spec = exported_spec(path)
+        arch, model = spec.arch, load_model(path)
+        check_takes(model, data.test.shape, len(data.classes), str(path))
+    else:
+        model = build_model(arch, num_classes=classes, image_size=data.test.shape[-1])
+        load_weights(model, tensors, source=str(path))
+    provenance = {"weights": path.name, "weights_sha256": sha256_file(path), "arch": arch, **_data_facts(data)}
     return Subject(model.eval(), data, 8 / 255, provenance)
 
 
+def _is_export(path: Path) -> bool:
+    folder = path.absolute().parent.parent
+    return ExportPaths.below(folder.parent.parent, folder.name, path.stem).info.exists()
+
+
+def open_named(
+    target: str,
+    *,
+    dataset: str | None,
+    data_dir: str | Path | None = None,
+    image_size: int | None = None,
+    model_dir: str | Path = "models",
+    norm: str = "Linf",
+) -> Subject:
+    """Opens a network that has a name instead of a file.
+
+    Args:
+        target: ``robustbench:NAME`` or ``robustbench:DATASET/NAME``, where DATASET says for which of RobustBench's data
+            sets it was trained if that is not the one it is evaluated on; ``torchvision:NAME`` or ``timm:NAME``, with
+            the weights that come with it; or ``package.module:function``, which is called and returns the network.
+        dataset: As for `load_data`.
+        data_dir: As for `load_data`.
+        image_size: As for `load_data`; by default, for torchvision and timm, the size they were trained for.
+        model_dir: As for `robustbench.load_model`.
+        norm: Of RobustBench's threat model.
+
+    Raises:
+        DeatError: The network or the data cannot be had, or do not fit each other.
+    """
+    if dataset is None:
+        raise DeatError(f"{target} does not say on which data it is to be evaluated: give --dataset")
+    kind, _, name = target.partition(":")
+    provenance = {"model": target}
+    if kind == "robustbench":
+        zoo, slash, bare = name.rpartition("/")
+        zoo = zoo if slash else dataset
+        model = load_zoo_model(bare, dataset=zoo, norm=norm, model_dir=model_dir)
+        file = zoo_file(bare, dataset=zoo, norm=norm, model_dir=model_dir)
+        provenance |= {"weights": file.name, "weights_sha256": sha256_file(file)}
+    elif kind in PRETRAINED:
+        model, (height, _) = load_pretrained(target)
+        image_size = image_size or (height if dataset == "folder" else None)
+    else:
+        model = import_model(target)
+    data = load_data(dataset, data_dir=data_dir, image_size=image_size)
+    check_takes(model, data.test.shape, len(data.classes), target)
+    return Subject(model, data, 8 / 255, provenance | _data_facts(data))
+
+
+def _data_facts(data: DataSet) -> dict[str, str]:
+    return {"dataset": data.name, "data_sha256": data.fingerprint}
+
+
 def open_subject(
-    path: str | Path,
+    target: str | Path,
     *,
     arch: str | None = None,
     dataset: str | None = None,
     data_dir: str | Path | None = None,
     image_size: int | None = None,
     num_classes: int | None = None,
+    model_dir: str | Path | None = None,
+    norm: str = "Linf",
+    trust_code: bool = False,
 ) -> Subject:
-    """Opens what `deat-rb eval` was given: a run directory, which says everything itself, or a checkpoint file.
+    """Opens what `deat-rb eval` was given: a run directory, a checkpoint file, or a network's name.
 
     Args:
-        path: Either.
-        arch: See `open_checkpoint`, like what follows.
-        dataset: Of a checkpoint.
-        data_dir: Of a checkpoint; of a run only if its data have been moved.
-        image_size: Of a checkpoint.
+        target: A run directory, which says everything itself; a file, see `open_checkpoint`; or a name with a colon in
+            it that is no file, see `open_named`.
+        arch: Of a checkpoint.
+        dataset: Of a checkpoint or a named network.
+        data_dir: Of those; of a run only if its data have been moved.
+        image_size: Of a checkpoint or a named network.
         num_classes: Of a checkpoint.
+        model_dir: Of RobustBench's zoo.
+        norm: Of the zoo's threat model.
+        trust_code: Of a run; see `load_model`.
 
     Raises:
-        DeatError: See `open_run` and `open_checkpoint`.
+        DeatError: See `open_run`, `open_checkpoint` and `open_named`.
     """
-    path = Path(path)
-    if not path.is_dir():
-        return open_checkpoint(
-            path, arch=arch, dataset=dataset, data_dir=data_dir, image_size=image_size, num_classes=num_classes
-        )
-    of_checkpoints = {"--arch": arch, "--dataset": dataset, "--image-size": image_size, "--num-classes": num_classes}
-    for flag, value in of_checkpoints.items():
-        if value is not None:
+    path = Path(target)
+    given = {"--arch": arch, "--num-classes": num_classes, "--dataset": dataset, "--image-size": image_size}
+    named = ":" in str(target) and not path.exists()
+    for flag, value in given.items():
+        if value is not None and path.is_dir():
             raise DeatError(f"{flag} {value} is for checkpoints: the run {path} says its network and data itself")
-    return open_run(path, data_dir=data_dir)
+        if value is not None and named and flag in ("--arch", "--num-classes"):
+            raise DeatError(f"{flag} {value} is for checkpoints: {target} says its network itself")
+    if model_dir is not None and not (named and str(target).startswith("robustbench:")):
+        raise DeatError(f"--model-dir {model_dir} is for robustbench:NAME, which {target} is not")
+    if path.is_dir():
+        return open_run(path, data_dir=data_dir, trust_code=trust_code)
+    if named:
+        return open_named(
+            str(target),
+            dataset=dataset,
+            data_dir=data_dir,
+            image_size=image_size,
+            model_dir=model_dir or "models",
+            norm=norm,
+        )
+    return open_checkpoint(
+        path, arch=arch, dataset=dataset, data_dir=data_dir, image_size=image_size, num_classes=num_classes
+    )

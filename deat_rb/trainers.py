@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from torchattacks.attack import Attack
 from deat_rb.attacks import PGD, QuietAttack
 from deat_rb.engine import Engine
 from deat_rb.errors import DeatError
-from deat_rb.guard import modes_restored
+from deat_rb.guard import frozen, modes_restored
 from deat_rb.losses import SurrogateLoss, surrogate
 from deat_rb.probe import GradientProbe, averages
 from deat_rb.schedules import Constant, Schedule
@@ -215,18 +216,20 @@ class AttackTrainer(Trainer):
         """Crafts (Algorithm 4, lines 6-12), then updates the weights once (line 13)."""
         self.require_pixels()
         engine = engine or Engine(images.device)
-        with engine.autocast():
+        # Compiled passes compute all gradients that are asked for; eager ones cache no casts of frozen weights.
+        with engine.autocast(), frozen(self.model) if engine.compiled else nullcontext():
             adv, crafting = self.craft(images, labels, engine.loss_scale)
         # A region of its own: the casts of weights that a no_grad forward caches would carry no gradient here.
         with engine.autocast():
+            learner = engine.learner(self.model)
             if self.loss.needs_clean:
-                clean_logits = self.model(images)
-                adv_logits = self.model(adv)
+                clean_logits = learner(images)
+                adv_logits = learner(adv)
                 loss = self.loss.function(adv_logits, labels, clean_logits)
             else:
-                adv_logits = self.model(adv)
+                adv_logits = learner(adv)
                 loss = self.loss.function(adv_logits, labels)
-        engine.descend(loss.mean(), optimizer, images)
+        engine.descend(loss, optimizer, images)
         return BatchStats(
             examples=len(images),
             loss=loss.detach().sum(),
@@ -273,14 +276,19 @@ class ReplayTrainer(Trainer):
         self.lr_per_replay = lr_per_replay
         self._carried: Tensor | None = None
 
-    def begin(self, images: Tensor) -> Tensor:
-        """Where the first replay of ``images`` (N, C, H, W) begins (Algorithm 1, line 4)."""
+    def begin(self, images: Tensor, part: slice = slice(None)) -> Tensor:
+        """Where the first replay of ``images`` (N, C, H, W) begins (Algorithm 1, line 4).
+
+        Args:
+            images: A batch or, of a batch divided over processes, a part.
+            part: Which.
+        """
         if not self.carry:
             begun: Tensor = self.crafter.begin(images)
             return begun
         delta = torch.zeros_like(images)
         if self._carried is not None:
-            kept = self._carried[: len(images)]
+            kept = self._carried[part][: len(images)]
             delta[: len(kept)] = kept
         return (images + delta).clamp(0, 1)
 
@@ -298,23 +306,23 @@ class ReplayTrainer(Trainer):
         self.require_pixels()
         engine = engine or Engine(images.device)
         threat = Linf(self.eps)
-        adv, gradient = self.begin(images), images
+        adv, gradient = self.begin(images, engine.part(len(images))), images
         for replay in range(self.steps):
             if self.lr_per_replay and self._rate is not None:
                 set_rate(optimizer, self._rate(replay / self.steps))
             adv = adv.detach().requires_grad_()
             with engine.autocast():
-                logits = self.model(adv)
+                logits = engine.learner(self.model)(adv)
                 loss = self.loss.function(logits, labels)
-            gradient = engine.descend(loss.mean(), optimizer, adv)
+            gradient = engine.descend(loss, optimizer, adv)
             adv = threat.ascend(adv.detach(), images, gradient, self.crafter.alpha)
         if self.carry:
-            self._keep(adv - images)
+            self._keep(engine.gathered(adv - images))
         return BatchStats(
             examples=len(images),
             loss=loss.detach().sum(),
             correct=(logits.argmax(dim=1) == labels).sum(),
-            l_x=gradient.abs().sum() * len(images),
+            l_x=gradient.abs().sum() * engine.averaged_over(len(images)),
             forwards=self.steps,
             backwards=self.steps,
             updates=self.steps,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from deat_rb import randomness
-from deat_rb.batches import Batches, ImageSet, hold_out, subset
+from deat_rb.batches import Batches, LabelledImages, hold_out, subset
 from deat_rb.catalogue import describe
 from deat_rb.config import RunConfig, TrainOptions, dataset_defaults, make_options, setting_defaults
 from deat_rb.data import DataSet, load_data
@@ -22,11 +23,13 @@ from deat_rb.errors import DeatError
 from deat_rb.files import load_tensors
 from deat_rb.fit import History, Reporter, fit
 from deat_rb.methods import create, recipe
-from deat_rb.models import NormalizedModel, load_weights, model_spec
+from deat_rb.models import NormalizedModel, check_trust, load_weights, model_spec
 from deat_rb.plots import plot_curves
+from deat_rb.processes import world
 from deat_rb.runs import CURVES, RunDirectory, check_name
 from deat_rb.subject import in_turn
 from deat_rb.threat import check_eps, format_fraction
+from deat_rb.tracking import Tracked, check_trackers
 from deat_rb.trainers import ReplayTrainer, Trainer
 
 
@@ -40,13 +43,15 @@ class Plan:
         train: The training images.
         val: The images held out of them.
         trainer: The method and the model.
+        processes: How many train together.
     """
 
     config: RunConfig
     data: DataSet
-    train: ImageSet
-    val: ImageSet
+    train: LabelledImages
+    val: LabelledImages
     trainer: Trainer = field(repr=False)
+    processes: int = 1
 
     @property
     def batches(self) -> int:
@@ -61,7 +66,8 @@ class Plan:
         """
         trainer, epochs, m = self.trainer, self.config.epochs, self.batches
         steps = trainer.schedule.total_steps(epochs)
-        if steps is None or trainer.stopping is not None or getattr(trainer.crafter, "tau", None) is not None:
+        may_stop = trainer.stopping is not None and self.config.heed_stop
+        if steps is None or may_stop or getattr(trainer.crafter, "tau", None) is not None:
             return None
         if isinstance(trainer, ReplayTrainer):
             return {"backwards": steps * m, "forwards": steps * m, "updates": steps * m}
@@ -85,9 +91,10 @@ class Plan:
             ("attack", f"{text.attack}; here eps = {format_fraction(config.eps)}, alpha = {_size(self.trainer.alpha)}"),
             ("loss", text.loss),
             ("schedule", text.schedule),
-            ("stop", text.stop),
+            ("stop", text.stop if config.heed_stop or text.stop == "-" else f"{text.stop}: noted, not heeded"),
             ("setting", f"{config.setting}: {config.epochs} epochs, {config.lr_schedule} LR up to {config.lr:g}"),
-            ("precision", f"{config.precision} on {resolve_device(config.device)}"),
+            ("precision", f"{config.precision} on {resolve_device(config.device)}"
+                          f"{f', {self.processes} processes' if self.processes > 1 else ''}"),
             ("model", f"{config.arch}, {parameters:,} parameters, {config.model.num_classes} classes"),
             ("data", f"{config.dataset}: {len(self.train):,} training, {len(self.val):,} validation, "
                      f"{len(self.data.test):,} test images of {config.image_size}x{config.image_size}"),
@@ -100,8 +107,12 @@ def _size(alpha: float | None) -> str:
     return "-" if alpha is None else format_fraction(alpha)
 
 
-def plan(options: TrainOptions) -> Plan:
+def plan(options: TrainOptions, *, memory_limit: int | None = None) -> Plan:
     """Resolves options, loads the data and builds the model; writes nothing.
+
+    Args:
+        options: What is asked for.
+        memory_limit: In bytes: a folder whose decoded images exceed it is read by worker processes, batch by batch.
 
     Raises:
         DeatError: If any of it is not admissible.
@@ -114,15 +125,23 @@ def plan(options: TrainOptions) -> Plan:
     given = {key: value for key, value in options.model_dump().items() if value is not None}
     eps = check_eps(options.eps if options.eps is not None else defaults.eps, "--eps")
     device = resolve_device(options.device)
+    together = world(cpu=device.type == "cpu")
 
-    data = load_data(options.dataset, data_dir=options.data_dir, image_size=options.image_size)
+    def load() -> DataSet:
+        return load_data(
+            options.dataset, data_dir=options.data_dir, image_size=options.image_size, memory_limit=memory_limit
+        )
+
+    if memory_limit is not None:
+        together.first(lambda: load().name)  # it surveys a folder once, and the others find what it found
+    data = load()
     val_size = options.val_size
     if val_size is None:
         val_size = default_val_size(min(options.train_size or len(data.train), len(data.train)))
     train, val = hold_out(data.train, val_size, seed=options.seed)
     if options.train_size is not None:
         train = subset(train, options.train_size, options.seed)
-    channels, size = train.images.shape[1], train.images.shape[-1]
+    channels, size = train.shape[0], train.shape[-1]
     spec = model_spec(
         arch, num_classes=len(data.classes), image_size=size, channels=channels, mean=data.mean, std=data.std
     )
@@ -155,8 +174,21 @@ def plan(options: TrainOptions) -> Plan:
             f"{len(train)} training images in batches of {config.batch_size} leave one of a single image, from which "
             "BatchNorm cannot learn; give another --batch-size or --train-size"
         )
+    _check_shares(len(train), config.batch_size, together.size)
     trainer = create(method, _initial(config), eps=eps, **config.method_options())
-    return Plan(config, data, train, val, trainer)
+    return Plan(config, data, train, val, trainer, together.size)
+
+
+def _check_shares(images: int, batch_size: int, processes: int) -> None:
+    """Refuses batches of which a process would get less than the two images that BatchNorm needs."""
+    if processes == 1:
+        return
+    for size in {batch_size, images % batch_size or batch_size}:
+        if size < 2 * processes:
+            raise DeatError(
+                f"{images} training images in batches of {batch_size} leave one of {size}, too few for two images on "
+                f"each of {processes} processes; give another --batch-size or --train-size"
+            )
 
 
 def _for_dataset(method: str, dataset: str) -> str:
@@ -195,6 +227,8 @@ def train(
     name: str | None = None,
     reporter: Reporter | None = None,
     save_every: float = 5.0,
+    track: Sequence[str] = (),
+    memory_limit: int | None = None,
 ) -> tuple[RunDirectory, History]:
     """Trains as `deat-rb train` does.
 
@@ -204,6 +238,8 @@ def train(
         name: The run's name; by default made of method, data set, architecture and seed.
         reporter: Is told how it goes.
         save_every: Minutes between two checkpoints within an epoch.
+        track: Trackers that are told of each epoch, such as ``tensorboard``.
+        memory_limit: As for `plan`.
 
     Returns:
         The run directory and the history.
@@ -213,17 +249,28 @@ def train(
     """
     if name is not None:
         check_name(name)
+    check_trackers(track)
     planned = options if isinstance(options, Plan) else plan(
-        make_options(options) if isinstance(options, dict) else options
+        make_options(options) if isinstance(options, dict) else options, memory_limit=memory_limit
     )  # fmt: skip
     config = planned.config
-    run = RunDirectory.create(Path(output) / (name or default_name(config)), config)
-    with run.locked():
-        return run, _fit(planned, run, reporter, save_every)
+    together = world(cpu=resolve_device(config.device).type == "cpu")
+    path = Path(output) / (name or default_name(config))
+    run = RunDirectory(path, config)
+    together.first(lambda: RunDirectory.create(path, config).path)
+    with run.locked() if together.is_main else nullcontext():
+        return run, _fit(planned, run, reporter, save_every, track)
 
 
 def resume(
-    path: str | Path, changes: Mapping[str, Any], *, reporter: Reporter | None = None, save_every: float = 5.0
+    path: str | Path,
+    changes: Mapping[str, Any],
+    *,
+    reporter: Reporter | None = None,
+    save_every: float = 5.0,
+    track: Sequence[str] = (),
+    memory_limit: int | None = None,
+    trust_code: bool = False,
 ) -> tuple[RunDirectory, History]:
     """Goes on with a run that was stopped in any way at any moment, as `deat-rb train --resume` does.
 
@@ -233,17 +280,25 @@ def resume(
             multistep learning rate.
         reporter: Is told how it goes.
         save_every: Minutes between two checkpoints within an epoch.
+        track: Trackers that are told of each epoch, such as ``tensorboard``.
+        memory_limit: As for `plan`.
+        trust_code: Whether the run may have its network built by a ``package.module:factory``; nothing else of a run is
+            ever executed.
 
     Raises:
         DeatError: If it is no run, another process is at it, or an option or the data have changed; by name.
     """
+    check_trackers(track)
     run = RunDirectory.open(path)
     config = run.config
+    check_trust(config.arch, trust_code, source=f"the run {path}")
     values = {key: value for key, value in config.model_dump().items() if key in TrainOptions.model_fields}
-    planned = plan(make_options({**values, **changes}))
+    planned = plan(make_options({**values, **changes}), memory_limit=memory_limit)
     for option in changes:
         was, now = getattr(config, option), getattr(planned.config, option)
-        if option == "data_dir" or (option == "epochs" and now > was and config.lr_schedule != "cyclic"):
+        if option in ("data_dir", "on_nonfinite") or (
+            option == "epochs" and now > was and config.lr_schedule != "cyclic"
+        ):
             continue
         if now != was:
             hint = "; a cyclic learning rate cannot be prolonged" if option == "epochs" else ""
@@ -251,17 +306,27 @@ def resume(
             raise DeatError(f"{name} = {now} differs from the run's {was}{hint}; start a new run for it")
     if planned.config.data_fingerprint != config.data_fingerprint:
         raise DeatError(f"the data of {config.dataset} are not those of the run {path}; start a new run for them")
-    with run.locked():
+    together = world(cpu=resolve_device(config.device).type == "cpu")
+    with run.locked() if together.is_main else nullcontext():
         if planned.config.epochs != config.epochs:
-            run = run.reconfigured(config.model_copy(update={"epochs": planned.config.epochs}))
-        return run, _fit(planned, run, reporter, save_every, resume=True)
+            longer = config.model_copy(update={"epochs": planned.config.epochs})
+            together.first(lambda: run.reconfigured(longer).path)
+            run = RunDirectory(run.path, longer)
+        return run, _fit(planned, run, reporter, save_every, track, resume=True)
 
 
 def _fit(
-    planned: Plan, run: RunDirectory, reporter: Reporter | None, save_every: float, resume: bool = False
+    planned: Plan,
+    run: RunDirectory,
+    reporter: Reporter | None,
+    save_every: float,
+    track: Sequence[str],
+    resume: bool = False,
 ) -> History:
     config = planned.config
     device = resolve_device(config.device)
+    is_main = world(cpu=device.type == "cpu").is_main
+    tracked = Tracked(track, run, reporter or Reporter()) if track and is_main else None
     batches = Batches(
         planned.train,
         config.batch_size,
@@ -275,7 +340,7 @@ def _fit(
         return fit(
             planned.trainer,
             batches,
-            Batches(in_turn(planned.val), config.batch_size, device=device),
+            Batches(in_turn(planned.val).held(), config.batch_size, device=device),
             epochs=config.epochs,
             lr=config.lr,
             lr_schedule=config.lr_schedule,
@@ -285,14 +350,20 @@ def _fit(
             precision=config.precision,
             select=config.select,
             seed=config.seed,
+            heed_stop=config.heed_stop,
+            on_nonfinite=config.on_nonfinite,
+            compiled=config.compiled,
+            sync_bn=config.sync_bn,
             run=run,
             resume=resume,
             save_every=save_every,
-            reporter=reporter,
+            reporter=tracked or reporter,
         )
     finally:
+        if tracked is not None:
+            tracked.close()
         rows = run.rows()
-        if rows:
+        if rows and is_main:
             plot_curves(rows, run.path / CURVES, title=f"{config.method} on {config.dataset}, {config.arch}")
 
 
@@ -304,6 +375,8 @@ def train_seeds(
     name: str | None = None,
     reporter: Reporter | None = None,
     save_every: float = 5.0,
+    track: Sequence[str] = (),
+    memory_limit: int | None = None,
 ) -> list[tuple[RunDirectory, History]]:
     """Trains the same with one seed after another.
 
@@ -314,19 +387,21 @@ def train_seeds(
         name: The runs' name, to which ``-s`` and the seed are added.
         reporter: Is told how each goes.
         save_every: Minutes between two checkpoints within an epoch.
+        track: As for `train`.
+        memory_limit: As for `plan`.
 
     Raises:
         DeatError: If something is not admissible or one of the names is taken; then nothing has been written.
     """
     if len(set(seeds)) != len(seeds) or not seeds:
         raise DeatError(f"--seeds {','.join(map(str, seeds))} has to name different seeds; give such as 0,1,2")
-    plans = [plan(options.model_copy(update={"seed": seed})) for seed in seeds]
+    plans = [plan(options.model_copy(update={"seed": seed}), memory_limit=memory_limit) for seed in seeds]
     names = [f"{name}-s{p.config.seed}" if name else default_name(p.config) for p in plans]
     for each in names:
         if (Path(output) / check_name(each)).exists():
             raise DeatError(f"there is a run at {Path(output) / each} already; choose another --name or --output")
     return [
-        train(p, output=output, name=each, reporter=reporter, save_every=save_every)
+        train(p, output=output, name=each, reporter=reporter, save_every=save_every, track=track)
         for p, each in zip(plans, names, strict=True)
     ]
 

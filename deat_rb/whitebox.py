@@ -1,4 +1,4 @@
-"""The evaluation's own attacks: FGSM, PGD and CW in Linf, with every example leaving as soon as it is broken."""
+"""The evaluation's own attacks: noise, FGSM, PGD and CW, with every example leaving as soon as it is broken."""
 
 from __future__ import annotations
 
@@ -9,31 +9,52 @@ import torch
 from torch import Tensor, nn
 
 from deat_rb.errors import DeatError
-from deat_rb.threat import Linf
+from deat_rb.threat import L2, Linf, threat_model
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 
 
-class Counted:
+class Counted(nn.Module):
     """A model that counts its passes, in images: a forward over a batch of 100 is 100 forwards.
+
+    Args:
+        model: Gives logits (N, K) of images (N, C, H, W).
+        dtype: In which precision, by autocast, the calls are made; `exact` never is.
 
     Attributes:
         forwards: Images forwarded so far.
         backwards: Images for which a gradient was propagated back from the logits so far.
+        calls: Forward passes so far, whatever the number of images.
+        on_call: Told after every call; where it raises, so does the call.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
         self.model = model
+        self.training = model.training
+        self.dtype = dtype
         self.forwards = 0
         self.backwards = 0
+        self.calls = 0
+        self.on_call: Callable[[], None] | None = None
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Gives the logits (N, K) of images (N, C, H, W)."""
-        output = self.model(images)
+    def forward(self, images: Tensor) -> Tensor:
+        """Gives the logits (N, K) of images (N, C, H, W), float32 where the precision is lower."""
+        if self.dtype is None:
+            return self.exact(images)
+        with torch.autocast(images.device.type, self.dtype):
+            logits = self.exact(images)
+        return logits.float()
+
+    def exact(self, images: Tensor) -> Tensor:
+        """Gives the logits in the model's own precision."""
+        logits: Tensor = self.model(images)
         self.forwards += len(images)
-        if output.requires_grad:
-            output.register_hook(self._count_backward)
-        logits: Tensor = output
+        self.calls += 1
+        if logits.requires_grad:
+            logits.register_hook(self._count_backward)
+        if self.on_call is not None:
+            self.on_call()
         return logits
 
     def _count_backward(self, gradient: Tensor) -> None:
@@ -81,7 +102,15 @@ def logits_and_gradient(
     return logits.detach(), gradient
 
 
-def fgsm(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, *, eps: float, loss: Objective) -> Crafted:
+def fgsm(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float,
+    loss: Objective,
+    threat: Linf | L2 | None = None,
+) -> Crafted:
     """The fast gradient sign method (Goodfellow et al. 2015): one step of ``eps`` from the clean image.
 
     Args:
@@ -90,9 +119,10 @@ def fgsm(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, *, e
         labels: (N,).
         eps: Radius, in [0, 1] pixel units.
         loss: What is maximised, per example.
+        threat: In which the step is the steepest; by default Linf. In L2 it is the fast gradient method.
     """
     _, gradient = logits_and_gradient(model, images, labels, loss)
-    adv = (images + eps * gradient.sign()).clamp(0, 1)
+    adv = (images + (threat or Linf(eps)).step(gradient, eps)).clamp(0, 1)
     with torch.no_grad():
         return Crafted(adv, model(adv).argmax(dim=1) != labels)
 
@@ -102,9 +132,7 @@ def uniform_start(images: Tensor, eps: float, generator: torch.Generator) -> Ten
 
     The numbers are drawn on the generator's device, so that a CPU generator gives every device the same start.
     """
-    noise = torch.empty(images.shape, dtype=images.dtype, device=generator.device)
-    noise.uniform_(-eps, eps, generator=generator)
-    return (images + noise.to(images.device)).clamp(0, 1)
+    return Linf(eps).start(images, generator)
 
 
 def pgd(
@@ -117,9 +145,10 @@ def pgd(
     alpha: float,
     steps: int,
     loss: Objective,
+    threat: Linf | L2 | None = None,
     leave_every: int | None = None,
 ) -> Crafted:
-    """Projected gradient descent (Madry et al. 2018), iterate for iterate that of `torchattacks.PGD`.
+    """Projected gradient descent (Madry et al. 2018), in Linf iterate for iterate that of `torchattacks.PGD`.
 
     An example counts as broken as soon as one iterate is misclassified, the start and the last one included, and is
     moved no further: the verdict is torchattacks' or a stricter one.
@@ -133,12 +162,13 @@ def pgd(
         alpha: Step size, in the same unit.
         steps: Number of steps.
         loss: What is maximised, per example.
+        threat: The ball; by default Linf's.
         leave_every: Take the broken examples out of the batch every so many steps; by default 1 on a CPU, else 5.
     """
     if leave_every is None:
         # To know who is broken an accelerator's queue has to run empty: dragging the broken ones along is cheaper.
         leave_every = 1 if images.device.type == "cpu" else 5
-    threat = Linf(eps)
+    ball = threat or Linf(eps)
     adv = start.clone()
     broken = torch.zeros_like(labels, dtype=torch.bool)
     rows = torch.arange(len(images), device=images.device)
@@ -146,7 +176,7 @@ def pgd(
         here = adv[rows]
         logits, gradient = logits_and_gradient(model, here, labels[rows], loss)
         broken[rows] |= logits.argmax(dim=1) != labels[rows]
-        stepped = threat.ascend(here, images[rows], gradient, alpha)
+        stepped = ball.ascend(here, images[rows], gradient, alpha)
         adv[rows] = torch.where(broken[rows, None, None, None], here, stepped)
         if step % leave_every == 0:
             rows = rows[~broken[rows]]
@@ -157,7 +187,6 @@ def pgd(
     return Crafted(adv, broken)
 
 
-def admissible(adv: Tensor, images: Tensor, eps: float) -> Tensor:
+def admissible(adv: Tensor, images: Tensor, eps: float, norm: str = "Linf") -> Tensor:
     """Says which adversarial images are in the threat model: finite, in [0, 1], within eps + 1e-6; (N,) bool."""
-    inside = ((adv - images).abs() <= eps + 1e-6) & (adv >= 0) & (adv <= 1)
-    return inside.flatten(1).all(dim=1)
+    return threat_model(norm, eps).contains(adv, images)

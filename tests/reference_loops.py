@@ -287,7 +287,7 @@ def magnitude_rule(l_x: Sequence[float], start: int, gamma: float, bound: int) -
     return r
 
 
-def ratio_rule(l_x: Sequence[float], gamma: float = 1.5, m: int = 2, rise: float = 0.05) -> bool:
+def ratio_rule(l_x: Sequence[float], gamma: float = 1.5, m: int = 2, rise: float = 0.4) -> bool:
     """Algorithm 5, lines 9-14: whether training stops after the last epoch of ``l_x``.
 
     Taken literally the rule fires on noise and while l_X falls; so R must also be ``rise`` of the l_X it rose from.

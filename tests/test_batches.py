@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -311,6 +313,68 @@ class TestBatches:
     def test_refuses_empty_batches(self, size: int) -> None:
         with pytest.raises(DeatError, match=f"--batch-size {size} "):
             Batches(image_set((5, 5)), size)
+
+
+class TestDivided:
+    @given(
+        count=st.integers(1, 40),
+        batch_size=st.integers(1, 20),
+        processes=st.integers(1, 5),
+        epoch=st.integers(0, 3),
+        shuffle=st.booleans(),
+        augment=st.booleans(),
+        drop_last=st.booleans(),
+        skipped=st.integers(0, 3),
+    )
+    @settings(max_examples=80, deadline=None)
+    def test_the_shares_of_all_ranks_are_the_batch_of_one_process(
+        self, count: int, batch_size: int, processes: int, epoch: int, shuffle: bool, augment: bool, drop_last: bool,
+        skipped: int,
+    ) -> None:  # fmt: skip
+        batch_size = min(batch_size, count)
+        data = grids(count, channels=1)
+        whole = Batches(data, batch_size, shuffle=shuffle, augment=augment, drop_last=drop_last, seed=7)
+        sizes = [len(labels) for _, labels in whole]
+        if min(sizes) < processes:
+            with pytest.raises(DeatError, match=f"leave one of {min(sizes)}, which cannot be divided over {processes}"):
+                whole.divided(0, processes)
+            return
+        whole.set_epoch(epoch)
+        parts = [whole.divided(rank, processes) for rank in range(processes)]
+        start = min(skipped, len(whole))
+        assert {len(part) for part in parts} == {len(whole)}
+        for (images, labels), *shares in zip(*(loader.starting_at(start) for loader in (whole, *parts)), strict=True):
+            assert torch.equal(torch.cat([share for share, _ in shares]), images)
+            assert torch.equal(torch.cat([share for _, share in shares]), labels)
+            lengths = [len(share) for share, _ in shares]
+            assert max(lengths) - min(lengths) <= 1
+
+    def test_three_processes_by_hand(self) -> None:
+        parts = [Batches(image_set((4, 4)), 5, rank=rank, processes=3) for rank in range(3)]
+        shares = [[(255 * images).round().flatten().tolist() for images, _ in part] for part in parts]
+        # 5 images: 0 to 5/3, to 10/3, to 5, rounded down; then the 3 that remain, one each.
+        assert shares == [[[0], [5]], [[1, 2], [6]], [[3, 4], [7]]]
+
+    def test_is_asked_of_the_global_batch_and_leaves_the_undivided_as_it_is(self) -> None:
+        whole = Batches(grids(12), 6, shuffle=True, seed=1)
+        before = epoch_of(whole, 2)
+        half = whole.divided(1, 2)
+        assert torch.equal(epoch_of(half.divided(0, 1), 2)[0], before[0])
+        half.set_epoch(3)
+        assert (whole.epoch, whole.rank, whole.processes) == (2, 0, 1)
+        assert torch.equal(epoch_of(whole, 2)[0], before[0])
+
+    def test_does_not_copy_the_images(self) -> None:
+        data = image_set((4, 4))
+        whole = Batches(data, 4)
+        data.images.fill_(9)
+        images, _ = epoch_of(whole.divided(1, 2))
+        assert (255 * images).round().flatten().tolist() == [9, 9, 9, 9]
+
+    @pytest.mark.parametrize(("rank", "processes"), [(-1, 2), (2, 2), (0, 0)])
+    def test_refuses_ranks_that_are_none(self, rank: int, processes: int) -> None:
+        with pytest.raises(DeatError, match=f"rank {rank} of {processes} processes is not possible"):
+            Batches(grids(8), 4).divided(rank, processes)
 
 
 class TestCheckBatch:

@@ -94,9 +94,9 @@ class TestCifar:
         assert data.std == (0.2471, 0.2435, 0.2616)
         assert data.augment
         # Row by row, channel after channel: value k of an image is at channel k // 1024, row k % 1024 // 32.
-        assert data.test.images.shape == (2, 3, 32, 32)
-        assert data.test.images[0, 2, 5, 7].item() == (2 * 1024 + 5 * 32 + 7) % 256
-        assert data.test.images.is_contiguous()
+        assert data.test.held().images.shape == (2, 3, 32, 32)
+        assert data.test.held().images[0, 2, 5, 7].item() == (2 * 1024 + 5 * 32 + 7) % 256
+        assert data.test.held().images.is_contiguous()
 
     def test_is_downloaded_once(self, tmp_path: Path, archive: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
         root = tmp_path / "some" / "data"

@@ -82,7 +82,7 @@ def digits() -> DataSet:
 class TestDigits:
     def test_parts(self, digits: DataSet) -> None:
         assert (len(digits.train), len(digits.test)) == (1297, 500)
-        assert digits.train.images.shape[1:] == (3, 32, 32)
+        assert digits.train.shape == (3, 32, 32)
         assert digits.classes == ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
         assert not digits.augment
 
@@ -101,7 +101,7 @@ class TestDigits:
                 for image in source.images * 255 / 16
             ]
         )
-        ours = torch.cat((digits.train.images, digits.test.images))
+        ours = torch.cat((digits.train.held().images, digits.test.held().images))
         labels = torch.cat((digits.train.labels, digits.test.labels))
         assert torch.equal(ours[:, 0], ours[:, 1])
         assert torch.equal(ours[:, 0], ours[:, 2])
@@ -116,7 +116,7 @@ class TestDigits:
     def test_split_and_fingerprint_are_those_of_every_run(self, digits: DataSet) -> None:
         torch.manual_seed(7)
         again = load_data("digits")
-        assert torch.equal(again.test.images, digits.test.images)
+        assert torch.equal(again.test.held().images, digits.test.held().images)
         assert again.fingerprint == digits.fingerprint
         assert digits.fingerprint.startswith("b020a8ebf728")
 
@@ -134,8 +134,8 @@ class TestFolder:
         assert data.augment
         assert data.train.labels.tolist() == [0] * 3 + [1] * 4 + [2] * 5
         assert data.test.labels.tolist() == [0, 1, 2]
-        assert data.train.images.shape == (12, 3, 32, 32)
-        for image, label in zip(data.train.images, data.train.labels.tolist(), strict=True):
+        assert data.train.held().images.shape == (12, 3, 32, 32)
+        for image, label in zip(data.train.held().images, data.train.labels.tolist(), strict=True):
             assert image.amax((1, 2)).tolist() == list(COLOURS[data.classes[label]])
             assert image.amin((1, 2)).tolist() == list(COLOURS[data.classes[label]])
 
@@ -151,7 +151,7 @@ class TestFolder:
         train = load(folder).train
         assert train.labels.tolist() == expected.targets
         assert len(train) == 15
-        for ours, (theirs, _) in zip(train.images, expected, strict=True):
+        for ours, (theirs, _) in zip(train.held().images, expected, strict=True):
             assert np.array_equal(ours.permute(1, 2, 0).numpy(), np.asarray(theirs))
 
     def test_mean_and_std_by_hand(self, folder: Path) -> None:
@@ -168,14 +168,14 @@ class TestFolder:
 
     @pytest.mark.parametrize("size", [8, 48])
     def test_resizes(self, folder: Path, size: int) -> None:
-        assert load(folder, size).train.images.shape == (12, 3, size, size)
+        assert load(folder, size).train.held().images.shape == (12, 3, size, size)
 
     def test_resizing_keeps_the_centre_and_the_proportions(self, folder: Path) -> None:
         # 64 high, 128 wide: red, with the central square green. Only that is kept.
         wide = Image.new("RGB", (128, 64), (255, 0, 0))
         wide.paste((0, 255, 0), (32, 0, 96, 64))
         wide.save(folder / "test" / "green" / "0.png")
-        image = load(folder).test.images[1]
+        image = load(folder).test.held().images[1]
         # Averaging reaches one pixel beyond the cut, so that the outermost columns have a share of red.
         assert torch.equal(image[:, :, 1:-1], torch.tensor([0, 255, 0]).byte().view(3, 1, 1).expand(3, 32, 30))
         assert image[0].max() < 64

@@ -49,8 +49,8 @@ def test_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_descend_gives_the_gradient_before_the_update() -> None:
     """Of w x^2 at w = 3, x = 2: 2 w x = 12 with respect to x, x^2 = 4 to w, so that w = 3 - 0.5 * 4 = 1."""
-    w, x = nn.Parameter(torch.tensor(3.0)), torch.tensor(2.0, requires_grad=True)
-    w.grad = torch.tensor(100.0)
+    w, x = nn.Parameter(torch.tensor([3.0])), torch.tensor([2.0], requires_grad=True)
+    w.grad = torch.tensor([100.0])
     gradient = Engine().descend(w * x**2, SGD([w], lr=0.5), x)
     assert (float(gradient), float(w)) == (12.0, 1.0)
     assert float(Engine().descend(w * x.detach() ** 2, SGD([w], lr=0.5), x.detach())) == 0

@@ -121,7 +121,7 @@ def test_saved_weights_give_the_same_logits(run: RunDirectory) -> None:
     model = normalized()
     model(images)  # moves BatchNorm
     run.save_weights("last", model.state_dict(), ROW)
-    loaded = deat_rb.load_model(run.path)
+    loaded = deat_rb.load_model(run.path, trust_code=True)
     assert not loaded.training
     with torch.no_grad():
         assert torch.equal(loaded(images), model.eval()(images))
@@ -132,14 +132,14 @@ def test_saved_weights_give_the_same_logits(run: RunDirectory) -> None:
 def test_the_selected_weights_are_the_result(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "run", run_config(select="best"))
     with pytest.raises(DeatError, match=r"no best\.safetensors; it ended before its first epoch did"):
-        deat_rb.load_model(run.path)
+        deat_rb.load_model(run.path, trust_code=True)
     best, last = normalized(), normalized()
     with torch.no_grad():
         for parameter in last.parameters():
             parameter.add_(1)
     run.save_weights("best", best.state_dict(), ROW)
     run.save_weights("last", last.state_dict(), ROW)
-    loaded = deat_rb.load_model(run.path).state_dict()
+    loaded = deat_rb.load_model(run.path, trust_code=True).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in best.state_dict().items())
 
 

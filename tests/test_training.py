@@ -10,7 +10,7 @@ import torch
 from training_problems import ARCH
 
 import deat_rb
-from deat_rb.batches import ImageSet
+from deat_rb.batches import LabelledImages
 from deat_rb.config import make_options, read_options
 from deat_rb.errors import DeatError
 from deat_rb.fit import Reporter
@@ -102,8 +102,8 @@ def test_training_never_sees_a_test_image(tmp_path: Path) -> None:
 def test_what_is_held_out_is_not_trained_on() -> None:
     ready = planned(train_size=None, batch_size=50)
 
-    def rows(data: ImageSet) -> set[bytes]:
-        return {image.numpy().tobytes() for image in data.images}
+    def rows(data: LabelledImages) -> set[bytes]:
+        return {image.numpy().tobytes() for image in data.held().images}
 
     assert len(ready.val) == 16
     assert not rows(ready.val) & rows(ready.train)
@@ -203,7 +203,7 @@ def test_an_interrupted_run_keeps_its_curves_and_loads(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(SMALL, output=tmp_path, name="cut", reporter=Interrupts())
     assert (tmp_path / "cut" / "curves.png").is_file()
-    deat_rb.load_model(tmp_path / "cut")
+    deat_rb.load_model(tmp_path / "cut", trust_code=True)
 
 
 def test_global_generators_are_given_back(tmp_path: Path) -> None:

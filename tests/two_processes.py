@@ -1,0 +1,59 @@
+"""What tests/test_processes.py has torchrun start: a small run in float64, whose weights process 0 writes."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import deat_rb
+
+EPS = 8 / 255
+
+
+def small_model() -> nn.Module:
+    """Convolution, BatchNorm and a linear layer on 3x8x8 images of 4 classes, in float64, BatchNorm in eval."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 4)
+    ).double()
+    model[1].eval()
+    return model
+
+
+def data() -> list[tuple[Tensor, Tensor]]:
+    """Five batches of 7, 7, 7, 7 and 4 examples."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.rand(size, 3, 8, 8, generator=generator, dtype=torch.float64), torch.arange(size) % 4)
+        for size in (7, 7, 7, 7, 4)
+    ]
+
+
+def train(method: str) -> tuple[dict[str, Tensor], list[float]]:
+    """The weights after an epoch of five batches, and l_X and the passes."""
+    model = small_model()
+    trainer = deat_rb.create(method, model, eps=EPS)
+    if method.startswith("m"):
+        trainer.steps = 2
+    history = trainer.fit(data(), epochs=1, lr=0.1, lr_schedule="flat")
+    row = history.rows[0]
+    figures = [row.l_x, row.loss, row.train_acc, row.backwards, row.forwards, float(row.updates), float(row.examples)]
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, figures
+
+
+def main() -> None:
+    """Trains by each method named, and writes ``<folder>/<method>.safetensors`` with the weights and the figures."""
+    folder, methods = sys.argv[1], sys.argv[2:]
+    for method in methods:
+        weights, figures = train(method)
+        if deat_rb.processes.is_main():
+            save_file(
+                {**weights, "figures": torch.tensor(figures, dtype=torch.float64)}, f"{folder}/{method}.safetensors"
+            )
+
+
+if __name__ == "__main__":
+    main()
