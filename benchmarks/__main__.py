@@ -1,0 +1,273 @@
+"""``python -m benchmarks``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from deat_rb.errors import DeatError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WIDTH = 200
+"""Of the tables where no terminal limits it."""
+
+QUICK = {"arch": "wrn-10-1", "batch_size": 8, "repeats": 1, "images": 8}
+
+
+class Refusal(click.ClickException):
+    """Printed as ``Error: <sentence>`` on stderr."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for; see the command's help."""
+
+    arch: str
+    batch_size: int
+    precisions: tuple[str, ...]
+    methods: tuple[str, ...]
+    repeats: int
+    device: str
+    compiled: bool
+    images: int
+    run: Path | None
+    autoattack: bool
+    quick: bool
+
+
+@dataclass
+class Results:
+    """What was measured, as the JSON file has it."""
+
+    environment: dict[str, Any]
+    options: dict[str, Any]
+    speed: list[dict[str, Any]] = field(default_factory=list)
+    faithful: list[dict[str, Any]] = field(default_factory=list)
+    memory: list[dict[str, Any]] = field(default_factory=list)
+    overhead: list[dict[str, Any]] = field(default_factory=list)
+    evaluation: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Progress:
+    """Says on stderr what is under way: in place on a terminal, else a line for each part."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._part = ""
+
+    def __call__(self, text: str) -> None:
+        """Something is about to run; ``method: side``."""
+        seconds = time.monotonic() - self._began
+        if sys.stderr.isatty():
+            click.echo(f"\r\033[K{seconds:6.0f} s  {text}", nl=False, err=True)
+        elif (part := text.partition(":")[0]) != self._part:
+            self._part = part
+            click.echo(f"{seconds:6.0f} s  {part}", err=True)
+
+    def done(self) -> None:
+        """Clears the line."""
+        if sys.stderr.isatty():
+            click.echo("\r\033[K", nl=False, err=True)
+
+
+def _names(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--arch", default="preactresnet18", show_default=True, help="Of CIFAR's size, as for deat-rb train.")
+@click.option("--batch-size", type=click.IntRange(min=2), default=128, show_default=True)
+@click.option("--precision", "precisions", callback=_names, default="bf16,fp32", show_default=True, metavar="A,B")
+@click.option("--methods", callback=_names, metavar="A,B", help="By default all.")
+@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds after the warm-up.")
+@click.option("--threads", type=click.IntRange(min=1), help="Of torch; by default its own choice.")
+@click.option("--device", default="auto", show_default=True, metavar="NAME", help="cpu, cuda, cuda:1, mps or auto.")
+@click.option("--compile", "compiled", is_flag=True, help="Our passes by torch.compile.")
+@click.option("--no-speed", is_flag=True, help="Leave the training steps' times out.")
+@click.option("--memory", is_flag=True, help="Peak memory, too.")
+@click.option("--overhead", is_flag=True, help="The share of shuffling, augmentation and metrics, too.")
+@click.option("--eval", "evaluation", is_flag=True, help="PGD-100 beside torchattacks, AutoAttack beside RobustBench.")
+@click.option("--run", type=click.Path(path_type=Path), help="Evaluate this run; by default a network is trained.")
+@click.option("--images", type=click.IntRange(min=1), default=500, show_default=True, help="That are evaluated.")
+@click.option("--no-autoattack", is_flag=True, help="Leave AutoAttack out of --eval.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write all times here.")
+@click.option("--quick", is_flag=True, help="A smoke run: WRN-10-1, batches of 8, one round. Its figures say nothing.")
+@click.pass_context
+def main(
+    context: click.Context,
+    /,
+    threads: int | None,
+    no_speed: bool,
+    memory: bool,
+    overhead: bool,
+    evaluation: bool,
+    no_autoattack: bool,
+    json_path: Path | None,
+    quick: bool,
+    **given: Any,
+) -> None:
+    """Times every method's training step beside (a) a plain loop as its authors publish it and (b) the bare passes.
+
+    All sides of a method run in turn in this process; ratios are the medians of the rounds' ratios. A target that is
+    missed is said, and is no error.
+    """
+    if quick:
+        commandline = click.core.ParameterSource.COMMANDLINE
+        given |= {name: value for name, value in QUICK.items() if context.get_parameter_source(name) != commandline}
+    options = Options(**given, autoattack=not no_autoattack, quick=quick)
+    try:
+        if json_path is not None and not json_path.parent.is_dir():
+            raise DeatError(f"--json {json_path}: there is no folder {json_path.parent} to write it into")
+        if not (evaluation or memory or overhead) and no_speed:
+            raise DeatError("--no-speed leaves nothing to measure; add --memory, --overhead or --eval")
+        parts = {"speed": not no_speed, "memory": memory, "overhead": overhead, "evaluation": evaluation}
+        results = measure(options, threads, [name for name, asked in parts.items() if asked])
+    except DeatError as error:
+        raise Refusal(str(error)) from None
+    if json_path is not None:
+        json_path.write_text(json.dumps(asdict(results), indent=2, default=str) + "\n", encoding="utf-8")
+    if any(each["equal"] and each["differing"] for each in results.evaluation):
+        raise click.ClickException("AutoAttack's verdicts are not RobustBench's")
+
+
+def measure(options: Options, threads: int | None, parts: list[str]) -> Results:
+    """Measures and prints what was asked for.
+
+    Raises:
+        DeatError: If a name is unknown or the device is not there.
+    """
+    import torch
+    from rich.console import Console
+
+    from benchmarks.problem import Environment
+    from deat_rb.engine import resolve_device, resolve_precision
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    device = resolve_device(options.device)
+    for precision in options.precisions:
+        resolve_precision(precision, device)
+    environment = Environment.of(device)
+    results = Results(asdict(environment), asdict(options))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    console.print(f"{environment.processor} ({environment.capability}), {environment.threads} threads, {device}")
+    console.print(", ".join(f"{name} {version}" for name, version in environment.versions.items()))
+    console.print(f"{options.arch}, batches of {options.batch_size}, {options.repeats} rounds\n")
+    progress = Progress()
+    for part in parts:
+        {"speed": _speed, "memory": _memory, "overhead": _overhead, "evaluation": _evaluation}[part](
+            options, device, results, console, progress
+        )
+    return results
+
+
+def _speed(options: Options, device: Any, results: Results, console: Console, progress: Progress) -> None:
+    from benchmarks import speed
+    from benchmarks.problem import Problem
+    from benchmarks.tables import faithful_table, speed_table
+
+    problem = Problem(options.arch, options.batch_size, device)
+    rows, faithful = [], []
+    for of_method, found in speed.measure(
+        problem,
+        speed.check_methods(options.methods),
+        options.precisions,
+        options.repeats,
+        with_targets=speed.targets_apply(options.arch, problem),
+        compiled=options.compiled,
+        notify=progress,
+    ):
+        rows += of_method
+        faithful += [found] if found else []
+    progress.done()
+    for precision in options.precisions:
+        console.print(speed_table([row for row in rows if row.precision == precision], precision))
+    if faithful:
+        console.print(faithful_table(faithful))
+    figures = ("milliseconds_per_image", "passes_per_second", "speedup", "of_limit")
+    results.speed = [asdict(row) | {name: getattr(row, name) for name in figures} for row in rows]
+    results.faithful = [asdict(each) | {"deviation": each.deviation} for each in faithful]
+
+
+def _memory(options: Options, device: Any, results: Results, console: Console, progress: Progress) -> None:
+    from benchmarks import memory
+    from benchmarks.speed import check_methods
+    from benchmarks.tables import memory_table
+
+    found = []
+    for method in check_methods(options.methods):
+        for precision in options.precisions:
+            progress(f"{method}: memory in {precision}")
+            found.append(
+                memory.measure(options.arch, options.batch_size, device, method, precision, compiled=options.compiled)
+            )
+    progress.done()
+    console.print(memory_table(found))
+    figures = ("of_limit", "growth_of_limit")
+    results.memory = [asdict(each) | {name: getattr(each, name) for name in figures} for each in found]
+
+
+def _overhead(options: Options, device: Any, results: Results, console: Console, progress: Progress) -> None:
+    from benchmarks import overhead
+    from benchmarks.problem import Problem
+    from benchmarks.speed import check_methods
+    from benchmarks.tables import overhead_table
+
+    problem = Problem(options.arch, options.batch_size, device)
+    found = [
+        each
+        for of_method in overhead.measure(
+            problem,
+            check_methods(options.methods),
+            options.precisions,
+            options.repeats,
+            compiled=options.compiled,
+            notify=progress,
+        )
+        for each in of_method
+    ]
+    progress.done()
+    console.print(overhead_table(found))
+    results.overhead = [asdict(each) | {"share": each.share} for each in found]
+
+
+def _evaluation(options: Options, device: Any, results: Results, console: Console, progress: Progress) -> None:
+    from benchmarks import evaluation
+    from benchmarks.tables import evaluation_table
+
+    epochs = 1 if options.quick else evaluation.EPOCHS
+    subject = evaluation.subject_of(options.run, options.images, str(device), epochs=epochs, notify=progress)
+    found = [
+        evaluation.against_torchattacks(
+            subject,
+            batch_size=options.batch_size,
+            repeats=options.repeats,
+            notify=lambda side: progress(f"PGD: {side}"),
+        )
+    ]
+    if options.autoattack:
+        found.append(
+            evaluation.against_robustbench(
+                subject, batch_size=options.batch_size, notify=lambda side: progress(f"AutoAttack: {side}")
+            )
+        )
+    progress.done()
+    console.print(f"Evaluated: {subject.source}")
+    console.print(evaluation_table(found))
+    results.evaluation = [asdict(each) | {"speedup": each.speedup} for each in found]
+
+
+if __name__ == "__main__":
+    main()

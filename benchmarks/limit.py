@@ -1,0 +1,117 @@
+"""The limit: the bare passes of the network that a method takes, in the best layout and precision, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from deat_rb.trainers import ReplayTrainer, Trainer
+
+Kind = Literal["forward", "input", "update", "replay"]
+GROUP: dict[Kind, str] = {"forward": "craft", "input": "craft", "update": "update", "replay": "replay"}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass through the network.
+
+    Attributes:
+        kind: ``forward`` without a gradient; ``input``: with the gradient of the images alone; ``update``: with those
+            of the parameters; ``replay``: with both.
+        rows: How many images take it.
+        training: The mode it runs in.
+    """
+
+    kind: Kind
+    rows: int
+    training: bool
+
+
+@contextmanager
+def observed(trainer: Trainer) -> Iterator[list[Pass]]:
+    """Notes the passes that a trainer's steps take meanwhile."""
+    passes: list[Pass] = []
+    with_gradient: Kind = "replay" if isinstance(trainer, ReplayTrainer) else "input"
+
+    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        images: Tensor = inputs[0]
+        kind: Kind = "update"
+        if not torch.is_grad_enabled():
+            kind = "forward"
+        elif images.requires_grad:
+            kind = with_gradient
+        passes.append(Pass(kind, len(images), module.training))
+
+    handle = trainer.model.register_forward_pre_hook(note)
+    try:
+        yield passes
+    finally:
+        handle.remove()
+
+
+class Limit:
+    """Takes given passes.
+
+    Args:
+        model: In channels_last, on the device.
+        passes: In their order; updates that follow each other go backward together, as those of TRADES and MART.
+        precision: fp32, bf16 or fp16.
+    """
+
+    def __init__(self, model: nn.Module, passes: list[Pass], precision: str) -> None:
+        self.model = model
+        self.passes = passes
+        self.dtype = DTYPES.get(precision)
+        self.parameters = list(model.parameters())
+
+    def __call__(self, images: Tensor) -> None:
+        """Takes all passes with the images (N, C, H, W), in channels_last."""
+        # A cast of a weight that a forward without a gradient leaves in autocast's cache would end others' gradients.
+        for group, passes in groupby(self.passes, key=lambda a_pass: GROUP[a_pass.kind]):
+            if group == "craft":
+                with self._autocast():
+                    for a_pass in passes:
+                        self._craft(a_pass, images)
+            else:
+                self._learn(list(passes), images)
+        self.model.train()
+
+    def _autocast(self) -> Any:
+        return nullcontext() if self.dtype is None else torch.autocast(self.parameters[0].device.type, self.dtype)
+
+    def _forward(self, a_pass: Pass, images: Tensor) -> Tensor:
+        if self.model.training != a_pass.training:
+            self.model.train(a_pass.training)
+        logits: Tensor = self.model(images)
+        return logits
+
+    def _craft(self, a_pass: Pass, images: Tensor) -> None:
+        images = images[: a_pass.rows].detach()
+        if a_pass.kind == "forward":
+            with torch.no_grad():
+                self._forward(a_pass, images)
+            return
+        images.requires_grad_()
+        logits = self._forward(a_pass, images)
+        torch.autograd.grad(logits, images, torch.ones_like(logits))
+
+    def _learn(self, passes: list[Pass], images: Tensor) -> None:
+        if passes[0].kind == "replay":
+            for a_pass in passes:
+                self._backward([a_pass], images.detach().requires_grad_())
+        else:
+            self._backward(passes, images)
+
+    def _backward(self, passes: list[Pass], images: Tensor) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+        with self._autocast():
+            logits = [self._forward(a_pass, images[: a_pass.rows]) for a_pass in passes]
+        torch.autograd.backward(logits, [torch.ones_like(each) for each in logits])

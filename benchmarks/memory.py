@@ -1,0 +1,121 @@
+"""Peak memory of a training step and of the bare passes, each in a process of its own, as a peak never falls."""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from benchmarks.limit import Pass
+from benchmarks.problem import Problem, Step, limit_side
+from benchmarks.timing import Side
+from deat_rb.engine import Engine
+
+MEMORY_TARGET = 1.05
+RUNS = 3
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peaks of one method in one precision, in bytes.
+
+    Attributes:
+        method: Its name.
+        precision: fp32, bf16 or fp16.
+        ours: Of the training step: the process's resident set or, on a GPU, what torch allocated.
+        ours_before: Before the first step, the network and torch itself included.
+        limit: Of the bare passes.
+        limit_before: Before the first of them.
+    """
+
+    method: str
+    precision: str
+    ours: int
+    ours_before: int
+    limit: int
+    limit_before: int
+
+    @property
+    def of_limit(self) -> float:
+        """The training step's peak in those of the bare passes."""
+        return self.ours / self.limit
+
+    @property
+    def growth_of_limit(self) -> float:
+        """The same of what the steps add to the memory before them."""
+        return (self.ours - self.ours_before) / max(self.limit - self.limit_before, 1)
+
+
+@dataclass(frozen=True)
+class _Job:
+    arch: str
+    batch_size: int
+    device: str
+    threads: int
+    method: str
+    precision: str
+    compiled: bool
+
+
+def measure(
+    arch: str, batch_size: int, device: torch.device, method: str, precision: str, *, compiled: bool = False
+) -> Memory:
+    """Measures one method: its step first, and then the passes that it was seen to take.
+
+    Args:
+        arch: As for `Problem`.
+        batch_size: N.
+        device: Where.
+        method: Its name.
+        precision: fp32, bf16 or fp16.
+        compiled: Whether `torch.compile` makes our passes.
+    """
+    job = _Job(arch, batch_size, str(device), torch.get_num_threads(), method, precision, compiled)
+    ours, ours_before, passes = _alone(job, None)
+    limit, limit_before, _ = _alone(job, passes)
+    return Memory(method, precision, ours, ours_before, limit, limit_before)
+
+
+def _alone(job: _Job, passes: list[Pass] | None) -> tuple[int, int, list[Pass]]:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_peak, job, passes).result()
+
+
+def _peak(job: _Job, passes: list[Pass] | None) -> tuple[int, int, list[Pass]]:
+    """Takes the passes or, where there are none, the method's steps; returns the peak, that before, and the passes."""
+    torch.set_num_threads(job.threads)
+    device = torch.device(job.device)
+    problem = Problem(job.arch, job.batch_size, device)
+    if passes is not None:
+        with Step(problem, job.method, job.precision):
+            pass  # that both processes have imported the same
+        before, after = _around(limit_side(problem, passes, job.precision), device)
+        return after, before, passes
+    with Step(problem, job.method, job.precision, compiled=job.compiled) as step:
+        before, after = _around(step.side(), device)
+        return after, before, step.passes()
+
+
+def _around(side: Side, device: torch.device) -> tuple[int, int]:
+    before = peak(device)
+    for _ in range(RUNS):
+        side.prepare()
+        side.run()
+    return before, peak(device)
+
+
+def peak(device: torch.device) -> int:
+    """This process's peak so far, in bytes.
+
+    On Linux ``getrusage`` begins with the peak of the process that started this one; ``VmHWM`` does not.
+    """
+    status = Path("/proc/self/status")
+    if device.type == "cpu" and sys.platform == "linux":
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    return Engine(device).peak_memory()

@@ -1,0 +1,123 @@
+"""What a training step pays for shuffling, augmentation and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.problem import LR, Problem, Step
+from benchmarks.timing import Notify, Side, alternate, device_clock, ratio
+from deat_rb import randomness
+from deat_rb.data import Batches, ImageSet
+from deat_rb.stats import BatchStats, EpochSums
+from deat_rb.trainers import set_rate
+
+OVERHEAD_TARGET = 0.03
+BATCHES = 8
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """One method in one precision.
+
+    Attributes:
+        method: Its name.
+        precision: fp32, bf16 or fp16.
+        beside: Seconds per batch of what is beside crafting and learning, by round.
+        step: Of the whole training step, by round.
+    """
+
+    method: str
+    precision: str
+    beside: list[float]
+    step: list[float]
+
+    @property
+    def share(self) -> float:
+        """Of a step with its loading: the median of the rounds' shares."""
+        return ratio(self.beside, [beside + step for beside, step in zip(self.beside, self.step, strict=True)])
+
+
+def measure(
+    problem: Problem,
+    methods: Sequence[str],
+    precisions: Sequence[str],
+    repeats: int,
+    *,
+    compiled: bool = False,
+    notify: Notify = lambda side: None,
+) -> Iterator[list[Overhead]]:
+    """Measures method after method, what is beside the step in turn with the step.
+
+    Args:
+        problem: The network and the batch.
+        methods: Their names.
+        precisions: fp32, bf16, fp16.
+        repeats: Rounds.
+        compiled: Whether `torch.compile` makes the passes.
+        notify: Is told what is about to run.
+    """
+    beside = Beside(problem)
+    for method in methods:
+        notify(f"{method}: overhead")
+        with ExitStack() as prepared:
+            steps = {
+                name: prepared.enter_context(Step(problem, method, name, compiled=compiled)) for name in precisions
+            }
+            sides = {"beside": Side(beside.run)} | {name: step.side() for name, step in steps.items()}
+            times = alternate(sides, repeats, clock=device_clock(problem.device))
+        yield [
+            Overhead(method, name, [seconds / BATCHES for seconds in times["beside"]], times[name])
+            for name in precisions
+        ]
+
+
+class Beside:
+    """Loading of some shuffled and augmented batches, and of each what is done for the metrics alone.
+
+    Args:
+        problem: Whose images' shape and device it takes.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        images, labels = problem.images, problem.labels
+        count = BATCHES * len(images)
+        pixels = torch.randint(0, 256, (count, *images.shape[1:]), dtype=torch.uint8)
+        truth = labels.cpu().repeat(BATCHES)
+        self.batches = Batches(
+            ImageSet(pixels, truth),
+            len(images),
+            shuffle=True,
+            augment=True,
+            device=problem.device,
+            memory_format=torch.channels_last,
+        )
+        self.logits = problem.model(images).detach()
+        self.losses = torch.rand(len(images), device=problem.device)
+        self.gradient = torch.rand_like(images)
+        self.optimizer = torch.optim.SGD(problem.model.parameters(), lr=LR)
+
+    def run(self) -> None:
+        """An epoch of them."""
+        sums = EpochSums()
+        for number, (images, labels) in enumerate(self.batches):
+            set_rate(self.optimizer, LR)
+            randomness.seed_global(0, "batch", 1, number)
+            sums.add(self._metrics(images, labels))
+        sums.read()
+
+    def _metrics(self, images: Tensor, labels: Tensor) -> BatchStats:
+        return BatchStats(
+            examples=len(images),
+            loss=self.losses.sum(),
+            correct=(self.logits.argmax(dim=1) == labels).sum(),
+            l_x=self.gradient.abs().sum(),
+            forwards=1,
+            backwards=1,
+            updates=1,
+            image_size=images[0].numel(),
+        )

@@ -1,0 +1,197 @@
+"""What all measurements are about: a network, a batch, and a method of training as `deat_rb.fit` runs it."""
+
+from __future__ import annotations
+
+import copy
+import platform
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.limit import Limit, Pass, observed
+from benchmarks.published import PublishedLoop
+from benchmarks.timing import Side
+from deat_rb import build_model, create, randomness
+from deat_rb.engine import Engine, resolve_precision
+from deat_rb.errors import DeatError
+from deat_rb.schedules import Constant
+from deat_rb.stats import EpochSums
+from deat_rb.trainers import ReplayTrainer, Trainer, set_rate
+
+LR = 0.01
+REPLAYS = 4
+"""Of the methods whose replays grow."""
+
+
+class Problem:
+    """A network with fresh weights and a batch of random images, half of which it classifies correctly.
+
+    Half correct is how training finds them on the way; friendly crafting's cost depends on it.
+
+    Args:
+        arch: As for `deat_rb.build_model`, with CIFAR-10's images and classes.
+        batch_size: N.
+        device: Where.
+
+    Attributes:
+        model: The network, contiguous (NCHW), in train mode.
+        images: (N, C, H, W) in [0, 1], contiguous.
+        labels: (N,).
+
+    Raises:
+        DeatError: The architecture does not exist, or the batch is too small for BatchNorm.
+    """
+
+    def __init__(self, arch: str, batch_size: int, device: torch.device) -> None:
+        if batch_size < 2:
+            raise DeatError(f"--batch-size {batch_size} is too small for BatchNorm; give 2 or more")
+        self.device = device
+        with randomness.preserved():
+            torch.manual_seed(0)
+            self.model = build_model(arch, dataset="cifar10").to(device).eval()
+            self.images = torch.rand(batch_size, 3, 32, 32).to(device)
+        with torch.no_grad():
+            logits = self.model(self.images)
+        wrong = torch.arange(batch_size, device=device) % 2
+        self.labels = (logits.argmax(dim=1) + wrong) % logits.shape[1]
+        self.model.train()
+
+    def copy(self) -> nn.Module:
+        """The network again."""
+        return copy.deepcopy(self.model)
+
+
+class Step:
+    """A method's training step, with its steps fixed; its figures are taken as in `deat_rb.fit`.
+
+    Args:
+        problem: The network and the batch.
+        method: Its name.
+        precision: fp32, bf16 or fp16.
+        compiled: Whether `torch.compile` makes the passes.
+
+    Use it as a context manager: within, the network is prepared.
+    """
+
+    def __init__(self, problem: Problem, method: str, precision: str, *, compiled: bool = False) -> None:
+        self.problem = problem
+        self.trainer = create(method, problem.copy())
+        fix_steps(self.trainer)
+        self.engine = Engine(problem.device, resolve_precision(precision, problem.device), compiled=compiled)
+        self.sums = EpochSums()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Step:
+        self._stack.enter_context(self.engine.prepared(self.trainer.model))
+        self.trainer.set_device(self.problem.device)
+        self.optimizer = self.engine.sgd(self.trainer.model.parameters(), lr=LR, momentum=0.9, weight_decay=5e-4)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def run(self) -> None:
+        """One step."""
+        images, labels = self.engine.receive(self.problem.images, self.problem.labels)
+        set_rate(self.optimizer, LR)
+        randomness.seed_global(0, "batch", 1, 0)
+        self.sums.add(self.trainer.training_step(images, labels, self.optimizer, self.engine))
+
+    def passes(self) -> list[Pass]:
+        """The passes that a step takes, observed."""
+        restore(self.trainer.model, self.problem)
+        with observed(self.trainer) as passes:
+            self.run()
+        return passes
+
+    def side(self) -> Side:
+        """What is timed; every time from the same weights."""
+        return Side(self.run, lambda: restore(self.trainer.model, self.problem))
+
+
+def fix_steps(trainer: Trainer) -> None:
+    """Sets the steps of a schedule that raises them: four replays, or all steps of the method's own plain form."""
+    if isinstance(trainer.schedule, Constant):
+        return
+    bound = trainer.schedule.max_steps
+    trainer.steps = REPLAYS if isinstance(trainer, ReplayTrainer) or bound is None else bound
+
+
+def restore(model: nn.Module, problem: Problem) -> None:
+    """Gives a copy of the network its first weights back."""
+    model.load_state_dict(problem.model.state_dict())
+
+
+def published_side(problem: Problem, method: str, trainer: Trainer, steps: int | None = None) -> Side:
+    """(a): the published loop with a trainer's eps, step size and steps."""
+    model = problem.copy()
+    count = trainer.steps if steps is None else steps
+    loop = PublishedLoop(method, model, eps=trainer.eps, alpha=trainer.alpha or trainer.eps, steps=count, lr=LR)
+
+    def run() -> None:
+        randomness.seed_global(0, "batch", 1, 0)
+        loop(problem.images, problem.labels)
+
+    return Side(run, lambda: restore(model, problem))
+
+
+def limit_side(problem: Problem, passes: list[Pass], precision: str) -> Side:
+    """(b): the bare passes in channels_last."""
+    model = problem.copy().to(memory_format=torch.channels_last)
+    limit = Limit(model, passes, precision)
+    images = problem.images.contiguous(memory_format=torch.channels_last)
+    return Side(lambda: limit(images), lambda: restore(model, problem))
+
+
+def full_pass_side(problem: Problem) -> Side:
+    """One forward and one backward with all gradients, in float32 and contiguous."""
+    model = problem.copy()
+
+    def run() -> None:
+        for parameter in model.parameters():
+            parameter.grad = None
+        images = problem.images.detach().requires_grad_()
+        logits: Tensor = model(images)
+        nn.functional.cross_entropy(logits, problem.labels).backward()
+
+    return Side(run, lambda: restore(model, problem))
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where it was measured.
+
+    Attributes:
+        processor: Of the computer, or the GPU.
+        capability: The vector instructions that torch uses, or the GPU's compute capability.
+        threads: Of torch.
+        versions: Of what matters.
+    """
+
+    processor: str
+    capability: str
+    threads: int
+    versions: dict[str, str]
+
+    @classmethod
+    def of(cls, device: torch.device) -> Environment:
+        """Looks around."""
+        names = ("deat-rb", "torch", "torchattacks", "robustbench", "pyautoattack")
+        versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+        if device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(device)
+            return cls(torch.cuda.get_device_name(device), f"{major}.{minor}", torch.get_num_threads(), versions)
+        return cls(_processor(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), versions)
+
+
+def _processor() -> str:
+    listed = Path("/proc/cpuinfo")
+    if listed.exists():
+        for line in listed.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,137 @@
+"""The measurements as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+
+from rich import box
+from rich.table import Table
+
+from benchmarks.evaluation import Comparison
+from benchmarks.memory import MEMORY_TARGET, Memory
+from benchmarks.overhead import OVERHEAD_TARGET, Overhead
+from benchmarks.speed import FAITHFUL, LIMIT_TARGET, Faithful, Row
+
+
+def at_least(value: float, target: float | None) -> str:
+    """A figure and whether it reaches its target."""
+    if target is None:
+        return f"{value:.2f}"
+    return f"{value:.2f} ({'met' if value >= target else 'missed'}: {target:g})"
+
+
+def at_most(value: float, target: float) -> str:
+    """A figure and whether it stays under its target."""
+    return f"{value:.3f} ({'met' if value <= target else 'missed'}: {target:g})"
+
+
+def speed_table(rows: Sequence[Row], precision: str) -> Table:
+    """All methods in one precision."""
+    table = _table(
+        f"Training steps in {precision}, seconds per batch of {rows[0].batch_size if rows else 0}",
+        "method", "steps", "passes", "(a) published", "ours", "(b) bare passes", "ms/image", "passes/s",
+        "times (a)", "of (b)",
+    )  # fmt: skip
+    for row in rows:
+        table.add_row(
+            row.method,
+            str(row.steps),
+            f"{row.passes:.2f}",
+            f"{median(row.published):.3f}",
+            f"{median(row.ours):.3f}",
+            f"{median(row.limit):.3f}",
+            f"{row.milliseconds_per_image:.2f}",
+            f"{row.passes_per_second:.2f}",
+            at_least(row.speedup, row.target),
+            at_least(row.of_limit, LIMIT_TARGET),
+        )
+    return table
+
+
+def faithful_table(found: Sequence[Faithful]) -> Table:
+    """Whether the published loops cost what the authors' scripts cost."""
+    table = _table(
+        "(a) beside the authors' scripts, each in its own full passes (NCHW, fp32)",
+        "method", "steps", "(a)", "script", "deviation",
+    )  # fmt: skip
+    for each in found:
+        verdict = "met" if abs(each.deviation) <= FAITHFUL else "missed"
+        table.add_row(
+            each.method,
+            str(each.steps),
+            f"{each.loop:.2f}",
+            f"{each.script:.2f}",
+            f"{each.deviation:+.1%} ({verdict}: {FAITHFUL:.0%})",
+        )
+    return table
+
+
+def memory_table(found: Sequence[Memory]) -> Table:
+    """Peak memory beside that of the bare passes."""
+    table = _table(
+        "Peak memory, MiB",
+        "method",
+        "precision",
+        "ours",
+        "(b) bare passes",
+        "of (b)",
+        "of (b), without what was before",
+    )
+    for each in found:
+        table.add_row(
+            each.method,
+            each.precision,
+            f"{each.ours / 2**20:.0f}",
+            f"{each.limit / 2**20:.0f}",
+            at_most(each.of_limit, MEMORY_TARGET),
+            f"{each.growth_of_limit:.3f}",
+        )
+    return table
+
+
+def overhead_table(found: Sequence[Overhead]) -> Table:
+    """Shuffling, augmentation and metrics as a share of a step."""
+    table = _table(
+        "Shuffling, augmentation and metrics, milliseconds per batch",
+        "method", "precision", "beside the step", "step", "share",
+    )  # fmt: skip
+    for each in found:
+        table.add_row(
+            each.method,
+            each.precision,
+            f"{1000 * median(each.beside):.1f}",
+            f"{1000 * median(each.step):.1f}",
+            at_most(each.share, OVERHEAD_TARGET),
+        )
+    return table
+
+
+def evaluation_table(found: Sequence[Comparison]) -> Table:
+    """Attacks beside others' implementations."""
+    table = _table(
+        "Evaluation, seconds",
+        "attack", "images", "eps", "beside", "theirs", "ours", "times theirs", "robust: theirs", "ours", "verdicts",
+    )  # fmt: skip
+    for each in found:
+        verdicts = f"{each.differing} differ" if each.differing else "equal"
+        table.add_row(
+            each.attack,
+            str(each.examples),
+            f"{each.eps:.4g}",
+            each.against,
+            f"{median(each.theirs):.2f}",
+            f"{median(each.ours):.2f}",
+            at_least(each.speedup, each.target),
+            f"{each.theirs_accuracy:.1%}",
+            f"{each.ours_accuracy:.1%}",
+            verdicts if each.equal else f"{verdicts} (other starts)",
+        )
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    return table
