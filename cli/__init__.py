@@ -17,6 +17,8 @@ from deat_rb.errors import DeatError, Interrupted, nearest
 COMMANDS = {
     "train": ("train", "Train a network by one of the methods."),
     "eval": ("evaluate", "Attack a trained network and report its robust accuracy."),
+    "compare": ("compare", "Put evaluations side by side, and test whether they differ."),
+    "predict": ("predict", "Say what a trained network takes images for."),
     "export": ("export", "Write a run in RobustBench's form."),
     "methods": ("methods", "List the methods, or explain one."),
 }

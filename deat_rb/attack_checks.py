@@ -1,0 +1,234 @@
+"""Checks of what the attacks found: against the stored images, against each other and against what must be."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+
+from deat_rb.case import EXAMPLES, Case, Outcome, at_least_one, concluded, graded, percent, size
+from deat_rb.suspect import margins
+
+ROUNDING = 1e-6
+
+
+def admissible(case: Case) -> Outcome | None:
+    """The adversarial images are in the threat model."""
+    if not case.report.adversarial:
+        return None
+    excess, outside, total = 0.0, 0, 0
+    for adv in case.report.adversarial.values():
+        too_far = case.suspect.distances(adv, case.images.to(adv)) - case.suspect.eps
+        too_bright = (adv.flatten(1) - 0.5).abs().amax(dim=1) - 0.5
+        over = torch.maximum(too_far, too_bright).nan_to_num(nan=1.0, posinf=1.0).clamp(0, 1)
+        excess = max(excess, float(over.max()))
+        outside += int((over > ROUNDING).sum())
+        total += len(adv)
+    return concluded(
+        "fail" if outside else "pass",
+        excess,
+        f"{outside} of {total} adversarial images are not finite, not in [0, 1] or over eps + 1e-6 away (eps is "
+        f"exceeded by {excess:.1g} at most)",
+        "what they break does not count",
+    )
+
+
+def verified(case: Case) -> Outcome | None:
+    """The stored images have the verdicts that were counted."""
+    differing = total = 0
+    for name in case.report.adversarial.keys() & case.report.verdicts.keys():
+        adv, correct = case.report.adversarial[name], case.report.verdicts[name]
+        count = len(adv) if case.level == "full" else min(len(adv), EXAMPLES[case.level])
+        logits = case.suspect.logits(adv[:count].to(case.suspect.images))
+        ahead = margins(logits, case.labels[:count].to(logits.device))
+        # At the boundary another batch, which rounds differently, may rightly give the other verdict.
+        clear = ahead.abs() > 1e-4 * size(logits)
+        differing += int((((ahead > 0) != correct[:count].to(ahead.device)) & clear).sum())
+        total += count
+    if not total:
+        return None
+    share = 100 * differing / total
+    return concluded(
+        graded(share, 0, 0.2),
+        share,
+        f"{differing} of {total} verdicts ({share:.1f} %) are not the model's on the stored images",
+        "the predictions that were counted cannot be had again",
+    )
+
+
+def zero_is_clean(case: Case) -> Outcome:
+    """An attack with eps = 0 breaks nothing."""
+    suspect = case.suspect
+    everyone = torch.arange(len(suspect.images), device=suspect.labels.device)
+    points = [percent(suspect.clean_correct) - percent(~suspect.pgd(everyone, eps=0.0, steps=1))]
+    natural = case.report.results["natural"].accuracy
+    points += [100 * (natural - point.worst_case) for point in case.report.curve if point.eps == 0]
+    largest = max(points, key=abs)
+    return concluded(
+        "fail" if abs(largest) > at_least_one(0, len(everyone)) else "pass",
+        largest,
+        f"An attack with eps = 0 takes {largest:.1f} points off the clean accuracy",
+        "where nothing is perturbed something else decides, such as chance",
+    )
+
+
+def clean_highest(case: Case) -> Outcome:
+    """No attack helps."""
+    results = case.report.results
+    gain = 100 * (max(result.accuracy for result in results.values()) - results["natural"].accuracy)
+    return concluded(
+        graded(gain, 0, 0),
+        gain,
+        f"The highest accuracy under an attack is {gain:.1f} points above that without",
+        "an attack that makes more correct is none",
+    )
+
+
+def noise_below_fgsm(case: Case) -> Outcome | None:
+    """A step along the gradient does more than one at random."""
+    suspect = case.suspect
+    if suspect.gradient is None:
+        return None
+    kinds = ("uniform", "gaussian")
+    lowest = min(percent(suspect.clean_correct & suspect.correct(suspect.noisy(kind))) for kind in kinds)
+    lead = percent(case.after_fgsm) - lowest
+    return concluded(
+        graded(lead, at_least_one(0.5, len(suspect.images)), 5),
+        lead,
+        f"FGSM leaves {lead:+z.1f} points compared with noise of the same size",
+        "a step along the gradient ought to do more than one at random, so the gradient is of little use",
+    )
+
+
+def pgd_below_fgsm(case: Case) -> Outcome | None:
+    """Many steps do more than one."""
+    results, (name, steps) = case.report.results, case.pgd
+    if name and "fgsm" in results:
+        above, count = 100 * (results[name].accuracy - results["fgsm"].accuracy), case.report.n_examples
+    elif case.attacks_allowed:
+        name, count = f"pgd-{steps}", len(case.suspect.images)
+        above = case.pgd_leaves(eps=case.suspect.eps, steps=steps, count=count) - percent(case.after_fgsm)
+    else:
+        return None
+    return concluded(
+        graded(above, at_least_one(0.5, count), 2),
+        above,
+        f"{name} leaves {above:+z.1f} points compared with FGSM",
+        "many small steps ought to do more than one large one, unless the gradient misleads",
+    )
+
+
+def converged(case: Case) -> Outcome | None:
+    """Twice the steps from another start change little."""
+    name, steps = case.pgd
+    if not case.attacks_allowed:
+        return None
+    suspect, left = case.suspect, case.standing
+    if name in case.report.verdicts:
+        left = left[case.report.verdicts[name].to(left.device)[left]]
+    else:
+        left = left[~suspect.pgd(left, eps=suspect.eps, steps=steps)]
+    broken = suspect.pgd(left, eps=suspect.eps, steps=2 * steps, start="second start")
+    points = 100 * int(broken.sum()) / len(suspect.images)
+    return concluded(
+        graded(points, at_least_one(0.5, len(suspect.images)), 5),
+        points,
+        f"PGD with {2 * steps} steps from another start breaks {points:.1f} points more than with {steps}",
+        "the attack has not converged, so give it more steps and starts",
+    )
+
+
+def falls_with_eps(case: Case) -> Outcome | None:
+    """A larger eps leaves less."""
+    eps, count = case.suspect.eps, case.few
+    if len(case.report.curve) > 1:
+        count = case.report.n_examples
+        accuracies = {point.eps: 100 * point.worst_case for point in case.report.curve}
+    elif case.attacks_allowed and eps > 0:
+        radii = (eps / 4, eps / 2, eps, 2 * eps)
+        accuracies = {radius: case.pgd_leaves(eps=radius, steps=10, count=count) for radius in radii}
+    else:
+        return None
+    ordered = [accuracies[radius] for radius in sorted(accuracies)]
+    rise = max(later - earlier for earlier, later in itertools.pairwise(ordered))
+    return concluded(
+        graded(rise, at_least_one(0.5, count), 5),
+        rise,
+        f"From one eps to the next larger one accuracy changes by {rise:+z.1f} points at most",
+        "the larger ball holds all images of the smaller one, so the attack gets lost in it",
+    )
+
+
+def chance_at_half(case: Case) -> Outcome | None:
+    """At eps = 1/2, where every image can be turned grey, nothing but chance is left."""
+    suspect, count = case.suspect, case.few
+    if suspect.gradient is None:
+        return None
+    commonest = float(suspect.labels[:count].bincount().max()) / count
+    chance = max(1 / suspect.clean.shape[1], commonest)
+    bound = 100 * (chance + 2 * math.sqrt(chance * (1 - chance) / count))
+    half = 0.5 if suspect.norm == "Linf" else 0.5 * math.sqrt(suspect.images[0].numel())
+    left = case.pgd_leaves(eps=half, steps=10, count=count)
+    return concluded(
+        graded(left, bound, bound + 20),
+        left,
+        f"At eps = 1/2, which turns every image grey, PGD-10 leaves {left:.1f} %, where chance is {100 * chance:.1f} %",
+        "the gradients lead nowhere",
+    )
+
+
+def square_no_better(case: Case) -> Outcome | None:
+    """An attack without gradients finds next to nothing that white-box attacks do not."""
+    verdicts = case.report.verdicts
+    if "square" in verdicts and case.white_box:
+        count = case.report.n_examples
+        beaten = 100 * int((torch.stack(list(case.white_box.values())).all(dim=0) & ~verdicts["square"]).sum()) / count
+    elif case.level == "full":
+        count = case.few
+        beaten = 100 * case.squared / count
+    else:
+        return None
+    return concluded(
+        graded(beaten, at_least_one(0.2, count), at_least_one(2, count)),
+        beaten,
+        f"Square, which sees no gradient, breaks {beaten:.1f} points that white-box attacks leave",
+        "gradients are masked, and the white-box figures are too high",
+    )
+
+
+def autoattack_lowest(case: Case) -> Outcome | None:
+    """AutoAttack leaves no more than any other attack."""
+    results = case.report.results
+    suites = [result.accuracy for name, result in results.items() if name.startswith("autoattack")]
+    others = {name: result.accuracy for name, result in results.items() if not name.startswith("autoattack")}
+    if not suites or len(others) < 2:
+        return None
+    strongest = min(others, key=lambda name: others[name])
+    above = 100 * (min(suites) - others[strongest])
+    return concluded(
+        graded(above, at_least_one(0.5, case.report.n_examples), 2),
+        above,
+        f"AutoAttack leaves {above:+z.1f} points compared with {strongest}, the strongest of the others",
+        "the ensemble is weaker than one attack, so its figure is too high",
+    )
+
+
+def pgd_near_autoattack(case: Case) -> Outcome | None:
+    """PGD is not far above AutoAttack, or above what stands for it."""
+    results, (name, steps) = case.report.results, case.pgd
+    suites = [result.accuracy for key, result in results.items() if key.startswith("autoattack")]
+    if suites and name and steps >= 20:
+        gap, rival = 100 * (results[name].accuracy - min(suites)), "AutoAttack"
+    elif case.attacks_allowed:
+        name, rival, count = "pgd-50", "PGD on the margin and Square", case.few
+        strongest = 100 * (len(case.survivors) - case.squared) / count
+        gap = case.pgd_leaves(eps=case.suspect.eps, steps=50, count=count) - strongest
+    else:
+        return None
+    return concluded(
+        graded(gap, 8, 16),
+        gap,
+        f"{name} leaves {gap:+z.1f} points compared with {rival}",
+        "up to 8 are usual, more come of masked gradients, and PGD's figure then says little",
+    )

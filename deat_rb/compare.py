@@ -1,0 +1,203 @@
+"""Evaluations of the same examples beside each other, and whether they differ by more than chance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import comb
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from deat_rb.errors import DeatError
+from deat_rb.report import Report, worst_of
+from deat_rb.threat import format_fraction
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+WORST_CASE = "worst case"
+SAME = {"norm": "norm", "eps": "eps", "n_examples": "number of examples", "num_classes": "number of classes"}
+
+
+class Difference(BaseModel):
+    """Two evaluations under one attack, example by example.
+
+    Attributes:
+        attack: Its name, or ``worst case``: of all attacks that all compared evaluations have.
+        first: The evaluation that is compared with.
+        second: The other one.
+        n_examples: N.
+        points: By how many percentage points ``second`` is more accurate.
+        only_first: Examples that are correct in ``first`` alone.
+        only_second: Examples that are correct in ``second`` alone.
+        p_value: McNemar's, exact and two-sided.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    attack: str
+    first: str
+    second: str
+    n_examples: int
+    points: float
+    only_first: int
+    only_second: int
+    p_value: float
+
+
+class Comparison(BaseModel):
+    """Several evaluations of the same examples.
+
+    Attributes:
+        norm: Of all of them.
+        eps: Likewise.
+        n_examples: Likewise.
+        accuracy: By evaluation and attack, in [0, 1]; ``worst case`` is of the attacks that all of them have.
+        differences: Of every further evaluation from the first one, by attack.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    norm: str
+    eps: float
+    n_examples: int
+    accuracy: dict[str, dict[str, float]]
+    differences: tuple[Difference, ...]
+
+    def table(self) -> Table:
+        """Lays the accuracies out side by side."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(title=f"accuracy on {self.n_examples} images, {self.norm}, eps {format_fraction(self.eps)}")
+        table.add_column("attack")
+        for name in self.accuracy:
+            table.add_column(escape(name), justify="right")
+        attacks = dict.fromkeys(attack for accuracies in self.accuracy.values() for attack in accuracies)
+        for attack in sorted(attacks, key=lambda each: each == WORST_CASE):
+            shares = (accuracies.get(attack) for accuracies in self.accuracy.values())
+            table.add_row(escape(attack), *("-" if share is None else f"{100 * share:.2f} %" for share in shares))
+        return table
+
+    def difference_table(self) -> Table:
+        """Lays the differences out, with their p-values."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(title=f"paired differences from {escape(self.differences[0].first)} (McNemar, exact)")
+        table.add_column("run")
+        table.add_column("attack")
+        for column in ("difference", "alone", "first alone", "p"):
+            table.add_column(column, justify="right")
+        for each in self.differences:
+            table.add_row(escape(each.second), escape(each.attack), f"{each.points:+.2f} points", str(each.only_second),
+                          str(each.only_first), f"{each.p_value:.2g}")  # fmt: skip
+        return table
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """McNemar's exact two-sided test: how likely so uneven a division is if either side is equally likely.
+
+    Args:
+        only_first: Examples that are correct in the first evaluation alone.
+        only_second: Examples that are correct in the second alone.
+
+    Returns:
+        The p-value: twice the lower tail of the binomial distribution with p = 1/2, at most 1.
+    """
+    total = only_first + only_second
+    tail = sum(comb(total, count) for count in range(min(only_first, only_second) + 1))
+    return min(1.0, 2 * tail / (1 << total))
+
+
+def compare(reports: Sequence[tuple[str, Report]]) -> Comparison:
+    """Compares evaluations of the same examples, each with the first.
+
+    Args:
+        reports: Two or more, with what to call them; their verdicts are needed.
+
+    Raises:
+        DeatError: If they are not of the same examples within the same radius, or verdicts are missing.
+    """
+    if len(reports) < 2:
+        raise DeatError(f"{len(reports)} evaluation cannot be compared; give two or more")
+    names = _names([name for name, _ in reports])
+    first = reports[0][1]
+    for name, (_, report) in zip(names, reports, strict=True):
+        if not report.verdicts:
+            raise DeatError(f"{name} has no verdicts on its examples beside its eval.json; evaluate it again")
+        _check_same(names[0], first, name, report)
+    shared = [attack for attack in first.results if all(attack in report.results for _, report in reports)]
+    verdicts = {
+        name: _with_worst({attack: report.verdicts[attack] for attack in shared})
+        for name, (_, report) in zip(names, reports, strict=True)
+    }
+    accuracy = {
+        name: {attack: result.accuracy for attack, result in report.results.items()}
+        | {attack: float(correct.float().mean()) for attack, correct in verdicts[name].items() if attack == WORST_CASE}
+        for name, (_, report) in zip(names, reports, strict=True)
+    }
+    differences = [
+        _difference(attack, names[0], verdicts[names[0]][attack], name, correct)
+        for name in names[1:]
+        for attack, correct in verdicts[name].items()
+    ]
+    return Comparison(norm=first.norm, eps=first.eps, n_examples=first.n_examples, accuracy=accuracy,
+                      differences=tuple(differences))  # fmt: skip
+
+
+def load_reports(paths: Sequence[str | Path]) -> list[tuple[str, Report]]:
+    """Reads the reports of run directories or ``.json`` files, each with what to call it.
+
+    Raises:
+        DeatError: If there is none, or it is damaged.
+    """
+    reports = []
+    for path in map(Path, paths):
+        if path.is_dir() and not (path / "eval.json").is_file():
+            raise DeatError(f"{path} has not been evaluated: run deat-rb eval {path} first")
+        report = Report.load(path)
+        reports.append((str(path) if path.suffix == ".json" else path.absolute().name, report))
+    return reports
+
+
+def _names(names: Sequence[str]) -> list[str]:
+    """Makes names differ: the second ``a`` becomes ``a (2)``."""
+    return [f"{name} ({names[:place].count(name) + 1})" if name in names[:place] else name
+            for place, name in enumerate(names)]  # fmt: skip
+
+
+def _check_same(first_name: str, first: Report, name: str, report: Report) -> None:
+    for field, what in SAME.items():
+        if getattr(first, field) != getattr(report, field):
+            raise DeatError(
+                f"{first_name} and {name} cannot be compared: their {what} is {getattr(first, field)} and "
+                f"{getattr(report, field)}; evaluate them alike"
+            )
+    known = [(each.examples_sha256, each.provenance.get("data_sha256", "")) for each in (first, report)]
+    for one, other in zip(*known, strict=True):
+        if one and other:
+            if one != other:
+                raise DeatError(f"{first_name} and {name} cannot be compared: they were evaluated on different images")
+            return
+    raise DeatError(f"{first_name} and {name} do not both say on which images they were evaluated; evaluate them again")
+
+
+def _with_worst(verdicts: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**verdicts, WORST_CASE: worst_of(verdicts)} if len(verdicts) > 2 else verdicts
+
+
+def _difference(attack: str, first_name: str, first: Tensor, name: str, correct: Tensor) -> Difference:
+    only_first, only_second = int((first & ~correct).sum()), int((correct & ~first).sum())
+    return Difference(
+        attack=attack,
+        first=first_name,
+        second=name,
+        n_examples=len(correct),
+        points=100 * (only_second - only_first) / len(correct),
+        only_first=only_first,
+        only_second=only_second,
+        p_value=mcnemar(only_first, only_second),
+    )

@@ -1,0 +1,195 @@
+"""Checks of the model and of the images it is given."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from deat_rb.case import Case, Outcome, at_least_one, concluded, deviation, graded, percent, size
+from deat_rb.files import sha256_tensors
+from deat_rb.suspect import margins
+
+ROUNDING = 1e-6
+LOST_TO_FLOAT32 = 24 * math.log(2)
+"""A margin at which 1 - p rounds to 0 in float32, and the true class leaves the cross-entropy's gradient."""
+
+
+def eval_mode(case: Case) -> Outcome:
+    """Every module heeds eval()."""
+    training = [name or type(module).__name__ for name, module in case.model.named_modules() if module.training]
+    return concluded(
+        "fail" if training else "pass",
+        float(len(training)),
+        f"{len(training)} modules are in train mode after eval()",
+        f"{', '.join(training[:1])} for one, so that dropout or BatchNorm is not what it is at test time, and no "
+        "figure is the network's own",
+    )
+
+
+def unchanged(case: Case) -> Outcome:
+    """No weight or buffer is another than during the evaluation."""
+    now = case.model.state_dict()
+    changed = [name for name, old in case.before.items() if not torch.equal(old, now[name])]
+    recorded = case.report.model_sha256
+    if not changed and recorded and recorded != sha256_tensors(case.before):
+        return "fail", None, "The weights and buffers are not those that the report was made with."
+    return concluded(
+        "fail" if changed else "pass",
+        float(len(changed)),
+        f"{len(changed)} weights or buffers change when the model is called",
+        f"{', '.join(changed[:1])} for one, so that every attack met another network",
+    )
+
+
+def deterministic(case: Case) -> Outcome:
+    """The same images have the same logits, asked for a gradient or not."""
+    differing = case.wavering
+    return concluded(
+        graded(differing, 0.1, 1),
+        differing,
+        f"Two passes over the same images, one of them for a gradient, differ by {differing:.2g} % of the logits' size",
+        "the network draws at random or looks whether it is attacked, and attacks that do not average over its draws "
+        "overstate its robustness",
+    )
+
+
+def independent(case: Case) -> Outcome | None:
+    """An image's logits do not depend on its batch."""
+    suspect = case.suspect
+    if case.wavering > 1:
+        return None
+    halves = suspect.images.split(max(1, len(suspect.images) // 2))
+    differing = deviation(suspect.clean, torch.cat([suspect.logits(half.flip(0)).flip(0) for half in halves]))
+    return concluded(
+        graded(differing, 0.1, 1),
+        differing,
+        f"In other batches the logits differ by {differing:.2g} % of their size",
+        "what an image is taken for depends on those beside it, as with BatchNorm on batch statistics, and the "
+        "verdicts hold for these batches only",
+    )
+
+
+def in_range(case: Case) -> Outcome:
+    """The images are in [0, 1], and fill it."""
+    low, high = (float(bound) for bound in case.images.aminmax())
+    outside, span = max(0.0, -low, high - 1), high - low
+    if outside <= ROUNDING and span < 0.1:
+        return (
+            "warn",
+            span,
+            (f"The images span {span:.3g} of [0, 1], as after a second division by 255: eps is large beside that."),
+        )
+    return concluded(
+        graded(outside, ROUNDING, ROUNDING),
+        outside,
+        f"The images go from {low:.3g} to {high:.3g}, {outside:.1g} outside of [0, 1]",
+        "eps, which is in units of [0, 1], means something else there",
+    )
+
+
+def normalised_inside(case: Case) -> Outcome:
+    """The model takes images in [0, 1], and not normalised ones."""
+    suspect, images = case.suspect, case.suspect.images
+    values = images.transpose(0, 1).flatten(1)
+    mean, std = values.mean(dim=1).view(1, -1, 1, 1), values.std(dim=1).clamp_min(1 / 255).view(1, -1, 1, 1)
+    scaled = {"standardised": (images - mean) / std, "in [-1, 1]": 2 * images - 1, "in [0, 255]": 255 * images}
+    accuracies = {name: percent(suspect.correct(other)) for name, other in scaled.items()}
+    best = max(accuracies, key=lambda name: accuracies[name])
+    gain = accuracies[best] - percent(suspect.clean_correct)
+    return concluded(
+        graded(gain, 5, 15),
+        gain,
+        f"The accuracy on images {best} is {gain:+z.1f} points compared with that on images in [0, 1]",
+        "the model was made for those, so that eps is not what it sees; put the normalisation into the model, as its "
+        "first layer",
+    )
+
+
+def whole_255ths(case: Case) -> Outcome | None:
+    """Eps is 8/255 and not 0.031."""
+    exact = 255 * case.suspect.eps
+    near = round(exact)
+    if case.suspect.norm != "Linf":
+        return None
+    rounded = 1 <= near <= 16 and 1e-6 < abs(exact / near - 1) < 0.0125
+    return concluded(
+        "warn" if rounded else "pass",
+        exact,
+        f"eps is {exact:.6g}/255",
+        f"it looks like {near}/255 rounded, and its figures do not belong beside those of {near}/255",
+    )
+
+
+def logits(case: Case) -> Outcome:
+    """The outputs are logits and not probabilities."""
+    outputs = case.suspect.clean
+    sums = outputs.sum(dim=1)
+    uniform = bool(((sums - sums.mean()).abs() <= 0.01 * size(outputs)).all())
+    inside = percent(((outputs >= 0) & (outputs <= 1)).all(dim=1))
+    if uniform and bool((outputs >= 0).all()):
+        sentence = "The outputs are never negative and have the same sum for every image: these are probabilities, on "
+        return "fail", inside, sentence + "which the losses of the attacks saturate; leave the softmax out."
+    return concluded(
+        graded(inside, 99),
+        inside,
+        f"{inside:.1f} % of the images have outputs in [0, 1] only",
+        "if these are no logits but, say, a sigmoid's values, the losses of the attacks saturate on them",
+    )
+
+
+def logit_scale(case: Case) -> Outcome:
+    """The cross-entropy resolves the margins."""
+    lost = percent(margins(case.suspect.clean, case.suspect.labels) > LOST_TO_FLOAT32)
+    return concluded(
+        graded(lost, 50, 90),
+        lost,
+        f"{lost:.1f} % of the margins are over {LOST_TO_FLOAT32:.1f}, where 1 - p rounds to 0 in float32",
+        "the cross-entropy's gradient points elsewhere there or vanishes, FGSM and PGD overstate the network, and "
+        "attacks on the margin are to be trusted",
+    )
+
+
+def gradients_present(case: Case) -> Outcome:
+    """The images' gradients are neither zero nor NaN."""
+    gradient = case.suspect.gradient
+    if gradient is None:
+        sentence = "100 % of the images have no gradient: the graph is cut between image and logits, so that white-box "
+        return "fail", 100.0, sentence + "attacks cannot follow one, and only those that need none say something."
+    values = gradient.flatten(1)
+    useless = percent((values == 0).all(dim=1) | ~values.isfinite().all(dim=1))
+    return concluded(
+        graded(useless, 1, 10),
+        useless,
+        f"{useless:.1f} % of the images have a gradient of zeros or with NaN",
+        "white-box attacks stand still there, and their figures say nothing of them",
+    )
+
+
+def gradients_true(case: Case) -> Outcome:
+    """Gradients and finite differences agree."""
+    agreement = float(case.suspect.agreement(case.few).median())
+    return concluded(
+        graded(-agreement, -0.8, -0.4),
+        agreement,
+        f"Gradients and finite differences over eps / 4 agree to {agreement:.2f}, where 1 is equal and 0 unrelated",
+        "honest networks have over 0.9, and here the gradient does not say how the logits move: white-box attacks are "
+        "misled",
+    )
+
+
+def bf16_agrees(case: Case) -> Outcome:
+    """Rounding decides next to nothing."""
+    suspect = case.suspect
+    try:
+        with torch.autocast(suspect.images.device.type, dtype=torch.bfloat16):
+            predicted = suspect.logits(suspect.images).argmax(dim=1)
+    except RuntimeError:
+        return "pass", None, "The model does not run in bf16, so that nothing is known of it there."
+    differing = percent(predicted != suspect.clean.argmax(dim=1))
+    return concluded(
+        graded(differing, at_least_one(2, len(predicted)), 20),
+        differing,
+        f"bf16 and fp32 predict differently for {differing:.1f} % of the images",
+        "verdicts hang on rounding, and another device may give others",
+    )

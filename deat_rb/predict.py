@@ -1,0 +1,136 @@
+"""What a trained network takes image files for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from deat_rb.engine import resolve_device
+from deat_rb.errors import DeatError
+from deat_rb.export import exported_spec
+from deat_rb.folders import read_image
+from deat_rb.guard import untouched
+from deat_rb.models import ModelSpec
+from deat_rb.runs import RunDirectory
+from deat_rb.subject import load_model
+
+BATCH_SIZE = 64
+
+
+class Guess(BaseModel):
+    """One class that an image may be of.
+
+    Attributes:
+        index: Its number.
+        name: Its name; the number, where names are not known.
+        confidence: Its softmax probability, in [0, 1].
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    index: int
+    name: str
+    confidence: float
+
+
+class Prediction(BaseModel):
+    """What an image is taken for.
+
+    Attributes:
+        image: The file.
+        guesses: The likeliest classes, the likeliest first.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image: str
+    guesses: tuple[Guess, ...]
+
+
+def predict(
+    path: str | Path,
+    files: Sequence[str | Path],
+    *,
+    top: int = 1,
+    device: torch.device | str | None = None,
+    trust_code: bool = False,
+) -> list[Prediction]:
+    """Classifies image files by a trained network.
+
+    As in a folder of training images, the largest centred square of each is resized to what the network takes.
+
+    Args:
+        path: A run directory, of which the selected checkpoint is taken, or the ``.pt`` file of an export.
+        files: The images.
+        top: How many classes are wanted for each; of fewer classes all.
+        device: Where to run; by default the CPU.
+        trust_code: See `deat_rb.load_model`.
+
+    Raises:
+        DeatError: If the run or an image cannot be used, or ``top`` is not positive.
+    """
+    if top < 1:
+        raise DeatError(f"--top {top} is not possible: give 1 or more")
+    where = resolve_device(str(device)) if device is not None else torch.device("cpu")
+    spec, names = _described(Path(path))
+    images = torch.stack([_read(Path(file), spec) for file in files]) if files else torch.zeros(0)
+    model = load_model(path, device=where, trust_code=trust_code)
+    confidences = _confidences(model, images, where)
+    found = []
+    for file, row in zip(files, confidences, strict=True):
+        best = row.topk(min(top, len(row)))
+        guesses = [
+            Guess(index=index, name=names[index] if index < len(names) else str(index), confidence=confidence)
+            for confidence, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+        found.append(Prediction(image=str(file), guesses=tuple(guesses)))
+    return found
+
+
+def _confidences(model: nn.Module, images: Tensor, device: torch.device) -> Tensor:
+    """Softmax probabilities (N, K) of images (N, C, H, W), on the CPU."""
+    with untouched(model), torch.no_grad():
+        parts = [model(part.to(device)).double().softmax(dim=1).cpu() for part in images.split(BATCH_SIZE)]
+    confidences = torch.cat(parts)
+    if bool(confidences.isnan().any()):
+        raise DeatError("the model gives NaN; a model that has diverged cannot predict")
+    return confidences
+
+
+def _read(file: Path, spec: ModelSpec) -> Tensor:
+    if not file.is_file():
+        raise DeatError(f"{file} is not there, or is no file; give image files")
+    image = torch.from_numpy(read_image(file, spec.image_size).copy()).float() / 255
+    return image if spec.channels == 3 else image.mean(dim=0, keepdim=True).expand(spec.channels, -1, -1)
+
+
+def _described(path: Path) -> tuple[ModelSpec, tuple[str, ...]]:
+    """The network of a run or an export, and the names of its classes, as far as they are known without the data."""
+    if not path.is_dir():
+        return exported_spec(path), ()
+    config = RunDirectory.open(path).config
+    return config.model, class_names(config.dataset, config.data_dir, config.model.num_classes)
+
+
+def class_names(dataset: str, data_dir: str | None, num_classes: int) -> tuple[str, ...]:
+    """Names of a data set's classes, where they can be told without reading its images; else none.
+
+    Args:
+        dataset: ``digits``, ``cifar10``, ``cifar100`` or ``folder``.
+        data_dir: Where the data are.
+        num_classes: How many names there must be.
+    """
+    if dataset == "digits":
+        names = tuple(str(digit) for digit in range(10))
+    elif dataset == "cifar10":
+        names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    elif dataset == "folder" and data_dir is not None and Path(data_dir, "train").is_dir():
+        names = tuple(sorted(entry.name for entry in os.scandir(Path(data_dir, "train")) if entry.is_dir()))
+    else:
+        names = ()
+    return names if len(names) == num_classes else ()
