@@ -98,6 +98,7 @@ class RunConfig(BaseModel):
     on_nonfinite: Literal["stop", "skip"] = "stop"
     compiled: bool = False
     sync_bn: bool = False
+    classes: tuple[str, ...] = ()
     model: ModelSpec
     data_fingerprint: str
     versions: dict[str, str]

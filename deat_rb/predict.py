@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -110,27 +109,8 @@ def _read(file: Path, spec: ModelSpec) -> Tensor:
 
 
 def _described(path: Path) -> tuple[ModelSpec, tuple[str, ...]]:
-    """The network of a run or an export, and the names of its classes, as far as they are known without the data."""
+    """The network of a run or an export, and the names of its classes, where they are known."""
     if not path.is_dir():
         return exported_spec(path), ()
     config = RunDirectory.open(path).config
-    return config.model, class_names(config.dataset, config.data_dir, config.model.num_classes)
-
-
-def class_names(dataset: str, data_dir: str | None, num_classes: int) -> tuple[str, ...]:
-    """Names of a data set's classes, where they can be told without reading its images; else none.
-
-    Args:
-        dataset: ``digits``, ``cifar10``, ``cifar100`` or ``folder``.
-        data_dir: Where the data are.
-        num_classes: How many names there must be.
-    """
-    if dataset == "digits":
-        names = tuple(str(digit) for digit in range(10))
-    elif dataset == "cifar10":
-        names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-    elif dataset == "folder" and data_dir is not None and Path(data_dir, "train").is_dir():
-        names = tuple(sorted(entry.name for entry in os.scandir(Path(data_dir, "train")) if entry.is_dir()))
-    else:
-        names = ()
-    return names if len(names) == num_classes else ()
+    return config.model, config.classes

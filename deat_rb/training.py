@@ -160,6 +160,7 @@ def plan(options: TrainOptions, *, memory_limit: int | None = None) -> Plan:
             "train_size": len(train),
             "val_size": len(val),
             "precision": resolve_precision(given.get("precision", setting["precision"]), device),
+            "classes": data.classes,
             "model": spec,
             "data_fingerprint": data.fingerprint,
             "versions": versions(),

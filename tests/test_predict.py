@@ -17,7 +17,7 @@ from deat_rb.config import RunConfig
 from deat_rb.errors import DeatError
 from deat_rb.files import save_tensors
 from deat_rb.models import ModelSpec
-from deat_rb.predict import class_names, predict
+from deat_rb.predict import predict
 from deat_rb.runs import RunDirectory
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -49,9 +49,7 @@ def mean_config(**changes: object) -> RunConfig:
 @pytest.fixture
 def coloured_run(tmp_path: Path) -> Path:
     """A run on a folder of three classes, whose network tells them by their colour."""
-    for name in ("0-red", "1-green", "2-blue"):
-        (tmp_path / "data" / "train" / name).mkdir(parents=True)
-    return write_run(tmp_path / "run", mean_config(data_dir=str(tmp_path / "data")))
+    return write_run(tmp_path / "run", mean_config(classes=("0-red", "1-green", "2-blue")))
 
 
 @pytest.fixture
@@ -90,25 +88,9 @@ def test_top_is_bounded_by_the_classes(coloured_run: Path, files: list[Path]) ->
         predict(coloured_run, files, top=0, trust_code=True)
 
 
-def test_without_their_folder_classes_are_numbers(files: list[Path], tmp_path: Path) -> None:
-    run_path = write_run(tmp_path / "run", mean_config(data_dir=str(tmp_path / "moved away")))
+def test_classes_without_names_are_numbers(files: list[Path], tmp_path: Path) -> None:
+    run_path = write_run(tmp_path / "run", mean_config())
     assert predict(run_path, files[2:], trust_code=True)[0].guesses[0].name == "2"
-
-
-def test_names_that_can_be_known() -> None:
-    assert class_names("digits", None, 10)[3] == "3"
-    assert class_names("cifar10", "anywhere", 10)[:2] == ("airplane", "automobile")
-    assert class_names("cifar10", None, 4) == ()
-    assert class_names("folder", None, 4) == ()
-
-
-def test_cifar10s_names_are_torchvisions(tmp_path: Path) -> None:
-    """They are the labels' order in torchvision's own list."""
-    from torchvision.datasets import CIFAR10
-
-    assert CIFAR10.base_folder == "cifar-10-batches-py"
-    assert len(set(class_names("cifar10", None, 10))) == 10
-    assert list(class_names("cifar10", None, 10)) == sorted(class_names("cifar10", None, 10))
 
 
 def test_a_run_that_names_code_is_not_trusted(coloured_run: Path, files: list[Path]) -> None:
