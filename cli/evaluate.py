@@ -2,94 +2,194 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import fraction, json_file, names
+from .options import attack_names, fraction_list, json_file
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+    from deat_rb.report import Report
+    from deat_rb.subject import Subject
+
+
+def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from deat_rb.report import json_schema
+
+        click.echo(json_schema(), nl=False)
+        context.exit()
 
 
 @click.command("eval")
-@click.argument("targets", metavar="RUN|CHECKPOINT...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--attacks", type=names, default="fgsm,pgd-100,cw-20", show_default=True, metavar="A,B,...",
-              help="natural, fgsm, pgd-N, cw-N, autoattack.")  # fmt: skip
+@click.argument("targets", metavar="RUN|CHECKPOINT|NAME...", nargs=-1, required=True)
+@click.option("--attacks", type=attack_names, default="fgsm,pgd-100,cw-20", show_default=True, metavar="A,B,...",
+              help="natural, noise-gaussian, noise-uniform, fgsm, pgd-N, cw-N, pgd-NxR with R starts, autoattack, "
+              "autoattack-rand, autoattack-plus, square, torchattacks.NAME(argument=value, ...).")  # fmt: skip
 @click.option("--autoattack", is_flag=True, help="AutoAttack's standard version as well.")
+@click.option("--norm", default="Linf", show_default=True, metavar="NORM", help="Linf or L2.")
+@click.option("--eps", type=fraction_list, metavar="SIZE[,SIZE...]",
+              help="The radius; by default the run's own, 8/255 for others, 0.5 in L2. Several make a curve, "
+              "eval-eps.png.")  # fmt: skip
 @click.option("--n-examples", type=int, metavar="N", help="How many test images; by default all.")
 @click.option("--batch-size", type=int, default=128, show_default=True, metavar="N")
-@click.option(
-    "--eps", type=fraction, metavar="SIZE", help="Linf radius; by default the run's own, 8/255 for a checkpoint."
-)
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the random starts.")
-@click.option("--json", "json_path", type=json_file, metavar="FILE", help="Write the report here, too.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of everything random.")
+@click.option("--precision", default="fp32", show_default=True, metavar="NAME",
+              help="fp32, or bf16 for a quicker look: its figures are upper bounds.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="cpu, cuda, cuda:1, mps, ...")
+@click.option("--checks", default="quick", show_default=True, metavar="LEVEL",
+              help="How much is looked at that would make the figures suspect: none, quick or full.")  # fmt: skip
+@click.option("--strict", is_flag=True, help="Exit with status 1 if a check warns or fails.")
+@click.option("--json", "json_path", type=json_file, metavar="FILE", help="Write the report here, too.")
+@click.option("--page/--no-page", default=True, help="Write report.html beside the report, or not.")
+@click.option("--resume/--no-resume", default=None,
+              help="Continue the evaluation that was interrupted, or start anew; by default it is continued if it is "
+              "this very one.")  # fmt: skip
 @click.option("--arch", metavar="NAME", help="A checkpoint's network, as for train.")
-@click.option("--dataset", metavar="NAME", help="A checkpoint's data: digits, cifar10, cifar100 or folder.")
+@click.option(
+    "--dataset", metavar="NAME", help="What all but runs are evaluated on: digits, cifar10, cifar100, folder."
+)
 @click.option("--data-dir", type=click.Path(path_type=Path), metavar="DIR", help="Where the data are.")
 @click.option("--image-size", type=int, metavar="N", help="To which a folder's images are resized.")
 @click.option("--num-classes", type=int, metavar="N", help="A checkpoint's logits, if more than the data's classes.")
+@click.option("--model-dir", type=click.Path(path_type=Path), metavar="DIR",
+              help="Where the weights of RobustBench's zoo are.  [default: models]")  # fmt: skip
+@click.option("--trust-code", is_flag=True,
+              help="Let a run build its network by the package.module:factory that it names.")  # fmt: skip
+@click.option("--schema", is_flag=True, is_eager=True, expose_value=False, callback=_print_schema,
+              help="Print the JSON schema of eval.json.")  # fmt: skip
 def evaluate(
-    targets: tuple[Path, ...],
+    targets: tuple[str, ...],
     attacks: tuple[str, ...],
     autoattack: bool,
+    norm: str,
+    eps: tuple[float, ...] | None,
     n_examples: int | None,
     batch_size: int,
-    eps: float | None,
     seed: int,
-    json_path: Path | None,
+    precision: str,
     device: str,
-    arch: str | None,
-    dataset: str | None,
-    data_dir: Path | None,
-    image_size: int | None,
-    num_classes: int | None,
+    checks: str,
+    strict: bool,
+    json_path: Path | None,
+    page: bool,
+    resume: bool | None,
+    **description: Any,
 ) -> None:
     """Attack a trained network and report its robust accuracy.
 
     A run knows its network, its data and its eps, and keeps the report as eval.json. A checkpoint is any state dict;
-    say with --arch and --dataset what it is. One without mean and std takes images in [0, 1] as they are. Of several
+    say with --arch and --dataset what it is. One without mean and std takes images in [0, 1] as they are. Other
+    networks have names: robustbench:NAME, torchvision:NAME, timm:NAME or package.module:function. Of several
     runs, such as one method's seeds, the mean and the standard deviation are reported as well.
+
+    An evaluation that is interrupted is continued by the same command, if it has a run or --json to be kept beside.
     """
     from rich.console import Console
 
     from deat_rb.engine import resolve_device
     from deat_rb.errors import DeatError
-    from deat_rb.evaluate import evaluate, parse_attacks
+    from deat_rb.evaluate import check_options, evaluate, parse_attacks
     from deat_rb.progress import EvaluationProgress
     from deat_rb.report import means
     from deat_rb.subject import open_subject
-    from deat_rb.threat import check_eps
+    from deat_rb.threat import check_norm, check_radius
 
     chosen = parse_attacks((*attacks, "autoattack") if autoattack else attacks)
-    if eps is not None:
-        check_eps(eps, "--eps")
+    norm = check_norm(norm)
+    check_options(precision=precision, checks=checks)
+    radii = None if eps is None else tuple(check_radius(radius, "--eps", norm=norm) for radius in eps)
     where = resolve_device(device)
     if json_path is not None and len(targets) > 1:
         raise DeatError(
             f"--json {json_path} holds one report, and {len(targets)} are asked for; each run keeps its own"
         )
-    subjects = [
-        open_subject(
-            target, arch=arch, dataset=dataset, data_dir=data_dir, image_size=image_size, num_classes=num_classes
-        )
-        for target in targets
-    ]
+    subjects = [open_subject(target, norm=norm, **description) for target in targets]
     console = Console()
     reports = []
     for subject in subjects:
         images, labels = subject.examples(n_examples)
+        own = subject.eps if norm == "Linf" else 0.5
         with EvaluationProgress(len(labels)) as progress:
-            report = evaluate(subject.model, images, labels, attacks=chosen, eps=eps or subject.eps,
-                              batch_size=batch_size, seed=seed, device=where, progress=progress)  # fmt: skip
-        report = report.model_copy(update={"provenance": subject.provenance})
+            report = evaluate(
+                subject.model, images, labels, attacks=chosen, eps=radii or (own,), main_eps=own, norm=norm,
+                batch_size=batch_size, seed=seed, device=where, precision=precision, checks=checks,
+                state=_state(subject, json_path), resume=resume, progress=progress,
+            )  # fmt: skip
+        command = {"command": shlex.join(("deat-rb", *sys.argv[1:]))}
+        report = report.model_copy(update={"provenance": subject.provenance | command})
         reports.append(report)
-        console.print(report.table())
-        if "note" in subject.provenance:
-            console.print(f"note: {subject.provenance['note']}", highlight=False, soft_wrap=True)
-        for result in report.results.values():
-            for note in result.notes:
-                console.print(f"{result.name}: {note}", highlight=False, soft_wrap=True)
+        _print(report, subject, console)
         for place in (subject.run, json_path):
             if place is not None:
-                console.print(f"written: {report.save(place)}", highlight=False, soft_wrap=True)
+                _write(report, place, subject, page, console, where, images=images, labels=labels)
     if len(reports) > 1:
         console.print(means(reports))
+    if strict and any(check.status != "pass" for report in reports for check in report.checks):
+        raise click.exceptions.Exit(1)
+
+
+def _state(subject: Subject, json_path: Path | None) -> Path | None:
+    """Where an unfinished evaluation is kept."""
+    if subject.run is not None:
+        return subject.run / "eval-state"
+    return None if json_path is None else json_path.with_name(f"{json_path.stem}-state")
+
+
+def _print(report: Report, subject: Subject, console: Console) -> None:
+    from deat_rb.report import sweep_table
+
+    console.print(report.table())
+    if report.curve:
+        console.print(sweep_table(report))
+
+    def say(sentence: str) -> None:
+        console.print(sentence, highlight=False, soft_wrap=True, markup=False)
+
+    if "note" in subject.provenance:
+        say(f"note: {subject.provenance['note']}")
+    for note in report.notes:
+        say(f"note: {note}")
+    for result in report.results.values():
+        for note in result.notes:
+            say(f"{result.name}: {note}")
+    for check in report.checks:
+        if check.status != "pass":
+            say(f"{check.status}: {check.name}: {check.sentence}")
+    if report.checks:
+        say(f"checks: {sum(check.status == 'pass' for check in report.checks)} of {len(report.checks)} pass")
+
+
+def _write(
+    report: Report,
+    place: Path,
+    subject: Subject,
+    page: bool,
+    console: Console,
+    device: torch.device,
+    **examples: Any,
+) -> None:
+    file = report.save(place)
+    written = [file]
+    if report.curve:
+        from deat_rb.plots import plot_sweep
+
+        written.append(file.with_name(f"{file.stem}-eps.png"))
+        plot_sweep(report, written[-1], title=place.name if place == subject.run else file.stem)
+    if page:
+        from deat_rb.page import predictions_of, write_page
+
+        predictions = predictions_of(
+            subject.model, report, examples["images"], batch_size=report.batch_size, device=device
+        )
+        name = "report.html" if file.name == "eval.json" else f"{file.stem}.html"
+        written.append(file.with_name(name))
+        write_page(report, written[-1], classes=subject.data.classes, predictions=predictions, **examples)
+    for path in reversed(written):
+        console.print(f"written: {path}", highlight=False, soft_wrap=True)

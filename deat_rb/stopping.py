@@ -93,7 +93,7 @@ class GradientRatio(StoppingRule):
 
     R^t = (l_X^t - l_X^{t-m}) / m, and training ends when R^t > gamma * R^{t-1}, from epoch m + 2 on. Taken literally
     that fires on noise and, with negative ratios, while l_X falls; so R^t has to be more than ``guard`` times l_X^{t-m}
-    as well. While a healthy network begins to learn, l_X may rise by up to 30 % an epoch; when one collapses, it doubles
+    as well. While a healthy network begins to learn, l_X may rise by up to 30 % an epoch; in a collapse it doubles
     within two epochs (docs/results.md has the recorded runs). The rise may have begun at any of the m epochs, so that
     it is epoch t - m that is kept.
 

@@ -70,7 +70,7 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu", trust_co
     if path.is_dir():
         run = RunDirectory.open(path)
         spec, weights = run.model_spec, run.selected_weights_path
-        check_trust(run.model_spec.arch, trust_code, source=f"the run {run.path}")
+        check_trust(run.model_spec.arch, trust_code, source=f"the run {path}")
     else:
         spec, weights = exported_spec(path), path
     model = spec.build()

@@ -62,7 +62,9 @@ def test_autoattack_with_few_classes(
     # Nothing that AutoAttack leaves may fall to a weaker attack on networks as plain as these.
     assert not (report.verdicts["autoattack"] & ~report.verdicts["pgd-20"]).any()
     assert [name for name in told if "/" in name] == [f"autoattack/{part}" for part in parts.split(", ")]
-    assert ("without apgd-t" in found.notes[0]) == (classes < 4)
+    assert (found.notes[0] == f"{classes} classes: a DLR loss that apgd-t would need does not exist, so it ran without"
+            ) == (classes < 4)  # fmt: skip
+    assert any(f"{targets} targets where the standard has 9" in note for note in found.notes)
     assert found.notes[-1] == f"{found.n_correct} of 8 correct after square"
     assert found.backwards > 0
 
@@ -71,3 +73,7 @@ def test_parts_of_autoattack() -> None:
     assert parts_for(10) == (("apgd-ce", "apgd-t", "fab-t", "square"), 9)
     assert parts_for(100) == (("apgd-ce", "apgd-t", "fab-t", "square"), 9)
     assert parts_for(5)[1] == 4
+    assert parts_for(10, "plus")[0] == ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t")
+    assert parts_for(3, "plus")[0] == ("apgd-ce", "apgd-dlr", "fab", "square", "fab-t")
+    assert parts_for(10, "rand")[0] == ("apgd-ce", "apgd-dlr")
+    assert parts_for(2, "rand")[0] == ("apgd-ce",)

@@ -197,8 +197,8 @@ def test_eval_of_a_run_takes_all_from_the_run_and_keeps_the_report_there(digits_
     [
         (["--eps", "8/0"], "Invalid value for '--eps': '8/0' divides by zero"),
         (["--eps", "much"], "Invalid value for '--eps': 'much' is not a number"),
-        (["--eps", "0"], "--eps = 0 is outside (0, 1]"),
-        (["--eps", "-1/255"], "--eps = -0.00392157 is outside (0, 1]"),
+        (["--eps", "-1/255"], "--eps = -0.00392157 is outside [0, 1]"),
+        (["--eps", "0,8"], "--eps = 8 is outside [0, 1]"),
         (["--attacks", "pdg-100"], "there is no attack 'pdg-100': did you mean 'pgd-100'"),
         (["--attacks", ","], "Invalid value for '--attacks': the list is empty"),
         (["--n-examples", "17"], "--n-examples 17 is not possible with 16 test images: give a number from 1 to 16"),

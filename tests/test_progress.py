@@ -54,6 +54,34 @@ def test_autoattack_counts_the_correct_among_all_examples() -> None:
     assert "autoattack/square: 50 images, 10.00 % correct" in lines(("autoattack/square", 50, 50, 40))[0]
 
 
+@pytest.mark.usefixtures("clock")
+def test_a_long_batch_says_how_far_it_is() -> None:
+    out = io.StringIO()
+    with EvaluationProgress(400, Console(file=out, width=40)) as show:
+        for share in (0.0, 0.2, 0.4, 0.6):
+            show.within("autoattack/square", 1, 4, share)
+        show("autoattack/square", 100, 400, 40)
+        for share in (0.0, 0.5):
+            show.within("autoattack/square", 2, 4, share)
+        show.say("a sentence")
+    # The clock began 10 s before the first look. 0.4 of a batch took 30 s, so 3.6 take 270 s; then 1 took 50 s and
+    # half of the next 20 s more, so the other 2.5 take 70 / 1.5 each.
+    assert out.getvalue().splitlines() == [
+        "autoattack/square: batch 1 of 4 at 40%, 270 s left",
+        "autoattack/square: batch 2 of 4 at 0%, 10.00 % correct so far, 180 s left",
+        "a sentence",
+    ]
+
+
+@pytest.mark.usefixtures("clock")
+def test_time_left_after_a_resumption_is_of_what_was_done_since() -> None:
+    out = io.StringIO()
+    with EvaluationProgress(400, Console(file=out, width=40)) as show:
+        for share in (0.0, 0.25, 0.5):
+            show.within("pgd-100", 3, 4, share)
+    assert out.getvalue().splitlines() == ["pgd-100: batch 3 of 4 at 50%, 90 s left"]
+
+
 def test_a_terminal_gets_a_bar() -> None:
     out = io.StringIO()
     console = Console(file=out, width=100, force_terminal=True, force_interactive=True)

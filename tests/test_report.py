@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from deat_rb.errors import DeatError
-from deat_rb.report import AttackResult, Report, wilson
+from deat_rb.report import AttackResult, Check, CurvePoint, Report, json_schema, sweep_table, wilson
 
 
 @pytest.mark.parametrize(
@@ -85,6 +87,9 @@ def test_load_refuses(tmp_path: Path) -> None:
     file.write_text(json.dumps(content | {"eps": "far"}))
     with pytest.raises(DeatError, match="not an evaluation report: eps"):
         Report.load(file)
+    file.write_text(json.dumps(content | {"schema_version": 1}))
+    with pytest.raises(DeatError, match=r"of schema version 2 \(it says 1\); evaluate again"):
+        Report.load(file)
     file.write_text(json.dumps(content | {"schema_version": 99}))
     with pytest.raises(DeatError, match="says 99"):
         Report.load(file)
@@ -102,13 +107,50 @@ def test_report_is_frozen_and_has_a_schema() -> None:
     assert "worst_case" in Report.model_json_schema()["properties"]
 
 
-def test_table() -> None:
-    from rich.console import Console
+def test_curve_counts_and_takes_the_worst_case() -> None:
+    point = CurvePoint.of(0.1, {"natural": NATURAL, "fgsm": FGSM, "cw": CW})
+    assert point.n_correct == {"natural": 4, "fgsm": 3, "cw": 3}
+    assert point.accuracy == {"natural": 0.8, "fgsm": 0.6, "cw": 0.6}
+    assert point.worst_case == 0.4
+    points = (CurvePoint.of(0.0, {"natural": NATURAL, "cw": NATURAL}), point)
+    lines = printed(sweep_table(report_of(natural=NATURAL).model_copy(update={"curve": points})))
+    assert ["│", "cw", "│", "80.00", "│", "60.00", "│"] in lines
+    assert ["│", "worst", "case", "│", "80.00", "│", "40.00", "│"] in lines
 
+
+def test_curve_checks_and_notes_are_kept(tmp_path: Path) -> None:
+    added = {
+        "curve": (CurvePoint.of(0.0, {"natural": NATURAL}), CurvePoint.of(0.1, {"natural": NATURAL})),
+        "checks": (Check(name="a", status="warn", figure=None, sentence="b"),),
+        "notes": ("a note on all",),
+        "norm": "L2",
+        "precision": "bf16",
+    }
+    report = report_of(natural=NATURAL, fgsm=FGSM).model_copy(update=added)
+    again = Report.load(report.save(tmp_path))
+    assert again.model_dump() == report.model_dump()
+    assert again.curve[1].eps == 0.1
+
+
+def test_schema_describes_what_is_written(tmp_path: Path) -> None:
+    schema = json.loads(json_schema())
+    content = json.loads(report_of(natural=NATURAL, fgsm=FGSM).save(tmp_path).read_text())
+    assert set(content) == set(schema["properties"])
+    assert set(content["worst_case"]) == set(schema["$defs"]["AttackResult"]["properties"])
+    assert schema["properties"]["norm"]["enum"] == ["Linf", "L2"]
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+
+
+def printed(table: Table) -> list[list[str]]:
+    """The words of each line of a table."""
     console = Console(width=100, file=io.StringIO())
-    with console.capture() as printed:
-        console.print(report_of(natural=NATURAL, fgsm=FGSM, cw=CW).table())
-    lines = [line.split() for line in printed.get().splitlines()]
+    with console.capture() as lines:
+        console.print(table)
+    return [line.split() for line in lines.get().splitlines()]
+
+
+def test_table() -> None:
+    lines = printed(report_of(natural=NATURAL, fgsm=FGSM, cw=CW).table())
     fgsm = next(line for line in lines if "fgsm" in line)
     assert "60.00" in fgsm
     assert "2.0" in fgsm

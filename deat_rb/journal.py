@@ -1,0 +1,164 @@
+"""What a killed evaluation is continued from: a file for every batch that an attack has done.
+
+evaluation.json      of what the evaluation is: every field has to be the same for another to continue it
+00001.safetensors    the first batch: what was found, and in its header of which attack, part and batch
+
+A file is written whole or not at all, and none is ever changed, so that there is nothing to lose at any moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deat_rb.errors import DeatError
+from deat_rb.files import load_tensors, read_json, save_tensors, write_json
+
+FINGERPRINT = "evaluation.json"
+LOCK = ".lock"
+_OWN = re.compile(r"evaluation\.json|[0-9]{5,}\.safetensors|\.lock|\..*\.tmp")
+
+
+class Journal:
+    """The folder, or with no folder nothing: then nothing is kept and nothing found.
+
+    Attributes:
+        folder: Where the batches are.
+        continued: How many batches were there already.
+        said: What became of a journal that was found, for the user; empty where there was none.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.continued = 0
+        self.said = ""
+        self._number = 0
+
+    def find(self, key: str) -> dict[str, Tensor] | None:
+        """Gives the next batch where it is there already, and moves on to the one after it.
+
+        Args:
+            key: Of which eps, attack, part and batch it has to be.
+
+        Raises:
+            DeatError: The file there is damaged or another's.
+        """
+        self._number += 1
+        if self.folder is None or not self._file.exists():
+            return None
+        tensors = load_tensors(self._file)
+        if bytes(tensors.pop("key", torch.tensor(())).tolist()) != key.encode():
+            raise DeatError(f"{self._file} is not of {key}: the kept evaluation is damaged; start anew by --no-resume")
+        self.continued += 1
+        return tensors
+
+    def keep(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Writes the batch that `find` did not find."""
+        if self.folder is not None:
+            save_tensors(self._file, {**tensors, "key": torch.tensor(list(key.encode()), dtype=torch.uint8)})
+
+    @property
+    def _file(self) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{self._number:05}.safetensors"
+
+    @property
+    def kept(self) -> str:
+        """What to say where an evaluation is interrupted; empty where nothing is kept."""
+        done = 0 if self.folder is None else len(list(self.folder.glob("*.safetensors")))
+        return f"{done} batches are in {self.folder}; the same command with --resume continues" if done else ""
+
+
+@contextmanager
+def opened(folder: str | Path | None, fingerprint: Mapping[str, str], resume: bool | None) -> Iterator[Journal]:
+    """Opens the journal of an evaluation, and removes it where the evaluation ends well.
+
+    Args:
+        folder: Where it is kept; None for nowhere.
+        fingerprint: Of what the evaluation is.
+        resume: True to continue and nothing else, False to start anew. None continues what is of the same evaluation,
+            and starts anew where it is of another.
+
+    Raises:
+        DeatError: There is nothing to continue, it is of another evaluation, another process is at it, or the folder
+            cannot be used.
+    """
+    if folder is None:
+        if resume:
+            raise DeatError("there is nowhere to continue from: an evaluation is kept where its report is written")
+        yield Journal(None)
+        return
+    journal = Journal(Path(folder))
+    with _locked(Path(folder), fingerprint, resume):
+        _prepare(journal, fingerprint, resume)
+        yield journal
+        _clear(Path(folder), all_of_it=True)
+
+
+@contextmanager
+def _locked(folder: Path, fingerprint: Mapping[str, str], resume: bool | None) -> Iterator[None]:
+    """Keeps another process from the folder; the lock dies with its owner."""
+    if resume and not (folder / FINGERPRINT).is_file():
+        raise DeatError(f"there is no unfinished evaluation in {folder}: leave out --resume")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        strange = [name for name in os.listdir(folder) if not _OWN.fullmatch(name)]
+        if strange:
+            raise DeatError(f"an unfinished evaluation cannot be kept in {folder}, which holds {strange[0]}: give "
+                            "a folder of its own")  # fmt: skip
+        lock = open(folder / LOCK, "w")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise DeatError(f"the unfinished evaluation cannot be kept in {folder}: {error.strerror}") from None
+    with contextlib.closing(lock):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DeatError(f"another process is evaluating in {folder}; wait for it or end it") from None
+        yield
+
+
+def _prepare(journal: Journal, fingerprint: Mapping[str, str], resume: bool | None) -> None:
+    folder = journal.folder
+    assert folder is not None
+    there = (folder / FINGERPRINT).is_file()
+    differing = _differing(folder, fingerprint) if there else ""
+    if differing and resume:
+        raise DeatError(f"the unfinished evaluation in {folder} is another's ({differing}); start anew by --no-resume")
+    if there and (differing or resume is False):
+        journal.said = f"an unfinished evaluation was discarded ({differing or 'as asked'})"
+    elif there:
+        journal.said = f"continued from {len(list(folder.glob('*.safetensors')))} batches in {folder}"
+    if not there or differing or resume is False:
+        _clear(folder, all_of_it=False)
+        write_json(folder / FINGERPRINT, dict(fingerprint))
+
+
+def _clear(folder: Path, *, all_of_it: bool) -> None:
+    """Removes the journal's own files, the description first, and with ``all_of_it`` the lock and the folder."""
+    (folder / FINGERPRINT).unlink(missing_ok=True)
+    for name in os.listdir(folder):
+        if _OWN.fullmatch(name) and (all_of_it or name != LOCK):
+            (folder / name).unlink(missing_ok=True)
+    if all_of_it:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _differing(folder: Path, fingerprint: Mapping[str, str]) -> str:
+    """Names what differs between what is kept and what is asked for; empty where nothing does."""
+    try:
+        kept = read_json(folder / FINGERPRINT)
+    except DeatError:
+        kept = None
+    if not isinstance(kept, dict):
+        return "its description is damaged"
+    names = [name for name in {**kept, **fingerprint} if kept.get(name) != fingerprint.get(name)]
+    return "; ".join(f"{name}: {kept.get(name)}, now {fingerprint.get(name)}" for name in names)
