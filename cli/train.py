@@ -94,8 +94,8 @@ def train(
     from deat_rb.models import check_trust
     from deat_rb.processes import is_main
     from deat_rb.progress import TrainingProgress, print_plan, print_result, print_seeds
-    from deat_rb.runs import check_name
-    from deat_rb.training import plan, train_seeds
+    from deat_rb.runs import check_free, check_name
+    from deat_rb.training import default_name, plan, train_seeds
     from deat_rb.training import resume as resume_training
     from deat_rb.training import train as run_training
 
@@ -131,6 +131,8 @@ def train(
             )
     asked = make_options({"method": "m+trades", **options, **given})
     planned = plan(asked, memory_limit=memory_limit)
+    if not (dry_run or seeds or planned.processes > 1):
+        check_free(Path(output) / (name or default_name(planned.config)))
     if is_main():
         print_plan(planned)
     if dry_run:

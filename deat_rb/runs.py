@@ -49,6 +49,17 @@ def check_name(name: str) -> str:
     return name
 
 
+def check_free(path: Path) -> None:
+    """Looks whether a run can be made there.
+
+    Raises:
+        DeatError: If the name cannot be a run's or is taken.
+    """
+    check_name(path.name)
+    if path.exists():
+        raise DeatError(f"there is a run at {path} already; choose another --name or --output")
+
+
 class RunDirectory:
     """One run's files.
 
@@ -68,11 +79,9 @@ class RunDirectory:
         Raises:
             DeatError: If the name is taken or the folder cannot be made.
         """
-        check_name(path.name)
+        check_free(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists():
-                raise DeatError(f"there is a run at {path} already; choose another --name or --output")
             path.mkdir()
         except OSError as error:
             raise DeatError(

@@ -26,7 +26,7 @@ from deat_rb.methods import create, recipe
 from deat_rb.models import NormalizedModel, check_trust, load_weights, model_spec
 from deat_rb.plots import plot_curves
 from deat_rb.processes import world
-from deat_rb.runs import CURVES, RunDirectory, check_name
+from deat_rb.runs import CURVES, RunDirectory, check_free, check_name
 from deat_rb.subject import in_turn
 from deat_rb.threat import check_eps, format_fraction
 from deat_rb.tracking import Tracked, check_trackers
@@ -399,8 +399,7 @@ def train_seeds(
     plans = [plan(options.model_copy(update={"seed": seed}), memory_limit=memory_limit) for seed in seeds]
     names = [f"{name}-s{p.config.seed}" if name else default_name(p.config) for p in plans]
     for each in names:
-        if (Path(output) / check_name(each)).exists():
-            raise DeatError(f"there is a run at {Path(output) / each} already; choose another --name or --output")
+        check_free(Path(output) / each)
     return [
         train(p, output=output, name=each, reporter=reporter, save_every=save_every, track=track)
         for p, each in zip(plans, names, strict=True)
