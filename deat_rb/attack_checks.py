@@ -168,13 +168,37 @@ def chance_at_half(case: Case) -> Outcome | None:
     commonest = float(suspect.labels[:count].bincount().max()) / count
     chance = max(1 / suspect.clean.shape[1], commonest)
     bound = 100 * (chance + 2 * math.sqrt(chance * (1 - chance) / count))
-    half = 0.5 if suspect.norm == "Linf" else 0.5 * math.sqrt(suspect.images[0].numel())
-    left = case.pgd_leaves(eps=half, steps=10, count=count)
+    left = case.pgd_leaves(eps=case.half, steps=10, count=count)
     return concluded(
         graded(left, bound, bound + 20),
         left,
         f"At eps = 1/2, which turns every image grey, PGD-10 leaves {left:.1f} %, where chance is {100 * chance:.1f} %",
         "the gradients lead nowhere",
+    )
+
+
+def larger_balls(case: Case) -> Outcome | None:
+    """What PGD finds further away leads to nothing nearby that it missed there."""
+    suspect, count = case.suspect, case.few
+    if suspect.gradient is None or suspect.eps == 0:
+        return None
+    left = case.standing[case.standing < count]
+    for correct in case.white_box.values():
+        left = left[correct.to(left.device)[left]]
+    if not case.white_box:
+        left = left[~suspect.pgd(left, eps=suspect.eps, steps=20)]
+    images = suspect.images[left]
+    broken = torch.zeros_like(left, dtype=torch.bool)
+    for radius in (2 * suspect.eps, case.half):
+        far, _ = suspect.pursued(left, eps=radius, steps=10)
+        for aim in (far, images + suspect.eps * suspect.steepest(far - images)):
+            broken |= ~suspect.correct(suspect.projected(aim, images, suspect.eps), left) if len(left) else broken
+    points = 100 * int(broken.sum()) / count
+    return concluded(
+        graded(points, at_least_one(2, count), at_least_one(8, count)),
+        points,
+        f"What PGD-10 finds at twice eps and at 1/2, brought back to eps, breaks {points:.1f} points more",
+        "gradients near the images hide what is there",
     )
 
 

@@ -60,6 +60,11 @@ class Case:
         """Of how many examples the costlier figures are."""
         return min(FEW[self.level], len(self.suspect.images))
 
+    @property
+    def half(self) -> float:
+        """The radius within which every image can be turned grey."""
+        return 0.5 if self.suspect.norm == "Linf" else 0.5 * math.sqrt(self.suspect.images[0].numel())
+
     @cached_property
     def wavering(self) -> float:
         """By how much the logits differ between passes over the same images, see `deviation`."""

@@ -166,6 +166,24 @@ def gradients_present(case: Case) -> Outcome:
     )
 
 
+def no_blind_pixels(case: Case) -> Outcome | None:
+    """Pixels that have no gradient in any image do not move the logits either."""
+    suspect = case.suspect
+    if suspect.gradient is None or suspect.eps == 0:
+        return None
+    blind = (suspect.gradient == 0).all(dim=0)
+    steps = torch.where(suspect.images > 0.5, -suspect.eps, suspect.eps) * blind
+    moved = 100 * float((suspect.logits(suspect.images + steps) - suspect.clean).abs().mean())
+    moved /= max(size(suspect.clean), 1e-30)
+    return concluded(
+        graded(moved, 0.2, 1),
+        moved,
+        f"{percent(blind.flatten()):.1f} % of the values have a gradient of 0 in all images, and moving them by eps "
+        f"changes the logits by {moved:.2f} % of their spread",
+        "what attacks cannot see there decides",
+    )
+
+
 def gradients_true(case: Case) -> Outcome:
     """Gradients and finite differences agree."""
     agreement = float(case.suspect.agreement(case.few).median())

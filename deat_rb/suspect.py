@@ -123,6 +123,12 @@ class Suspect:
         return self.projected(self.images + self.eps * size * noise.to(self.images.device), self.images, self.eps)
 
     def pgd(self, rows: Tensor, *, eps: float, steps: int, loss: str = "ce", start: str | None = "start") -> Tensor:
+        """Whether an iterate of `pursued` was misclassified, (N,) bool."""
+        return self.pursued(rows, eps=eps, steps=steps, loss=loss, start=start)[1]
+
+    def pursued(
+        self, rows: Tensor, *, eps: float, steps: int, loss: str = "ce", start: str | None = "start"
+    ) -> tuple[Tensor, Tensor]:
         """Attacks the examples ``rows`` (N,) by projected gradient descent with steps of eps / 4.
 
         Args:
@@ -133,7 +139,7 @@ class Suspect:
             start: The name of the random start; None begins at the images.
 
         Returns:
-            Whether an iterate of each was misclassified, (N,) bool.
+            Where each went (N, C, H, W), or was first misclassified, and whether it was, (N,) bool.
         """
         images, labels = self.images[rows], self.labels[rows]
         broken = torch.zeros_like(labels, dtype=torch.bool)
@@ -146,7 +152,7 @@ class Suspect:
         objective = _cross_entropy if loss == "ce" else _margin
         for _ in range(steps):
             if len(left) == 0:
-                return broken
+                break
             passed = self._gradient(adv[left], lambda logits, part: objective(logits, labels[left[part]]))  # noqa: B023
             if passed is None:
                 break
@@ -157,7 +163,7 @@ class Suspect:
             left = left[~broken[left]]
         if len(left):
             broken[left] = ~self.correct(adv[left], rows[left])
-        return broken
+        return adv, broken
 
     def square(self, rows: Tensor, queries: int) -> Tensor:
         """Attacks the examples ``rows`` (N,) by Square (Andriushchenko et al. 2020), which needs no gradient.
