@@ -82,7 +82,7 @@ def test_sweep_is_printed_and_drawn(described: list[object], tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "report-eps.png", "report-verdicts.safetensors", "report.json", "weights.pt"
     ]  # fmt: skip
-    assert report.provenance["command"].startswith("deat-rb ")
+    assert report.provenance["command"].startswith("deat-rb")
 
 
 def test_l2_and_bf16(described: list[object], tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ TABLE: dict[str, tuple[Any, ...]] = {
         Constant,
         {},
         GradientRatio,
-        {"m": 2, "gamma": 1.5, "guard": 0.05},
+        {"m": 2, "gamma": 1.5, "guard": 0.4},
         15,
     ),
     "fat-5": ("Attack", 5, 2, "normal", "ce", 3, "eval", "ce", Constant, {}, None, {}, 10),

@@ -352,6 +352,7 @@ def main():
     from deat_rb.batches import Batches
     from deat_rb.data import load_data
     mode, folder = sys.argv[1:]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the suite runs in the background
     if mode == "spawn":
         multiprocessing.set_start_method("spawn")
     data = load_data("folder", data_dir=folder, image_size=128, memory_limit=0)
