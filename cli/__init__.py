@@ -20,6 +20,8 @@ COMMANDS = {
     "compare": ("compare", "Put evaluations side by side, and test whether they differ."),
     "predict": ("predict", "Say what a trained network takes images for."),
     "export": ("export", "Write a run in RobustBench's form."),
+    "submit": ("submit", "Put a trained network on a leaderboard."),
+    "leaderboard": ("leaderboard", "Show a leaderboard, make its pages, verify it or export it."),
     "methods": ("methods", "List the methods, or explain one."),
 }
 

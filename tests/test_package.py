@@ -47,7 +47,8 @@ def test_only_deat_rb_is_installed(wheel: zipfile.ZipFile) -> None:
 def test_every_source_file_is_installed(wheel: zipfile.ZipFile) -> None:
     modules = {f"deat_rb/{path.name}" for path in (ROOT / "deat_rb").glob("*.py")}
     commands = {f"deat_rb/cli/{path.name}" for path in (ROOT / "cli").glob("*.py")}
-    assert {*modules, *commands, "deat_rb/py.typed", "deat_rb/templates/report.html.j2"} == {
+    templates = {f"deat_rb/templates/{path.name}" for path in (ROOT / "deat_rb" / "templates").glob("*.j2")}
+    assert {*modules, *commands, *templates, "deat_rb/py.typed"} == {
         name for name in wheel.namelist() if name.startswith("deat_rb/")
     }
 

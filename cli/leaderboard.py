@@ -1,0 +1,119 @@
+"""``deat-rb leaderboard``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+DEFAULT = Path("leaderboard")
+_board = click.option("--board", type=click.Path(path_type=Path), metavar="DIR", help="[default: leaderboard]")
+
+
+def _chosen(context: click.Context, board: Path | None) -> Path:
+    """The folder, given to the command or before its name."""
+    before = context.parent.params.get("board") if context.parent is not None else None
+    return board or before or DEFAULT
+
+
+@click.group("leaderboard", invoke_without_command=True)
+@_board
+@click.option("--dataset", metavar="NAME", help="Only entries of this data set.")
+@click.option("--sort", default="rank", show_default=True, metavar="COLUMN",
+              help="rank, autoattack, natural, fgsm, pgd100, cw20, cost, seconds or name; the rank stays.")  # fmt: skip
+@click.option("--json", "form", flag_value="json", help="For programs, with all fields.")
+@click.option("--csv", "form", flag_value="csv", help="For spreadsheets.")
+@click.option("--markdown", "form", flag_value="markdown", help="For a README.")
+@click.option("--latex", "form", flag_value="latex", help="For a paper.")
+@click.pass_context
+def leaderboard(context: click.Context, board: Path | None, dataset: str | None, sort: str, form: str | None) -> None:
+    """Show a leaderboard, make its pages, verify it or export it.
+
+    Robust accuracy decides the rank: the best known, else AutoAttack's, among evaluations on the whole test set of one
+    data set, within one eps. Evaluations on a part of it are listed apart.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from deat_rb import ranking
+    from deat_rb.board import Board
+
+    standings = ranking.rank(Board(board or DEFAULT).entries(), dataset=dataset, sort=sort)
+    if form is not None:
+        click.echo(getattr(ranking, f"as_{form}")(standings).rstrip("\n"))
+        return
+    from rich.console import Console
+
+    console = Console()
+    for table in ranking.as_tables(standings, console.width):
+        console.print(table)
+
+
+@leaderboard.command("build")
+@_board
+@click.pass_context
+def build(context: click.Context, board: Path | None) -> None:
+    """Write the board's pages, which need no network."""
+    from deat_rb import board_page
+    from deat_rb.board import Board
+
+    folder = _chosen(context, board)
+    Board(folder).recover()
+    click.echo(f"written: {board_page.build(folder)}")
+
+
+@leaderboard.command("verify")
+@_board
+@click.option("--sample", type=int, default=100, show_default=True, metavar="N",
+              help="Measure so many examples of each model again; 0 for none.")  # fmt: skip
+@click.option("--data-dir", "data_dirs", multiple=True, metavar="NAME=DIR", help="Where a data set is; for each.")
+@click.option("--batch-size", type=int, default=128, show_default=True, metavar="N")
+@click.option("--device", default="auto", show_default=True, metavar="NAME", help="cpu, cuda, cuda:1, mps, ...")
+@click.pass_context
+def verify(
+    context: click.Context, board: Path | None, sample: int, data_dirs: tuple[str, ...], batch_size: int, device: str
+) -> None:
+    """Read and hash every file, and measure some examples of every model again.
+
+    Says what is wrong and where, and exits with status 1 if anything is.
+    """
+    from deat_rb.engine import resolve_device
+    from deat_rb.errors import DeatError
+    from deat_rb.progress import EvaluationProgress
+    from deat_rb.verifying import verify as verify_board
+
+    if sample < 0:
+        raise DeatError(f"--sample {sample} is not possible: give a number of examples, or 0 for none")
+    folders = {}
+    for text in data_dirs:
+        name, equals, folder = text.partition("=")
+        if not equals or not name or not folder:
+            raise DeatError(f"--data-dir {text} is not of the form NAME=DIR, such as cifar10=data")
+        folders[name] = Path(folder)
+    where = str(resolve_device(device))
+    with EvaluationProgress(sample) as progress:
+        found = verify_board(_chosen(context, board), sample=sample, data_dirs=folders, batch_size=batch_size,
+                             device=where, progress=progress)  # fmt: skip
+    for note in found.notes:
+        click.echo(f"note: {note}")
+    for problem in found.problems:
+        click.echo(f"problem: {problem}")
+    click.echo(f"{found.entries} entries, {found.measured} measured again, {len(found.problems)} problems")
+    if found.problems:
+        raise click.exceptions.Exit(1)
+
+
+@leaderboard.command("export")
+@_board
+@click.option("--robustbench", "output", required=True, type=click.Path(path_type=Path), metavar="DIR",
+              help="Where model_info/ and models/ go.")  # fmt: skip
+@click.option("--as-dataset", metavar="NAME", help="cifar10 or cifar100: what data of other names stand for.")
+@click.pass_context
+def export(context: click.Context, board: Path | None, output: Path, as_dataset: str | None) -> None:
+    """Write the board's models in RobustBench's form."""
+    from deat_rb.board_export import export_board
+
+    exported = export_board(_chosen(context, board), output, as_dataset=as_dataset)
+    for sentence in exported.left_out:
+        click.echo(f"left out: {sentence}")
+    for name in exported.names:
+        click.echo(f"written: {name}")

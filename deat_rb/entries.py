@@ -1,0 +1,390 @@
+"""What the leaderboard knows of a model: its entry, a JSON file that anyone may have written."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from deat_rb.errors import DeatError
+from deat_rb.export import NAME
+from deat_rb.intake import MAX_JSON, parse_json, plain, printable, read_limited, seen
+from deat_rb.models import PRETRAINED, ModelSpec
+from deat_rb.report import Check, wilson
+from deat_rb.threat import check_eps, format_fraction, parse_fraction
+
+__all__ = ["ATTACKS", "Entry", "Figure", "RobustBenchInfo", "parse_entry", "read_entries", "read_entry", "weights_file"]
+
+ATTACKS = ("natural", "fgsm", "pgd-100", "cw-20", "autoattack")
+"""What an entry may have figures for."""
+DATASET = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*", re.ASCII)
+_STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+
+
+def check_model_name(name: str) -> str:
+    """Gives back a name of RobustBench's form, ``<FirstAuthor><Year><FirstWordOfTitle>[_suffix]``.
+
+    Raises:
+        DeatError: It has another form.
+    """
+    if len(name) > 80 or NAME.fullmatch(name) is None:
+        raise DeatError(
+            f"model name '{printable(name, 80)}' does not have the form <FirstAuthor><Year><Word>, with a suffix "
+            "after _ for variants and at most 80 characters: Wang2021Gradient_R18"
+        )
+    return name
+
+
+def check_dataset_name(name: str) -> str:
+    """Gives back a data set's name on a board: small letters, digits and hyphens.
+
+    Raises:
+        DeatError: It is not of that form.
+    """
+    if len(name) > 40 or DATASET.fullmatch(name) is None:
+        raise DeatError(f"data set name '{printable(name, 40)}' is no name for a board: give one of small letters, "
+                        "digits and hyphens, such as cifar10-jpeg")  # fmt: skip
+    return name
+
+
+def _percent(text: str) -> str:
+    if re.fullmatch(r"\d{1,3}(\.\d{1,4})?", text, re.ASCII) is None or float(text) > 100:
+        raise ValueError("is no accuracy in percent, from 0 to 100, such as '43.21'")
+    return text
+
+
+def _link(text: str) -> str:
+    parts = urlsplit(plain(text))
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or re.search(r"[\s\"'<>\\]", text):
+        raise ValueError("is no address that begins with https://")
+    return text
+
+
+def _eps(text: str) -> str:
+    if format_fraction(check_eps(parse_fraction(text))) != text:
+        raise ValueError("is not spelled as sizes are: 8/255, or a decimal such as 0.1")
+    return text
+
+
+def _sha256(text: str) -> str:
+    if re.fullmatch(r"[0-9a-f]{64}", text, re.ASCII) is None:
+        raise ValueError("is no SHA-256: 64 hexadecimal digits")
+    return text
+
+
+def _day(text: str) -> str:
+    if date.fromisoformat(text).isoformat() != text:
+        raise ValueError("is no date such as 2026-01-31")
+    return text
+
+
+Word = Annotated[str, Field(max_length=80), AfterValidator(plain)]
+Line = Annotated[str, Field(max_length=400), AfterValidator(plain)]
+Text = Annotated[str, Field(max_length=2000), AfterValidator(plain)]
+Percent = Annotated[str, AfterValidator(_percent)]
+Link = Annotated[str, Field(max_length=400), AfterValidator(_link)]
+Eps = Annotated[str, Field(max_length=20), AfterValidator(_eps)]
+Sha256 = Annotated[str, AfterValidator(_sha256)]
+Name = Annotated[str, AfterValidator(check_model_name)]
+Dataset = Annotated[str, AfterValidator(check_dataset_name)]
+Day = Annotated[str, AfterValidator(_day)]
+Count = Annotated[int, Field(ge=0, le=10**15)]
+Amount = Annotated[float, Field(ge=0, le=1e15)]
+
+
+def _check_said(check: Check) -> Check:
+    if len(check.name) > 80 or len(check.sentence) > 2000 or abs(check.figure or 0) > 1e300:
+        raise ValueError("is too long, or its figure too large")
+    seen(check.name)
+    seen(check.sentence)
+    return check
+
+
+Said = Annotated[Check, AfterValidator(_check_said)]
+Record = TypeVar("Record", bound=BaseModel)
+Number = Annotated[int, Field(ge=-(10**15), le=10**15)] | Annotated[float, Field(ge=-1e300, le=1e300)]
+Row = Annotated[dict[Annotated[str, Field(pattern=r"^[a-z_0-9]{1,40}$")], Number | None], Field(max_length=64)]
+
+
+class RobustBenchInfo(BaseModel):
+    """RobustBench's ``model_info/<dataset>/<threat>/<name>.json``; accuracies are in percent, as text."""
+
+    model_config = _STRICT
+
+    link: Link | None = None
+    name: Line | None = None
+    authors: Text | None = None
+    additional_data: bool | None = None
+    number_forward_passes: Annotated[int, Field(ge=1, le=10**6)] | None = None
+    dataset: Dataset
+    venue: Line | None = None
+    architecture: Line | None = None
+    eps: Eps
+    clean_acc: Percent | None = None
+    reported: Percent | None = None
+    autoattack_acc: Percent | None = None
+    external: Percent | None = None
+    unreliable: bool | None = None
+    footnote: Text | None = None
+
+    @classmethod
+    def parse(cls, data: bytes, source: str) -> RobustBenchInfo:
+        """Reads such a file; an accuracy "nan" is one that was not measured, and an empty text one that is not known.
+
+        Raises:
+            DeatError: It is not one.
+        """
+        content = parse_json(data, source)
+        if not isinstance(content, dict):
+            raise DeatError(f"{source} is no JSON object of RobustBench's fields")
+        content = {field: None if value in ("", "nan") else value for field, value in content.items()}
+        if isinstance(content.get("eps"), str):
+            content["eps"] = format_fraction(parse_fraction(content["eps"]))
+        return _validated(cls, content, source)
+
+
+class Figure(BaseModel):
+    """An accuracy that was measured.
+
+    Attributes:
+        accuracy: In [0, 1].
+        low: Lower end of its 95 % Wilson interval.
+        high: Upper end of it.
+        n_correct: Examples that are still classified correctly.
+        n_examples: Out of so many.
+    """
+
+    model_config = _STRICT
+
+    accuracy: float
+    low: float
+    high: float
+    n_correct: Annotated[int, Field(ge=0, le=10**9)]
+    n_examples: Annotated[int, Field(ge=1, le=10**9)]
+
+    @classmethod
+    def of(cls, n_correct: int, n_examples: int) -> Figure:
+        """Makes one of a count."""
+        low, high = wilson(n_correct, n_examples)
+        return cls(accuracy=n_correct / n_examples, low=low, high=high, n_correct=n_correct, n_examples=n_examples)
+
+    @property
+    def percent(self) -> str:
+        """As RobustBench writes it."""
+        return f"{100 * self.accuracy:.2f}"
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Figure:
+        if self.n_correct > self.n_examples:
+            raise ValueError(f"{self.n_correct} correct out of {self.n_examples} cannot be")
+        expected = (self.n_correct / self.n_examples, *wilson(self.n_correct, self.n_examples))
+        given = (self.accuracy, self.low, self.high)
+        if any(abs(one - other) > 1e-6 for one, other in zip(expected, given, strict=True)):
+            raise ValueError(f"accuracy and interval are not those of {self.n_correct} correct out of "
+                             f"{self.n_examples}")  # fmt: skip
+        return self
+
+
+class Entry(RobustBenchInfo):
+    """A model on a board. What is not known is None.
+
+    Attributes:
+        schema_version: Of this record.
+        model_name: ``<FirstAuthor><Year><FirstWordOfTitle>[_suffix]``, as RobustBench names models.
+        threat_model: ``Linf``.
+        kind: ``measured``: the figures were measured or re-measured by this board. ``published``: they are claims.
+        dataset: As RobustBench names it, or a name of the board's own such as ``cifar10-jpeg``.
+        dataset_note: What a reader should know of it, such as "CIFAR-10 (JPEG), not CIFAR-10".
+        method: What it was trained by.
+        setting: ``fast`` or ``standard``.
+        steps: The attack's steps in each epoch.
+        epochs: How many.
+        backward_passes: Over mini-batches, of the training.
+        train_seconds: Wall time, without validation.
+        hardware: Where it was trained.
+        peak_memory: In bytes.
+        figures: By attack, of `ATTACKS`; ``natural`` is without an attack.
+        remeasured: What the board found itself on examples it drew, where ``figures`` are the submitter's; else empty.
+        n_examples: On how many test images the figures are.
+        n_test: How many the test set has. An entry with fewer examples is listed apart.
+        checks: Reasons to believe the figures, or to doubt them.
+        metrics: A row of numbers per epoch.
+        command: What trained it.
+        seed: Of the training.
+        model: How to build the network.
+        classes: Their names.
+        weights_sha256: Of the weights as a safetensors file of this board.
+        weights_file: Where that is, below the board; None where the board does not hold it.
+        data_sha256: Of the data set.
+        versions: Of Python and of the packages that trained it or, of a foreign model, measured it.
+        submitted: The day.
+    """
+
+    schema_version: Literal[1] = 1
+    model_name: Name
+    threat_model: Literal["Linf"] = "Linf"
+    kind: Literal["measured", "published"]
+    dataset_note: Line | None = None
+    method: Word | None = None
+    setting: Literal["fast", "standard"] | None = None
+    steps: Annotated[tuple[Annotated[int, Field(ge=0, le=10**4)], ...], Field(max_length=10**4)] | None = None
+    epochs: Annotated[int, Field(ge=0, le=10**4)] | None = None
+    backward_passes: Amount | None = None
+    train_seconds: Amount | None = None
+    hardware: Line | None = None
+    peak_memory: Count | None = None
+    figures: dict[Literal["natural", "fgsm", "pgd-100", "cw-20", "autoattack"], Figure] = {}
+    remeasured: dict[Literal["natural", "fgsm", "pgd-100", "cw-20", "autoattack"], Figure] = {}
+    n_examples: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    n_test: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    checks: Annotated[tuple[Said, ...], Field(max_length=100)] = ()
+    metrics: Annotated[tuple[Row, ...], Field(max_length=10**4)] = ()
+    command: Text | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    model: ModelSpec | None = None
+    classes: Annotated[tuple[Word, ...], Field(max_length=1000)] | None = None
+    weights_sha256: Sha256 | None = None
+    weights_file: Annotated[str, Field(max_length=400)] | None = None
+    data_sha256: Sha256 | None = None
+    versions: Annotated[dict[Word, Word], Field(max_length=64)] = {}
+    submitted: Day | None = None
+
+    @classmethod
+    def checked(cls, content: Mapping[str, Any], source: str) -> Entry:
+        """Makes an entry.
+
+        Raises:
+            DeatError: A field is not what it has to be.
+        """
+        try:
+            return cls.model_validate(dict(content))
+        except ValidationError as error:
+            raise DeatError(_complaint(error, source)) from None
+
+    @property
+    def key(self) -> str:
+        """``<dataset>/<threat>/<model_name>``: its place on the board."""
+        return f"{self.dataset}/{self.threat_model}/{self.model_name}"
+
+    @property
+    def is_subset(self) -> bool:
+        """Whether the figures are of a part of the test set only."""
+        return self.n_examples is not None and self.n_test is not None and self.n_examples < self.n_test
+
+    @property
+    def robust(self) -> float | None:
+        """The robust accuracy that decides the rank, in percent: the best known, else AutoAttack's."""
+        text = self.external if self.external is not None else self.autoattack_acc
+        return None if text is None else float(text)
+
+    def percent(self, attack: str) -> float | None:
+        """A measured accuracy in percent, or None."""
+        figure = self.figures.get(attack)  # type: ignore[call-overload]  # any text may be asked for
+        return None if figure is None else 100 * float(figure.accuracy)
+
+    def json_bytes(self) -> bytes:
+        """What its file holds."""
+        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Entry:
+        for sentence in (*self._of_its_kind(), *self._of_its_figures(), *self._of_its_files()):
+            raise ValueError(sentence)
+        return self
+
+    def _of_its_kind(self) -> Iterable[str]:
+        wanted = ("n_examples", "n_test", "model", "weights_sha256", "data_sha256", "submitted", "classes")
+        missing = [field for field in wanted if getattr(self, field) is None]
+        if self.kind == "measured" and (missing or "natural" not in self.figures):
+            yield f"a measured entry needs {(*missing, 'figures.natural')[0]}"
+        if self.kind == "published" and (self.figures or self.remeasured or self.weights_file):
+            yield "a published entry has no figures or weights of this board's"
+
+    def _of_its_figures(self) -> Iterable[str]:
+        if self.n_examples is not None and self.n_test is not None and self.n_examples > self.n_test:
+            yield f"{self.n_examples} examples out of a test set of {self.n_test} cannot be"
+        natural = self.figures.get("natural")
+        for attack, figure in self.figures.items():
+            if figure.n_examples != self.n_examples:
+                yield f"figures.{attack} is of {figure.n_examples} examples, and the entry of {self.n_examples}"
+            if natural is not None and figure.n_correct > natural.n_correct:
+                yield f"figures.{attack} is above the natural accuracy"
+        for field, attack in (("clean_acc", "natural"), ("autoattack_acc", "autoattack")):
+            stated, measured = getattr(self, field), self.figures.get(attack)
+            if self.kind == "measured" and stated != (None if measured is None else measured.percent):
+                yield f"{field} {stated} is not what figures.{attack} says"
+        if self.external is not None and float(self.external) > float(self.autoattack_acc or 100):
+            yield f"external {self.external} is above autoattack_acc, and the best known attack leaves no more"
+
+    def _of_its_files(self) -> Iterable[str]:
+        if self.weights_file not in (None, weights_file(self.dataset, self.threat_model, self.model_name)):
+            yield f"weights_file is not {weights_file(self.dataset, self.threat_model, self.model_name)}"
+        kind, colon, _ = self.model.arch.partition(":") if self.model is not None else ("", "", "")
+        if colon and kind not in PRETRAINED:
+            yield f"its network is built by '{printable(kind, 60)}', and a board runs nobody's code"
+
+
+def weights_file(dataset: str, threat_model: str, model_name: str) -> str:
+    """Where a board holds weights, below its folder."""
+    return f"weights/{dataset}/{threat_model}/{model_name}.safetensors"
+
+
+def parse_entry(data: bytes, source: str) -> Entry:
+    """Reads an entry.
+
+    Raises:
+        DeatError: It is none, naming the first thing that is wrong.
+    """
+    content = parse_json(data, source)
+    if not isinstance(content, dict):
+        raise DeatError(f"{source} is no JSON object")
+    return _validated(Entry, content, source)
+
+
+def read_entry(path: str | Path) -> Entry:
+    """Reads an entry's file; see `parse_entry`."""
+    return parse_entry(read_limited(Path(path), MAX_JSON), str(path))
+
+
+def entry_files(board: str | Path) -> tuple[Path, ...]:
+    """All files of entries: ``entries/<dataset>/<threat>/<model_name>.json``, sorted."""
+    return tuple(sorted(Path(board).glob("entries/*/*/*.json")))
+
+
+def read_entries(board: str | Path) -> tuple[Entry, ...]:
+    """Reads all entries of a board.
+
+    Raises:
+        DeatError: There is no board, or an entry is not valid or not where it belongs.
+    """
+    board = Path(board)
+    if not (board / "entries").is_dir():
+        raise DeatError(f"there is no leaderboard at {board}: deat-rb submit RUN --board {board} begins one")
+    found = []
+    for path in entry_files(board):
+        entry = read_entry(path)
+        if path != board / "entries" / f"{entry.key}.json":
+            raise DeatError(f"{path} is the entry of {entry.key}: it lies in the wrong place")
+        found.append(entry)
+    return tuple(found)
+
+
+def _validated(kind: type[Record], content: Mapping[str, Any], source: str) -> Record:
+    try:
+        return kind.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        raise DeatError(_complaint(error, source)) from None
+
+
+def _complaint(error: ValidationError, source: str) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    problem = f"{where}: {message}" if where else message
+    return f"{source} is not as a board has it: {printable(problem)}"

@@ -1,0 +1,144 @@
+"""Files that strangers hand in, read as such: of bounded size, no links, no code, no second meaning."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+import unicodedata
+from pathlib import Path
+from typing import Any, NoReturn
+
+from deat_rb.errors import DeatError
+
+MAX_JSON = 4 * 2**20
+"""Bytes of a JSON file; the metrics of a thousand epochs take half a megabyte."""
+MAX_DEPTH = 32
+_UNSEEN = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"}
+"""Unicode's categories of controls, direction marks, unassigned and private characters, surrogates, line ends."""
+_FORMULA = tuple("=+-@")
+_MATHS = {"ell", "infty", "epsilon", "varepsilon", "approx", "times", "leq", "geq", "pm", "alpha", "beta", "gamma",
+          "lambda", "mu", "sigma", "tau"}  # fmt: skip
+"""What RobustBench's footnotes and titles write in TeX."""
+
+
+def printable(text: str, length: int = 400) -> str:
+    r"""Makes any text fit to be printed in a terminal: controls and the like as ``\x1b``, what is too long cut."""
+    shown = "".join(
+        char if unicodedata.category(char) not in _UNSEEN else char.encode("unicode_escape", "replace").decode()
+        for char in text[: length + 1]
+    )
+    return shown if len(text) <= length else f"{shown[:length]}..."
+
+
+def plain(text: str) -> str:
+    """Gives back one line of text that nothing which prints it would take for more than text.
+
+    What is refused here would be escaped by the board's own pages and tables; others read the files as well.
+
+    Raises:
+        ValueError: It has unseen characters, or would be markup, a formula, or a command in HTML, Markdown, TeX or CSV.
+    """
+    unseen = next((char for char in text if unicodedata.category(char) in _UNSEEN), None)
+    if unseen is not None:
+        raise ValueError(f"has the character U+{ord(unseen):04X}, which is not seen when it is printed")
+    if text != text.strip():
+        raise ValueError("begins or ends with a space")
+    if re.search(r"<[A-Za-z/!?]|&#|&\w+;", text):
+        raise ValueError("has HTML in it, and plain text is wanted")
+    if re.search(r"\]\s*\(|`|\|", text):
+        raise ValueError("has Markdown in it (a link, a backtick or |), and plain text is wanted")
+    if text.startswith(_FORMULA):
+        raise ValueError(f"begins with {text[0]}, which spreadsheets take for a formula")
+    commands = [name for name in re.findall(r"\\([A-Za-z@]+|$)", text) if name not in _MATHS]
+    if commands or re.search(r"\^\^", text):
+        raise ValueError(f"has the TeX command \\{commands[0] if commands else '^^'}, and plain text is wanted")
+    return text
+
+
+def seen(text: str) -> str:
+    """Gives back text without unseen characters and HTML, which may otherwise hold what it likes.
+
+    Raises:
+        ValueError: It has some.
+    """
+    if any(unicodedata.category(char) in _UNSEEN for char in text) or re.search(r"<[A-Za-z/!?]", text):
+        raise ValueError("has characters that are not seen when it is printed, or HTML")
+    return text
+
+
+def read_limited(path: Path, limit: int) -> bytes:
+    """Reads a regular file that has no more than ``limit`` bytes.
+
+    Raises:
+        DeatError: It is missing, a link, no regular file or too large. Nothing of a file that is too large is read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if path.is_symlink():
+            raise DeatError(f"{path} is a link: hand in the file itself") from None
+        raise DeatError(f"cannot read {path}: {error.strerror or error}") from None
+    facts = os.fstat(descriptor)
+    if not stat.S_ISREG(facts.st_mode) or facts.st_size > limit:
+        os.close(descriptor)
+        if stat.S_ISREG(facts.st_mode):
+            raise DeatError(f"{path} is too large: it has {facts.st_size} bytes, and {limit} are allowed")
+        raise DeatError(f"{path} is no regular file: hand in files")
+    with open(descriptor, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise DeatError(f"{path} grows while it is read, past the {limit} bytes that are allowed")
+    return data
+
+
+def parse_json(data: bytes, source: str, *, depth: int = MAX_DEPTH) -> Any:
+    """Reads JSON that means the same to everyone.
+
+    Raises:
+        DeatError: It is not UTF-8, not JSON, nested deeper than ``depth``, names a key twice, or holds NaN.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DeatError(f"{source} has the key '{printable(twice, 60)}' twice in one object")
+        return found
+
+    def refuse(name: str) -> NoReturn:
+        raise DeatError(f"{source} has the number {printable(name, 40)}, which is not finite")
+
+    def finite(digits: str) -> float:
+        return float(digits) if math.isfinite(float(digits)) else refuse(digits)
+
+    try:
+        text = data.decode()
+        if _depth(text) > depth:
+            raise DeatError(f"{source} is nested deeper than {depth} levels")
+        return json.loads(text, object_pairs_hook=once, parse_constant=refuse, parse_float=finite)
+    except DeatError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DeatError(f"{source} is not valid JSON: {printable(str(error), 120)}") from None
+
+
+def _depth(text: str) -> int:
+    """How deep brackets are nested outside of strings."""
+    deepest = now = 0
+    for bracket in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', text, re.DOTALL):
+        char = bracket[0]
+        if char in "[{":
+            now += 1
+            deepest = max(deepest, now)
+        elif char in "]}":
+            now -= 1
+    return deepest
+
+
+def read_strict_json(path: Path, limit: int = MAX_JSON) -> Any:
+    """Reads a stranger's JSON file; see `read_limited` and `parse_json`."""
+    return parse_json(read_limited(path, limit), str(path))

@@ -1,0 +1,260 @@
+"""The leaderboard as a table: who stands where, and how that is written for terminals, programs and papers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Literal
+
+from deat_rb.entries import Entry
+from deat_rb.errors import DeatError, nearest
+from deat_rb.intake import printable
+from deat_rb.threat import parse_fraction
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+Part = Literal["full", "subset", "published"]
+PARTS: dict[Part, str] = {
+    "full": "whole test set",
+    "subset": "part of the test set, not ranked",
+    "published": "published figures, not measured here",
+}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """An entry in the table.
+
+    Attributes:
+        entry: The entry.
+        rank: From 1 on, among the full evaluations of the same data set, threat model and eps; equals share one. None
+            for others.
+        part: ``full``; ``subset``, of a part of the test set; or ``published``, which nobody measured here.
+    """
+
+    entry: Entry
+    rank: int | None
+    part: Part
+
+    @property
+    def group(self) -> tuple[str, str, float]:
+        """What it may be compared within: data set, threat model and eps."""
+        return self.entry.dataset, self.entry.threat_model, parse_fraction(self.entry.eps)
+
+
+def _descending(value: float | None) -> float:
+    return 1.0 if value is None else -value
+
+
+def _ascending(value: float | None) -> float:
+    return float("inf") if value is None else value
+
+
+SORTS: dict[str, Callable[[Entry], Any]] = {
+    "rank": lambda entry: _descending(entry.robust),
+    "autoattack": lambda entry: _descending(None if entry.autoattack_acc is None else float(entry.autoattack_acc)),
+    "natural": lambda entry: _descending(None if entry.clean_acc is None else float(entry.clean_acc)),
+    "fgsm": lambda entry: _descending(entry.percent("fgsm")),
+    "pgd100": lambda entry: _descending(entry.percent("pgd-100")),
+    "cw20": lambda entry: _descending(entry.percent("cw-20")),
+    "cost": lambda entry: _ascending(entry.backward_passes),
+    "seconds": lambda entry: _ascending(entry.train_seconds),
+    "name": lambda entry: entry.model_name,
+}
+"""What a table may be sorted by, the best first."""
+
+
+def rank(entries: Sequence[Entry], *, dataset: str | None = None, sort: str = "rank") -> tuple[Standing, ...]:
+    """Ranks entries by robust accuracy, the best known one or else AutoAttack's, as RobustBench does.
+
+    Args:
+        entries: Of a board.
+        dataset: Only of this data set.
+        sort: The order within a group, one of `SORTS`; a rank does not depend on it.
+
+    Returns:
+        By group; in each the full evaluations, then those of a part of the test set, then what was only published.
+
+    Raises:
+        DeatError: There is no such data set on the board, or no such order.
+    """
+    if sort not in SORTS:
+        raise DeatError(f"there is no order '{printable(sort, 40)}': {nearest(sort, SORTS)}")
+    known = sorted({entry.dataset for entry in entries})
+    if dataset is not None and dataset not in known:
+        raise DeatError(f"the board has no entries of '{printable(dataset, 40)}': {nearest(dataset, known)}")
+    chosen = [entry for entry in entries if dataset in (None, entry.dataset)]
+    full: dict[tuple[str, str, float], list[float]] = {}
+    for entry in chosen:
+        if _part(entry) == "full" and entry.robust is not None:
+            full.setdefault(Standing(entry, None, "full").group, []).append(entry.robust)
+    standings = []
+    for entry in chosen:
+        standing = Standing(entry, None, _part(entry))
+        if standing.part == "full" and entry.robust is not None:
+            place = 1 + sum(other > entry.robust for other in full[standing.group])
+            standing = Standing(entry, place, "full")
+        standings.append(standing)
+    order = list(PARTS)
+    return tuple(
+        sorted(
+            standings, key=lambda each: (each.group, order.index(each.part), SORTS[sort](each.entry), each.entry.key)
+        )
+    )
+
+
+def _part(entry: Entry) -> Part:
+    if entry.kind == "published":
+        return "published"
+    return "subset" if entry.is_subset else "full"
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+COLUMNS: dict[str, Callable[[Standing], str]] = {
+    "rank": lambda each: "" if each.rank is None else str(each.rank),
+    "model": lambda each: each.entry.model_name,
+    "natural": lambda each: each.entry.clean_acc or "",
+    "autoattack": lambda each: each.entry.autoattack_acc or "",
+    "best known": lambda each: each.entry.external or "",
+    "unreliable": lambda each: "yes" if each.entry.unreliable else "",
+    "pgd-100": lambda each: _number(each.entry.percent("pgd-100")),
+    "cw-20": lambda each: _number(each.entry.percent("cw-20")),
+    "fgsm": lambda each: _number(each.entry.percent("fgsm")),
+    "examples": lambda each: "" if each.entry.n_examples is None else str(each.entry.n_examples),
+    "method": lambda each: each.entry.method or "",
+    "backward passes": lambda each: _number(each.entry.backward_passes, 0),
+    "seconds": lambda each: _number(each.entry.train_seconds, 0),
+    "extra data": lambda each: "yes" if each.entry.additional_data else "",
+    "architecture": lambda each: each.entry.architecture or "",
+    "venue": lambda each: each.entry.venue or "",
+}
+_SPARED = ("venue", "extra data", "seconds", "examples", "architecture", "fgsm", "cw-20", "method")
+"""What a narrow terminal does without, in this order."""
+_TEXTS = {"model", "unreliable", "method", "extra data", "architecture", "venue"}
+
+
+def _groups(standings: Sequence[Standing]) -> list[tuple[str, list[Standing]]]:
+    """Standings that may stand in one table, under a heading."""
+    found = []
+    for _, part in groupby(standings, key=lambda each: (each.group, each.part)):
+        rows = list(part)
+        entry = rows[0].entry
+        named = entry.dataset if entry.dataset_note is None else f"{entry.dataset}, {entry.dataset_note}"
+        found.append((f"{named}, {entry.threat_model}, eps {entry.eps}: {PARTS[rows[0].part]}", rows))
+    return found
+
+
+def _columns(rows: Sequence[Standing]) -> dict[str, list[str]]:
+    """The cells of a table by column, without columns of which nothing is known."""
+    cells = {title: [cell(row) for row in rows] for title, cell in COLUMNS.items()}
+    return {title: column for title, column in cells.items() if any(column)}
+
+
+def as_tables(standings: Sequence[Standing], width: int) -> list[RenderableType]:
+    """Lays the standings out for a terminal of ``width``; whatever texts hold, they neither colour nor move anything.
+
+    Columns for which there is no room are left out.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    tables: list[RenderableType] = []
+    for heading, rows in _groups(standings):
+        table = Table(title=Text(printable(heading)))
+        columns = _columns(rows)
+        for title in _SPARED:
+            if _width(columns) > width:
+                columns.pop(title, None)
+        for title in columns:
+            table.add_column(title, justify="left" if title in _TEXTS else "right", no_wrap=title != "backward passes")
+        for cells in zip(*columns.values(), strict=True):
+            table.add_row(*(Text(printable(cell, 120)) for cell in cells))
+        tables.append(table)
+    return tables
+
+
+def _width(columns: dict[str, list[str]]) -> int:
+    """How wide a table is in which heads are broken at spaces and cells nowhere."""
+    cells = (max(len(word) for word in (*title.split(), *column)) for title, column in columns.items())
+    return 1 + sum(cell + 3 for cell in cells)
+
+
+def as_json(standings: Sequence[Standing]) -> str:
+    """All that is known of every entry but its epochs' figures, in ASCII."""
+    content = [
+        {"rank": each.rank, "part": each.part, **each.entry.model_dump(mode="json", exclude={"metrics"})}
+        for each in standings
+    ]
+    return json.dumps(content, indent=2, allow_nan=False)
+
+
+def as_csv(standings: Sequence[Standing]) -> str:
+    """One table for spreadsheets; a cell that they would take for a formula has an apostrophe before it."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    own = {
+        "dataset": lambda each: each.entry.dataset,
+        "threat": lambda each: each.entry.threat_model,
+        "eps": lambda each: each.entry.eps,
+        "part": lambda each: each.part,
+    }
+    columns: dict[str, Callable[[Standing], str]] = {**own, **COLUMNS}
+    writer.writerow(columns)
+    for each in standings:
+        writer.writerow(_csv_cell(cell(each)) for cell in columns.values())
+    return file.getvalue()
+
+
+def _csv_cell(text: str) -> str:
+    text = printable(text, 2000)
+    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@", "\\t", "\\r")) else text
+
+
+def as_markdown(standings: Sequence[Standing]) -> str:
+    """Tables in GitHub's Markdown."""
+    lines = []
+    for heading, rows in _groups(standings):
+        columns = _columns(rows)
+        lines += [f"**{markdown_text(heading)}**", "", f"| {' | '.join(columns)} |"]
+        lines.append(f"|{'|'.join(':--' if title in _TEXTS else '--:' for title in columns)}|")
+        lines += [f"| {' | '.join(map(markdown_text, cells))} |" for cells in zip(*columns.values(), strict=True)]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def markdown_text(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    entities = printable(text, 2000).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]()#!|~$])|(?<=https)(:)|(?<=http)(:)", lambda found: f"\\{found[0]}", entities)
+
+
+_TEX = {"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
+        "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+        "|": r"\textbar{}", '"': r"\textquotedbl{}"}  # fmt: skip
+
+
+def latex_text(text: str) -> str:
+    """Text that TeX prints as it is."""
+    return "".join(_TEX.get(char, char) for char in printable(text, 2000))
+
+
+def as_latex(standings: Sequence[Standing]) -> str:
+    """Tables for a paper that uses booktabs."""
+    lines = []
+    for heading, rows in _groups(standings):
+        columns = _columns(rows)
+        layout = "".join("l" if title in _TEXTS else "r" for title in columns)
+        lines += [r"\begin{table}", rf"\caption{{{latex_text(heading)}}}", rf"\begin{{tabular}}{{{layout}}}"]
+        lines += [r"\toprule", " & ".join(map(latex_text, columns)) + r" \\", r"\midrule"]
+        lines += [" & ".join(map(latex_text, cells)) + r" \\" for cells in zip(*columns.values(), strict=True)]
+        lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
+    return "\n".join(lines)

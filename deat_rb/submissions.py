@@ -1,0 +1,336 @@
+"""What is handed in to a leaderboard: a run directory, an export, or a checkpoint with RobustBench's ``model_info``."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from deat_rb import compat
+from deat_rb.config import RunConfig, TrainOptions
+from deat_rb.data import DATASETS, DataSet, load_data
+from deat_rb.entries import RobustBenchInfo, check_dataset_name, check_model_name
+from deat_rb.errors import DeatError
+from deat_rb.export import PAPER, PAPERS_OWN, SPELLED, ExportPaths, _spelled, exported_spec
+from deat_rb.files import sha256_file
+from deat_rb.foreign import load_checked, take_weights
+from deat_rb.intake import MAX_JSON, parse_json, read_limited
+from deat_rb.models import ModelSpec, NormalizedModel, check_trust
+from deat_rb.report import Report
+from deat_rb.runs import CONFIG, METRICS, RunDirectory
+from deat_rb.stats import EpochStats
+from deat_rb.subject import in_turn
+from deat_rb.threat import format_fraction, parse_fraction
+
+EVALUATION = "eval.json"
+_TOLD = ("steps", "backwards", "seconds", "peak_memory")
+"""Fields of a row of metrics that an entry sums up."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a submitter says about a model; None is what the submission itself says.
+
+    Attributes:
+        model_name: ``<FirstAuthor><Year><FirstWordOfTitle>[_suffix]``.
+        dataset: The loader of the data that a checkpoint is evaluated on; a run knows its own.
+        data_dir: Where the data are.
+        dataset_name: What the board calls the data.
+        dataset_note: What a reader should know of them.
+        info: The ``model_info`` file of a checkpoint that does not lie in an export.
+        link: Of the paper.
+        name: The paper's title.
+        authors: The paper's.
+        venue: The paper's.
+        additional_data: Whether other training images were used, too.
+        external: Best known robust accuracy, in percent.
+        unreliable: Whether AutoAttack's figure is not to be relied on.
+        footnote: For the table's reader.
+        hardware: Where the model was trained.
+    """
+
+    model_name: str
+    dataset: str | None = None
+    data_dir: Path | None = None
+    dataset_name: str | None = None
+    dataset_note: str | None = None
+    info: Path | None = None
+    link: str | None = None
+    name: str | None = None
+    authors: str | None = None
+    venue: str | None = None
+    additional_data: bool | None = None
+    external: float | None = None
+    unreliable: bool | None = None
+    footnote: str | None = None
+    hardware: str | None = None
+
+    def own_words(self) -> dict[str, Any]:
+        """The fields of an entry that the submitter gives, without those that are left open."""
+        names = ("link", "name", "authors", "venue", "additional_data", "unreliable", "footnote", "hardware",
+                 "dataset_note")  # fmt: skip
+        words = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return words if self.external is None else {**words, "external": f"{self.external:.2f}"}
+
+
+@dataclass(frozen=True, eq=False)
+class Submission:
+    """A network that fits its data, and what is claimed about it.
+
+    Attributes:
+        source: What was handed in.
+        model: In eval mode, on the CPU.
+        spec: How it is built.
+        data: What it is evaluated on.
+        dataset_name: What the board calls that.
+        eps: The radius, in [0, 1] pixel units.
+        facts: Fields of an entry.
+        claim: The evaluation that came with it.
+        stated: By attack, what a ``model_info`` says, in percent.
+        weights_sha256: Of the weights' file as handed in.
+    """
+
+    source: Path
+    model: NormalizedModel
+    spec: ModelSpec
+    data: DataSet
+    dataset_name: str
+    eps: float
+    facts: dict[str, Any]
+    claim: Report | None
+    weights_sha256: str
+    stated: dict[str, float] = field(default_factory=dict)
+
+    def examples(self, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """The first test images, (N, C, H, W), and labels (N,), in the order of `deat_rb.subject.Subject.examples`."""
+        test = in_turn(self.data.test)
+        count = len(test) if count is None else count
+        if not 1 <= count <= len(test):
+            raise DeatError(f"{count} examples cannot be had of {len(test)} test images")
+        return test.first(count).tensors()
+
+
+def open_submission(target: Path, terms: Terms, scratch: Path) -> Submission:
+    """Opens what was handed in. Every file is copied to ``scratch`` first, and only the copies are read.
+
+    Raises:
+        DeatError: Something in it cannot be used, or is not what it says.
+    """
+    check_model_name(terms.model_name)
+    is_run = (target / CONFIG).exists() or (target / CONFIG).is_symlink()
+    handed_in = target if is_run or not target.is_dir() else _weights_in_export(target, terms.model_name)
+    return (_open_run if is_run else _open_checkpoint)(handed_in, terms, scratch)
+
+
+@contextmanager
+def _speaking_of(originals: Mapping[Path, Path]) -> Iterator[None]:
+    """Has refusals name what was handed in, and not the copies, of which nobody has heard."""
+    try:
+        yield
+    except DeatError as error:
+        message = str(error)
+        for copy, original in originals.items():
+            message = message.replace(str(copy), str(original))
+        named = any(str(original) in message for original in originals.values())
+        raise DeatError(message if named else f"{next(iter(originals.values()))}: {message}") from error
+
+
+def _weights_in_export(folder: Path, model_name: str) -> Path:
+    found = sorted(folder.glob("models/*/Linf/*.pt"))
+    named = [path for path in found if path.stem == model_name] or found
+    if len(named) != 1:
+        raise DeatError(f"{folder} is no run directory, and {'more than' if named else 'not'} one export lies in it: "
+                        "give a run, or the file models/<dataset>/Linf/<name>.pt")  # fmt: skip
+    return named[0]
+
+
+def _open_run(target: Path, terms: Terms, scratch: Path) -> Submission:
+    if terms.info is not None or terms.dataset is not None:
+        raise DeatError(f"--info and --dataset are for checkpoints: the run {target} says itself what it is")
+    copied = scratch / "run"
+    copied.mkdir()
+    with _speaking_of({copied: target}):
+        return _opened_run(target, terms, copied)
+
+
+def _opened_run(target: Path, terms: Terms, copied: Path) -> Submission:
+    for name in (CONFIG, METRICS, EVALUATION):
+        if name == CONFIG or (target / name).exists() or (target / name).is_symlink():
+            (copied / name).write_bytes(read_limited(target / name, MAX_JSON))
+    for name in (CONFIG, EVALUATION):
+        if (copied / name).exists():
+            parse_json((copied / name).read_bytes(), str(target / name))
+    run = RunDirectory.open(copied)
+    config, spec = run.config, run.model_spec
+    _check_arch(spec, target)
+    handed_in = target / f"{config.select}.safetensors"
+    take_weights(handed_in, copied / handed_in.name)
+    model = load_checked(copied / handed_in.name, spec, source=handed_in)
+    data = load_data(config.dataset, data_dir=terms.data_dir or config.data_dir, image_size=config.image_size)
+    if data.fingerprint != config.data_fingerprint:
+        raise DeatError(f"{target} was trained on other data than {config.dataset} is here (SHA-256 "
+                        f"{config.data_fingerprint[:12]}..., here {data.fingerprint[:12]}...)")  # fmt: skip
+    _check_fits(spec, data, target)
+    rows = _rows(copied, target / METRICS)
+    facts = {**_trained(config, rows), "architecture": _architecture(spec), **terms.own_words()}
+    claim = Report.load(copied) if (copied / EVALUATION).exists() else None
+    return Submission(
+        target, model, spec, data, _dataset_name(terms, config.dataset, config.data_dir), config.eps, facts, claim,
+        sha256_file(run.selected_weights_path),
+    )  # fmt: skip
+
+
+def _open_checkpoint(weights: Path, terms: Terms, scratch: Path) -> Submission:
+    source = terms.info or _description_of(weights)
+    if not (source.exists() or source.is_symlink()):
+        raise DeatError(f"{weights} is a checkpoint without a description: give its model_info by --info FILE.json")
+    info = RobustBenchInfo.parse(read_limited(source, MAX_JSON), str(source))
+    paths = ExportPaths.below(scratch / "export", info.dataset, terms.model_name)
+    for path in (paths.weights, paths.info):
+        path.parent.mkdir(parents=True)
+    paths.info.write_bytes(info.model_dump_json().encode())
+    with _speaking_of({paths.weights: weights, paths.info: source}):
+        take_weights(weights, paths.weights)
+        spec = exported_spec(paths.weights)
+        model = load_checked(paths.weights, spec, source=weights)
+    loader = terms.dataset or info.dataset
+    if loader not in DATASETS:
+        raise DeatError(f"{source} is of the data set {info.dataset}, which has no loader: say with --dataset and "
+                        "--data-dir what to evaluate on")  # fmt: skip
+    data = load_data(loader, data_dir=terms.data_dir, image_size=spec.image_size)
+    _check_fits(spec, data, source)
+    stated = {"natural": info.clean_acc, "autoattack": info.autoattack_acc}
+    own = info.model_dump(exclude={"dataset", "eps", "clean_acc", "autoattack_acc"}, exclude_none=True)
+    facts = {**own, **terms.own_words()}
+    return Submission(
+        weights, model, spec, data, _dataset_name(terms, loader, terms.data_dir), parse_fraction(info.eps), facts, None,
+        sha256_file(paths.weights), {attack: float(text) for attack, text in stated.items() if text is not None},
+    )  # fmt: skip
+
+
+def _description_of(weights: Path) -> Path:
+    """In an export, its JSON; of another checkpoint the file of the same name beside it."""
+    folder = weights.absolute().parent.parent
+    in_export = ExportPaths.below(folder.parent.parent, folder.name, weights.stem).info
+    return in_export if in_export.exists() else weights.with_suffix(".json")
+
+
+def _check_arch(spec: ModelSpec, source: Path) -> None:
+    try:
+        check_trust(spec.arch, False, source=str(source))
+    except DeatError:
+        raise DeatError(
+            f"{source} has its network built by '{spec.arch}', which runs that module's code, and a "
+            "board runs nobody's: hand in a network of RobustBench's, torchvision's or timm's"
+        ) from None
+
+
+def _check_fits(spec: ModelSpec, data: DataSet, source: Path) -> None:
+    takes, has = (spec.channels, spec.image_size, spec.image_size), tuple(data.test.shape)
+    if takes != has or spec.num_classes != len(data.classes):
+        raise DeatError(f"{source} is a network of {spec.num_classes} classes and images of {takes}, and {data.name} "
+                        f"has {len(data.classes)} classes and images of {has}")  # fmt: skip
+
+
+def _dataset_name(terms: Terms, loader: str, data_dir: str | Path | None) -> str:
+    if terms.dataset_name is not None:
+        name = check_dataset_name(terms.dataset_name)
+        if name in DATASETS and name != loader:
+            raise DeatError(f"--dataset-name {name} is the name of another data set than {loader}: choose another")
+        return name
+    if loader != "folder":
+        return loader
+    name = re.sub(r"[^a-z0-9]+", "-", Path(data_dir or "").name.lower()).strip("-")
+    if not name or name in DATASETS or name in compat.DATASETS:
+        raise DeatError("what shall the board call the images of this folder? Give --dataset-name, such as flowers")
+    return check_dataset_name(name)
+
+
+def _rows(copied: Path, source: Path) -> list[dict[str, int | float | None]]:
+    """The epochs' figures: numbers and nothing else."""
+    path = copied / METRICS
+    if not path.exists():
+        return []
+    known = set(EpochStats.__dataclass_fields__) - {"stopped"}
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        content = parse_json(line, f"{source}, line {number},")
+        if not isinstance(content, dict):
+            raise DeatError(f"{source}, line {number}, is no JSON object")
+        row = {name: value for name, value in content.items() if name in known}
+        for name, value in row.items():
+            known_number = type(value) in (int, float) and abs(value) < 1e15
+            if not known_number and (value is not None or name in _TOLD):
+                raise DeatError(f"{source}, line {number}, has no number for {name}")
+        rows.append(row)
+    return rows
+
+
+def _trained(config: RunConfig, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    credit = PAPER if PAPERS_OWN.match(config.method) else dict.fromkeys(PAPER)
+    totals: dict[str, Any] = {}
+    if rows:
+        totals = {
+            "steps": tuple(row.get("steps", 0) for row in rows),
+            "epochs": len(rows),
+            "backward_passes": float(sum(row.get("backwards", 0) for row in rows)),
+            "train_seconds": float(sum(row.get("seconds", 0) for row in rows)),
+            "peak_memory": max(row.get("peak_memory", 0) for row in rows) or None,
+        }
+    return {
+        **credit,
+        "additional_data": False,
+        "number_forward_passes": 1,
+        "method": config.method,
+        "setting": config.setting,
+        "seed": config.seed,
+        "hardware": None if config.device == "auto" else config.device,
+        "command": training_command(config),
+        "versions": dict(config.versions),
+        "metrics": tuple(rows),
+        **totals,
+    }
+
+
+def training_command(config: RunConfig) -> str:
+    """The `deat-rb train` that a configuration comes from; of a folder only the name, wherever it lay."""
+    left_out = {"data_dir", "heed_stop", "device", "image_size" if config.dataset != "folder" else ""}
+    words = ["deat-rb", "train"]
+    for name, option in TrainOptions.model_fields.items():
+        value = getattr(config, name, None)
+        if name in left_out or value is None or (value == option.default and name != "seed"):
+            continue
+        text = format_fraction(value) if name in ("eps", "alpha") else str(value)
+        words += [f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", text]
+    if config.data_dir is not None:
+        words += ["--data-dir", Path(config.data_dir).name]
+    return shlex.join(words if config.heed_stop else [*words, "--no-stop"]).replace("--compiled", "--compile")
+
+
+def _architecture(spec: ModelSpec) -> str:
+    return spec.arch if ":" in spec.arch else _spelled(spec)
+
+
+def dataset_note(submission: Submission) -> str | None:
+    """What the board says by itself of data that are no data set of RobustBench's."""
+    if submission.dataset_name in compat.DATASETS or submission.dataset_name in SPELLED:
+        return None
+    return f"images of the folder {submission.dataset_name}"
+
+
+def load_board_data(dataset: str, spec: ModelSpec, data_dir: Path | None) -> DataSet:
+    """Loads the data set that a board calls ``dataset``.
+
+    Raises:
+        DeatError: It is a folder, and nothing says where, or the data cannot be had.
+    """
+    loader = dataset if dataset in DATASETS else "folder"
+    if loader == "folder" and data_dir is None:
+        raise DeatError(f"where are the images of {dataset}? Give --data-dir {dataset}=DIR")
+    return load_data(loader, data_dir=data_dir, image_size=spec.image_size)

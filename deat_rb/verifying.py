@@ -1,0 +1,189 @@
+"""Is a leaderboard what it says? Every file is read, hashed and held against its entry, and every model measured."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+from torch import Tensor, nn
+
+from deat_rb.attacking import Progress
+from deat_rb.board import Board
+from deat_rb.data import DATASETS, DataSet
+from deat_rb.entries import Entry, entry_files, read_entry
+from deat_rb.errors import DeatError
+from deat_rb.foreign import MAX_WEIGHTS, load_checked, take_weights
+from deat_rb.intake import printable, read_limited
+from deat_rb.measuring import SAMPLE, compare_claim, refuse_failed, sampled
+from deat_rb.models import ModelSpec
+from deat_rb.subject import in_turn
+from deat_rb.submissions import load_board_data
+from deat_rb.threat import parse_fraction
+
+
+@dataclass
+class Verification:
+    """What `verify` found.
+
+    Attributes:
+        problems: What is wrong, each with where.
+        notes: What could not be looked at, and why.
+        entries: How many entries there are.
+        measured: How many models were measured again.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    entries: int = 0
+    measured: int = 0
+
+
+@dataclass(frozen=True)
+class _Model:
+    model: nn.Module
+    data: DataSet
+
+    def examples(self, count: int | None = None) -> tuple[Tensor, Tensor]:
+        test = in_turn(self.data.test)
+        return test.first(len(test) if count is None else count).tensors()
+
+
+def verify(
+    path: str | Path,
+    *,
+    sample: int = SAMPLE,
+    data_dirs: Mapping[str, Path] | None = None,
+    batch_size: int = 128,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Looks at every file of a board, and measures some examples of every model again.
+
+    Args:
+        path: The board.
+        sample: How many examples of each model are measured, drawn anew each time; 0 measures none.
+        data_dirs: Where data sets are that are not to be had otherwise.
+        batch_size: How many images are attacked together.
+        device: Where to evaluate.
+        progress: See `deat_rb.evaluate.evaluate`.
+
+    Raises:
+        DeatError: There is no board.
+    """
+    board = Board(path)
+    if not (board.path / "entries").is_dir():
+        raise DeatError(f"there is no leaderboard at {path}: deat-rb submit RUN --board {path} begins one")
+    board.recover()
+    found = Verification()
+    entries: list[Entry] = []
+    for file in entry_files(board.path):
+        found.entries += 1
+        try:
+            entries.append(_read(file, board.path / "entries", board.path))
+        except DeatError as error:
+            found.problems.append(printable(str(error), 1000))
+    found.problems += [*_of_history(board.path), *_strays(board.path, entries), *_of_data(entries)]
+    loaded: dict[tuple[str, int], DataSet] = {}
+    for entry in entries:
+        try:
+            options: dict[str, object] = {"batch_size": batch_size, "device": device, "progress": progress}
+            found.measured += _measured(board.path, entry, sample, data_dirs or {}, loaded, found.notes, options)
+        except DeatError as error:
+            found.problems.append(f"{entry.key}: {printable(str(error), 1000)}")
+    return found
+
+
+def _read(file: Path, entries: Path, weights: Path | None) -> Entry:
+    """Reads an entry that lies where it belongs, with its weights if it has some."""
+    if any(path.is_symlink() for path in (file, *file.parents[:3])):
+        raise DeatError(f"{file} is a link, or lies behind one: a board has none")
+    entry = read_entry(file)
+    if file != entries / f"{entry.key}.json":
+        raise DeatError(f"{file} is the entry of {entry.key}, and lies in the wrong place")
+    if weights is not None and entry.weights_file is not None:
+        _check_hash(weights / entry.weights_file, entry)
+    return entry
+
+
+def _check_hash(weights: Path, entry: Entry) -> None:
+    actual = hashlib.sha256(read_limited(weights, MAX_WEIGHTS)).hexdigest()
+    if actual != entry.weights_sha256:
+        raise DeatError(f"{weights} has the SHA-256 {actual[:12]}..., and its entry says "
+                        f"{str(entry.weights_sha256)[:12]}...: these are other weights")  # fmt: skip
+
+
+def _of_history(board: Path) -> Iterator[str]:
+    for file in sorted(board.glob("history/*/*/*/*/*.json")):
+        try:
+            entry = read_entry(file)
+            if file.parts[-5:-1] != (*entry.key.split("/"), file.parent.name) or file.stem != entry.model_name:
+                raise DeatError(f"{file} is the entry of {entry.key}, and lies in the wrong place")
+            if entry.weights_file is not None:
+                _check_hash(file.with_suffix(".safetensors"), entry)
+        except DeatError as error:
+            yield printable(str(error), 1000)
+
+
+def _strays(board: Path, entries: list[Entry]) -> Iterator[str]:
+    """Files and links that belong to no entry."""
+    known = set(entry_files(board)) | {board / entry.weights_file for entry in entries if entry.weights_file}
+    unread = len(entry_files(board)) > len(entries)
+    for folder in ("entries", "weights", "history"):
+        for path in sorted((board / folder).rglob("*")):
+            if path.is_symlink():
+                yield f"{printable(str(path))} is a link: a board has none"
+            elif path.is_file() and folder != "history" and path not in known:
+                if folder == "weights" and unread and path.suffix == ".safetensors":
+                    continue  # of an entry that cannot be read, which is a problem already
+                yield f"{printable(str(path))} belongs to no entry"
+
+
+def _of_data(entries: list[Entry]) -> Iterator[str]:
+    known: dict[str, Entry] = {}
+    for entry in entries:
+        if entry.data_sha256 is not None:
+            first = known.setdefault(entry.dataset, entry)
+            if first.data_sha256 != entry.data_sha256:
+                yield f"{entry.key} was measured on other data than {first.key}"
+
+
+def _measured(
+    board: Path,
+    entry: Entry,
+    sample: int,
+    data_dirs: Mapping[str, Path],
+    loaded: dict[tuple[str, int], DataSet],
+    notes: list[str],
+    options: dict[str, object],
+) -> int:
+    """Measures a model again, and says how many that were: one or none."""
+    if entry.weights_file is None:
+        notes.append(f"{entry.key}: the board does not hold its weights")
+        return 0
+    spec = cast(ModelSpec, entry.model)
+    file = board / entry.weights_file
+    with tempfile.TemporaryDirectory(prefix="deat-rb-") as scratch:
+        copy = Path(scratch, file.name)
+        take_weights(file, copy)
+        model = load_checked(copy, spec, source=file)
+    if not sample:
+        return 0
+    if entry.dataset not in DATASETS and entry.dataset not in data_dirs:
+        notes.append(f"{entry.key}: not measured, as its images are not at hand; give --data-dir {entry.dataset}=DIR")
+        return 0
+    key = (entry.dataset, spec.image_size)
+    if key not in loaded:
+        loaded[key] = load_board_data(entry.dataset, spec, data_dirs.get(entry.dataset))
+    data = loaded[key]
+    if data.fingerprint != entry.data_sha256 or len(data.test) != entry.n_test:
+        raise DeatError(f"the data at hand (SHA-256 {data.fingerprint[:12]}...) are not those of the entry "
+                        f"({str(entry.data_sha256)[:12]}...)")  # fmt: skip
+    report = sampled(_Model(model, data), cast(int, entry.n_examples), sample, parse_fraction(entry.eps), **options)
+    stated = {str(attack): 100 * figure.accuracy for attack, figure in entry.figures.items()}
+    compare_claim(stated, report, "the entry")
+    refuse_failed(report.checks, "the model")
+    return 1

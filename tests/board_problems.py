@@ -1,0 +1,131 @@
+"""Runs, checkpoints and evaluations for the tests of the leaderboard, made without training or attacking anything."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from training_problems import run_config
+
+from deat_rb import files, measuring, submissions
+from deat_rb.data import DataSet, load_data
+from deat_rb.export import ExportPaths
+from deat_rb.models import NormalizedModel, model_spec
+from deat_rb.report import AttackResult, Check, Report
+from deat_rb.subject import in_turn
+
+SPEC = model_spec("wrn-10-1", dataset="digits")
+SHARES = {"natural": 0.8, "fgsm": 0.6, "pgd-100": 0.5, "cw-20": 0.48, "autoattack": 0.4}
+"""Of the examples, what every model has correct under every attack, as the fake evaluation finds it."""
+
+
+@cache
+def digits() -> DataSet:
+    return load_data("digits")
+
+
+@cache
+def network(seed: int = 0) -> NormalizedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return SPEC.build().eval()
+
+
+def report_of(n: int, *, shares: dict[str, float] | None = None, checks: tuple[Check, ...] = (), eps: float = 0.1,
+              **rest: Any) -> Report:  # fmt: skip
+    verdicts = {name: torch.arange(n) < round(share * n) for name, share in (shares or SHARES).items()}
+    results = [AttackResult.of(name, correct, seconds=1.0, forwards=n, backwards=n)
+               for name, correct in verdicts.items()]  # fmt: skip
+    return Report.of(results, verdicts, eps=eps, num_classes=10, seed=0, batch_size=n, device="cpu",
+                     versions={"torch": "2"}, checks=checks, **rest)  # fmt: skip
+
+
+class FakeEvaluation:
+    """Stands in for `deat_rb.evaluate.evaluate`; remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+        self.shares = dict(SHARES)
+        self.checks: tuple[Check, ...] = (Check(name="eval mode", status="pass", figure=0.0, sentence="Fine."),)
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, **options: Any) -> Report:
+        self.calls.append({"n": len(images), "images": images, "labels": labels, **options})
+        return report_of(len(images), shares=self.shares, checks=self.checks, eps=options["eps"])
+
+
+def without_evaluating(monkeypatch: pytest.MonkeyPatch) -> FakeEvaluation:
+    """Has boards take the fake evaluation, and the digits from memory."""
+    fake = FakeEvaluation()
+    monkeypatch.setattr(measuring, "evaluate", fake)
+    monkeypatch.setattr(submissions, "load_data", lambda name, **where: digits())
+    return fake
+
+
+def make_run(path: Path, *, n: int = 500, seed: int = 0, evaluated: bool = True, **changes: Any) -> Path:
+    """A run directory of two epochs of M-DEAT on the digits."""
+    path.mkdir(parents=True)
+    config = run_config(
+        method="m-deat", image_size=32, arch="wrn-10-1", eps=0.1, model=SPEC, data_fingerprint=digits().fingerprint,
+        versions={"torch": "2.14.1"}, **changes,
+    )  # fmt: skip
+    (path / "config.json").write_text(config.model_dump_json())
+    rows = [{"epoch": epoch, "steps": epoch, "backwards": 10.0 * epoch, "seconds": 1.5, "peak_memory": 1000 * epoch,
+             "lr": 0.1, "val_acc": None, "stopped": None} for epoch in (1, 2)]  # fmt: skip
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files.save_tensors(path / "last.safetensors", network(seed).state_dict())
+    if evaluated:
+        claim(path, n=n, seed=seed)
+    return path
+
+
+def claim(path: Path, *, n: int = 500, seed: int = 0, **changes: Any) -> None:
+    """Writes a run's eval.json."""
+    images, labels = in_turn(digits().test).first(n).tensors()
+    provenance = {
+        "weights_sha256": files.sha256_file(path / "last.safetensors"),
+        "data_sha256": digits().fingerprint,
+    }
+    fields: dict[str, Any] = {
+        "provenance": provenance,
+        "model_sha256": files.sha256_tensors(network(seed).state_dict()),
+        "examples_sha256": files.sha256_tensors({"images": images, "labels": labels}),
+    }
+    report_of(n, **{**fields, **changes}).save(path)
+
+
+INFO: dict[str, Any] = {
+    "link": "https://arxiv.org/abs/2001.03994", "name": "Fast is better than free", "authors": "Eric Wong, Leslie Rice",
+    "additional_data": False, "number_forward_passes": 1, "dataset": "cifar10", "venue": "ICLR 2020",
+    "architecture": "WideResNet-10-1", "eps": "8/255", "clean_acc": "80.00", "reported": "46.06",
+    "autoattack_acc": "40.00",
+}  # fmt: skip
+
+
+def bare_state(seed: int = 0) -> dict[str, Tensor]:
+    """As RobustBench's classes name it."""
+    return {name.removeprefix("net."): tensor.clone() for name, tensor in network(seed).state_dict().items()}
+
+
+def make_checkpoint(folder: Path, model_name: str = "Wong2020Fast", state: Any = None, **changes: Any) -> Path:
+    """A checkpoint in RobustBench's form, with its model_info where an export has it."""
+    paths = ExportPaths.below(folder, "cifar10", model_name)
+    for path in (paths.weights, paths.info):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(bare_state() if state is None else state, paths.weights)
+    info = {key: value for key, value in {**INFO, **changes}.items() if value is not ...}
+    paths.info.write_text(json.dumps(info))
+    return paths.weights
+
+
+def snapshot(folder: Path) -> dict[str, bytes | str]:
+    """Every file and link below a folder, byte for byte."""
+    return {
+        str(path.relative_to(folder)): str(path.readlink()) if path.is_symlink() else path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_symlink() or path.is_file()
+    }
