@@ -45,9 +45,7 @@ def test_what_it_says_of_itself() -> None:
 
 
 def test_wilson_of_a_figure_by_hand() -> None:
-    figure = Figure.of(
-        5, 10
-    )  # z = 1.95996: half = z * sqrt(.025 + z^2 / 400) / (1 + z^2 / 10)
+    figure = Figure.of(5, 10)  # z = 1.95996: half = z * sqrt(.025 + z^2 / 400) / (1 + z^2 / 10)
     assert figure.low == pytest.approx(0.2366, abs=1e-4)
     assert figure.high == pytest.approx(0.7634, abs=1e-4)
     assert figure.percent == "50.00"

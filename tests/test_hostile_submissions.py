@@ -1,0 +1,339 @@
+"""What malicious, broken or dishonest submissions meet: one sentence, and a board that is byte for byte as before.
+
+Of each kind it is shown, too, that it works against a loader or a printer that does not expect it.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+import os
+import re
+import sys
+import unicodedata
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from board_problems import make_run, network, snapshot, without_evaluating
+from hostile import (
+    ADDRESS,
+    CLAIMS,
+    CODE,
+    ESCAPES,
+    FACTORY,
+    FORMULA,
+    HOSTILE,
+    HTML,
+    JSON,
+    LARGER,
+    LIES,
+    LINKS,
+    MARKDOWN,
+    MEMBERS,
+    MEMORY,
+    NAME,
+    NAMES,
+    NONE,
+    NUMBERS,
+    SCRIPT,
+    SHA,
+    SHAPES,
+    TEX,
+    TWICE,
+    TWO,
+    TYPES,
+    UNICODE,
+    ZERO,
+    ZIP,
+    Attempt,
+    Expanded,
+    Runs,
+    Setup,
+    claimed,
+    doubled,
+    edited,
+    linked,
+    repacked,
+    saved,
+    written,
+)
+from rich.console import Console
+
+from deat_rb import files, foreign
+from deat_rb.board import Board
+from deat_rb.entries import Entry, parse_entry
+from deat_rb.errors import DeatError
+from deat_rb.models import model_spec
+from deat_rb.ranking import as_csv, as_json, as_latex, as_markdown, as_tables, rank
+from deat_rb.report import Report
+from deat_rb.submissions import Terms
+
+
+@pytest.fixture
+def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Attempt:
+    """A board with an entry, and room for a submission."""
+    fake = without_evaluating(monkeypatch)
+    Board(tmp_path / "board").submit(make_run(tmp_path / "first"), Terms(model_name="Wang2021Gradient"))
+    (tmp_path / "work").mkdir()
+    return Attempt(tmp_path / "work", tmp_path / "board", fake)
+
+
+@pytest.mark.parametrize(("kind", "name", "setup", "sentence"), HOSTILE, ids=[f"{row[0]}: {row[1]}" for row in HOSTILE])
+def test_it_is_refused_and_the_board_untouched(
+    attempt: Attempt, kind: str, name: str, setup: Setup, sentence: str
+) -> None:
+    setup(attempt)
+    before = snapshot(attempt.board)
+    with pytest.raises(DeatError) as refusal:
+        attempt.submit()
+    message = str(refusal.value)
+    assert re.search(sentence, message), message
+    assert len(message) <= 1010
+    assert not [char for char in message if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")]
+    assert snapshot(attempt.board) == before
+    assert not (attempt.board / ".staging").exists()
+
+
+def test_there_are_as_many_as_there_should_be() -> None:
+    kinds = Counter(kind for kind, *_ in HOSTILE)
+    assert len(kinds) >= 15
+    assert kinds.total() >= 60
+    assert set(NAIVE) == set(kinds), "every kind is shown to work against somebody"
+    assert len({(kind, name) for kind, name, *_ in HOSTILE}) == len(HOSTILE)
+
+
+# The same against those who do not expect it
+
+
+def naive_code(it: Attempt) -> bool:
+    mark = it.folder / "mark"
+    saved(it, Runs(os.mkdir, str(mark)))
+    torch.load(it.target, weights_only=False)
+    return mark.is_dir()
+
+
+def naive_memory(it: Attempt) -> bool:
+    saved(it, Runs(bytearray, 10**7))
+    loaded = torch.load(it.target, weights_only=True)
+    return len(loaded["extra"]) == 10**7 and it.target.stat().st_size < 10**6
+
+
+def naive_zip(it: Attempt) -> bool:
+    written(it, repacked(it, compression=zipfile.ZIP_DEFLATED))
+    loaded = torch.load(it.target, weights_only=True)
+    return bool(sum(value.nbytes for value in loaded.values()) > 5 * it.target.stat().st_size)
+
+
+def naive_larger(it: Attempt) -> bool:
+    it.checkpoint({"w": Expanded(10**5, 10**5)})
+    return bool(torch.load(it.target, weights_only=True)["w"].numel() == 10**10)
+
+
+def naive_members(it: Attempt) -> bool:
+    written(it, repacked(it, more={"../../evil.txt": b"x"}))
+    place = it.folder / "a" / "b"
+    with zipfile.ZipFile(it.target) as archive:
+        return any(not (place / name).resolve().is_relative_to(place) for name in archive.namelist())
+
+
+def naive_two(it: Attempt) -> bool:
+    written(it, doubled(it))
+    with zipfile.ZipFile(it.target) as archive:
+        looked_at = next(member for member in archive.infolist() if member.filename == "archive/data.pkl")
+        return archive.read(looked_at) != archive.read("archive/data.pkl")
+
+
+def naive_names(it: Attempt) -> bool:
+    return not (it.board / "entries/digits/Linf/../../../../x.json").resolve().is_relative_to(it.board)
+
+
+def naive_unicode(it: Attempt) -> bool:
+    homoglyph = "Wang2021Gr\u0430dient"
+    return re.fullmatch(r"[A-Z]\w*\d{4}[A-Z]\w*", homoglyph) is not None and homoglyph != "Wang2021Gradient"
+
+
+def naive_links(it: Attempt) -> bool:
+    linked(it, "eval.json")
+    return (it.target / "eval.json").read_bytes() == (it.folder / "secret").read_bytes()
+
+
+def naive_html(it: Attempt) -> bool:
+    it.checkpoint(name=SCRIPT)
+    return SCRIPT in "<td>{name}</td>".format(**json.loads(it.info.read_text()))
+
+
+def naive_address(it: Attempt) -> bool:
+    return 'href="javascript:' in f'<a href="{html.escape("javascript:alert(1)")}">'
+
+
+def naive_numbers(it: Attempt) -> bool:
+    return float("101") > 100 and json.loads('{"x": NaN}')["x"] != json.loads('{"x": NaN}')["x"]
+
+
+def naive_json(it: Attempt) -> bool:
+    with pytest.raises(RecursionError):
+        json.loads("[" * 10**6)
+    return True
+
+
+def naive_twice(it: Attempt) -> bool:
+    return bool(json.loads('{"eps": "8/255", "eps": "1/255"}') == {"eps": "1/255"})
+
+
+def naive_shapes(it: Attempt) -> bool:
+    return bool(network().net.load_state_dict({}, strict=False).missing_keys)
+
+
+def naive_types(it: Attempt) -> bool:
+    layer = torch.nn.Linear(2, 2)
+    layer.load_state_dict({"weight": torch.full((2, 2), torch.nan).half(), "bias": torch.zeros(2).long()})
+    return bool(layer.weight.isnan().all())
+
+
+def naive_none(it: Attempt) -> bool:
+    written(it, b"<!DOCTYPE html>")
+    return it.target.suffix == ".pt" and it.target.is_file()
+
+
+def naive_lies(it: Attempt) -> bool:
+    it.checkpoint(autoattack_acc="79.00")
+    return float(json.loads(it.info.read_text())["autoattack_acc"]) > 40
+
+
+def naive_factory(it: Attempt) -> bool:
+    mark = it.folder / "ran"
+    module = it.folder / "evil_module.py"
+    module.write_text(f"import os\nos.mkdir({str(mark)!r})\n")
+    sys.path.insert(0, str(it.folder))
+    try:
+        with pytest.raises(DeatError, match="cannot be imported"):
+            model_spec("evil_module:make", num_classes=2).build()
+    finally:
+        sys.path.remove(str(it.folder))
+        sys.modules.pop("evil_module", None)
+    return mark.is_dir()
+
+
+def naive_claims(it: Attempt) -> bool:
+    claimed(it, autoattack=0.7)
+    return Report.load(it.target).results["autoattack"].accuracy == 0.7
+
+
+def naive_sha(it: Attempt) -> bool:
+    edited(it, "eval.json", {"model_sha256": ZERO})
+    return Report.load(it.target).model_sha256 == ZERO
+
+
+def naive_escapes(it: Attempt) -> bool:
+    console = Console(file=io.StringIO(), force_terminal=True)
+    console.print("x\x9b2J\u202e")
+    return "\x9b2J" in console.file.getvalue()  # type: ignore[attr-defined]  # it is the StringIO
+
+
+def naive_formula(it: Attempt) -> bool:
+    file = io.StringIO()
+    csv.writer(file).writerow(["=1+1"])
+    return file.getvalue().startswith("=")
+
+
+def naive_markdown(it: Attempt) -> bool:
+    it.checkpoint(venue="x | 99.99")
+    return "| {venue} |".format(**json.loads(it.info.read_text())).count("|") == 3
+
+
+def naive_tex(it: Attempt) -> bool:
+    it.checkpoint(venue=r"\input{/etc/passwd}")
+    return r"& \input{/etc/passwd} \\" in r"& {venue} \\".format(**json.loads(it.info.read_text()))
+
+
+NAIVE: dict[str, Callable[[Attempt], bool]] = {
+    CODE: naive_code, MEMORY: naive_memory, ZIP: naive_zip, LARGER: naive_larger, MEMBERS: naive_members,
+    TWO: naive_two, NAMES: naive_names, UNICODE: naive_unicode, LINKS: naive_links, HTML: naive_html,
+    ADDRESS: naive_address, NUMBERS: naive_numbers, JSON: naive_json, TWICE: naive_twice, SHAPES: naive_shapes,
+    TYPES: naive_types, NONE: naive_none, LIES: naive_lies, FACTORY: naive_factory, SHA: naive_sha,
+    CLAIMS: naive_claims, ESCAPES: naive_escapes, FORMULA: naive_formula, MARKDOWN: naive_markdown, TEX: naive_tex,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NAIVE)
+def test_it_works_against_those_who_do_not_expect_it(attempt: Attempt, kind: str) -> None:
+    assert NAIVE[kind](attempt)
+
+
+def test_what_is_sound_lands(attempt: Attempt) -> None:
+    """So that the refusals above are not of everything."""
+    attempt.run()
+    assert attempt.submit().model_name == NAME
+    attempt.checkpoint()
+    assert attempt.submit().dataset == "cifar10"
+
+
+# What got onto the board by hand
+
+
+ALL_AT_ONCE = '=1+1 <script>x</script> | [a](b) \\input{x} & _ % $ "'
+
+
+@pytest.fixture
+def forced(attempt: Attempt) -> Entry:
+    """An entry whose texts no check has seen."""
+    return (
+        Board(attempt.board).entries()[0].model_copy(update={"venue": ALL_AT_ONCE + "\x1b[2J", "method": "=2\x1b[1m"})
+    )
+
+
+def test_every_format_escapes_by_itself(forced: Entry) -> None:
+    standings = rank([forced])
+    rows = list(csv.DictReader(io.StringIO(as_csv(standings))))
+    assert rows[0]["venue"].startswith("'=1+1")
+    assert rows[0]["method"].startswith("'=2")
+    markdown = as_markdown(standings)
+    assert "<script>" not in markdown
+    assert r"\| \[a\]\(b\)" in markdown
+    assert r"\input" not in as_latex(standings).replace(r"\textbackslash{}input", "")
+    console = Console(file=io.StringIO(), width=400, force_terminal=True)
+    for table in as_tables(standings, 400):
+        console.print(table)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]  # it is the StringIO
+    assert "\x1b[2J" not in shown
+    assert "\\x1b[2J" in shown
+    for text in (as_csv(standings), markdown, as_latex(standings), as_json(standings)):
+        assert "\x1b" not in text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda text: text.replace('"venue": "arXiv, Mar 2021"', '"venue": "<b onmouseover=alert(1)>"'),
+     lambda text: text.replace('"venue": "arXiv, Mar 2021"', '"venue": "\\u001b[2J"'),
+     lambda text: text.replace('"sentence": "Fine."', '"sentence": "<script>alert(1)</script>"'),
+     lambda text: text.replace('"figure": 0.0', '"figure": 1e999'),
+     lambda text: text.replace('"wrn-10-1"', '"os:system"'),
+     lambda text: text.replace('"weights/digits', '"weights/../../digits')],
+)  # fmt: skip
+def test_an_entry_that_was_edited_by_hand_is_not_read(attempt: Attempt, change: Callable[[str], str]) -> None:
+    text = (attempt.board / "entries/digits/Linf/Wang2021Gradient.json").read_text()
+    assert change(text) != text
+    assert parse_entry(text.encode(), "x")
+    with pytest.raises(DeatError):
+        parse_entry(change(text).encode(), "x")
+
+
+def test_nothing_is_unpickled_or_allocated_before_it_is_looked_at(
+    attempt: Attempt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("it was loaded")
+
+    monkeypatch.setattr(foreign, "load_tensors", never)
+    monkeypatch.setattr(files, "load_tensors", never)
+    monkeypatch.setattr(torch, "load", never)
+    saved(attempt, Runs(bytearray, 10**6))
+    with pytest.raises(DeatError, match="bytearray"):
+        attempt.submit()
