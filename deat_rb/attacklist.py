@@ -31,9 +31,11 @@ def split_names(text: str) -> tuple[str, ...]:
 
 
 def parse_attacks(attacks: str | Sequence[str]) -> tuple[str, ...]:
-    """Reads names of attacks, in any case: ``natural``, ``noise-gaussian``, ``noise-uniform``, ``fgsm``, ``pgd-N``,
-    ``cw-N``, ``pgd-NxR`` and ``cw-NxR`` with R random starts, ``autoattack``, ``autoattack-rand``,
-    ``autoattack-plus``, ``square`` and, with its own spelling, ``torchattacks.NAME(argument=value, ...)``.
+    """Reads names of attacks, in any case.
+
+    They are ``natural``, ``noise-gaussian``, ``noise-uniform``, ``fgsm``, ``pgd-N``, ``cw-N``, ``pgd-NxR`` and
+    ``cw-NxR`` with R random starts, ``autoattack``, ``autoattack-rand``, ``autoattack-plus``, ``square`` and, with its
+    own spelling, ``torchattacks.NAME(argument=value, ...)``.
 
     Args:
         attacks: The names, or one text with commas between them.
@@ -43,7 +45,7 @@ def parse_attacks(attacks: str | Sequence[str]) -> tuple[str, ...]:
 
     Raises:
         DeatError: If there is no such attack, or it would take no step.
-    """  # noqa: D205 - the names are the summary
+    """
     given = split_names(attacks) if isinstance(attacks, str) else tuple(attacks)
     return tuple(dict.fromkeys(("natural", *(_canonical(name) for name in given))))
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deat_rb.board_charts import Point, scatter
 from deat_rb.board_model import link_of, model_content, page_of, spelled
-from deat_rb.board_text import MISSING, count, duration, name_parts, percent, visible, web_link
+from deat_rb.board_text import MISSING, count, duration, name_parts, percent, web_link
 from deat_rb.entries import Entry, read_entries
 from deat_rb.errors import DeatError
 from deat_rb.files import write_together
@@ -27,6 +27,7 @@ from deat_rb.published import (
     Reference,
 )
 from deat_rb.ranking import Standing, rank
+from deat_rb.rendering import new_environment
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -146,20 +147,9 @@ def _make_folder(board: Path, folder: Path) -> None:
 
 @cache
 def _environment() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    def shown(value: object) -> object:
-        return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-    environment = Environment(
-        loader=PackageLoader("deat_rb"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=shown,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = new_environment()
     style, script = (environment.get_template(f"board.{kind}.j2").render() for kind in ("css", "js"))
     sources = {"script-src": script, "style-src": style}
     policy = "; ".join(f"{name} 'sha256-{_hash(text)}'" for name, text in sources.items())

@@ -285,8 +285,8 @@ class Entry(RobustBenchInfo):
 
     def percent(self, attack: str) -> float | None:
         """A measured accuracy in percent, or None."""
-        figure = self.figures.get(attack)  # type: ignore[call-overload]  # any text may be asked for
-        return None if figure is None else 100 * float(figure.accuracy)
+        found = [100 * float(figure.accuracy) for name, figure in self.figures.items() if name == attack]
+        return found[0] if found else None
 
     def json_bytes(self) -> bytes:
         """What its file holds."""

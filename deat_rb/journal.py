@@ -114,15 +114,17 @@ def _locked(folder: Path, fingerprint: Mapping[str, str], resume: bool | None) -
         if strange:
             raise DeatError(f"an unfinished evaluation cannot be kept in {folder}, which holds {strange[0]}: give "
                             "a folder of its own")  # fmt: skip
-        lock = open(folder / LOCK, "w")  # noqa: SIM115 - closed below
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise DeatError(f"the unfinished evaluation cannot be kept in {folder}: {error.strerror}") from None
-    with contextlib.closing(lock):
+    try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DeatError(f"another process is evaluating in {folder}; wait for it or end it") from None
         yield
+    finally:
+        os.close(lock)
 
 
 def _prepare(journal: Journal, fingerprint: Mapping[str, str], resume: bool | None) -> None:

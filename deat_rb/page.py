@@ -16,6 +16,7 @@ from deat_rb.case import LEFT_OUT
 from deat_rb.errors import DeatError
 from deat_rb.files import atomic_write
 from deat_rb.guard import untouched
+from deat_rb.rendering import new_environment
 from deat_rb.report import AttackResult, Report, worst_of
 from deat_rb.threat import format_fraction
 
@@ -60,7 +61,7 @@ def write_page(
         )
     content = _content(report, images.cpu(), labels.cpu(), _Names(classes), predictions or {})
     path = Path(path)
-    atomic_write(path, _template().render(content).encode())
+    atomic_write(path, new_environment().get_template("report.html.j2").render(content).encode())
     return path
 
 
@@ -101,19 +102,6 @@ class _Names:
 
     def __getitem__(self, label: int) -> str:
         return self.classes[label] if label < len(self.classes) else str(label)
-
-
-def _template() -> Any:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("deat_rb"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2")
 
 
 def _content(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +153,7 @@ class Suspect:
         for _ in range(steps):
             if len(left) == 0:
                 break
-            passed = self._gradient(adv[left], lambda logits, part: objective(logits, labels[left[part]]))  # noqa: B023
+            passed = self._gradient(adv[left], partial(_of_rows, objective, labels[left]))
             if passed is None:
                 break
             logits, gradient = passed
@@ -241,6 +241,10 @@ def _wrong(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _margin(logits: Tensor, labels: Tensor) -> Tensor:
     return _wrong(logits, labels).amax(dim=1) - _at(logits, labels)
+
+
+def _of_rows(objective: Callable[[Tensor, Tensor], Tensor], labels: Tensor, logits: Tensor, rows: Tensor) -> Tensor:
+    return objective(logits, labels[rows])
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ class ScriptedClock:
 
 def test_sides_run_in_turn_after_a_warm_up_and_every_other_round_backwards() -> None:
     ran: list[str] = []
-    sides = {name: Side(lambda name=name: ran.append(name)) for name in "abc"}  # type: ignore[misc]
+    sides = {name: Side(partial(ran.append, name)) for name in "abc"}
     alternate(sides, 3)
     assert "".join(ran) == "cba" + "abc" + "cba" + "abc"
 
