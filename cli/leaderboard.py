@@ -16,6 +16,15 @@ def _chosen(context: click.Context, board: Path | None) -> Path:
     return board or before or DEFAULT
 
 
+def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from deat_rb.entries import Entry
+        from deat_rb.report import json_schema
+
+        click.echo(json_schema(Entry), nl=False)
+        context.exit()
+
+
 @click.group("leaderboard", invoke_without_command=True)
 @_board
 @click.option("--dataset", metavar="NAME", help="Only entries of this data set.")
@@ -25,6 +34,8 @@ def _chosen(context: click.Context, board: Path | None) -> Path:
 @click.option("--csv", "form", flag_value="csv", help="For spreadsheets.")
 @click.option("--markdown", "form", flag_value="markdown", help="For a README.")
 @click.option("--latex", "form", flag_value="latex", help="For a paper.")
+@click.option("--schema", is_flag=True, is_eager=True, expose_value=False, callback=_print_schema,
+              help="Print the JSON schema of an entry.")  # fmt: skip
 @click.pass_context
 def leaderboard(context: click.Context, board: Path | None, dataset: str | None, sort: str, form: str | None) -> None:
     """Show a leaderboard, make its pages, verify it or export it.

@@ -6,18 +6,16 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 from deat_rb import compat
 from deat_rb.board import Board
 from deat_rb.entries import Entry
 from deat_rb.errors import DeatError
-from deat_rb.export import SPELLED, UNKNOWN, ExportPaths, _source, _weights
+from deat_rb.export import SPELLED, UNKNOWN, ExportPaths, model_source, robustbench_weights
 from deat_rb.files import write_together
 from deat_rb.foreign import load_checked, take_weights
 from deat_rb.models import ModelSpec, robustbench_class
-from deat_rb.runs import RunDirectory
 
 _FIELDS = ("link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue", "architecture",
            "eps", "clean_acc", "reported", "autoattack_acc", "external", "unreliable", "footnote")  # fmt: skip
@@ -97,10 +95,10 @@ def _files(board: Path, entry: Entry, dataset: str, paths: ExportPaths) -> dict[
         copy = Path(scratch, weights.name)
         take_weights(weights, copy)
         load_checked(copy, spec, source=weights)
-        state_dict = _weights(cast(RunDirectory, SimpleNamespace(model_spec=spec, selected_weights_path=copy)))
+        state_dict = robustbench_weights(spec, copy)
     return {
         paths.weights: state_dict,
-        paths.source: _source(entry.model_name, dataset, spec).encode(),
+        paths.source: model_source(entry.model_name, dataset, spec).encode(),
         paths.info: json.dumps(robustbench_info(entry, dataset), indent=2, ensure_ascii=False).encode() + b"\n",
     }
 

@@ -118,7 +118,7 @@ def export(
         "additional_data": additional_data,
         "number_forward_passes": 1,
         "dataset": dataset,
-        "architecture": _spelled(spec),
+        "architecture": spelled_architecture(spec),
         "eps": format_fraction(config.eps),
         **figures,
         **({} if reported is None else {"reported": _percent(reported)}),
@@ -135,8 +135,8 @@ def export(
     unknown = tuple(field for field, value in info.items() if value == UNKNOWN)
     paths = ExportPaths.below(Path(output), dataset, model_name, unknown)
     contents = {
-        paths.weights: _weights(opened),
-        paths.source: _source(model_name, dataset, spec).encode(),
+        paths.weights: robustbench_weights(spec, opened.selected_weights_path),
+        paths.source: model_source(model_name, dataset, spec).encode(),
         paths.info: json.dumps(info, indent=2, ensure_ascii=False).encode() + b"\n",
     }
     for path in contents:
@@ -199,21 +199,35 @@ def _percent(accuracy: float) -> str:
     return f"{accuracy:.2f}"
 
 
-def _spelled(spec: ModelSpec) -> str:
-    robustbench_class(spec)  # refuses what is not RobustBench's
+def spelled_architecture(spec: ModelSpec) -> str:
+    """A network's name in RobustBench's tables, such as WideResNet-34-10.
+
+    Raises:
+        DeatError: RobustBench has no such network.
+    """
+    robustbench_class(spec)
     return "PreActResNet-18" if spec.arch == PREACTRESNET18 else f"WideResNet-{spec.arch.removeprefix('wrn-')}"
 
 
-def _weights(run: RunDirectory) -> bytes:
-    """The state dict as RobustBench's own classes have it: mu and sigma beside the network's bare names."""
-    model = run.model_spec.build()
-    load_weights(model, load_tensors(run.selected_weights_path), source=str(run.selected_weights_path))
+def robustbench_weights(spec: ModelSpec, weights: Path) -> bytes:
+    """The state dict as RobustBench's own classes have it: mu and sigma beside the network's bare names.
+
+    Args:
+        spec: The network.
+        weights: Its file, of safetensors or of `torch.save`.
+
+    Raises:
+        DeatError: The file cannot be read, or is another network's.
+    """
+    model = spec.build()
+    load_weights(model, load_tensors(weights), source=str(weights))
     file = io.BytesIO()
     torch.save({name.removeprefix("net."): tensor.clone() for name, tensor in model.state_dict().items()}, file)
     return file.getvalue()
 
 
-def _source(model_name: str, dataset: str, spec: ModelSpec) -> str:
+def model_source(model_name: str, dataset: str, spec: ModelSpec) -> str:
+    """Python that RobustBench's model zoo takes in by a pull request: a class of its own architecture, and a row."""
     if spec.arch == PREACTRESNET18:
         module, base, names = "resnet", "PreActResNet", "PreActBlock, PreActResNet"
         arguments = f"PreActBlock, [2, 2, 2, 2], num_classes={spec.num_classes}"

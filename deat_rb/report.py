@@ -314,9 +314,9 @@ def sweep_table(report: Report) -> Table:
     return table
 
 
-def json_schema() -> str:
-    """The JSON schema of ``eval.json``, as text."""
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Report.model_json_schema()}
+def json_schema(record: type[BaseModel] = Report) -> str:
+    """The JSON schema of ``eval.json`` or of another record, as text."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **record.model_json_schema()}
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -17,7 +17,7 @@ from deat_rb.config import RunConfig, TrainOptions
 from deat_rb.data import DATASETS, DataSet, load_data
 from deat_rb.entries import RobustBenchInfo, check_dataset_name, check_model_name
 from deat_rb.errors import DeatError
-from deat_rb.export import PAPER, PAPERS_OWN, SPELLED, ExportPaths, _spelled, exported_spec
+from deat_rb.export import PAPER, PAPERS_OWN, SPELLED, ExportPaths, exported_spec, spelled_architecture
 from deat_rb.files import sha256_file
 from deat_rb.foreign import load_checked, take_weights
 from deat_rb.intake import MAX_JSON, parse_json, read_limited
@@ -314,7 +314,7 @@ def training_command(config: RunConfig) -> str:
 
 
 def _architecture(spec: ModelSpec) -> str:
-    return spec.arch if ":" in spec.arch else _spelled(spec)
+    return spec.arch if ":" in spec.arch else spelled_architecture(spec)
 
 
 def dataset_note(submission: Submission) -> str | None:

@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 from board_problems import INFO, SPEC
+from click.testing import CliRunner
 
+from deat_rb.cli import main
 from deat_rb.entries import Entry, Figure, RobustBenchInfo, check_model_name, parse_entry, read_entries
 from deat_rb.errors import DeatError
 from deat_rb.intake import parse_json, plain, printable, read_limited
 from deat_rb.report import Check
+
+DOCUMENTED = Path(__file__).parents[1] / "docs" / "entry.schema.json"
 
 
 def fields(**changes: Any) -> dict[str, Any]:
@@ -32,6 +36,13 @@ def entry(**changes: Any) -> Entry:
 
 def test_it_is_read_as_it_was_written() -> None:
     assert parse_entry(entry().json_bytes(), "x") == entry()
+
+
+def test_schema_is_the_documented_one() -> None:
+    result = CliRunner().invoke(main, ["leaderboard", "--schema"])
+    assert result.exit_code == 0
+    assert result.stdout == DOCUMENTED.read_text(encoding="utf-8")
+    assert json.loads(result.stdout)["properties"].keys() == entry().model_dump().keys()
 
 
 def test_what_it_says_of_itself() -> None:
