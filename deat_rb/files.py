@@ -8,10 +8,12 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import re
 import secrets
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +24,10 @@ from deat_rb.errors import DeatError
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "last")
 """The keys under which training scripts put a state dict beside their epoch and optimiser."""
+_ALLOCATES = re.compile(r"bytearray|(Untyped|Typed)Storage|\w*Tensor")
+"""What torch's safe unpickler lets a pickle call with any size: a kilobyte may ask for gigabytes."""
+_LEGACY_PICKLES = 5
+"""Before zip archives, torch.save wrote so many pickles one after the other, and then the values."""
 
 
 def atomic_write(path: Path | str, data: bytes) -> None:
@@ -137,7 +143,8 @@ def load_tensors(path: Path | str) -> dict[str, Tensor]:
     One wrapping such as ``{"state_dict": ..., "epoch": ...}`` is taken off, and DDP's prefix ``module.`` as well.
 
     Raises:
-        DeatError: The file is missing, empty, truncated, a web page, a pickle with code, or no dict of tensors.
+        DeatError: The file is missing, empty, truncated, a web page, a pickle with code, asks for more memory than it
+            has bytes, or is no dict of tensors.
     """
     data = read_bytes(path)
     head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -147,7 +154,12 @@ def load_tensors(path: Path | str) -> dict[str, Tensor]:
         raise DeatError(f"{path} is a web page, probably a failed download: fetch the checkpoint again")
     is_safetensors = Path(path).suffix == ".safetensors" or data[8:9] == b"{"
     content = _read_safetensors(path, data) if is_safetensors else _read_torch(path, data)
-    return {name.removeprefix("module."): tensor for name, tensor in _unwrap(path, content).items()}
+    tensors = _unwrap(path, content)
+    for name, tensor in tensors.items():
+        if tensor.layout == torch.strided and tensor.numel() * tensor.element_size() > len(data):
+            raise DeatError(f"{path} has {len(data)} bytes, and its tensor {name} says that it takes "
+                            f"{tensor.numel() * tensor.element_size()}")  # fmt: skip
+    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
 
 
 def _read_safetensors(path: Path | str, data: bytes) -> Any:
@@ -162,9 +174,15 @@ def _read_safetensors(path: Path | str, data: bytes) -> Any:
 
 def _read_torch(path: Path | str, data: bytes) -> Any:
     try:
+        for asked in _named_in(path, data):
+            if _ALLOCATES.fullmatch(asked.rpartition(" ")[2]):
+                raise DeatError(f"{path} has a pickle that makes a {asked.replace(' ', '.')} of any size and was not "
+                                "loaded: save only the weights, with torch.save(model.state_dict(), path)")  # fmt: skip
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols that torch.save does not write
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except DeatError:
+        raise
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         if wanted is None and not (data.startswith(b"\x80") and "Unsupported operand" in str(error)):
@@ -175,6 +193,24 @@ def _read_torch(path: Path | str, data: bytes) -> Any:
         ) from error
     except Exception as error:  # torch.load meets damage with anything from EOFError to UnicodeDecodeError
         raise DeatError(f"{path} is truncated or no checkpoint ({_first_line(error)})") from error
+
+
+def _named_in(path: Path | str, data: bytes) -> Iterator[str]:
+    """What a checkpoint's pickles name, each as "module name", found without unpickling them."""
+    if data.startswith(b"PK\3\4"):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = archive.infolist()
+            unpacked = sum(member.file_size for member in members)
+            if unpacked > len(data):
+                raise DeatError(
+                    f"{path} would grow from {len(data)} to {unpacked} bytes, and torch.save does not compress"
+                )
+            pickles = [io.BytesIO(archive.read(member)) for member in members if member.filename.endswith(".pkl")]
+    else:
+        pickles = [io.BytesIO(data)] * _LEGACY_PICKLES
+    for file in pickles:
+        if file.tell() < len(file.getbuffer()):
+            yield from (str(argument) for opcode, argument, _ in pickletools.genops(file) if opcode.name == "GLOBAL")
 
 
 def _first_line(error: Exception) -> str:

@@ -206,10 +206,15 @@ class Expanded:
 
 
 LARGER = "tensors larger than their file"
-add(LARGER, "stride 0", lambda it: it.checkpoint({n: Expanded(*v.shape) for n, v in bare_state().items()}), "say that")
+add(
+    LARGER,
+    "stride 0",
+    lambda it: it.checkpoint({n: Expanded(*v.shape) for n, v in bare_state().items()}),
+    "says that it takes",
+)
 add(LARGER, "huge network", lambda it: it.checkpoint({**bare_state(), "conv1.weight": Expanded(10**5, 10**5)}),
-    "say that|another architecture")  # fmt: skip
-add(LARGER, "one storage for all", lambda it: it.checkpoint(expanded(bare_state())), "say that they take")
+    "says that it takes")  # fmt: skip
+add(LARGER, "one storage for all", lambda it: it.checkpoint(expanded(bare_state())), "says? that (it takes|they take)")
 
 MEMBERS = "path tricks in an archive"
 for label, member in (("up", "../../evil.txt"), ("absolute", "/etc/cron.d/evil"), ("backslash", "..\\..\\evil"),

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import stat
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,45 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path, how: int | str) -> None:
     else:
         torch.load(path, weights_only=False)
     assert (tmp_path / "executed").exists(), "the file must really hold code"
+
+
+class Makes:
+    """Pickles to a call, here of something that takes as much memory as it is told to."""
+
+    def __init__(self, called: Any, *arguments: Any) -> None:
+        self.called, self.arguments = called, arguments
+
+    def __reduce__(self) -> Any:
+        return self.called, self.arguments
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("called", [bytearray, torch.Tensor, torch.FloatTensor, torch.UntypedStorage])
+def test_a_kilobyte_that_asks_for_gigabytes(tmp_path: Path, called: Any, legacy: bool) -> None:
+    torch.save({"w": Makes(called, 10**6)}, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(DeatError, match=rf"a\.pt has a pickle that makes a \S*{called.__name__} of any size"):
+        files.load_tensors(tmp_path / "a.pt")
+    assert torch.load(tmp_path / "a.pt", weights_only=True)["w"] is not None, "torch itself must fall for it"
+
+
+def test_an_archive_that_grows(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(10**5)}, tmp_path / "stored.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "stored.pt") as stored,
+        zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in stored.namelist():
+            packed.writestr(name, stored.read(name))
+    with pytest.raises(DeatError, match=r"a\.pt would grow from \d+ to 4\d+ bytes"):
+        files.load_tensors(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_tensor_larger_than_its_file(tmp_path: Path, legacy: bool) -> None:
+    content = {"w": torch.zeros(1).expand(10**5, 10**5)}
+    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(DeatError, match=r"its tensor w says that it takes 40000000000"):
+        files.load_tensors(tmp_path / "a.pt")
 
 
 def test_whole_pickled_module_is_refused(tmp_path: Path) -> None:
