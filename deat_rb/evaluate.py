@@ -32,6 +32,8 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 CHECKS = ("none", "quick", "full")
 KEPT_BYTES = 2 * 2**30
 """Adversarial images are kept by default as long as those of all attacks together take no more."""
+SQUARE_TILES = 5
+"""Square begins in L2 with so many tiles, side by side."""
 UPPER_BOUND = (
     "the attacks crafted in bf16: what they broke was confirmed in fp32, but what they missed was not looked for "
     "there, so robust accuracies are upper bounds"
@@ -106,6 +108,7 @@ def evaluate(
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise DeatError(f"seed = {seed!r} is not possible; give a whole number of 0 or more")
     with held_still(model, images, labels, batch_size=batch_size, device=device, channels_last=channels_last) as held:
+        _check_square(names, norm, images)
         keep = keep_adversarial
         if keep is None:
             keep = 4 * images.numel() * (len(names) - 1) <= KEPT_BYTES
@@ -177,6 +180,14 @@ def _run(
 
 def _attacks(names: Sequence[str], terms: Terms) -> dict[str, Attack]:
     return {name: build_attack(name, terms) for name in names if name != "natural"}
+
+
+def _check_square(names: Sequence[str], norm: str, images: Tensor) -> None:
+    """Square in L2 begins with tiles of a fifth of the image's height."""
+    squares = [name for name in names if name in ("square", "autoattack", "autoattack-plus")]
+    if norm == "L2" and squares and min(images.shape[-2:]) < SQUARE_TILES:
+        raise DeatError(f"{squares[0]} in L2 needs images of 5x5 and more, and these are of {images.shape[-2]}x"
+                        f"{images.shape[-1]}: choose other attacks, such as pgd-100")  # fmt: skip
 
 
 def _radii(eps: Eps, main_eps: str | float | None, norm: str) -> tuple[tuple[float, ...], float]:

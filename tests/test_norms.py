@@ -35,6 +35,14 @@ def batch(network: nn.Sequential) -> tuple[Tensor, Tensor]:
     return batch_for(network)
 
 
+@pytest.mark.parametrize("attack", ["square", "autoattack", "fgsm,autoattack-plus"])
+def test_square_in_l2_refuses_tiny_images(attack: str) -> None:
+    images, labels = torch.rand(4, 3, 4, 8), torch.tensor([0, 1, 2, 0])
+    network = nn.Sequential(nn.Flatten(), nn.Linear(96, 3))
+    with pytest.raises(DeatError, match=r"(square|autoattack|autoattack-plus) in L2 needs images of 5x5 .* of 4x8"):
+        evaluate(network, images, labels, attacks=attack, eps=0.5, norm="L2")
+
+
 # L2. The plane's margin falls by at most eps * |w| = eps * sqrt(30), where [0, 1] leaves room for it. The last image
 # has room in two of its four values: there the best step takes eps * |(3, 4)| = 5 eps off its margin of 0.8, and the
 # clipped step along the gradient eps * (3^2 + 4^2) / sqrt(30) = 4.56 eps.
