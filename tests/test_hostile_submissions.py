@@ -107,6 +107,10 @@ def test_there_are_as_many_as_there_should_be() -> None:
     assert kinds.total() >= 60
     assert set(NAIVE) == set(kinds), "every kind is shown to work against somebody"
     assert len({(kind, name) for kind, name, *_ in HOSTILE}) == len(HOSTILE)
+    documented = (Path(__file__).parents[1] / "docs" / "leaderboard.md").read_text(encoding="utf-8")
+    assert [row for row in documented.splitlines() if re.match(r"\| [A-Za-z].* \| \d+ \|", row)] == [
+        f"| {kind} | {count} |" for kind, count in kinds.items()
+    ]
 
 
 # The same against those who do not expect it
