@@ -14,8 +14,8 @@ from benchmarks.timing import Notify, Side, Times, alternate, device_clock, rati
 from deat_rb import build_model, compat, create, evaluate, randomness
 from deat_rb.data import Batches, load_data
 from deat_rb.engine import resolve_device
-from deat_rb.evaluate import validate
-from deat_rb.subject import open_subject
+from deat_rb.evaluation.evaluate import validate
+from deat_rb.evaluation.subject import open_subject
 
 PGD_TARGET = 1.8
 PGD_STEPS = 100

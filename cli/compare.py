@@ -19,7 +19,7 @@ def compare(runs: tuple[Path, ...], as_json: bool) -> None:
     """
     from rich.console import Console
 
-    from deat_rb.compare import compare, load_reports
+    from deat_rb.evaluation.compare import compare, load_reports
 
     comparison = compare(load_reports(runs))
     if as_json:

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from deat_rb.report import Report
-    from deat_rb.subject import Subject
+    from deat_rb.evaluation.report import Report
+    from deat_rb.evaluation.subject import Subject
 
 
 def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted:
-        from deat_rb.report import json_schema
+        from deat_rb.evaluation.report import json_schema
 
         click.echo(json_schema(), nl=False)
         context.exit()
@@ -95,10 +95,10 @@ def evaluate(
 
     from deat_rb.engine import resolve_device
     from deat_rb.errors import DeatError
-    from deat_rb.evaluate import check_options, evaluate, parse_attacks
+    from deat_rb.evaluation.evaluate import check_options, evaluate, parse_attacks
+    from deat_rb.evaluation.report import means
+    from deat_rb.evaluation.subject import open_subject
     from deat_rb.progress import EvaluationProgress
-    from deat_rb.report import means
-    from deat_rb.subject import open_subject
     from deat_rb.threat import check_norm, check_radius
 
     chosen = parse_attacks((*attacks, "autoattack") if autoattack else attacks)
@@ -143,7 +143,7 @@ def _state(subject: Subject, json_path: Path | None) -> Path | None:
 
 
 def _print(report: Report, subject: Subject, console: Console) -> None:
-    from deat_rb.report import sweep_table
+    from deat_rb.evaluation.report import sweep_table
 
     console.print(report.table())
     if report.curve:
@@ -183,7 +183,7 @@ def _write(
         written.append(file.with_name(f"{file.stem}-eps.png"))
         plot_sweep(report, written[-1], title=place.name if place == subject.run else file.stem)
     if page:
-        from deat_rb.page import predictions_of, write_page
+        from deat_rb.evaluation.page import predictions_of, write_page
 
         predictions = predictions_of(
             subject.model, report, examples["images"], batch_size=report.batch_size, device=device

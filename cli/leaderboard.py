@@ -18,8 +18,8 @@ def _chosen(context: click.Context, board: Path | None) -> Path:
 
 def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted:
-        from deat_rb.entries import Entry
-        from deat_rb.report import json_schema
+        from deat_rb.board.entries import Entry
+        from deat_rb.evaluation.report import json_schema
 
         click.echo(json_schema(Entry), nl=False)
         context.exit()
@@ -45,8 +45,8 @@ def leaderboard(context: click.Context, board: Path | None, dataset: str | None,
     """
     if context.invoked_subcommand is not None:
         return
-    from deat_rb import ranking
-    from deat_rb.board import Board
+    from deat_rb.board import ranking
+    from deat_rb.board.folder import Board
 
     standings = ranking.rank(Board(board or DEFAULT).entries(), dataset=dataset, sort=sort)
     if form is not None:
@@ -64,8 +64,8 @@ def leaderboard(context: click.Context, board: Path | None, dataset: str | None,
 @click.pass_context
 def build(context: click.Context, board: Path | None) -> None:
     """Write the board's pages, which need no network."""
-    from deat_rb import board_page
-    from deat_rb.board import Board
+    from deat_rb.board import page as board_page
+    from deat_rb.board.folder import Board
 
     folder = _chosen(context, board)
     Board(folder).recover()
@@ -87,10 +87,10 @@ def verify(
 
     Says what is wrong and where, and exits with status 1 if anything is.
     """
+    from deat_rb.board.verifying import verify as verify_board
     from deat_rb.engine import resolve_device
     from deat_rb.errors import DeatError
     from deat_rb.progress import EvaluationProgress
-    from deat_rb.verifying import verify as verify_board
 
     if sample < 0:
         raise DeatError(f"--sample {sample} is not possible: give a number of examples, or 0 for none")
@@ -121,7 +121,7 @@ def verify(
 @click.pass_context
 def export(context: click.Context, board: Path | None, output: Path, as_dataset: str | None) -> None:
     """Write the board's models in RobustBench's form."""
-    from deat_rb.board_export import export_board
+    from deat_rb.board.export import export_board
 
     exported = export_board(_chosen(context, board), output, as_dataset=as_dataset)
     for sentence in exported.left_out:

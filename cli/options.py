@@ -26,7 +26,7 @@ def fraction_list(text: str) -> tuple[float, ...]:
 
 def attack_names(text: str) -> tuple[str, ...]:
     """Reads a list such as ``fgsm,torchattacks.PGD(steps=5,alpha=0.01)``, commas in parentheses left alone."""
-    from deat_rb.attacklist import split_names
+    from deat_rb.evaluation.attacklist import split_names
 
     found = tuple(name for name in split_names(text) if name)
     if not found:

@@ -54,11 +54,11 @@ def submit(
     """
     from rich.console import Console
 
-    from deat_rb.board import Board
+    from deat_rb.board.folder import Board
+    from deat_rb.board.ranking import as_tables, rank
+    from deat_rb.board.submissions import Terms
     from deat_rb.engine import resolve_device
     from deat_rb.progress import EvaluationProgress
-    from deat_rb.ranking import as_tables, rank
-    from deat_rb.submissions import Terms
 
     where = resolve_device(device)
     with EvaluationProgress(n_examples or sample) as progress:

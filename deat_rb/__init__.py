@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from deat_rb.catalogue import method_table
     from deat_rb.data import load_data
     from deat_rb.errors import DeatError
-    from deat_rb.evaluate import evaluate
+    from deat_rb.evaluation.evaluate import evaluate
+    from deat_rb.evaluation.subject import load_model
     from deat_rb.export import export, register
     from deat_rb.methods import Recipe, create, register_method
     from deat_rb.models import ModelSpec, build_model
     from deat_rb.probe import GradientProbe, lipschitz_lower_bound
     from deat_rb.schedules import AccuracyThreshold, Constant, EveryDEpochs, GradientMagnitude
     from deat_rb.stopping import GradientRatio, RobustnessDrop
-    from deat_rb.subject import load_model
     from deat_rb.trainers import AttackTrainer, ReplayTrainer
     from deat_rb.training import train
 
@@ -75,11 +75,11 @@ _MODULE_OF = {
     "RobustnessDrop": "stopping",
     "build_model": "models",
     "create": "methods",
-    "evaluate": "evaluate",
+    "evaluate": "evaluation.evaluate",
     "export": "export",
     "lipschitz_lower_bound": "probe",
     "load_data": "data",
-    "load_model": "subject",
+    "load_model": "evaluation.subject",
     "method_table": "catalogue",
     "register": "export",
     "register_method": "methods",
@@ -102,7 +102,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Keeps `deat_rb.evaluate` the function, although importing the module of that name would bind the module."""
+    """Keeps `deat_rb.export` the function, although importing the module of that name would bind the module."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in _MODULE_OF and isinstance(value, ModuleType)):

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from deat_rb import compat
 from deat_rb.errors import DeatError
+from deat_rb.evaluation.report import Report
 from deat_rb.files import load_tensors, read_json, sha256_file, write_together
 from deat_rb.models import PREACTRESNET18, ModelSpec, check_weights, load_weights, model_spec, robustbench_class
-from deat_rb.report import Report
 from deat_rb.runs import RunDirectory
 from deat_rb.threat import format_fraction
 
@@ -110,6 +110,8 @@ def export(
     opened = RunDirectory.open(Path(run))
     spec, config = opened.model_spec, opened.config
     dataset = _dataset(config.dataset, as_dataset, spec)
+    model = spec.build()
+    load_weights(model, load_tensors(opened.selected_weights_path), source=str(opened.selected_weights_path))
     figures, n_examples = _figures(opened)
     credit = PAPER if PAPERS_OWN.match(config.method) else dict.fromkeys(PAPER, "")
     given = {"link": link, "name": name, "authors": authors, "venue": venue}
@@ -135,7 +137,7 @@ def export(
     unknown = tuple(field for field, value in info.items() if value == UNKNOWN)
     paths = ExportPaths.below(Path(output), dataset, model_name, unknown)
     contents = {
-        paths.weights: robustbench_weights(spec, opened.selected_weights_path),
+        paths.weights: robustbench_weights(model),
         paths.source: model_source(model_name, dataset, spec).encode(),
         paths.info: json.dumps(info, indent=2, ensure_ascii=False).encode() + b"\n",
     }
@@ -209,18 +211,8 @@ def spelled_architecture(spec: ModelSpec) -> str:
     return "PreActResNet-18" if spec.arch == PREACTRESNET18 else f"WideResNet-{spec.arch.removeprefix('wrn-')}"
 
 
-def robustbench_weights(spec: ModelSpec, weights: Path) -> bytes:
-    """The state dict as RobustBench's own classes have it: mu and sigma beside the network's bare names.
-
-    Args:
-        spec: The network.
-        weights: Its file, of safetensors or of `torch.save`.
-
-    Raises:
-        DeatError: The file cannot be read, or is another network's.
-    """
-    model = spec.build()
-    load_weights(model, load_tensors(weights), source=str(weights))
+def robustbench_weights(model: nn.Module) -> bytes:
+    """The state dict as RobustBench's own classes have it: mu and sigma beside the network's bare names."""
     file = io.BytesIO()
     torch.save({name.removeprefix("net."): tensor.clone() for name, tensor in model.state_dict().items()}, file)
     return file.getvalue()

@@ -17,7 +17,7 @@ from deat_rb import checkpoint, randomness
 from deat_rb.checkpoint import Checkpoint
 from deat_rb.engine import Engine, resolve_device, resolve_precision
 from deat_rb.errors import DeatError, Interrupted, nearest
-from deat_rb.evaluate import validate
+from deat_rb.evaluation.evaluate import validate
 from deat_rb.finite import ON_NONFINITE, Undo, Watch
 from deat_rb.loaders import Loader, check_first, count_batches, divided, gather, of_epoch
 from deat_rb.probe import lipschitz_lower_bound
@@ -109,7 +109,7 @@ def fit(
     """Trains a trainer's model.
 
     Started by torchrun, all processes train it together: a loader gives each of them the global batches, of which it
-    takes its share. `deat_rb.Batches` makes no more than the share.
+    takes its share. `deat_rb.batches.Batches` makes no more than the share.
 
     Args:
         trainer: The method and the model.

@@ -52,7 +52,7 @@ class OwnShares:
     """The same of a loader that makes no more than one process's share.
 
     Args:
-        loader: Has ``divided(rank, processes)`` and ``examples_in(batch)``, as `deat_rb.Batches`.
+        loader: Has ``divided(rank, processes)`` and ``examples_in(batch)``, as `deat_rb.batches.Batches`.
         world: The processes.
     """
 

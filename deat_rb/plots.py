@@ -14,7 +14,7 @@ from deat_rb.threat import format_fraction
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from deat_rb.report import Report
+    from deat_rb.evaluation.report import Report
 
 BLUE, ORANGE, GREEN, GREY = "#2563a8", "#d9822b", "#2e8b57", "#8a8f98"
 COLOURS = ("#7a4fa3", ORANGE, BLUE, GREEN, "#b8405e", "#5f6b2d", "#1b9aaa", "#8c5a3c")

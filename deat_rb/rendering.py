@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
-
-from deat_rb.board_text import visible
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+
+_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Controls, what reverses the direction of text, and half characters, which UTF-8 cannot write."""
+
+
+def visible(text: str) -> str:
+    """Puts U+FFFD in the place of every character that would not be seen or not be written."""
+    return _UNSEEN.sub("\ufffd", text)
 
 
 def new_environment() -> Environment:

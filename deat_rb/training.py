@@ -20,6 +20,7 @@ from deat_rb.config import RunConfig, TrainOptions, dataset_defaults, make_optio
 from deat_rb.data import DataSet, load_data
 from deat_rb.engine import resolve_device, resolve_precision
 from deat_rb.errors import DeatError
+from deat_rb.evaluation.subject import in_turn
 from deat_rb.files import load_tensors
 from deat_rb.fit import History, Reporter, fit
 from deat_rb.methods import create, recipe
@@ -27,7 +28,6 @@ from deat_rb.models import NormalizedModel, check_trust, load_weights, model_spe
 from deat_rb.plots import plot_curves
 from deat_rb.processes import world
 from deat_rb.runs import CURVES, RunDirectory, check_free, check_name
-from deat_rb.subject import in_turn
 from deat_rb.threat import check_eps, format_fraction
 from deat_rb.tracking import Tracked, check_trackers
 from deat_rb.trainers import ReplayTrainer, Trainer

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from training_problems import run_config
 
-from deat_rb import files, measuring, submissions
+from deat_rb import files
+from deat_rb.board import measuring, submissions
 from deat_rb.data import DataSet, load_data
+from deat_rb.evaluation.report import AttackResult, Check, Report
+from deat_rb.evaluation.subject import in_turn
 from deat_rb.export import ExportPaths
 from deat_rb.models import NormalizedModel, model_spec
-from deat_rb.report import AttackResult, Check, Report
-from deat_rb.subject import in_turn
 
 SPEC = model_spec("wrn-10-1", dataset="digits")
 SHARES = {"natural": 0.8, "fgsm": 0.6, "pgd-100": 0.5, "cw-20": 0.48, "autoattack": 0.4}
@@ -46,7 +47,7 @@ def report_of(n: int, *, shares: dict[str, float] | None = None, checks: tuple[C
 
 
 class FakeEvaluation:
-    """Stands in for `deat_rb.evaluate.evaluate`; remembers what it was asked for."""
+    """Stands in for `deat_rb.evaluation.evaluate.evaluate`; remembers what it was asked for."""
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []

@@ -30,12 +30,12 @@ from board_problems import (
 from torch import Tensor
 
 from deat_rb import files
-from deat_rb.board import Board
-from deat_rb.entries import Entry
+from deat_rb.board.entries import Entry
+from deat_rb.board.folder import Board
+from deat_rb.board.intake import MAX_JSON
+from deat_rb.board.submissions import Terms
+from deat_rb.evaluation.report import Check
 from deat_rb.export import ExportPaths
-from deat_rb.intake import MAX_JSON
-from deat_rb.report import Check
-from deat_rb.submissions import Terms
 
 NAME = "Evil2026Model"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from deat_rb.entries import Entry, Figure
+from deat_rb.board.entries import Entry, Figure
+from deat_rb.evaluation.report import Check
 from deat_rb.models import ModelSpec
-from deat_rb.report import Check
 
 NOTE = "Made up for the tests: nothing here was measured."
 ATTACKS = ("natural", "fgsm", "pgd-100", "cw-20", "autoattack")

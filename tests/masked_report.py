@@ -7,8 +7,8 @@ from test_checks import HIDING
 from test_checks_fresh import report_of
 
 from deat_rb.errors import DeatError
-from deat_rb.evaluate import evaluate
-from deat_rb.report import Report
+from deat_rb.evaluation.evaluate import evaluate
+from deat_rb.evaluation.report import Report
 
 
 def row(name: str, report: Report) -> str:

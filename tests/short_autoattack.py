@@ -11,8 +11,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from deat_rb import randomness
-from deat_rb.autoattack import parts_for
-from deat_rb.whitebox import logits_and_gradient
+from deat_rb.evaluation.autoattack import parts_for
+from deat_rb.evaluation.whitebox import logits_and_gradient
 
 
 def shorten(monkeypatch: pytest.MonkeyPatch, *, iterations: int, queries: int) -> None:

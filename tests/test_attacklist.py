@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from deat_rb.attacklist import parse_attacks, parse_torchattack, split_names, steps_and_restarts
 from deat_rb.errors import DeatError
+from deat_rb.evaluation.attacklist import parse_attacks, parse_torchattack, split_names, steps_and_restarts
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deat_rb.autoattack import parts_for
-from deat_rb.evaluate import evaluate
+from deat_rb.evaluation.autoattack import parts_for
+from deat_rb.evaluation.evaluate import evaluate
 
 
 @pytest.fixture(scope="module")

@@ -32,17 +32,17 @@ from short_autoattack import shorten
 
 from cli import main
 from deat_rb import compat, files
-from deat_rb.board import Board
-from deat_rb.board_export import export_board
+from deat_rb.board.entries import Entry, Figure, read_entry
+from deat_rb.board.export import export_board
+from deat_rb.board.folder import Board
+from deat_rb.board.ranking import as_csv, as_json, as_latex, as_markdown, as_tables, latex_text, markdown_text, rank
+from deat_rb.board.submissions import Terms, training_command
+from deat_rb.board.verifying import verify
 from deat_rb.config import RunConfig
-from deat_rb.entries import Entry, Figure, read_entry
 from deat_rb.errors import DeatError
+from deat_rb.evaluation.report import Check
 from deat_rb.export import register
 from deat_rb.models import build_model, load_weights
-from deat_rb.ranking import as_csv, as_json, as_latex, as_markdown, as_tables, latex_text, markdown_text, rank
-from deat_rb.report import Check
-from deat_rb.submissions import Terms, training_command
-from deat_rb.verifying import verify
 
 NAME = "Wang2021Gradient"
 

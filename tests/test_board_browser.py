@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import made_up_board
 import pytest
 
-from deat_rb.board_page import build, write_pages
-from deat_rb.entries import Entry
+from deat_rb.board.entries import Entry
+from deat_rb.board.page import build, write_pages
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Dialog, Locator, Page, ViewportSize

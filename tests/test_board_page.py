@@ -16,14 +16,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deat_rb.board_charts import Point, curves, pareto_front, scatter
-from deat_rb.board_page import build, write_pages
-from deat_rb.board_text import duration, memory, name_parts, visible, web_link
-from deat_rb.entries import Entry, Figure
+from deat_rb.board.charts import Point, curves, pareto_front, scatter
+from deat_rb.board.entries import Entry, Figure
+from deat_rb.board.page import build, write_pages
+from deat_rb.board.published import PAPER_TABLES, REFERENCES
+from deat_rb.board.text import duration, memory, name_parts, web_link
 from deat_rb.errors import DeatError
-from deat_rb.files import save_tensors
-from deat_rb.published import PAPER_TABLES, REFERENCES
-from deat_rb.report import Check
+from deat_rb.evaluation.report import Check
+from deat_rb.files import save_tensors, sha256_file
+from deat_rb.rendering import visible
 
 NASTY = "\"'></title></style></script><script>alert(1)</script><img src=x onerror=alert(1)><!--{{ 7*7 }}&amp;"
 VOID = {"meta", "img", "input", "wbr"}
@@ -244,16 +245,19 @@ def test_the_three_lines_load_the_network(tmp_path: Path, monkeypatch: pytest.Mo
     board = made_up_board.write(tmp_path, [entry])
     (board / entry.weights_file).parent.mkdir(parents=True)
     save_tensors(board / entry.weights_file, network.state_dict())
+    digest = sha256_file(board / entry.weights_file)
+    entry = entry.model_copy(update={"weights_sha256": digest})
+    made_up_board.write(tmp_path, [entry])
     build(board)
     (lines,) = re.findall(
         "<h2>Load it</h2>\n<pre><code>(.*?)</code>", (board / f"models/{entry.key}.html").read_text(), re.S
     )
     assert len(html.unescape(lines).splitlines()) == 3
     monkeypatch.chdir(board)
-    names: dict[str, Any] = {}
-    exec(html.unescape(lines), names)
     images = torch.linspace(0, 1, 3 * 32 * 32).view(1, 3, 32, 32)
-    assert torch.equal(names["model"](images), network(images))
+    names: dict[str, Any] = {"images": images}
+    exec(html.unescape(lines), names)
+    assert torch.equal(names["logits"], network(images))
 
 
 def test_page_of_a_published_model_claims_no_measurement(board: Path, index: Document) -> None:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from training_problems import Snapshot, used
 from training_problems import images_and_labels as coloured
 
-from deat_rb.checks import CHECKS, run_checks
 from deat_rb.errors import DeatError
-from deat_rb.evaluate import evaluate
-from deat_rb.report import AttackResult, Check, CurvePoint, Report
-from deat_rb.suspect import Suspect
+from deat_rb.evaluation.checks import CHECKS, run_checks
+from deat_rb.evaluation.evaluate import evaluate
+from deat_rb.evaluation.report import AttackResult, Check, CurvePoint, Report
+from deat_rb.evaluation.suspect import Suspect
 
 
 def report_of(verdicts: dict[str, Tensor], *, eps: float = EPS, **fields: Any) -> Report:

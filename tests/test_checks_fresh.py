@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from deat_rb import evaluate
-from deat_rb.report import Report
+from deat_rb.evaluation.report import Report
 
 EPS = 0.15
 TRAINED_ON, EVALUATED = 1200, 96

@@ -23,7 +23,7 @@ from click.testing import CliRunner, Result
 from deat_rb import build_model, train
 from deat_rb.cli import COMMANDS, main
 from deat_rb.errors import DeatError, Interrupted
-from deat_rb.report import Report
+from deat_rb.evaluation.report import Report
 
 
 def run(*arguments: object) -> Result:

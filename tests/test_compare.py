@@ -12,9 +12,9 @@ from click.testing import CliRunner, Result
 from scipy.stats import binomtest
 
 from deat_rb.cli import main
-from deat_rb.compare import compare, load_reports, mcnemar
 from deat_rb.errors import DeatError
-from deat_rb.report import AttackResult, Report
+from deat_rb.evaluation.compare import compare, load_reports, mcnemar
+from deat_rb.evaluation.report import AttackResult, Report
 
 
 def report_of(fields: dict[str, Any] | None = None, /, **correct: str) -> Report:

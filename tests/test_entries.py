@@ -10,11 +10,11 @@ import pytest
 from board_problems import INFO, SPEC
 from click.testing import CliRunner
 
+from deat_rb.board.entries import Entry, Figure, RobustBenchInfo, check_model_name, parse_entry, read_entries
+from deat_rb.board.intake import parse_json, plain, printable, read_limited
 from deat_rb.cli import main
-from deat_rb.entries import Entry, Figure, RobustBenchInfo, check_model_name, parse_entry, read_entries
 from deat_rb.errors import DeatError
-from deat_rb.intake import parse_json, plain, printable, read_limited
-from deat_rb.report import Check
+from deat_rb.evaluation.report import Check
 
 DOCUMENTED = Path(__file__).parents[1] / "docs" / "entry.schema.json"
 

@@ -16,11 +16,11 @@ from torch import nn
 from deat_rb import compat
 from deat_rb.cli import main
 from deat_rb.errors import DeatError
+from deat_rb.evaluation.report import Check, Report, json_schema
+from deat_rb.evaluation.subject import load_model, open_subject
+from deat_rb.evaluation.zoo import load_pretrained, load_zoo_model
 from deat_rb.models import build_model
-from deat_rb.report import Check, Report, json_schema
-from deat_rb.subject import load_model, open_subject
 from deat_rb.training import train
-from deat_rb.zoo import load_pretrained, load_zoo_model
 
 DOCUMENTED = Path(__file__).parents[1] / "docs" / "eval.schema.json"
 
@@ -44,11 +44,11 @@ def described(tmp_path: Path, image_folder: Path) -> list[object]:
 
 @pytest.fixture
 def verdict_of_checks(monkeypatch: pytest.MonkeyPatch) -> list[Check]:
-    """The checks that a stand-in for `deat_rb.checks` finds."""
+    """The checks that a stand-in for `deat_rb.evaluation.checks` finds."""
     found: list[Check] = []
-    stand_in = ModuleType("deat_rb.checks")
+    stand_in = ModuleType("deat_rb.evaluation.checks")
     vars(stand_in)["run_checks"] = lambda *_, **__: tuple(found)
-    monkeypatch.setitem(sys.modules, "deat_rb.checks", stand_in)
+    monkeypatch.setitem(sys.modules, "deat_rb.evaluation.checks", stand_in)
     return found
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from deat_rb import randomness
 from deat_rb.errors import DeatError
-from deat_rb.evaluate import evaluate, parse_attacks, validate
-from deat_rb.whitebox import uniform_start
+from deat_rb.evaluation.evaluate import evaluate, parse_attacks, validate
+from deat_rb.evaluation.whitebox import uniform_start
 
 
 @pytest.fixture(scope="module")

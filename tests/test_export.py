@@ -14,11 +14,11 @@ import torch
 
 from deat_rb import compat, files
 from deat_rb.errors import DeatError
+from deat_rb.evaluation.report import AttackResult, Report
+from deat_rb.evaluation.subject import load_model
 from deat_rb.export import ExportPaths, export, exported_spec, register
 from deat_rb.models import build_model, model_spec
-from deat_rb.report import AttackResult, Report
 from deat_rb.runs import RunDirectory
-from deat_rb.subject import load_model
 
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 # Every one of RobustBench's own files for Lp threats has these; the others are optional.

@@ -66,14 +66,15 @@ from hostile import (
 )
 from rich.console import Console
 
-from deat_rb import files, foreign
-from deat_rb.board import Board
-from deat_rb.entries import Entry, parse_entry
+from deat_rb import files
+from deat_rb.board import foreign
+from deat_rb.board.entries import Entry, parse_entry
+from deat_rb.board.folder import Board
+from deat_rb.board.ranking import as_csv, as_json, as_latex, as_markdown, as_tables, rank
+from deat_rb.board.submissions import Terms
 from deat_rb.errors import DeatError
+from deat_rb.evaluation.report import Report
 from deat_rb.models import model_spec
-from deat_rb.ranking import as_csv, as_json, as_latex, as_markdown, as_tables, rank
-from deat_rb.report import Report
-from deat_rb.submissions import Terms
 
 
 @pytest.fixture

@@ -24,10 +24,10 @@ from deat_rb import files
 from deat_rb.cli import main
 from deat_rb.data import load_data
 from deat_rb.errors import DeatError, Interrupted
-from deat_rb.evaluate import evaluate
-from deat_rb.journal import Journal, opened
+from deat_rb.evaluation.evaluate import evaluate
+from deat_rb.evaluation.journal import Journal, opened
+from deat_rb.evaluation.report import Report
 from deat_rb.models import build_model
-from deat_rb.report import Report
 
 ATTACKS = "fgsm,pgd-6x2,autoattack,torchattacks.PGD(steps=2)"
 

@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from torch import nn
 
 from deat_rb.errors import DeatError
+from deat_rb.evaluation.subject import load_model
 from deat_rb.files import save_tensors
 from deat_rb.models import ModelSpec, NormalizedModel, build_model, load_weights, model_spec
-from deat_rb.subject import load_model
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from deat_rb import randomness
 from deat_rb.errors import DeatError
-from deat_rb.evaluate import evaluate
+from deat_rb.evaluation.evaluate import evaluate
+from deat_rb.evaluation.report import Check
 from deat_rb.plots import plot_sweep
-from deat_rb.report import Check
 from deat_rb.threat import L2, check_norm, check_radius, threat_model
 
 GREY = torch.full((200, 3, 8, 8), 0.5)
@@ -333,9 +333,9 @@ def test_checks_are_asked_for_and_land_in_the_report(
         asked.update(options, model=model, verdicts=set(report.verdicts), adversarial=set(report.adversarial))
         return (Check(name="a doubt", status="warn", figure=1.0, sentence="Who knows."),)
 
-    stand_in = ModuleType("deat_rb.checks")
+    stand_in = ModuleType("deat_rb.evaluation.checks")
     vars(stand_in)["run_checks"] = run_checks
-    monkeypatch.setitem(sys.modules, "deat_rb.checks", stand_in)
+    monkeypatch.setitem(sys.modules, "deat_rb.evaluation.checks", stand_in)
     options: dict[str, Any] = {"attacks": "fgsm", "eps": 0.3, "norm": "L2", "batch_size": 9, "seed": 4}
     assert evaluate(network, *batch, **options).checks == ()
     assert not asked
@@ -365,7 +365,7 @@ class Watching:
 def test_progress_within_a_batch(
     network: nn.Sequential, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deat_rb.attacking.WITHIN_EVERY", 0.0)
+    monkeypatch.setattr("deat_rb.evaluation.attacking.WITHIN_EVERY", 0.0)
     watching = Watching()
     evaluate(network, *batch, attacks="pgd-9", eps=1e-6, batch_size=24, progress=watching)
     seen = [entry for entry in watching.shares if entry[0] == "pgd-9"]

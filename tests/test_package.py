@@ -45,7 +45,7 @@ def test_only_deat_rb_is_installed(wheel: zipfile.ZipFile) -> None:
 
 
 def test_every_source_file_is_installed(wheel: zipfile.ZipFile) -> None:
-    modules = {f"deat_rb/{path.name}" for path in (ROOT / "deat_rb").glob("*.py")}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "deat_rb").rglob("*.py")}
     commands = {f"deat_rb/cli/{path.name}" for path in (ROOT / "cli").glob("*.py")}
     templates = {f"deat_rb/templates/{path.name}" for path in (ROOT / "deat_rb" / "templates").glob("*.j2")}
     assert {*modules, *commands, *templates, "deat_rb/py.typed"} == {
@@ -108,7 +108,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 def test_a_function_is_not_hidden_by_the_module_of_its_name() -> None:
     program = """
-import json, deat_rb.evaluate, deat_rb.export, deat_rb
+import json, deat_rb.evaluation.evaluate, deat_rb.export, deat_rb
 print(json.dumps([callable(deat_rb.evaluate), callable(deat_rb.export)]))
 """
     assert json.loads(in_fresh_python(program)) == [True, True]

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from training_problems import Snapshot, images_and_labels, used
 
 from deat_rb.errors import DeatError
-from deat_rb.evaluate import evaluate
-from deat_rb.page import predictions_of, write_page
-from deat_rb.report import AttackResult, Check, CurvePoint, Report
+from deat_rb.evaluation.evaluate import evaluate
+from deat_rb.evaluation.page import predictions_of, write_page
+from deat_rb.evaluation.report import AttackResult, Check, CurvePoint, Report
 
 EPS = 0.25
 NASTY = "</title><script>alert('x')</script><img src=x onerror=alert(1)>&\"'"

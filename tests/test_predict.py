@@ -15,9 +15,9 @@ from training_problems import ARCH, run_config
 from deat_rb.cli import main
 from deat_rb.config import RunConfig
 from deat_rb.errors import DeatError
+from deat_rb.evaluation.predict import predict
 from deat_rb.files import save_tensors
 from deat_rb.models import ModelSpec
-from deat_rb.predict import predict
 from deat_rb.runs import RunDirectory
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}

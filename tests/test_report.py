@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deat_rb.errors import DeatError
-from deat_rb.report import AttackResult, Check, CurvePoint, Report, json_schema, sweep_table, wilson
+from deat_rb.evaluation.report import AttackResult, Check, CurvePoint, Report, json_schema, sweep_table, wilson
 
 
 @pytest.mark.parametrize(

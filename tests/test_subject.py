@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from deat_rb.batches import ImageSet
 from deat_rb.errors import DeatError
+from deat_rb.evaluation.subject import Subject, in_turn, open_checkpoint, open_subject
 from deat_rb.models import build_model
-from deat_rb.subject import Subject, in_turn, open_checkpoint, open_subject
 from deat_rb.training import train
 
 

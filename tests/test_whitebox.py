@@ -8,7 +8,7 @@ from small_problems import Plane, batch_for, plain_pgd, plane_images, small_netw
 from torch import Tensor, nn
 
 from deat_rb import losses, randomness
-from deat_rb.whitebox import Counted, admissible, logits_and_gradient, pgd, uniform_start
+from deat_rb.evaluation.whitebox import Counted, admissible, logits_and_gradient, pgd, uniform_start
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from short_autoattack import robust_network, shorten, theirs
 from torch import Tensor, nn
 
-from deat_rb.evaluate import evaluate
+from deat_rb.evaluation.evaluate import evaluate
 
 SEED = 3
 

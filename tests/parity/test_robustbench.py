@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from deat_rb import compat
-from deat_rb.evaluate import evaluate
+from deat_rb.evaluation.evaluate import evaluate
 from deat_rb.models import build_model, load_weights
 
 IMAGES = torch.rand(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))

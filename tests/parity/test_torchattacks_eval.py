@@ -8,8 +8,8 @@ import torchattacks
 from torch import Tensor, nn
 
 from deat_rb import losses, randomness
-from deat_rb.evaluate import evaluate
-from deat_rb.whitebox import pgd, uniform_start
+from deat_rb.evaluation.evaluate import evaluate
+from deat_rb.evaluation.whitebox import pgd, uniform_start
 
 EPS = 8 / 255
 

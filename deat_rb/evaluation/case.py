@@ -9,8 +9,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from deat_rb.report import Report
-from deat_rb.suspect import Suspect
+from deat_rb.evaluation.report import Report
+from deat_rb.evaluation.suspect import Suspect
 
 Status = Literal["pass", "warn", "fail"]
 Outcome = tuple[Status, float | None, str]

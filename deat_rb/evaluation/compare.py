@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from deat_rb.errors import DeatError
-from deat_rb.report import Report, worst_of
+from deat_rb.evaluation.report import Report, worst_of
 from deat_rb.threat import format_fraction
 
 if TYPE_CHECKING:

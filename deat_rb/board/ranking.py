@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
-from deat_rb.entries import Entry
+from deat_rb.board.entries import Entry
+from deat_rb.board.intake import printable
 from deat_rb.errors import DeatError, nearest
-from deat_rb.intake import printable
 from deat_rb.threat import parse_fraction
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from deat_rb import randomness
+from deat_rb.board.intake import printable, read_limited
 from deat_rb.errors import DeatError
 from deat_rb.files import load_tensors
-from deat_rb.intake import printable, read_limited
 from deat_rb.models import ModelSpec, NormalizedModel, check_weights
 
 MAX_WEIGHTS = 2 * 2**30

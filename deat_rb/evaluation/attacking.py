@@ -13,12 +13,12 @@ from torch import Tensor
 
 from deat_rb import randomness
 from deat_rb.errors import DeatError
-from deat_rb.held import Held
-from deat_rb.journal import Journal
-from deat_rb.report import AttackResult
-from deat_rb.suite import Attack, Batch, Part, Terms
+from deat_rb.evaluation.held import Held
+from deat_rb.evaluation.journal import Journal
+from deat_rb.evaluation.report import AttackResult
+from deat_rb.evaluation.suite import Attack, Batch, Part, Terms
+from deat_rb.evaluation.whitebox import Counted, Crafted
 from deat_rb.threat import format_fraction
-from deat_rb.whitebox import Counted, Crafted
 
 Progress = Callable[[str, int, int, int], None]
 WITHIN_EVERY = 0.5
@@ -90,7 +90,7 @@ class Attacker:
         journal: Where batches are found and kept.
         keep: Whether adversarial images are.
         dtype: In which precision attacks craft; the verdict is the model's in its own, on what they crafted.
-        progress: See `deat_rb.evaluate.evaluate`.
+        progress: See `deat_rb.evaluation.evaluate.evaluate`.
         sweeping: Whether progress is told the radius, too: there are several.
     """
 

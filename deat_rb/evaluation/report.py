@@ -47,7 +47,7 @@ class AttackResult(BaseModel):
     """One attack's figures.
 
     Attributes:
-        name: The attack, as `deat_rb.evaluate.parse_attacks` spells it.
+        name: The attack, as `deat_rb.evaluation.evaluate.parse_attacks` spells it.
         n_correct: Examples that are still classified correctly.
         n_examples: Out of so many.
         accuracy: Their share, in [0, 1].

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from deat_rb.batches import Images
 from deat_rb.data import DataSet, load_data
 from deat_rb.errors import DeatError
+from deat_rb.evaluation.zoo import check_takes, import_model, load_pretrained, load_zoo_model, zoo_file
 from deat_rb.export import ExportPaths, exported_spec
 from deat_rb.files import load_tensors, sha256_file
 from deat_rb.models import PRETRAINED, build_model, check_trust, load_weights
 from deat_rb.runs import RunDirectory
-from deat_rb.zoo import check_takes, import_model, load_pretrained, load_zoo_model, zoo_file
+from deat_rb.threat import parse_fraction
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,8 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu", trust_co
     """Loads a trained network, in eval mode; it takes images in [0, 1].
 
     Args:
-        path: A run directory, of which the selected checkpoint is taken, or the ``.pt`` file of an export.
+        path: A run directory, of which the selected checkpoint is taken, the ``.pt`` file of an export, or, in a
+            leaderboard that holds the weights, the ``.json`` of an entry.
         device: Where to put it.
         trust_code: Whether a run may have its network built by the function ``package.module:factory`` that its
             ``config.json`` names, which runs code of that module.
@@ -67,6 +69,10 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu", trust_co
             run code that is not trusted.
     """
     path = Path(path)
+    if path.suffix == ".json":
+        from deat_rb.board.loading import open_entry
+
+        return open_entry(path)[1].to(device)
     if path.is_dir():
         run = RunDirectory.open(path)
         spec, weights = run.model_spec, run.selected_weights_path
@@ -170,6 +176,28 @@ def _is_export(path: Path) -> bool:
     return ExportPaths.below(folder.parent.parent, folder.name, path.stem).info.exists()
 
 
+def open_of_board(file: Path, *, data_dir: str | Path | None = None) -> Subject:
+    """Opens an entry of a leaderboard that holds its weights, and the data it was measured on.
+
+    Args:
+        file: The entry's ``.json``.
+        data_dir: As for `load_data`.
+
+    Raises:
+        DeatError: See `deat_rb.board.loading.open_entry`; or the data cannot be had, or are others.
+    """
+    from deat_rb.board.loading import open_entry
+    from deat_rb.board.submissions import load_board_data
+
+    entry, model = open_entry(file)
+    data = load_board_data(entry, None if data_dir is None else Path(data_dir))
+    if data.fingerprint != entry.data_sha256:
+        raise DeatError(f"{file} was measured on other data (SHA-256 {str(entry.data_sha256)[:12]}...) than those at "
+                        f"hand ({data.fingerprint[:12]}...)")  # fmt: skip
+    provenance = {"entry": entry.key, "weights_sha256": str(entry.weights_sha256), **_data_facts(data)}
+    return Subject(model, data, parse_fraction(entry.eps), provenance)
+
+
 def open_named(
     target: str,
     *,
@@ -230,11 +258,11 @@ def open_subject(
     norm: str = "Linf",
     trust_code: bool = False,
 ) -> Subject:
-    """Opens what `deat-rb eval` was given: a run directory, a checkpoint file, or a network's name.
+    """Opens what `deat-rb eval` was given: a run directory, a board's entry, a checkpoint file, or a network's name.
 
     Args:
-        target: A run directory, which says everything itself; a file, see `open_checkpoint`; or a name with a colon in
-            it that is no file, see `open_named`.
+        target: A run directory or the ``.json`` of an entry of a leaderboard, which say everything themselves; another
+            file, see `open_checkpoint`; or a name with a colon in it that is no file, see `open_named`.
         arch: Of a checkpoint.
         dataset: Of a checkpoint or a named network.
         data_dir: Of those; of a run only if its data have been moved.
@@ -245,20 +273,24 @@ def open_subject(
         trust_code: Of a run; see `load_model`.
 
     Raises:
-        DeatError: See `open_run`, `open_checkpoint` and `open_named`.
+        DeatError: See `open_run`, `open_of_board`, `open_checkpoint` and `open_named`.
     """
     path = Path(target)
     given = {"--arch": arch, "--num-classes": num_classes, "--dataset": dataset, "--image-size": image_size}
     named = ":" in str(target) and not path.exists()
+    of_board = path.suffix == ".json" and not named
     for flag, value in given.items():
-        if value is not None and path.is_dir():
-            raise DeatError(f"{flag} {value} is for checkpoints: the run {path} says its network and data itself")
+        if value is not None and (path.is_dir() or of_board):
+            kind = "entry" if of_board else "run"
+            raise DeatError(f"{flag} {value} is for checkpoints: the {kind} {path} says its network and data itself")
         if value is not None and named and flag in ("--arch", "--num-classes"):
             raise DeatError(f"{flag} {value} is for checkpoints: {target} says its network itself")
     if model_dir is not None and not (named and str(target).startswith("robustbench:")):
         raise DeatError(f"--model-dir {model_dir} is for robustbench:NAME, which {target} is not")
     if path.is_dir():
         return open_run(path, data_dir=data_dir, trust_code=trust_code)
+    if of_board:
+        return open_of_board(path, data_dir=data_dir)
     if named:
         return open_named(
             str(target),

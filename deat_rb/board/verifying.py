@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,17 +9,17 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from deat_rb.attacking import Progress
-from deat_rb.board import Board
+from deat_rb.board.entries import Entry, entry_files, read_entry
+from deat_rb.board.folder import Board
+from deat_rb.board.intake import printable
+from deat_rb.board.loading import check_hash, load_network
+from deat_rb.board.measuring import SAMPLE, compare_claim, refuse_failed, sampled
+from deat_rb.board.submissions import load_board_data
 from deat_rb.data import DATASETS, DataSet
-from deat_rb.entries import Entry, entry_files, read_entry
 from deat_rb.errors import DeatError
-from deat_rb.foreign import MAX_WEIGHTS, load_checked, take_weights
-from deat_rb.intake import printable, read_limited
-from deat_rb.measuring import SAMPLE, compare_claim, refuse_failed, sampled
+from deat_rb.evaluation.attacking import Progress
+from deat_rb.evaluation.subject import in_turn
 from deat_rb.models import ModelSpec
-from deat_rb.subject import in_turn
-from deat_rb.submissions import load_board_data
 from deat_rb.threat import parse_fraction
 
 
@@ -69,7 +67,7 @@ def verify(
         data_dirs: Where data sets are that are not to be had otherwise.
         batch_size: How many images are attacked together.
         device: Where to evaluate.
-        progress: See `deat_rb.evaluate.evaluate`.
+        progress: See `deat_rb.evaluation.evaluate.evaluate`.
 
     Raises:
         DeatError: There is no board.
@@ -105,15 +103,8 @@ def _read(file: Path, entries: Path, weights: Path | None) -> Entry:
     if file != entries / f"{entry.key}.json":
         raise DeatError(f"{file} is the entry of {entry.key}, and lies in the wrong place")
     if weights is not None and entry.weights_file is not None:
-        _check_hash(weights / entry.weights_file, entry)
+        check_hash(weights / entry.weights_file, entry)
     return entry
-
-
-def _check_hash(weights: Path, entry: Entry) -> None:
-    actual = hashlib.sha256(read_limited(weights, MAX_WEIGHTS)).hexdigest()
-    if actual != entry.weights_sha256:
-        raise DeatError(f"{weights} has the SHA-256 {actual[:12]}..., and its entry says "
-                        f"{str(entry.weights_sha256)[:12]}...: these are other weights")  # fmt: skip
 
 
 def _of_history(board: Path) -> Iterator[str]:
@@ -123,7 +114,7 @@ def _of_history(board: Path) -> Iterator[str]:
             if file.parts[-5:-1] != (*entry.key.split("/"), file.parent.name) or file.stem != entry.model_name:
                 raise DeatError(f"{file} is the entry of {entry.key}, and lies in the wrong place")
             if entry.weights_file is not None:
-                _check_hash(file.with_suffix(".safetensors"), entry)
+                check_hash(file.with_suffix(".safetensors"), entry)
         except DeatError as error:
             yield printable(str(error), 1000)
 
@@ -165,11 +156,7 @@ def _measured(
         notes.append(f"{entry.key}: the board does not hold its weights")
         return 0
     spec = cast(ModelSpec, entry.model)
-    file = board / entry.weights_file
-    with tempfile.TemporaryDirectory(prefix="deat-rb-") as scratch:
-        copy = Path(scratch, file.name)
-        take_weights(file, copy)
-        model = load_checked(copy, spec, source=file)
+    model = load_network(entry, board)
     if not sample:
         return 0
     if entry.dataset not in DATASETS and entry.dataset not in data_dirs:
@@ -177,7 +164,7 @@ def _measured(
         return 0
     key = (entry.dataset, spec.image_size)
     if key not in loaded:
-        loaded[key] = load_board_data(entry.dataset, spec, data_dirs.get(entry.dataset))
+        loaded[key] = load_board_data(entry, data_dirs.get(entry.dataset))
     data = loaded[key]
     if data.fingerprint != entry.data_sha256 or len(data.test) != entry.n_test:
         raise DeatError(f"the data at hand (SHA-256 {data.fingerprint[:12]}...) are not those of the entry "

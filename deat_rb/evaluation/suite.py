@@ -1,4 +1,4 @@
-"""The attacks of an evaluation: what each name of `deat_rb.attacklist` does to a batch."""
+"""The attacks of an evaluation: what each name of `deat_rb.evaluation.attacklist` does to a batch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from deat_rb import losses, randomness
-from deat_rb.attacklist import AUTOATTACK, PREFIX, TorchAttack, parse_torchattack, steps_and_restarts
 from deat_rb.errors import DeatError
+from deat_rb.evaluation.attacklist import AUTOATTACK, PREFIX, TorchAttack, parse_torchattack, steps_and_restarts
+from deat_rb.evaluation.whitebox import Counted, Crafted, fgsm, pgd
 from deat_rb.threat import L2, Linf, threat_model
-from deat_rb.whitebox import Counted, Crafted, fgsm, pgd
 
 LOSSES = {"pgd": ("ce", losses.cross_entropy), "cw": ("margin", losses.margin)}
 Parameters = dict[str, bool | int | float | str]
@@ -111,7 +111,7 @@ def build_attack(name: str, terms: Terms) -> Attack:
         DeatError: It cannot run on these terms.
     """
     if name in AUTOATTACK or name == "square":
-        from deat_rb import autoattack
+        from deat_rb.evaluation import autoattack
 
         return autoattack.build(name, terms)
     if name.startswith(PREFIX):

@@ -5,14 +5,9 @@ from __future__ import annotations
 import re
 from urllib.parse import quote, urlsplit
 
+from deat_rb.rendering import visible
+
 MISSING = "–"  # noqa: RUF001 - a dash where nothing is known
-_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Controls, what reverses the direction of text, and half characters, which UTF-8 cannot write."""
-
-
-def visible(text: str) -> str:
-    """Puts U+FFFD in the place of every character that would not be seen or not be written."""
-    return _UNSEEN.sub("\ufffd", text)
 
 
 def web_link(address: str | None) -> str | None:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deat_rb.case import LEFT_OUT
 from deat_rb.errors import DeatError
+from deat_rb.evaluation.case import LEFT_OUT
+from deat_rb.evaluation.report import AttackResult, Report, worst_of
 from deat_rb.files import atomic_write
 from deat_rb.guard import untouched
 from deat_rb.rendering import new_environment
-from deat_rb.report import AttackResult, Report, worst_of
 from deat_rb.threat import format_fraction
 
 BROKEN_SHOWN, WITHSTANDING_SHOWN = 18, 6

@@ -12,11 +12,11 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from deat_rb.board.intake import MAX_JSON, parse_json, plain, printable, read_limited, seen
 from deat_rb.errors import DeatError
+from deat_rb.evaluation.report import Check, wilson
 from deat_rb.export import NAME
-from deat_rb.intake import MAX_JSON, parse_json, plain, printable, read_limited, seen
 from deat_rb.models import PRETRAINED, ModelSpec
-from deat_rb.report import Check, wilson
 from deat_rb.threat import check_eps, format_fraction, parse_fraction
 
 __all__ = ["ATTACKS", "Entry", "Figure", "RobustBenchInfo", "parse_entry", "read_entries", "read_entry", "weights_file"]

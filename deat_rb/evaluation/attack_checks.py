@@ -7,8 +7,8 @@ import math
 
 import torch
 
-from deat_rb.case import EXAMPLES, Case, Outcome, at_least_one, concluded, graded, percent, size
-from deat_rb.suspect import margins
+from deat_rb.evaluation.case import EXAMPLES, Case, Outcome, at_least_one, concluded, graded, percent, size
+from deat_rb.evaluation.suspect import margins
 
 ROUNDING = 1e-6
 

@@ -21,14 +21,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from deat_rb.attacking import Progress
-from deat_rb.entries import Entry, parse_entry, read_entries, read_entry, weights_file
+from deat_rb.board.entries import Entry, parse_entry, read_entries, read_entry, weights_file
+from deat_rb.board.foreign import MAX_WEIGHTS, as_safetensors
+from deat_rb.board.intake import MAX_JSON, printable, read_limited
+from deat_rb.board.measuring import SAMPLE, Measure
+from deat_rb.board.submissions import Submission, Terms, dataset_note, open_submission
 from deat_rb.errors import DeatError
+from deat_rb.evaluation.attacking import Progress
 from deat_rb.files import write_together
-from deat_rb.foreign import MAX_WEIGHTS, as_safetensors
-from deat_rb.intake import MAX_JSON, printable, read_limited
-from deat_rb.measuring import SAMPLE, Measure
-from deat_rb.submissions import Submission, Terms, dataset_note, open_submission
 
 COMPLETE = "complete"
 
@@ -44,7 +44,7 @@ class Board:
         self.path = Path(path)
 
     def entries(self) -> tuple[Entry, ...]:
-        """All entries; see `deat_rb.entries.read_entries`."""
+        """All entries; see `deat_rb.board.entries.read_entries`."""
         return read_entries(self.path)
 
     def submit(
@@ -73,7 +73,7 @@ class Board:
             keep_weights: Whether the board holds the weights.
             batch_size: How many images are attacked together.
             device: Where to evaluate.
-            progress: See `deat_rb.evaluate.evaluate`.
+            progress: See `deat_rb.evaluation.evaluate.evaluate`.
 
         Returns:
             The entry.

@@ -8,13 +8,13 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
-from deat_rb.attacking import Progress
-from deat_rb.entries import ATTACKS, Figure
+from deat_rb.board.entries import ATTACKS, Figure
+from deat_rb.board.submissions import Submission
 from deat_rb.errors import DeatError
-from deat_rb.evaluate import evaluate
+from deat_rb.evaluation.attacking import Progress
+from deat_rb.evaluation.evaluate import evaluate
+from deat_rb.evaluation.report import Check, Report, wilson
 from deat_rb.files import sha256_tensors
-from deat_rb.report import Check, Report, wilson
-from deat_rb.submissions import Submission
 from deat_rb.threat import format_fraction
 
 CONFIDENCE = 0.999
@@ -157,7 +157,7 @@ def sampled(submission: Measurable, n_examples: int, sample: int, eps: float, **
         n_examples: Of these it is drawn.
         sample: How many are drawn, if there are as many.
         eps: The radius.
-        options: Of `deat_rb.evaluate.evaluate`.
+        options: Of `deat_rb.evaluation.evaluate.evaluate`.
     """
     draw = random.SystemRandom()
     rows = sorted(draw.sample(range(n_examples), min(sample, n_examples)))

@@ -15,14 +15,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from deat_rb.attacking import NATURAL, Attacker, Found, Progress
-from deat_rb.attacklist import parse_attacks, split_names
 from deat_rb.errors import DeatError, Interrupted, nearest
+from deat_rb.evaluation.attacking import NATURAL, Attacker, Found, Progress
+from deat_rb.evaluation.attacklist import parse_attacks, split_names
+from deat_rb.evaluation.held import held_still
+from deat_rb.evaluation.journal import Journal, opened
+from deat_rb.evaluation.report import AttackResult, Check, CurvePoint, Norm, Report, wilson
+from deat_rb.evaluation.suite import Attack, Terms, build_attack, white_box
 from deat_rb.files import sha256_tensors
-from deat_rb.held import held_still
-from deat_rb.journal import Journal, opened
-from deat_rb.report import AttackResult, Check, CurvePoint, Norm, Report, wilson
-from deat_rb.suite import Attack, Terms, build_attack, white_box
 from deat_rb.threat import check_eps, check_norm, check_radius, format_fraction
 
 __all__ = ["AttackResult", "Report", "evaluate", "parse_attacks", "split_names", "validate", "wilson"]
@@ -224,7 +224,7 @@ def _checked(
     device: torch.device | str | None,
     progress: Progress | None,
 ) -> tuple[Check, ...]:
-    from deat_rb.checks import run_checks
+    from deat_rb.evaluation.checks import run_checks
 
     return run_checks(
         model,

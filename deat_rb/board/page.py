@@ -10,13 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from deat_rb.board_charts import Point, scatter
-from deat_rb.board_model import link_of, model_content, page_of, spelled
-from deat_rb.board_text import MISSING, count, duration, name_parts, percent, web_link
-from deat_rb.entries import Entry, read_entries
-from deat_rb.errors import DeatError
-from deat_rb.files import write_together
-from deat_rb.published import (
+from deat_rb.board.charts import Point, scatter
+from deat_rb.board.entries import Entry, read_entries
+from deat_rb.board.model_page import link_of, model_content, page_of, spelled
+from deat_rb.board.published import (
     PAPER_EPS,
     PAPER_HARDWARE,
     PAPER_LINK,
@@ -26,7 +23,10 @@ from deat_rb.published import (
     PaperTable,
     Reference,
 )
-from deat_rb.ranking import Standing, rank
+from deat_rb.board.ranking import Standing, rank
+from deat_rb.board.text import MISSING, count, duration, name_parts, percent, web_link
+from deat_rb.errors import DeatError
+from deat_rb.files import write_together
 from deat_rb.rendering import new_environment
 
 if TYPE_CHECKING:

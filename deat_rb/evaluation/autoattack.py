@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from deat_rb import randomness
-from deat_rb.attacklist import AUTOATTACK
-from deat_rb.suite import Attack, Batch, Parameters, Part, Terms
-from deat_rb.whitebox import Counted, Crafted
+from deat_rb.evaluation.attacklist import AUTOATTACK
+from deat_rb.evaluation.suite import Attack, Batch, Parameters, Part, Terms
+from deat_rb.evaluation.whitebox import Counted, Crafted
 
 VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),

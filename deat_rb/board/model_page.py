@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from deat_rb.board_charts import curves
-from deat_rb.board_text import MISSING, count, duration, local_link, memory, percent, web_link
-from deat_rb.entries import Entry, Figure
+from deat_rb.board.charts import curves
+from deat_rb.board.entries import Entry, Figure
+from deat_rb.board.text import MISSING, count, duration, local_link, memory, percent, web_link
+from deat_rb.evaluation.page import BAR, MARKS
 from deat_rb.export import SPELLED
-from deat_rb.page import BAR, MARKS
 
 
 def page_of(entry: Entry) -> PurePosixPath:
@@ -99,9 +99,9 @@ def _load(entry: Entry) -> str | None:
     if entry.weights_file is None:
         return None
     return (
-        "from deat_rb import entries, files\n"
-        f"model = entries.read_entry({f'entries/{entry.key}.json'!r}).model.build().eval()\n"
-        f"model.load_state_dict(files.load_tensors({entry.weights_file!r}))"
+        "import deat_rb  # run this in the board's folder\n"
+        f"model = deat_rb.load_model({f'entries/{entry.key}.json'!r})\n"
+        "logits = model(images)  # float in [0, 1], (N, C, H, W)"
     )
 
 

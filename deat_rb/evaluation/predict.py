@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from deat_rb.engine import resolve_device
 from deat_rb.errors import DeatError
+from deat_rb.evaluation.subject import load_model
 from deat_rb.export import exported_spec
 from deat_rb.folders import read_image
 from deat_rb.guard import untouched
 from deat_rb.models import ModelSpec
 from deat_rb.runs import RunDirectory
-from deat_rb.subject import load_model
 
 BATCH_SIZE = 64
 

@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from deat_rb.case import Case, Outcome, at_least_one, concluded, deviation, graded, percent, size
+from deat_rb.evaluation.case import Case, Outcome, at_least_one, concluded, deviation, graded, percent, size
+from deat_rb.evaluation.suspect import margins
 from deat_rb.files import sha256_tensors
-from deat_rb.suspect import margins
 
 ROUNDING = 1e-6
 LOST_TO_FLOAT32 = 24 * math.log(2)

@@ -13,19 +13,19 @@ from typing import Any
 from torch import Tensor
 
 from deat_rb import compat
+from deat_rb.board.entries import Entry, RobustBenchInfo, check_dataset_name, check_model_name
+from deat_rb.board.foreign import load_checked, take_weights
+from deat_rb.board.intake import MAX_JSON, parse_json, read_limited
 from deat_rb.config import RunConfig, TrainOptions
 from deat_rb.data import DATASETS, DataSet, load_data
-from deat_rb.entries import RobustBenchInfo, check_dataset_name, check_model_name
 from deat_rb.errors import DeatError
+from deat_rb.evaluation.report import Report
+from deat_rb.evaluation.subject import in_turn
 from deat_rb.export import PAPER, PAPERS_OWN, SPELLED, ExportPaths, exported_spec, spelled_architecture
 from deat_rb.files import sha256_file
-from deat_rb.foreign import load_checked, take_weights
-from deat_rb.intake import MAX_JSON, parse_json, read_limited
 from deat_rb.models import ModelSpec, NormalizedModel, check_trust
-from deat_rb.report import Report
 from deat_rb.runs import CONFIG, METRICS, RunDirectory
 from deat_rb.stats import EpochStats
-from deat_rb.subject import in_turn
 from deat_rb.threat import format_fraction, parse_fraction
 
 EVALUATION = "eval.json"
@@ -108,7 +108,7 @@ class Submission:
     stated: dict[str, float] = field(default_factory=dict)
 
     def examples(self, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """The first test images, (N, C, H, W), and labels (N,), in the order of `deat_rb.subject.Subject.examples`."""
+        """The first test images, (N, C, H, W), and labels (N,), in the order of `Subject.examples`."""
         test = in_turn(self.data.test)
         count = len(test) if count is None else count
         if not 1 <= count <= len(test):
@@ -324,13 +324,13 @@ def dataset_note(submission: Submission) -> str | None:
     return f"images of the folder {submission.dataset_name}"
 
 
-def load_board_data(dataset: str, spec: ModelSpec, data_dir: Path | None) -> DataSet:
-    """Loads the data set that a board calls ``dataset``.
+def load_board_data(entry: Entry, data_dir: Path | None) -> DataSet:
+    """Loads the data set that an entry was measured on.
 
     Raises:
         DeatError: It is a folder, and nothing says where, or the data cannot be had.
     """
-    loader = dataset if dataset in DATASETS else "folder"
+    loader = entry.dataset if entry.dataset in DATASETS else "folder"
     if loader == "folder" and data_dir is None:
-        raise DeatError(f"where are the images of {dataset}? Give --data-dir {dataset}=DIR")
-    return load_data(loader, data_dir=data_dir, image_size=spec.image_size)
+        raise DeatError(f"where are the images of {entry.dataset}? Give their folder by --data-dir")
+    return load_data(loader, data_dir=data_dir, image_size=None if entry.model is None else entry.model.image_size)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from deat_rb import compat
-from deat_rb.board import Board
-from deat_rb.entries import Entry
+from deat_rb.board.entries import Entry
+from deat_rb.board.folder import Board
+from deat_rb.board.loading import load_network
 from deat_rb.errors import DeatError
 from deat_rb.export import SPELLED, UNKNOWN, ExportPaths, model_source, robustbench_weights
 from deat_rb.files import write_together
-from deat_rb.foreign import load_checked, take_weights
 from deat_rb.models import ModelSpec, robustbench_class
 
 _FIELDS = ("link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue", "architecture",
@@ -90,15 +89,9 @@ def _refusal(entry: Entry, dataset: str | None) -> str | None:
 
 
 def _files(board: Path, entry: Entry, dataset: str, paths: ExportPaths) -> dict[Path, bytes]:
-    spec, weights = cast(ModelSpec, entry.model), board / str(entry.weights_file)
-    with tempfile.TemporaryDirectory(prefix="deat-rb-") as scratch:
-        copy = Path(scratch, weights.name)
-        take_weights(weights, copy)
-        load_checked(copy, spec, source=weights)
-        state_dict = robustbench_weights(spec, copy)
     return {
-        paths.weights: state_dict,
-        paths.source: model_source(entry.model_name, dataset, spec).encode(),
+        paths.weights: robustbench_weights(load_network(entry, board)),
+        paths.source: model_source(entry.model_name, dataset, cast(ModelSpec, entry.model)).encode(),
         paths.info: json.dumps(robustbench_info(entry, dataset), indent=2, ensure_ascii=False).encode() + b"\n",
     }
 

@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from deat_rb import attack_checks, model_checks, randomness
+from deat_rb import randomness
 from deat_rb.batches import check_batch
-from deat_rb.case import EXAMPLES, LEFT_OUT, Case, Outcome
 from deat_rb.engine import resolve_device
 from deat_rb.errors import DeatError, nearest
+from deat_rb.evaluation import attack_checks, model_checks
+from deat_rb.evaluation.case import EXAMPLES, LEFT_OUT, Case, Outcome
+from deat_rb.evaluation.report import Check, Report
+from deat_rb.evaluation.suspect import Suspect
 from deat_rb.guard import untouched
-from deat_rb.report import Check, Report
-from deat_rb.suspect import Suspect
 
 LEVELS = ("none", "quick", "full")
 Progress = Callable[[str, int, int], None]

@@ -1,0 +1,1 @@
+"""A leaderboard in a folder: submitting, ranking, verifying, and its pages."""

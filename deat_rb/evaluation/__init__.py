@@ -1,0 +1,1 @@
+"""What a network withstands, and whether that can be believed."""
