@@ -7,7 +7,7 @@ from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from deat_rb.fit import History, Reporter
+from deat_rb.history import History, Reporter
 from deat_rb.processes import is_main
 from deat_rb.stats import EpochStats, EpochSums
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from deat_rb.errors import DeatError, nearest
-from deat_rb.fit import Reporter
+from deat_rb.history import Reporter
 
 if TYPE_CHECKING:
     from deat_rb.runs import RunDirectory

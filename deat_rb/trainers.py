@@ -28,7 +28,7 @@ from deat_rb.stopping import StoppingRule
 from deat_rb.threat import Linf
 
 if TYPE_CHECKING:
-    from deat_rb.fit import History
+    from deat_rb.history import History
 
 Batch = tuple[Tensor, Tensor]
 

@@ -22,7 +22,8 @@ from deat_rb.engine import resolve_device, resolve_precision
 from deat_rb.errors import DeatError
 from deat_rb.evaluation.subject import in_turn
 from deat_rb.files import load_tensors
-from deat_rb.fit import History, Reporter, fit
+from deat_rb.fit import fit
+from deat_rb.history import History, Reporter
 from deat_rb.methods import create, recipe
 from deat_rb.models import NormalizedModel, check_trust, load_weights, model_spec
 from deat_rb.plots import plot_curves

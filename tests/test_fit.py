@@ -16,7 +16,7 @@ from training_problems import Batch, images_and_labels, loader, made, normalized
 import deat_rb
 from deat_rb.engine import Engine
 from deat_rb.errors import DeatError, Interrupted
-from deat_rb.fit import Reporter
+from deat_rb.history import Reporter
 from deat_rb.rates import LR_SCHEDULES
 from deat_rb.runs import RunDirectory
 from deat_rb.stats import BatchStats, EpochStats, EpochSums
@@ -275,7 +275,7 @@ def test_the_model_ends_with_the_weights_of_the_epoch_selected(
     robust: list[float], select: Any, epoch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     script = list(robust)
-    monkeypatch.setattr("deat_rb.fit.validate", lambda *args, **options: (0.9, script.pop(0)))
+    monkeypatch.setattr("deat_rb.loop.validate", lambda *args, **options: (0.9, script.pop(0)))
     model, run = normalized(), RunDirectory.create(tmp_path / "run", run_config(select=select or "best"))
     seen = Seen(model)
     history = deat_rb.create("pgd-1", model).fit(
@@ -293,7 +293,7 @@ def test_the_model_ends_with_the_weights_of_the_epoch_selected(
 def test_of_epochs_equally_robust_the_more_accurate_one_is_selected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain training has 0 % PGD-20 accuracy in every epoch: its first epoch is not the best."""
     script = [(0.3, 0.0), (0.9, 0.0), (0.8, 0.0)]
-    monkeypatch.setattr("deat_rb.fit.validate", lambda *args, **options: script.pop(0))
+    monkeypatch.setattr("deat_rb.loop.validate", lambda *args, **options: script.pop(0))
     history = deat_rb.create("standard", made()).fit(loader(), [images_and_labels()], epochs=3, select="best")
     assert history.selected == 2
 
@@ -305,7 +305,7 @@ def test_validation_is_pgd_20_on_what_is_held_out(monkeypatch: pytest.MonkeyPatc
         calls.append((images, options))
         return 0.5, 0.4
 
-    monkeypatch.setattr("deat_rb.fit.validate", watched)
+    monkeypatch.setattr("deat_rb.loop.validate", watched)
     held = images_and_labels(150, seed=77)
     deat_rb.create("u-fgsm", made()).fit(loader(), [held], epochs=1)
     assert [(len(images), options["steps"]) for images, options in calls] == [(150, 20), (128, 5)]
@@ -327,7 +327,7 @@ def test_a_rule_stops_and_the_last_healthy_weights_are_kept(
     select: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     robust = [0.3, 0.4, 0.9]  # what is sick may look best
-    monkeypatch.setattr("deat_rb.fit.validate", lambda *args, **options: (0.9, robust.pop(0)))
+    monkeypatch.setattr("deat_rb.loop.validate", lambda *args, **options: (0.9, robust.pop(0)))
     model, run = normalized(), RunDirectory.create(tmp_path / "run", run_config(select=select))
     seen = Seen(model)
     trainer = deat_rb.AttackTrainer(deat_rb.PGD(model, steps=1), stopping=AfterEpoch(3, keep=2))

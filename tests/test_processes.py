@@ -132,7 +132,7 @@ def test_sigterm_leaves_a_checkpoint_and_a_dead_process_ends_the_other_with_a_se
         second.wait(timeout=120)
     said = (tmp_path / "log").read_text()
     assert "another of the 2 processes is gone, so that this one ends too; runs/run keeps" in said
-    assert "fit.py" not in said  # torchrun shows a traceback of its own
+    assert "loop.py" not in said  # torchrun shows a traceback of its own
     assert len(rows(run)) > before
 
 

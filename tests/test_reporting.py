@@ -11,7 +11,7 @@ from rich.console import Console
 from training_problems import images_and_labels, loader, normalized, run_config
 
 import deat_rb
-from deat_rb.fit import Reporter
+from deat_rb.history import Reporter
 from deat_rb.progress import TrainingProgress, print_result
 from deat_rb.runs import RunDirectory
 from deat_rb.stats import BatchStats, EpochStats, EpochSums

@@ -16,7 +16,7 @@ import deat_rb
 from deat_rb import checkpoint
 from deat_rb.batches import Batches, ImageSet
 from deat_rb.errors import DeatError, Interrupted
-from deat_rb.fit import History, Reporter
+from deat_rb.history import History, Reporter
 from deat_rb.runs import RunDirectory
 from deat_rb.stats import EpochSums
 

@@ -13,7 +13,7 @@ import deat_rb
 from deat_rb.batches import LabelledImages
 from deat_rb.config import make_options, read_options
 from deat_rb.errors import DeatError
-from deat_rb.fit import Reporter
+from deat_rb.history import Reporter
 from deat_rb.plots import plot_curves
 from deat_rb.runs import RunDirectory
 from deat_rb.stats import EpochStats, EpochSums

@@ -1,0 +1,367 @@
+"""The epoch loop: validation, the schedule's and the rule's decisions, what is kept, where to go on."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from deat_rb import checkpoint, randomness
+from deat_rb.checkpoint import Checkpoint
+from deat_rb.engine import Engine
+from deat_rb.errors import DeatError, Interrupted
+from deat_rb.evaluation.evaluate import validate
+from deat_rb.finite import Undo, Watch
+from deat_rb.history import History, Reporter
+from deat_rb.loaders import Loader, check_first, count_batches, divided, gather, of_epoch
+from deat_rb.probe import lipschitz_lower_bound
+from deat_rb.processes import World, gone
+from deat_rb.signals import StopRequests
+from deat_rb.stats import EpochStats, EpochSums
+from deat_rb.trainers import set_rate
+
+if TYPE_CHECKING:
+    from deat_rb.runs import RunDirectory
+    from deat_rb.trainers import Batch, Trainer
+
+STOP_BATCH = 128
+LOOK_EVERY = 10.0
+"""Seconds between two looks at what the device has noted within an epoch."""
+NOTHING, SAVE, LEAVE, BROKEN = range(4)
+"""What a process may want between two batches; the greatest of all processes' wishes is done."""
+Weights = dict[str, Tensor]
+
+
+@dataclass
+class Loop:
+    """A run under way: what it is given, and where it is.
+
+    Attributes:
+        epoch: The epoch under way, from 1.
+        batch: How many of its batches are done.
+        sums: Over those batches.
+        skipped: How many of them were undone.
+        spent: Seconds that earlier processes spent on those batches.
+        kept: The newest epochs with their weights, as many as the stopping rule may go back by.
+        best: The epoch most robust on validation with its weights.
+        watch: What was not finite in this epoch.
+        saved: When the newest checkpoint was written, and what it holds.
+    """
+
+    trainer: Trainer
+    engine: Engine
+    optimizer: torch.optim.SGD
+    rate: Callable[[float], float]
+    epochs: int
+    seed: int
+    heed_stop: bool
+    skips: bool
+    run: RunDirectory | None
+    save_every: float
+    reporter: Reporter
+    select: str
+    kept: deque[tuple[EpochStats, Weights]]
+    best: tuple[EpochStats, Weights] | None = None
+    epoch: int = 1
+    batch: int = 0
+    skipped: int = 0
+    spent: float = 0.0
+    sums: EpochSums = field(default_factory=EpochSums)
+    history: History = field(default_factory=History)
+    requests: StopRequests = field(default_factory=StopRequests)
+    watch: Watch = field(default_factory=Watch)
+    saved: tuple[float, str] = field(default_factory=lambda: (time.monotonic(), ""))
+    looked: float = field(default_factory=time.monotonic)
+
+    @property
+    def world(self) -> World:
+        """The processes that train together."""
+        return self.engine.world
+
+    def __call__(self, loader: Iterable[Batch], val_loader: Iterable[Batch] | None, resume: bool) -> History:
+        """Runs it from where it is to its end; see `deat_rb.fit.fit`."""
+        trainer = self.trainer
+        trainer.set_device(self.engine.device)
+        validation = gather(trainer, val_loader, self.engine) if val_loader is not None else None
+        rule = trainer.stopping
+        if rule is not None and rule.validation_steps and validation is None:
+            raise DeatError(f"{trainer.attack} stops by validation and needs images to validate on; give a val_loader")
+        if iter(loader) is loader:
+            raise DeatError(
+                "the loader can be iterated only once; give one that begins anew in each epoch, such as a list"
+            )
+        batches = count_batches(loader)
+        shares = divided(loader, self.world)
+        if resume:
+            self._restore()
+        try:
+            if self.run is None:
+                self._train(shares, validation, batches)
+            else:
+                with self.requests:
+                    self._train(shares, validation, batches)
+        except RuntimeError as error:
+            if not gone(error, self.world):
+                raise
+            raise DeatError(
+                f"another of the {self.world.size} processes is gone, so that this one ends too; {self.what_is_kept()}"
+            ) from error
+        except KeyboardInterrupt:
+            raise Interrupted(self.what_is_kept()) from None
+        self._select()
+        return self.history
+
+    def _train(self, loader: Loader, validation: Batch | None, batches: int) -> None:
+        while self.epoch <= self.epochs and self.history.stopped is None:
+            row = self._epoch(loader, batches)
+            try:
+                row = self.world.first(partial(self._validated, row, validation))
+            except KeyboardInterrupt:
+                self._save(row.seconds)
+                raise
+            self._conclude(row)
+            if self.world.greatest(self.requests.requested):
+                raise KeyboardInterrupt
+
+    def _epoch(self, loader: Loader, batches: int) -> EpochStats:
+        trainer, engine, model = self.trainer, self.engine, self.trainer.model
+        if not model.training:
+            model.train()
+        steps, alpha = trainer.steps, trainer.alpha
+        self.reporter.epoch_begins(self.epoch, self.epochs, batches, steps)
+        began = time.perf_counter()
+        randomness.seed_global(self.seed, "epoch", self.epoch)
+        for batch, total in of_epoch(loader, self.epoch, self.batch, self.seed):
+            if self.epoch == 1 and self.batch == 0:
+                check_first(trainer, batch, engine)
+            images, labels = engine.receive(*batch)
+            engine.global_batch = total
+            trainer.follow_rate(partial(self._rate_within, self.epoch - 1, self.batch, batches))
+            set_rate(self.optimizer, self._rate_within(self.epoch - 1, self.batch, batches, 0.0))
+            self._learn(images, labels, total)
+            self.batch += 1
+            self.reporter.batch_ended(self.sums)
+            wish = self.world.greatest(self._wish())
+            if wish == BROKEN:
+                self._give_up()
+            if wish in (SAVE, LEAVE):
+                self._save(self.spent + time.perf_counter() - began)
+            if wish == LEAVE:
+                raise KeyboardInterrupt
+        if self.batch == 0:
+            raise DeatError(f"the loader gave no batch in epoch {self.epoch}; give one that can be iterated anew")
+        return self._row(steps, alpha, self.spent + time.perf_counter() - began)
+
+    def _learn(self, images: Tensor, labels: Tensor, total: int) -> None:
+        """Learns from a batch, or this process's share of one of ``total`` examples."""
+        trainer, engine, world = self.trainer, self.engine, self.world
+        key = ("batch", self.epoch, self.batch)
+        randomness.seed_global(self.seed, *key, *(("process", world.rank) if world.rank else ()))
+        undo = Undo(trainer, self.optimizer, engine) if self.skips else None
+        noise: AbstractContextManager[None] = nullcontext()
+        if world.size > 1:
+            stream = randomness.generator(self.seed, *key, device=engine.device)
+            noise = randomness.divided(world.share(total), total, stream)
+        with noise:
+            stats = trainer.training_step(images, labels, self.optimizer, engine)
+        engine.settle(trainer.model)
+        finite = self.watch.note(stats, trainer.model, self.batch)
+        if undo is not None and world.greatest(not bool(finite.all())):
+            undo()
+            self.watch = Watch()
+            self.skipped += 1
+            self.reporter.warn(f"batch {self.batch + 1} of epoch {self.epoch} is skipped: it was not finite")
+        else:
+            self.sums.add(stats, len(images) / total)
+
+    def _wish(self) -> int:
+        """What this process wants between two batches."""
+        now = time.monotonic()
+        if now - self.looked > LOOK_EVERY:
+            self.looked = now
+            if self.watch.found():
+                return BROKEN
+        if self.requests.requested:
+            return LEAVE
+        return SAVE if self.run is not None and now - self.saved[0] > self.save_every else NOTHING
+
+    def _give_up(self) -> None:
+        """Ends training that is no longer finite, with the model as it was after the last good epoch."""
+        batch, what = self.watch.found() or (self.batch, "the loss, l_X or a gradient")
+        good = "there is no good epoch before it"
+        if self.kept:
+            good = f"epoch {self.kept[-1][0].epoch} is the last good one"
+            self.trainer.model.load_state_dict(self.kept[-1][1])
+        if self.run is not None and self.saved[1]:
+            good += f", and the checkpoint {self.saved[1]} is good"
+        raise DeatError(
+            f"training is no longer finite: {what} at batch {batch} of epoch {self.epoch}; {good}; "
+            "try a smaller --lr, or --on-nonfinite skip"
+        )
+
+    def _row(self, steps: int, alpha: float | None, seconds: float) -> EpochStats:
+        """The epoch's figures: the one wait for the device."""
+        broken = self.watch.found() is not None or (self.sums.batches == 0 and self.skipped > 0)
+        if self.world.greatest(broken):
+            self._give_up()
+        sums = self.sums.over(self.world)
+        totals = sums.read()
+        return EpochStats(
+            epoch=self.epoch,
+            steps=steps,
+            alpha=alpha,
+            l_x=totals["l_x"],
+            lipschitz=lipschitz_lower_bound(
+                totals["l_x"], examples=sums.examples, eps=self.trainer.eps, size=sums.image_size
+            ),
+            examples=sums.examples,
+            loss=totals["loss"] / sums.examples,
+            train_acc=totals["correct"] / sums.examples,
+            backwards=totals["backwards"],
+            forwards=totals["forwards"],
+            updates=sums.updates,
+            lr=self.optimizer.param_groups[0]["lr"],
+            seconds=seconds,
+            images_per_second=sums.examples / seconds,
+            peak_memory=self.engine.peak_memory(),
+            skipped=self.skipped,
+            processes=self.world.size,
+        )
+
+    def _rate_within(self, epochs_done: int, batch: int, batches: int, share: float) -> float:
+        """The learning rate where a share of a batch is done."""
+        return self.rate((epochs_done + min((batch + share) / batches, 1)) / self.epochs)
+
+    def _validated(self, row: EpochStats, validation: Batch | None) -> EpochStats:
+        if validation is None:
+            return row
+        self.reporter.validation_begins()
+        began = time.perf_counter()
+        images, labels = validation
+        options: dict[str, Any] = {"eps": self.trainer.eps, "seed": self.seed}
+        with self.requests.at_once(), self.engine.eager(self.trainer.model), self.engine.autocast():
+            natural, robust = validate(self.trainer.model, images, labels, steps=20, **options)
+            row = replace(row, val_acc=natural, val_robust_acc=robust)
+            rule = self.trainer.stopping
+            if rule is not None and rule.validation_steps:
+                batch = images[:STOP_BATCH], labels[:STOP_BATCH]
+                _, robust = validate(self.trainer.model, *batch, steps=rule.validation_steps, **options)
+                row = replace(row, stop_robust_acc=robust)
+        return replace(row, val_seconds=time.perf_counter() - began)
+
+    def _conclude(self, row: EpochStats) -> None:
+        """Lets rule and schedule decide on a finished epoch, and keeps it."""
+        trainer = self.trainer
+        stop = trainer.stopping.update(row) if trainer.stopping else None
+        if stop is not None:
+            row = replace(row, stopped=stop.reason)
+        trainer.schedule.update(row)
+        trainer.follow_schedule()
+        self.history.rows.append(row)
+        self.kept.append((row, _copy(trainer.model)))
+        is_best = False
+        if stop is not None and self.heed_stop:
+            self.history.stopped = stop.reason
+            while self.kept[-1][0].epoch > stop.keep and len(self.kept) > 1:
+                self.kept.pop()
+        elif row.val_acc is not None and (self.best is None or _merit(row) > _merit(self.best[0])):
+            is_best = True
+            self.best = self.kept[-1]
+        self.epoch, self.batch, self.skipped, self.spent = self.epoch + 1, 0, 0, 0.0
+        self.sums, self.watch = EpochSums(), Watch()
+        if self.run is not None:
+            self.world.first(partial(self._write, self.run, row, is_best))
+            self._save(0.0)
+        self.reporter.epoch_ended(row)
+
+    def _write(self, run: RunDirectory, row: EpochStats, is_best: bool) -> None:
+        run.append(row)
+        if is_best:
+            run.save_weights("best", self.kept[-1][1], row)
+        run.save_weights("last", self.kept[-1][1], self.kept[-1][0])
+
+    def _select(self) -> None:
+        row, weights = self.best if self.select == "best" and self.best is not None else self.kept[-1]
+        self.history.selected = row.epoch
+        self.trainer.model.load_state_dict(weights)
+
+    def _save(self, spent: float) -> None:
+        """Writes a checkpoint, unless what it would hold is not finite."""
+        if self.run is None:
+            return
+        if self.world.greatest(self.watch.found() is not None):
+            self._give_up()
+        sums = self.sums.over(self.world)
+        state = Checkpoint(
+            facts={
+                "epoch": self.epoch,
+                "batch": self.batch,
+                "spent": spent,
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "skipped": self.skipped,
+                "sums": sums.facts(),
+                "trainer": self.trainer.state_dict(),
+                "scaler": self.engine.scaler.state_dict(),
+                "best": self.best[0].epoch if self.best else None,
+                "kept": [row.epoch for row, _ in self.kept],
+                "stopped": self.history.stopped,
+            }
+        )
+        state.put("model", self.trainer.model.state_dict())
+        state.put_optimizer(self.optimizer)
+        state.put("trainer", self.trainer.tensors())
+        state.put("sums", sums.tensors())
+        for row, weights in self.kept:
+            state.put(f"kept.{row.epoch}", weights)
+        if self.best is not None and self.select == "best":
+            state.put("best", self.best[1])
+        written = self.world.first(partial(checkpoint.write, self.run.checkpoints, state))
+        self.saved = time.monotonic(), f"{written} of epoch {self.epoch}, batch {self.batch}"
+
+    def _restore(self) -> None:
+        assert self.run is not None
+        self.world.first(self.run.discard_unfinished)
+        state = checkpoint.newest(self.run.checkpoints, self.reporter.warn)
+        done = 0 if state is None else state.facts["epoch"] - 1
+        self.history.rows = self.world.first(partial(self.run.truncate, done))
+        if state is None:
+            return
+        facts = state.facts
+        self.epoch, self.batch, self.spent = facts["epoch"], facts["batch"], facts["spent"]
+        self.skipped = facts["skipped"]
+        self.history.stopped = facts["stopped"]
+        state.take_model(self.trainer.model)
+        state.take_optimizer(self.optimizer)
+        set_rate(self.optimizer, facts["lr"])
+        self.trainer.load_state_dict(facts["trainer"], state.take("trainer"))
+        self.engine.scaler.load_state_dict(facts["scaler"])
+        self.sums = EpochSums.restored(facts["sums"], state.take("sums"), self.engine.device)
+        if not self.world.is_main:
+            self.sums = self.sums.emptied()
+        by_epoch = {row.epoch: row for row in self.history.rows}
+        if facts["best"] is not None:
+            self.best = by_epoch[facts["best"]], state.take("best")
+        self.kept.extend((by_epoch[epoch], state.take(f"kept.{epoch}")) for epoch in facts["kept"])
+
+    def what_is_kept(self) -> str:
+        """What is left of the run if it ends now."""
+        done = f"{len(self.history.rows)} of {self.epochs} epochs"
+        if self.run is None:
+            return f"{done} were trained; the model holds the newest weights"
+        return f"{self.run.path} keeps {done}; deat-rb train --resume {self.run.path} goes on from there"
+
+
+def _merit(row: EpochStats) -> tuple[float, float]:
+    """What the best epoch is best by: robust accuracy on validation and, where that is equal, natural accuracy."""
+    return row.val_robust_acc or 0.0, row.val_acc or 0.0
+
+
+def _copy(model: torch.nn.Module) -> Weights:
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
