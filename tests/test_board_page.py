@@ -162,7 +162,7 @@ def test_published_rows_have_no_rank(index: Document) -> None:
 def test_figures_of_a_row(index: Document) -> None:
     row = [" ".join(cell.split()) for cell in index.tables[DIGITS][2]]
     assert row[2:] == ["98.00", "80.80 77.1 to 84.0", "80.80", "–", "86.60", "83.20", "81.00",  # noqa: RUF001
-                       "m+trades standard, 10 epochs", "1,121", "99 s 2 CPU cores", "no", "WideResNet-10-1",
+                       "m+trades standard, 10 epochs", "1,121", "99 s", "no", "WideResNet-10-1",
                        "arXiv, Mar 2021", "1 of 2 1 warn"]  # fmt: skip
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -157,7 +158,6 @@ def _environment() -> Environment:
         style=Markup(style),
         script=Markup(script),
         policy=Markup(f"default-src 'none'; base-uri 'none'; form-action 'none'; {policy}"),
-        columns=(RANK, MODEL, *COLUMNS),
     )
     return environment
 
@@ -184,10 +184,11 @@ def board_content(entries: Sequence[Entry]) -> dict[str, Any]:
         references[Group(reference.dataset, reference.threat_model, reference.eps, None)].append(reference)
     order = sorted({*groups, *references}, key=lambda group: (group not in groups, group[:3], group.subset or 0))
     measured = sum(entry.kind == "measured" for entry in entries)
+    datasets = {entry.dataset for entry in entries}
     return {
         "title": TITLE,
-        "summary": f"{measured} measured models on {len({entry.dataset for entry in entries})} data sets, "
-        f"beside {len(entries) - measured + len(REFERENCES)} published rows",
+        "summary": f"{_counted(measured, 'measured model')} on {_counted(len(datasets), 'data set')}, "
+        f"beside {_counted(len(entries) - measured + len(REFERENCES), 'published row')}",
         "methods": sorted({entry.method for entry in entries if entry.method}),
         "groups": [
             {"id": f"group-{number}", **_group_content(group, groups.get(group, []), references.get(group, []))}
@@ -199,6 +200,10 @@ def board_content(entries: Sequence[Entry]) -> dict[str, Any]:
         "paper_hardware": PAPER_HARDWARE,
         "robustbench_link": ROBUSTBENCH_LINK,
     }
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _group_of(entry: Entry) -> Group:
@@ -218,8 +223,13 @@ def _group_content(group: Group, standings: Sequence[Standing], references: Sequ
             continue
         text = f"{entry.model_name}: {percent(robust)} % robust, {count(cost)} backward passes"
         points.append(Point(cost, robust, entry.method or entry.model_name, text, link_of(entry)))
+    known = [any(row["cells"][place].text != MISSING for row in rows) for place in range(len(COLUMNS))]
+    for row in rows:
+        styled = zip(row["cells"], COLUMNS, known, strict=True)
+        row["cells"] = [(cell, column.style) for cell, column, is_known in styled if is_known]
     return {
         "heading": group.heading,
+        "columns": (RANK, MODEL, *itertools.compress(COLUMNS, known)),
         "ranked": any(standing.rank is not None for standing in standings),
         "sentence": _sentence(group, entries),
         "notes": sorted({entry.dataset_note for entry in entries if entry.dataset_note}),
@@ -253,7 +263,7 @@ def _entry_row(standing: Standing) -> dict[str, Any]:
         *(_figure_cell(entry, name) for name in ("fgsm", "pgd-100", "cw-20")),
         Cell(entry.method or MISSING, entry.method, ", ".join(part for part in setting if part)),
         Cell(count(entry.backward_passes), entry.backward_passes),
-        Cell(duration(entry.train_seconds), entry.train_seconds, entry.hardware or ""),
+        Cell(duration(entry.train_seconds), entry.train_seconds),
         _yes_or_no(entry.additional_data),
         Cell(entry.architecture or MISSING, entry.architecture),
         Cell(entry.venue or MISSING, entry.venue),
@@ -271,7 +281,7 @@ def _entry_row(standing: Standing) -> dict[str, Any]:
         "notes": [entry.footnote] if entry.footnote else [],
         "natural": natural,
         "robust": entry.robust,
-        "cells": _styled(cells),
+        "cells": cells,
     }
 
 
@@ -299,12 +309,8 @@ def _reference_row(reference: Reference) -> dict[str, Any]:
         "notes": [" ".join(("From RobustBench.", reference.footnote or "")).strip()],
         "natural": reference.clean_acc,
         "robust": reference.autoattack_acc,
-        "cells": _styled(cells),
+        "cells": cells,
     }
-
-
-def _styled(cells: Iterable[Cell]) -> list[tuple[Cell, str]]:
-    return [(cell, column.style) for cell, column in zip(cells, COLUMNS, strict=True)]
 
 
 def _number(text: str | None) -> float | None:
