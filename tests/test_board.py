@@ -45,6 +45,7 @@ from deat_rb.export import register
 from deat_rb.models import build_model, load_weights
 
 NAME = "Wang2021Gradient"
+LONG = "Zagoruyko2016Wide_standard_WRN-10-1"
 
 
 @pytest.fixture
@@ -272,6 +273,7 @@ def test_narrow_terminals_spare_columns(tmp_path: Path, board: Board, fake: Fake
     from rich.console import Console
 
     submit(board, make_run(tmp_path / "run"))
+    entry_of(board, LONG)
     for width in (80, 100, 160):
         console = Console(width=width, file=io.StringIO())
         for table in as_tables(rank(board.entries()), width):
@@ -279,7 +281,9 @@ def test_narrow_terminals_spare_columns(tmp_path: Path, board: Board, fake: Fake
         text = console.file.getvalue()  # type: ignore[attr-defined]  # it is the StringIO
         assert NAME in text
         assert "40.00" in text
+        assert LONG in text
         assert "…" not in text
+        assert "┳┓" not in text, "a column without room for anything"
         assert max(map(len, text.splitlines())) <= width
 
 

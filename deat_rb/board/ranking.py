@@ -137,7 +137,18 @@ COLUMNS: dict[str, Callable[[Standing], str]] = {
     "architecture": lambda each: each.entry.architecture or "",
     "venue": lambda each: each.entry.venue or "",
 }
-_SPARED = ("venue", "extra data", "seconds", "examples", "architecture", "fgsm", "cw-20", "method")
+_SPARED = (
+    "venue",
+    "extra data",
+    "seconds",
+    "examples",
+    "architecture",
+    "fgsm",
+    "cw-20",
+    "method",
+    "pgd-100",
+    "backward passes",
+)
 """What a narrow terminal does without, in this order."""
 _TEXTS = {"model", "unreliable", "method", "extra data", "architecture", "venue"}
 
