@@ -139,7 +139,7 @@ class Engine:
         # The forward alone: hooks on the model, such as the probe's, come and go without compiling it anew.
         fast = torch.compile(model.forward) if self.compiled else None
         try:
-            with _forwarding_by(model, fast):
+            with tensor_floats(self.device), _forwarding_by(model, fast):
                 yield
         finally:
             self._replica = None
@@ -214,6 +214,20 @@ class Engine:
             return torch.cuda.max_memory_allocated(self.device)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def tensor_floats(device: torch.device) -> Iterator[None]:
+    """Has a GPU multiply float32 matrices in TF32, where it can; convolutions have that by torch's own default."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

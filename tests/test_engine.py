@@ -13,7 +13,7 @@ from torch.optim import SGD
 from training_problems import images_and_labels, made
 
 import deat_rb
-from deat_rb.engine import Engine, Precision, resolve_device, resolve_precision
+from deat_rb.engine import Engine, Precision, resolve_device, resolve_precision, tensor_floats
 from deat_rb.errors import DeatError
 from deat_rb.trainers import Trainer
 
@@ -45,6 +45,16 @@ def test_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
     for capability, expected in (((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert resolve_precision("auto", torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize(("device", "precision"), [("cuda", "high"), ("cpu", "highest")])
+def test_tf32_is_for_gpus_and_given_back(device: str, precision: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    assert before == "highest"
+    with pytest.raises(KeyError), tensor_floats(torch.device(device)):
+        assert torch.get_float32_matmul_precision() == precision
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_descend_gives_the_gradient_before_the_update() -> None:
