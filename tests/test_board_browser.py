@@ -169,7 +169,7 @@ def test_the_filter_finds_words(page: Page) -> None:
     find.fill("no such thing")
     assert status.inner_text() == "0 of 21 models"
     page.get_by_role("button", name="Clear").click()
-    page.wait_for_function("document.querySelector('.filter output').textContent === '21 models'")
+    playwright.expect(status).to_have_text("21 models")
     assert names(table(page)) == RANKED
 
 
