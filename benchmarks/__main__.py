@@ -203,15 +203,17 @@ def _speed(options: Options, device: Any, results: Results, console: Console, pr
 
 def _memory(options: Options, device: Any, results: Results, console: Console, progress: Progress) -> None:
     from benchmarks import memory
-    from benchmarks.speed import check_methods
+    from benchmarks.problem import Problem
+    from benchmarks.speed import alike, check_methods
     from benchmarks.tables import memory_table
 
     found = []
-    for method in check_methods(options.methods):
+    problem = Problem(options.arch, options.batch_size, device)
+    for names in alike(problem, check_methods(options.methods)):
         for precision in options.precisions:
-            progress(f"{method}: memory in {precision}")
+            progress(f"{names[0]}: memory in {precision}")
             found.append(
-                memory.measure(options.arch, options.batch_size, device, method, precision, compiled=options.compiled)
+                memory.measure(options.arch, options.batch_size, device, names, precision, compiled=options.compiled)
             )
     progress.done()
     console.print(memory_table(found))

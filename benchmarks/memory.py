@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -24,7 +25,7 @@ class Memory:
     """Peaks of one method in one precision, in bytes.
 
     Attributes:
-        method: Its name.
+        method: Its name, and those of the methods whose step is the same.
         precision: fp32, bf16 or fp16.
         ours: Of the training step: the process's resident set or, on a GPU, what torch allocated.
         ours_before: Before the first step, the network and torch itself included.
@@ -62,7 +63,13 @@ class _Job:
 
 
 def measure(
-    arch: str, batch_size: int, device: torch.device, method: str, precision: str, *, compiled: bool = False
+    arch: str,
+    batch_size: int,
+    device: torch.device,
+    names: Sequence[str],
+    precision: str,
+    *,
+    compiled: bool = False,
 ) -> Memory:
     """Measures one method: its step first, and then the passes that it was seen to take.
 
@@ -70,14 +77,14 @@ def measure(
         arch: As for `Problem`.
         batch_size: N.
         device: Where.
-        method: Its name.
+        names: Its own, and those of the methods whose step is the same.
         precision: fp32, bf16 or fp16.
         compiled: Whether `torch.compile` makes our passes.
     """
-    job = _Job(arch, batch_size, str(device), torch.get_num_threads(), method, precision, compiled)
+    job = _Job(arch, batch_size, str(device), torch.get_num_threads(), names[0], precision, compiled)
     ours, ours_before, passes = _alone(job, None)
     limit, limit_before, _ = _alone(job, passes)
-    return Memory(method, precision, ours, ours_before, limit, limit_before)
+    return Memory(", ".join(names), precision, ours, ours_before, limit, limit_before)
 
 
 def _alone(job: _Job, passes: list[Pass] | None) -> tuple[int, int, list[Pass]]:

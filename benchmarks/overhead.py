@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.problem import LR, Problem, Step
+from benchmarks.speed import alike
 from benchmarks.timing import Notify, Side, alternate, device_clock, ratio
 from deat_rb import randomness
 from deat_rb.data import Batches, ImageSet
@@ -25,7 +26,7 @@ class Overhead:
     """One method in one precision.
 
     Attributes:
-        method: Its name.
+        method: Its name, and those of the methods whose step is the same.
         precision: fp32, bf16 or fp16.
         beside: Seconds per batch of what is beside crafting and learning, by round.
         step: Of the whole training step, by round.
@@ -51,7 +52,7 @@ def measure(
     compiled: bool = False,
     notify: Notify = lambda side: None,
 ) -> Iterator[list[Overhead]]:
-    """Measures method after method, what is beside the step in turn with the step.
+    """Measures method after method, those that are `alike` once, what is beside the step in turn with the step.
 
     Args:
         problem: The network and the batch.
@@ -62,16 +63,16 @@ def measure(
         notify: Is told what is about to run.
     """
     beside = Beside(problem)
-    for method in methods:
-        notify(f"{method}: overhead")
+    for names in alike(problem, methods):
+        notify(f"{names[0]}: overhead")
         with ExitStack() as prepared:
             steps = {
-                name: prepared.enter_context(Step(problem, method, name, compiled=compiled)) for name in precisions
+                name: prepared.enter_context(Step(problem, names[0], name, compiled=compiled)) for name in precisions
             }
             sides = {"beside": Side(beside.run)} | {name: step.side() for name, step in steps.items()}
             times = alternate(sides, repeats, clock=device_clock(problem.device))
         yield [
-            Overhead(method, name, [seconds / BATCHES for seconds in times["beside"]], times[name])
+            Overhead(", ".join(names), name, [seconds / BATCHES for seconds in times["beside"]], times[name])
             for name in precisions
         ]
 

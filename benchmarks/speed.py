@@ -9,9 +9,10 @@ from functools import partial
 from statistics import median
 
 from benchmarks.limit import Pass
-from benchmarks.problem import Problem, Step, full_pass_side, limit_side, published_side
+from benchmarks.problem import Problem, Step, fix_steps, full_pass_side, limit_side, published_side
 from benchmarks.published import LOOPS, family
 from benchmarks.timing import Clock, Notify, Times, alternate, device_clock, ratio
+from deat_rb import create
 from deat_rb.errors import DeatError
 from deat_rb.methods import known_methods, recipe
 
@@ -35,7 +36,7 @@ class Row:
     """One method in one precision.
 
     Attributes:
-        method: Its name.
+        method: Its name, and those of the methods whose step is the same.
         precision: Ours and the limit's; the published loop runs in float32.
         steps: The steps or replays.
         passes: Forwards with their backwards, if they have one, in mini-batches.
@@ -114,6 +115,19 @@ def check_methods(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def alike(problem: Problem, methods: Sequence[str]) -> list[tuple[str, ...]]:
+    """Groups methods whose steps are the same once `fix_steps` has fixed them, such as PGD-7 and M+PGD at its bound.
+
+    One measurement is then all of theirs. The first of a group is one that a target or the authors' time is for.
+    """
+    groups: dict[tuple[str, int, float | None], list[str]] = {}
+    for name in methods:
+        trainer = create(name, problem.model)
+        fix_steps(trainer)
+        groups.setdefault((family(name), trainer.steps, trainer.alpha), []).append(name)
+    return [tuple(sorted(names, key=lambda name: name not in PUBLISHED_SECONDS)) for names in groups.values()]
+
+
 def targets_apply(arch: str, problem: Problem) -> bool:
     """Whether the targets beside the published loops are for this network, batch and device."""
     return arch == "preactresnet18" and len(problem.images) == 128 and problem.device.type == "cpu"
@@ -130,7 +144,7 @@ def measure(
     clock: Clock | None = None,
     notify: Notify = lambda side: None,
 ) -> Iterator[tuple[list[Row], Faithful | None]]:
-    """Measures method after method; all sides of a method run in turn.
+    """Measures method after method, those that are `alike` once; all sides of a method run in turn.
 
     Args:
         problem: The network and the batch.
@@ -146,7 +160,8 @@ def measure(
         A method's rows, one per precision, and how faithful its published loop is, where the authors' time is known.
     """
     clock = clock or device_clock(problem.device)
-    for method in methods:
+    for names in alike(problem, methods):
+        method = names[0]
         steps = {precision: Step(problem, method, precision, compiled=compiled) for precision in precisions}
         trainer = steps[precisions[0]].trainer
         sides = {"published": published_side(problem, method, trainer)}
@@ -165,7 +180,7 @@ def measure(
             times = alternate(sides, repeats, clock=clock, notify=partial(_tell, notify, method))
         rows = [
             Row(
-                method,
+                ", ".join(names),
                 precision,
                 steps=trainer.steps,
                 passes=sum(each.rows for each in passes[precision]) / len(problem.images),

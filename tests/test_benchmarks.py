@@ -243,6 +243,16 @@ def test_steps_are_fixed_at_the_bound_and_replays_at_four(tiny_model: nn.Module)
         assert trainer.steps == steps
 
 
+def test_methods_with_the_same_step_are_measured_once() -> None:
+    given = problem.Problem("wrn-10-1", 2, torch.device("cpu"))
+    methods = ["free-4", "free-8", "deat-3", "deat-40%", "m-deat", "pgd-7", "m+pgd", "u-fgsm", "m+u-fgsm", "pgd-10"]
+    groups = speed.alike(given, [*methods, "trades", "f+trades", "m+trades", "mart", "m+mart"])
+    assert groups == [
+        ("free-4",), ("free-8",), ("m-deat", "deat-3", "deat-40%"), ("pgd-7", "m+pgd"), ("u-fgsm", "m+u-fgsm"),
+        ("pgd-10",), ("trades", "m+trades"), ("f+trades",), ("mart", "m+mart"),
+    ]  # fmt: skip
+
+
 def test_targets_are_for_one_network_batch_and_kind_of_device() -> None:
     given = problem.Problem("wrn-10-1", 2, torch.device("cpu"))
     assert not speed.targets_apply("wrn-10-1", given)
