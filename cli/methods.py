@@ -29,7 +29,7 @@ def methods(name: str | None, as_json: bool) -> None:
         text = explain(name)
         click.echo(json.dumps({**asdict(describe(name)), "explanation": text}, indent=2) if as_json else text)
         return
-    rows = [asdict(row) for row in method_table()]
+    rows = [asdict(row) for row in method_table(lambda complaint: click.echo(f"Warning: {complaint}", err=True))]
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return

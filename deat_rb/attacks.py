@@ -144,6 +144,8 @@ class PGD(QuietAttack):
             raise DeatError(f"steps = {steps} is not a whole number of 0 or more")
         if not (math.isfinite(alpha) and alpha > 0):
             raise DeatError(f"alpha = {alpha:g} is not a positive number; give a step size such as 2/255")
+        if alpha > 1:
+            raise DeatError(f"alpha = {alpha:g} is above 1; images are in [0, 1], so give a step size such as 2/255")
         if tau is not None and tau < 0:
             raise DeatError(f"tau = {tau} is negative; it is the number of steps after a misclassification")
         self.eps = check_eps(eps)

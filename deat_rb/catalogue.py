@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from deat_rb.methods import known_methods, recipe
+from deat_rb.errors import DeatError
+from deat_rb.methods import family, is_of_the_table, known_methods, recipe
 from deat_rb.schedules import AccuracyThreshold, Constant, EveryDEpochs, GradientMagnitude, Schedule
 from deat_rb.stopping import GradientRatio, RobustnessDrop, StoppingRule
 
 
 @dataclass(frozen=True)
 class MethodRow:
-    """A line of `deat-rb methods`, all text."""
+    """A line of `deat-rb methods`, all text.
+
+    Attributes:
+        name: The method's or, of a family, an example's.
+        family: How the names of its family are written, such as ``free-R``; the name itself where it stands alone.
+        attack: What crafts.
+        loss: What is learnt from.
+        schedule: What sets the steps.
+        stop: What ends training early.
+        cost: Backward passes over T epochs of M mini-batches.
+        paper: Where the paper has it, and its source.
+    """
 
     name: str
+    family: str
     attack: str
     loss: str
     schedule: str
@@ -28,6 +42,7 @@ def describe(name: str) -> MethodRow:
     loss = row.loss if isinstance(row.loss, str) else row.loss.name
     return MethodRow(
         name=canonical,
+        family=family(canonical),
         attack=row.summary or getattr(row.attack, "__name__", "an attack of its own"),
         loss={"ce": "CE", "trades": "CE(clean) + 6 KL", "mart": "MART, lambda 6"}.get(loss, loss),
         schedule=_SCHEDULES.get(row.schedule, row.schedule.__name__),
@@ -50,9 +65,24 @@ _STOPS: dict[type[StoppingRule] | None, str] = {
 }
 
 
-def method_table() -> list[MethodRow]:
-    """The whole table, each family by its example, and the methods registered."""
-    return [describe(name) for name in known_methods()]
+def method_table(complain: Callable[[str], None] | None = None) -> list[MethodRow]:
+    """The whole table, each family by its example, and the methods registered.
+
+    Args:
+        complain: Is told of each entry point that cannot be loaded, in a sentence; without it the first one is raised.
+
+    Raises:
+        DeatError: An entry point cannot be loaded.
+    """
+    rows = []
+    for name in known_methods():
+        try:
+            rows.append(describe(name))
+        except DeatError as error:
+            if complain is None:
+                raise
+            complain(str(error))
+    return rows
 
 
 def explain(name: str) -> str:
@@ -62,15 +92,15 @@ def explain(name: str) -> str:
     settings = (
         "fast: " + str(row.fast_epochs) + " epochs, cyclic LR to 0.1; standard: 50 epochs, LR 0.05 cut at 25 and 40"
     )
+    guided = "guided by the gradient magnitude" if row.guided else text.schedule
     lines = [
-        f"{canonical}: {'guided by the gradient magnitude' if row.guided else text.schedule}",
+        f"{canonical}: {guided}; {row.trainer.__name__}",
         f"  attack     {text.attack}",
         f"  loss       {text.loss}",
         f"  schedule   {text.schedule}" + ("; alpha* = max(alpha, eps/r)" if row.guided else ""),
-        f"  stop       {text.stop}",
-        f"  trainer    {row.trainer.__name__}: {(row.trainer.__doc__ or '-').splitlines()[0]}",
+        *([] if text.stop == "-" else [f"  stop       {text.stop}"]),
         f"  cost       {text.cost} backward passes over T epochs of M mini-batches",
         f"  settings   {settings}",
-        f"  paper      {text.paper}",
+        f"  paper      {'arXiv:2103.03076, ' if is_of_the_table(canonical) else ''}{text.paper}",
     ]
     return "\n".join(lines + [f"  note       {note}" for note in row.notes])

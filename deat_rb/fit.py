@@ -47,6 +47,8 @@ def fit(
 ) -> History:
     """Trains a trainer's model.
 
+    A trainer may fit more than once: each time the model goes on from its weights, and the method begins anew.
+
     Started by torchrun, all processes train it together: a loader gives each of them the global batches, of which it
     takes its share. `deat_rb.batches.Batches` makes no more than the share.
 
@@ -115,6 +117,8 @@ def fit(
         select=select or ("best" if val_loader is not None else "last"),
         kept=deque(maxlen=trainer.stopping.lookback if trainer.stopping else 1),
     )
+    if not resume:
+        trainer.begin_anew()
     try:
         with randomness.preserved(), engine.prepared(trainer.model):
             return loop(train_loader, val_loader, resume)

@@ -37,6 +37,7 @@ LOOK_EVERY = 10.0
 NOTHING, SAVE, LEAVE, BROKEN = range(4)
 """What a process may want between two batches; the greatest of all processes' wishes is done."""
 Weights = dict[str, Tensor]
+Epoch = tuple[EpochStats, Weights]
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Loop:
         skipped: How many of them were undone.
         spent: Seconds that earlier processes spent on those batches.
         kept: The newest epochs with their weights, as many as the stopping rule may go back by.
-        best: The epoch most robust on validation with its weights.
+        settled: Of the epochs before those, which no rule can undo any more, the most robust on validation.
         watch: What was not finite in this epoch.
         saved: When the newest checkpoint was written, and what it holds.
     """
@@ -67,8 +68,8 @@ class Loop:
     save_every: float
     reporter: Reporter
     select: str
-    kept: deque[tuple[EpochStats, Weights]]
-    best: tuple[EpochStats, Weights] | None = None
+    kept: deque[Epoch]
+    settled: Epoch | None = None
     epoch: int = 1
     batch: int = 0
     skipped: int = 0
@@ -247,13 +248,24 @@ class Loop:
         images, labels = validation
         options: dict[str, Any] = {"eps": self.trainer.eps, "seed": self.seed}
         with self.requests.at_once(), self.engine.eager(self.trainer.model), self.engine.autocast():
-            natural, robust = validate(self.trainer.model, images, labels, steps=20, **options)
-            row = replace(row, val_acc=natural, val_robust_acc=robust)
+            found = validate(self.trainer.model, images, labels, steps=20, **options)
+            row = replace(
+                row,
+                val_acc=found.natural,
+                val_robust_acc=found.robust,
+                val_forwards=found.forwards,
+                val_backwards=found.backwards,
+            )
             rule = self.trainer.stopping
             if rule is not None and rule.validation_steps:
                 batch = images[:STOP_BATCH], labels[:STOP_BATCH]
-                _, robust = validate(self.trainer.model, *batch, steps=rule.validation_steps, **options)
-                row = replace(row, stop_robust_acc=robust)
+                found = validate(self.trainer.model, *batch, steps=rule.validation_steps, **options)
+                row = replace(
+                    row,
+                    stop_robust_acc=found.robust,
+                    val_forwards=row.val_forwards + found.forwards,
+                    val_backwards=row.val_backwards + found.backwards,
+                )
         return replace(row, val_seconds=time.perf_counter() - began)
 
     def _conclude(self, row: EpochStats) -> None:
@@ -265,15 +277,16 @@ class Loop:
         trainer.schedule.update(row)
         trainer.follow_schedule()
         self.history.rows.append(row)
+        before = self._best()
+        if len(self.kept) == self.kept.maxlen:
+            self.settled = _most_robust([self.settled, self.kept[0]])
         self.kept.append((row, _copy(trainer.model)))
-        is_best = False
         if stop is not None and self.heed_stop:
             self.history.stopped = stop.reason
             while self.kept[-1][0].epoch > stop.keep and len(self.kept) > 1:
                 self.kept.pop()
-        elif row.val_acc is not None and (self.best is None or _merit(row) > _merit(self.best[0])):
-            is_best = True
-            self.best = self.kept[-1]
+        best = self._best()
+        is_best = best is not None and (before is None or best[0].epoch != before[0].epoch)
         self.epoch, self.batch, self.skipped, self.spent = self.epoch + 1, 0, 0, 0.0
         self.sums, self.watch = EpochSums(), Watch()
         if self.run is not None:
@@ -283,12 +296,18 @@ class Loop:
 
     def _write(self, run: RunDirectory, row: EpochStats, is_best: bool) -> None:
         run.append(row)
-        if is_best:
-            run.save_weights("best", self.kept[-1][1], row)
+        best = self._best()
+        if is_best and best is not None:
+            run.save_weights("best", best[1], best[0])
         run.save_weights("last", self.kept[-1][1], self.kept[-1][0])
 
+    def _best(self) -> Epoch | None:
+        """The epoch most robust on validation with its weights; of equal ones the first."""
+        return _most_robust([self.settled, *self.kept])
+
     def _select(self) -> None:
-        row, weights = self.best if self.select == "best" and self.best is not None else self.kept[-1]
+        best = self._best() if self.select == "best" else None
+        row, weights = best or self.kept[-1]
         self.history.selected = row.epoch
         self.trainer.model.load_state_dict(weights)
 
@@ -309,7 +328,7 @@ class Loop:
                 "sums": sums.facts(),
                 "trainer": self.trainer.state_dict(),
                 "scaler": self.engine.scaler.state_dict(),
-                "best": self.best[0].epoch if self.best else None,
+                "settled": self.settled[0].epoch if self.settled else None,
                 "kept": [row.epoch for row, _ in self.kept],
                 "stopped": self.history.stopped,
             }
@@ -320,8 +339,8 @@ class Loop:
         state.put("sums", sums.tensors())
         for row, weights in self.kept:
             state.put(f"kept.{row.epoch}", weights)
-        if self.best is not None and self.select == "best":
-            state.put("best", self.best[1])
+        if self.settled is not None:
+            state.put("settled", self.settled[1])
         written = self.world.first(partial(checkpoint.write, self.run.checkpoints, state))
         self.saved = time.monotonic(), f"{written} of epoch {self.epoch}, batch {self.batch}"
 
@@ -346,8 +365,8 @@ class Loop:
         if not self.world.is_main:
             self.sums = self.sums.emptied()
         by_epoch = {row.epoch: row for row in self.history.rows}
-        if facts["best"] is not None:
-            self.best = by_epoch[facts["best"]], state.take("best")
+        if facts["settled"] is not None:
+            self.settled = by_epoch[facts["settled"]], state.take("settled")
         self.kept.extend((by_epoch[epoch], state.take(f"kept.{epoch}")) for epoch in facts["kept"])
 
     def what_is_kept(self) -> str:
@@ -356,6 +375,11 @@ class Loop:
         if self.run is None:
             return f"{done} were trained; the model holds the newest weights"
         return f"{self.run.path} keeps {done}; deat-rb train --resume {self.run.path} goes on from there"
+
+
+def _most_robust(epochs: Iterable[Epoch | None]) -> Epoch | None:
+    validated = [epoch for epoch in epochs if epoch is not None and epoch[0].val_acc is not None]
+    return max(validated, key=lambda epoch: _merit(epoch[0]), default=None)
 
 
 def _merit(row: EpochStats) -> tuple[float, float]:

@@ -77,7 +77,10 @@ NORMAL = {"start": "normal"}
 KL = {"loss": "kl", "start": "normal"}
 FRIENDLY = {"tau": 3, "attack_mode": "eval"}
 CLAMPED = "Algorithms 1-5 leave the image bounds out; every crafted image is kept within [0, 1]."
-START_ONE = "The released runs guided by the magnitude begin with other steps than 1; the text's 1 is kept."
+START_ONE = "The released runs of M+TRADES begin with 0 crafting steps; the text's 1 is kept."
+GROWS_WITH_ALPHA = (
+    "The released runs of M+PGD and M+MART let the steps grow while alpha r < eps; the text's rule is kept."
+)
 SMALL_STEP = (
     "The text has alpha = 10/255 for all guided methods; 2/255 is what the released runs used, and what A.2 adjusts."
 )
@@ -98,7 +101,7 @@ def _free(r: int) -> Recipe:
         trainer_options={"carry": True},
         summary=f"{r} replays, alpha = eps, delta carried from batch to batch",
         cost="rMT",
-        paper="section 3; Shafahi et al. 2019",
+        paper="section 3; Shafahi et al. 2019, arXiv:1904.12843",
         notes=(CLAMPED, "The learning rate moves once per batch; FREE's public code moves it per replay."),
     )
 
@@ -153,7 +156,7 @@ def _pgd(n: int) -> Recipe:
         attack_options=UNIFORM,
         summary=f"{n} steps of 2/255, uniform start",
         cost="(i + 1)MT",
-        paper="section 3, Equation 3; Madry et al. 2018",
+        paper="section 3, Equation 3; Madry et al. 2018, arXiv:1706.06083",
         notes=(CLAMPED,),
     )
 
@@ -166,7 +169,7 @@ def _m_pgd() -> Recipe:
         summary="steps of 2/255, uniform start: guided, at most 7",
         cost="sum of (r + 1), times M",
         paper="section 5.2, Algorithm 4",
-        notes=(CLAMPED, "Algorithm 4's inner loop runs to N where r is meant.", START_ONE, SMALL_STEP),
+        notes=(CLAMPED, "Algorithm 4's inner loop runs to N where r is meant.", GROWS_WITH_ALPHA, SMALL_STEP),
     )
 
 
@@ -179,7 +182,7 @@ def _u_fgsm() -> Recipe:
         fast_epochs=15,
         summary="one step of 10/255, uniform start",
         cost="2MT",
-        paper="section 5.3; Wong et al. 2020",
+        paper="section 5.3; Wong et al. 2020, arXiv:2001.03994",
         notes=(
             CLAMPED,
             "15 epochs in the fast setting, as in its public code and by Table 5's minutes; Fig. 2 has 10.",
@@ -211,12 +214,12 @@ def _fat(n: int) -> Recipe:
         attack_options={**NORMAL, **FRIENDLY},
         summary=f"{n} steps of 2/255, start 0.001 N(0,1), friendly with tau = 3",
         cost="(share still moving + 1)MT",
-        paper="section 5.2; Zhang et al. 2020",
+        paper="section 5.2; Zhang et al. 2020, arXiv:2002.11242",
     )
 
 
 def _regularised(loss: str, craft: Mapping[str, Any], on: str, kind: str) -> Recipe:
-    source = {"trades": "Zhang et al. 2019", "mart": "Wang et al. 2020"}[loss]
+    source = {"trades": "Zhang et al. 2019, arXiv:1901.08573", "mart": "Wang et al. 2020, ICLR"}[loss]
     if kind == "guided":
         return Recipe(
             attack_options=craft,
@@ -226,7 +229,12 @@ def _regularised(loss: str, craft: Mapping[str, Any], on: str, kind: str) -> Rec
             summary=f"steps of 2/255 on {on}, start 0.001 N(0,1): guided, at most 10",
             cost="sum of (r + 1), times M",
             paper=f"section 5.2, Algorithm 4; {source}",
-            notes=(CLAMPED, "Algorithm 4's inner loop runs to N where r is meant.", START_ONE, SMALL_STEP),
+            notes=(
+                CLAMPED,
+                "Algorithm 4's inner loop runs to N where r is meant.",
+                START_ONE if loss == "trades" else GROWS_WITH_ALPHA,
+                SMALL_STEP,
+            ),
         )
     friendly = kind == "friendly"
     return Recipe(
@@ -235,7 +243,7 @@ def _regularised(loss: str, craft: Mapping[str, Any], on: str, kind: str) -> Rec
         loss=loss,
         summary=f"10 steps of 2/255 on {on}, start 0.001 N(0,1)" + (", friendly with tau = 3" if friendly else ""),
         cost="(share still moving + 1)MT" if friendly else "(i + 1)MT",
-        paper=f"section 5.2; {source}" + ("; Zhang et al. 2020" if friendly else ""),
+        paper=f"section 5.2; {source}" + ("; Zhang et al. 2020, arXiv:2002.11242" if friendly else ""),
         notes=("Its public code crafts on KL, unlike MART's.",) if friendly and loss == "mart" else (),
     )
 
@@ -260,6 +268,9 @@ _FAMILIES: list[tuple[str, str, str, Callable[..., Recipe]]] = [
     ("m+mart", r"m\+mart", "m+mart", lambda: _regularised("mart", NORMAL, "CE", "guided")),
 ]
 
+UNSAID_PERCENT = ("deat-p%", "deat-%")
+"""What stands for DEAT-P% with the data set's own P."""
+
 _registered: dict[str, Recipe] = {}
 
 
@@ -274,10 +285,14 @@ def register_method(name: str, recipe: Recipe) -> None:
         DeatError: If the name is taken, or is none.
     """
     canonical = name.strip().lower()
-    if not canonical or not isinstance(recipe, Recipe):
+    if not isinstance(recipe, Recipe):
         raise DeatError(f"a method needs a name and a Recipe, not '{name}' and {type(recipe).__name__}")
-    taken = any(re.fullmatch(pattern, canonical) for _, pattern, _, _ in _FAMILIES)
-    if taken or canonical in known_methods():
+    if not re.fullmatch(r"[a-z0-9][a-z0-9+%._-]*", canonical):
+        raise DeatError(
+            f"'{name}' cannot be a method's name, of which runs' folders are made: begin with a letter or a digit, and "
+            "go on with those and + % . _ -"
+        )
+    if is_of_the_table(canonical) or canonical in known_methods():
         raise DeatError(f"there is a method '{canonical}' already; register yours under another name")
     _registered[canonical] = recipe
 
@@ -287,16 +302,28 @@ def known_methods() -> list[str]:
     return [example for _, _, example, _ in _FAMILIES] + list(_registered) + list(_plugins())
 
 
+def family(canonical: str) -> str:
+    """How the names of a method's family are written: ``free-R`` of ``free-8``; of one that stands alone, its name."""
+    return next((shown for shown, pattern, _, _ in _FAMILIES if re.fullmatch(pattern, canonical)), canonical)
+
+
+def is_of_the_table(canonical: str) -> bool:
+    """Whether a name is one of the paper's methods."""
+    return any(re.fullmatch(pattern, canonical) for _, pattern, _, _ in _FAMILIES)
+
+
 def _plugins() -> dict[str, EntryPoint]:
-    points = {point.name.lower(): point for point in entry_points(group="deat_rb.methods")}
-    return {name: point for name, point in points.items() if name not in _registered}
+    """Others' entry points; a name of the table stays the table's."""
+    points = {point.name.strip().lower(): point for point in entry_points(group="deat_rb.methods")}
+    return {name: point for name, point in points.items() if name not in _registered and not is_of_the_table(name)}
 
 
 def recipe(name: str) -> tuple[str, Recipe]:
     """Finds a method's row.
 
     Args:
-        name: As the paper writes it, in any case: ``M+TRADES``, ``M+TRADE``, ``DEAT-40%``, ``FREE-8``.
+        name: As the paper writes it, in any case: ``M+TRADES``, ``M+TRADE``, ``DEAT-40%``, ``FREE-8``; ``deat-P%`` is
+            ``deat-40%``.
 
     Returns:
         Its canonical name, such as ``m+trades``, and its row.
@@ -305,6 +332,8 @@ def recipe(name: str) -> tuple[str, Recipe]:
         DeatError: If there is no such method, or its number makes none.
     """
     asked = name.strip().lower()
+    if asked in UNSAID_PERCENT:
+        asked = "deat-40%"
     for shown, pattern, _, make in _FAMILIES:
         match = re.fullmatch(pattern, asked)
         if match:
@@ -361,12 +390,13 @@ def create(name: str, model: nn.Module, *, eps: float = PAPER_EPS, **overrides: 
     attack_options = dict(row.attack_options)
     if "tau" in given and "tau" in attack_options:
         attack_options["tau"] = given.pop("tau")
-    has_mode = row.trainer is not ReplayTrainer and "attack_mode" in inspect.signature(row.attack).parameters
-    if "attack_mode" in given and has_mode:
-        attack_options["attack_mode"] = given.pop("attack_mode")
     alpha, steps = row.alpha * (eps / PAPER_EPS), row.steps
+    takes = _parameters(row.attack)
+    if "attack_mode" in given and "attack_mode" in takes and row.trainer is not ReplayTrainer:
+        attack_options["attack_mode"] = given.pop("attack_mode")
     if steps > 0 or row.guided:
-        alpha, steps = given.pop("alpha", alpha), given.pop("steps", steps)
+        alpha = given.pop("alpha", alpha) if "alpha" in takes else alpha
+        steps = given.pop("steps", steps) if "steps" in takes else steps
 
     trainer_options = dict(row.trainer_options)
     if row.trainer is ReplayTrainer and "lr_per_replay" in given:
@@ -375,18 +405,33 @@ def create(name: str, model: nn.Module, *, eps: float = PAPER_EPS, **overrides: 
     loss = row.loss
     if "beta" in given and loss in ("trades", "mart"):
         loss = losses.surrogate(loss, beta=given.pop("beta"))
-    schedule_options = {"steps" if row.schedule is Constant else "start": steps, **row.schedule_options}
-    schedule = row.schedule(**{**schedule_options, **_taken(row.schedule, given)})
+    begins = "start" if "start" in inspect.signature(row.schedule).parameters else "steps"
+    schedule: Schedule | None = None
+    if "steps" in takes or row.schedule is not Constant:
+        schedule = row.schedule(**{begins: steps, **row.schedule_options, **_taken(row.schedule, given)})
     stopping = row.stopping(**_taken(row.stopping, given)) if row.stopping else None
     if given:
         raise DeatError(
             f"the method {canonical} has no {', '.join(sorted(given))} to change; see deat-rb methods {canonical}"
         )
-    attack = row.attack(model, eps=eps, alpha=alpha, steps=steps, **attack_options)
+    sizes = {key: value for key, value in (("alpha", alpha), ("steps", steps)) if key in takes}
+    try:
+        attack = row.attack(model, eps=eps, **sizes, **attack_options)
+    except TypeError as error:
+        raise DeatError(
+            f"the attack of the method {canonical} cannot be made with the model, eps=, alpha= and steps= ({error})"
+        ) from error
     return row.trainer(attack, loss=loss, schedule=schedule, stopping=stopping, name=canonical, **trainer_options)
 
 
 def _taken(factory: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Takes out of ``given`` what ``factory`` has a parameter for."""
-    names = inspect.signature(factory).parameters
+    """Takes out of ``given`` what ``factory`` has a parameter for, but for the steps, which are the attack's."""
+    names = set(inspect.signature(factory).parameters) - {"steps", "start"}
     return {key: given.pop(key) for key in list(given) if key in names}
+
+
+def _parameters(attack: Callable[..., Attack]) -> set[str]:
+    """Of ``alpha``, ``steps`` and ``attack_mode``, what an attack is made with: torchattacks' APGD has no alpha."""
+    parameters = inspect.signature(attack).parameters
+    anything = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    return {name for name in ("alpha", "steps", "attack_mode") if anything or name in parameters}

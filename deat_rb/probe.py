@@ -38,6 +38,7 @@ class GradientProbe:
         self.gradient: Tensor | None = None
         self.forwards = 0
         self.backwards = 0
+        self._hooked: Tensor | None = None
 
     def __enter__(self) -> GradientProbe:
         self._handle = self.model.register_forward_pre_hook(self._see_input)
@@ -47,16 +48,21 @@ class GradientProbe:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._handle.remove()
+        self._hooked = None
 
     def _see_input(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         images = inputs[0]
         self.forwards += len(images)
-        if torch.is_grad_enabled() and images.requires_grad:
+        # An attack may forward the same images more than once, as EOTPGD does, each time with a backward of its own.
+        if torch.is_grad_enabled() and images.requires_grad and images is not self._hooked:
             images.register_hook(self._see_gradient)
+            self._hooked = images
 
-    def _see_gradient(self, gradient: Tensor) -> None:
+    def _see_gradient(self, gradient: Tensor) -> Tensor:
         self.gradient = gradient.detach()
         self.backwards += len(gradient)
+        # Of a model in channels_last it would be, too, and torchattacks' L2 attacks view gradients as vectors.
+        return gradient.contiguous()
 
     def stats(self, examples: int, unit: float) -> CraftStats:
         """The figures of one call.

@@ -179,8 +179,13 @@ class GradientMagnitude(Schedule):
         self.threshold = None if state["threshold"] is None else float(state["threshold"])
 
 
-def replay(schedule: Schedule, rows: Iterable[Mapping[str, Any]]) -> list[int]:
-    """Replays a schedule over the rows of a ``metrics.jsonl``.
+def replay(schedule: Schedule, rows: Iterable[EpochStats | Mapping[str, Any]]) -> list[int]:
+    """Replays a schedule over the rows of a run's metrics.
+
+    Args:
+        schedule: As it is before the first epoch.
+        rows: As `deat_rb.runs.RunDirectory.rows` reads them, or the lines of a ``metrics.jsonl``, of which what the
+            schedule decides by, such as ``l_x``, is enough.
 
     Returns:
         The steps it would have taken in each of these epochs.
@@ -188,5 +193,5 @@ def replay(schedule: Schedule, rows: Iterable[Mapping[str, Any]]) -> list[int]:
     steps = []
     for number, row in enumerate(rows, start=1):
         steps.append(schedule.steps)
-        schedule.update(EpochStats.from_row({"epoch": number, **row}))
+        schedule.update(EpochStats.of(row, number))
     return steps

@@ -142,6 +142,8 @@ class EpochStats:
         lr: The learning rate at the epoch's last update.
         seconds: Training time; validation is counted in ``val_seconds``.
         val_seconds: Validation time.
+        val_forwards: Images forwarded for validation and for the stopping rule; training's passes are in mini-batches.
+        val_backwards: Images for which these computed a gradient.
         images_per_second: Training images per second.
         peak_memory: Peak memory in bytes: the device's, or the process's on a CPU.
         stopped: Why a rule ended training here or, where it was not to be heeded, would have.
@@ -166,6 +168,8 @@ class EpochStats:
     lr: float = 0.0
     seconds: float = 0.0
     val_seconds: float = 0.0
+    val_forwards: int = 0
+    val_backwards: int = 0
     images_per_second: float = 0.0
     peak_memory: int = 0
     stopped: str | None = None
@@ -177,3 +181,8 @@ class EpochStats:
         """Reads a row of ``metrics.jsonl``; fields it does not know are left out."""
         known = {field.name for field in fields(cls)}
         return cls(**{key: value for key, value in row.items() if key in known})
+
+    @classmethod
+    def of(cls, row: EpochStats | Mapping[str, Any], number: int) -> EpochStats:
+        """An epoch's figures from what stands for them; of a row without an epoch it is the ``number``-th."""
+        return row if isinstance(row, EpochStats) else cls.from_row({"epoch": number, **row})

@@ -142,10 +142,14 @@ class GradientRatio(StoppingRule):
         self.l_x = [float(value) for value in state["l_x"]]
 
 
-def replay(rule: StoppingRule, rows: Iterable[Mapping[str, Any]]) -> Stop | None:
-    """Replays a rule over the rows of a ``metrics.jsonl``: where and why it would have stopped, or None."""
+def replay(rule: StoppingRule, rows: Iterable[EpochStats | Mapping[str, Any]]) -> Stop | None:
+    """Replays a rule over the rows of a run's metrics, which may be as for `deat_rb.schedules.replay`.
+
+    Returns:
+        Where and why it would have stopped, or None.
+    """
     for number, row in enumerate(rows, start=1):
-        stop = rule.update(EpochStats.from_row({"epoch": number, **row}))
+        stop = rule.update(EpochStats.of(row, number))
         if stop is not None:
             return stop
     return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from copy import deepcopy
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,7 @@ class Trainer(QuietAttack):
         self.stopping = stopping
         self.base_alpha: float | None = getattr(attack, "alpha", None)
         self._rate: Callable[[float], float] | None = None
+        self._first: dict[str, Any] | None = None
         self.follow_schedule()
 
     def follow_rate(self, rate: Callable[[float], float] | None) -> None:
@@ -108,7 +110,16 @@ class Trainer(QuietAttack):
     @steps.setter
     def steps(self, steps: int) -> None:
         self.schedule.steps = steps
+        if self._first is not None:
+            self._first["schedule"]["steps"] = steps
         self.follow_schedule()
+
+    def begin_anew(self) -> None:
+        """Forgets what an earlier `fit` has left in the schedule and the rule; steps set by hand since then stay."""
+        if self._first is None:
+            self._first = deepcopy(self.state_dict())
+        else:
+            self.load_state_dict(deepcopy(self._first))
 
     def follow_schedule(self) -> None:
         """Gives the attack the steps and the step size that the schedule has for the next epoch."""
@@ -198,16 +209,21 @@ class AttackTrainer(Trainer):
             labels: (N,).
             loss_scale: Under which our own attacks take their gradients.
         """
+        crafter = self.crafter
         with modes_restored(self.model):
-            if isinstance(self.crafter, PGD):
-                self.crafter.loss_scale = loss_scale
-                self.crafter.enter_mode()
-                return self.crafter.craft(images, labels)
+            if isinstance(crafter, PGD) and type(crafter).forward is PGD.forward:
+                crafter.loss_scale = loss_scale
+                crafter.enter_mode()
+                return crafter.craft(images, labels)
             if self._averages is None:
-                self._averages = averages(self.crafter, images.contiguous())
+                self._averages = averages(crafter, images.contiguous())
+            # Called as such, an attack of ours gives BatchNorm's statistics back, which crafting in train mode moves.
+            attack = crafter.forward if isinstance(crafter, QuietAttack) else crafter
             with GradientProbe(self.model) as probe:
+                if isinstance(crafter, QuietAttack):
+                    crafter.enter_mode()
                 # Some of torchattacks' view their images as vectors, which channels_last does not allow.
-                adv: Tensor = self.crafter(images.contiguous(), labels)
+                adv: Tensor = attack(images.contiguous(), labels)
             return adv.detach(), probe.stats(len(images), unit=len(images) if self._averages else 1)
 
     def training_step(
@@ -287,7 +303,7 @@ class ReplayTrainer(Trainer):
             begun: Tensor = self.crafter.begin(images)
             return begun
         delta = torch.zeros_like(images)
-        if self._carried is not None:
+        if self._carried is not None and self._carried.shape[1:] == images.shape[1:]:
             kept = self._carried[part][: len(images)]
             delta[: len(kept)] = kept
         return (images + delta).clamp(0, 1)
@@ -330,7 +346,7 @@ class ReplayTrainer(Trainer):
         )
 
     def _keep(self, delta: Tensor) -> None:
-        if self._carried is None or len(self._carried) <= len(delta):
+        if self._carried is None or self._carried.shape[1:] != delta.shape[1:] or len(self._carried) <= len(delta):
             self._carried = delta
         else:
             self._carried = torch.cat([delta, self._carried[len(delta) :]])

@@ -280,7 +280,7 @@ def test_methods_lists_every_row() -> None:
 
 def test_methods_for_programs() -> None:
     rows = json.loads(run("methods", "--json").stdout)
-    assert {"name", "attack", "loss", "schedule", "stop", "cost", "paper"} == set(rows[0])
+    assert {"name", "family", "attack", "loss", "schedule", "stop", "cost", "paper"} == set(rows[0])
     assert len(rows) >= 16
     one = json.loads(run("methods", "M+TRADES", "--json").stdout)
     assert one == {**next(row for row in rows if row["name"] == "m+trades"), "explanation": one["explanation"]}

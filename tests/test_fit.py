@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 from training_problems import Batch, images_and_labels, loader, made, normalized, run_config, used
 
 import deat_rb
 from deat_rb.engine import Engine
 from deat_rb.errors import DeatError, Interrupted
+from deat_rb.evaluation.evaluate import Validation
 from deat_rb.history import Reporter
 from deat_rb.rates import LR_SCHEDULES
 from deat_rb.runs import RunDirectory
@@ -275,7 +276,7 @@ def test_the_model_ends_with_the_weights_of_the_epoch_selected(
     robust: list[float], select: Any, epoch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     script = list(robust)
-    monkeypatch.setattr("deat_rb.loop.validate", lambda *args, **options: (0.9, script.pop(0)))
+    monkeypatch.setattr("deat_rb.loop.validate", lambda *args, **options: Validation(0.9, script.pop(0), 3, 2))
     model, run = normalized(), RunDirectory.create(tmp_path / "run", run_config(select=select or "best"))
     seen = Seen(model)
     history = deat_rb.create("pgd-1", model).fit(
@@ -293,7 +294,7 @@ def test_the_model_ends_with_the_weights_of_the_epoch_selected(
 def test_of_epochs_equally_robust_the_more_accurate_one_is_selected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain training has 0 % PGD-20 accuracy in every epoch: its first epoch is not the best."""
     script = [(0.3, 0.0), (0.9, 0.0), (0.8, 0.0)]
-    monkeypatch.setattr("deat_rb.loop.validate", lambda *args, **options: script.pop(0))
+    monkeypatch.setattr("deat_rb.loop.validate", lambda *args, **options: Validation(*script.pop(0), 3, 2))
     history = deat_rb.create("standard", made()).fit(loader(), [images_and_labels()], epochs=3, select="best")
     assert history.selected == 2
 
@@ -301,13 +302,14 @@ def test_of_epochs_equally_robust_the_more_accurate_one_is_selected(monkeypatch:
 def test_validation_is_pgd_20_on_what_is_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Tensor, dict[str, Any]]] = []
 
-    def watched(model: nn.Module, images: Tensor, labels: Tensor, **options: Any) -> tuple[float, float]:
+    def watched(model: nn.Module, images: Tensor, labels: Tensor, **options: Any) -> Validation:
         calls.append((images, options))
-        return 0.5, 0.4
+        return Validation(0.5, 0.4, len(images) * (1 + options["steps"]), len(images) * options["steps"])
 
     monkeypatch.setattr("deat_rb.loop.validate", watched)
     held = images_and_labels(150, seed=77)
-    deat_rb.create("u-fgsm", made()).fit(loader(), [held], epochs=1)
+    [row] = deat_rb.create("u-fgsm", made()).fit(loader(), [held], epochs=1).rows
+    assert (row.val_forwards, row.val_backwards) == (150 * 21 + 128 * 6, 150 * 20 + 128 * 5)
     assert [(len(images), options["steps"]) for images, options in calls] == [(150, 20), (128, 5)]
     assert all(torch.equal(images, held[0][: len(images)]) for images, _ in calls)
 
@@ -316,7 +318,7 @@ class AfterEpoch(StoppingRule):
     """Stops after one epoch and keeps another."""
 
     def __init__(self, last: int, keep: int) -> None:
-        self.last, self.keep = last, keep
+        self.last, self.keep, self.lookback = last, keep, last - keep + 1
 
     def update(self, stats: EpochStats) -> Stop | None:
         return Stop("the script says so", keep=self.keep) if stats.epoch == self.last else None
@@ -327,7 +329,7 @@ def test_a_rule_stops_and_the_last_healthy_weights_are_kept(
     select: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     robust = [0.3, 0.4, 0.9]  # what is sick may look best
-    monkeypatch.setattr("deat_rb.loop.validate", lambda *args, **options: (0.9, robust.pop(0)))
+    monkeypatch.setattr("deat_rb.loop.validate", lambda *args, **options: Validation(0.9, robust.pop(0), 3, 2))
     model, run = normalized(), RunDirectory.create(tmp_path / "run", run_config(select=select))
     seen = Seen(model)
     trainer = deat_rb.AttackTrainer(deat_rb.PGD(model, steps=1), stopping=AfterEpoch(3, keep=2))
@@ -338,6 +340,46 @@ def test_a_rule_stops_and_the_last_healthy_weights_are_kept(
     assert [row.stopped for row in run.rows()] == [None, None, "the script says so"]
     assert run.checkpoint("last")["epoch"] == run.checkpoint("best")["epoch"] == 2
     assert same(deat_rb.load_model(run.path, trust_code=True).state_dict(), seen.weights[1])
+
+
+@pytest.mark.parametrize(("robust", "keep", "selected"), [([0.1, 0.4, 0.9], 1, 1), ([0.5, 0.1, 0.3, 0.9], 2, 1)])
+def test_of_the_epochs_after_the_last_healthy_one_none_is_selected(
+    robust: list[float], keep: int, selected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last, script = len(robust), list(robust)
+    monkeypatch.setattr("deat_rb.loop.validate", lambda *args, **options: Validation(0.9, script.pop(0), 3, 2))
+    model, run = normalized(), RunDirectory.create(tmp_path / "run", run_config(select="best"))
+    seen = Seen(model)
+    trainer = deat_rb.AttackTrainer(deat_rb.PGD(model, steps=1), stopping=AfterEpoch(last, keep=keep))
+    history = trainer.fit(loader(), [images_and_labels()], epochs=6, lr=0.05, select="best", run=run, reporter=seen)
+    assert history.selected == selected
+    assert same(weights(model), seen.weights[selected - 1])
+    assert (run.checkpoint("best")["epoch"], run.checkpoint("last")["epoch"]) == (selected, keep)
+    assert same(deat_rb.load_model(run.path, trust_code=True).state_dict(), seen.weights[selected - 1])
+
+
+def test_a_second_fit_begins_the_method_anew_and_goes_on_with_the_weights() -> None:
+    trainer = deat_rb.create("m-deat", made())
+    first = trainer.fit(loader(), epochs=4)
+    assert trainer.fit(loader(), epochs=2).steps == first.steps[:2] == [1, 2]
+    trainer.steps = 3
+    assert trainer.fit(loader(), epochs=2).steps == [3, 4]
+    carried = deat_rb.create("free-2", made())
+    carried.fit(loader(), epochs=1)
+    assert carried.tensors()
+    carried.begin_anew()
+    assert not carried.tensors()
+
+
+def test_a_carried_perturbation_is_left_behind_by_images_of_another_size() -> None:
+    carried = deat_rb.create("free-2", made())
+    images, labels = images_and_labels(8)
+    optimizer = SGD(carried.model.parameters(), lr=0.01)
+    carried.training_step(images, labels, optimizer)
+    smaller = images[..., :4, :4]
+    assert carried(smaller, labels).shape == smaller.shape
+    carried.training_step(smaller, labels, optimizer)
+    assert carried.tensors()["carried"].shape == smaller.shape
 
 
 # One seed (law 9)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torchattacks
 from small_problems import Plane
 from torch import nn
 from torch.optim import SGD
@@ -18,11 +18,10 @@ from deat_rb.attacks import PGD
 from deat_rb.catalogue import describe, explain, method_table
 from deat_rb.errors import DeatError
 from deat_rb.methods import Recipe, create, known_methods, recipe, register_method
-from deat_rb.schedules import AccuracyThreshold, Constant, EveryDEpochs, GradientMagnitude
+from deat_rb.schedules import AccuracyThreshold, Constant, EveryDEpochs, GradientMagnitude, Schedule
+from deat_rb.stats import EpochStats
 from deat_rb.stopping import GradientRatio, RobustnessDrop
 from deat_rb.trainers import AttackTrainer, ReplayTrainer
-
-DOCUMENT = Path(__file__).parent.parent / "docs" / "own_method.md"
 
 
 @pytest.fixture(autouse=True)
@@ -362,6 +361,8 @@ def test_step_sizes_grow_with_eps_unless_they_are_given() -> None:
         ("M+PGD", {"every": 3}, r"the method m\+pgd has no every to change"),
         ("pgd-7", {"epz": 1}, "the method pgd-7 has no epz to change"),
         ("pgd-7", {"alpha": -1.0}, "alpha = -1 is not a positive number"),
+        ("pgd-7", {"alpha": 2.0}, "alpha = 2 is above 1; images are in"),
+        ("standard", {"steps": 3}, "the method standard has no steps to change"),
         ("pgd-7", {"steps": -2}, "steps = -2 is not a whole number of 0 or more"),
         ("pgd-7", {"eps": 8.0}, r"eps = 8 is outside \(0, 1\]"),
         ("m+pgd", {"steps": 9}, "max_steps = 7 is below 9, with which the schedule begins"),
@@ -425,3 +426,76 @@ def test_a_name_is_registered_once() -> None:
     register_method("mine", Recipe())
     with pytest.raises(DeatError, match="there is a method 'mine' already"):
         register_method("Mine", Recipe())
+
+
+@pytest.mark.parametrize("name", ["x/y", "..", ".hidden", "", "two words", "ümlaut"])
+def test_a_name_that_makes_no_folder_is_refused(name: str) -> None:
+    with pytest.raises(DeatError, match=re.escape(f"'{name}' cannot be a method's name")):
+        register_method(name, Recipe())
+
+
+def test_p_is_forty_where_nobody_says() -> None:
+    assert recipe("DEAT-P%")[0] == recipe("deat-%")[0] == "deat-40%"
+
+
+def test_a_row_may_have_any_attack_of_torchattacks(tiny_model: nn.Module) -> None:
+    register_method("one", Recipe(attack=torchattacks.FFGSM, alpha=10 / 255))
+    register_method("auto", Recipe(attack=torchattacks.APGD, steps=3, attack_options={"loss": "dlr"}))
+    one, auto = create("one", tiny_model, eps=0.1, alpha=0.2), create("auto", tiny_model, steps=4)
+    assert (one.crafter.alpha, one.steps) == (0.2, 1)
+    assert (auto.crafter.steps, auto.base_alpha) == (4, None)
+    with pytest.raises(DeatError, match="the method one has no steps to change"):
+        create("one", tiny_model, steps=2)
+    with pytest.raises(DeatError, match="the method auto has no alpha to change"):
+        create("auto", tiny_model, alpha=0.1)
+    register_method("led", Recipe(attack=torchattacks.FFGSM, schedule=GradientMagnitude))
+    with pytest.raises(DeatError, match="FFGSM has no steps, so a schedule cannot set them"):
+        create("led", tiny_model)
+    register_method("square", Recipe(attack=torchattacks.Square, attack_options={"queries": 5}))
+    with pytest.raises(DeatError, match="the attack of the method square cannot be made with the model, eps=, alpha="):
+        create("square", tiny_model)
+
+
+def test_a_row_may_have_a_schedule_of_its_own() -> None:
+    class Doubling(Schedule):
+        def update(self, stats: EpochStats) -> None:
+            self.steps *= 2
+
+    register_method("doubling", Recipe(steps=2, schedule=Doubling))
+    trainer = create("doubling", Plane())
+    trainer.schedule.update(EpochStats())
+    assert trainer.steps == 4
+    assert describe("doubling").schedule == "Doubling"
+
+
+class Point:
+    """An entry point."""
+
+    def __init__(self, name: str, found: object) -> None:
+        self.name, self.value, self.found = name, "elsewhere:ROW", found
+
+    def load(self) -> object:
+        if isinstance(self.found, Exception):
+            raise self.found
+        return self.found
+
+
+def test_entry_points_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [
+        Point("broken", ImportError("no module named elsewhere")),
+        Point("Fine", Recipe(steps=2)),
+        Point("none", 7),
+        Point("pgd-7", Recipe(steps=1)),
+    ]
+    monkeypatch.setattr("deat_rb.methods.entry_points", lambda group: points)
+    assert known_methods() == [*TABLE, "broken", "fine", "none"]
+    assert create("pgd-7", Plane()).steps == 7
+    with pytest.raises(DeatError, match="'broken' of the entry point elsewhere:ROW cannot be loaded: no module named"):
+        recipe("broken")
+    with pytest.raises(DeatError, match=r"the entry point elsewhere:ROW of the method 'none' is no deat_rb\.Recipe"):
+        recipe("none")
+    complaints: list[str] = []
+    assert [row.name for row in method_table(complaints.append)] == [*TABLE, "fine"]
+    assert [complaint.split("'")[1] for complaint in complaints] == ["broken", "none"]
+    with pytest.raises(DeatError, match="broken"):
+        method_table()

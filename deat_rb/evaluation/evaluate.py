@@ -10,7 +10,7 @@ from dataclasses import replace
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -275,6 +275,22 @@ def _versions() -> dict[str, str]:
     return versions
 
 
+class Validation(NamedTuple):
+    """What `validate` measured.
+
+    Attributes:
+        natural: Accuracy, in [0, 1].
+        robust: Accuracy under PGD, in [0, 1].
+        forwards: Images forwarded.
+        backwards: Images for which a gradient was computed.
+    """
+
+    natural: float
+    robust: float
+    forwards: int
+    backwards: int
+
+
 def validate(
     model: nn.Module,
     images: Tensor,
@@ -285,7 +301,7 @@ def validate(
     alpha: float | None = None,
     batch_size: int = 128,
     seed: int = 0,
-) -> tuple[float, float]:
+) -> Validation:
     """Measures what training selects its model by, on held-out training images and with the same start each time.
 
     Args:
@@ -297,9 +313,6 @@ def validate(
         alpha: Step size; by default eps / 4.
         batch_size: How many examples are attacked together.
         seed: Fixes the random starts.
-
-    Returns:
-        Natural accuracy and PGD accuracy, in [0, 1].
     """
     check_eps(eps)
     with held_still(model, images, labels, batch_size=batch_size, device=None) as held:
@@ -307,6 +320,8 @@ def validate(
         name = f"pgd-{steps}"
         part = white_box(name, terms, alpha=eps / 4 if alpha is None else alpha)(0, "")
         attacker = Attacker(held, terms, Journal(None))
-        natural = attacker.run(NATURAL, torch.ones(len(held), dtype=torch.bool)).correct
-        robust = attacker.run(Attack(name, (part,), {}), natural).correct
-    return int(natural.sum()) / len(natural), int(robust.sum()) / len(robust)
+        natural = attacker.run(NATURAL, torch.ones(len(held), dtype=torch.bool))
+        robust = attacker.run(Attack(name, (part,), {}), natural.correct)
+    both = natural, robust
+    accuracies = [int(found.correct.sum()) / len(found.correct) for found in both]
+    return Validation(*accuracies, sum(found.forwards for found in both), sum(found.backwards for found in both))
