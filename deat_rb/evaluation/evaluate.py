@@ -322,6 +322,9 @@ def validate(
         attacker = Attacker(held, terms, Journal(None))
         natural = attacker.run(NATURAL, torch.ones(len(held), dtype=torch.bool))
         robust = attacker.run(Attack(name, (part,), {}), natural.correct)
-    both = natural, robust
-    accuracies = [int(found.correct.sum()) / len(found.correct) for found in both]
-    return Validation(*accuracies, sum(found.forwards for found in both), sum(found.backwards for found in both))
+    return Validation(
+        natural=int(natural.correct.sum()) / len(held),
+        robust=int(robust.correct.sum()) / len(held),
+        forwards=natural.forwards + robust.forwards,
+        backwards=natural.backwards + robust.backwards,
+    )
