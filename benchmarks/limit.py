@@ -27,11 +27,13 @@ class Pass:
             of the parameters; ``replay``: with both.
         rows: How many images take it.
         training: The mode it runs in.
+        cast: Whether it runs under autocast.
     """
 
     kind: Kind
     rows: int
     training: bool
+    cast: bool = False
 
 
 @contextmanager
@@ -47,7 +49,8 @@ def observed(trainer: Trainer) -> Iterator[list[Pass]]:
             kind = "forward"
         elif images.requires_grad:
             kind = with_gradient
-        passes.append(Pass(kind, len(images), module.training))
+        cast = torch.is_autocast_enabled(images.device.type)
+        passes.append(Pass(kind, len(images), module.training, cast))
 
     handle = trainer.model.register_forward_pre_hook(note)
     try:
@@ -62,7 +65,7 @@ class Limit:
     Args:
         model: In channels_last, on the device.
         passes: In their order; updates that follow each other go backward together, as those of TRADES and MART.
-        precision: fp32, bf16 or fp16.
+        precision: fp32, bf16 or fp16: of the passes that run under autocast.
     """
 
     def __init__(self, model: nn.Module, passes: list[Pass], precision: str) -> None:
@@ -89,7 +92,8 @@ class Limit:
     def _forward(self, a_pass: Pass, images: Tensor) -> Tensor:
         if self.model.training != a_pass.training:
             self.model.train(a_pass.training)
-        logits: Tensor = self.model(images)
+        with torch.autocast(images.device.type, enabled=False) if not a_pass.cast else nullcontext():
+            logits: Tensor = self.model(images)
         return logits
 
     def _craft(self, a_pass: Pass, images: Tensor) -> None:

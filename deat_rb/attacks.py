@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -178,7 +179,10 @@ class PGD(QuietAttack):
             labels = images.new_zeros(len(images), dtype=torch.long)
         else:
             raise DeatError("this attack needs labels: call it with (images, labels)")
-        clean = self._clean_logits(images) if self.loss == "kl" and self.steps > 0 else None
+        clean = None
+        if self.loss == "kl" and self.steps > 0:
+            with self._as_exact_as_needed(images, 0):
+                clean = self._clean_logits(images)
         adv = self.begin(images) if adv is None else adv
         if self.tau is not None:
             adv, stats = self._friendly(images, labels, clean, adv)
@@ -201,8 +205,9 @@ class PGD(QuietAttack):
     ) -> tuple[Tensor, CraftStats]:
         threat = Linf(self.eps)
         gradient, unit = images.new_zeros(()), 1.0
-        for _ in range(self.steps):
-            _, gradient, unit = self._gradient(adv, labels, clean)
+        for step in range(self.steps):
+            with self._as_exact_as_needed(images, step):
+                _, gradient, unit = self._gradient(adv, labels, clean)
             adv = threat.ascend(adv, images, gradient, self.alpha)
         return adv, CraftStats(gradient.abs().sum() * unit, forwards=self.steps, backwards=self.steps)
 
@@ -219,12 +224,13 @@ class PGD(QuietAttack):
         patience = torch.full_like(labels, self.tau or 0)
         l_x = images.new_zeros(len(images))
         passes = images.new_zeros(())
-        for _ in range(self.steps):
+        for step in range(self.steps):
             rows = everyone[moving] if leave else everyone
             if len(rows) == 0:
                 break
             passes = passes + moving.sum() / len(images)
-            logits, gradient, unit = self._gradient(adv[rows], labels[rows], None if clean is None else clean[rows])
+            with self._as_exact_as_needed(images, step):
+                logits, gradient, unit = self._gradient(adv[rows], labels[rows], None if clean is None else clean[rows])
             wrong = logits.argmax(dim=1) != labels[rows]
             go_on = moving[rows] & ~(wrong & (patience[rows] == 0))
             stepped = threat.ascend(adv[rows], images[rows], gradient, self.alpha)
@@ -234,6 +240,17 @@ class PGD(QuietAttack):
             patience = patience.index_copy(0, rows, patience[rows] - (wrong & go_on).to(patience.dtype))
             moving = moving.index_copy(0, rows, go_on)
         return adv, CraftStats(l_x.sum(), forwards=passes, backwards=passes)
+
+    def _as_exact_as_needed(self, images: Tensor, step: int) -> AbstractContextManager[object]:
+        """Full precision for the first step on KL from beside the clean images, whatever autocast says.
+
+        There KL and its gradient nearly vanish, and half precision cannot tell images that are 0.001 apart: its signs
+        are noise. One step on they are alpha apart.
+        """
+        beside = self.loss == "kl" and self.start != "uniform"
+        if step == 0 and beside and torch.is_autocast_enabled(images.device.type):
+            return torch.autocast(images.device.type, enabled=False)
+        return nullcontext()
 
     def _clean_logits(self, images: Tensor) -> Tensor:
         with torch.no_grad():

@@ -385,3 +385,40 @@ REFUSALS: list[tuple[Callable[[nn.Module], object], str]] = [
 def test_bad_settings_are_refused_when_it_is_made(make: Callable[[nn.Module], object], message: str) -> None:
     with pytest.raises(DeatError, match=message):
         make(Plane())
+
+
+# ------------------------------------------------------------------------------------------------ half precision
+
+
+@pytest.mark.parametrize("tau", [None, 3])
+@pytest.mark.parametrize("start", ["normal", "none"])
+def test_the_first_step_on_kl_is_taken_in_full_precision(start: str, tau: int | None) -> None:
+    """In bf16 images 0.001 apart are the same, and the gradient of their KL divergence is rounding."""
+    model = small_network()
+    images, labels = batch_for(model)
+    seen: list[bool] = []
+    model.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    attack = PGD(model, loss="kl", start=start, steps=1, tau=tau, attack_mode="eval")
+    torch.manual_seed(3)
+    exact = attack(images, labels)
+    seen.clear()
+    attack.steps = 3
+    with torch.autocast("cpu", torch.bfloat16):
+        attack(images, labels)
+        assert seen == [False, False, True, True], "the clean forward and the first step, then the others"
+        attack.steps = 1
+        torch.manual_seed(3)
+        half = attack(images, labels)
+    assert torch.equal(half, exact)
+
+
+@pytest.mark.parametrize(("loss", "start"), [("ce", "normal"), ("margin", "none"), ("kl", "uniform")])
+def test_all_other_steps_are_taken_as_autocast_has_them(loss: str, start: str) -> None:
+    model = small_network()
+    images, labels = batch_for(model)
+    seen: list[bool] = []
+    model.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    with torch.autocast("cpu", torch.bfloat16):
+        PGD(model, loss=loss, start=start, steps=2, attack_mode="eval")(images, labels)
+    assert len(seen) == 2 + (loss == "kl")
+    assert all(seen)

@@ -165,6 +165,13 @@ def test_passes_are_observed_as_the_method_takes_them(tiny_model: nn.Module) -> 
         assert all(each.rows == 12 and each.training for each in passes)
 
 
+def test_passes_are_observed_with_their_precision() -> None:
+    given = problem.Problem("wrn-10-1", 4, torch.device("cpu"))
+    with problem.Step(given, "trades", "bf16") as step:
+        passes = step.passes()
+    assert [each.cast for each in passes] == [False, False] + [True] * 11
+
+
 def test_friendly_passes_shrink_and_run_in_eval_mode(tiny_model: nn.Module) -> None:
     images, _ = images_and_labels()
     labels = (tiny_model.eval()(images).argmax(dim=1) + 1) % 4
@@ -181,15 +188,18 @@ def test_friendly_passes_shrink_and_run_in_eval_mode(tiny_model: nn.Module) -> N
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_limit_takes_just_the_passes_it_is_given(precision: str, tiny_model: nn.Module) -> None:
     images, _ = images_and_labels()
+    cast = precision == "bf16"
     given = [
         Pass("forward", 12, True),
         Pass("input", 12, True),
-        Pass("input", 5, False),
-        Pass("update", 12, True),
-        Pass("update", 12, True),
-        Pass("replay", 12, True),
-        Pass("replay", 12, True),
+        Pass("input", 5, False, cast),
+        Pass("update", 12, True, cast),
+        Pass("update", 12, True, cast),
+        Pass("replay", 12, True, cast),
+        Pass("replay", 12, True, cast),
     ]
+    autocast: list[bool] = []
+    tiny_model.register_forward_pre_hook(lambda *_: autocast.append(torch.is_autocast_enabled("cpu")))
     seen: list[tuple[int, bool, bool, bool]] = []
     backward_passes: list[int] = []
     tiny_model.register_forward_pre_hook(
@@ -208,6 +218,7 @@ def test_the_limit_takes_just_the_passes_it_is_given(precision: str, tiny_model:
         (12, True, True, True),
         (12, True, True, True),
     ]
+    assert autocast == [False, False] + [cast] * 5
     # The two updates together and each replay: input passes form no gradient of a parameter.
     assert len(backward_passes) == 3
     assert tiny_model.training

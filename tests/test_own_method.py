@@ -13,11 +13,14 @@ from click.testing import CliRunner
 from small_problems import Plane, plane_images
 from torch import Tensor
 from torch.optim import SGD
+from training_problems import run_config
 
 from deat_rb import create, methods
 from deat_rb.catalogue import describe
 from deat_rb.cli import main
 from deat_rb.methods import known_methods, recipe
+from deat_rb.runs import RunDirectory
+from deat_rb.stats import EpochStats
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "own_method.md"
 
@@ -126,3 +129,13 @@ def test_the_documents_entry_points_make_the_command_know_them(tmp_path: Path, m
         assert one.exit_code == 0, one.output
         assert "noise of 2 eps" in one.output
     assert create("N-FGSM", Plane()).attack == "n-fgsm"
+
+
+def test_the_document_replays_a_run(documented: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDirectory.create(tmp_path / "run", run_config())
+    for epoch, l_x in enumerate([1.0, 1.0, 2.0, 2.1, 9.0], start=1):
+        run.append(EpochStats(epoch=epoch, l_x=l_x))
+    documented.tried(str(run.path))
+    steps, stop = capsys.readouterr().out.splitlines()
+    assert steps == "[1, 2, 2, 3, 3]"
+    assert "keep=3" in stop

@@ -142,6 +142,31 @@ def test_the_probe_costs_no_pass(name: str) -> None:
     assert (stats.forwards, stats.backwards) == (FORWARDS[name] + 1, backwards + 1)
 
 
+@pytest.mark.parametrize("samples", [2, 4])
+def test_images_forwarded_more_than_once_are_counted_once_for_each_backward(samples: int) -> None:
+    model = made()
+    trainer = deat_rb.AttackTrainer(torchattacks.EOTPGD(model, steps=2, eot_iter=samples))
+    images, labels = images_and_labels()
+    craft(trainer, images, labels)
+    with Passes().of(model) as passes:
+        stats = trainer.training_step(images, labels, still(model))
+    assert (
+        (stats.forwards, stats.backwards) == (passes.forwards, passes.backwards) == (2 * samples + 1, 2 * samples + 1)
+    )
+
+
+@pytest.mark.parametrize("name", ["PGD", "TPGD", "MIFGSM", "DIFGSM", "APGD", "PGDL2"])
+def test_attacks_of_torchattacks_are_guided(name: str) -> None:
+    """Also those that view gradients as vectors, which a network in channels_last gives otherwise."""
+    model = made()
+    attack = getattr(torchattacks, name)(model, steps=1)
+    trainer = deat_rb.AttackTrainer(attack, schedule=deat_rb.GradientMagnitude(max_steps=3))
+    history = trainer.fit([images_and_labels()], epochs=3)
+    assert history.steps[:2] == [1, 2]
+    assert attack.steps == trainer.steps >= 2
+    assert all(row.l_x > 0 for row in history.rows)
+
+
 @pytest.mark.parametrize(
     "attack",
     [

@@ -198,6 +198,8 @@ def test_a_replay_reads_the_rows_of_a_metrics_file() -> None:
     assert replay(magnitude(), [json.loads(line) for line in lines]) == [1, 2, 2, 3]
     assert replay(EveryDEpochs(2), [{}, {}, {}]) == [1, 1, 2]  # rows without a number are counted
     assert replay(magnitude(), []) == []
+    own = [EpochStats(epoch=epoch, l_x=value) for epoch, value in enumerate([1.0, 1.0, 2.0, 3.0], start=1)]
+    assert replay(magnitude(), own) == [1, 2, 2, 3]
 
 
 # ------------------------------------------------------------------------------------------------ refusals

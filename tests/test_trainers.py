@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_problems import Snapshot, images_and_labels, made, normalized, sigmoid, used
 
 import deat_rb
+from deat_rb.attacks import QuietAttack
+from deat_rb.engine import Engine
 from deat_rb.errors import DeatError
 from deat_rb.losses import SurrogateLoss
-from deat_rb.trainers import Trainer
+from deat_rb.trainers import Trainer, set_rate
 
 EPS = 8 / 255
 
@@ -340,3 +343,102 @@ def test_crafted_images_carry_no_graph() -> None:
     trainer = deat_rb.AttackTrainer(torchattacks.APGD(model, steps=2))
     crafted: Tensor = trainer.craft(images, labels)[0]
     assert not crafted.requires_grad
+
+
+# Attacks of one's own
+
+
+class Shifted(deat_rb.PGD):
+    """A PGD with a forward of its own, which training has to take, too."""
+
+    def forward(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
+        adv: Tensor = super().forward(inputs, labels)
+        return (adv + 0.25).clamp(0, 1)
+
+
+class Own(QuietAttack):
+    """Signed steps from the images, written as docs/own_method.md has it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__("Own", model, "train")
+        self.eps, self.alpha, self.steps = EPS, EPS / 4, 3
+
+    def forward(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
+        assert labels is not None
+        adv = inputs
+        for _ in range(self.steps):
+            adv = adv.detach().requires_grad_()
+            loss = torch.nn.functional.cross_entropy(self.get_logits(adv), labels)
+            (gradient,) = torch.autograd.grad(loss, adv)
+            adv = (adv + self.alpha * gradient.sign()).clamp(0, 1)
+        return adv.detach()
+
+
+def test_a_forward_of_ones_own_crafts_in_training_too() -> None:
+    images, labels = images_and_labels()
+    model = made()
+    trainer = deat_rb.AttackTrainer(Shifted(model, steps=1, start="none", attack_mode="eval"))
+    called = trainer(images, labels)
+    adv, _ = trainer.craft(images, labels)
+    assert torch.equal(adv, called)
+    assert float((adv - images).max()) > 0.2
+
+
+def test_an_attack_of_ones_own_moves_batchnorm_in_training_as_ours_does_and_not_when_called() -> None:
+    images, labels = images_and_labels()
+    tracked = []
+    for attack in (lambda model: deat_rb.PGD(model, steps=3, alpha=EPS / 4, start="none"), Own):
+        model = made()
+        trainer = deat_rb.AttackTrainer(attack(model))
+        torch.manual_seed(4)
+        trainer.training_step(images, labels, still(model))
+        state = Snapshot(model)
+        trainer(images, labels)
+        assert state.differences() == []
+        tracked.append(state.tensors)
+    ours, own = tracked
+    assert ours["1.num_batches_tracked"] == own["1.num_batches_tracked"] == 1 + 3 + 1
+    torch.testing.assert_close(ours["1.running_mean"], own["1.running_mean"])
+
+
+@pytest.mark.parametrize("scale", [2.0**10, 2.0**16])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_replays_l_x_is_that_of_the_examples_whatever_the_loss_scale_and_the_batch(scale: float, parts: int) -> None:
+    images, labels = images_and_labels(8)
+
+    def l_x(engine: Engine, parts: int) -> float:
+        trainer = deat_rb.create("free-3", made().eval())
+        seen = 0.0
+        for rows in torch.arange(8).chunk(parts):
+            trainer.begin_anew()
+            seen += float(trainer.training_step(images[rows], labels[rows], still(trainer.model), engine).l_x)
+        return seen
+
+    scaled = Engine("cpu")
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    assert l_x(scaled, parts) == pytest.approx(l_x(Engine("cpu"), 1), rel=1e-4)
+
+
+def test_the_learning_rate_moves_with_each_replay_where_that_is_asked_for() -> None:
+    """Of two batches and four replays each, eighths of the whole."""
+
+    def rate(batch: int, share: float) -> float:
+        return (batch + share) / 2
+
+    for per_replay in (False, True):
+        model = made()
+        trainer = deat_rb.create("free-4", model, lr_per_replay=per_replay)
+        seen: list[float] = []
+
+        class Noted(SGD):
+            def step(self, closure: Any = None, seen: list[float] = seen) -> Any:
+                seen.append(self.param_groups[0]["lr"])
+                return super().step(closure)
+
+        optimizer = Noted(model.parameters(), lr=0.0)
+        for batch in range(2):
+            trainer.follow_rate(partial(rate, batch))
+            set_rate(optimizer, batch / 2)
+            trainer.training_step(*images_and_labels(), optimizer)
+        expected = [0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875] if per_replay else [0] * 4 + [0.5] * 4
+        assert seen == expected
