@@ -52,10 +52,12 @@ CASES = [
     ("f+trades", None),
     ("m+trades", 1),
     ("m+trades", 3),
+    ("m+trades", 6),
     ("mart", None),
     ("f+mart", None),
     ("m+mart", 1),
     ("m+mart", 3),
+    ("m+mart", 6),
 ]
 
 
