@@ -1,4 +1,4 @@
-"""The reference loops would notice: a method with another step size, start, projection or order fails beside its own."""
+"""The reference loops notice it: a method with another step size, start, projection or order fails beside its own."""
 
 from __future__ import annotations
 
