@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ PLAIN = ("natural", "noise-gaussian", "noise-uniform", "fgsm")
 AUTOATTACK = {"autoattack": "standard", "autoattack-plus": "plus", "autoattack-rand": "rand"}
 KNOWN = (*PLAIN, "pgd-100", "pgd-50x5", "cw-20", *AUTOATTACK, "square", "torchattacks.NAME(...)")
 PREFIX = "torchattacks."
+LEAST = {"eps": 0, "alpha": 0, "steps": 1}
+"""Below these torchattacks' attacks run, too, and do nothing or move away from what they look for."""
 
 
 def split_names(text: str) -> tuple[str, ...]:
@@ -111,9 +114,13 @@ def parse_torchattack(text: str) -> TorchAttack:
         raise DeatError(f"attack '{text}' cannot be read: write torchattacks.NAME(argument=value, ...)")
     parameters = _parameters(match[1])
     arguments = _keywords(text, f"attack{match[2] or '()'}")
-    for name in arguments:
+    for name, value in arguments.items():
         if name not in parameters:
             raise DeatError(f"torchattacks.{match[1]} has no argument '{name}': {nearest(name, parameters)}")
+        least = LEAST.get(name)
+        if isinstance(value, int | float) and not (math.isfinite(value) and (least is None or value >= least)):
+            wanted = "finite" if least is None else f"{least} or more"
+            raise DeatError(f"attack '{text}' has {name}={value}: give a number that is {wanted}")
     return TorchAttack(match[1], tuple(arguments.items()))
 
 
