@@ -214,6 +214,8 @@ add(
 )
 add(LARGER, "huge network", lambda it: it.checkpoint({**bare_state(), "conv1.weight": Expanded(10**5, 10**5)}),
     "says that it takes")  # fmt: skip
+add(LARGER, "many tensors", lambda it: it.checkpoint({f"w{number}": torch.zeros(0) for number in range(20_001)}),
+    "and 20000 are allowed")  # fmt: skip
 add(LARGER, "one storage for all", lambda it: it.checkpoint(expanded(bare_state())), "says? that (it takes|they take)")
 
 MEMBERS = "path tricks in an archive"
@@ -250,6 +252,8 @@ for label, bad in (("data up", "../entries"), ("data slash", "digits/x"), ("data
 add(NAMES, "data in JSON", lambda it: it.checkpoint(dataset="../../x"), "dataset: .* is no name for a board")
 
 UNICODE = "unicode tricks in names"
+for label, bad in (("blank title", "\u3164"), ("marks", "e" + "\u0301" * 60), ("digits", "WideResNet-\u0661\u0660-1")):
+    add(UNICODE, f"{label} in JSON", with_info(architecture=bad), "of which nothing|marks on one letter|are not 0 to 9")
 for label, bad in (("homoglyph", "Wang2021Gr\u0430dient"), ("full width", "Wang2021\uff27radient"),
                    ("zero width", "Wang2021\u200bGradient"), ("right to left", "Wang2021Gradient_\u202egnp"),
                    ("line end", "Wang2021Gradient\n"), ("digits", "Wang\u0662\u0660\u0662\u0661Gradient")):  # fmt: skip
@@ -310,7 +314,8 @@ add(HTML, "hardware in config", lambda it: it.run(device=SCRIPT), "hardware: has
 ADDRESS = "address that is none"
 for label, bad in (("javascript", "javascript:alert(1)"), ("data", "data:text/html,x"), ("file", "file:///etc/passwd"),
                    ("quote", 'https://a.org/" onclick="alert(1)'), ("user", "https://arxiv.org@evil.org/"),
-                   ("relative", "//evil.org")):  # fmt: skip
+                   ("empty user", "https://:x@evil.org/"), ("port", "https://a.org:99999999/"),
+                   ("homoglyph", "https://\u0430rxiv.org/"), ("relative", "//evil.org")):  # fmt: skip
     add(ADDRESS, label, with_info(link=bad), "link: ")
 
 NUMBERS = "accuracy that cannot be"
@@ -319,7 +324,8 @@ for label, bad in (("101", "101"), ("negative", "-1"), ("exponent", "1e2"), ("in
 add(NUMBERS, "number", lambda it: it.checkpoint(clean_acc=83.3), "clean_acc: ")
 add(NUMBERS, "NaN", lambda it: raw_info(it, b'{"dataset": "cifar10", "eps": "8/255", "x": NaN}'), "the number NaN")
 add(NUMBERS, "1e999", lambda it: raw_info(it, b'{"dataset": "cifar10", "eps": "8/255", "x": 1e999}'), "1e999, which is")
-add(NUMBERS, "eps", lambda it: it.checkpoint(eps="255"), r"eps = 255 is outside \(0, 1\]")
+for bad in ("255", "nan/255", "8/nan", "inf"):
+    add(NUMBERS, f"eps {bad}", with_info(eps=bad), r"eps: eps = (255|nan|inf) is outside \(0, 1\]")
 add(NUMBERS, "best known", with_terms(external=99.0), "external 99.00 is above autoattack")
 add(NUMBERS, "metrics", lambda it: metrics(it, b'{"epoch": 1, "backwards": -Infinity}\n'), "the number -Infinity")
 add(
@@ -342,6 +348,13 @@ add(JSON, "huge and sparse", lambda it: truncated(it, "eval.json", 2**36), "is t
 add(JSON, "long text", lambda it: it.checkpoint(footnote="x" * 3000), "footnote: .* at most 2000")
 add(JSON, "deep lists", lambda it: raw_info(it, b"[" * 10**6), "nested deeper than")
 add(JSON, "deep objects", lambda it: metrics(it, b'{"a":' * 5000 + b"1" + b"}" * 5000), "nested deeper than")
+add(JSON, "string without end", lambda it: raw_info(it, b'"' + b'\\"' * 10**6), "is not valid JSON")
+add(
+    JSON,
+    "many keys",
+    lambda it: raw_info(it, json.dumps(dict.fromkeys(map(str, range(2000)))).encode()),
+    "2000 keys, a",
+)
 add(JSON, "no object", lambda it: raw_info(it, b"[]"), "is no JSON object")
 add(JSON, "long number", lambda it: raw_info(it, b'{"x": ' + b"9" * 5000 + b"}"), "is not valid JSON")
 add(JSON, "not UTF-8", lambda it: raw_info(it, b'{"x": "\xff"}'), "is not valid JSON")
@@ -511,7 +524,7 @@ add(ESCAPES, "method", lambda it: it.run(device="cpu\x9b2J"), r"U\+009B")
 
 FORMULA = "spreadsheet formula"
 for label, bad in (("equals", '=HYPERLINK("http://evil.org";"paper")'), ("plus", "+1+cmd"), ("minus", "-2+3"),
-                   ("at", "@SUM(1+1)")):  # fmt: skip
+                   ("at", "@SUM(1+1)"), ("after ;", "x;=1+1"), ("full width", "\uff1d1+1")):  # fmt: skip
     add(FORMULA, label, with_terms(venue=bad), "which spreadsheets take for a form")
 
 MARKDOWN = "Markdown that is more than text"

@@ -292,6 +292,27 @@ def test_escapes() -> None:
     assert latex_text(r"5% of \x_{1} & ~^$#") == (
         r"5\% of \textbackslash{}x\_\{1\} \& \textasciitilde{}\textasciicircum{}\$\#"
     )
+    assert latex_text('"20') == r"\char34{}20", "\\textquotedbl is not in the fonts that a paper has by default"
+    assert markdown_text("www.evil.org WWW.x a@b.org @name") == (
+        "www<!-- -->.evil.org WWW<!-- -->.x a@<!-- -->b.org @<!-- -->name"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "cell"),
+    [
+        ("=1", "'=1"),
+        ("x;=1", "x;'=1"),
+        ("x; +1", "x; '+1"),
+        ("\uff1d1", "'\uff1d1"),
+        ("a = b", "a = b"),
+        ("a-b", "a-b"),
+    ],
+)
+def test_cells_of_a_spreadsheet(tmp_path: Path, board: Board, fake: FakeEvaluation, text: str, cell: str) -> None:
+    submit(board, make_run(tmp_path / "run"))
+    forced = board.entries()[0].model_copy(update={"venue": text})
+    assert next(csv.DictReader(io.StringIO(as_csv(rank([forced])))))["venue"] == cell
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ def test_wilson_of_a_figure_by_hand() -> None:
          "figures.autoattack is above the natural accuracy"),
         ({"n_examples": 99}, "figures.natural is of 100 examples, and the entry of 99"),
         ({"n_test": 99}, "100 examples out of a test set of 99"),
+        ({"reported": "50.01"}, "reported 50.01 is above clean_acc"),
+        ({"architecture": "WideResNet-\u0661\u0660-1"}, "architecture: has digits that are not 0 to 9"),
         ({"external": "25.01"}, "external 25.01 is above autoattack_acc"),
         ({"weights_file": "weights/../secret"}, "weights_file is not weights/digits/Linf/Wang2021Gradient.safetensors"),
         ({"model": SPEC.model_copy(update={"arch": "os:system"})}, "built by 'os', and a board runs nobody's code"),
@@ -117,6 +120,50 @@ def test_robustbench_info_as_it_is_found() -> None:
     assert info.clean_acc == "80.00"
 
 
+@pytest.mark.parametrize(
+    ("written", "spelled"), [(8 / 255, "8/255"), (0.031, "0.031"), (" 8/255", "8/255"), (1, "255/255")]
+)
+def test_eps_as_robustbench_writes_it(written: object, spelled: str) -> None:
+    assert RobustBenchInfo.parse(json.dumps({**INFO, "eps": written}).encode(), "x").eps == spelled
+
+
+@pytest.mark.parametrize(
+    "eps",
+    ["nan/255", "8/nan", "inf", "1/0", "", "9" * 4_000_000, "\uff18/255", "8_0/2550", 0, -1, 10**400, True, None, [8]],
+    ids=lambda eps: repr(eps)[:12],
+)
+def test_eps_that_is_none(eps: object) -> None:
+    with pytest.raises(DeatError, match=r"^x is not as a board has it: eps"):
+        RobustBenchInfo.parse(json.dumps({**INFO, "eps": eps}).encode(), "x")
+
+
+@pytest.mark.parametrize(
+    "link",
+    ["https://:x@evil.org/", "https://@evil.org/", "https://arxiv.org:@evil.org", "https://a.org:99999999/",
+     "https://a.org:0/", "https://a.org:x/", "https://\u0430rxiv.org/abs/1", "https:///abs", "https:a.org"],
+)  # fmt: skip
+def test_addresses_that_mislead(link: str) -> None:
+    with pytest.raises(DeatError, match="link: is no address"):
+        entry(link=link)
+    assert entry(link="https://arxiv.org:443/abs/1@x").link == "https://arxiv.org:443/abs/1@x"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("a\u3164b", r"U\+3164"), ("\u115f", r"U\+115F"), ("\u2800", r"U\+2800"), ("\ufe0f", r"U\+FE0F"),
+     ("a\ufe0f", r"U\+FE0F"), ("e\u0301\u0316\u0334", "more than 2 marks"), ("x;=HYPERLINK(1)", "has = after ;"),
+     ("x; @SUM(1)", "has @ after ;"), ("\uff1d1+1", "begins with \uff1d"), ("\uff201", "begins with \uff20")],
+)  # fmt: skip
+def test_texts_that_are_more_or_less_than_they_look(text: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        plain(text)
+
+
+@pytest.mark.parametrize("text", ["\u2764\ufe0f", "Nguye\u0302\u0303n", "a; b = c", "x; 1"])
+def test_texts_that_only_look_like_it(text: str) -> None:
+    assert plain(text) == text
+
+
 def test_names() -> None:
     assert check_model_name("RodriguezMunoz2024Characterizing_Swin-B") == "RodriguezMunoz2024Characterizing_Swin-B"
     with pytest.raises(DeatError, match="at most 80 characters"):
@@ -138,6 +185,22 @@ def test_entries_of_a_board(tmp_path: Path) -> None:
 def test_json_that_is_read_is_the_json_that_is_there() -> None:
     text = '{"a": [1, 2.5, "}]{[", "\\"["], "b": {"c": null}}'
     assert parse_json(text.encode(), "x") == json.loads(text)
+
+
+@pytest.mark.parametrize("text", ['"' + '\\\\"' * 500_000, "[" + '"\\\\' * 500_000, '{"a": "' + "\\\\" * 500_001])
+def test_a_string_that_does_not_end_costs_one_pass(text: str) -> None:
+    """It took 22 s for 32,000 characters, and four times that for twice as many."""
+    started = time.perf_counter()
+    with pytest.raises(DeatError, match="is not valid JSON"):
+        parse_json(text.encode(), "x")
+    assert time.perf_counter() - started < 5
+
+
+def test_objects_have_a_bounded_number_of_keys() -> None:
+    keys = {f"k{number}": 1 for number in range(1000)}
+    assert parse_json(json.dumps(keys).encode(), "x") == keys
+    with pytest.raises(DeatError, match="x has an object with 1001 keys, and 1000 are allowed"):
+        parse_json(json.dumps({**keys, "more": 1}).encode(), "x")
 
 
 def test_limits_are_exact(tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deat_rb.board.intake import MAX_JSON, parse_json, plain, printable, read_limited, seen
+from deat_rb.board.text import web_link
 from deat_rb.errors import DeatError
 from deat_rb.evaluation.report import Check, wilson
 from deat_rb.export import NAME
@@ -60,10 +60,30 @@ def _percent(text: str) -> str:
 
 
 def _link(text: str) -> str:
-    parts = urlsplit(plain(text))
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or re.search(r"[\s\"'<>\\]", text):
-        raise ValueError("is no address that begins with https://")
+    if web_link(plain(text)) is None or re.search(r"[\"'<>]", text):
+        raise ValueError("is no address that begins with https:// and the name of a host in ASCII")
     return text
+
+
+def _architecture(text: str) -> str:
+    if any(char.isdecimal() and not char.isascii() for char in plain(text)):
+        raise ValueError("has digits that are not 0 to 9")
+    return text
+
+
+def _spelled_eps(value: object) -> object:
+    """As sizes are spelled, of a text or of the number that RobustBench's ``update_json`` writes.
+
+    What is no size is given back as it is, to be refused where the field is looked at.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return value
+    if isinstance(value, str) and re.fullmatch(r"[0-9.eE +/-]{1,20}", value, re.ASCII) is None:
+        return value
+    try:
+        return format_fraction(check_eps(parse_fraction(value)))
+    except (ValueError, OverflowError):
+        return str(value)
 
 
 def _eps(text: str) -> str:
@@ -124,7 +144,7 @@ class RobustBenchInfo(BaseModel):
     number_forward_passes: Annotated[int, Field(ge=1, le=10**6)] | None = None
     dataset: Dataset
     venue: Line | None = None
-    architecture: Line | None = None
+    architecture: Annotated[Line, AfterValidator(_architecture)] | None = None
     eps: Eps
     clean_acc: Percent | None = None
     reported: Percent | None = None
@@ -144,8 +164,7 @@ class RobustBenchInfo(BaseModel):
         if not isinstance(content, dict):
             raise DeatError(f"{source} is no JSON object of RobustBench's fields")
         content = {field: None if value in ("", "nan") else value for field, value in content.items()}
-        if isinstance(content.get("eps"), str):
-            content["eps"] = format_fraction(parse_fraction(content["eps"]))
+        content["eps"] = _spelled_eps(content.get("eps"))
         return _validated(cls, content, source)
 
 
@@ -319,6 +338,8 @@ class Entry(RobustBenchInfo):
             stated, measured = getattr(self, field), self.figures.get(attack)
             if self.kind == "measured" and stated != (None if measured is None else measured.percent):
                 yield f"{field} {stated} is not what figures.{attack} says"
+        if self.reported is not None and float(self.reported) > float(self.clean_acc or 100):
+            yield f"reported {self.reported} is above clean_acc, and no attack makes a network better"
         if self.external is not None and float(self.external) > float(self.autoattack_acc or 100):
             yield f"external {self.external} is above autoattack_acc, and the best known attack leaves no more"
 

@@ -22,6 +22,9 @@ from deat_rb.models import ModelSpec, NormalizedModel, check_weights
 MAX_WEIGHTS = 2 * 2**30
 """Bytes of a file of weights; RobustBench's largest, a WRN-94-16 in float32, has 1.5e9."""
 MAX_PICKLE = 16 * 2**20
+MAX_HEADER = 4 * 2**20
+"""Bytes of a safetensors file's header, which takes some 150 for a tensor."""
+MAX_TENSORS = 20_000
 RESAVE = "save it anew by torch.save(model.state_dict(), path) or as safetensors"
 _MEMBER = re.compile(
     r"[A-Za-z0-9_.-]{1,200}/(data\.pkl|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id"
@@ -57,6 +60,8 @@ def take_weights(source: Path, target: Path, *, limit: int = MAX_WEIGHTS) -> Non
     data = read_limited(source, limit)
     if source.suffix != ".safetensors" and data[8:9] != b"{":
         data = _packed_anew(data, source)
+    elif int.from_bytes(data[:8], "little") > MAX_HEADER and len(data) > MAX_HEADER:
+        raise DeatError(f"{source} has a safetensors header of more than {MAX_HEADER} bytes, too large for names")
     target.write_bytes(data)
     check_honest(load_tensors(target), len(data), source)
 
@@ -85,6 +90,8 @@ def _packed_anew(data: bytes, source: Path) -> bytes:
 
 
 def _check_members(members: list[zipfile.ZipInfo], size: int, source: Path) -> None:
+    if len(members) > MAX_TENSORS:
+        raise DeatError(f"{source} has {len(members)} members, and {MAX_TENSORS} are allowed: {RESAVE}")
     names = [member.filename for member in members]
     for name in names:
         if _MEMBER.fullmatch(name) is None or ".." in name:
@@ -140,6 +147,8 @@ def check_honest(tensors: Mapping[str, Tensor], size: int, source: Path) -> None
     Raises:
         DeatError: One is or has.
     """
+    if len(tensors) > MAX_TENSORS:
+        raise DeatError(f"{source} has {len(tensors)} tensors, and {MAX_TENSORS} are allowed")
     for name, tensor in tensors.items():
         if re.fullmatch(r"[A-Za-z0-9_.]{1,200}", name, re.ASCII) is None:
             raise DeatError(f"{source} has a tensor of the name '{printable(name, 80)}', which no network has")

@@ -16,9 +16,18 @@ from deat_rb.errors import DeatError
 MAX_JSON = 4 * 2**20
 """Bytes of a JSON file; the metrics of a thousand epochs take half a megabyte."""
 MAX_DEPTH = 32
+MAX_KEYS = 1000
+"""Of one JSON object."""
 _UNSEEN = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"}
 """Unicode's categories of controls, direction marks, unassigned and private characters, surrogates, line ends."""
-_FORMULA = tuple("=+-@")
+_BLANK = set("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
+"""What is drawn as nothing although Unicode calls it a letter, a mark or a symbol."""
+_SELECTORS = {chr(code) for code in (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))}
+"""How the symbol before them is drawn; nothing by themselves."""
+MOST_MARKS = 2
+"""Combining marks that a letter of a real name carries; with more they grow over the lines above and below."""
+FORMULA = r"(^|[;\t\r\n])(\s*)(?=[=+\-@\uff1d\uff0b\uff0d\uff20])"
+"""Where a spreadsheet may see a formula begin: full-width signs count, and ; separates cells in half of Europe."""
 _MATHS = {"ell", "infty", "epsilon", "varepsilon", "approx", "times", "leq", "geq", "pm", "alpha", "beta", "gamma",
           "lambda", "mu", "sigma", "tau"}  # fmt: skip
 """What RobustBench's footnotes and titles write in TeX."""
@@ -46,16 +55,29 @@ def plain(text: str) -> str:
         raise ValueError(f"has the character U+{ord(unseen):04X}, which is not seen when it is printed")
     if text != text.strip():
         raise ValueError("begins or ends with a space")
+    _check_drawn(text)
     if re.search(r"<[A-Za-z/!?]|&#|&\w+;", text):
         raise ValueError("has HTML in it, and plain text is wanted")
     if re.search(r"\]\s*\(|`|\|", text):
         raise ValueError("has Markdown in it (a link, a backtick or |), and plain text is wanted")
-    if text.startswith(_FORMULA):
-        raise ValueError(f"begins with {text[0]}, which spreadsheets take for a formula")
+    formula = re.search(FORMULA, text)
+    if formula is not None:
+        where = f"has {text[formula.end()]} after {formula[1]}" if formula[1] else f"begins with {text[formula.end()]}"
+        raise ValueError(f"{where}, which spreadsheets take for a formula")
     commands = [name for name in re.findall(r"\\([A-Za-z@]+|$)", text) if name not in _MATHS]
     if commands or re.search(r"\^\^", text):
         raise ValueError(f"has the TeX command \\{commands[0] if commands else '^^'}, and plain text is wanted")
     return text
+
+
+def _check_drawn(text: str) -> None:
+    marks = 0
+    for before, char in zip(" " + text, text, strict=False):
+        marks = marks + 1 if unicodedata.category(char).startswith("M") else 0
+        if char in _BLANK or (char in _SELECTORS and unicodedata.category(before) != "So"):
+            raise ValueError(f"has the character U+{ord(char):04X}, of which nothing is seen")
+        if marks > MOST_MARKS:
+            raise ValueError(f"has more than {MOST_MARKS} marks on one letter")
 
 
 def seen(text: str) -> str:
@@ -102,11 +124,13 @@ def parse_json(data: bytes, source: str, *, depth: int = MAX_DEPTH) -> Any:
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise DeatError(f"{source} has the key '{printable(twice, 60)}' twice in one object")
+        if len(pairs) > MAX_KEYS:
+            raise DeatError(f"{source} has an object with {len(pairs)} keys, and {MAX_KEYS} are allowed")
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise DeatError(f"{source} has the key '{printable(name, 60)}' twice in one object")
+            found[name] = value
         return found
 
     def refuse(name: str) -> NoReturn:
@@ -127,9 +151,9 @@ def parse_json(data: bytes, source: str, *, depth: int = MAX_DEPTH) -> Any:
 
 
 def _depth(text: str) -> int:
-    """How deep brackets are nested outside of strings."""
+    """How deep brackets are nested outside of strings, in one pass: a string without an end goes to the end."""
     deepest = now = 0
-    for bracket in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', text, re.DOTALL):
+    for bracket in re.finditer(r'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', text, re.DOTALL):
         char = bracket[0]
         if char in "[{":
             now += 1

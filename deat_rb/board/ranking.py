@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 from deat_rb.board.entries import Entry
-from deat_rb.board.intake import printable
+from deat_rb.board.intake import FORMULA, printable
 from deat_rb.errors import DeatError, nearest
 from deat_rb.threat import parse_fraction
 
@@ -227,7 +227,7 @@ def as_csv(standings: Sequence[Standing]) -> str:
 
 def _csv_cell(text: str) -> str:
     text = printable(text, 2000)
-    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@", "\\t", "\\r")) else text
+    return re.sub(FORMULA, r"\1\2'", text)
 
 
 def as_markdown(standings: Sequence[Standing]) -> str:
@@ -243,14 +243,19 @@ def as_markdown(standings: Sequence[Standing]) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Text that Markdown shows as it is.
+
+    GitHub makes links of www., of mail addresses and of @names after it has resolved escapes: a comment keeps them
+    apart.
+    """
     entities = printable(text, 2000).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_{}\[\]()#!|~$])|(?<=https)(:)|(?<=http)(:)", lambda found: f"\\{found[0]}", entities)
+    escaped = re.sub(r"([\\`*_{}\[\]()#!|~$])|(?<=https)(:)|(?<=http)(:)", lambda found: f"\\{found[0]}", entities)
+    return re.sub(r"(?i)(?<=\bwww)(?=\.)|(?<=@)", "<!-- -->", escaped)
 
 
 _TEX = {"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
         "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-        "|": r"\textbar{}", '"': r"\textquotedbl{}"}  # fmt: skip
+        "|": r"\textbar{}", '"': r"\char34{}"}  # fmt: skip
 
 
 def latex_text(text: str) -> str:

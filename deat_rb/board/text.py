@@ -11,12 +11,13 @@ MISSING = "–"  # noqa: RUF001 - a dash where nothing is known
 
 
 def web_link(address: str | None) -> str | None:
-    """Gives back an address that a page may link to: of the schemes http and https, with a host; else None."""
+    """Gives back an address that a page may link to: of http or https, to a host in ASCII without a user; else None."""
     if not address or address != visible(address) or re.search(r"[\s\\]", address):
         return None
     try:
         parts = urlsplit(address)
-        return address if parts.scheme in ("http", "https") and parts.hostname else None
+        plain = parts.hostname and parts.netloc.isascii() and "@" not in parts.netloc and parts.port != 0
+        return address if parts.scheme in ("http", "https") and plain else None
     except ValueError:
         return None
 
