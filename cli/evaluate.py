@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +51,8 @@ def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> N
 @click.option("--json", "json_path", type=json_file, metavar="FILE", help="Write the report here, too.")
 @click.option("--page/--no-page", default=True, help="Write report.html beside the report, or not.")
 @click.option("--resume/--no-resume", default=None,
-              help="Continue the evaluation that was interrupted, or start anew; by default it is continued if it is "
-              "this very one.")  # fmt: skip
+              help="Continue the evaluation that was interrupted, or start anew; by default it is continued if there "
+              "is one, and refused if that is another than this.")  # fmt: skip
 @click.option("--arch", metavar="NAME", help="A checkpoint's network, as for train.")
 @click.option(
     "--dataset", metavar="NAME", help="What all but runs are evaluated on: digits, cifar10, cifar100, folder."
@@ -89,7 +91,8 @@ def evaluate(
     networks have names: robustbench:NAME, torchvision:NAME, timm:NAME or package.module:function. Of several
     runs, such as one method's seeds, the mean and the standard deviation are reported as well.
 
-    An evaluation that is interrupted is continued by the same command, if it has a run or --json to be kept beside.
+    An evaluation that is interrupted is continued by the same command, if it has a run or --json to be kept beside;
+    another command is refused there until that one has ended, unless it says --no-resume.
     """
     from rich.console import Console
 
@@ -105,6 +108,8 @@ def evaluate(
     norm = check_norm(norm)
     check_options(precision=precision, checks=checks)
     radii = None if eps is None else tuple(check_radius(radius, "--eps", norm=norm) for radius in eps)
+    if strict and checks == "none":
+        raise DeatError("--strict is about the checks, of which --checks none makes none: leave one of them out")
     where = resolve_device(device)
     if json_path is not None and len(targets) > 1:
         raise DeatError(
@@ -112,23 +117,25 @@ def evaluate(
         )
     subjects = [open_subject(target, norm=norm, **description) for target in targets]
     console = Console()
+    command = {"command": shlex.join(("deat-rb", *sys.argv[1:]))}
     reports = []
     for subject in subjects:
         images, labels = subject.examples(n_examples)
         own = subject.eps if norm == "Linf" else 0.5
+        places = [place for place in (subject.run, json_path) if place is not None]
+        written: list[Path] = []
+        finish = partial(_write, places, subject, page, where, written, images=images, labels=labels)
         with EvaluationProgress(len(labels)) as progress:
             report = evaluate(
                 subject.model, images, labels, attacks=chosen, eps=radii or (own,), main_eps=own, norm=norm,
                 batch_size=batch_size, seed=seed, device=where, precision=precision, checks=checks,
                 state=_state(subject, json_path), resume=resume, progress=progress,
+                provenance=subject.provenance | command, finish=finish,
             )  # fmt: skip
-        command = {"command": shlex.join(("deat-rb", *sys.argv[1:]))}
-        report = report.model_copy(update={"provenance": subject.provenance | command})
         reports.append(report)
         _print(report, subject, console)
-        for place in (subject.run, json_path):
-            if place is not None:
-                _write(report, place, subject, page, console, where, images=images, labels=labels)
+        for path in written:
+            console.print(f"written: {path}", highlight=False, soft_wrap=True, markup=False)
     if len(reports) > 1:
         console.print(means(reports))
     if strict and any(check.status != "pass" for report in reports for check in report.checks):
@@ -143,7 +150,7 @@ def _state(subject: Subject, json_path: Path | None) -> Path | None:
 
 
 def _print(report: Report, subject: Subject, console: Console) -> None:
-    from deat_rb.evaluation.report import sweep_table
+    from deat_rb.evaluation.report import LEFT_OUT, sweep_table
 
     console.print(report.table())
     if report.curve:
@@ -162,34 +169,40 @@ def _print(report: Report, subject: Subject, console: Console) -> None:
     for check in report.checks:
         if check.status != "pass":
             say(f"{check.status}: {check.name}: {check.sentence}")
-    if report.checks:
-        say(f"checks: {sum(check.status == 'pass' for check in report.checks)} of {len(report.checks)} pass")
+    made = [check for check in report.checks if check.name != LEFT_OUT]
+    if made:
+        left_out = "".join(f", {check.figure:.0f} left out" for check in report.checks if check.name == LEFT_OUT)
+        say(f"checks: {sum(check.status == 'pass' for check in made)} of {len(made)} pass{left_out}")
 
 
 def _write(
-    report: Report,
-    place: Path,
+    places: Sequence[Path],
     subject: Subject,
     page: bool,
-    console: Console,
     device: torch.device,
+    written: list[Path],
+    report: Report,
     **examples: Any,
 ) -> None:
-    file = report.save(place)
-    written = [file]
-    if report.curve:
-        from deat_rb.plots import plot_sweep
+    """Writes the report with its picture and its page; of a place that is written all of them are, or none."""
+    from deat_rb.evaluation.page import predictions_of, render_page
+    from deat_rb.evaluation.report import json_file
+    from deat_rb.plots import draw_sweep
 
-        written.append(file.with_name(f"{file.stem}-eps.png"))
-        plot_sweep(report, written[-1], title=place.name if place == subject.run else file.stem)
-    if page:
-        from deat_rb.evaluation.page import predictions_of, write_page
-
+    shown = b""
+    if page and places:
         predictions = predictions_of(
             subject.model, report, examples["images"], batch_size=report.batch_size, device=device
         )
-        name = "report.html" if file.name == "eval.json" else f"{file.stem}.html"
-        written.append(file.with_name(name))
-        write_page(report, written[-1], classes=subject.data.classes, predictions=predictions, **examples)
-    for path in reversed(written):
-        console.print(f"written: {path}", highlight=False, soft_wrap=True)
+        shown = render_page(report, classes=subject.data.classes, predictions=predictions, **examples)
+    for place in places:
+        file = json_file(place)
+        html = file.with_name("report.html" if file.name == "eval.json" else f"{file.stem}.html")
+        picture = file.with_name(f"{file.stem}-eps.png")
+        beside = {html: shown} if page else {}
+        if report.curve:
+            beside[picture] = draw_sweep(report, title=place.name if place == subject.run else file.stem)
+        report.save(place, beside)
+        written += [*beside, file]
+        for stale in {html, picture} - beside.keys() if place == subject.run else ():
+            stale.unlink(missing_ok=True)  # of an earlier evaluation

@@ -34,7 +34,7 @@ def plot_curves(rows: Sequence[EpochStats], path: Path, *, title: str) -> None:
 
     epochs = [row.epoch for row in rows]
     figure = Figure(figsize=(10, 6.4), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     ((accuracy, loss), (magnitude, cost)) = figure.subplots(2, 2)
 
     _line(accuracy, epochs, [row.val_acc for row in rows], "validation, natural", BLUE)
@@ -74,13 +74,15 @@ def plot_curves(rows: Sequence[EpochStats], path: Path, *, title: str) -> None:
     atomic_write(path, picture.getvalue())
 
 
-def plot_sweep(report: Report, path: Path, *, title: str) -> None:
+def draw_sweep(report: Report, *, title: str) -> bytes:
     """Draws accuracy against eps: a line for each attack and the worst case, and the report's own radius.
 
     Args:
         report: Of a sweep.
-        path: The PNG to write, atomically.
         title: Above the picture.
+
+    Returns:
+        A PNG.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
@@ -103,13 +105,14 @@ def plot_sweep(report: Report, path: Path, *, title: str) -> None:
     unit = "255ths of the image range" if in_255ths else "in units of the image range"
     axes.set(xlabel=f"eps ({report.norm}, {unit})", ylabel=f"accuracy on {report.n_examples} images", ylim=(0, 1))
     axes.set_xlim(left=0)
-    axes.set_title(title + (" (upper bounds)" if report.precision != "fp32" else ""))
+    axes.set_title(title + (" (upper bounds)" if report.precision != "fp32" else ""), parse_math=False)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(alpha=0.25)
-    axes.legend(fontsize="small")
+    for text in axes.legend(fontsize="small").get_texts():
+        text.set_parse_math(False)  # a dollar in a name is a dollar
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
-    atomic_write(path, picture.getvalue())
+    return picture.getvalue()
 
 
 def _line(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -27,7 +28,9 @@ def parse_fraction(text: str | float) -> float:
     Raises:
         DeatError: If it is neither a number nor a fraction of numbers.
     """
-    if isinstance(text, int | float):
+    if isinstance(text, bool) or not isinstance(text, Real | str):
+        raise DeatError(f"{text!r} is not a number; write a fraction such as 8/255 or a number such as 0.03")
+    if not isinstance(text, str):
         return float(text)
     top, slash, bottom = text.strip().partition("/")
     try:

@@ -208,6 +208,24 @@ def test_attacks_are_held_against_each_other(
     assert f"{figure:.1f}" in found.sentence
 
 
+def test_autoattack_tells_what_square_found_after_its_white_box_parts() -> None:
+    images, labels = coloured(8)
+    for before, figure, status in ((402, 0.2, "pass"), (410, 1.0, "warn"), (430, 3.0, "fail")):
+        report = report_of(shares(natural=900, autoattack=400))
+        parts = {"apgd-ce": 500, "apgd-t": before, "fab-t": before, "square": 400}
+        report.results["autoattack"] = report.results["autoattack"].model_copy(update={"parts": parts})
+        checks = {c.name: c for c in run_checks(used(), images, labels, report, level="quick", eps=8 / 255)}
+        found = checks["Square finds no more"]
+        assert found.figure == pytest.approx(figure)
+        assert found.status == status
+
+
+def test_images_too_small_for_square_in_l2_are_checked_without_it() -> None:
+    images, labels, _ = plane_images()
+    report = evaluate(Plane(), images, labels, attacks="pgd-2", eps=0.1, norm="L2", checks="full")
+    assert "Square finds no more; " in next(c for c in report.checks if c.name == "left out").sentence
+
+
 @pytest.mark.parametrize(
     ("worst", "figure", "status"), [((0.9, 0.5, 0.1), -40.0, "pass"), ((0.9, 0.1, 0.2), 10.0, "fail")]
 )

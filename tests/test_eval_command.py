@@ -60,13 +60,14 @@ def test_checks_and_strict(
     verdict_of_checks.append(Check(name="well", status="pass", figure=0.0, sentence="It is."))
     odd = {"name": "odd", "status": status, "figure": 3.5, "sentence": "3.5 [of] 4."}
     verdict_of_checks.append(Check.model_validate(odd))
+    verdict_of_checks.append(Check(name="left out", status="pass", figure=5.0, sentence="Five were."))
     result = run("eval", *described, "--attacks", "fgsm", "--no-page", *(["--strict"] if strict else []))
     assert result.exit_code == code, result.output
     lines = result.stdout.splitlines()
     assert (f"{status}: odd: 3.5 [of] 4." in lines) == (status != "pass")
     assert "well: It is." not in result.stdout
-    assert f"checks: {1 + (status == 'pass')} of 2 pass" in lines
-    assert [check.name for check in Report.load(tmp_path / "report.json").checks] == ["well", "odd"]
+    assert f"checks: {1 + (status == 'pass')} of 2 pass, 5 left out" in lines
+    assert [check.name for check in Report.load(tmp_path / "report.json").checks] == ["well", "odd", "left out"]
 
 
 def test_sweep_is_printed_and_drawn(described: list[object], tmp_path: Path) -> None:
@@ -83,6 +84,33 @@ def test_sweep_is_printed_and_drawn(described: list[object], tmp_path: Path) -> 
         "report-eps.png", "report-verdicts.safetensors", "report.json", "weights.pt"
     ]  # fmt: skip
     assert report.provenance["command"].startswith("deat-rb")
+
+
+def test_all_is_written_or_nothing_and_nothing_is_lost(described: list[object], tmp_path: Path) -> None:
+    flags = ["eval", *described, "--attacks", "fgsm", "--checks", "none"]
+    assert run(*flags, "--seed", 1).exit_code == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert before.keys() == {"report.json", "report.html", "report-verdicts.safetensors", "weights.pt"}
+    (tmp_path / "report.html").unlink()
+    (tmp_path / "report.html").mkdir()
+    refused = run(*flags)
+    assert refused.exit_code == 2
+    assert "report.html: Is a directory" in refused.stderr
+    assert "batches are in" in refused.stderr
+    assert all((tmp_path / name).read_bytes() == was for name, was in before.items() if name != "report.html")
+    (tmp_path / "report.html").rmdir()
+    assert run(*flags, "--resume").exit_code == 0
+    assert Report.load(tmp_path / "report.json").seed == 0
+    assert b"<!DOCTYPE html>" in (tmp_path / "report.html").read_bytes()
+    assert not (tmp_path / "report-state").exists()
+
+
+def test_names_are_not_read_as_markup(described: list[object]) -> None:
+    """Rich takes [/] for the end of a style, and ends with an error where none was begun."""
+    result = run("eval", *described, "--attacks", "torchattacks.UPGD(steps=1,loss='[/]')", "--checks", "none",
+                 "--no-page")  # fmt: skip
+    assert result.exit_code == 2
+    assert "torchattacks.UPGD(steps=1, loss='[/]') cannot be run here" in result.stderr
 
 
 def test_l2_and_bf16(described: list[object], tmp_path: Path) -> None:
@@ -103,6 +131,7 @@ def test_l2_and_bf16(described: list[object], tmp_path: Path) -> None:
         (["--eps", "1/255,x"], "'x' is not a number"),
         (["--attacks", "torchattacks.PDG(steps=3),fgsm"], "torchattacks.PDG does not exist: did you mean 'PGD'"),
         (["--resume"], "there is no unfinished evaluation in"),
+        (["--strict", "--checks", "none"], "--strict is about the checks, of which --checks none makes none"),
         (["--model-dir", "zoo"], "--model-dir zoo is for robustbench:NAME"),
     ],
 )
@@ -198,7 +227,8 @@ class Mean(torch.nn.Module):
     def forward(self, images):
         return images.mean((2, 3)).repeat(1, 4)
 def trained(): return Mean()
-def broken(): raise OSError("no weights")
+def broken(): raise OSError("no weights\\nat all")
+def wrong(): return torch.nothing
 def number(): return 3
 def build(num_classes):
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, num_classes))
@@ -228,7 +258,8 @@ def test_a_function_of_a_module(foreign: str, tmp_path: Path) -> None:
     [
         ("their_networks:none", {"dataset": "digits"}, "'their_networks:none' cannot be imported"),
         ("no_such_module:x", {"dataset": "digits"}, "'no_such_module:x' cannot be imported"),
-        ("their_networks:broken", {"dataset": "digits"}, r"failed \(OSError: no weights\)"),
+        ("their_networks:broken", {"dataset": "digits"}, r"failed \(OSError: no weights\): give a function"),
+        ("their_networks:wrong", {"dataset": "digits"}, r"'their_networks:wrong' failed \(AttributeError: "),
         ("their_networks:number", {"dataset": "digits"}, "gave a int where a torch.nn.Module is needed"),
         ("their_networks:trained", {}, "does not say on which data it is to be evaluated: give --dataset"),
         ("their_networks:trained", {"dataset": "digits", "arch": "wrn-10-1"}, "--arch wrn-10-1 is for checkpoints"),

@@ -230,6 +230,20 @@ def bad_input() -> Iterator[tuple[str, dict[str, object], str]]:
     yield "eps nan", {"eps": float("nan")}, "eps = nan"
     yield "eps pixels", {"eps": 8.0}, "eps = 8"
     yield "batch", {"batch_size": 0}, "batch_size = 0"
+    yield "batch of text", {"batch_size": "8"}, "batch_size = '8' is not positive"
+    yield "no radius", {"eps": None}, "None is not a number; write a fraction such as 8/255"
+    yield "eps yes", {"eps": True}, "True is not a number"
+    yield "eps of tensors", {"eps": [torch.tensor(0.1)]}, r"tensor\(0.1000\) is not a number"
+    yield "no precision", {"precision": None}, "there is no precision 'None'"
+    yield "checks yes", {"checks": True}, "there is no level of checks 'True'"
+    yield "no attacks", {"attacks": None}, "attacks = None is no list of names"
+    yield "channels", {"images": images.repeat(1, 3, 1, 1)}, r"does not take torch.float32 images of \(3, 2, 2\) on cpu"
+    yield "double", {"images": images.double()}, "does not take torch.float64 images"
+    yield "labels with a fraction", {"labels": labels.float()}, "labels must be int64"
+    yield "no images", {"images": images[:0], "labels": labels[:0]}, "not be empty"
+    yield "infinite", {"images": images / 0}, "NaN|inf"
+    yield "arrays", {"images": images.numpy()}, "must be tensors, not ndarray"
+    yield "device", {"device": "tpu9"}, "there is no device 'tpu9'"
     yield "attack", {"attacks": "fgms"}, "did you mean 'fgsm'"
 
 
@@ -239,6 +253,21 @@ def test_bad_input_is_refused(change: dict[str, object], message: str) -> None:
     arguments: dict[str, object] = {"images": images, "labels": labels, "eps": 0.1} | change
     with pytest.raises(DeatError, match=message):
         evaluate(Plane(), **arguments)  # type: ignore[arg-type]  # one wrong argument after the other
+
+
+def test_something_else_than_a_model_is_refused() -> None:
+    images, labels, _ = plane_images()
+    for model in (None, "runs/a", lambda images: images.flatten(1)):
+        with pytest.raises(DeatError, match=r"the model is a \w+, where a torch.nn.Module is needed"):
+            evaluate(model, images, labels)  # type: ignore[arg-type]
+
+
+def test_images_that_ask_for_a_gradient_get_none() -> None:
+    images, labels, robust = plane_images()
+    report = evaluate(Plane(), images.requires_grad_(), labels, attacks="fgsm,pgd-2,square", eps=0.1)
+    assert report.verdicts["fgsm"].tolist() == robust.tolist()
+    assert not any(made.requires_grad for made in report.adversarial.values())
+    assert images.grad is None
 
 
 class Detached(Plane):

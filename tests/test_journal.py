@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -149,6 +151,7 @@ def test_ctrl_c_says_what_is_kept(network: nn.Sequential, batch: tuple[Tensor, T
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "eps by a hair": ({"eps": (0.0, 0.02, 0.04 + 1e-9)}, "eps: 0, 0.02, 0.04, now 0, 0.02, 0.040000001; main eps: "),
     "eps": ({"eps": (0.0, 0.02, 0.05)}, "eps: 0, 0.02, 0.04, now 0, 0.02, 0.05; main eps: 0.04, now 0.05"),
     "seed": ({"seed": 3}, "seed: 2, now 3"),
     "batch size": ({"batch_size": 7}, "batch size: 8, now 7"),
@@ -159,16 +162,18 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("changes", "named"), CHANGES.values(), ids=CHANGES)
-def test_another_evaluation_is_refused_or_begun_anew(
+def test_another_evaluation_is_refused_unless_to_be_begun_anew(
     changes: dict[str, Any], named: str, network: nn.Sequential, batch: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
     interrupted(network, batch, tmp_path / "state")
     before = sorted((tmp_path / "state").iterdir())
-    with pytest.raises(DeatError, match=re.escape(f"is another's ({named}")):
-        run(network, batch, state=tmp_path / "state", resume=True, **changes)
-    assert sorted((tmp_path / "state").iterdir()) == before
+    for resume in (True, None):
+        with pytest.raises(DeatError, match=re.escape(f"is another's ({named}") + ".* or start anew by --no-resume$"):
+            run(network, batch, state=tmp_path / "state", resume=resume, **changes)
+        assert sorted((tmp_path / "state").iterdir()) == before
     changes = {"attacks": "fgsm"} | changes
-    assert same(run(network, batch, state=tmp_path / "state", **changes), run(network, batch, **changes))
+    anew = run(network, batch, state=tmp_path / "state", resume=False, **changes)
+    assert same(anew, run(network, batch, **changes))
 
 
 def test_other_weights_and_examples_are_refused(
@@ -205,18 +210,95 @@ def test_starting_anew(network: nn.Sequential, batch: tuple[Tensor, Tensor], tmp
     assert counted.calls == whole
 
 
+@pytest.mark.parametrize("error", [DeatError("cannot write eval.json"), KeyboardInterrupt()])
+def test_a_report_that_cannot_be_written_is_not_lost(
+    error: BaseException, network: nn.Sequential, batch: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    def fail(report: Report) -> None:
+        assert report.provenance == {"run": "a"}
+        raise error
+
+    options: dict[str, Any] = {"state": tmp_path / "state", "provenance": {"run": "a"}}
+    with pytest.raises((DeatError, Interrupted), match=r"[0-9]+ batches are in .*; the same command with --resume"):
+        run(network, batch, finish=fail, **options)
+    counted, reports = Forwards(network), list[Report]()
+    again = run(counted, batch, finish=reports.append, **options)
+    assert counted.calls <= 3, "nothing is attacked again"
+    assert reports == [again]
+    assert same(again, run(network, batch, provenance={"run": "a"}))
+    assert not (tmp_path / "state").exists()
+
+
+def test_checks_that_are_interrupted_lose_nothing(
+    network: nn.Sequential, batch: tuple[Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deat_rb.evaluation.checks.run_checks", interrupt)
+    with pytest.raises(Interrupted) as interrupted:
+        run(network, batch, checks="quick", state=tmp_path / "state")
+    assert "the same command with --resume continues" in interrupted.value.kept
+
+
+def test_an_attack_that_cannot_run_at_all_leaves_nothing(
+    network: nn.Sequential, batch: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    bad = "torchattacks.PGD(steps='many')"
+    with pytest.raises(DeatError, match="cannot be run here"):
+        run(network, batch, attacks=bad, state=tmp_path / "state")
+    assert not (tmp_path / "state").exists()
+    with pytest.raises(DeatError, match="cannot be run here"):
+        run(network, batch, attacks=f"fgsm,{bad}", state=tmp_path / "state")
+    assert (tmp_path / "state").exists(), "what FGSM found may have taken long"
+
+
 def test_damage_is_refused(network: nn.Sequential, batch: tuple[Tensor, Tensor], tmp_path: Path) -> None:
     folder = tmp_path / "state"
     interrupted(network, batch, folder)
     (folder / "00002.safetensors").write_bytes((folder / "00001.safetensors").read_bytes())
-    with pytest.raises(DeatError, match=r"00002.safetensors is not of eps 0.04, natural, all, batch 1"):
+    with pytest.raises(DeatError, match=r"00002.safetensors is damaged, or not of eps 0.04, natural, all, batch 1;"):
         run(network, batch, state=folder)
-    (folder / "00002.safetensors").write_bytes(b"\0" * 100)
-    with pytest.raises(DeatError, match=r"00002.safetensors"):
+    for damaged in (b"", b"\0" * 100, (folder / "00001.safetensors").read_bytes()[:-1]):
+        (folder / "00002.safetensors").write_bytes(damaged)
+        with pytest.raises(DeatError, match=r"00002.safetensors .*damaged; start anew by --no-resume"):
+            run(network, batch, state=folder)
+    files.save_tensors(folder / "00002.safetensors", {"broken": torch.ones(2)})
+    with pytest.raises(DeatError, match="start anew by --no-resume"):
         run(network, batch, state=folder)
     (folder / "evaluation.json").write_text("{")
     with pytest.raises(DeatError, match="its description is damaged"):
         run(network, batch, state=folder, resume=True)
+
+
+def test_not_one_bit_may_be_another(tmp_path: Path) -> None:
+    """A verdict is one bit: a batch with one flipped would be believed."""
+    journal = Journal(tmp_path)
+    journal.find("a")
+    journal.keep("a", {"broken": torch.tensor([True, False]), "seconds": torch.tensor(1.5)})
+    file = tmp_path / "00001.safetensors"
+    whole = file.read_bytes()
+    for place in range(len(whole)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(DeatError, match=r"start anew by --no-resume$"):
+            Journal(tmp_path).find("a")
+    file.write_bytes(whole)
+    assert (Journal(tmp_path).find("a") or {})["broken"].tolist() == [True, False]
+    with pytest.raises(DeatError, match=r"is damaged, or not of b; start anew by --no-resume$"):
+        Journal(tmp_path).find("b")
+
+
+def test_a_full_disk_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    journal, found = Journal(tmp_path), {"broken": torch.tensor([True])}
+    journal.find("a")
+    journal.keep("a", found)
+    journal.find("b")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DeatError, match=r"00002.* No space left on device; 1 batch is in .*--resume continues$"):
+        journal.keep("b", found)
 
 
 def test_a_folder_of_something_else_is_left_alone(
@@ -237,6 +319,22 @@ def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
         assert isinstance(journal, Journal)
         with pytest.raises(DeatError, match="another process is evaluating in"), opened(tmp_path / "state", {}, None):
             pass
+
+
+def test_a_folder_that_is_being_removed_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process ends between this one's opening of the lock and its locking."""
+    lock = fcntl.flock
+
+    def late(descriptor: int, how: int) -> None:
+        (tmp_path / "state" / ".lock").unlink()
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with (
+        pytest.raises(DeatError, match=r"has just ended its evaluation in .*; start this one again$"),
+        opened(tmp_path / "state", {}, None),
+    ):
+        pass
 
 
 # Through the command.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 from deat_rb import randomness
 from deat_rb.errors import DeatError
 from deat_rb.evaluation.evaluate import evaluate
-from deat_rb.evaluation.report import Check
-from deat_rb.plots import plot_sweep
+from deat_rb.evaluation.report import Check, CurvePoint
+from deat_rb.plots import draw_sweep
 from deat_rb.threat import L2, check_norm, check_radius, threat_model
 
 GREY = torch.full((200, 3, 8, 8), 0.5)
@@ -242,7 +241,7 @@ def test_within_a_radius_of_zero_nothing_breaks(
         assert report.results["pgd-2"].forwards > 40, "that is tried out, not assumed"
 
 
-def test_sweep(network: nn.Sequential, batch: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+def test_sweep(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
     images, labels = batch
     report = evaluate(network, images, labels, attacks="fgsm,pgd-4", eps="0.04,0,2/255", batch_size=20)
     assert report.eps == 2 / 255, "the last one"
@@ -259,8 +258,13 @@ def test_sweep(network: nn.Sequential, batch: tuple[Tensor, Tensor], tmp_path: P
     main = evaluate(network, images, labels, attacks="fgsm", eps=(0.04, 0, "2/255"), main_eps="0.04")
     assert main.eps == 0.04
     assert evaluate(network, images, labels, attacks="fgsm", eps=(0.04, 0), main_eps=0.3).eps == 0
-    plot_sweep(report, tmp_path / "curve.png", title="a network")
-    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    named = report.model_copy(update={"curve": tuple(_renamed(point, "$fgsm{$") for point in report.curve)})
+    for title in ("a network", r"run-$\frac{$", "[red]"):
+        assert draw_sweep(named, title=title).startswith(b"\x89PNG")
+
+
+def _renamed(point: CurvePoint, name: str) -> CurvePoint:
+    return point.model_copy(update={"accuracy": {name: point.accuracy["fgsm"]}})
 
 
 # bf16.

@@ -185,6 +185,14 @@ def test_a_sweep_has_a_curve(tmp_path: Path) -> None:
     assert page(tmp_path, curve=()).all("polyline") == []
 
 
+def test_a_sweep_of_many_attacks_says_what_it_does_not_draw(tmp_path: Path) -> None:
+    accuracy = {f"pgd-{steps}": 0.5 for steps in range(1, 9)}
+    curve = tuple(CurvePoint(eps=eps, n_correct={}, accuracy=accuracy, worst_case=0.5) for eps in (0.0, 0.1))
+    document = page(tmp_path, curve=curve)
+    assert len(document.all("polyline")) == 7, "six and the worst case"
+    assert "2 more attacks are not drawn; the worst case is of all of them." in document.text
+
+
 def test_nothing_is_fetched_and_nothing_runs(tmp_path: Path) -> None:
     document = page(tmp_path)
     html = (tmp_path / "report.html").read_text()

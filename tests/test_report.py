@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deat_rb.errors import DeatError
-from deat_rb.evaluation.report import AttackResult, Check, CurvePoint, Report, json_schema, sweep_table, wilson
+from deat_rb.evaluation.report import AttackResult, Check, CurvePoint, Report, json_schema, means, sweep_table, wilson
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,23 @@ def test_load_refuses(tmp_path: Path) -> None:
     file.write_text(json.dumps(content | {"eps": "far"}))
     with pytest.raises(DeatError, match="not an evaluation report: eps"):
         Report.load(file)
+    natural = content["results"]["natural"]
+    for wrong, sentence in (
+        ({"results": {"fgsm": content["results"]["fgsm"]}}, "has no accuracy without an attack"),
+        ({"results": {"natural": content["results"]["fgsm"]}}, "has the result of fgsm under natural"),
+        (
+            {"results": {"natural": natural | {"n_correct": 6}}},
+            "claims 80.00 % under natural with 6 of 5 correct, on 5",
+        ),
+        (
+            {"results": {"natural": natural | {"accuracy": 0.9}}},
+            "claims 90.00 % under natural with 4 of 5 correct, on 5",
+        ),
+        ({"n_examples": 4}, "claims 80.00 % under natural with 4 of 5 correct, on 4"),
+    ):
+        file.write_text(json.dumps(content | wrong))
+        with pytest.raises(DeatError, match=f"eval.json {sentence}.*; evaluate again$"):
+            Report.load(file)
     file.write_text(json.dumps(content | {"schema_version": 1}))
     with pytest.raises(DeatError, match=r"of schema version 2 \(it says 1\); evaluate again"):
         Report.load(file)
@@ -98,6 +115,15 @@ def test_load_refuses(tmp_path: Path) -> None:
         Report.load(file)
     with pytest.raises(DeatError, match="does not exist"):
         Report.load(tmp_path / "nowhere")
+
+
+def test_the_worst_case_is_that_of_the_verdicts(tmp_path: Path) -> None:
+    file = report_of(natural=NATURAL, fgsm=FGSM, cw=CW).save(tmp_path)
+    content = json.loads(file.read_text())
+    content["worst_case"] |= {"n_correct": 3, "accuracy": 0.6}
+    file.write_text(json.dumps(content))
+    with pytest.raises(DeatError, match=r"has another worst case than its verdicts; evaluate again$"):
+        Report.load(file)
 
 
 def test_report_is_frozen_and_has_a_schema() -> None:
@@ -147,6 +173,14 @@ def printed(table: Table) -> list[list[str]]:
     with console.capture() as lines:
         console.print(table)
     return [line.split() for line in lines.get().splitlines()]
+
+
+def test_names_are_not_read_as_markup() -> None:
+    report = report_of(**{"natural": NATURAL, "a[/]": FGSM, "[red]b": CW})
+    sweep = report.model_copy(update={"curve": (CurvePoint.of(0.1, report.verdicts),)})
+    for table in (report.table(), sweep_table(sweep), means([report, report])):
+        words = [word for line in printed(table) for word in line]
+        assert {"a[/]", "[red]b"} <= set(words)
 
 
 def test_table() -> None:

@@ -8,6 +8,7 @@ import math
 import torch
 
 from deat_rb.evaluation.case import EXAMPLES, Case, Outcome, at_least_one, concluded, graded, percent, size
+from deat_rb.evaluation.report import Report
 from deat_rb.evaluation.suspect import margins
 
 ROUNDING = 1e-6
@@ -204,11 +205,12 @@ def larger_balls(case: Case) -> Outcome | None:
 
 def square_no_better(case: Case) -> Outcome | None:
     """An attack without gradients finds next to nothing that white-box attacks do not."""
-    verdicts = case.report.verdicts
+    verdicts, count = case.report.verdicts, case.report.n_examples
     if "square" in verdicts and case.white_box:
-        count = case.report.n_examples
         beaten = 100 * int((torch.stack(list(case.white_box.values())).all(dim=0) & ~verdicts["square"]).sum()) / count
-    elif case.level == "full":
+    elif (found := _found_by_autoattacks_square(case.report)) is not None:
+        beaten = 100 * found / count
+    elif case.square_allowed:
         count = case.few
         beaten = 100 * case.squared / count
     else:
@@ -219,6 +221,15 @@ def square_no_better(case: Case) -> Outcome | None:
         f"Square, which sees no gradient, breaks {beaten:.1f} points that white-box attacks leave",
         "gradients are masked, and the white-box figures are too high",
     )
+
+
+def _found_by_autoattacks_square(report: Report) -> int | None:
+    """How many examples Square broke that AutoAttack's white-box parts had left; None where it was not their last."""
+    for result in report.results.values():
+        *before, last = result.parts or [""]
+        if before and last == "square":
+            return result.parts[before[-1]] - result.parts[last]
+    return None
 
 
 def autoattack_lowest(case: Case) -> Outcome | None:
@@ -244,7 +255,7 @@ def pgd_near_autoattack(case: Case) -> Outcome | None:
     suites = [result.accuracy for key, result in results.items() if key.startswith("autoattack")]
     if suites and name and steps >= 20:
         gap, rival = 100 * (results[name].accuracy - min(suites)), "AutoAttack"
-    elif case.attacks_allowed:
+    elif case.attacks_allowed and case.square_allowed:
         name, rival, count = "pgd-50", "PGD on the margin and Square", case.few
         strongest = 100 * (len(case.survivors) - case.squared) / count
         gap = case.pgd_leaves(eps=case.suspect.eps, steps=50, count=count) - strongest

@@ -50,8 +50,8 @@ class Found:
     def result(self, attack: Attack) -> AttackResult:
         """Makes the report's record of it."""
         total = len(self.correct)
-        counts = [f"{left} of {total} correct after {part.name}"
-                  for part, left in zip(attack.parts, self.left, strict=True) if part.name]  # fmt: skip
+        parts = {part.name: left for part, left in zip(attack.parts, self.left, strict=True) if part.name}
+        counts = [f"{left} of {total} correct after {name}" for name, left in parts.items()]
         outside = f"{self.inadmissible} adversarial images were not finite, in [0, 1] and within eps, and do not count"
         return AttackResult.of(
             attack.name,
@@ -61,6 +61,7 @@ class Found:
             backwards=self.backwards,
             inadmissible=self.inadmissible,
             parameters=attack.parameters,
+            parts=parts,
             notes=(*attack.notes, *counts, *([outside] if self.inadmissible else []), *attack.warnings),
         )
 
@@ -123,6 +124,7 @@ class Attacker:
                         with display.within(number, model):
                             batch = self._attack(attack, part, model, found, rows, number)
                         self.journal.keep(key, batch)
+                    self.journal.attacked |= attack is not NATURAL
                     _add(kept or batch, chosen, found, attack)
                 display.done(rows, found.correct, quietly=kept is not None)
             found.left = (*found.left, int(found.correct.sum()))

@@ -6,7 +6,7 @@ import ast
 import inspect
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ KNOWN = (*PLAIN, "pgd-100", "pgd-50x5", "cw-20", *AUTOATTACK, "square", "torchat
 PREFIX = "torchattacks."
 LEAST = {"eps": 0, "alpha": 0, "steps": 1}
 """Below these torchattacks' attacks run, too, and do nothing or move away from what they look for."""
+SQUARE_TILES = 5
+"""Square begins in L2 with so many tiles, side by side: it takes no smaller images."""
 
 
 def split_names(text: str) -> tuple[str, ...]:
@@ -49,6 +51,8 @@ def parse_attacks(attacks: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         DeatError: If there is no such attack, or it would take no step.
     """
+    if not isinstance(attacks, str | Iterable):
+        raise DeatError(f"attacks = {attacks!r} is no list of names; give a text such as 'fgsm,pgd-100'")
     given = split_names(attacks) if isinstance(attacks, str) else tuple(attacks)
     return tuple(dict.fromkeys(("natural", *(_canonical(name) for name in given))))
 
@@ -118,7 +122,7 @@ def parse_torchattack(text: str) -> TorchAttack:
         if name not in parameters:
             raise DeatError(f"torchattacks.{match[1]} has no argument '{name}': {nearest(name, parameters)}")
         least = LEAST.get(name)
-        if isinstance(value, int | float) and not (math.isfinite(value) and (least is None or value >= least)):
+        if isinstance(value, int | float) and not (_finite(value) and (least is None or value >= least)):
             wanted = "finite" if least is None else f"{least} or more"
             raise DeatError(f"attack '{text}' has {name}={value}: give a number that is {wanted}")
     return TorchAttack(match[1], tuple(arguments.items()))
@@ -154,7 +158,7 @@ def _keywords(text: str, call: str) -> dict[str, Value]:
         expression = None
     if not isinstance(expression, ast.Call) or not isinstance(expression.func, ast.Name) or expression.args:
         raise DeatError(f"attack '{text}' cannot be read: write torchattacks.NAME(argument=value, ...)")
-    given = [(_name(text, keyword), _literal(text, keyword.value)) for keyword in expression.keywords]
+    given = [(_name(text, keyword), _literal(text, call, keyword.value)) for keyword in expression.keywords]
     if len(dict(given)) < len(given):
         raise DeatError(f"attack '{text}' gives an argument twice: leave one out")
     return dict(given)
@@ -166,19 +170,27 @@ def _name(text: str, keyword: ast.keyword) -> str:
     return keyword.arg
 
 
-def _literal(text: str, node: ast.expr) -> Value:
+def _literal(text: str, call: str, node: ast.expr) -> Value:
     try:
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
             top, bottom = ast.literal_eval(node.left), ast.literal_eval(node.right)
             if all(type(number) in (int, float) for number in (top, bottom)):
                 return float(top / bottom)
         value = ast.literal_eval(node)
-    except (ValueError, TypeError, ZeroDivisionError, RecursionError, MemoryError):
+    except (ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
         value = ...
     value = tuple(value) if isinstance(value, list) else value
     if value is not None and not isinstance(value, bool | int | float | str | tuple):
-        raise DeatError(f"attack '{text}' has the value {ast.unparse(node)}, which is no number, text or fraction")
+        written = ast.get_source_segment(call, node)
+        raise DeatError(f"attack '{text}' has the value {written}, which is no number, text or fraction")
     return value
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 def _spelled(value: Value) -> str:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from deat_rb.evaluation.attacklist import SQUARE_TILES
 from deat_rb.evaluation.report import Report
 from deat_rb.evaluation.suspect import Suspect
 
@@ -24,8 +25,6 @@ WITHOUT_GRADIENT = (
     "torchattacks.GN", "torchattacks.AutoAttack",
 )  # fmt: skip
 NO_ATTACK = ("natural", "noise")
-LEFT_OUT = "left out"
-"""The name of the last check, which says which were not made."""
 
 
 @dataclass(eq=False)
@@ -54,6 +53,12 @@ class Case:
     def attacks_allowed(self) -> bool:
         """Whether what the report does not tell may be found out by attacks: at level ``full``."""
         return self.level == "full" and self.suspect.gradient is not None
+
+    @property
+    def square_allowed(self) -> bool:
+        """Whether Square may be run: at level ``full``, on images that it takes."""
+        images = self.suspect.images
+        return self.level == "full" and (self.suspect.norm == "Linf" or min(images.shape[-2:]) >= SQUARE_TILES)
 
     @property
     def few(self) -> int:

@@ -18,8 +18,8 @@ from deat_rb.batches import check_batch
 from deat_rb.engine import resolve_device
 from deat_rb.errors import DeatError, nearest
 from deat_rb.evaluation import attack_checks, model_checks
-from deat_rb.evaluation.case import EXAMPLES, LEFT_OUT, Case, Outcome
-from deat_rb.evaluation.report import Check, Report
+from deat_rb.evaluation.case import EXAMPLES, Case, Outcome
+from deat_rb.evaluation.report import LEFT_OUT, Check, Report
 from deat_rb.evaluation.suspect import Suspect
 from deat_rb.guard import untouched
 

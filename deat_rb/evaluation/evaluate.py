@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from hashlib import sha256
 from importlib import metadata
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deat_rb.errors import DeatError, Interrupted, nearest
 from deat_rb.evaluation.attacking import NATURAL, Attacker, Found, Progress
-from deat_rb.evaluation.attacklist import parse_attacks, split_names
+from deat_rb.evaluation.attacklist import SQUARE_TILES, parse_attacks, split_names
 from deat_rb.evaluation.held import held_still
 from deat_rb.evaluation.journal import Journal, opened
 from deat_rb.evaluation.report import AttackResult, Check, CurvePoint, Norm, Report, wilson
@@ -32,8 +32,6 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 CHECKS = ("none", "quick", "full")
 KEPT_BYTES = 2 * 2**30
 """Adversarial images are kept by default as long as those of all attacks together take no more."""
-SQUARE_TILES = 5
-"""Square begins in L2 with so many tiles, side by side."""
 UPPER_BOUND = (
     "the attacks crafted in bf16: what they broke was confirmed in fp32, but what they missed was not looked for "
     "there, so robust accuracies are upper bounds"
@@ -59,6 +57,8 @@ def evaluate(
     state: str | Path | None = None,
     resume: bool | None = None,
     progress: Progress | None = None,
+    provenance: Mapping[str, str] | None = None,
+    finish: Callable[[Report], None] | None = None,
 ) -> Report:
     """Measures accuracy without an attack and under each of ``attacks``.
 
@@ -87,12 +87,15 @@ def evaluate(
             all attacks take no more than 2 GiB.
         checks: ``none``, ``quick`` or ``full``: how much is looked at that would make the figures suspect.
         state: A folder in which every batch is kept until the evaluation has ended, so that it can be continued.
-        resume: True to continue what is in ``state``, False to start anew; by default it is continued if it is of this
-            very evaluation.
+        resume: True to continue what is in ``state``, False to start anew; by default it is continued if there is
+            something. What is of another evaluation is refused.
         progress: Told ``(attack, done, total, robust)`` after every batch, ``robust`` being how many are correct
             so far. The parts of an attack are named as in ``autoattack/square``, and for them it is of all examples;
             those of a sweep as in ``fgsm (eps 4/255)``.
             If it has a method ``within``, that is told ``(attack, batch, batches, share)`` while a batch is attacked.
+        provenance: Where model and data came from, for the report; what UTF-8 cannot write becomes a question mark.
+        finish: Given the report, to write it, while what is in ``state`` is still there: where it raises, nothing is
+            lost.
 
     Returns:
         The report, with `Report.verdicts` and `Report.adversarial`.
@@ -107,54 +110,70 @@ def evaluate(
     radii, main = _radii(eps, main_eps, norm)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise DeatError(f"seed = {seed!r} is not possible; give a whole number of 0 or more")
-    with held_still(model, images, labels, batch_size=batch_size, device=device, channels_last=channels_last) as held:
-        _check_square(names, norm, images)
-        keep = keep_adversarial
-        if keep is None:
-            keep = 4 * images.numel() * (len(names) - 1) <= KEPT_BYTES
-        terms = Terms(norm, main, seed, held.num_classes, held.device)
-        plans = {radius: _attacks(names, replace(terms, eps=radius)) for radius in sorted({*radii, main})}
-        facts = _facts(model, images, labels)
-        settings = {
-            "norm": norm,
-            "eps": ", ".join(format_fraction(radius) for radius in radii),
-            "main eps": format_fraction(main),
-            "attacks": ", ".join(names),
-            "seed": str(seed),
-            "batch size": str(batch_size),
-            "precision": precision,
-            "layout": "channels_last" if held.channels_last else "own",
-            "device": _device_name(held.device),
-            "adversarial images": "kept" if keep else "not kept",
-        }
-        with opened(state, {**facts, **settings, **_versions()}, resume) as journal, _interruptible(journal):
+    with ExitStack() as stack:
+        with held_still(
+            model, images, labels, batch_size=batch_size, device=device, channels_last=channels_last
+        ) as held:
+            _check_square(names, norm, images)
+            keep = keep_adversarial
+            if keep is None:
+                keep = 4 * images.numel() * (len(names) - 1) <= KEPT_BYTES
+            terms = Terms(norm, main, seed, held.num_classes, held.device)
+            plans = {radius: _attacks(names, replace(terms, eps=radius)) for radius in sorted({*radii, main})}
+            facts = _facts(model, images, labels)
+            settings = {
+                "norm": norm,
+                "eps": ", ".join(map(_exactly, radii)),
+                "main eps": _exactly(main),
+                "attacks": ", ".join(names),
+                "seed": str(seed),
+                "batch size": str(batch_size),
+                "precision": precision,
+                "layout": "channels_last" if held.channels_last else "own",
+                "device": _device_name(held.device),
+                "adversarial images": "kept" if keep else "not kept",
+            }
+            journal = stack.enter_context(opened(state, {**facts, **settings, **_versions()}, resume))
+            stack.enter_context(_interruptible(journal))
             if journal.said and hasattr(progress, "say"):
                 cast(Any, progress).say(journal.said)
             attacker = Attacker(held, terms, journal, keep, PRECISIONS[precision], progress, len(plans) > 1)
             found, curve = _run(attacker, plans, main)
-    report = Report.of(
-        [each.result(attack) for attack, each in found.items()],
-        {attack.name: each.correct for attack, each in found.items()},
-        norm=cast(Norm, norm),
-        eps=main,
-        num_classes=held.num_classes,
-        seed=seed,
-        batch_size=batch_size,
-        precision=precision,
-        layout=cast(Any, settings["layout"]),
-        device=settings["device"],
-        versions=_versions(),
-        curve=curve if len(plans) > 1 else (),
-        model_sha256=facts["weights"],
-        examples_sha256=facts["examples"],
-        notes=(UPPER_BOUND,) if precision != "fp32" else (),
-    )
-    report._adversarial.update(
-        {attack.name: each.adversarial for attack, each in found.items() if each.adversarial is not None}
-    )
-    if checks == "none":
-        return report
-    return report.model_copy(update={"checks": _checked(model, images, labels, report, checks, device, progress)})
+        report = Report.of(
+            [each.result(attack) for attack, each in found.items()],
+            {attack.name: each.correct for attack, each in found.items()},
+            norm=cast(Norm, norm),
+            eps=main,
+            num_classes=held.num_classes,
+            seed=seed,
+            batch_size=batch_size,
+            precision=precision,
+            layout=cast(Any, settings["layout"]),
+            device=settings["device"],
+            versions=_versions(),
+            curve=curve if len(plans) > 1 else (),
+            model_sha256=facts["weights"],
+            examples_sha256=facts["examples"],
+            notes=(UPPER_BOUND,) if precision != "fp32" else (),
+            provenance={name: str(each).encode(errors="replace").decode() for name, each in (provenance or {}).items()},
+        )
+        report._adversarial.update(
+            {attack.name: each.adversarial for attack, each in found.items() if each.adversarial is not None}
+        )
+        if checks != "none":
+            made = _checked(model, images, labels, report, checks, device, progress)
+            report = report.model_copy(update={"checks": made})
+        if finish is not None:
+            _finish(finish, report, journal)
+    return report
+
+
+def _finish(finish: Callable[[Report], None], report: Report, journal: Journal) -> None:
+    """Hands the report over; where it cannot be taken, says what is kept."""
+    try:
+        finish(report)
+    except DeatError as error:
+        raise DeatError(f"{error}; {journal.kept}" if journal.kept else str(error)) from error
 
 
 def _run(
@@ -180,6 +199,12 @@ def _run(
 
 def _attacks(names: Sequence[str], terms: Terms) -> dict[str, Attack]:
     return {name: build_attack(name, terms) for name in names if name != "natural"}
+
+
+def _exactly(radius: float) -> str:
+    """Writes a radius so that no other is written alike."""
+    short = format_fraction(radius)
+    return short if "/" in short or float(short) == radius else repr(radius)
 
 
 def _check_square(names: Sequence[str], norm: str, images: Tensor) -> None:
@@ -209,10 +234,10 @@ def check_options(*, precision: str, checks: str) -> None:
     Raises:
         DeatError: There is no such precision or level of checks.
     """
-    if precision not in PRECISIONS:
-        raise DeatError(f"there is no precision '{precision}' to evaluate in: {nearest(precision, PRECISIONS)}")
-    if checks not in CHECKS:
-        raise DeatError(f"there is no level of checks '{checks}': {nearest(checks, CHECKS)}")
+    if str(precision) not in PRECISIONS:
+        raise DeatError(f"there is no precision '{precision}' to evaluate in: {nearest(str(precision), PRECISIONS)}")
+    if str(checks) not in CHECKS:
+        raise DeatError(f"there is no level of checks '{checks}': {nearest(str(checks), CHECKS)}")
 
 
 def _checked(

@@ -81,9 +81,12 @@ def held_still(
     Raises:
         DeatError: Something cannot be used.
     """
-    if batch_size < 1:
-        raise DeatError(f"batch_size = {batch_size} is not positive; give a number of images such as 128")
+    if not isinstance(model, nn.Module):
+        raise DeatError(f"the model is a {type(model).__name__}, where a torch.nn.Module is needed")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise DeatError(f"batch_size = {batch_size!r} is not positive; give a number of images such as 128")
     check_batch(images, labels)
+    images = images.detach()
     tensors = (*model.parameters(), *model.buffers())
     home = tensors[0].device if tensors else images.device
     target = resolve_device(str(device)) if device is not None else home
@@ -112,8 +115,14 @@ def held_still(
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    with torch.no_grad(), randomness.preserved():
-        logits = model(images)
+    try:
+        with torch.no_grad(), randomness.preserved():
+            logits = model(images)
+    except Exception as error:  # somebody else's code
+        first = str(error).partition("\n")[0]
+        raise DeatError(f"the model does not take {images.dtype} images of {tuple(images.shape[1:])} on "
+                        f"{images.device} ({type(error).__name__}: {first}): give those that it was made for"
+                        ) from error  # fmt: skip
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise DeatError(
@@ -141,7 +150,7 @@ def _laid_out(model: nn.Module, images: Tensor, logits: Tensor, *, wanted: bool)
         takes_it = True
         try:
             torch.testing.assert_close(_logits(model, images), logits)
-        except (AssertionError, RuntimeError):
+        except (AssertionError, DeatError):
             takes_it = False
             for tensor, data in own:
                 tensor.data = data

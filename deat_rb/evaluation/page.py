@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deat_rb.errors import DeatError
-from deat_rb.evaluation.case import LEFT_OUT
-from deat_rb.evaluation.report import AttackResult, Report, worst_of
+from deat_rb.evaluation.report import LEFT_OUT, AttackResult, Report, worst_of
 from deat_rb.files import atomic_write
 from deat_rb.guard import untouched
 from deat_rb.rendering import new_environment
@@ -22,10 +21,44 @@ from deat_rb.threat import format_fraction
 
 BROKEN_SHOWN, WITHSTANDING_SHOWN = 18, 6
 PAIRS_SHOWN = 12
+LINES_SHOWN = 6
 CLASSES_SHOWN = 100
 LARGEST_PICTURE = 160
 BAR = 144
 MARKS = {"pass": "✓", "warn": "!", "fail": "✕"}
+
+
+def render_page(
+    report: Report,
+    *,
+    images: Tensor,
+    labels: Tensor,
+    classes: Sequence[str],
+    predictions: Mapping[str, Tensor] | None = None,
+) -> bytes:
+    """Makes a page that shows a report: figures, checks, curve, classes, confusions, examples and provenance.
+
+    Args:
+        report: The evaluation. Examples are shown if it holds adversarial images.
+        images: What was evaluated, in [0, 1], (N, C, H, W).
+        labels: (N,).
+        classes: Names, in the order of the labels.
+        predictions: By attack and for ``natural``, the predicted classes (N,), see `predictions_of`; without them
+            neither confusions nor predictions are shown.
+
+    Returns:
+        The page in UTF-8.
+
+    Raises:
+        DeatError: If the images are not those of the report.
+    """
+    if not len(images) == len(labels) == report.n_examples:
+        raise DeatError(
+            f"the report is of {report.n_examples} examples, and {len(images)} images with {len(labels)} labels were "
+            "given to its page: give those that were evaluated"
+        )
+    content = _content(report, images.cpu(), labels.cpu(), _Names(classes), predictions or {})
+    return new_environment().get_template("report.html.j2").render(content).encode()
 
 
 def write_page(
@@ -37,31 +70,14 @@ def write_page(
     classes: Sequence[str],
     predictions: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Writes a page that shows a report: figures, checks, curve, classes, confusions, examples and provenance.
-
-    Args:
-        report: The evaluation. Examples are shown if it holds adversarial images.
-        path: The ``.html`` file.
-        images: What was evaluated, in [0, 1], (N, C, H, W).
-        labels: (N,).
-        classes: Names, in the order of the labels.
-        predictions: By attack and for ``natural``, the predicted classes (N,), see `predictions_of`; without them
-            neither confusions nor predictions are shown.
-
-    Returns:
-        The file.
+    """Writes the page of `render_page` to the ``.html`` file ``path``, and gives that back.
 
     Raises:
         DeatError: If the images are not those of the report, or the page cannot be written.
     """
-    if not len(images) == len(labels) == report.n_examples:
-        raise DeatError(
-            f"the report is of {report.n_examples} examples, and {len(images)} images with {len(labels)} labels were "
-            "given to its page: give those that were evaluated"
-        )
-    content = _content(report, images.cpu(), labels.cpu(), _Names(classes), predictions or {})
     path = Path(path)
-    atomic_write(path, new_environment().get_template("report.html.j2").render(content).encode())
+    page = render_page(report, images=images, labels=labels, classes=classes, predictions=predictions)
+    atomic_write(path, page)
     return path
 
 
@@ -187,7 +203,7 @@ def _curve(report: Report) -> dict[str, Any] | None:
         return round(52 + 576 * eps / widest, 1), round(252 - 240 * accuracy, 1)
 
     series = {name: [point.accuracy[name] for point in points] for name in points[0].accuracy if name != "natural"}
-    chosen = dict(list(series.items())[:6])
+    chosen = dict(list(series.items())[:LINES_SHOWN])
     if len(series) > 1:
         chosen["worst case"] = [point.worst_case for point in points]
     lines = []
@@ -199,7 +215,7 @@ def _curve(report: Report) -> dict[str, Any] | None:
             {
                 "name": name,
                 "worst": name == "worst case",
-                "colour": 6 if name == "worst case" else number,
+                "colour": LINES_SHOWN if name == "worst case" else number,
                 "points": " ".join(f"{x},{y}" for x, y in places),
                 "dots": [(x, y, text) for (x, y), text in zip(places, texts, strict=True)],
             }
@@ -211,7 +227,7 @@ def _curve(report: Report) -> dict[str, Any] | None:
             x_ticks.append({"at": at, "text": format_fraction(point.eps)})
             last = at
     y_ticks = [{"at": place(0, share)[1], "text": f"{100 * share:.0f} %"} for share in (0, 0.25, 0.5, 0.75, 1)]
-    return {"lines": lines, "x_ticks": x_ticks, "y_ticks": y_ticks}
+    return {"lines": lines, "x_ticks": x_ticks, "y_ticks": y_ticks, "hidden": max(0, len(series) - LINES_SHOWN)}
 
 
 def _classes(report: Report, labels: Tensor, names: _Names) -> tuple[list[dict[str, Any]], int]:

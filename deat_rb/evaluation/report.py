@@ -14,13 +14,15 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from torch import Tensor
 
 from deat_rb.errors import DeatError
-from deat_rb.files import load_tensors, read_json, save_tensors, write_json
+from deat_rb.files import load_tensors, read_json, write_together
 from deat_rb.threat import format_fraction
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 SCHEMA_VERSION = 2
+LEFT_OUT = "left out"
+"""The name of the last check, which says which were not made."""
 Norm = Literal["Linf", "L2"]
 
 
@@ -58,6 +60,7 @@ class AttackResult(BaseModel):
         backwards: Images for which a gradient was computed.
         inadmissible: Images that the attack made and that are not finite, in [0, 1] and within eps: they broke nothing.
         parameters: The attack's settings; sizes in [0, 1] pixel units.
+        parts: Of an attack of several parts, how many examples each of them left correct, in their order.
         notes: What a reader of the figure should know.
     """
 
@@ -74,6 +77,7 @@ class AttackResult(BaseModel):
     backwards: int
     inadmissible: int = 0
     parameters: dict[str, bool | int | float | str] = {}
+    parts: dict[str, int] = {}
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -230,22 +234,28 @@ class Report(BaseModel):
         """
         return dict(self._adversarial)
 
-    def save(self, path: str | Path) -> Path:
-        """Writes the report, and the verdicts beside it as ``<stem>-verdicts.safetensors``.
+    def save(self, path: str | Path, beside: Mapping[Path, bytes] | None = None) -> Path:
+        """Writes the report, and the verdicts beside it as ``<stem>-verdicts.safetensors``: all of it or nothing.
 
         Args:
             path: A ``.json`` file, or a folder in which it will be ``eval.json``.
+            beside: What else is to be written with it, by file.
 
         Returns:
             The JSON file.
 
         Raises:
-            DeatError: If it cannot be written.
+            DeatError: If something cannot be written. Nothing has been then.
         """
-        file = _json_file(path)
+        import safetensors.torch
+
+        file = json_file(path)
+        text = json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False)
+        contents = {**(beside or {}), file: text.encode() + b"\n"}
         if self._verdicts:
-            save_tensors(_verdict_file(file), self._verdicts)
-        write_json(file, self.model_dump(mode="json"))
+            apart = {name: correct.clone() for name, correct in self._verdicts.items()}
+            contents[_verdict_file(file)] = safetensors.torch.save(apart)
+        write_together(contents)
         return file
 
     @classmethod
@@ -255,7 +265,7 @@ class Report(BaseModel):
         Raises:
             DeatError: If it is no report, or the verdicts beside it are another report's.
         """
-        file = _json_file(path)
+        file = json_file(path)
         content = read_json(file)
         version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
@@ -269,16 +279,34 @@ class Report(BaseModel):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise DeatError(f"{file} is not an evaluation report: {where}: {first['msg']}") from None
+        if wrong := report._contradiction():
+            raise DeatError(f"{file} {wrong}; evaluate again")
         if _verdict_file(file).exists():
             verdicts = load_tensors(_verdict_file(file))
-            counts = {name: (int(correct.sum()), len(correct)) for name, correct in verdicts.items()}
-            if counts != {name: (result.n_correct, result.n_examples) for name, result in report.results.items()}:
+            expected = {name: (torch.bool, (each.n_examples,), each.n_correct) for name, each in report.results.items()}
+            if {name: (each.dtype, each.shape, int(each.sum())) for name, each in verdicts.items()} != expected:
                 raise DeatError(f"{_verdict_file(file)} holds another report's verdicts than {file}; evaluate again")
             report._verdicts.update({name: verdicts[name] for name in report.results})
+            if int(worst_of(report._verdicts).sum()) != report.worst_case.n_correct:
+                raise DeatError(f"{file} has another worst case than its verdicts; evaluate again")
         return report
+
+    def _contradiction(self) -> str:
+        """What in it cannot be; empty where nothing is wrong."""
+        if "natural" not in self.results:
+            return "has no accuracy without an attack"
+        for name, each in (*self.results.items(), (self.worst_case.name, self.worst_case)):
+            if name != each.name:
+                return f"has the result of {each.name} under {name}"
+            possible = 0 <= each.n_correct <= each.n_examples == self.n_examples > 0
+            if not possible or abs(each.accuracy - each.n_correct / each.n_examples) > 1e-9:
+                return (f"claims {100 * each.accuracy:.2f} % under {name} with {each.n_correct} of {each.n_examples} "
+                        f"correct, on {self.n_examples} examples, which does not add up")  # fmt: skip
+        return ""
 
     def table(self) -> Table:
         """Lays the figures out for a terminal."""
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table(
@@ -291,7 +319,7 @@ class Report(BaseModel):
         rows = [*self.results.values(), *([self.worst_case] if len(self.results) > 2 else [])]
         for result in rows:
             table.add_row(
-                result.name,
+                escape(result.name),
                 f"{100 * result.accuracy:.2f} %",
                 f"{result.n_correct} / {result.n_examples}",
                 f"{100 * result.low:.2f} - {100 * result.high:.2f}",
@@ -302,6 +330,7 @@ class Report(BaseModel):
 
 def sweep_table(report: Report) -> Table:
     """Lays out a sweep: a row for each attack, a column for each eps."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"accuracy by eps ({report.norm}), %")
@@ -309,7 +338,7 @@ def sweep_table(report: Report) -> Table:
     for point in report.curve:
         table.add_column(format_fraction(point.eps), justify="right")
     for name in report.curve[0].accuracy:
-        table.add_row(name, *(f"{100 * point.accuracy[name]:.2f}" for point in report.curve))
+        table.add_row(escape(name), *(f"{100 * point.accuracy[name]:.2f}" for point in report.curve))
     table.add_row("worst case", *(f"{100 * point.worst_case:.2f}" for point in report.curve))
     return table
 
@@ -322,6 +351,7 @@ def json_schema(record: type[BaseModel] = Report) -> str:
 
 def means(reports: Sequence[Report]) -> Table:
     """Lays out each attack's mean accuracy over several reports, and the sample standard deviation."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"mean and standard deviation over {len(reports)} evaluations")
@@ -329,11 +359,12 @@ def means(reports: Sequence[Report]) -> Table:
     table.add_column("accuracy", justify="right")
     for name in reports[0].results:
         values = [100 * report.results[name].accuracy for report in reports]
-        table.add_row(name, f"{fmean(values):.2f} ± {stdev(values):.2f} %")
+        table.add_row(escape(name), f"{fmean(values):.2f} ± {stdev(values):.2f} %")
     return table
 
 
-def _json_file(path: str | Path) -> Path:
+def json_file(path: str | Path) -> Path:
+    """Where a report is that is in a folder, or is to be written there."""
     path = Path(path)
     return path if path.suffix == ".json" else path / "eval.json"
 
