@@ -28,3 +28,5 @@ def compare(runs: tuple[Path, ...], as_json: bool) -> None:
     console = Console()
     console.print(comparison.table())
     console.print(comparison.difference_table())
+    for note in comparison.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)

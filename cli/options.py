@@ -54,6 +54,8 @@ def json_file(text: str) -> Path:
     path = Path(text)
     if path.suffix != ".json":
         raise click.BadParameter(f"'{text}' does not end in .json")
+    if path.is_dir():
+        raise click.BadParameter(f"'{text}' is a folder")
     if not path.parent.is_dir():
         raise click.BadParameter(f"there is no folder '{path.parent}' to write '{path.name}' into")
     return path

@@ -38,10 +38,10 @@ class EvaluationProgress(AbstractContextManager["EvaluationProgress"]):
         self.n_examples = n_examples
         self.console = console or Console(stderr=True)
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[accuracy]}"),
+            TextColumn("{task.fields[accuracy]}", markup=False),
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
@@ -127,7 +127,7 @@ class EvaluationProgress(AbstractContextManager["EvaluationProgress"]):
 
     def _say(self, line: str) -> None:
         self._said = self._last
-        self.console.print(line, highlight=False, soft_wrap=True)
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 class TrainingProgress(Reporter, AbstractContextManager["TrainingProgress"]):

@@ -111,6 +111,15 @@ def test_the_examples_themselves_decide_where_they_are_known() -> None:
         compare([("a", report_of(same, natural="11")), ("b", report_of(other, natural="11"))])
 
 
+def test_upper_bounds_are_called_so(tmp_path: Path) -> None:
+    for name, precision in (("[a]", "fp32"), ("[b]", "bf16")):
+        (tmp_path / name).mkdir()
+        report_of({"precision": precision}, natural="11", fgsm="10").save(tmp_path / name)
+    assert compare(load_reports([tmp_path / "[a]"] * 2)).notes == ()
+    result = run(tmp_path / "[a]", tmp_path / "[b]")
+    assert "note: [b] was attacked in bf16: its robust accuracies are upper bounds" in result.stdout
+
+
 def test_one_is_not_enough() -> None:
     with pytest.raises(DeatError, match=r"^1 evaluation cannot be compared; give two or more$"):
         compare([("a", report_of(natural="11"))])

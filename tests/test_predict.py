@@ -86,6 +86,10 @@ def test_top_is_bounded_by_the_classes(coloured_run: Path, files: list[Path]) ->
     assert sum(guess.confidence for guess in guesses) == pytest.approx(1)
     with pytest.raises(DeatError, match=r"^--top 0 is not possible: give 1 or more$"):
         predict(coloured_run, files, top=0, trust_code=True)
+    with pytest.raises(DeatError, match=r"^no list of images was given; "):
+        predict(coloured_run, [], trust_code=True)
+    with pytest.raises(DeatError, match=r"^no list of images was given; "):
+        predict(coloured_run, str(files[0]), trust_code=True)
 
 
 def test_classes_without_names_are_numbers(files: list[Path], tmp_path: Path) -> None:

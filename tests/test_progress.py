@@ -93,6 +93,18 @@ def test_a_terminal_gets_a_bar() -> None:
     assert "25.00 % correct" in out.getvalue()
 
 
+@pytest.mark.parametrize("interactive", [False, True])
+def test_names_are_not_read_as_markup(interactive: bool) -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=100, force_terminal=interactive, force_interactive=interactive)
+    with EvaluationProgress(8, console) as show:
+        show("torchattacks.A(b='[/]')", 8, 8, 2)
+        show.say("continued from 3 batches in runs/[red]x")
+        show._bar.refresh()
+    assert "b='[/]'" in out.getvalue()
+    assert "runs/[red]x" in out.getvalue()
+
+
 def test_the_bar_goes_away_when_interrupted() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, force_interactive=True)
     show = EvaluationProgress(8, console)

@@ -56,6 +56,7 @@ class Comparison(BaseModel):
         n_examples: Likewise.
         accuracy: By evaluation and attack, in [0, 1]; ``worst case`` is of the attacks that all of them have.
         differences: Of every further evaluation from the first one, by attack.
+        notes: What a reader of the differences should know.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,6 +66,7 @@ class Comparison(BaseModel):
     n_examples: int
     accuracy: dict[str, dict[str, float]]
     differences: tuple[Difference, ...]
+    notes: tuple[str, ...] = ()
 
     def table(self) -> Table:
         """Lays the accuracies out side by side."""
@@ -144,8 +146,14 @@ def compare(reports: Sequence[tuple[str, Report]]) -> Comparison:
         for name in names[1:]
         for attack, correct in verdicts[name].items()
     ]
+    notes = [
+        f"{name} was attacked in {report.precision}: its robust accuracies are upper bounds, and its differences from "
+        "others are not the networks' alone"
+        for name, (_, report) in zip(names, reports, strict=True)
+        if report.precision != "fp32"
+    ]
     return Comparison(norm=first.norm, eps=first.eps, n_examples=first.n_examples, accuracy=accuracy,
-                      differences=tuple(differences))  # fmt: skip
+                      differences=tuple(differences), notes=tuple(notes))  # fmt: skip
 
 
 def load_reports(paths: Sequence[str | Path]) -> list[tuple[str, Report]]:

@@ -73,11 +73,13 @@ def predict(
     Raises:
         DeatError: If the run or an image cannot be used, or ``top`` is not positive.
     """
-    if top < 1:
+    if not isinstance(top, int) or top < 1:
         raise DeatError(f"--top {top} is not possible: give 1 or more")
+    if not files or isinstance(files, str | Path):
+        raise DeatError("no list of images was given; give the names of one or more image files")
     where = resolve_device(str(device)) if device is not None else torch.device("cpu")
     spec, names = _described(Path(path))
-    images = torch.stack([_read(Path(file), spec) for file in files]) if files else torch.zeros(0)
+    images = torch.stack([_read(Path(file), spec) for file in files])
     model = load_model(path, device=where, trust_code=trust_code)
     confidences = _confidences(model, images, where)
     found = []

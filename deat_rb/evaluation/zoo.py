@@ -80,9 +80,8 @@ def load_pretrained(target: str) -> tuple[nn.Module, tuple[int, int]]:
     except DeatError:
         raise
     except Exception as error:  # whatever lies between here and the server
-        first = str(error).partition("\n")[0]
-        raise DeatError(f"the weights of {target} cannot be had ({type(error).__name__}: {first}): fetch them once "
-                        "where there is a network, or give a state dict with --arch") from error  # fmt: skip
+        raise DeatError(f"the weights of {target} cannot be had ({type(error).__name__}: {_first_line(error)}): fetch "
+                        "them once where there is a network, or give a state dict with --arch") from error  # fmt: skip
     return NormalizedModel(net, mean, std).eval(), size
 
 
@@ -122,12 +121,15 @@ def import_model(target: str) -> nn.Module:
     """
     module_name, _, function = target.partition(":")
     try:
-        model = getattr(importlib.import_module(module_name), function)()
-    except (ImportError, AttributeError, ValueError) as error:
-        raise DeatError(f"'{target}' cannot be imported ({error}): give package.module:function of something on the "
-                        "Python path that takes no argument") from error  # fmt: skip
+        factory = getattr(importlib.import_module(module_name), function)
     except Exception as error:  # somebody else's code
-        raise DeatError(f"'{target}' failed ({type(error).__name__}: {error})") from error
+        raise DeatError(f"'{target}' cannot be imported ({_first_line(error)}): give package.module:function of "
+                        "something on the Python path that takes no argument") from error  # fmt: skip
+    try:
+        model = factory()
+    except Exception as error:  # likewise
+        raise DeatError(f"'{target}' failed ({type(error).__name__}: {_first_line(error)}): give a function that takes "
+                        "no argument and returns a trained network") from error  # fmt: skip
     if not isinstance(model, nn.Module):
         raise DeatError(f"'{target}' gave a {type(model).__name__} where a torch.nn.Module is needed")
     return model.eval()
@@ -143,13 +145,17 @@ def check_takes(model: nn.Module, shape: tuple[int, int, int], classes: int, sou
         with torch.no_grad():
             logits = model(torch.zeros(2, *shape))
     except Exception as error:  # somebody else's code
-        first = str(error).partition("\n")[0]
-        raise DeatError(f"{source} does not take images of {'x'.join(map(str, shape))}: {first}") from error
+        raise DeatError(f"{source} does not take images of {'x'.join(map(str, shape))} ({_first_line(error)}): give "
+                        "other data or another model") from error  # fmt: skip
     found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2 or logits.shape[1] < classes:
         raise DeatError(f"{source} returns {found} for 2 images of {'x'.join(map(str, shape))}, where (2, {classes}) "
                         "is needed: give other data or another model")  # fmt: skip
     return int(logits.shape[1])
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _few(sentence: str) -> str:
