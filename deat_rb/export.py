@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,19 @@ from deat_rb import compat
 from deat_rb.errors import DeatError
 from deat_rb.evaluation.report import Report
 from deat_rb.files import load_tensors, read_json, sha256_file, write_together
-from deat_rb.models import PREACTRESNET18, ModelSpec, check_weights, load_weights, model_spec, robustbench_class
+from deat_rb.models import (
+    PREACTRESNET18,
+    ModelSpec,
+    bare_names,
+    check_weights,
+    load_weights,
+    model_spec,
+    robustbench_class,
+)
 from deat_rb.runs import RunDirectory
 from deat_rb.threat import format_fraction
 
-NAME = re.compile(r"[A-Z][A-Za-z]*[0-9]{4}[A-Z][A-Za-z0-9]*(_[A-Za-z0-9-]+)*", re.ASCII)
+NAME = re.compile(r"[A-Z][A-Za-z-]*[0-9]{4}[A-Z][A-Za-z0-9-]*(_[A-Za-z0-9-]+)*", re.ASCII)
 SPELLED = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "digits": "scikit-learn's digits", "folder": "a folder"}
 UNKNOWN = "nan"
 """An accuracy that was not measured. RobustBench reads the field with ``float``: it crashes on None or "None"."""
@@ -261,32 +269,72 @@ linf = OrderedDict([
 '''
 
 
-def exported_spec(weights: str | Path) -> ModelSpec:
-    """Describes an exported network: its architecture from the JSON, its sizes from the tensors.
+def exported_spec(
+    weights: str | Path, *, arch: str | None = None, num_classes: int | None = None, image_size: int = 32
+) -> ModelSpec:
+    """Describes a network in RobustBench's form: its architecture from the JSON, its sizes from the tensors.
+
+    Where the tensors have no normalisation, mean and standard deviation are 0 and 1.
 
     Args:
         weights: ``models/<dataset>/Linf/<name>.pt`` of an export.
+        arch: Instead of what the JSON says, as for `build_model`.
+        num_classes: Instead of the classifier's rows.
+        image_size: Height and width.
 
     Raises:
         DeatError: It is damaged, lies in no export, or the architecture is not that of the tensors.
     """
     weights = Path(weights).absolute()
-    tensors = load_tensors(weights)
+    tensors = bare_names(load_tensors(weights))
+    arch = _architecture_beside(weights) if arch is None else arch
+    classifier = tensors.get("linear.weight", tensors.get("fc.weight"))
+    if num_classes is None and (classifier is None or classifier.ndim != 2):
+        raise DeatError(f"{weights} has no classifier linear.weight or fc.weight with a row for each class: it is no "
+                        f"{arch} of RobustBench's")  # fmt: skip
+    mean, std = (_numbers(tensors, name, weights) for name in ("mu", "sigma"))
+    if num_classes is None and classifier is not None:
+        num_classes = len(classifier)
+    spec = model_spec(arch, num_classes=num_classes, image_size=image_size, mean=mean, std=std)
+    check_weights(spec.outline(), tensors, source=str(weights))  # whatever size the JSON claims, it costs no memory
+    return spec
+
+
+def _numbers(tensors: Mapping[str, Tensor], name: str, source: Path) -> tuple[float, ...] | None:
+    """The normalisation's mean or standard deviation, where there is one."""
+    found = tensors.get(name)
+    if found is None:
+        return None
+    if found.numel() not in (1, 3) or not found.is_floating_point():
+        raise DeatError(f"{source} has a tensor {name} that is no number for each channel: save it as (1, C, 1, 1)")
+    return tuple(found.flatten().tolist())
+
+
+def known_architecture(spelled: str) -> str | None:
+    """Finds which network a ``model_info`` means; RobustBench spells PreActResNet-18 as ResNet-18, too.
+
+    Returns:
+        As `deat_rb.models.canonical_arch` takes it, or None.
+    """
+    text = re.sub(r"[\s_]+", "-", spelled.strip().lower()) if spelled.isascii() else ""
+    if re.fullmatch(r"(pre-?act(ivation)?-?)?resnet-?18", text):
+        return PREACTRESNET18
+    wide = re.fullmatch(r"(?:wide-?resnet|wrn)-?(\d{1,3})-(\d{1,3})", text)
+    return None if wide is None else f"wrn-{wide[1]}-{wide[2]}"
+
+
+def _architecture_beside(weights: Path) -> str:
     folder = weights.parent.parent
     info = ExportPaths.below(folder.parent.parent, folder.name, weights.stem).info
     if not info.exists():
         raise DeatError(f"nothing says of which architecture {weights} is: build_model(...) and load_weights take any")
     content = read_json(info)
     architecture = content.get("architecture") if isinstance(content, dict) else None
-    known = re.fullmatch(r"PreActResNet-18|WideResNet-\d+-\d+", str(architecture))
-    classifier = tensors.get("linear.weight", tensors.get("fc.weight"))
-    if known is None or classifier is None or not {"mu", "sigma"} <= tensors.keys():
-        raise DeatError(f"{info} of architecture {architecture!r} and {weights.name} are no export of deat-rb")
-    mean, std = (tuple(tensors[name].flatten().tolist()) for name in ("mu", "sigma"))
-    spec = model_spec(known[0], num_classes=len(classifier), mean=mean, std=std)
-    with torch.device("meta"):  # whatever size the JSON claims, comparing costs no memory
-        check_weights(spec.build(), tensors, source=str(weights))
-    return spec
+    known = known_architecture(architecture) if isinstance(architecture, str) else None
+    if known is None:
+        raise DeatError(f"{info} is of architecture {str(architecture)[:80]!r}, and known are PreActResNet-18 and "
+                        "WideResNet-D-W of RobustBench's: deat-rb submit takes others by --arch")  # fmt: skip
+    return known
 
 
 def register(folder: str | Path) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from deat_rb import compat, randomness
 from deat_rb.data import CIFAR10_NORMALISATION, CIFAR100_NORMALISATION
@@ -27,6 +28,9 @@ DATASETS = {
     "cifar100": (100, CIFAR100_NORMALISATION),
 }
 """Number of classes, and mean and standard deviation per channel; all three are 32x32 RGB."""
+
+
+_STATISTICS = {"mean": "mu", "std": "sigma"}
 
 
 class NormalizedModel(nn.Module):
@@ -64,10 +68,10 @@ class ModelSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    arch: str
-    num_classes: int = Field(ge=2)
-    image_size: int = Field(default=32, ge=1)
-    channels: int = Field(default=3, ge=1)
+    arch: str = Field(max_length=200)
+    num_classes: int = Field(ge=2, le=10**6)
+    image_size: int = Field(default=32, ge=1, le=10**4)
+    channels: int = Field(default=3, ge=1, le=10**3)
     mean: tuple[float, ...]
     std: tuple[Annotated[float, Field(gt=0)], ...]
 
@@ -90,7 +94,30 @@ class ModelSpec(BaseModel):
         Raises:
             DeatError: The architecture does not exist or cannot take these images.
         """
-        return NormalizedModel(_build_net(self), self.mean, self.std)
+        net = _build_net(self)
+        _check_shapes(net, self)
+        return NormalizedModel(net, self.mean, self.std)
+
+    def outline(self) -> NormalizedModel:
+        """Builds the network without its weights, on the meta device: whatever its size, that takes no memory.
+
+        It is not tried on images, as `build` does.
+
+        Raises:
+            DeatError: The architecture does not exist.
+        """
+        with torch.device("meta"), _NumbersOnCpu():
+            return NormalizedModel(_build_net(self), self.mean, self.std)
+
+
+class _NumbersOnCpu(TorchFunctionMode):
+    """Lets networks read numbers out of small tensors as they are built, as ViTs do for each block's drop rate."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        more = {"device": "cpu"} if func in (torch.linspace, torch.arange, torch.tensor) else {}
+        return func(*args, **{**more, **(kwargs or {})})
 
 
 def canonical_arch(arch: str) -> str:
@@ -193,13 +220,11 @@ def _build_net(spec: ModelSpec) -> nn.Module:
         return network(*arguments, **options)
     build = {"timm": _build_timm, "torchvision": _build_torchvision}.get(kind)
     try:
-        net = build(name, spec) if build else _build_custom(kind, name, spec)
+        return build(name, spec) if build else _build_custom(kind, name, spec)
     except DeatError:
         raise
     except Exception as error:  # somebody else's code
         raise DeatError(f"architecture '{spec.arch}' cannot be built: {error}") from error
-    _check_shapes(net, spec)
-    return net
 
 
 def robustbench_class(spec: ModelSpec) -> tuple[type[nn.Module], tuple[Any, ...], dict[str, int]]:
@@ -239,8 +264,9 @@ def _build_timm(name: str, spec: ModelSpec) -> nn.Module:
 def _build_torchvision(name: str, spec: ModelSpec) -> nn.Module:
     from torchvision import models
 
-    if name not in models.list_models():
-        raise DeatError(f"torchvision has no model '{name}': {_few(nearest(name, models.list_models()))}")
+    known = models.list_models(module=models)  # those that classify: of others the backbone would be downloaded
+    if name not in known:
+        raise DeatError(f"torchvision has no model '{name}' that classifies images: {_few(nearest(name, known))}")
     net: nn.Module = models.get_model(name, weights=None, num_classes=spec.num_classes)
     return net
 
@@ -288,6 +314,8 @@ def _shape(spec: ModelSpec) -> str:
 
 def _check_shapes(net: nn.Module, spec: ModelSpec) -> None:
     """Lets a copy classify two black images, evaluating and training: some networks return wrong shapes silently."""
+    if ":" not in spec.arch:
+        return  # RobustBench's take one size only, which was looked at
     images = torch.zeros(2, spec.channels, spec.image_size, spec.image_size)
     trial = copy.deepcopy(net)
     for training in (False, True):
@@ -308,7 +336,8 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
     """Copies a state dict into a model, all of it or nothing.
 
     For a `NormalizedModel` the state dict may also be the bare network's, with ``mu`` and ``sigma`` (or ``mean`` and
-    ``std``) beside it or not; without them the model's own normalisation stays.
+    ``std``) beside it or not; without them the model's own normalisation stays. Names may begin with ``module.`` or
+    ``model.``, as those of wrapped networks do.
 
     Args:
         model: What to fill.
@@ -345,12 +374,24 @@ def _and_more(names: list[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
+def bare_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names tensors as RobustBench's classes do: without ``module.``, ``model.`` or ``net.``, with mu and sigma."""
+    bare: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        short = re.sub(r"^((module|model|net)\.)+(?=.)", "", name)
+        bare.setdefault(_STATISTICS.get(short, short), tensor)
+    return bare if len(bare) == len(tensors) else dict(tensors)
+
+
 def _renamed(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Finds whether the names are a `NormalizedModel`'s or a bare network's, and makes them the former's."""
-    statistics = {"mean": "mu", "std": "sigma", "mu": "mu", "sigma": "sigma"}
-    plain = {statistics.get(name, name): tensor for name, tensor in tensors.items()}
-    prefixed = {name if name in ("mu", "sigma") else f"net.{name}": tensor for name, tensor in plain.items()}
-    renamed = max(plain, prefixed, key=lambda candidate: len(candidate.keys() & own.keys()))
+    plain = {_STATISTICS.get(name, name): tensor for name, tensor in tensors.items()}
+    candidates = [
+        {name if name in ("mu", "sigma") else f"{prefix}{name}": tensor for name, tensor in given.items()}
+        for given in (plain, bare_names(tensors))
+        for prefix in ("", "net.")
+    ]
+    renamed = max(candidates, key=lambda candidate: len(candidate.keys() & own.keys()))
     for name in ("mu", "sigma"):
         tensor = renamed.get(name, own[name])
         renamed[name] = tensor.reshape(own[name].shape) if tensor.numel() == own[name].numel() else tensor

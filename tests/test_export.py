@@ -346,7 +346,7 @@ def damage(paths: ExportPaths, how: str, touched: Path) -> None:
         ("WideResNet-16-1", "another architecture"),
         ("WideResNet-994-999", "another architecture"),
         ("WideResNet-11-1", "depth D"),
-        ("os:system", "no export of deat-rb"),
+        ("os:system", "known are PreActResNet-18"),
         ("PreActResNet-18", "another architecture"),
     ],
 )

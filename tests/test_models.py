@@ -132,7 +132,7 @@ def test_robustbench_network_for_one_channel() -> None:
         ("wrn-10-0", "width W"),
         ("", "is unknown"),
         ("timm:resnet18x", "timm has no model 'resnet18x': did you mean"),
-        ("torchvision:resnet19", "torchvision has no model 'resnet19': did you mean"),
+        ("torchvision:resnet19", "torchvision has no model 'resnet19' that classifies images: did you mean"),
         ("torchvision:googlenet", "cannot be built|returns GoogLeNetOutputs"),
         ("my_networks:larger", "cannot be imported"),
         ("no_such_package:net", "cannot be imported"),
