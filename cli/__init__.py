@@ -29,8 +29,17 @@ _SYSTEM_REFUSALS = {
     errno.ENOSPC: "the disk that holds it is full; free some space or choose another folder",
     errno.EDQUOT: "your quota of the disk that holds it is used up; free some space or choose another folder",
     errno.EROFS: "it lies on a read-only file system; choose another folder",
+    errno.ENAMETOOLONG: "no file can have so long a name; give another",
+    errno.ELOOP: "it is a link that leads in a circle; give the file itself",
     errno.EACCES: "permission denied; choose another folder or change its permissions",
 }
+
+
+def _shown(message: str) -> str:
+    """A message in which the names of files and the like cannot move the cursor or hide anything."""
+    from deat_rb.board.intake import printable
+
+    return printable(message, 4000)
 
 
 class _Refusal(click.ClickException):
@@ -66,7 +75,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except DeatError as error:
-            raise _Refusal(str(error)) from None
+            raise _Refusal(_shown(str(error))) from None
         except KeyboardInterrupt as interrupt:
             kept = interrupt.kept if isinstance(interrupt, Interrupted) else ""
             click.echo(f"Interrupted: {kept or 'nothing was kept'}", err=True)
@@ -75,7 +84,7 @@ class _Commands(click.Group):
             if error.errno not in _SYSTEM_REFUSALS:
                 raise
             what = f"'{error.filename}'" if error.filename else "a file"
-            raise _Refusal(f"cannot use {what}: {_SYSTEM_REFUSALS[error.errno]}") from None
+            raise _Refusal(_shown(f"cannot use {what}: {_SYSTEM_REFUSALS[error.errno]}")) from None
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -16,6 +16,11 @@ def _chosen(context: click.Context, board: Path | None) -> Path:
     return board or before or DEFAULT
 
 
+def _tell(left_out: list[str]) -> None:
+    for sentence in left_out:
+        click.echo(f"left out: {sentence}", err=True)
+
+
 def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted:
         from deat_rb.board.entries import Entry
@@ -48,7 +53,9 @@ def leaderboard(context: click.Context, board: Path | None, dataset: str | None,
     from deat_rb.board import ranking
     from deat_rb.board.folder import Board
 
-    standings = ranking.rank(Board(board or DEFAULT).entries(), dataset=dataset, sort=sort)
+    left_out: list[str] = []
+    standings = ranking.rank(Board(board or DEFAULT).entries(left_out=left_out), dataset=dataset, sort=sort)
+    _tell(left_out)
     if form is not None:
         click.echo(getattr(ranking, f"as_{form}")(standings).rstrip("\n"))
         return
@@ -65,18 +72,19 @@ def leaderboard(context: click.Context, board: Path | None, dataset: str | None,
 def build(context: click.Context, board: Path | None) -> None:
     """Write the board's pages, which need no network."""
     from deat_rb.board import page as board_page
-    from deat_rb.board.folder import Board
 
-    folder = _chosen(context, board)
-    Board(folder).recover()
-    click.echo(f"written: {board_page.build(folder)}")
+    left_out: list[str] = []
+    index = board_page.build(_chosen(context, board), left_out=left_out)
+    _tell(left_out)
+    click.echo(f"written: {index}")
 
 
 @leaderboard.command("verify")
 @_board
 @click.option("--sample", type=int, default=100, show_default=True, metavar="N",
-              help="Measure so many examples of each model again; 0 for none.")  # fmt: skip
-@click.option("--data-dir", "data_dirs", multiple=True, metavar="NAME=DIR", help="Where a data set is; for each.")
+              help="Measure so many examples of each model again, 50 or more; 0 for none.")  # fmt: skip
+@click.option("--data-dir", "data_dirs", multiple=True, metavar="NAME=DIR",
+              help="Where a data set is, for each but the digits.")  # fmt: skip
 @click.option("--batch-size", type=int, default=128, show_default=True, metavar="N")
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="cpu, cuda, cuda:1, mps, ...")
 @click.pass_context
@@ -92,8 +100,6 @@ def verify(
     from deat_rb.errors import DeatError
     from deat_rb.progress import EvaluationProgress
 
-    if sample < 0:
-        raise DeatError(f"--sample {sample} is not possible: give a number of examples, or 0 for none")
     folders = {}
     for text in data_dirs:
         name, equals, folder = text.partition("=")

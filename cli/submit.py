@@ -14,9 +14,18 @@ import click
 @click.option("--board", type=click.Path(path_type=Path), default="leaderboard", show_default=True, metavar="DIR")
 @click.option("--info", type=click.Path(path_type=Path), metavar="FILE", help="A checkpoint's model_info JSON.")
 @click.option("--dataset", metavar="NAME", help="What a checkpoint is evaluated on; by default what its JSON says.")
-@click.option("--data-dir", type=click.Path(path_type=Path), metavar="DIR", help="Where the data are.")
-@click.option("--dataset-name", metavar="NAME", help="What the board calls the data, such as cifar10-jpeg.")
-@click.option("--dataset-note", metavar="TEXT", help="What a reader should know of the data.")
+@click.option(
+    "--data-dir", type=click.Path(path_type=Path), metavar="DIR", help="Where the data are; digits need none."
+)
+@click.option(
+    "--image-size",
+    type=int,
+    metavar="PIXELS",
+    help="Height and width of a folder's images, for a checkpoint; by default 32.",
+)
+@click.option("--arch", metavar="NAME", help="A checkpoint's network, where its JSON names none that is known.")
+@click.option("--dataset-name", metavar="NAME", help="What the board calls the images of a folder: cifar10-jpeg.")
+@click.option("--dataset-note", metavar="TEXT", help="What a reader should know of them; the first one said stands.")
 @click.option("--paper", "link", metavar="URL", help="Like what follows, the paper's own for its own methods.")
 @click.option("--title", "name", metavar="TITLE", help="Of the paper.")
 @click.option("--authors", metavar="A, B, ...", help="Of the paper.")
@@ -28,7 +37,7 @@ import click
 @click.option("--hardware", metavar="TEXT", help="Where it was trained.")
 @click.option("--n-examples", type=int, metavar="N", help="Evaluate on so many test images; by default on all.")
 @click.option("--sample", type=int, default=100, show_default=True, metavar="N",
-              help="Measure what an eval.json claims again on so many examples.")  # fmt: skip
+              help="Measure what an eval.json claims again on so many examples, 50 or more.")  # fmt: skip
 @click.option("--evaluate", "evaluate_anew", is_flag=True, help="Evaluate although the run has an eval.json.")
 @click.option("--replace", is_flag=True, help="Replace the entry of that name; it is kept under history/.")
 @click.option("--no-weights", "keep_weights", flag_value=False, default=True, help="Keep the weights off the board.")
@@ -67,7 +76,7 @@ def submit(
             keep_weights=keep_weights, batch_size=batch_size, device=str(where), progress=progress,
         )  # fmt: skip
     console = Console()
-    own = [each for each in rank(Board(board).entries()) if each.entry.key == entry.key]
+    own = [each for each in rank(Board(board).entries(left_out=[])) if each.entry.key == entry.key]
     for table in as_tables(own, console.width):
         console.print(table)
     console.print(f"written: {board / 'entries' / entry.key}.json", highlight=False, soft_wrap=True, markup=False)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from training_problems import run_config
 
 from deat_rb import files
-from deat_rb.board import measuring, submissions
+from deat_rb.board import measuring, submissions, verifying
 from deat_rb.data import DataSet, load_data
 from deat_rb.evaluation.report import AttackResult, Check, Report
 from deat_rb.evaluation.subject import in_turn
@@ -38,16 +38,27 @@ def network(seed: int = 0) -> NormalizedModel:
 
 
 def report_of(n: int, *, shares: dict[str, float] | None = None, checks: tuple[Check, ...] = (), eps: float = 0.1,
-              **rest: Any) -> Report:  # fmt: skip
-    verdicts = {name: torch.arange(n) < round(share * n) for name, share in (shares or SHARES).items()}
+              places: Tensor | None = None, of: int | None = None, **rest: Any) -> Report:  # fmt: skip
+    """Of n examples, or of those at ``places`` among the first ``of``: in each the first are correct."""
+    places = torch.arange(n) if places is None else places
+    verdicts = {name: places < round(share * (of or n)) for name, share in (shares or SHARES).items()}
     results = [AttackResult.of(name, correct, seconds=1.0, forwards=n, backwards=n)
                for name, correct in verdicts.items()]  # fmt: skip
     return Report.of(results, verdicts, eps=eps, num_classes=10, seed=0, batch_size=n, device="cpu",
                      versions={"torch": "2"}, checks=checks, **rest)  # fmt: skip
 
 
+@cache
+def places_of_digits() -> dict[bytes, int]:
+    images, _ = in_turn(digits().test).tensors()
+    return {image.numpy().tobytes(): place for place, image in enumerate(images)}
+
+
 class FakeEvaluation:
-    """Stands in for `deat_rb.evaluation.evaluate.evaluate`; remembers what it was asked for."""
+    """Stands in for `deat_rb.evaluation.evaluate.evaluate`; remembers what it was asked for.
+
+    Its shares are of the first examples, if it is given those, else of the first 500.
+    """
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
@@ -56,14 +67,17 @@ class FakeEvaluation:
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, **options: Any) -> Report:
         self.calls.append({"n": len(images), "images": images, "labels": labels, **options})
-        return report_of(len(images), shares=self.shares, checks=self.checks, eps=options["eps"])
+        places = torch.tensor([places_of_digits()[image.numpy().tobytes()] for image in images])
+        of = len(images) if torch.equal(places, torch.arange(len(images))) else 500
+        return report_of(len(images), shares=self.shares, checks=self.checks, eps=options["eps"], places=places, of=of)
 
 
 def without_evaluating(monkeypatch: pytest.MonkeyPatch) -> FakeEvaluation:
     """Has boards take the fake evaluation, and the digits from memory."""
     fake = FakeEvaluation()
     monkeypatch.setattr(measuring, "evaluate", fake)
-    monkeypatch.setattr(submissions, "load_data", lambda name, **where: digits())
+    for module in (submissions, verifying):
+        monkeypatch.setattr(module, "load_given", lambda name, **where: digits())
     return fake
 
 

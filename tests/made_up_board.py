@@ -81,6 +81,8 @@ def entry(
         "weights_file": f"weights/{fields.get('dataset', 'digits')}/Linf/{name}.safetensors",
         "data_sha256": "cd" * 32,
         "versions": {"python": "3.11.9", "torch": "2.14.1"},
+        "evaluated_on": "cuda",
+        "evaluated_with": {"python": "3.12.1", "torch": "2.14.2"},
         "submitted": "2026-01-31",
     }
     return Entry(**{**known, **fields})

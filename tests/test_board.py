@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from board_problems import (
+    SHARES,
     FakeEvaluation,
     bare_state,
     claim,
@@ -99,11 +100,12 @@ def test_a_run_with_its_evaluation(tmp_path: Path, board: Board, fake: FakeEvalu
 def test_the_sample_is_drawn_anew_and_from_the_claimed_examples(
     tmp_path: Path, board: Board, fake: FakeEvaluation
 ) -> None:
-    run = make_run(tmp_path / "run", n=400)
-    submit(board, run, sample=30)
-    submit(board, run, sample=30, replace=True)
+    run = make_run(tmp_path / "run", n=400, evaluated=False)
+    claim(run, n=400, shares={name: share * 500 / 400 for name, share in SHARES.items()})
+    submit(board, run, sample=50)
+    submit(board, run, sample=50, replace=True)
     one, other = (call["images"] for call in fake.calls)
-    assert len(one) == len(other) == 30
+    assert len(one) == len(other) == 50
     assert not torch.equal(one, other), "a submitter must not know which examples are measured"
     assert fake.calls[0]["seed"] != fake.calls[1]["seed"]
     assert fake.calls[0]["attacks"] == ("fgsm", "pgd-100", "cw-20", "autoattack")
@@ -135,19 +137,32 @@ def test_a_really_evaluated_run(tmp_path: Path, board: Board, monkeypatch: pytes
     assert entry.remeasured == {}
 
 
-@pytest.mark.parametrize("shown", [0.4, 0.5])
+@pytest.mark.parametrize("shown", [0.4, 0.41])
 def test_a_claim_within_the_interval_stands(tmp_path: Path, board: Board, fake: FakeEvaluation, shown: float) -> None:
     fake.shares["autoattack"] = shown
     assert submit(board, make_run(tmp_path / "run"), sample=100).autoattack_acc == "40.00"
 
 
 def test_a_claim_is_refused_with_both_figures(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
-    """Wilson's 99.9 % interval of 20 of 100: z = 3.2905, centre (.2 + .054137) / 1.108274 = .22931, half
-    3.2905 * sqrt(.0016 + .00027068) / 1.108274 = .12842."""
+    """Wilson's 99.999 % interval of 100 of 500: z = 4.41717, centre (.2 + .0195114) / 1.0390228 = .21127, half
+    4.41717 * sqrt(.00032 + .0000195114) / 1.0390228 = .07833."""
     fake.shares["autoattack"] = 0.2
-    with pytest.raises(DeatError, match=r"claims 40.00 % under autoattack, and 20.00 % \(10.09 to 35.77\) of 100 exam"):
-        submit(board, make_run(tmp_path / "run"), sample=100)
+    with pytest.raises(DeatError, match=r"claims 40.00 % under autoattack, and 20.00 % \(13.29 to 28.96\) of 500 exam"):
+        submit(board, make_run(tmp_path / "run"), sample=500)
     assert not board.path.exists()
+
+
+def test_a_claim_is_held_against_every_example(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
+    """30 of 500 too many, of which the interval of 99.9 % begins at .0335, where .03 are allowed.
+
+    Centre (.06 + .0108274) / 1.0216548 = .06933, half 3.2905 * sqrt(.0001128 + .0000108274) / 1.0216548 = .03581.
+    """
+    run = make_run(tmp_path / "run", evaluated=False)
+    claim(run, shares={**SHARES, "autoattack": 0.46})
+    with pytest.raises(DeatError, match="says something else of 30 of 500 examples under autoattack than was measured"):
+        submit(board, run, sample=500)
+    claim(run, shares={**SHARES, "autoattack": 0.41})
+    assert submit(board, run, sample=500).autoattack_acc == "41.00"
 
 
 def test_foreign_checkpoint_in_robustbenchs_form(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
@@ -210,20 +225,34 @@ def test_data_of_one_name_are_the_same(
 
 
 def test_a_folder_has_a_name_of_its_own(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
-    run = make_run(tmp_path / "run", evaluated=False, dataset="folder", data_dir="/data/CIFAR10 JPEG")
-    entry = submit(board, run, dataset_note="CIFAR-10 (JPEG), not CIFAR-10")
-    assert (entry.dataset, entry.dataset_note) == ("cifar10-jpeg", "CIFAR-10 (JPEG), not CIFAR-10")
+    run = make_run(tmp_path / "run", evaluated=False, dataset="folder", data_dir="/data/secret place")
+    with pytest.raises(DeatError, match="Give a --dataset-name"):
+        submit(board, run)
+    note = "CIFAR-10 (JPEG), not CIFAR-10"
+    entry = submit(board, run, data_dir=tmp_path / "CIFAR10 JPEG", dataset_note=note)
+    assert (entry.dataset, entry.dataset_note) == ("cifar10-jpeg", note)
     assert "/data" not in entry.json_bytes().decode(), "where the images lay is nobody's business"
-    other = make_run(tmp_path / "other", evaluated=False, dataset="folder", data_dir="/data/cifar10")
-    with pytest.raises(DeatError, match="Give --dataset-name"):
-        submit(board, other, "Wang2021Gradient_2")
-    with pytest.raises(DeatError, match="--dataset-name cifar100 is the name of another data set than folder"):
-        submit(board, other, "Wang2021Gradient_2", dataset_name="cifar100")
-    assert verify(board.path, sample=5).notes == [
+    for name in ("cifar10", "cifar100", "imagenet", "digits", "cifar-10"):
+        with pytest.raises(DeatError, match="cifar10, cifar100, digits, folder, imagenet are taken"):
+            submit(board, run, "Wang2021Gradient_2", data_dir=tmp_path, dataset_name=name)
+    assert verify(board.path, sample=50).notes == [
         "cifar10-jpeg/Linf/Wang2021Gradient: not measured, as its images are not at hand; "
         "give --data-dir cifar10-jpeg=DIR"
     ]
-    assert verify(board.path, sample=5, data_dirs={"cifar10-jpeg": tmp_path}).measured == 1
+    assert verify(board.path, sample=50, data_dirs={"cifar10-jpeg": tmp_path}).measured == 1
+
+
+def test_what_is_said_of_the_data_stands(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
+    run = make_run(tmp_path / "run", evaluated=False, dataset="folder")
+    terms: dict[str, Any] = {"data_dir": tmp_path, "dataset_name": "cifar10-jpeg"}
+    submit(board, run, dataset_note="JPEG", **terms)
+    assert submit(board, run, "Wang2021Gradient_2", **terms).dataset_note == "JPEG"
+    before, calls = snapshot(board.path), len(fake.calls)
+    with pytest.raises(DeatError, match="the board says of cifar10-jpeg: JPEG; leave --dataset-note out"):
+        submit(board, run, "Wang2021Gradient_3", dataset_note="This is CIFAR-10", **terms)
+    with pytest.raises(DeatError, match="for the images of a folder: digits has its own name"):
+        submit(board, make_run(tmp_path / "digits"), dataset_note="easy")
+    assert (snapshot(board.path), len(fake.calls)) == (before, calls)
 
 
 def test_the_command_trains_the_same_again(tmp_path: Path) -> None:
@@ -333,11 +362,11 @@ def test_verify_says_what_is_wrong_and_where(
     tmp_path: Path, board: Board, fake: FakeEvaluation, spoil: Any, sentence: str
 ) -> None:
     submit(board, make_run(tmp_path / "run"))
-    sound = verify(board.path, sample=20)
+    sound = verify(board.path, sample=50)
     assert (sound.problems, sound.notes, sound.entries, sound.measured) == ([], [], 1, 1)
     spoil(*(board.path / kind / f"digits/Linf/{NAME}{suffix}" for kind, suffix in
             (("entries", ".json"), ("weights", ".safetensors"))))  # fmt: skip
-    problems = " ".join(verify(board.path, sample=20).problems)
+    problems = " ".join(verify(board.path, sample=50).problems)
     assert re.search(sentence, problems), problems
     assert NAME in problems or "Wang2022Link" in problems
 
@@ -345,7 +374,7 @@ def test_verify_says_what_is_wrong_and_where(
 def test_verify_measures_again(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
     submit(board, make_run(tmp_path / "run"))
     fake.shares["pgd-100"] = 0.1
-    (problem,) = verify(board.path, sample=100).problems
+    (problem,) = verify(board.path, sample=500).problems
     assert problem.startswith("digits/Linf/Wang2021Gradient: the entry claims 50.00 % under pgd-100, and 10.00 % (")
     fake.shares["pgd-100"] = 0.5
     fake.checks = (Check(name="deterministic", status="fail", figure=9.0, sentence="It draws."),)
@@ -521,7 +550,7 @@ def test_a_process_that_is_really_killed(tmp_path: Path, board: Board, fake: Fak
 def test_the_command_line(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
     run = make_run(tmp_path / "run")
     done = cli("submit", run, "--board", board.path, "--model-name", NAME, "--paper", "https://example.org/1",
-               "--footnote", "Mine.", "--sample", 20, "--device", "cpu")  # fmt: skip
+               "--footnote", "Mine.", "--sample", 50, "--device", "cpu")  # fmt: skip
     assert done.exit_code == 0, done.output
     assert done.output.rstrip().endswith(f"written: {board.path}/entries/digits/Linf/Wang2021Gradient.json")
     assert board.entries()[0].link == "https://example.org/1"
@@ -535,7 +564,7 @@ def test_the_command_line(tmp_path: Path, board: Board, fake: FakeEvaluation) ->
     assert cli("leaderboard", "--board", board.path, "--csv").output.startswith("dataset,threat,eps,part,rank,model")
     assert cli("leaderboard", "--board", board.path, "--markdown").output.startswith("**digits, Linf")
     assert cli("leaderboard", "--board", board.path, "--latex").output.startswith(r"\begin{table}")
-    sound = cli("leaderboard", "--board", board.path, "verify", "--sample", 10, "--device", "cpu")
+    sound = cli("leaderboard", "--board", board.path, "verify", "--sample", 50, "--device", "cpu")
     assert (sound.exit_code, sound.output.splitlines()[-1]) == (0, "1 entries, 1 measured again, 0 problems")
     (board.path / f"entries/digits/Linf/{NAME}.json").write_text("{}")
     broken = cli("leaderboard", "verify", "--board", board.path, "--sample", 0)

@@ -269,10 +269,10 @@ def of(text: str, number: int) -> Entry:
     """An entry with a text wherever one can be."""
     entry = made_up_board.entry(f"Doe2021Made_{number}")
     words = ("name", "authors", "venue", "architecture", "dataset_note", "method", "setting", "hardware", "command",
-             "footnote", "submitted")  # fmt: skip
+             "footnote", "submitted", "evaluated_on")  # fmt: skip
     checks = tuple(check.model_copy(update={"name": text, "sentence": text}) for check in entry.checks)
     fields = {**dict.fromkeys(words, text), "classes": (text,), "versions": {text: text}, "checks": checks,
-              "link": f"javascript:window.hacked=1//{text}"}  # fmt: skip
+              "evaluated_with": {text: text}, "link": f"javascript:window.hacked=1//{text}"}  # fmt: skip
     return entry.model_copy(update=fields)
 
 

@@ -170,12 +170,15 @@ def test_the_papers_tables_stand_beside_what_was_measured(index: Document) -> No
     tables = index.tables[-len(PAPER_TABLES) :]
     first = [[" ".join(cell.split()) for cell in row] for row in tables[0]]
     assert first[0] == ["method", "natural", "FGSM", "PGD-100", "CW-20", "minutes"]
-    assert first[3] == ["M-DEAT", "79.88", "49.84", "43.38", "43.36", "6"]
+    assert first[3] == ["M-DEAT", "79.88", "49.84", "43.38", "43.36", "6.0"]
     assert first[4][0].startswith("Roe2022Made_MDEAT measured")
     assert first[4][1:] == ["79.90", "49.81", "43.40", "43.31", "66.7"]
     assert first[5][0] == "FREE-4"
     fifth = [[" ".join(cell.split()) for cell in row] for row in tables[4]]
-    assert fifth[1:3] == [["M-DEAT", "79.88", "43.38", "43.36", "6"], [fifth[2][0], "79.90", "43.40", "43.31", "66.7"]]
+    assert fifth[1:3] == [
+        ["M-DEAT", "79.88", "43.38", "43.36", "6.0"],
+        [fifth[2][0], "79.90", "43.40", "43.31", "66.7"],
+    ]
 
 
 def beside_the_paper(folder: Path, **other: Any) -> list[int]:
@@ -371,11 +374,11 @@ def hostile(text: str, link: str) -> Entry:
     benign = made_up_board.entry("Doe2021Made_A")
     fields = dict(benign)
     words = ("name", "authors", "venue", "architecture", "dataset_note", "method", "setting", "hardware", "command",
-             "footnote", "weights_sha256", "data_sha256", "submitted")  # fmt: skip
+             "footnote", "weights_sha256", "data_sha256", "submitted", "evaluated_on")  # fmt: skip
     fields.update(dict.fromkeys(words, text))
     check = Check.model_construct(name=text, status="pass", figure=0.0, sentence=text)
-    fields |= {"link": link, "classes": (text, text), "versions": {text: text}, "checks": (check, check), "model": None,
-               "figures": {text: benign.figures["natural"]}}  # fmt: skip
+    fields |= {"link": link, "classes": (text, text), "versions": {text: text}, "evaluated_with": {text: text},
+               "checks": (check, check), "model": None, "figures": {text: benign.figures["natural"]}}  # fmt: skip
     return Entry.model_construct(**fields)
 
 

@@ -23,6 +23,10 @@ __all__ = ["ATTACKS", "Entry", "Figure", "RobustBenchInfo", "parse_entry", "read
 
 ATTACKS = ("natural", "fgsm", "pgd-100", "cw-20", "autoattack")
 """What an entry may have figures for."""
+MAX_EPOCHS = 10**4
+MAX_IMAGE = 1024
+"""Height and width that a network on a board takes: larger images would take more memory than a file says."""
+SCHEMA_VERSION: Literal[1] = 1
 DATASET = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*", re.ASCII)
 _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
@@ -126,6 +130,7 @@ def _check_said(check: Check) -> Check:
     return check
 
 
+Versions = Annotated[dict[Word, Word], Field(max_length=64)]
 Said = Annotated[Check, AfterValidator(_check_said)]
 Record = TypeVar("Record", bound=BaseModel)
 Number = Annotated[int, Field(ge=-(10**15), le=10**15)] | Annotated[float, Field(ge=-1e300, le=1e300)]
@@ -226,8 +231,8 @@ class Entry(RobustBenchInfo):
         epochs: How many.
         backward_passes: Over mini-batches, of the training.
         train_seconds: Wall time, without validation.
-        hardware: Where it was trained.
-        peak_memory: In bytes.
+        hardware: Where it was trained, in the submitter's words.
+        peak_memory: In bytes, of the training.
         figures: By attack, of `ATTACKS`; ``natural`` is without an attack.
         remeasured: What the board found itself on examples it drew, where ``figures`` are the submitter's; else empty.
         n_examples: On how many test images the figures are.
@@ -241,19 +246,21 @@ class Entry(RobustBenchInfo):
         weights_sha256: Of the weights as a safetensors file of this board.
         weights_file: Where that is, below the board; None where the board does not hold it.
         data_sha256: Of the data set.
-        versions: Of Python and of the packages that trained it or, of a foreign model, measured it.
+        versions: Of Python and of the packages that trained it; empty where that is not known.
+        evaluated_on: The device that ``figures`` are of, such as ``cpu``.
+        evaluated_with: Versions of Python and of the packages that ``figures`` are of.
         submitted: The day.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1] = SCHEMA_VERSION
     model_name: Name
     threat_model: Literal["Linf"] = "Linf"
     kind: Literal["measured", "published"]
     dataset_note: Line | None = None
     method: Word | None = None
     setting: Literal["fast", "standard"] | None = None
-    steps: Annotated[tuple[Annotated[int, Field(ge=0, le=10**4)], ...], Field(max_length=10**4)] | None = None
-    epochs: Annotated[int, Field(ge=0, le=10**4)] | None = None
+    steps: Annotated[tuple[Annotated[int, Field(ge=0, le=10**4)], ...], Field(max_length=MAX_EPOCHS)] | None = None
+    epochs: Annotated[int, Field(ge=0, le=MAX_EPOCHS)] | None = None
     backward_passes: Amount | None = None
     train_seconds: Amount | None = None
     hardware: Line | None = None
@@ -263,7 +270,7 @@ class Entry(RobustBenchInfo):
     n_examples: Annotated[int, Field(ge=1, le=10**9)] | None = None
     n_test: Annotated[int, Field(ge=1, le=10**9)] | None = None
     checks: Annotated[tuple[Said, ...], Field(max_length=100)] = ()
-    metrics: Annotated[tuple[Row, ...], Field(max_length=10**4)] = ()
+    metrics: Annotated[tuple[Row, ...], Field(max_length=MAX_EPOCHS)] = ()
     command: Text | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     model: ModelSpec | None = None
@@ -271,7 +278,9 @@ class Entry(RobustBenchInfo):
     weights_sha256: Sha256 | None = None
     weights_file: Annotated[str, Field(max_length=400)] | None = None
     data_sha256: Sha256 | None = None
-    versions: Annotated[dict[Word, Word], Field(max_length=64)] = {}
+    versions: Versions = {}
+    evaluated_on: Word | None = None
+    evaluated_with: Versions = {}
     submitted: Day | None = None
 
     @classmethod
@@ -347,6 +356,8 @@ class Entry(RobustBenchInfo):
         if self.weights_file not in (None, weights_file(self.dataset, self.threat_model, self.model_name)):
             yield f"weights_file is not {weights_file(self.dataset, self.threat_model, self.model_name)}"
         kind, colon, _ = self.model.arch.partition(":") if self.model is not None else ("", "", "")
+        if self.model is not None and self.model.image_size > MAX_IMAGE:
+            yield f"its network takes images of {self.model.image_size} pixels, and a board at most of {MAX_IMAGE}"
         if colon and kind not in PRETRAINED:
             yield f"its network is built by '{printable(kind, 60)}', and a board runs nobody's code"
 
@@ -365,6 +376,9 @@ def parse_entry(data: bytes, source: str) -> Entry:
     content = parse_json(data, source)
     if not isinstance(content, dict):
         raise DeatError(f"{source} is no JSON object")
+    version = content.get("schema_version", SCHEMA_VERSION)
+    if type(version) is int and version > SCHEMA_VERSION:
+        raise DeatError(f"{source} is of schema version {version}, and this deat-rb reads {SCHEMA_VERSION}: update it")
     return _validated(Entry, content, source)
 
 
@@ -374,25 +388,44 @@ def read_entry(path: str | Path) -> Entry:
 
 
 def entry_files(board: str | Path) -> tuple[Path, ...]:
-    """All files of entries: ``entries/<dataset>/<threat>/<model_name>.json``, sorted."""
-    return tuple(sorted(Path(board).glob("entries/*/*/*.json")))
+    """All files of entries: ``entries/<dataset>/<threat>/<model_name>.json``, sorted, without hidden ones."""
+    found = Path(board).glob("entries/*/*/*.json")
+    return tuple(sorted(path for path in found if not any(part.startswith(".") for part in path.parts[-3:])))
 
 
-def read_entries(board: str | Path) -> tuple[Entry, ...]:
-    """Reads all entries of a board.
+def check_board(board: str | Path) -> None:
+    """Refuses a folder that is no board.
 
     Raises:
-        DeatError: There is no board, or an entry is not valid or not where it belongs.
+        DeatError: It has no entries.
     """
-    board = Path(board)
-    if not (board / "entries").is_dir():
+    if not Path(board, "entries").is_dir():
         raise DeatError(f"there is no leaderboard at {board}: deat-rb submit RUN --board {board} begins one")
+
+
+def read_entries(board: str | Path, *, left_out: list[str] | None = None) -> tuple[Entry, ...]:
+    """Reads all entries of a board.
+
+    Args:
+        board: Its folder.
+        left_out: Told what is wrong with each entry that cannot be read, which is then passed over.
+
+    Raises:
+        DeatError: There is no board, or, without ``left_out``, an entry is not valid or not where it belongs.
+    """
+    check_board(board)
     found = []
     for path in entry_files(board):
-        entry = read_entry(path)
-        if path != board / "entries" / f"{entry.key}.json":
-            raise DeatError(f"{path} is the entry of {entry.key}: it lies in the wrong place")
-        found.append(entry)
+        try:
+            entry = read_entry(path)
+            if path != Path(board, "entries", f"{entry.key}.json"):
+                raise DeatError(f"{path} is the entry of {entry.key}: it lies in the wrong place")
+        except DeatError as error:
+            if left_out is None:
+                raise
+            left_out.append(printable(str(error), 1000))
+        else:
+            found.append(entry)
     return tuple(found)
 
 

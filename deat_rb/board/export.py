@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from deat_rb import compat
-from deat_rb.board.entries import Entry
+from deat_rb.board.entries import Entry, check_board
 from deat_rb.board.folder import Board
 from deat_rb.board.loading import load_network
 from deat_rb.errors import DeatError
@@ -49,10 +49,13 @@ def export_board(path: str | Path, output: str | Path, *, as_dataset: str | None
     if as_dataset is not None:
         compat.check_dataset(as_dataset)
     board = Board(path)
-    board.recover()
     contents: dict[Path, bytes] = {}
-    names, left_out = [], []
-    for entry in board.entries():
+    names: list[str] = []
+    left_out: list[str] = []
+    check_board(path)
+    with board.steady():
+        entries = board.entries(left_out=left_out)
+    for entry in entries:
         dataset = entry.dataset if entry.dataset in compat.DATASETS else as_dataset
         reason = _refusal(entry, dataset)
         if reason is not None:

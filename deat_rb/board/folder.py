@@ -10,6 +10,7 @@ history/<dataset>/<threat>/<model_name>/<number>/     what was replaced
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -21,16 +22,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from deat_rb.board.entries import Entry, parse_entry, read_entries, read_entry, weights_file
+from deat_rb import compat
+from deat_rb.board.entries import Entry, parse_entry, read_entries, weights_file
 from deat_rb.board.foreign import MAX_WEIGHTS, as_safetensors
 from deat_rb.board.intake import MAX_JSON, printable, read_limited
-from deat_rb.board.measuring import SAMPLE, Measure
-from deat_rb.board.submissions import Submission, Terms, dataset_note, open_submission
+from deat_rb.board.measuring import SAMPLE, Measure, check_sample
+from deat_rb.board.submissions import Submission, Terms, open_submission
 from deat_rb.errors import DeatError
 from deat_rb.evaluation.attacking import Progress
+from deat_rb.export import SPELLED
 from deat_rb.files import write_together
+from deat_rb.threat import format_fraction
 
 COMPLETE = "complete"
+IN_TURN = ("history", "weights", "entries")
+"""In this order files are moved to their places: an entry after what it speaks of."""
 
 
 class Board:
@@ -43,9 +49,9 @@ class Board:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def entries(self) -> tuple[Entry, ...]:
+    def entries(self, *, left_out: list[str] | None = None) -> tuple[Entry, ...]:
         """All entries; see `deat_rb.board.entries.read_entries`."""
-        return read_entries(self.path)
+        return read_entries(self.path, left_out=left_out)
 
     def submit(
         self,
@@ -82,20 +88,55 @@ class Board:
             DeatError: It is refused; the message says what for.
         """
         try:
+            terms.check()
+            check_sample(sample)
+            self._check_writable()
             with tempfile.TemporaryDirectory(prefix="deat-rb-") as scratch:
                 submission = open_submission(Path(target), terms, Path(scratch))
-                place = f"{submission.dataset_name}/Linf/{terms.model_name}"
-                self._check_free(place, replace)
-                self._check_data(submission.dataset_name, submission.data.fingerprint)
+                known = self._facts(submission, terms)
+                draft = Entry.checked({**known, "kind": "published"}, f"the entry of {submission.source}")
+                self._check_free(draft.key, replace)
                 measure = Measure(submission, n_examples, sample, batch_size, device, progress)
                 anew = evaluate_anew or submission.claim is None
                 fields = measure.all_of_it() if anew else measure.of_the_claim()
                 weights = as_safetensors(submission.model)
-                entry = _entry(submission, terms, fields, weights, keep_weights)
+                kept = weights_file(draft.dataset, draft.threat_model, draft.model_name) if keep_weights else None
+                entry = Entry.checked(
+                    {**fields, **known, "eps": fields["eps"], "kind": "measured", "weights_file": kept,
+                     "weights_sha256": hashlib.sha256(weights).hexdigest()},
+                    f"the entry of {submission.source}",
+                )  # fmt: skip
                 self.commit(entry, weights if keep_weights else None, replace=replace)
         except DeatError as error:
             raise DeatError(printable(str(error), 1000)) from error
         return entry
+
+    def _facts(self, submission: Submission, terms: Terms) -> dict[str, Any]:
+        """All of an entry but what has to be measured."""
+        dataset, fingerprint = submission.dataset_name, submission.data.fingerprint
+        return {
+            **submission.facts,
+            "model_name": terms.model_name,
+            "dataset": dataset,
+            "dataset_note": self._note(dataset, fingerprint, terms.dataset_note),
+            "eps": format_fraction(submission.eps),
+            "n_test": len(submission.data.test),
+            "model": submission.spec,
+            "classes": submission.data.classes,
+            "data_sha256": fingerprint,
+            "submitted": datetime.now(UTC).date().isoformat(),
+        }
+
+    def _check_writable(self) -> None:
+        """Refuses a board that cannot be written before it is waited for an evaluation."""
+        here = self.path
+        while not here.exists() and here != here.parent:
+            here = here.parent
+        folders = (here, *(self.path / kind for kind in (".lock", *IN_TURN) if (self.path / kind).exists()))
+        shut = next((folder for folder in folders if not os.access(folder, os.W_OK)), None)
+        if shut is not None or not here.is_dir():
+            raise DeatError(f"the board {self.path} cannot be written: {shut or here} is "
+                            f"{'no folder' if shut is None else 'read-only, or not yours to write'}")  # fmt: skip
 
     def _check_free(self, place: str, replace: bool) -> None:
         path = self.path / "entries" / f"{place}.json"
@@ -106,12 +147,26 @@ class Board:
             raise DeatError(f"the board has {near[0].stem}, which differs from {path.stem} by small and capital "
                             "letters only: choose another model name")  # fmt: skip
 
-    def _check_data(self, dataset: str, fingerprint: str) -> None:
-        for path in sorted(self.path.glob(f"entries/{dataset}/*/*.json")):
-            known = read_entry(path).data_sha256
-            if known not in (None, fingerprint):
-                raise DeatError(f"{dataset} on this board is other data (SHA-256 {known[:12]}..., submitted are "
-                                f"{fingerprint[:12]}...): choose another --dataset-name")  # fmt: skip
+    def _note(self, dataset: str, fingerprint: str | None, note: str | None) -> str | None:
+        """What the board says of a data set: once said, it stands.
+
+        Raises:
+            DeatError: On the board that name is of other data, or something else is said of them.
+        """
+        own = [entry for entry in (self.entries(left_out=[]) if (self.path / "entries").is_dir() else ())
+               if entry.kind == "measured" and entry.dataset == dataset]  # fmt: skip
+        for entry in own:
+            if entry.data_sha256 != fingerprint:
+                raise DeatError(f"{dataset} on this board is other data (SHA-256 {str(entry.data_sha256)[:12]}..., "
+                                f"submitted are {str(fingerprint)[:12]}...): choose another --dataset-name"
+                                )  # fmt: skip
+            if note not in (None, entry.dataset_note):
+                raise DeatError(f"the board says of {dataset}: {entry.dataset_note}; leave --dataset-note out, or say "
+                                "the same")  # fmt: skip
+        if own:
+            return own[0].dataset_note
+        spelled = dataset in compat.DATASETS or dataset in SPELLED
+        return note if note is not None or spelled else f"images of the folder {dataset}"
 
     def commit(self, entry: Entry, weights: bytes | None, *, replace: bool = False) -> None:
         """Puts an entry and its weights in their places: both or none, after whoever is at it has finished.
@@ -124,12 +179,17 @@ class Board:
         """
         record = entry.json_bytes()
         parse_entry(record, entry.key)
+        if len(record) > MAX_JSON:
+            raise DeatError(f"the entry {entry.key} takes {len(record)} bytes, and {MAX_JSON} are allowed: its "
+                            "metrics.jsonl is too long")  # fmt: skip
         with self.locked():
             self._check_free(entry.key, replace)
-            contents = {**self._replaced(entry), f"entries/{entry.key}.json": record}
-            if weights is not None:
-                contents[weights_file(entry.dataset, entry.threat_model, entry.model_name)] = weights
+            if entry.kind == "measured":
+                self._note(entry.dataset, entry.data_sha256, entry.dataset_note)
             try:
+                contents = {**self._replaced(entry), f"entries/{entry.key}.json": record}
+                if weights is not None:
+                    contents[weights_file(entry.dataset, entry.threat_model, entry.model_name)] = weights
                 self._stage(contents)
             except BaseException:
                 shutil.rmtree(self.staging, ignore_errors=True)
@@ -145,17 +205,30 @@ class Board:
     def locked(self) -> Iterator[None]:
         """Waits until nobody else writes to the board, and finishes what a killed process has left.
 
+        What is written meanwhile is as accessible to others as the board's folder: where that is a group's, every
+        member can replace it.
+
         Raises:
             DeatError: The folder cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            before = os.umask(0o777 & ~self.path.stat().st_mode)
+            try:
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+                with open(os.open(self.path / ".lock", flags, 0o666), "w") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                    self._recover()
+                    yield
+            finally:
+                os.umask(before)
         except OSError as error:
-            raise DeatError(f"the board {self.path} cannot be written ({error.strerror})") from None
-        with open(descriptor, "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            self._recover()
+            raise DeatError(f"the board {self.path} cannot be written ({error.strerror or error})") from None
+
+    @contextmanager
+    def steady(self) -> Iterator[None]:
+        """Holds the board as it is while it is read, where this user could change it."""
+        with self.locked() if os.access(self.path, os.W_OK) else contextlib.nullcontext():
             yield
 
     def recover(self) -> None:
@@ -165,15 +238,21 @@ class Board:
                 pass
 
     def _recover(self) -> None:
+        if self.staging.is_symlink() or (self.staging.exists() and not self.staging.is_dir()):
+            raise DeatError(f"{self.staging} is no folder, and submissions are put together there: remove it")
         if (self.staging / COMPLETE).exists():
             self._install()
         elif self.staging.exists():
             shutil.rmtree(self.staging)
 
     def _stage(self, contents: Mapping[str, bytes]) -> None:
+        """Writes all files, and sees to it that each can be moved to its place."""
         for place in contents:
             self._check_inside(place)
-            (self.staging / place).parent.mkdir(parents=True, exist_ok=True)
+            for folder in ((self.staging / place).parent, (self.path / place).parent):
+                folder.mkdir(parents=True, exist_ok=True)
+            if not os.access((self.path / place).parent, os.W_OK):
+                raise PermissionError(errno.EACCES, f"{(self.path / place).parent} is not yours to write")
         write_together({self.staging / place: data for place, data in contents.items()})
         write_together({self.staging / COMPLETE: b""})
 
@@ -187,16 +266,15 @@ class Board:
 
     def _install(self) -> None:
         """Moves what is complete to its places, the entry last; may be begun again wherever it was cut off."""
-        staged = [path for path in self.staging.rglob("*") if path.is_file() and path.name != COMPLETE]
-        order = ("history", "weights", "entries")
-        entry = next((parse_entry(read_limited(path, MAX_JSON), str(path)) for path in staged
-                      if path.relative_to(self.staging).parts[0] == "entries"), None)  # fmt: skip
-        for path in sorted(staged, key=lambda each: order.index(each.relative_to(self.staging).parts[0])):
-            place = str(path.relative_to(self.staging))
-            self._check_inside(place)
-            if place.startswith("entries") and entry is not None and entry.weights_file is None:
-                weights = weights_file(entry.dataset, entry.threat_model, entry.model_name)
-                (self.path / weights).unlink(missing_ok=True)
+        staged = [path for kind in IN_TURN for path in sorted((self.staging / kind).rglob("*")) if path.is_file()]
+        for path in staged:
+            place = path.relative_to(self.staging)
+            self._check_inside(str(place))
+            if place.parts[0] == "entries":
+                entry = parse_entry(read_limited(path, MAX_JSON), str(path))
+                if entry.weights_file is None:
+                    _, dataset, threat_model, _ = place.parts
+                    (self.path / weights_file(dataset, threat_model, place.stem)).unlink(missing_ok=True)
             (self.path / place).parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, self.path / place)
             _sync(self.path / place)
@@ -222,26 +300,3 @@ def _sync(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _entry(
-    submission: Submission, terms: Terms, fields: Mapping[str, Any], weights: bytes, keep_weights: bool
-) -> Entry:
-    dataset = submission.dataset_name
-    content = {
-        "dataset_note": dataset_note(submission),
-        **fields,
-        **submission.facts,
-        "model_name": terms.model_name,
-        "kind": "measured",
-        "dataset": dataset,
-        "n_test": len(submission.data.test),
-        "versions": fields["versions"],
-        "model": submission.spec,
-        "classes": submission.data.classes,
-        "weights_sha256": hashlib.sha256(weights).hexdigest(),
-        "weights_file": weights_file(dataset, "Linf", terms.model_name) if keep_weights else None,
-        "data_sha256": submission.data.fingerprint,
-        "submitted": datetime.now(UTC).date().isoformat(),
-    }
-    return Entry.checked(content, f"the entry of {submission.source}")

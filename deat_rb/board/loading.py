@@ -32,7 +32,6 @@ def open_entry(file: str | Path) -> tuple[Entry, NormalizedModel]:
         raise DeatError(f"{file} is the entry of {entry.key}, and lies in the wrong place: its weights are looked for "
                         f"beside a board's entries/{entry.key}.json")  # fmt: skip
     board = path.parents[3]
-    check_hash(held_weights(entry, board), entry)
     return entry, load_network(entry, board)
 
 
@@ -40,12 +39,14 @@ def load_network(entry: Entry, board: Path) -> NormalizedModel:
     """Loads an entry's network, in eval mode on the CPU.
 
     Raises:
-        DeatError: The board does not hold it, or the file is not to be trusted or does not fit.
+        DeatError: The board does not hold it, or the file is another than the entry says, is not to be trusted or does
+            not fit.
     """
     weights = held_weights(entry, board)
     with tempfile.TemporaryDirectory(prefix="deat-rb-") as scratch:
         copy = Path(scratch, weights.name)
         take_weights(weights, copy)
+        _check_digest(copy.read_bytes(), weights, entry)
         return load_checked(copy, cast(ModelSpec, entry.model), source=weights)
 
 
@@ -55,7 +56,11 @@ def check_hash(weights: Path, entry: Entry) -> None:
     Raises:
         DeatError: It is not to be had, or is another.
     """
-    actual = hashlib.sha256(read_limited(weights, MAX_WEIGHTS)).hexdigest()
+    _check_digest(read_limited(weights, MAX_WEIGHTS), weights, entry)
+
+
+def _check_digest(data: bytes, weights: Path, entry: Entry) -> None:
+    actual = hashlib.sha256(data).hexdigest()
     if actual != entry.weights_sha256:
         raise DeatError(f"{weights} has the SHA-256 {actual[:12]}..., and its entry says "
                         f"{str(entry.weights_sha256)[:12]}...: these are other weights")  # fmt: skip

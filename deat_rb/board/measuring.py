@@ -17,9 +17,15 @@ from deat_rb.evaluation.report import Check, Report, wilson
 from deat_rb.files import sha256_tensors
 from deat_rb.threat import format_fraction
 
-CONFIDENCE = 0.999
-"""Of the interval that a claim has to lie in: of a thousand honest figures, one is refused."""
+CONFIDENCE = 0.99999
+"""Of the interval that a claim has to lie in: of a hundred thousand honest figures, one is refused."""
 SAMPLE = 100
+LEAST_SAMPLE = 50
+"""With fewer examples almost any claim lies within the interval."""
+SURE = 0.999
+"""That verdicts differ, before a claim is refused for it."""
+MOST_DIFFERING = 0.03
+"""Of the examples, how many an honest evaluation may judge otherwise than the next, whose random starts are others."""
 
 
 class Measurable(Protocol):
@@ -67,6 +73,9 @@ def claimed_by(claim: Report, submission: Submission) -> dict[str, Figure]:
             raise DeatError(f"{evaluation} claims {100 * result.accuracy:.2f} % under {attack} with {result.n_correct} "
                             f"of {result.n_examples} correct, which does not add up: {again}")  # fmt: skip
         figures[attack] = Figure.of(result.n_correct, result.n_examples)
+    if not claim.verdicts:
+        raise DeatError(f"{evaluation} has no eval-verdicts.safetensors beside it, which says of which examples it "
+                        f"speaks: {again}")  # fmt: skip
     return figures
 
 
@@ -102,6 +111,38 @@ def compare_claim(stated: Mapping[str, float], found: Report, source: str) -> No
             )
 
 
+def compare_verdicts(claim: Report, found: Report, rows: Sequence[int], source: str) -> None:
+    """Holds what is claimed of each example against what was measured of it.
+
+    Args:
+        claim: The whole evaluation.
+        found: The measurement of some of its examples.
+        rows: Which examples those are.
+        source: Who claims it.
+
+    Raises:
+        DeatError: They differ in more examples than random starts explain. Luck in drawing the examples has no part in
+            it.
+    """
+    for attack in ATTACKS:
+        differing = int((claim.verdicts[attack][list(rows)] != found.verdicts[attack]).sum())
+        if wilson(differing, len(rows), SURE)[0] > MOST_DIFFERING:
+            raise DeatError(f"{source} says something else of {differing} of {len(rows)} examples under {attack} than "
+                            "was measured here: it is refused")  # fmt: skip
+
+
+def check_sample(sample: int) -> int:
+    """Gives back a number of examples that is worth measuring.
+
+    Raises:
+        DeatError: It is too small.
+    """
+    if sample < LEAST_SAMPLE:
+        raise DeatError(f"--sample {sample} would let claims pass that are wrong by half of all examples: give at "
+                        f"least {LEAST_SAMPLE}, such as {SAMPLE}")  # fmt: skip
+    return sample
+
+
 class Measure:
     """How the board measures a submission."""
 
@@ -114,8 +155,7 @@ class Measure:
         device: str | None,
         progress: Progress | None,
     ) -> None:
-        if sample < 1:
-            raise DeatError(f"--sample {sample} is not possible: give a number of examples such as {SAMPLE}")
+        check_sample(sample)
         self.submission = submission
         self.n_examples = n_examples
         self.sample = sample
@@ -130,7 +170,7 @@ class Measure:
         refuse_failed(report.checks, str(submission.source))
         compare_claim(submission.stated, report, f"the model_info of {submission.source}")
         figures = {name: Figure.of(result.n_correct, result.n_examples) for name, result in report.results.items()}
-        return {**_figure_fields(figures, submission.eps, report.checks), "versions": _of_both(submission, report)}
+        return _figure_fields(figures, submission.eps, report.checks, report)
 
     def of_the_claim(self) -> dict[str, Any]:
         """Takes the evaluation that came with the run, having measured some of its examples again."""
@@ -140,16 +180,18 @@ class Measure:
         if self.n_examples not in (None, claim.n_examples):
             raise DeatError(f"--n-examples {self.n_examples} is not what the eval.json of {submission.source} is of "
                             f"({claim.n_examples}): leave it out, or submit with --evaluate")  # fmt: skip
-        report = sampled(submission, claim.n_examples, self.sample, claim.eps, **self.options)
+        rows, report = sampled(submission, claim.n_examples, self.sample, claim.eps, **self.options)
         stated = {attack: 100 * figure.accuracy for attack, figure in figures.items()}
         compare_claim(stated, report, f"the eval.json of {submission.source}")
+        compare_verdicts(claim, report, rows, f"the eval.json of {submission.source}")
         refuse_failed(report.checks, str(submission.source))
         remeasured = {name: Figure.of(result.n_correct, result.n_examples) for name, result in report.results.items()}
-        fields = _figure_fields(figures, claim.eps, report.checks)
-        return {**fields, "remeasured": remeasured, "versions": _of_both(submission, report)}
+        return {**_figure_fields(figures, claim.eps, report.checks, claim), "remeasured": remeasured}
 
 
-def sampled(submission: Measurable, n_examples: int, sample: int, eps: float, **options: Any) -> Report:
+def sampled(
+    submission: Measurable, n_examples: int, sample: int, eps: float, **options: Any
+) -> tuple[list[int], Report]:
     """Evaluates on examples that nobody can have known: drawn by the operating system from the first ``n_examples``.
 
     Args:
@@ -158,15 +200,21 @@ def sampled(submission: Measurable, n_examples: int, sample: int, eps: float, **
         sample: How many are drawn, if there are as many.
         eps: The radius.
         options: Of `deat_rb.evaluation.evaluate.evaluate`.
+
+    Returns:
+        Which examples they are, and the evaluation.
     """
     draw = random.SystemRandom()
     rows = sorted(draw.sample(range(n_examples), min(sample, n_examples)))
     images, labels = submission.examples(n_examples)
-    return evaluate(submission.model, images[rows], labels[rows], attacks=ATTACKS[1:], eps=eps, checks="quick",
-                    seed=draw.randrange(2**31), keep_adversarial=False, **options)  # fmt: skip
+    report = evaluate(submission.model, images[rows], labels[rows], attacks=ATTACKS[1:], eps=eps, checks="quick",
+                      seed=draw.randrange(2**31), keep_adversarial=False, **options)  # fmt: skip
+    return rows, report
 
 
-def _figure_fields(figures: Mapping[str, Figure], eps: float, checks: tuple[Check, ...]) -> dict[str, Any]:
+def _figure_fields(
+    figures: Mapping[str, Figure], eps: float, checks: tuple[Check, ...], measured: Report
+) -> dict[str, Any]:
     attacked = [figure for name, figure in figures.items() if name != "natural"]
     return {
         "figures": figures,
@@ -176,9 +224,6 @@ def _figure_fields(figures: Mapping[str, Figure], eps: float, checks: tuple[Chec
         "autoattack_acc": figures["autoattack"].percent,
         "reported": min(attacked, key=lambda figure: figure.n_correct).percent,
         "checks": checks,
+        "evaluated_on": measured.device,
+        "evaluated_with": measured.versions,
     }
-
-
-def _of_both(submission: Submission, report: Report) -> dict[str, str]:
-    trained: dict[str, str] = submission.facts.get("versions") or {}
-    return trained or report.versions

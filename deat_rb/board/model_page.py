@@ -121,16 +121,22 @@ def _facts(entry: Entry) -> list[tuple[str, str | None, str | None]]:
         "reported robust accuracy": _with_unit(entry.reported),
         "AutoAttack perhaps unreliable": _yes_or_no(entry.unreliable),
         "peak memory": memory(entry.peak_memory),
-        "hardware": entry.hardware,
+        "trained on": entry.hardware,
         "seed": _text(entry.seed),
         "classes": ", ".join(entry.classes) if entry.classes else None,
         "submitted": entry.submitted,
         "SHA-256 of the weights": entry.weights_sha256,
         "SHA-256 of the data": entry.data_sha256,
-        "versions": ", ".join(f"{name} {version}" for name, version in entry.versions.items()),
+        "trained with": _versions(entry.versions),
+        "evaluated with": _versions(entry.evaluated_with),
+        "evaluated on": entry.evaluated_on,
     }
     paper = ("paper", entry.name or entry.link, web_link(entry.link))
     return [paper, *((name, value, None) for name, value in facts.items())]
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _text(number: int | None) -> str | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deat_rb.board.charts import Point, scatter
-from deat_rb.board.entries import Entry, read_entries
+from deat_rb.board.entries import Entry, check_board, read_entries
 from deat_rb.board.model_page import link_of, model_content, page_of, spelled
 from deat_rb.board.published import (
     PAPER_EPS,
@@ -104,36 +104,50 @@ class Group(NamedTuple):
         return f"{spelled(self.dataset)}, {self.threat_model}, eps {self.eps}{part}"
 
 
-def build(board: str | Path) -> Path:
+def build(board: str | Path, *, left_out: list[str] | None = None) -> Path:
     """Writes the board's pages: all of them or none. Pages of models that left the board are removed.
 
     Nothing in them depends on when or where they were made, so that they can be checked in.
 
     Args:
         board: The folder; its entries are ``entries/<dataset>/<threat>/<model_name>.json``.
+        left_out: Told what is wrong with each entry that cannot be read, which then has no page.
 
     Returns:
         ``<board>/index.html``; the models' pages are ``models/<dataset>/<threat>/<model_name>.html`` beside it.
 
     Raises:
-        DeatError: There is no board, one of its entries is not valid, or the pages cannot be written.
+        DeatError: There is no board, the pages cannot be written, or, without ``left_out``, an entry cannot be read.
     """
-    return write_pages(board, read_entries(board))
+    from deat_rb.board.folder import Board
+
+    check_board(board)
+    with Board(board).locked():
+        return write_pages(board, read_entries(board, left_out=left_out))
+
+
+def pages(board: Path, entries: Sequence[Entry]) -> dict[Path, bytes]:
+    """What `build` writes, by file."""
+    models = {board / page_of(entry): _render("board_model.html.j2", model_content(entry)) for entry in entries}
+    return {**models, board / INDEX: _render("board.html.j2", board_content(entries))}
 
 
 def write_pages(board: str | Path, entries: Sequence[Entry]) -> Path:
     """Writes the pages of entries that were read already; see `build`."""
     board = Path(board)
-    pages = {board / page_of(entry): _render("board_model.html.j2", model_content(entry)) for entry in entries}
-    index = board / INDEX
-    contents = {**pages, index: _render("board.html.j2", board_content(entries))}
-    for folder in sorted({path.parent for path in pages}):
+    contents = pages(board, entries)
+    for folder in sorted({path.parent for path in contents} - {board}):
         _make_folder(board, folder)
+    for unfinished in (*board.glob(f".{INDEX}.*.tmp"), *board.glob("models/*/*/.*.html.*.tmp")):
+        unfinished.unlink(missing_ok=True)  # a process was killed that wrote pages
     write_together(contents)
     for path in board.glob("models/*/*/*.html"):
-        if path not in pages and not path.is_symlink() and GENERATOR in path.read_bytes()[:2000]:
-            path.unlink()
-    return index
+        if path not in contents and path.is_file() and not path.is_symlink():
+            with path.open("rb") as file:
+                own = GENERATOR in file.read(2000)
+            if own:
+                path.unlink()
+    return board / INDEX
 
 
 def _make_folder(board: Path, folder: Path) -> None:
@@ -340,7 +354,7 @@ def _paper(table: PaperTable, entries: Sequence[Entry]) -> dict[str, Any]:
     for row in table.rows:
         figures = [percent(figure) for figure in row[1:5] if figure is not None]
         rows.append({"kind": "published", "parts": [row.method], "page": None, "link": None, "note": "",
-                     "figures": [*figures, f"{row.minutes:g}"]})  # fmt: skip
+                     "figures": [*figures, f"{row.minutes:.1f}"]})  # fmt: skip
         rows.extend(_beside(entry, with_fgsm) for entry in entries if _reproduces(entry, table, row.method))
     return {"number": table.number, "title": table.title, "with_fgsm": with_fgsm, "rows": rows}
 

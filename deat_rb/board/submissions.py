@@ -10,25 +10,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from deat_rb import compat
-from deat_rb.board.entries import Entry, RobustBenchInfo, check_dataset_name, check_model_name
+from deat_rb.board.entries import MAX_EPOCHS, MAX_IMAGE, Entry, RobustBenchInfo, check_dataset_name, check_model_name
 from deat_rb.board.foreign import load_checked, take_weights
+from deat_rb.board.given import load_given
 from deat_rb.board.intake import MAX_JSON, parse_json, read_limited
 from deat_rb.config import RunConfig, TrainOptions
 from deat_rb.data import DATASETS, DataSet, load_data
 from deat_rb.errors import DeatError
 from deat_rb.evaluation.report import Report
 from deat_rb.evaluation.subject import in_turn
-from deat_rb.export import PAPER, PAPERS_OWN, SPELLED, ExportPaths, exported_spec, spelled_architecture
-from deat_rb.files import sha256_file
+from deat_rb.export import PAPER, PAPERS_OWN, ExportPaths, exported_spec, spelled_architecture
+from deat_rb.files import load_tensors, sha256_file
+from deat_rb.methods import recipe
 from deat_rb.models import ModelSpec, NormalizedModel, check_trust
 from deat_rb.runs import CONFIG, METRICS, RunDirectory
 from deat_rb.stats import EpochStats
 from deat_rb.threat import format_fraction, parse_fraction
 
 EVALUATION = "eval.json"
+VERDICTS = "eval-verdicts.safetensors"
+MAX_VERDICTS = 64 * 2**20
+"""Bytes; a verdict takes one."""
 _TOLD = ("steps", "backwards", "seconds", "peak_memory")
 """Fields of a row of metrics that an entry sums up."""
 
@@ -41,7 +47,9 @@ class Terms:
         model_name: ``<FirstAuthor><Year><FirstWordOfTitle>[_suffix]``.
         dataset: The loader of the data that a checkpoint is evaluated on; a run knows its own.
         data_dir: Where the data are.
-        dataset_name: What the board calls the data.
+        image_size: Height and width that a checkpoint takes, of images of a folder.
+        arch: Which network a checkpoint is of, where its ``model_info`` names none that is known.
+        dataset_name: What the board calls the images of a folder.
         dataset_note: What a reader should know of them.
         info: The ``model_info`` file of a checkpoint that does not lie in an export.
         link: Of the paper.
@@ -58,6 +66,8 @@ class Terms:
     model_name: str
     dataset: str | None = None
     data_dir: Path | None = None
+    image_size: int | None = None
+    arch: str | None = None
     dataset_name: str | None = None
     dataset_note: str | None = None
     info: Path | None = None
@@ -70,6 +80,18 @@ class Terms:
     unreliable: bool | None = None
     footnote: str | None = None
     hardware: str | None = None
+
+    def check(self) -> None:
+        """Looks at all that is said, before anything is loaded.
+
+        Raises:
+            DeatError: Something cannot stand on a board.
+        """
+        check_model_name(self.model_name)
+        if self.dataset_name is not None:
+            check_dataset_name(self.dataset_name)
+        fields = {"model_name": self.model_name, "kind": "published", "dataset": "digits", "eps": "0.1"}
+        Entry.checked({**fields, **self.own_words()}, "what is said of the model")
 
     def own_words(self) -> dict[str, Any]:
         """The fields of an entry that the submitter gives, without those that are left open."""
@@ -122,7 +144,8 @@ def open_submission(target: Path, terms: Terms, scratch: Path) -> Submission:
     Raises:
         DeatError: Something in it cannot be used, or is not what it says.
     """
-    check_model_name(terms.model_name)
+    if not (target.exists() or target.is_symlink()):
+        raise DeatError(f"{target} does not exist: hand in a run directory, an export or a checkpoint")
     is_run = (target / CONFIG).exists() or (target / CONFIG).is_symlink()
     handed_in = target if is_run or not target.is_dir() else _weights_in_export(target, terms.model_name)
     return (_open_run if is_run else _open_checkpoint)(handed_in, terms, scratch)
@@ -151,8 +174,9 @@ def _weights_in_export(folder: Path, model_name: str) -> Path:
 
 
 def _open_run(target: Path, terms: Terms, scratch: Path) -> Submission:
-    if terms.info is not None or terms.dataset is not None:
-        raise DeatError(f"--info and --dataset are for checkpoints: the run {target} says itself what it is")
+    if any(said is not None for said in (terms.info, terms.dataset, terms.arch, terms.image_size)):
+        raise DeatError("--info, --dataset, --arch and --image-size are for checkpoints: "
+                        f"the run {target} says itself what it is")  # fmt: skip
     copied = scratch / "run"
     copied.mkdir()
     with _speaking_of({copied: target}):
@@ -168,22 +192,33 @@ def _opened_run(target: Path, terms: Terms, copied: Path) -> Submission:
             parse_json((copied / name).read_bytes(), str(target / name))
     run = RunDirectory.open(copied)
     config, spec = run.config, run.model_spec
+    dataset_name = _dataset_name(terms, config.dataset)
     _check_arch(spec, target)
     handed_in = target / f"{config.select}.safetensors"
     take_weights(handed_in, copied / handed_in.name)
     model = load_checked(copied / handed_in.name, spec, source=handed_in)
-    data = load_data(config.dataset, data_dir=terms.data_dir or config.data_dir, image_size=config.image_size)
+    data = load_given(config.dataset, data_dir=terms.data_dir, image_size=config.image_size)
     if data.fingerprint != config.data_fingerprint:
         raise DeatError(f"{target} was trained on other data than {config.dataset} is here (SHA-256 "
                         f"{config.data_fingerprint[:12]}..., here {data.fingerprint[:12]}...)")  # fmt: skip
     _check_fits(spec, data, target)
     rows = _rows(copied, target / METRICS)
     facts = {**_trained(config, rows), "architecture": _architecture(spec), **terms.own_words()}
-    claim = Report.load(copied) if (copied / EVALUATION).exists() else None
+    claim = _claim(target, copied) if (copied / EVALUATION).exists() else None
     return Submission(
-        target, model, spec, data, _dataset_name(terms, config.dataset, config.data_dir), config.eps, facts, claim,
+        target, model, spec, data, dataset_name, config.eps, facts, claim,
         sha256_file(run.selected_weights_path),
     )  # fmt: skip
+
+
+def _claim(target: Path, copied: Path) -> Report:
+    """The evaluation in a run, with the verdicts on every example if they are there."""
+    if (target / VERDICTS).exists() or (target / VERDICTS).is_symlink():
+        (copied / VERDICTS).write_bytes(read_limited(target / VERDICTS, MAX_VERDICTS))
+        for attack, verdicts in load_tensors(copied / VERDICTS).items():
+            if verdicts.dtype != torch.bool or verdicts.ndim != 1:
+                raise DeatError(f"{target / VERDICTS} has no verdicts, one of each example, under {attack}")
+    return Report.load(copied)
 
 
 def _open_checkpoint(weights: Path, terms: Terms, scratch: Path) -> Submission:
@@ -191,25 +226,29 @@ def _open_checkpoint(weights: Path, terms: Terms, scratch: Path) -> Submission:
     if not (source.exists() or source.is_symlink()):
         raise DeatError(f"{weights} is a checkpoint without a description: give its model_info by --info FILE.json")
     info = RobustBenchInfo.parse(read_limited(source, MAX_JSON), str(source))
+    loader = terms.dataset or info.dataset
+    if loader not in DATASETS:
+        raise DeatError(f"{source} is of the data set {info.dataset}, which has no loader: say with --dataset and "
+                        "--data-dir what to evaluate on")  # fmt: skip
+    dataset_name = _dataset_name(terms, loader)
     paths = ExportPaths.below(scratch / "export", info.dataset, terms.model_name)
     for path in (paths.weights, paths.info):
         path.parent.mkdir(parents=True)
     paths.info.write_bytes(info.model_dump_json().encode())
     with _speaking_of({paths.weights: weights, paths.info: source}):
         take_weights(weights, paths.weights)
-        spec = exported_spec(paths.weights)
+        spec = None if terms.arch is not None else exported_spec(paths.weights)
+    data = load_given(loader, data_dir=terms.data_dir, image_size=terms.image_size)
+    with _speaking_of({paths.weights: weights, paths.info: source}):
+        spec = spec or _spec_of_arch(paths.weights, str(terms.arch), data)
+        _check_arch(spec, weights)
         model = load_checked(paths.weights, spec, source=weights)
-    loader = terms.dataset or info.dataset
-    if loader not in DATASETS:
-        raise DeatError(f"{source} is of the data set {info.dataset}, which has no loader: say with --dataset and "
-                        "--data-dir what to evaluate on")  # fmt: skip
-    data = load_data(loader, data_dir=terms.data_dir, image_size=spec.image_size)
     _check_fits(spec, data, source)
     stated = {"natural": info.clean_acc, "autoattack": info.autoattack_acc}
     own = info.model_dump(exclude={"dataset", "eps", "clean_acc", "autoattack_acc"}, exclude_none=True)
-    facts = {**own, **terms.own_words()}
+    facts = {"architecture": _architecture(spec), **own, **terms.own_words()}
     return Submission(
-        weights, model, spec, data, _dataset_name(terms, loader, terms.data_dir), parse_fraction(info.eps), facts, None,
+        weights, model, spec, data, dataset_name, parse_fraction(info.eps), facts, None,
         sha256_file(paths.weights), {attack: float(text) for attack, text in stated.items() if text is not None},
     )  # fmt: skip
 
@@ -221,6 +260,12 @@ def _description_of(weights: Path) -> Path:
     return in_export if in_export.exists() else weights.with_suffix(".json")
 
 
+def _spec_of_arch(weights: Path, arch: str, data: DataSet) -> ModelSpec:
+    check_trust(arch, False, source="--arch")
+    height = data.test.shape[-1]
+    return exported_spec(weights, arch=arch, num_classes=len(data.classes), image_size=height)
+
+
 def _check_arch(spec: ModelSpec, source: Path) -> None:
     try:
         check_trust(spec.arch, False, source=str(source))
@@ -229,6 +274,8 @@ def _check_arch(spec: ModelSpec, source: Path) -> None:
             f"{source} has its network built by '{spec.arch}', which runs that module's code, and a "
             "board runs nobody's: hand in a network of RobustBench's, torchvision's or timm's"
         ) from None
+    if spec.image_size > MAX_IMAGE:
+        raise DeatError(f"{source} takes images of {spec.image_size} pixels, and a board at most of {MAX_IMAGE}")
 
 
 def _check_fits(spec: ModelSpec, data: DataSet, source: Path) -> None:
@@ -238,17 +285,17 @@ def _check_fits(spec: ModelSpec, data: DataSet, source: Path) -> None:
                         f"has {len(data.classes)} classes and images of {has}")  # fmt: skip
 
 
-def _dataset_name(terms: Terms, loader: str, data_dir: str | Path | None) -> str:
-    if terms.dataset_name is not None:
-        name = check_dataset_name(terms.dataset_name)
-        if name in DATASETS and name != loader:
-            raise DeatError(f"--dataset-name {name} is the name of another data set than {loader}: choose another")
-        return name
+def _dataset_name(terms: Terms, loader: str) -> str:
+    """What the board calls the data; nothing but CIFAR-10 is called so, or nearly so."""
+    if loader != "folder" and (terms.dataset_name not in (None, loader) or terms.dataset_note is not None):
+        raise DeatError(f"--dataset-name and --dataset-note are for the images of a folder: {loader} has its own name")
     if loader != "folder":
         return loader
-    name = re.sub(r"[^a-z0-9]+", "-", Path(data_dir or "").name.lower()).strip("-")
-    if not name or name in DATASETS or name in compat.DATASETS:
-        raise DeatError("what shall the board call the images of this folder? Give --dataset-name, such as flowers")
+    name = terms.dataset_name or re.sub(r"[^a-z0-9]+", "-", Path(terms.data_dir or "").name.lower()).strip("-")
+    taken = {*DATASETS, *compat.DATASETS}
+    if name.replace("-", "") in ("", *taken):
+        raise DeatError(f"what shall the board call the images of this folder? Give a --dataset-name, such as flowers; "
+                        f"{', '.join(sorted(taken))} are taken")  # fmt: skip
     return check_dataset_name(name)
 
 
@@ -258,8 +305,11 @@ def _rows(copied: Path, source: Path) -> list[dict[str, int | float | None]]:
     if not path.exists():
         return []
     known = set(EpochStats.__dataclass_fields__) - {"stopped"}
+    lines = path.read_bytes().splitlines()
+    if len(lines) > MAX_EPOCHS:
+        raise DeatError(f"{source} has {len(lines)} lines, and {MAX_EPOCHS} epochs are allowed")
     rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         content = parse_json(line, f"{source}, line {number},")
         if not isinstance(content, dict):
             raise DeatError(f"{source}, line {number}, is no JSON object")
@@ -273,7 +323,7 @@ def _rows(copied: Path, source: Path) -> list[dict[str, int | float | None]]:
 
 
 def _trained(config: RunConfig, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    credit = PAPER if PAPERS_OWN.match(config.method) else dict.fromkeys(PAPER)
+    credit = PAPER if _is_the_papers(config.method) else dict.fromkeys(PAPER)
     totals: dict[str, Any] = {}
     if rows:
         totals = {
@@ -298,8 +348,16 @@ def _trained(config: RunConfig, rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _is_the_papers(method: str) -> bool:
+    try:
+        recipe(method)
+    except DeatError:
+        return False
+    return PAPERS_OWN.match(method) is not None
+
+
 def training_command(config: RunConfig) -> str:
-    """The `deat-rb train` that a configuration comes from; of a folder only the name, wherever it lay."""
+    """The `deat-rb train` that a configuration comes from; of folders and files only the names, wherever they lay."""
     left_out = {"data_dir", "heed_stop", "device", "image_size" if config.dataset != "folder" else ""}
     words = ["deat-rb", "train"]
     for name, option in TrainOptions.model_fields.items():
@@ -308,6 +366,8 @@ def training_command(config: RunConfig) -> str:
             continue
         text = format_fraction(value) if name in ("eps", "alpha") else str(value)
         words += [f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", text]
+        if name == "init_from":
+            words[-1] = Path(text).name
     if config.data_dir is not None:
         words += ["--data-dir", Path(config.data_dir).name]
     return shlex.join(words if config.heed_stop else [*words, "--no-stop"]).replace("--compiled", "--compile")
@@ -315,13 +375,6 @@ def training_command(config: RunConfig) -> str:
 
 def _architecture(spec: ModelSpec) -> str:
     return spec.arch if ":" in spec.arch else spelled_architecture(spec)
-
-
-def dataset_note(submission: Submission) -> str | None:
-    """What the board says by itself of data that are no data set of RobustBench's."""
-    if submission.dataset_name in compat.DATASETS or submission.dataset_name in SPELLED:
-        return None
-    return f"images of the folder {submission.dataset_name}"
 
 
 def load_board_data(entry: Entry, data_dir: Path | None) -> DataSet:

@@ -9,18 +9,23 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from deat_rb.board.entries import Entry, entry_files, read_entry
+from deat_rb.board.entries import Entry, check_board, entry_files, read_entry
 from deat_rb.board.folder import Board
-from deat_rb.board.intake import printable
+from deat_rb.board.given import EMBEDDED, load_given
+from deat_rb.board.intake import printable, read_limited
 from deat_rb.board.loading import check_hash, load_network
-from deat_rb.board.measuring import SAMPLE, compare_claim, refuse_failed, sampled
-from deat_rb.board.submissions import load_board_data
+from deat_rb.board.measuring import SAMPLE, check_sample, compare_claim, refuse_failed, sampled
+from deat_rb.board.page import INDEX, pages
 from deat_rb.data import DATASETS, DataSet
 from deat_rb.errors import DeatError
 from deat_rb.evaluation.attacking import Progress
 from deat_rb.evaluation.subject import in_turn
 from deat_rb.models import ModelSpec
 from deat_rb.threat import parse_fraction
+
+BESIDE = ("README.md", "LICENSE", ".gitignore", ".gitattributes", ".lock")
+"""Files that a board's folder may have besides its own."""
+ASIDE = (".git", ".staging")
 
 
 @dataclass
@@ -64,27 +69,21 @@ def verify(
     Args:
         path: The board.
         sample: How many examples of each model are measured, drawn anew each time; 0 measures none.
-        data_dirs: Where data sets are that are not to be had otherwise.
+        data_dirs: Where data sets are; the digits need none.
         batch_size: How many images are attacked together.
         device: Where to evaluate.
         progress: See `deat_rb.evaluation.evaluate.evaluate`.
 
     Raises:
-        DeatError: There is no board.
+        DeatError: There is no board, or the sample is too small.
     """
+    check_board(path)
+    if sample:
+        check_sample(sample)
     board = Board(path)
-    if not (board.path / "entries").is_dir():
-        raise DeatError(f"there is no leaderboard at {path}: deat-rb submit RUN --board {path} begins one")
-    board.recover()
     found = Verification()
-    entries: list[Entry] = []
-    for file in entry_files(board.path):
-        found.entries += 1
-        try:
-            entries.append(_read(file, board.path / "entries", board.path))
-        except DeatError as error:
-            found.problems.append(printable(str(error), 1000))
-    found.problems += [*_of_history(board.path), *_strays(board.path, entries), *_of_data(entries)]
+    with board.steady():
+        entries = _of_files(board.path, found)
     loaded: dict[tuple[str, int], DataSet] = {}
     for entry in entries:
         try:
@@ -93,6 +92,27 @@ def verify(
         except DeatError as error:
             found.problems.append(f"{entry.key}: {printable(str(error), 1000)}")
     return found
+
+
+def _of_files(board: Path, found: Verification) -> list[Entry]:
+    """Looks at everything that lies in the board, and gives back the entries that are sound."""
+    entries, known = [], {board / name for name in BESIDE}
+    for file in entry_files(board):
+        found.entries += 1
+        known.add(file)
+        try:
+            entries.append(_read(file, board / "entries", board))
+        except DeatError as error:
+            found.problems.append(printable(str(error), 1000))
+    known |= {board / entry.weights_file for entry in entries if entry.weights_file}
+    all_read = len(entries) == found.entries
+    if not all_read:  # whose weights and pages are whose cannot be said, and there is a problem already
+        known |= {*board.glob("weights/*/*/*.safetensors"), *board.glob("models/*/*/*.html"), board / INDEX}
+    found.problems += [*_of_history(board, known), *_of_data(entries)]
+    if all_read:
+        found.problems += _of_pages(board, entries, known)
+    found.problems += _strays(board, known)
+    return entries
 
 
 def _read(file: Path, entries: Path, weights: Path | None) -> Entry:
@@ -107,8 +127,9 @@ def _read(file: Path, entries: Path, weights: Path | None) -> Entry:
     return entry
 
 
-def _of_history(board: Path) -> Iterator[str]:
+def _of_history(board: Path, known: set[Path]) -> Iterator[str]:
     for file in sorted(board.glob("history/*/*/*/*/*.json")):
+        known.update((file, file.with_suffix(".safetensors")))
         try:
             entry = read_entry(file)
             if file.parts[-5:-1] != (*entry.key.split("/"), file.parent.name) or file.stem != entry.model_name:
@@ -119,18 +140,30 @@ def _of_history(board: Path) -> Iterator[str]:
             yield printable(str(error), 1000)
 
 
-def _strays(board: Path, entries: list[Entry]) -> Iterator[str]:
+def _of_pages(board: Path, entries: list[Entry], known: set[Path]) -> Iterator[str]:
+    """Holds the pages, where there are some, against what the entries give."""
+    expected = pages(board, entries)
+    known.update(expected)
+    if not any(path.exists() for path in expected):
+        return
+    for path, content in expected.items():
+        try:
+            same = read_limited(path, len(content)) == content
+        except DeatError:
+            same = False
+        if not same:
+            yield f"{path} is not the page that the entries give: deat-rb leaderboard build writes it anew"
+
+
+def _strays(board: Path, known: set[Path]) -> Iterator[str]:
     """Files and links that belong to no entry."""
-    known = set(entry_files(board)) | {board / entry.weights_file for entry in entries if entry.weights_file}
-    unread = len(entry_files(board)) > len(entries)
-    for folder in ("entries", "weights", "history"):
-        for path in sorted((board / folder).rglob("*")):
-            if path.is_symlink():
-                yield f"{printable(str(path))} is a link: a board has none"
-            elif path.is_file() and folder != "history" and path not in known:
-                if folder == "weights" and unread and path.suffix == ".safetensors":
-                    continue  # of an entry that cannot be read, which is a problem already
-                yield f"{printable(str(path))} belongs to no entry"
+    for path in sorted(board.rglob("*")):
+        if any(part in ASIDE for part in path.relative_to(board).parts[:1]):
+            continue
+        if path.is_symlink():
+            yield f"{printable(str(path))} is a link: a board has none"
+        elif not path.is_dir() and path not in known:
+            yield f"{printable(str(path))} belongs to no entry"
 
 
 def _of_data(entries: list[Entry]) -> Iterator[str]:
@@ -159,17 +192,18 @@ def _measured(
     model = load_network(entry, board)
     if not sample:
         return 0
-    if entry.dataset not in DATASETS and entry.dataset not in data_dirs:
+    if entry.dataset != EMBEDDED and entry.dataset not in data_dirs:
         notes.append(f"{entry.key}: not measured, as its images are not at hand; give --data-dir {entry.dataset}=DIR")
         return 0
     key = (entry.dataset, spec.image_size)
     if key not in loaded:
-        loaded[key] = load_board_data(entry, data_dirs.get(entry.dataset))
+        loader = entry.dataset if entry.dataset in DATASETS else "folder"
+        loaded[key] = load_given(loader, data_dir=data_dirs.get(entry.dataset), image_size=spec.image_size)
     data = loaded[key]
     if data.fingerprint != entry.data_sha256 or len(data.test) != entry.n_test:
         raise DeatError(f"the data at hand (SHA-256 {data.fingerprint[:12]}...) are not those of the entry "
                         f"({str(entry.data_sha256)[:12]}...)")  # fmt: skip
-    report = sampled(_Model(model, data), cast(int, entry.n_examples), sample, parse_fraction(entry.eps), **options)
+    _, report = sampled(_Model(model, data), cast(int, entry.n_examples), sample, parse_fraction(entry.eps), **options)
     stated = {str(attack): 100 * figure.accuracy for attack, figure in entry.figures.items()}
     compare_claim(stated, report, "the entry")
     refuse_failed(report.checks, "the model")
