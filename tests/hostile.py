@@ -127,6 +127,7 @@ def written(attempt: Attempt, data: bytes) -> None:
     attempt.checkpoint().write_bytes(data)
 
 
+HANG = "kilobyte that takes years"
 CODE = "pickle that runs code"
 add(CODE, "os.system", lambda it: saved(it, Runs(os.system, "true")), "asks for posix.system, which is no tensor")
 add(CODE, "eval", lambda it: saved(it, Runs(eval, "1")), r"asks for (__builtin__|builtins)\.eval")
@@ -137,6 +138,15 @@ add(
 add(CODE, "protocol 4", lambda it: written(it, repacked(it, pkl=pickle.dumps(Runs(os.system, "true"), 4))),
     "asks for STACK_GLOBAL")  # fmt: skip
 add(CODE, "INST opcode", lambda it: written(it, repacked(it, pkl=b"(S'true'\nios\nsystem\n.")), "asks for os.system")
+
+
+def doubling(levels: int) -> bytes:
+    """A pickle of a dict whose key is a tuple of a tuple twice, of a tuple twice, ...: its hash takes 2 ** levels."""
+    nested = b"".join(b"h%ch%c\x86q%ca" % (level, level, level + 1) for level in range(levels))
+    return b"\x80\x02]" + b")q\x00a" + nested + b"}h%cK\x01s\x86." % levels
+
+
+add(HANG, "tuples", lambda it: written(it, repacked(it, pkl=doubling(60))), "that are there again and again")
 add(CODE, "whole model", lambda it: it.checkpoint(network()), "asks for deat_rb.models.NormalizedModel")
 
 # What torch's own safe loader takes, at a price
@@ -202,7 +212,7 @@ class Expanded:
         import torch._utils
 
         storage = torch.zeros(1).storage()
-        return torch._utils._rebuild_tensor_v2, (storage, 0, self.shape, (0,) * len(self.shape), False, {})
+        return torch._utils._rebuild_tensor_v2, (storage, 0, self.shape, tuple([0] * len(self.shape)), False, {})
 
 
 LARGER = "tensors larger than their file"
@@ -269,7 +279,7 @@ def linked(attempt: Attempt, name: str) -> None:
 
 
 LINKS = "links and devices"
-for file in ("config.json", "metrics.jsonl", "eval.json", "last.safetensors"):
+for file in ("config.json", "metrics.jsonl", "eval.json", "eval-verdicts.safetensors", "last.safetensors"):
     add(LINKS, file, partial(linked, name=file), f"{re.escape(file)} is a link: hand in the file itself")
 add(LINKS, "pipe", lambda it: special(it, os.mkfifo), "is no regular file")
 add(LINKS, "socket", lambda it: special(it, bind), "cannot read|is no regular file")
@@ -470,6 +480,11 @@ add(CLAIMS, "L2", lambda it: edited(it, "eval.json", {"norm": "L2"}), "in fp32 a
 add(CLAIMS, "does not add up", lambda it: result(it, accuracy=0.99), "99.00 % under autoattack with 200 of 500 correct")
 add(CLAIMS, "more than all", lambda it: result(it, n_correct=501, accuracy=1.002), "which does not add up")
 add(CLAIMS, "without AutoAttack", lambda it: without_autoattack(it), "has no autoattack")
+add(CLAIMS, "a little too high", lambda it: claimed(it, autoattack=0.46), "something else of 30 of 500 exam")
+add(CLAIMS, "no verdicts", lambda it: (it.run() / "eval-verdicts.safetensors").unlink(), "has no eval-verdicts.safet")
+add(CLAIMS, "verdicts of NaN", lambda it: verdicts(it, lambda v: v * torch.nan), "has no verdicts, one of each example")
+add(CLAIMS, "one verdict", lambda it: verdicts(it, lambda v: v.any()), "has no verdicts, one of each example, under")
+add(CLAIMS, "other verdicts", lambda it: verdicts(it, lambda v: ~v), "holds another report's verdicts")
 add(CLAIMS, "own checks", lambda it: failing(it, claimed_too=True), "eval.json of .* fails the check 'gradients pres")
 add(CLAIMS, "measured checks", lambda it: failing(it), "fails the check 'gradients present'")
 add(
@@ -478,6 +493,11 @@ add(
     lambda it: edited(it, "eval.json", {"n_examples": 10**9}),
     "of other test images|add up",
 )
+
+
+def verdicts(attempt: Attempt, change: Callable[[Tensor], Tensor]) -> None:
+    path = attempt.run() / "eval-verdicts.safetensors"
+    files.save_tensors(path, {name: change(value) for name, value in files.load_tensors(path).items()})
 
 
 def failing(attempt: Attempt, *, claimed_too: bool = False) -> None:
@@ -489,10 +509,11 @@ def failing(attempt: Attempt, *, claimed_too: bool = False) -> None:
         attempt.fake.checks = (failed,)
 
 
-def claimed(attempt: Attempt, **shares: float) -> None:
+def claimed(attempt: Attempt, *, sample: int = 500, **shares: float) -> None:
     from board_problems import SHARES
 
     attempt.run()
+    attempt.options["sample"] = sample
     sound = json.loads((attempt.target / "eval.json").read_text())
     kept = {key: sound[key] for key in ("provenance", "model_sha256", "examples_sha256")}
     report_of(500, shares={**SHARES, **shares}, **kept).save(attempt.target)
@@ -509,6 +530,7 @@ def result(attempt: Attempt, **changes: Any) -> None:
 def without_autoattack(attempt: Attempt) -> None:
     attempt.run()
     content = json.loads((attempt.target / "eval.json").read_text())
+    (attempt.target / "eval-verdicts.safetensors").unlink()
     del content["results"]["autoattack"]
     (attempt.target / "eval.json").write_text(json.dumps(content))
 

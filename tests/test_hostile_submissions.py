@@ -6,12 +6,16 @@ Of each kind it is shown, too, that it works against a loader or a printer that 
 from __future__ import annotations
 
 import csv
-import html
 import io
 import json
+import multiprocessing
 import os
+import pickle
 import re
+import resource
+import signal
 import sys
+import time
 import unicodedata
 import zipfile
 from collections import Counter
@@ -29,6 +33,7 @@ from hostile import (
     ESCAPES,
     FACTORY,
     FORMULA,
+    HANG,
     HOSTILE,
     HTML,
     JSON,
@@ -50,20 +55,23 @@ from hostile import (
     TWO,
     TYPES,
     UNICODE,
-    ZERO,
     ZIP,
     Attempt,
     Expanded,
     Runs,
     Setup,
+    changed,
     claimed,
     doubled,
-    edited,
+    doubling,
     linked,
+    raw_info,
     repacked,
     saved,
     written,
 )
+from naive_board import NAME as NAIVE_NAME
+from naive_board import NaiveBoard
 from rich.console import Console
 
 from deat_rb import files
@@ -130,6 +138,20 @@ def naive_memory(it: Attempt) -> bool:
     return len(loaded["extra"]) == 10**7 and it.target.stat().st_size < 10**6
 
 
+def naive_hang(it: Attempt) -> bool:
+    """It is not read within a second of a processor's time, by a process of its own."""
+    written(it, repacked(it, pkl=doubling(60)))
+
+    def load() -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 2, -1))
+        torch.load(it.target, weights_only=True)
+
+    process = multiprocessing.get_context("fork").Process(target=load)
+    process.start()
+    process.join(60)
+    return process.exitcode == -signal.SIGXCPU
+
+
 def naive_zip(it: Attempt) -> bool:
     written(it, repacked(it, compression=zipfile.ZIP_DEFLATED))
     loaded = torch.load(it.target, weights_only=True)
@@ -143,9 +165,8 @@ def naive_larger(it: Attempt) -> bool:
 
 def naive_members(it: Attempt) -> bool:
     written(it, repacked(it, more={"../../evil.txt": b"x"}))
-    place = it.folder / "a" / "b"
-    with zipfile.ZipFile(it.target) as archive:
-        return any(not (place / name).resolve().is_relative_to(place) for name in archive.namelist())
+    NaiveBoard(it.folder / "board").unpack(it.target)
+    return (it.folder / "evil.txt").read_bytes() == b"x"
 
 
 def naive_two(it: Attempt) -> bool:
@@ -155,61 +176,104 @@ def naive_two(it: Attempt) -> bool:
         return archive.read(looked_at) != archive.read("archive/data.pkl")
 
 
+def taken(it: Attempt, info: dict[str, Any] | None = None, **where: str) -> tuple[NaiveBoard, Path]:
+    """A naive board that takes what is handed in, its words too."""
+    board = NaiveBoard(it.folder / "naive" / "board")
+    if info is None:
+        info = {"link": "https://a.org", "clean_acc": "80.00", "venue": it.terms.get("venue")}
+    place = board.submit(it.target, info, **{"name": NAME, **where})
+    return board, place
+
+
 def naive_names(it: Attempt) -> bool:
-    return not (it.board / "entries/digits/Linf/../../../../x.json").resolve().is_relative_to(it.board)
+    it.checkpoint()
+    board, place = taken(it, name="../../../Evil2026Model")
+    return place.is_file() and not place.resolve().is_relative_to(board.path)
 
 
 def naive_unicode(it: Attempt) -> bool:
-    homoglyph = "Wang2021Gr\u0430dient"
-    return re.fullmatch(r"[A-Z]\w*\d{4}[A-Z]\w*", homoglyph) is not None and homoglyph != "Wang2021Gradient"
+    """A second Wang2021Gradient, to the eye."""
+    it.checkpoint()
+    shown = set()
+    for name in ("Wang2021Gradient", "Wang2021\uff27radient"):
+        assert NAIVE_NAME.fullmatch(name)
+        shown.add(unicodedata.normalize("NFKC", taken(it, name=name)[1].stem))
+    return shown == {"Wang2021Gradient"} and len(list((it.folder / "naive/board/cifar10").glob("*.json"))) == 2
 
 
 def naive_links(it: Attempt) -> bool:
-    linked(it, "eval.json")
-    return (it.target / "eval.json").read_bytes() == (it.folder / "secret").read_bytes()
+    """What only the board's keeper can read is then on the board for everybody."""
+    linked(it, "last.safetensors")
+    secret = (it.folder / "secret").read_bytes()
+    it.target = it.target / "last.safetensors"
+    return taken(it)[1].with_suffix(".pt").read_bytes() == secret
 
 
 def naive_html(it: Attempt) -> bool:
-    it.checkpoint(name=SCRIPT)
-    return SCRIPT in "<td>{name}</td>".format(**json.loads(it.info.read_text()))
+    it.checkpoint()
+    it.terms["venue"] = f"x {SCRIPT}"
+    return "script" in [tag for tag, _ in taken(it)[0].html()]
 
 
 def naive_address(it: Attempt) -> bool:
-    return 'href="javascript:' in f'<a href="{html.escape("javascript:alert(1)")}">'
+    it.checkpoint(link="javascript:alert(1)")
+    board, _ = taken(it, json.loads(it.info.read_text()))
+    return ("a", {"href": "javascript:alert(1)"}) in board.html()
 
 
 def naive_numbers(it: Attempt) -> bool:
-    return float("101") > 100 and json.loads('{"x": NaN}')["x"] != json.loads('{"x": NaN}')["x"]
+    """101 % is the best, and of NaN nobody is better."""
+    it.checkpoint()
+    board, _ = taken(it, {"clean_acc": "99.99"}, name="Sound2021Net")
+    for bad, number in (("Evil2026More", "101"), ("Evil2026None", "nan")):
+        board.rows = [{"name": bad, "clean_acc": number}, *board.rows]
+        if board.ranked()[0] != bad:
+            return False
+    return True
 
 
 def naive_json(it: Attempt) -> bool:
+    raw_info(it, b"[" * 10**6)
     with pytest.raises(RecursionError):
-        json.loads("[" * 10**6)
+        NaiveBoard(it.folder / "naive").submit(it.target, it.info, name=NAME)
     return True
 
 
 def naive_twice(it: Attempt) -> bool:
-    return bool(json.loads('{"eps": "8/255", "eps": "1/255"}') == {"eps": "1/255"})
+    """Who reads the text finds another eps than who parses it."""
+    raw_info(it, b'{"eps": "8/255", "eps": "1/255"}')
+    place = NaiveBoard(it.folder / "naive").submit(it.target, it.info, name=NAME)
+    first = re.search(r'"eps": "(.*?)"', it.info.read_text())
+    return first is not None and (first[1], json.loads(place.read_text())["eps"]) == ("8/255", "1/255")
 
 
 def naive_shapes(it: Attempt) -> bool:
-    return bool(network().net.load_state_dict({}, strict=False).missing_keys)
+    """The network is then not the one that was handed in: a part of it is as it was drawn."""
+    it.checkpoint(changed("fc.bias", lambda bias: None))
+    drawn = network(7).net
+    before = drawn.get_parameter("fc.bias").clone()
+    return torch.equal(NaiveBoard(it.folder).load(drawn, it.target).get_parameter("fc.bias"), before)
 
 
 def naive_types(it: Attempt) -> bool:
-    layer = torch.nn.Linear(2, 2)
-    layer.load_state_dict({"weight": torch.full((2, 2), torch.nan).half(), "bias": torch.zeros(2).long()})
-    return bool(layer.weight.isnan().all())
+    it.checkpoint(changed("conv1.weight", lambda weight: weight.half() * torch.nan))
+    loaded = NaiveBoard(it.folder).load(network(7).net, it.target)
+    return bool(loaded.get_parameter("conv1.weight").isnan().all())
 
 
 def naive_none(it: Attempt) -> bool:
-    written(it, b"<!DOCTYPE html>")
-    return it.target.suffix == ".pt" and it.target.is_file()
+    """It stands on the board, and nobody can load it."""
+    written(it, b"<!DOCTYPE html><html>quota exceeded</html>")
+    _, place = taken(it)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(place.with_suffix(".pt"), weights_only=True)
+    return place.is_file()
 
 
 def naive_lies(it: Attempt) -> bool:
     it.checkpoint(autoattack_acc="79.00")
-    return float(json.loads(it.info.read_text())["autoattack_acc"]) > 40
+    _, place = taken(it, json.loads(it.info.read_text()))
+    return bool(json.loads(place.read_text())["autoattack_acc"] == "79.00" and it.fake.shares["autoattack"] == 0.4)
 
 
 def naive_factory(it: Attempt) -> bool:
@@ -232,8 +296,11 @@ def naive_claims(it: Attempt) -> bool:
 
 
 def naive_sha(it: Attempt) -> bool:
-    edited(it, "eval.json", {"model_sha256": ZERO})
-    return Report.load(it.target).model_sha256 == ZERO
+    """The figures of one network, beside the weights of another."""
+    run = it.run()
+    measured = Report.load(run).model_sha256
+    files.save_tensors(run / "last.safetensors", network(1).state_dict())
+    return Report.load(run).model_sha256 == measured != files.sha256_tensors(network(1).state_dict())
 
 
 def naive_escapes(it: Attempt) -> bool:
@@ -243,27 +310,31 @@ def naive_escapes(it: Attempt) -> bool:
 
 
 def naive_formula(it: Attempt) -> bool:
-    file = io.StringIO()
-    csv.writer(file).writerow(["=1+1"])
-    return file.getvalue().startswith("=")
+    it.checkpoint()
+    it.terms["venue"] = '=HYPERLINK("http://evil.org";"paper")'
+    return taken(it)[0].csv()[0].startswith("=HYPERLINK(")
 
 
 def naive_markdown(it: Attempt) -> bool:
-    it.checkpoint(venue="x | 99.99")
-    return "| {venue} |".format(**json.loads(it.info.read_text())).count("|") == 3
+    """A figure stands in a column of which nothing was measured."""
+    it.checkpoint()
+    it.terms["venue"] = "x | 99.99 |"
+    return "99.99" in taken(it)[0].markdown()[0]
 
 
 def naive_tex(it: Attempt) -> bool:
-    it.checkpoint(venue=r"\input{/etc/passwd}")
-    return r"& \input{/etc/passwd} \\" in r"& {venue} \\".format(**json.loads(it.info.read_text()))
+    it.checkpoint()
+    it.terms["venue"] = r"\input{/etc/passwd}"
+    return r"\input" in taken(it)[0].latex()
 
 
 NAIVE: dict[str, Callable[[Attempt], bool]] = {
-    CODE: naive_code, MEMORY: naive_memory, ZIP: naive_zip, LARGER: naive_larger, MEMBERS: naive_members,
-    TWO: naive_two, NAMES: naive_names, UNICODE: naive_unicode, LINKS: naive_links, HTML: naive_html,
-    ADDRESS: naive_address, NUMBERS: naive_numbers, JSON: naive_json, TWICE: naive_twice, SHAPES: naive_shapes,
-    TYPES: naive_types, NONE: naive_none, LIES: naive_lies, FACTORY: naive_factory, SHA: naive_sha,
-    CLAIMS: naive_claims, ESCAPES: naive_escapes, FORMULA: naive_formula, MARKDOWN: naive_markdown, TEX: naive_tex,
+    CODE: naive_code, HANG: naive_hang, MEMORY: naive_memory, ZIP: naive_zip, LARGER: naive_larger,
+    MEMBERS: naive_members, TWO: naive_two, NAMES: naive_names, UNICODE: naive_unicode, LINKS: naive_links,
+    HTML: naive_html, ADDRESS: naive_address, NUMBERS: naive_numbers, JSON: naive_json, TWICE: naive_twice,
+    SHAPES: naive_shapes, TYPES: naive_types, NONE: naive_none, LIES: naive_lies, FACTORY: naive_factory,
+    SHA: naive_sha, CLAIMS: naive_claims, ESCAPES: naive_escapes, FORMULA: naive_formula, MARKDOWN: naive_markdown,
+    TEX: naive_tex,
 }  # fmt: skip
 
 
