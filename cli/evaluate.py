@@ -38,7 +38,7 @@ def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> N
 @click.option("--norm", default="Linf", show_default=True, metavar="NORM", help="Linf or L2.")
 @click.option("--eps", type=fraction_list, metavar="SIZE[,SIZE...]",
               help="The radius; by default the run's own, 8/255 for others, 0.5 in L2. Several make a curve, "
-              "eval-eps.png.")  # fmt: skip
+              "eval-eps.png; the report is then of that default, or of the last if it is not among them.")  # fmt: skip
 @click.option("--n-examples", type=int, metavar="N", help="How many test images; by default all.")
 @click.option("--batch-size", type=int, default=128, show_default=True, metavar="N")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of everything random.")

@@ -100,8 +100,10 @@ def draw_sweep(report: Report, *, title: str) -> bytes:
     worst = [point.worst_case for point in points]
     axes.plot(radii, worst, label="worst case", color="black", linewidth=2.5, zorder=0, alpha=0.35)
     axes.axvline(scale * report.eps, color=GREY, linewidth=1, linestyle="--")
-    axes.annotate(f"eps {format_fraction(report.eps)}", (scale * report.eps, 1), xytext=(4, -12),
-                  textcoords="offset points", color=GREY, fontsize="small")  # fmt: skip
+    far_right = scale * report.eps > max(radii) / 2
+    axes.annotate(f"eps {format_fraction(report.eps)}", (scale * report.eps, 0), xytext=(-4 if far_right else 4, 5),
+                  ha="right" if far_right else "left", textcoords="offset points", color=GREY,
+                  fontsize="small")  # fmt: skip
     unit = "255ths of the image range" if in_255ths else "in units of the image range"
     axes.set(xlabel=f"eps ({report.norm}, {unit})", ylabel=f"accuracy on {report.n_examples} images", ylim=(0, 1))
     axes.set_xlim(left=0)

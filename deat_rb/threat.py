@@ -31,7 +31,10 @@ def parse_fraction(text: str | float) -> float:
     if isinstance(text, bool) or not isinstance(text, Real | str):
         raise DeatError(f"{text!r} is not a number; write a fraction such as 8/255 or a number such as 0.03")
     if not isinstance(text, str):
-        return float(text)
+        try:
+            return float(text)
+        except OverflowError:
+            return math.inf
     top, slash, bottom = text.strip().partition("/")
     try:
         value = float(top)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_problems import Plane, batch_for, plain_pgd, plane_images, small_network
@@ -231,6 +233,8 @@ def bad_input() -> Iterator[tuple[str, dict[str, object], str]]:
     yield "eps pixels", {"eps": 8.0}, "eps = 8"
     yield "batch", {"batch_size": 0}, "batch_size = 0"
     yield "batch of text", {"batch_size": "8"}, "batch_size = '8' is not positive"
+    yield "batch yes", {"batch_size": True}, "batch_size = True is not positive"
+    yield "eps that no float holds", {"eps": 10**400}, "eps = inf is outside"
     yield "no radius", {"eps": None}, "None is not a number; write a fraction such as 8/255"
     yield "eps yes", {"eps": True}, "True is not a number"
     yield "eps of tensors", {"eps": [torch.tensor(0.1)]}, r"tensor\(0.1000\) is not a number"
@@ -253,6 +257,14 @@ def test_bad_input_is_refused(change: dict[str, object], message: str) -> None:
     arguments: dict[str, object] = {"images": images, "labels": labels, "eps": 0.1} | change
     with pytest.raises(DeatError, match=message):
         evaluate(Plane(), **arguments)  # type: ignore[arg-type]  # one wrong argument after the other
+
+
+def test_numpys_numbers_are_numbers() -> None:
+    images, labels, robust = plane_images()
+    numbers: dict[str, Any] = {"eps": np.float32(0.1), "batch_size": np.int64(3), "seed": np.int64(1)}
+    report = evaluate(Plane(), images, labels, attacks="fgsm", **numbers)
+    assert (report.batch_size, report.seed) == (3, 1)
+    assert report.verdicts["fgsm"].tolist() == robust.tolist()
 
 
 def test_something_else_than_a_model_is_refused() -> None:
@@ -280,6 +292,11 @@ class Split(Plane):
         return super().forward(images).repeat(4, 1)
 
 
+class Decided(Plane):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) > 0
+
+
 class Diverged(Plane):
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images) * float("nan")
@@ -291,6 +308,7 @@ class Diverged(Plane):
         (Detached(), "without a gradient"),
         (Split(), r"shape \(8, 2\) for 2 images"),
         (Diverged(), "NaN on images 0 to 7"),
+        (Decided(), "gives torch.bool values, where logits of a floating-point type are needed"),
     ],
 )
 def test_unusable_models_are_refused(model: nn.Module, message: str) -> None:

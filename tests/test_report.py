@@ -175,6 +175,14 @@ def printed(table: Table) -> list[list[str]]:
     return [line.split() for line in lines.get().splitlines()]
 
 
+def test_long_names_are_folded_and_not_cut() -> None:
+    long = "torchattacks." + "x" * 150
+    report = report_of(**{"natural": NATURAL, long: FGSM})
+    sweep = report.model_copy(update={"curve": (CurvePoint.of(0.1, report.verdicts),)})
+    for table in (report.table(), sweep_table(sweep), means([report, report])):
+        assert long in "".join(word for line in printed(table) for word in line if set(word) <= set(long))
+
+
 def test_names_are_not_read_as_markup() -> None:
     report = report_of(**{"natural": NATURAL, "a[/]": FGSM, "[red]b": CW})
     sweep = report.model_copy(update={"curve": (CurvePoint.of(0.1, report.verdicts),)})

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from hashlib import sha256
 from importlib import metadata
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -108,8 +109,9 @@ def evaluate(
     norm = check_norm(norm)
     check_options(precision=precision, checks=checks)
     radii, main = _radii(eps, main_eps, norm)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**63:
         raise DeatError(f"seed = {seed!r} is not possible; give a whole number of 0 or more")
+    seed = int(seed)
     with ExitStack() as stack:
         with held_still(
             model, images, labels, batch_size=batch_size, device=device, channels_last=channels_last
@@ -127,7 +129,7 @@ def evaluate(
                 "main eps": _exactly(main),
                 "attacks": ", ".join(names),
                 "seed": str(seed),
-                "batch size": str(batch_size),
+                "batch size": str(held.batch_size),
                 "precision": precision,
                 "layout": "channels_last" if held.channels_last else "own",
                 "device": _device_name(held.device),
@@ -146,7 +148,7 @@ def evaluate(
             eps=main,
             num_classes=held.num_classes,
             seed=seed,
-            batch_size=batch_size,
+            batch_size=held.batch_size,
             precision=precision,
             layout=cast(Any, settings["layout"]),
             device=settings["device"],

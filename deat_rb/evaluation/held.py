@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +84,7 @@ def held_still(
     """
     if not isinstance(model, nn.Module):
         raise DeatError(f"the model is a {type(model).__name__}, where a torch.nn.Module is needed")
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
         raise DeatError(f"batch_size = {batch_size!r} is not positive; give a number of images such as 128")
     check_batch(images, labels)
     images = images.detach()
@@ -104,7 +105,7 @@ def held_still(
                     model,
                     images,
                     labels,
-                    batch_size=batch_size,
+                    batch_size=int(batch_size),
                     device=target,
                     num_classes=num_classes,
                     channels_last=laid_out,
@@ -123,6 +124,8 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
         raise DeatError(f"the model does not take {images.dtype} images of {tuple(images.shape[1:])} on "
                         f"{images.device} ({type(error).__name__}: {first}): give those that it was made for"
                         ) from error  # fmt: skip
+    if isinstance(logits, Tensor) and not logits.is_floating_point():
+        raise DeatError(f"the model gives {logits.dtype} values, where logits of a floating-point type are needed")
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise DeatError(

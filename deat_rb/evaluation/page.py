@@ -349,6 +349,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         "seed": str(report.seed),
         "batch size": str(report.batch_size),
         "precision": report.precision,
+        "layout of the weights": report.layout,
         "device": report.device,
         "SHA-256 of weights and buffers": report.model_sha256,
         "SHA-256 of the examples": report.examples_sha256,

@@ -313,7 +313,7 @@ class Report(BaseModel):
             title=f"accuracy on {self.n_examples} images, {self.norm}, eps {format_fraction(self.eps)}"
             + (", upper bounds" if self.precision != "fp32" else "")
         )
-        table.add_column("attack")
+        table.add_column("attack", overflow="fold")
         for column in ("accuracy", "correct", "95 % interval", "seconds"):
             table.add_column(column, justify="right")
         rows = [*self.results.values(), *([self.worst_case] if len(self.results) > 2 else [])]
@@ -334,7 +334,7 @@ def sweep_table(report: Report) -> Table:
     from rich.table import Table
 
     table = Table(title=f"accuracy by eps ({report.norm}), %")
-    table.add_column("attack")
+    table.add_column("attack", overflow="fold")
     for point in report.curve:
         table.add_column(format_fraction(point.eps), justify="right")
     for name in report.curve[0].accuracy:
@@ -355,7 +355,7 @@ def means(reports: Sequence[Report]) -> Table:
     from rich.table import Table
 
     table = Table(title=f"mean and standard deviation over {len(reports)} evaluations")
-    table.add_column("attack")
+    table.add_column("attack", overflow="fold")
     table.add_column("accuracy", justify="right")
     for name in reports[0].results:
         values = [100 * report.results[name].accuracy for report in reports]
