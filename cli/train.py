@@ -24,9 +24,10 @@ from .options import fraction, seed_list, size
 @click.option("--arch", help="preactresnet18, wrn-D-W, timm:NAME, torchvision:NAME or package.module:factory.")
 @click.option("--init-from", help="Begin with the weights of this checkpoint.")
 @click.option("--setting", help="The paper's: fast (cyclic LR, few epochs) or standard (50 epochs).  [default: fast]")
-@click.option("--epochs", type=int)
+@click.option("--epochs", type=int, help="A run that is resumed may get more, unless its LR is cyclic.")
 @click.option("--lr", type=float, help="Peak learning rate.")
 @click.option("--lr-schedule", help="cyclic, multistep or flat.")
+@click.option("--lr-epochs", type=int, help="Have a multistep LR come down as in so many epochs.  [default: --epochs]")
 @click.option("--momentum", type=float)
 @click.option("--weight-decay", type=float)
 @click.option("--batch-size", type=int)
@@ -64,9 +65,7 @@ from .options import fraction, seed_list, size
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with a run that was stopped.")
 @click.option("--trust-code", is_flag=True,
               help="Let a run or --config that is another's build its network by package.module:factory.")  # fmt: skip
-@click.option(
-    "--save-every", type=float, default=5.0, show_default=True, metavar="MINUTES", help="Checkpoint so often."
-)
+@click.option("--save-every", type=float, metavar="MINUTES", help="Checkpoint so often.  [default: 5]")
 @click.option(
     "--track", multiple=True, metavar="NAME", help="Tell a tracker of each epoch, such as tensorboard; may be repeated."
 )
@@ -78,7 +77,7 @@ def train(
     dry_run: bool,
     seeds: tuple[int, ...] | None,
     resume: Path | None,
-    save_every: float,
+    save_every: float | None,
     track: tuple[str, ...],
     memory_limit: int | None,
     trust_code: bool,
@@ -92,31 +91,25 @@ def train(
     from deat_rb.config import make_options, read_options
     from deat_rb.errors import DeatError
     from deat_rb.models import check_trust
+    from deat_rb.planning import default_name, plan
     from deat_rb.processes import is_main
     from deat_rb.progress import TrainingProgress, print_plan, print_result, print_seeds
     from deat_rb.runs import check_free, check_name
-    from deat_rb.training import default_name, plan, train_seeds
     from deat_rb.training import resume as resume_training
     from deat_rb.training import train as run_training
+    from deat_rb.training import train_seeds
 
     if name is not None:
         check_name(name)
     given = {key: value for key, value in flags.items() if value is not None}
-    if not save_every > 0:
-        raise DeatError(f"--save-every = {save_every:g} is not a positive number of minutes")
+    if seeds and "seed" in given:
+        raise DeatError(f"--seed {given['seed']} and --seeds {','.join(map(str, seeds))} exclude each other; give one")
+    how: dict[str, Any] = {"track": track or None, "save_every": save_every, "memory_limit": memory_limit}
     if resume is not None:
         if config is not None or name is not None or seeds or dry_run:
             raise DeatError("--resume goes on with a run as it is: leave out --config, --name, --seeds and --dry-run")
         with TrainingProgress() as progress:
-            run, history = resume_training(
-                resume,
-                given,
-                reporter=progress,
-                save_every=save_every,
-                track=track,
-                memory_limit=memory_limit,
-                trust_code=trust_code,
-            )
+            run, history = resume_training(resume, given, reporter=progress, trust_code=trust_code, **how)
         if is_main():
             print_result(run, history)
         return
@@ -138,11 +131,8 @@ def train(
     if dry_run:
         return
     with TrainingProgress() as progress:
-        how: dict[str, Any] = {"output": output, "reporter": progress, "save_every": save_every, "track": track}
-        if seeds:
-            results = train_seeds(asked, seeds, name=name, memory_limit=memory_limit, **how)
-        else:
-            results = [run_training(planned, name=name, **how)]
+        how |= {"output": output, "name": name, "reporter": progress}
+        results = train_seeds(asked, seeds, **how) if seeds else [run_training(planned, **how)]
     if not is_main():
         return
     for run, history in results:

@@ -1,27 +1,30 @@
 """What a run is continued from: everything that training carries along, in one file, written atomically.
 
-A file holds tensors and, in its header, facts as JSON and a checksum over both. Nothing of it is ever executed. Random
-generators are not in it: every stream is derived from the seed and the position (law 9).
+A file holds tensors and, in its header, facts as JSON, a checksum over both, and the number of this form. Nothing of it
+is ever executed. Random generators are not in it: every stream is derived from the seed and the position (law 9).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deat_rb.errors import DeatError
+from deat_rb.errors import DeatError, UnwritableError
 from deat_rb.files import save_tensors, sha256_tensors
 
 KEEP = 2
+FORMAT = "2"
+"""Of what `deat_rb.position` puts into a checkpoint. 1 had no such number, and no configuration."""
+_NAME = re.compile(r"\d{8}\.safetensors", re.ASCII)
 
 
 @dataclass
@@ -31,10 +34,12 @@ class Checkpoint:
     Attributes:
         tensors: By names with a prefix for each owner, such as ``model.`` and ``momentum.``.
         facts: JSON values.
+        path: The file it was read from.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
 
     def put(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
         """Adds tensors under a prefix."""
@@ -52,14 +57,28 @@ class Checkpoint:
 
     def take_optimizer(self, optimizer: Optimizer) -> None:
         """Gives SGD its momentum back, in the memory layout of the parameters."""
-        buffers = self.take("momentum")
+        before = [optimizer.state[p].get("momentum_buffer") for p in _parameters(optimizer)]
+        kept = self.take_like("momentum", {str(i): buffer for i, buffer in enumerate(before) if buffer is not None})
         for index, parameter in enumerate(_parameters(optimizer)):
-            if str(index) in buffers:
-                optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(buffers[str(index)])
+            if str(index) in kept:
+                optimizer.state[parameter]["momentum_buffer"].copy_(kept[str(index)])
 
-    def take_model(self, model: nn.Module) -> None:
-        """Gives a model its weights back, in the memory layout it has."""
-        model.load_state_dict(self.take("model"))
+    def take_like(self, prefix: str, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors under a prefix, which have to be those expected: the same names, types and shapes.
+
+        Raises:
+            ValueError: They are not.
+        """
+        found = self.take(prefix)
+        for name in sorted(found.keys() | expected.keys()):
+            said, meant = (_described(tensors.get(name)) for tensors in (found, expected))
+            if said != meant:
+                raise ValueError(f"{prefix}.{name} is {said}, not {meant}")
+        return found
+
+
+def _described(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} of {tuple(tensor.shape)}"
 
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
@@ -70,18 +89,18 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
     """Writes a checkpoint under the next number and keeps the newest two.
 
     Raises:
-        DeatError: If it cannot be written; those before are kept then.
+        UnwritableError: If it cannot be written; those before are kept then.
     """
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise DeatError(f"{folder} cannot be made ({error.strerror}); the run is as it was") from None
+        raise UnwritableError(f"{folder} cannot be made ({error.strerror})") from None
     there = _numbered(folder)
     number = int(there[-1].stem) + 1 if there else 1
     facts = json.dumps(checkpoint.facts, allow_nan=False)
     tensors = {name: tensor.cpu() for name, tensor in checkpoint.tensors.items()}
     path = folder / f"{number:08}.safetensors"
-    save_tensors(path, tensors, {"facts": facts, "sha256": _digest(facts, tensors)})
+    save_tensors(path, tensors, {"format": FORMAT, "facts": facts, "sha256": _digest(facts, tensors)})
     for old in there[: len(there) - KEEP + 1]:
         old.unlink(missing_ok=True)
     return path
@@ -98,31 +117,69 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         The checkpoint, or None where there is none yet.
 
     Raises:
-        DeatError: If all that are there are damaged.
+        DeatError: If all that are there are damaged, or one has another form than this version's.
     """
     there = _numbered(folder)
     for path in reversed(there):
         try:
             return _read(path)
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except DeatError:
+            raise
+        except _DAMAGES as error:
             warn(f"{path} is damaged ({error}); the one before it is used")
     if there:
         raise DeatError(f"all checkpoints in {folder} are damaged, so that the run cannot be continued; start it anew")
     return None
 
 
+def facts_of_newest(folder: Path) -> dict[str, Any] | None:
+    """The facts of the newest checkpoint that has some, quickly: its tensors and its checksum are not looked at.
+
+    Raises:
+        DeatError: If it has another form than this version's.
+    """
+    for path in reversed(_numbered(folder)):
+        try:
+            with safe_open(path, framework="pt") as file:
+                return _facts(path, file.metadata() or {})[1]
+        except DeatError:
+            raise
+        except _DAMAGES:
+            continue
+    return None
+
+
+_DAMAGES = (SafetensorError, OSError, KeyError, ValueError, RecursionError)
+"""What reading a damaged file may raise."""
+
+
 def _numbered(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.safetensors") if path.stem.isdecimal() and not path.is_symlink())
+    return sorted(path for path in folder.glob("*.safetensors") if _NAME.fullmatch(path.name) and path.is_file())
 
 
 def _read(path: Path) -> Checkpoint:
     with safe_open(path, framework="pt") as file:
         header = file.metadata() or {}
+        text, facts = _facts(path, header)
         names = file.keys()
         tensors = {name: file.get_tensor(name) for name in names}
-    if _digest(header["facts"], tensors) != header["sha256"]:
+    if _digest(text, tensors) != header["sha256"]:
         raise ValueError("its checksum does not fit")
-    return Checkpoint(tensors, json.loads(header["facts"]))
+    return Checkpoint(tensors, facts, path)
+
+
+def _facts(path: Path, header: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """The facts of a header, as they were written and as values."""
+    text, form = header["facts"], header.get("format", "1")
+    if form != FORMAT:
+        raise DeatError(
+            f"{path} is a checkpoint of form {form:.20} and this version of deat-rb goes on from form {FORMAT}; "
+            "go on with the version that wrote it, or start a new run"
+        )
+    facts = json.loads(text)
+    if not isinstance(facts, dict):
+        raise ValueError("its facts are no JSON object")
+    return text, facts
 
 
 def _digest(facts: str, tensors: Mapping[str, Tensor]) -> str:

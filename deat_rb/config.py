@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,6 +17,8 @@ Setting = Literal["fast", "standard"]
 LrSchedule = Literal["cyclic", "multistep", "flat"]
 Select = Literal["best", "last"]
 
+MAY_DIFFER = ("data_dir", "device", "on_nonfinite", "conduct", "versions")
+"""Of a configuration, what a run that goes on may have otherwise than before."""
 METHOD_OPTIONS = ("alpha", "steps", "max_steps", "gamma", "beta", "tau", "attack_mode", "lr_per_replay")
 
 
@@ -34,6 +37,7 @@ class TrainOptions(BaseModel):
     init_from: str | None = None
     setting: Setting = "fast"
     epochs: int | None = Field(None, ge=1)
+    lr_epochs: int | None = Field(None, ge=1)
     lr: float | None = Field(None, gt=0, allow_inf_nan=False)
     lr_schedule: LrSchedule | None = None
     momentum: float = Field(0.9, ge=0, lt=1)
@@ -58,6 +62,34 @@ class TrainOptions(BaseModel):
     sync_bn: bool = False
 
 
+class Conduct(BaseModel):
+    """How a run is carried out, which decides nothing of it.
+
+    Attributes:
+        save_every: Minutes between two checkpoints within an epoch.
+        track: Trackers that are told of each epoch.
+        memory_limit: In bytes; a folder whose decoded images exceed it is read by worker processes.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    save_every: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5.0
+    track: tuple[str, ...] = ()
+    memory_limit: Annotated[int, Field(ge=0)] | None = None
+
+    def but(self, **changes: Any) -> Conduct:
+        """The same with what is given otherwise; None is what is not given.
+
+        Raises:
+            DeatError: Naming the first value that is not admissible.
+        """
+        given = {name: value for name, value in changes.items() if value is not None}
+        try:
+            return Conduct.model_validate({**self.model_dump(), **given})
+        except ValidationError as error:
+            raise DeatError(first_complaint(error)) from None
+
+
 class RunConfig(BaseModel):
     """Everything that decides a run, resolved; ``config.json`` of a run directory.
 
@@ -76,6 +108,7 @@ class RunConfig(BaseModel):
     arch: str
     init_from: str | None
     epochs: int
+    lr_epochs: int | None = None
     lr: float
     lr_schedule: LrSchedule
     momentum: float
@@ -102,6 +135,39 @@ class RunConfig(BaseModel):
     model: ModelSpec
     data_fingerprint: str
     versions: dict[str, str]
+    conduct: Conduct = Conduct()
+
+    def prolonged(self, epochs: int) -> RunConfig:
+        """The same for more epochs: the learning rate goes on as it was, and its milestones stay where they were.
+
+        Raises:
+            DeatError: If that cannot be.
+        """
+        if epochs < self.epochs:
+            raise DeatError(f"--epochs = {epochs} is less than the run's {self.epochs}; start a new run for it")
+        if epochs > self.epochs and self.lr_schedule == "cyclic":
+            raise DeatError(
+                f"--epochs = {epochs} differs from the run's {self.epochs}, and a cyclic learning rate, which has come "
+                "down to 0 by then, cannot be prolonged; start a new run for it"
+            )
+        if epochs == self.epochs or self.lr_schedule == "flat":
+            return self.model_copy(update={"epochs": epochs})
+        return self.model_copy(update={"epochs": epochs, "lr_epochs": self.lr_epochs or self.epochs})
+
+    def differences(self, before: dict[str, Any]) -> list[str]:
+        """The options in which this run differs from the one that has been trained, so that it would be another.
+
+        Args:
+            before: That one's configuration as JSON values, which may be of fewer epochs.
+        """
+        now = self.model_dump(mode="json")
+        known = [name for name in now if name not in MAY_DIFFER]
+        differing = [name for name in known if before.get(name) != now[name]]
+        if "epochs" in differing:
+            with contextlib.suppress(DeatError, ValidationError):
+                if RunConfig.model_validate(before).prolonged(self.epochs).lr_epochs == self.lr_epochs:
+                    differing = [name for name in differing if name not in ("epochs", "lr_epochs")]
+        return differing
 
     def method_options(self) -> dict[str, Any]:
         """The overrides for `deat_rb.create`."""
@@ -188,6 +254,12 @@ def make_options(values: dict[str, Any]) -> TrainOptions:
         return TrainOptions.model_validate(values)
     except ValidationError as error:
         raise DeatError(first_complaint(error)) from None
+
+
+def misfit(error: ValidationError) -> str:
+    """Where content that was read is not what it should be, and how."""
+    first = error.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
 
 
 def first_complaint(error: ValidationError) -> str:

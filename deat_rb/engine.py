@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -32,17 +33,19 @@ if len(_OWN_BUFFERS) == 2:
 def resolve_device(name: str = "auto") -> torch.device:
     """Finds the device ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``...
 
+    Of several GPUs a process that torchrun started gets its own, as Accelerate numbers them, and never touches another.
+
     Raises:
         DeatError: If there is no such device here.
     """
     if name == "auto":
-        if torch.accelerator.is_available():
-            return torch.device(str(torch.accelerator.current_accelerator()))
-        return torch.device("cpu")
+        name = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.empty(0, device=device).cpu()
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ZeroDivisionError):
         raise DeatError(f"there is no device '{name}' here; --device auto takes the best there is") from None
     return device
 
@@ -67,6 +70,16 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
     if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return "bf16"
     return "fp32"
+
+
+def check_sync_bn(sync_bn: bool, device: torch.device) -> None:
+    """Refuses ``sync_bn`` on a CPU.
+
+    Raises:
+        DeatError: Always then.
+    """
+    if sync_bn and device.type == "cpu":
+        raise DeatError("--sync-bn needs GPUs: torch synchronises BatchNorm on them alone; leave it out on a CPU")
 
 
 class Engine:
@@ -101,8 +114,7 @@ class Engine:
         self.world = world or World()
         self.compiled = compiled
         self.sync_bn = sync_bn
-        if sync_bn and self.device.type == "cpu":
-            raise DeatError("--sync-bn needs GPUs: torch synchronises BatchNorm on them alone; leave it out on a CPU")
+        check_sync_bn(sync_bn, self.device)
         self.global_batch: int | None = None
         self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         self.loss_scale = 1024.0 if precision == "fp16" else 1.0
@@ -110,12 +122,18 @@ class Engine:
         self._replica: nn.Module | None = None
 
     def sgd(self, parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float) -> SGD:
-        """Makes the optimiser; on a GPU the fused one, but for fp16.
+        """Makes the optimiser of parameters that are on the device; on a GPU the fused one.
 
-        A fused step that a loss scale skips on overflow leaves its first momentum uninitialised.
+        That takes the loss scale along without waiting for the device. Its momentum is there from the beginning, as
+        zeros: a first step that the loss scale skips on overflow would leave it uninitialised.
         """
-        fused = self.device.type == "cuda" and self.precision != "fp16"
-        return SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=fused)
+        learning = list(parameters)
+        fused = self.device.type == "cuda"
+        optimizer = SGD(learning, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=fused)
+        if momentum:
+            for parameter in learning:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context in which the model is forwarded."""
@@ -139,15 +157,15 @@ class Engine:
         # The forward alone: hooks on the model, such as the probe's, come and go without compiling it anew.
         fast = torch.compile(model.forward) if self.compiled else None
         try:
-            with tensor_floats(self.device), _forwarding_by(model, fast):
+            with gpu_at_its_best(self.device), _forwarding_by(model, fast):
                 yield
         finally:
             self._replica = None
 
     @contextmanager
     def eager(self, model: nn.Module) -> Iterator[None]:
-        """The model without `torch.compile`, for batches of ever other sizes."""
-        with _forwarding_by(model, type(model).forward.__get__(model) if self.compiled else None):
+        """The model for batches of ever other sizes: without `torch.compile`, and without cuDNN's trials for each."""
+        with _cudnn_tries(False), _forwarding_by(model, type(model).forward.__get__(model) if self.compiled else None):
             yield
 
     def learner(self, model: nn.Module) -> nn.Module:
@@ -208,8 +226,13 @@ class Engine:
         self.scaler.update()
         return gradient
 
+    def watch_memory(self) -> None:
+        """Begins to measure peak memory anew, where that can be: on GPUs."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
     def peak_memory(self) -> int:
-        """Peak memory in bytes: allocated on the GPU, or the process's resident set elsewhere."""
+        """Peak memory in bytes: allocated on the GPU since `watch_memory`, or the process's resident set ever."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -217,17 +240,31 @@ class Engine:
 
 
 @contextmanager
-def tensor_floats(device: torch.device) -> Iterator[None]:
-    """Has a GPU multiply float32 matrices in TF32, where it can; convolutions have that by torch's own default."""
+def gpu_at_its_best(device: torch.device) -> Iterator[None]:
+    """Has a GPU multiply float32 matrices in TF32, where it can, and cuDNN try out which convolution is fastest.
+
+    Convolutions have TF32 by torch's own default. Trying out pays where batches have one size; see `Engine.eager`.
+    """
     if device.type != "cuda":
         yield
         return
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        yield
+        with _cudnn_tries(True):
+            yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def _cudnn_tries(tries: bool) -> Iterator[None]:
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = tries
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @contextmanager

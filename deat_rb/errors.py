@@ -14,6 +14,10 @@ class DeatError(ValueError):
     """
 
 
+class UnwritableError(DeatError):
+    """A file cannot be written: the disk is full, the folder is gone or read-only. What was there before is kept."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Completes an error message about an unknown name.
 

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from deat_rb.errors import DeatError
+from deat_rb.errors import DeatError, UnwritableError
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "last")
 """The keys under which training scripts put a state dict beside their epoch and optimiser."""
@@ -34,7 +34,7 @@ def atomic_write(path: Path | str, data: bytes) -> None:
     """Writes a file so that at any moment, a power cut included, it is either the old one or the new one.
 
     Raises:
-        DeatError: The disk is full, the folder is missing or read-only. Nothing is left behind.
+        UnwritableError: The disk is full, the folder is missing or read-only. Nothing is left behind.
     """
     write_together({Path(path): data})
 
@@ -43,7 +43,7 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
     """Writes several files like `atomic_write`, none before all of them are complete on the disk.
 
     Raises:
-        DeatError: One cannot be written. None has been then.
+        UnwritableError: One cannot be written. None has been then.
     """
     staged = {path: path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") for path in contents}
     path = Path()
@@ -55,7 +55,7 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
         for folder in {path.parent for path in contents}:
             _sync_folder(folder)
     except OSError as error:
-        raise DeatError(f"cannot write {path}: {error.strerror or error}") from error
+        raise UnwritableError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         for incomplete in staged.values():
             with contextlib.suppress(OSError):

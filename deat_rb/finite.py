@@ -49,12 +49,10 @@ class Undo:
     """How everything that a batch changes was before it."""
 
     def __init__(self, trainer: Trainer, optimizer: SGD, engine: Engine) -> None:
-        self._trainer, self._optimizer, self._engine = trainer, optimizer, engine
+        self._trainer, self._engine = trainer, engine
         self._model = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-        self._momentum = {
-            parameter: None if state.get("momentum_buffer") is None else state["momentum_buffer"].clone()
-            for parameter, state in optimizer.state.items()
-        }
+        buffers = [state["momentum_buffer"] for state in optimizer.state.values()]
+        self._momentum = [(buffer, buffer.clone()) for buffer in buffers]
         self._tensors = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
         self._facts: tuple[dict[str, Any], dict[str, Any]] = copy.deepcopy(
             (trainer.state_dict(), engine.scaler.state_dict())
@@ -63,11 +61,8 @@ class Undo:
     def __call__(self) -> None:
         """Puts it back."""
         self._trainer.model.load_state_dict(self._model)
-        for parameter in list(self._optimizer.state):
-            if self._momentum.get(parameter) is None:
-                del self._optimizer.state[parameter]
-            else:
-                self._optimizer.state[parameter]["momentum_buffer"] = self._momentum[parameter]
+        for buffer, before in self._momentum:
+            buffer.copy_(before)
         trainer_facts, scaler_facts = self._facts
         self._trainer.load_state_dict(trainer_facts, self._tensors)
         if scaler_facts:

@@ -30,6 +30,7 @@ def fit(
     epochs: int = 10,
     lr: float = 0.1,
     lr_schedule: str = "cyclic",
+    lr_epochs: int | None = None,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     device: torch.device | str | None = None,
@@ -60,6 +61,7 @@ def fit(
         epochs: T.
         lr: The peak learning rate.
         lr_schedule: ``cyclic``, ``multistep`` or ``flat``, see `deat_rb.rates`.
+        lr_epochs: How many epochs that is laid out for, fewer than are trained; by default as many.
         momentum: Of SGD.
         weight_decay: Of SGD.
         device: Where to train; by default where the model is.
@@ -102,25 +104,26 @@ def fit(
     where = resolve_device(str(device or next(trainer.model.parameters()).device))
     together = world(cpu=where.type == "cpu")
     engine = Engine(where, resolve_precision(precision, where), world=together, compiled=compiled, sync_bn=sync_bn)
-    loop = Loop(
-        trainer=trainer,
-        engine=engine,
-        optimizer=engine.sgd(trainer.model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay),
-        rate=lambda done: lr * LR_SCHEDULES[lr_schedule](done),
-        epochs=epochs,
-        seed=seed,
-        run=run,
-        save_every=60 * save_every,
-        reporter=reporter if reporter and together.is_main else Reporter(),
-        heed_stop=heed_stop,
-        skips=on_nonfinite == "skip",
-        select=select or ("best" if val_loader is not None else "last"),
-        kept=deque(maxlen=trainer.stopping.lookback if trainer.stopping else 1),
-    )
     if not resume:
         trainer.begin_anew()
     try:
         with randomness.preserved(), engine.prepared(trainer.model):
+            loop = Loop(
+                trainer=trainer,
+                engine=engine,
+                optimizer=engine.sgd(trainer.model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay),
+                rate=lambda done: lr * LR_SCHEDULES[lr_schedule](done),
+                epochs=epochs,
+                lr_epochs=lr_epochs or epochs,
+                seed=seed,
+                run=run,
+                save_every=60 * save_every,
+                reporter=reporter if reporter and together.is_main else Reporter(),
+                heed_stop=heed_stop,
+                skips=on_nonfinite == "skip",
+                select=select or ("best" if val_loader is not None else "last"),
+                kept=deque(maxlen=trainer.stopping.lookback if trainer.stopping else 1),
+            )
             return loop(train_loader, val_loader, resume)
     finally:
         trainer.follow_rate(None)

@@ -42,8 +42,17 @@ class Shares:
         self.world = world
 
     def of_epoch(self, epoch: int, batch: int, seed: int) -> Iterator[tuple[Batch, int]]:
-        """As `of_epoch`."""
+        """As `of_epoch`.
+
+        Raises:
+            DeatError: A batch has fewer images than there are processes.
+        """
         for (images, labels), total in of_epoch(self.loader, epoch, batch, seed):
+            if total < self.world.size:
+                raise DeatError(
+                    f"a batch of {total} images cannot be divided over {self.world.size} processes; "
+                    "leave short batches out, or give fewer processes"
+                )
             part = self.world.share(total)
             yield (images[part], labels[part]), total
 
@@ -118,7 +127,7 @@ def gather(trainer: Trainer, loader: Iterable[Batch], engine: Engine) -> Batch:
 
 
 def check_first(trainer: Trainer, batch: Any, engine: Engine) -> None:
-    """Checks a batch against what the trainer's model takes and gives.
+    """Checks a batch against what the trainer's model takes and gives, and whether its attack can be trained with.
 
     Raises:
         DeatError: Naming what is not admissible.
@@ -130,3 +139,4 @@ def check_first(trainer: Trainer, batch: Any, engine: Engine) -> None:
     with modes_restored(trainer.model), torch.no_grad():
         classes = trainer.model.eval()(images[:1].to(engine.device)).shape[1]
     check_batch(images, labels, classes)
+    trainer.examine(images.to(engine.device))

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from deat_rb import checkpoint, randomness
-from deat_rb.checkpoint import Checkpoint
+from deat_rb import checkpoint, position, randomness
 from deat_rb.engine import Engine
-from deat_rb.errors import DeatError, Interrupted
+from deat_rb.errors import DeatError, Interrupted, UnwritableError
 from deat_rb.evaluation.evaluate import validate
 from deat_rb.finite import Undo, Watch
 from deat_rb.history import History, Reporter
@@ -28,6 +27,8 @@ from deat_rb.stats import EpochStats, EpochSums
 from deat_rb.trainers import set_rate
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from deat_rb.runs import RunDirectory
     from deat_rb.trainers import Batch, Trainer
 
@@ -45,6 +46,7 @@ class Loop:
     """A run under way: what it is given, and where it is.
 
     Attributes:
+        lr_epochs: How many epochs the learning rate's schedule is laid out for.
         epoch: The epoch under way, from 1.
         batch: How many of its batches are done.
         sums: Over those batches.
@@ -53,7 +55,9 @@ class Loop:
         kept: The newest epochs with their weights, as many as the stopping rule may go back by.
         settled: Of the epochs before those, which no rule can undo any more, the most robust on validation.
         watch: What was not finite in this epoch.
-        saved: When the newest checkpoint was written, and what it holds.
+        saved: When the newest checkpoint was written or read, and what it holds.
+        recorded: How many epochs, and how many batches of the next, it keeps.
+        published: Which epochs the files of the best and the last weights hold.
     """
 
     trainer: Trainer
@@ -61,6 +65,7 @@ class Loop:
     optimizer: torch.optim.SGD
     rate: Callable[[float], float]
     epochs: int
+    lr_epochs: int
     seed: int
     heed_stop: bool
     skips: bool
@@ -79,6 +84,8 @@ class Loop:
     requests: StopRequests = field(default_factory=StopRequests)
     watch: Watch = field(default_factory=Watch)
     saved: tuple[float, str] = field(default_factory=lambda: (time.monotonic(), ""))
+    recorded: tuple[int, int] = (0, 0)
+    published: dict[str, int] = field(default_factory=dict)
     looked: float = field(default_factory=time.monotonic)
 
     @property
@@ -100,9 +107,9 @@ class Loop:
             )
         batches = count_batches(loader)
         shares = divided(loader, self.world)
-        if resume:
-            self._restore()
         try:
+            if resume:
+                self._restore(batches)
             if self.run is None:
                 self._train(shares, validation, batches)
             else:
@@ -114,6 +121,8 @@ class Loop:
             raise DeatError(
                 f"another of the {self.world.size} processes is gone, so that this one ends too; {self.what_is_kept()}"
             ) from error
+        except UnwritableError as error:
+            raise DeatError(f"{error}; {self.what_is_kept()}") from error
         except KeyboardInterrupt:
             raise Interrupted(self.what_is_kept()) from None
         self._select()
@@ -136,12 +145,14 @@ class Loop:
         if not model.training:
             model.train()
         steps, alpha = trainer.steps, trainer.alpha
+        engine.watch_memory()
         self.reporter.epoch_begins(self.epoch, self.epochs, batches, steps)
         began = time.perf_counter()
         randomness.seed_global(self.seed, "epoch", self.epoch)
         for batch, total in of_epoch(loader, self.epoch, self.batch, self.seed):
             if self.epoch == 1 and self.batch == 0:
                 check_first(trainer, batch, engine)
+                self._save(0.0)
             images, labels = engine.receive(*batch)
             engine.global_batch = total
             trainer.follow_rate(partial(self._rate_within, self.epoch - 1, self.batch, batches))
@@ -238,7 +249,7 @@ class Loop:
 
     def _rate_within(self, epochs_done: int, batch: int, batches: int, share: float) -> float:
         """The learning rate where a share of a batch is done."""
-        return self.rate((epochs_done + min((batch + share) / batches, 1)) / self.epochs)
+        return self.rate((epochs_done + min((batch + share) / batches, 1)) / self.lr_epochs)
 
     def _validated(self, row: EpochStats, validation: Batch | None) -> EpochStats:
         if validation is None:
@@ -277,7 +288,6 @@ class Loop:
         trainer.schedule.update(row)
         trainer.follow_schedule()
         self.history.rows.append(row)
-        before = self._best()
         if len(self.kept) == self.kept.maxlen:
             self.settled = _most_robust([self.settled, self.kept[0]])
         self.kept.append((row, _copy(trainer.model)))
@@ -285,21 +295,25 @@ class Loop:
             self.history.stopped = stop.reason
             while self.kept[-1][0].epoch > stop.keep and len(self.kept) > 1:
                 self.kept.pop()
-        best = self._best()
-        is_best = best is not None and (before is None or best[0].epoch != before[0].epoch)
         self.epoch, self.batch, self.skipped, self.spent = self.epoch + 1, 0, 0, 0.0
         self.sums, self.watch = EpochSums(), Watch()
         if self.run is not None:
-            self.world.first(partial(self._write, self.run, row, is_best))
+            self.world.first(partial(self._write, self.run, row))
             self._save(0.0)
         self.reporter.epoch_ended(row)
 
-    def _write(self, run: RunDirectory, row: EpochStats, is_best: bool) -> None:
+    def _write(self, run: RunDirectory, row: EpochStats) -> None:
         run.append(row)
-        best = self._best()
-        if is_best and best is not None:
-            run.save_weights("best", best[1], best[0])
-        run.save_weights("last", self.kept[-1][1], self.kept[-1][0])
+        self._publish(run)
+
+    def _publish(self, run: RunDirectory) -> None:
+        """Has the best and the last weights in their files."""
+        for which, epoch in (("best", self._best()), ("last", self.kept[-1] if self.kept else None)):
+            if epoch is None:
+                run.discard_weights(which)
+            elif self.published.get(which) != epoch[0].epoch:
+                run.save_weights(which, epoch[1], epoch[0])
+                self.published[which] = epoch[0].epoch
 
     def _best(self) -> Epoch | None:
         """The epoch most robust on validation with its weights; of equal ones the first."""
@@ -317,63 +331,39 @@ class Loop:
             return
         if self.world.greatest(self.watch.found() is not None):
             self._give_up()
-        sums = self.sums.over(self.world)
-        state = Checkpoint(
-            facts={
-                "epoch": self.epoch,
-                "batch": self.batch,
-                "spent": spent,
-                "lr": self.optimizer.param_groups[0]["lr"],
-                "skipped": self.skipped,
-                "sums": sums.facts(),
-                "trainer": self.trainer.state_dict(),
-                "scaler": self.engine.scaler.state_dict(),
-                "settled": self.settled[0].epoch if self.settled else None,
-                "kept": [row.epoch for row, _ in self.kept],
-                "stopped": self.history.stopped,
-            }
-        )
-        state.put("model", self.trainer.model.state_dict())
-        state.put_optimizer(self.optimizer)
-        state.put("trainer", self.trainer.tensors())
-        state.put("sums", sums.tensors())
-        for row, weights in self.kept:
-            state.put(f"kept.{row.epoch}", weights)
-        if self.settled is not None:
-            state.put("settled", self.settled[1])
-        written = self.world.first(partial(checkpoint.write, self.run.checkpoints, state))
-        self.saved = time.monotonic(), f"{written} of epoch {self.epoch}, batch {self.batch}"
+        state = position.of(self, self.run.config, spent)
+        self._recorded(self.world.first(partial(checkpoint.write, self.run.checkpoints, state)))
 
-    def _restore(self) -> None:
-        assert self.run is not None
-        self.world.first(self.run.discard_unfinished)
-        state = checkpoint.newest(self.run.checkpoints, self.reporter.warn)
-        done = 0 if state is None else state.facts["epoch"] - 1
-        self.history.rows = self.world.first(partial(self.run.truncate, done))
+    def _recorded(self, path: Path | None) -> None:
+        self.saved = time.monotonic(), f"{path} of epoch {self.epoch}, batch {self.batch}"
+        self.recorded = self.epoch - 1, self.batch
+
+    def _restore(self, batches: int) -> None:
+        """Goes on from the newest checkpoint that is whole.
+
+        Raises:
+            DeatError: If there is none of a run that had begun, or it does not fit the run.
+        """
+        run = self.run
+        assert run is not None
+        self.world.first(run.discard_unfinished)
+        state = checkpoint.newest(run.checkpoints, self.reporter.warn)
         if state is None:
+            if self.world.first(lambda: len(run.rows())):
+                raise DeatError(f"{run.checkpoints} has no checkpoint to go on from; start a new run")
             return
-        facts = state.facts
-        self.epoch, self.batch, self.spent = facts["epoch"], facts["batch"], facts["spent"]
-        self.skipped = facts["skipped"]
-        self.history.stopped = facts["stopped"]
-        state.take_model(self.trainer.model)
-        state.take_optimizer(self.optimizer)
-        set_rate(self.optimizer, facts["lr"])
-        self.trainer.load_state_dict(facts["trainer"], state.take("trainer"))
-        self.engine.scaler.load_state_dict(facts["scaler"])
-        self.sums = EpochSums.restored(facts["sums"], state.take("sums"), self.engine.device)
-        if not self.world.is_main:
-            self.sums = self.sums.emptied()
-        by_epoch = {row.epoch: row for row in self.history.rows}
-        if facts["settled"] is not None:
-            self.settled = by_epoch[facts["settled"]], state.take("settled")
-        self.kept.extend((by_epoch[epoch], state.take(f"kept.{epoch}")) for epoch in facts["kept"])
+        there = position.read(state)
+        self.history.rows = self.world.first(partial(run.truncate, there.epoch - 1))
+        position.take(self, state, there, batches)
+        self._recorded(state.path)
+        self.world.first(partial(self._publish, run))
 
     def what_is_kept(self) -> str:
         """What is left of the run if it ends now."""
-        done = f"{len(self.history.rows)} of {self.epochs} epochs"
         if self.run is None:
-            return f"{done} were trained; the model holds the newest weights"
+            return f"{len(self.history.rows)} of {self.epochs} epochs were trained; the model holds the newest weights"
+        epochs, batches = self.recorded
+        done = f"{epochs} of {self.epochs} epochs" + (f" and {batches} batches of the next" if batches else "")
         return f"{self.run.path} keeps {done}; deat-rb train --resume {self.run.path} goes on from there"
 
 

@@ -40,6 +40,8 @@ def is_main() -> bool:
 class World:
     """The processes that train together; a single one by default, for which everything here is the identity.
 
+    Tensors are summed where the processes train, so that they have to be on that device; all else goes over the CPU.
+
     Attributes:
         rank: Which process this is, from 0.
         size: How many there are.
@@ -67,11 +69,15 @@ class World:
         return tensor
 
     def average(self, tensors: Iterable[Tensor]) -> None:
-        """Makes floating-point tensors of one type, such as BatchNorm's statistics, their mean over all processes."""
+        """Makes floating-point tensors, such as BatchNorm's statistics, their mean over all processes.
+
+        In double precision, in which the mean of equal single-precision numbers is that number: what all processes have
+        alike, such as the normalisation's mean and deviation, stays what it is.
+        """
         whole = [tensor for tensor in tensors if tensor.is_floating_point()]
         if self.size == 1 or not whole:
             return
-        flat = torch.cat([tensor.flatten() for tensor in whole])
+        flat = torch.cat([tensor.flatten().double() for tensor in whole])
         dist.all_reduce(flat)
         flat /= self.size
         for tensor, part in zip(whole, flat.split([tensor.numel() for tensor in whole]), strict=True):
@@ -84,6 +90,33 @@ class World:
             dist.all_reduce(greatest, op=dist.ReduceOp.MAX, group=self._control)
             number = int(greatest)
         return number
+
+    def gathered(self, value: T) -> list[T]:
+        """What each of the processes has, in the order of their ranks; small, for it is pickled for its own kin."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def first_here(self, action: Callable[[], T]) -> T:
+        """Lets one process of each machine act before the others there do the same and find what it has left behind.
+
+        Raises:
+            DeatError: Everywhere, if one of the first raised it; and KeyboardInterrupt likewise.
+        """
+        is_first = self.size == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
+        done: T | None = None
+        refusal: BaseException | None = None
+        if is_first:
+            try:
+                done = action()
+            except (DeatError, KeyboardInterrupt) as error:
+                refusal = error
+        for each in self.gathered(refusal):
+            if each is not None:
+                raise each
+        return cast(T, done) if is_first else action()
 
     def first(self, action: Callable[[], T]) -> T:
         """Lets process 0 act while the others wait, and gives all of them what came of it.

@@ -14,8 +14,8 @@ from deat_rb.stats import EpochStats, EpochSums
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from deat_rb.planning import Plan
     from deat_rb.runs import RunDirectory
-    from deat_rb.training import Plan
 
 LINE_EVERY = 30.0
 """Seconds between two plain lines of one attack."""

@@ -1,6 +1,7 @@
 """A run directory: what a training run leaves behind.
 
-config.json          everything that decides the run; `deat-rb train --config` runs it again
+config.json          everything that decides the run; `deat-rb train --config` runs it again. Where it was
+                     prolonged, config-N-epochs.json is what it was before
 metrics.jsonl        a row of `EpochStats` per epoch
 last.safetensors     the newest weights, and last.json about them
 best.safetensors     those most robust on validation, and best.json
@@ -16,17 +17,19 @@ import fcntl
 import json
 import os
 import re
+import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from deat_rb.config import RunConfig
-from deat_rb.errors import DeatError
+from deat_rb.config import RunConfig, misfit
+from deat_rb.errors import DeatError, UnwritableError
 from deat_rb.files import atomic_write, read_json, save_tensors, sha256_tensors, write_json
 from deat_rb.models import ModelSpec
 from deat_rb.stats import EpochStats
@@ -35,6 +38,7 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
 LOCK = ".lock"
+_ROW = TypeAdapter(EpochStats)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+%-]*")
 
 
@@ -74,24 +78,24 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: Path, config: RunConfig) -> RunDirectory:
-        """Makes the folder, which must not exist, and writes ``config.json``.
+        """Makes the folder, which must not exist, with its ``config.json``.
 
         Raises:
             DeatError: If the name is taken or the folder cannot be made.
         """
         check_free(path)
+        # Under another name until it is a run, so that a kill in between leaves the name free.
+        begun = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.mkdir()
+            begun.mkdir(parents=True)
+            write_json(begun / CONFIG, config.model_dump(mode="json"))
+            begun.rename(path)
         except OSError as error:
             raise DeatError(
                 f"the run directory {path} cannot be made ({error.strerror}); choose another --output"
             ) from None
-        try:
-            write_json(path / CONFIG, config.model_dump(mode="json"))
-        except DeatError:
-            path.rmdir()
-            raise
+        finally:
+            shutil.rmtree(begun, ignore_errors=True)
         return cls(path, config)
 
     @classmethod
@@ -107,13 +111,23 @@ class RunDirectory:
         try:
             return cls(path, RunConfig.model_validate(read_json(path / CONFIG)))
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise DeatError(f"{path / CONFIG} is not a run's configuration: {where}: {first['msg']}") from None
+            raise DeatError(f"{path / CONFIG} is not a run's configuration: {misfit(error)}") from None
+
+    def refuse_links(self) -> None:
+        """Looks whether training here could write or read anything that lies elsewhere.
+
+        Raises:
+            DeatError: If a link or a special file is in the folder, which a run never puts there.
+        """
+        for folder in (self.path, self.checkpoints):
+            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+                if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                    raise DeatError(f"{path} is a link or a special file, of which a run has none; remove it")
 
     def reconfigured(self, config: RunConfig) -> RunDirectory:
-        """Records another configuration, the old one beside it as ``config-before.json``."""
-        write_json(self.path / "config-before.json", self.config.model_dump(mode="json"))
+        """Records another configuration; of one with fewer epochs a copy stays, as ``config-N-epochs.json``."""
+        if config.epochs != self.config.epochs:
+            write_json(self.path / f"config-{self.config.epochs}-epochs.json", self.config.model_dump(mode="json"))
         write_json(self.path / CONFIG, config.model_dump(mode="json"))
         return RunDirectory(self.path, config)
 
@@ -153,12 +167,23 @@ class RunDirectory:
         Raises:
             DeatError: If another process holds it.
         """
-        with open(self.path / LOCK, "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DeatError(f"another process is training in {self.path}; wait for it or end it") from None
+        path = self.path / LOCK
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        except OSError as error:
+            raise DeatError(f"{path} cannot be opened to keep other processes out: {error.strerror}") from None
+        try:
+            # A lock of this process alone: those that it forks, which decode images, do not keep it when it dies.
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise DeatError(f"{path} cannot be locked to keep other processes out: {error.strerror}") from None
+            raise DeatError(f"another process is training in {self.path}; wait for it or end it") from None
+        try:
             yield
+        finally:
+            os.close(descriptor)
 
     def save_weights(self, which: str, state: Mapping[str, Tensor], row: EpochStats) -> None:
         """Writes weights and what is known of them, atomically."""
@@ -166,11 +191,16 @@ class RunDirectory:
         save_tensors(self.path / f"{which}.safetensors", tensors)
         write_json(self.path / f"{which}.json", {**asdict(row), "sha256": sha256_tensors(tensors)})
 
+    def discard_weights(self, which: str) -> None:
+        """Removes weights, of which there are none any more, and what is known of them."""
+        for suffix in (".safetensors", ".json"):
+            (self.path / f"{which}{suffix}").unlink(missing_ok=True)
+
     def append(self, row: EpochStats) -> None:
         """Adds an epoch to ``metrics.jsonl``, on the disk before this returns.
 
         Raises:
-            DeatError: If it cannot be written; then the file is as it was.
+            UnwritableError: If it cannot be written; then the file is as it was.
         """
         path = self.path / METRICS
         line = (json.dumps(asdict(row), allow_nan=False) + "\n").encode()
@@ -184,7 +214,7 @@ class RunDirectory:
         except OSError as error:
             if path.is_file():
                 os.truncate(path, before)
-            raise DeatError(f"{path} cannot be written ({error.strerror}); the epochs before are kept") from None
+            raise UnwritableError(f"{path} cannot be written ({error.strerror})") from None
 
     def discard_unfinished(self) -> None:
         """Removes what a killed process had not finished writing."""
@@ -199,26 +229,30 @@ class RunDirectory:
             DeatError: If there are fewer.
         """
         path = self.path / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
         if len(lines) < epochs:
             raise DeatError(
                 f"{path} has {len(lines)} epochs where the run is {epochs} on; it is damaged, start it anew"
             )
         if len(lines) > epochs:
-            atomic_write(path, "".join(lines[:epochs]).encode())
+            atomic_write(path, b"".join(lines[:epochs]))
         return self.rows()
 
     def rows(self) -> list[EpochStats]:
         """The epochs so far.
 
         Raises:
-            DeatError: If a line is not JSON.
+            DeatError: If a line is not an epoch's figures.
         """
         path = self.path / METRICS
         if not path.is_file():
             return []
-        lines = path.read_text(encoding="utf-8").splitlines()
-        try:
-            return [EpochStats.from_row(json.loads(line)) for line in lines]
-        except (json.JSONDecodeError, AttributeError):
-            raise DeatError(f"{path} has a line that is not a JSON object; the run is damaged") from None
+        rows = []
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+            try:
+                rows.append(_ROW.validate_json(line, strict=True))
+            except ValidationError as error:
+                raise DeatError(
+                    f"{path}, line {number}, is not an epoch's figures ({misfit(error)}); the run is damaged"
+                ) from None
+        return rows

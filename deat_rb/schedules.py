@@ -54,8 +54,14 @@ class Schedule:
         return {"steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a `state_dict`."""
-        self.steps = int(state["steps"])
+        """Goes on from a `state_dict`.
+
+        Raises:
+            ValueError: It is none of this schedule.
+        """
+        if not isinstance(state["steps"], int) or state["steps"] < 0:
+            raise ValueError(f"steps = {state['steps']!r} is not a whole number of 0 or more")
+        self.steps = state["steps"]
 
     def _rise(self) -> None:
         if self.max_steps is None or self.steps < self.max_steps:

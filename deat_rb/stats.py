@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -85,39 +84,29 @@ class EpochSums:
 
     def over(self, world: World) -> EpochSums:
         """The sums of all processes together."""
-        if world.size == 1:
-            return self
-        whole = EpochSums.restored(self.facts(), self.tensors(), torch.device("cpu"))
-        example = next((value for value in self._sums.values() if isinstance(value, Tensor)), torch.zeros(()))
-        sums = world.sum(torch.tensor([self.examples, *self.read().values()], dtype=torch.float64).to(example.device))
-        whole.examples = int(sums[0])
-        whole._sums.update(zip(whole._sums, sums[1:].tolist(), strict=True))
-        return whole
+        return self if world.size == 1 else EpochSums.of(world.gathered(self.facts()))
 
-    def emptied(self) -> EpochSums:
-        """What a process goes on with whose sums so far are in another's: none, at the same batch."""
-        rest = EpochSums()
-        rest.updates, rest.batches, rest.image_size = self.updates, self.batches, self.image_size
-        return rest
-
-    def facts(self) -> dict[str, Any]:
-        """Of the sums in an unfinished epoch, those that are numbers, as JSON values."""
+    def facts(self) -> dict[str, float]:
+        """The sums of an unfinished epoch, as JSON values that give the very sums back."""
         counts = {name: getattr(self, name) for name in ("examples", "updates", "batches", "image_size")}
-        return {**counts, "sums": {name: value for name, value in self._sums.items() if not isinstance(value, Tensor)}}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Of the sums in an unfinished epoch, those that are tensors."""
-        return {name: value for name, value in self._sums.items() if isinstance(value, Tensor)}
+        return counts | self.read()
 
     @classmethod
-    def restored(cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device) -> EpochSums:
-        """Goes on from `facts` and `tensors`."""
+    def of(cls, parts: Sequence[Mapping[str, float]]) -> EpochSums:
+        """Adds up the `facts` of processes that have had the same batches."""
         sums = cls()
-        sums.examples, sums.updates = facts["examples"], facts["updates"]
-        sums.batches, sums.image_size = facts["batches"], facts["image_size"]
-        sums._sums.update(facts["sums"])
-        sums._sums.update({name: tensor.to(device) for name, tensor in tensors.items()})
+        sums.updates, sums.batches, sums.image_size = (
+            int(parts[0][name]) for name in ("updates", "batches", "image_size")
+        )
+        sums.examples = sum(int(part["examples"]) for part in parts)
+        sums._sums.update({name: sum(float(part[name]) for part in parts) for name in sums._sums})
         return sums
+
+    @classmethod
+    def share_of(cls, parts: Sequence[Mapping[str, float]], world: World) -> EpochSums:
+        """What a process goes on with of the `facts` that so many others had, its own again where they were as many."""
+        own = parts[world.rank :: world.size]
+        return cls.of(own or [{**parts[0], "examples": 0, **cls().read()}])
 
 
 @dataclass
@@ -145,7 +134,7 @@ class EpochStats:
         val_forwards: Images forwarded for validation and for the stopping rule; training's passes are in mini-batches.
         val_backwards: Images for which these computed a gradient.
         images_per_second: Training images per second.
-        peak_memory: Peak memory in bytes: the device's, or the process's on a CPU.
+        peak_memory: Peak memory of training in bytes: of the GPU in this epoch, or of the process so far.
         stopped: Why a rule ended training here or, where it was not to be heeded, would have.
         skipped: Batches that were left out because something was not finite.
         processes: How many processes trained together.

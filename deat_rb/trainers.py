@@ -155,6 +155,16 @@ class Trainer(QuietAttack):
                 "as deat_rb.build_model does, in place of set_normalization_used"
             )
 
+    def examine(self, images: Tensor) -> None:
+        """Looks, on some images, whether the attack can be trained with; the model is left as it was.
+
+        Args:
+            images: In [0, 1], (N, C, H, W), on the model's device.
+
+        Raises:
+            DeatError: It cannot.
+        """
+
     @abstractmethod
     def training_step(
         self, images: Tensor, labels: Tensor, optimizer: Optimizer, engine: Engine | None = None
@@ -201,6 +211,17 @@ class AttackTrainer(Trainer):
 
     _averages: bool | None = None
 
+    @property
+    def _own(self) -> PGD | None:
+        """The attack, if it is ours, which says itself what it saw and what it cost."""
+        crafter = self.crafter
+        return crafter if isinstance(crafter, PGD) and type(crafter).forward is PGD.forward else None
+
+    def examine(self, images: Tensor) -> None:
+        """Refuses another's attack that computes no gradient, and finds out whether its loss is averaged."""
+        if self._averages is None and self._own is None:
+            self._averages = averages(self.crafter, images.contiguous())
+
     def craft(self, images: Tensor, labels: Tensor, loss_scale: float = 1.0) -> tuple[Tensor, CraftStats]:
         """Crafts and says what it cost; the attack sets the mode it wants, every module gets its own back.
 
@@ -209,14 +230,13 @@ class AttackTrainer(Trainer):
             labels: (N,).
             loss_scale: Under which our own attacks take their gradients.
         """
-        crafter = self.crafter
+        crafter, own = self.crafter, self._own
         with modes_restored(self.model):
-            if isinstance(crafter, PGD) and type(crafter).forward is PGD.forward:
-                crafter.loss_scale = loss_scale
-                crafter.enter_mode()
-                return crafter.craft(images, labels)
-            if self._averages is None:
-                self._averages = averages(crafter, images.contiguous())
+            if own is not None:
+                own.loss_scale = loss_scale
+                own.enter_mode()
+                return own.craft(images, labels)
+            self.examine(images)
             # Called as such, an attack of ours gives BatchNorm's statistics back, which crafting in train mode moves.
             attack = crafter.forward if isinstance(crafter, QuietAttack) else crafter
             with GradientProbe(self.model) as probe:

@@ -13,7 +13,7 @@ from torch.optim import SGD
 from training_problems import images_and_labels, made
 
 import deat_rb
-from deat_rb.engine import Engine, Precision, resolve_device, resolve_precision, tensor_floats
+from deat_rb.engine import Engine, Precision, gpu_at_its_best, resolve_device, resolve_precision
 from deat_rb.errors import DeatError
 from deat_rb.trainers import Trainer
 
@@ -48,11 +48,70 @@ def test_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("device", "precision"), [("cuda", "high"), ("cpu", "highest")])
-def test_tf32_is_for_gpus_and_given_back(device: str, precision: str) -> None:
-    assert torch.get_float32_matmul_precision() == "highest"
-    with tensor_floats(torch.device(device)):
-        assert torch.get_float32_matmul_precision() == precision
-    assert torch.get_float32_matmul_precision() == "highest"
+def test_tf32_and_cudnns_trials_are_for_gpus_and_given_back(device: str, precision: str) -> None:
+    def chosen() -> tuple[str, bool]:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+
+    assert chosen() == ("highest", False)
+    with gpu_at_its_best(torch.device(device)):
+        assert chosen() == (precision, device == "cuda")
+        with Engine().eager(made()):
+            assert chosen() == (precision, False)
+    assert chosen() == ("highest", False)
+
+
+def test_of_several_gpus_a_process_takes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    touched: list[torch.device] = []
+
+    def touch(size: int, device: torch.device) -> torch.Tensor:
+        touched.append(device)
+        return torch.zeros(size)
+
+    monkeypatch.setattr(torch, "empty", touch)
+    assert resolve_device("auto") == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda:2")
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
+    assert touched == [torch.device(name) for name in ("cuda", "cuda:2", "cuda:2", "cuda:1")]
+
+
+def test_the_optimiser_is_torchs_sgd_and_its_momentum_is_there_from_the_beginning() -> None:
+    ours, theirs = made(), made()
+    optimizers = [
+        Engine().sgd(ours.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4),
+        SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4),
+    ]
+    momenta = [state["momentum_buffer"] for state in optimizers[0].state.values()]
+    assert [buffer.shape for buffer in momenta] == [parameter.shape for parameter in ours.parameters()]
+    for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+        for _ in range(3):
+            optimizer.zero_grad()
+            torch.manual_seed(0)  # of the dropout
+            model(images_and_labels()[0]).square().sum().backward()
+            optimizer.step()
+    assert all(torch.equal(*pair) for pair in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("device", "fused"), [("cuda", True), ("cpu", False)])
+def test_a_gpu_has_the_fused_optimiser_in_every_precision(
+    device: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one waits for the device at each update under fp16's loss scale."""
+    asked: list[bool] = []
+
+    def sgd(parameters: list[nn.Parameter], fused: bool, **options: float) -> SGD:
+        asked.append(fused)
+        return SGD(parameters, **options)
+
+    monkeypatch.setattr("deat_rb.engine.SGD", sgd)
+    for precision in ("fp32", "bf16", "fp16"):
+        engine = Engine("cpu", precision)
+        engine.device = torch.device(device)
+        engine.sgd(made().parameters(), lr=0.1, momentum=0, weight_decay=0)
+    assert asked == [fused] * 3
 
 
 def test_descend_gives_the_gradient_before_the_update() -> None:
@@ -140,7 +199,7 @@ def test_a_training_step_on_a_gpu_does_not_wait(name: str, precision: Precision)
     model = made().cuda()
     trainer = trainer_of(name, model)
     engine = Engine("cuda", precision)
-    optimizer = SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    optimizer = engine.sgd(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     images, labels = (part.cuda() for part in images_and_labels(16))
     trainer.training_step(images, labels, optimizer, engine)
     with syncs_raise():

@@ -105,13 +105,15 @@ def test_a_rule_that_is_not_heeded_is_noted() -> None:
     assert [row.stopped for row in noted.rows] == [None, "because", None, None]
 
 
-def test_compiled_passes_train_what_eager_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["pgd-2", "fat-3", "f+trades", "free-2", "mart"])
+def test_compiled_passes_train_what_eager_ones_do(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within rounding. The graphs are captured as always, and run without the compiler that takes a minute."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     results = []
     for compiled in (False, True):
         model = made()
-        history = deat_rb.create("pgd-2", model).fit(loader(3), epochs=1, lr=0.05, compiled=compiled)
+        trainer = deat_rb.create(method, model, **({"steps": 2} if method == "mart" else {}))
+        history = trainer.fit(loader(3), epochs=1, lr=0.05, compiled=compiled)
         assert "forward" not in model.__dict__
         results.append((history.rows[0].loss, history.rows[0].l_x))
     assert results[0] == pytest.approx(results[1], rel=1e-3)

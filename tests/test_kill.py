@@ -1,7 +1,4 @@
-"""SIGKILL at any moment, a checkpoint's writing included, loses nothing.
-
-The runs are children forked from this process, which has imported everything: so a kill costs no more than a run.
-"""
+"""SIGKILL at any moment, a checkpoint's writing included, loses nothing."""
 
 from __future__ import annotations
 
@@ -9,87 +6,98 @@ import os
 import random
 import signal
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+from children import in_a_child
 from test_resume import outcome, train
 from training_problems import run_config
 
-from deat_rb import files
+from deat_rb import checkpoint, files
+from deat_rb.checkpoint import Checkpoint
 from deat_rb.runs import RunDirectory
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its runs")
 
-
-def in_a_child(work: Callable[[], None], kill_after: float | None = None) -> bool:
-    """Forks, works there, and says whether the work was done; the child is killed after so many seconds."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return not os.WIFSIGNALED(status)
+MOMENTS = ("before the file", "within the file", "before its new name", "after its new name")
+KILLS = 7
+"""For each method: 21 over the three."""
 
 
-def dies_at_write(number: int) -> None:
-    """Lets this process kill itself at its n-th call of fsync, when a file is written and not yet renamed."""
-    calls = 0
-    sync = os.fsync
+def dies_in_a_checkpoint(number: int, moment: str) -> None:
+    """Lets this process kill itself while it writes its n-th checkpoint: it is a child, and is not to live on."""
+    write, written, put_in_place, done = checkpoint.write, files._write_synced, os.replace, 0
 
-    def fsync(descriptor: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        sync(descriptor)
+    def killed_write(folder: Path, checkpoint: Checkpoint) -> Path:
+        nonlocal done
+        done += 1
+        if done == number:
+            if moment == "before the file":
+                die()
+            files._write_synced = within
+            files.os.replace = renamed  # type: ignore[attr-defined]  # the module's own
+        return write(folder, checkpoint)
 
-    files.os.fsync = fsync  # type: ignore[attr-defined]  # the child is not to live on
+    def within(path: Path, data: bytes) -> None:
+        if moment == "within the file":
+            path.write_bytes(data[: len(data) // 2])
+            die()
+        written(path, data)
+
+    def renamed(old: Path, new: Path) -> None:
+        if moment == "before its new name":
+            die()
+        put_in_place(old, new)
+        die()
+
+    checkpoint.write = killed_write
+
+
+def die() -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("alive")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["m+trades", "free-3", "m-deat"])
-def test_a_run_killed_again_and_again_is_the_run_that_was_not(method: str, tmp_path: Path) -> None:
+def test_a_run_killed_again_and_again_is_the_run_that_was_not(
+    method: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """A quarter and more of the kills fall inside a checkpoint's writing, the others anywhere in the run's time."""
     whole = RunDirectory.create(tmp_path / "whole", run_config())
     began = time.monotonic()
     assert in_a_child(lambda: _ignore(train(method, whole, save_every=0)))
     wall = time.monotonic() - began
     expected = outcome(whole)
 
-    moments = random.Random(method)
+    draw = random.Random(method)
     kills = inside = 0
     for number in range(20):
-        if kills >= 7 and inside >= 2:
+        if kills >= KILLS:
             break
         run = RunDirectory.create(tmp_path / f"killed-{number}", run_config())
         done = False
         while not done:
-            writing = kills % 4 == 3
+            writing = 4 * inside <= kills
+            nth, moment, after = draw.randint(1, 4), draw.choice(MOMENTS), draw.uniform(0, wall)
 
-            def work(run: RunDirectory = run, writing: bool = writing) -> None:
+            def work(run: RunDirectory = run, writing: bool = writing, nth: int = nth, moment: str = moment) -> None:
                 if writing:
-                    dies_at_write(moments.randint(1, 8))
+                    dies_in_a_checkpoint(nth, moment)
                 train(method, run, resume=True, save_every=0)
 
-            done = in_a_child(work, None if writing else moments.uniform(0, wall))
-            moments.random()
+            done = in_a_child(work, None if writing else after)
             kills += not done
             inside += writing and not done
         assert outcome(run) == expected
         assert not list(run.path.rglob("*.tmp"))
-    assert kills >= 7, "at least 21 over the three methods"
-    assert inside >= 2, "some of them while a file is written"
+    print(f"{method}: {kills} kills, {inside} of them inside a checkpoint's writing")
+    record_property("kills", kills)
+    record_property("kills inside a checkpoint's writing", inside)
+    assert kills >= KILLS
+    assert 4 * inside >= kills
 
 
 def _ignore(result: object) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import two_processes
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +21,9 @@ from safetensors.torch import load_file
 
 from deat_rb import randomness
 from deat_rb.errors import DeatError
+from deat_rb.loaders import Shares
 from deat_rb.processes import World, gone, share
+from deat_rb.stats import BatchStats, EpochSums
 
 METHODS = ("standard", "pgd-2", "trades", "mart", "fat-5", "free-3", "m-deat", "m+trades")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -58,6 +61,75 @@ def test_a_world_of_one_is_the_identity() -> None:
     assert tensor.tolist() == [1, 1, 1]
     with pytest.raises(DeatError, match="no"):
         world.first(lambda: (_ for _ in ()).throw(DeatError("no")))
+
+
+def test_figures_are_summed_on_the_cpu_and_go_on_to_the_last_digit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL refuses tensors of the CPU, and a loss in single precision depends on the order it is summed in."""
+    losses = [[1e8, 3.0, 0.1, 5e7], [7.7, 2e7, 0.3, 1.0]]
+
+    def of(rank: int, batches: slice, sums: EpochSums | None = None) -> EpochSums:
+        sums = sums or EpochSums()
+        for loss in losses[rank][batches]:
+            sums.add(BatchStats(4, torch.tensor(loss), torch.tensor(3), torch.tensor(loss / 3), 2, 2, 1, 192), 0.5)
+        return sums
+
+    def gathered(values: list[Any], value: Any, group: Any) -> None:
+        values[:] = together
+
+    monkeypatch.setattr(dist, "all_gather_object", gathered)
+    monkeypatch.setattr(dist, "all_reduce", None)
+    together = [of(rank, slice(None)).facts() for rank in (0, 1)]
+    whole = of(0, slice(None)).over(World(0, 2)).facts()
+    assert (whole["examples"], whole["batches"], whole["correct"], whole["forwards"]) == (32, 4, 24, 8)
+
+    parts = [of(rank, slice(2)).facts() for rank in (0, 1)]
+    continued = [of(rank, slice(2, 4), EpochSums.share_of(parts, World(rank, 2))) for rank in (0, 1)]
+    together = [sums.facts() for sums in continued]
+    assert continued[0].over(World(0, 2)).facts() == whole
+    # By another number of processes, what there was is still summed once.
+    for size in (1, 3):
+        shares = [EpochSums.share_of(parts, World(rank, size)).facts() for rank in range(size)]
+        assert sum(share["examples"] for share in shares) == 16
+        assert sum(share["loss"] for share in shares) == pytest.approx(sum(part["loss"] for part in parts))
+        assert {share["batches"] for share in shares} == {2}
+
+
+def test_what_all_processes_have_alike_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(3))
+    tensor = torch.rand(1000)
+    before = tensor.clone()
+    World(0, 3).average([tensor])
+    assert torch.equal(tensor, before)
+
+
+@pytest.mark.parametrize(("local_rank", "order"), [("0", ["acts", "gathers"]), ("1", ["gathers", "acts"])])
+def test_the_first_process_of_a_machine_goes_before_the_others_there(
+    local_rank: str, order: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    refusals: list[DeatError | None] = [None, None]
+
+    def gather(values: list[Any], value: Any, group: Any) -> None:
+        done.append("gathers")
+        values[:] = refusals
+
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    world = World(3, 2)
+    world.first_here(lambda: done.append("acts"))
+    assert done == order
+    refusals[0] = DeatError("no archive")
+    with pytest.raises(DeatError, match="no archive"):
+        world.first_here(lambda: done.append("acts"))
+    assert done.count("acts") == 2 - int(local_rank)
+
+
+def test_a_batch_smaller_than_the_processes_are_many_is_refused() -> None:
+    shares = Shares([(torch.zeros(5, 3, 4, 4), torch.zeros(5)), (torch.zeros(3, 3, 4, 4), torch.zeros(3))], World(1, 4))
+    found = shares.of_epoch(1, 0, 0)
+    assert len(next(found)[0][1]) == 1
+    with pytest.raises(DeatError, match="a batch of 3 images cannot be divided over 4 processes; leave"):
+        next(found)
 
 
 def test_only_errors_of_communication_are_another_process_s() -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from children import in_a_child
 from training_problems import images_and_labels, normalized, run_config
 
 import deat_rb
@@ -55,6 +59,73 @@ def test_a_run_that_cannot_be_written_leaves_no_folder(tmp_path: Path, monkeypat
     with pytest.raises(DeatError, match="disk is full"):
         RunDirectory.create(tmp_path / "run", run_config())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_killed_while_it_is_made_leaves_its_name_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work() -> None:
+        monkeypatch.setattr("deat_rb.runs.write_json", lambda path, content: os.kill(os.getpid(), signal.SIGKILL))
+        RunDirectory.create(tmp_path / "run", run_config())
+
+    assert not in_a_child(work)
+    assert RunDirectory.create(tmp_path / "run", run_config()).config == run_config()
+
+
+def test_the_second_process_on_a_run_is_refused(run: RunDirectory) -> None:
+    def refused() -> None:
+        with pytest.raises(DeatError, match=f"another process is training in {run.path}; wait for it"), run.locked():
+            pass
+
+    def held() -> None:
+        with run.locked():
+            pass
+
+    with run.locked():
+        assert in_a_child(refused)
+    assert in_a_child(held)
+
+
+def test_a_lock_dies_with_its_owner_though_workers_of_it_live(run: RunDirectory) -> None:
+    reader, writer = os.pipe()
+
+    def work() -> None:
+        with run.locked():
+            worker = os.fork()
+            if worker == 0:
+                time.sleep(60)
+                os._exit(0)
+            os.write(writer, worker.to_bytes(4))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert not in_a_child(work)
+    worker = int.from_bytes(os.read(reader, 4))
+    try:
+        with run.locked():
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.close(reader)
+        os.close(writer)
+
+
+def test_a_lock_that_is_a_link_leaves_its_target_alone(run: RunDirectory, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    (run.path / ".lock").symlink_to(precious)
+    with pytest.raises(DeatError, match=r"\.lock cannot be opened to keep other processes out"), run.locked():
+        pass
+    assert precious.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "checkpoints/00000001.safetensors", "fifo"])
+def test_links_and_special_files_are_refused(name: str, run: RunDirectory, tmp_path: Path) -> None:
+    run.refuse_links()
+    (run.path / name).parent.mkdir(exist_ok=True)
+    if name == "fifo":
+        os.mkfifo(run.path / name)
+    else:
+        (run.path / name).symlink_to(tmp_path)
+    with pytest.raises(DeatError, match=f"{run.path / name} is a link or a special file, of which a run has none"):
+        run.refuse_links()
 
 
 def test_metrics_that_cannot_be_written_are_one_sentence(run: RunDirectory) -> None:
@@ -107,12 +178,12 @@ def test_metrics_come_back_as_they_were(run: RunDirectory) -> None:
     assert json.loads(lines[0])["l_x"] == 1 / 3
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", "7", "<html>"])
+@pytest.mark.parametrize("line", ["{", "[1]", "7", "<html>", '{"epoch": "2"}'])
 def test_damaged_metrics_are_refused(line: str, run: RunDirectory) -> None:
     run.append(ROW)
     with open(run.path / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(line + "\n")
-    with pytest.raises(DeatError, match=r"metrics\.jsonl has a line that is not a JSON object; the run is damaged"):
+    with pytest.raises(DeatError, match=r"metrics\.jsonl, line 2, is not an epoch's figures .*; the run is damaged"):
         run.rows()
 
 

@@ -14,10 +14,11 @@ from deat_rb.batches import LabelledImages
 from deat_rb.config import make_options, read_options
 from deat_rb.errors import DeatError
 from deat_rb.history import Reporter
+from deat_rb.planning import Plan, default_name, plan
 from deat_rb.plots import plot_curves
 from deat_rb.runs import RunDirectory
 from deat_rb.stats import EpochStats, EpochSums
-from deat_rb.training import Plan, default_name, plan, train
+from deat_rb.training import train
 
 SMALL: dict[str, Any] = {
     "method": "pgd-1", "arch": ARCH, "train_size": 64, "val_size": 16, "batch_size": 32, "epochs": 2, "eps": 0.1,
