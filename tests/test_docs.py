@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from deat_rb import build_model
+from deat_rb.engine import Engine
 from deat_rb.methods import known_methods, recipe
 
 ROOT = Path(__file__).parents[1]
@@ -17,6 +26,31 @@ def test_the_readme_example_runs() -> None:
     exec(compile(blocks[0], "README.md", "exec"), names)
     assert len(names["history"].rows) == 2  # type: ignore[attr-defined]  # whatever the example calls history
     assert set(names["report"].results) == {"natural", "fgsm", "pgd-20"}  # type: ignore[attr-defined]  # likewise
+
+
+def saved_per_image(precision: Literal["bf16", "fp32"]) -> float:
+    """MiB that autograd keeps of a PreActResNet-18's forward pass per image: weights and their casts apart."""
+    model = build_model("preactresnet18", num_classes=10).train().to(memory_format=torch.channels_last)
+    weights = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    taken = []
+    for count in (2, 3):
+        kept: dict[int, Tensor] = {}
+        with Engine("cpu", precision).autocast(), saved_tensors_hooks(partial(_keep, kept), lambda tensor: tensor):
+            model(torch.rand(count, 3, 32, 32).to(memory_format=torch.channels_last).requires_grad_())
+        taken.append(sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in weights))
+    return (taken[1] - taken[0]) / 2**20
+
+
+def _keep(kept: dict[int, Tensor], tensor: Tensor) -> Tensor:
+    kept[tensor.untyped_storage().data_ptr()] = tensor
+    return tensor
+
+
+def test_the_memory_in_the_docs_is_what_autograd_keeps() -> None:
+    text = (ROOT / "docs" / "large_scale.md").read_text()
+    row = re.search(r"^\| `preactresnet18`.* \| ([\d.]+) MiB \| ([\d.]+) MiB \|$", text, re.MULTILINE)
+    assert row is not None
+    assert [float(row[1]), float(row[2])] == pytest.approx([saved_per_image("bf16"), saved_per_image("fp32")], abs=0.06)
 
 
 def test_the_notes_of_the_methods_stand_in_the_docs() -> None:

@@ -438,7 +438,7 @@ def test_a_loss_that_is_no_longer_finite_ends_training(tmp_path: Path) -> None:
     with pytest.raises(
         DeatError,
         match=r"no longer finite: the loss at batch 2 of epoch 2; epoch 1 is the last good one, and the checkpoint .*"
-        r"/checkpoints/00000001.safetensors of epoch 2, batch 0 is good; try a smaller --lr",
+        r"/checkpoints/00000002.safetensors of epoch 2, batch 0 is good; try a smaller --lr",
     ):
         deat_rb.create("pgd-1", model).fit(Blows(), epochs=3, lr=0.05, run=run)
     assert torch.equal(torch.get_rng_state(), state)
@@ -479,4 +479,4 @@ def test_ctrl_c_says_what_was_kept(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "first", run_config())
     with pytest.raises(Interrupted, match="keeps 0 of 3 epochs"):
         deat_rb.create("pgd-1", normalized()).fit(loader(), epochs=3, run=run, reporter=Interrupts(1))
-    assert [path.name for path in run.path.iterdir()] == ["config.json"]
+    assert sorted(path.name for path in run.path.iterdir()) == ["checkpoints", "config.json"]

@@ -10,6 +10,7 @@ import torch
 from training_problems import ARCH
 
 import deat_rb
+from deat_rb import methods
 from deat_rb.batches import LabelledImages
 from deat_rb.config import make_options, read_options
 from deat_rb.errors import DeatError
@@ -136,6 +137,40 @@ def test_costs_that_depend_on_the_run_are_not_promised(method: str) -> None:
     ready = planned(method=method)
     assert ready.costs() is None
     assert dict(ready.lines())["cost"].startswith("depends on the run")
+
+
+class Idle(deat_rb.PGD):
+    """An attack of one's own that computes no gradient."""
+
+    def forward(self, inputs: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        return inputs
+
+
+class Own(deat_rb.PGD):
+    """An attack of one's own that takes as many passes as it likes."""
+
+    def forward(self, inputs: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        return self.craft(super().forward(inputs, labels), labels)[0]
+
+
+OWN: dict[str, type[deat_rb.PGD]] = {"own": Own, "idle": Idle}
+
+
+def test_own_attacks_have_costs_that_are_not_promised_and_are_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods, "_registered", {name: methods.Recipe(attack=attack) for name, attack in OWN.items()})
+    assert planned(method="own").costs() is None
+    with pytest.raises(DeatError, match="computes no gradient at its inputs"):
+        train({**SMALL, "method": "idle"}, output=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_peak_memory_is_measured_anew_in_each_epoch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    begun: list[str] = []
+    monkeypatch.setattr("deat_rb.engine.Engine.watch_memory", lambda engine: begun.append(engine.device.type))
+    train(SMALL, output=tmp_path)
+    assert begun == ["cpu", "cpu"]
 
 
 def test_the_plan_in_words() -> None:
