@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_a_gpu_has_the_fused_optimiser_in_every_precision(
     """The other one waits for the device at each update under fp16's loss scale."""
     asked: list[bool] = []
 
-    def sgd(parameters: list[nn.Parameter], fused: bool, **options: float) -> SGD:
+    def sgd(parameters: list[nn.Parameter], fused: bool, **options: Any) -> SGD:
         asked.append(fused)
         return SGD(parameters, **options)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from test_training import SMALL, identical
 
 from deat_rb import planning, training
 from deat_rb.cli import main
-from deat_rb.config import Conduct, read_options
+from deat_rb.config import Conduct, make_options, read_options
 from deat_rb.data import load_data
 from deat_rb.errors import DeatError, Interrupted
 from deat_rb.history import Reporter
@@ -130,13 +129,13 @@ def test_data_that_have_changed_are_refused_as_data(image_folder: Path, tmp_path
     shutil.copytree(image_folder, data)
     options = {**SMALL, "dataset": "folder", "data_dir": str(data), "train_size": 40, "val_size": 8, "batch_size": 20}
     run, _ = train({**options, "lr_schedule": "flat"}, output=tmp_path)
-    first = next((data / "train" / "blue").iterdir())
-    changes: dict[str, Callable[[], object]] = {
-        "one image fewer": first.unlink,
-        "a class fewer": lambda: [shutil.rmtree(data / part / "red") for part in ("train", "test")],
+    changes: dict[str, list[Path]] = {
+        "an image fewer": [next((data / "train" / "blue").iterdir())],
+        "a class fewer": [data / "train" / "red", data / "test" / "red"],
     }
     for change in changes.values():
-        change()
+        for path in change:
+            path.rename(tmp_path / f"{path.parent.name}-{path.name}")
         with pytest.raises(DeatError, match=r"^the data of folder are not those of the run; start a new run for them$"):
             resume(run.path, {"epochs": 3}, trust_code=True)
 
@@ -234,7 +233,7 @@ def test_a_run_prolonged_and_killed_before_the_next_checkpoint_goes_on(tmp_path:
 
 def test_milestones_are_a_multistep_rate_s() -> None:
     with pytest.raises(DeatError, match=r"--lr-epochs = 3 lays out the milestones of a multistep .* one is cyclic"):
-        planning.plan(planning.TrainOptions.model_validate({**SMALL, "lr_epochs": 3}))
+        planning.plan(make_options({**SMALL, "lr_epochs": 3}))
 
 
 def test_a_link_in_a_run_is_refused_before_anything_is_read_or_written(stopped: Path, tmp_path: Path) -> None:
@@ -334,5 +333,5 @@ def test_ranks_load_data_one_machine_s_first_process_first(monkeypatch: pytest.M
 
     monkeypatch.setattr(planning, "world", lambda cpu: Watched())
     monkeypatch.setattr(planning, "load_data", loaded)
-    planning.plan(planning.TrainOptions.model_validate(SMALL))
+    planning.plan(make_options(SMALL))
     assert asked == ["first", "load"]
