@@ -220,6 +220,54 @@ def test_a_phone_is_wide_enough(page: Page, index: Path, scheme: Any, background
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == background
 
 
+@pytest.mark.parametrize(("width", "least"), [(1280, 24), (360, 40)])
+def test_what_is_pressed_is_large_enough(page: Page, width: int, least: int) -> None:
+    page.set_viewport_size({"width": width, "height": 740})
+    heights = page.evaluate("""[...document.querySelectorAll("thead button, .filter :is(button, select, label)")]
+        .map((each) => each.getBoundingClientRect().height)""")
+    assert len(heights) > 20
+    assert min(heights) >= least
+    links = page.evaluate("""[...document.querySelectorAll("table.board .name > a")]
+        .map((each) => each.getBoundingClientRect().height)""")
+    assert min(links) >= 23
+
+
+def test_nothing_is_cut_off_on_a_laptop(page: Page, index: Path) -> None:
+    page.set_viewport_size({"width": 1280, "height": 800})
+    for path in (index, model_page(index)):
+        page.goto(path.as_uri())
+        assert (
+            page.evaluate("""[...document.querySelectorAll(".wide")].filter(
+            (each) => each.scrollWidth > each.clientWidth + 1).length""")
+            == 0
+        )
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_words_in_a_picture_are_whole_and_apart(page: Page, index: Path, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 800})
+    for path in (index, model_page(index)):
+        page.goto(path.as_uri())
+        assert (
+            page.evaluate("""() => {
+          const found = [];
+          for (const chart of document.querySelectorAll("svg.chart")) {
+            const box = chart.getBoundingClientRect();
+            const texts = [...chart.querySelectorAll("text")]
+              .map((each) => [each.textContent, each.getBoundingClientRect()]);
+            for (const [text, own] of texts) {
+              if (own.left < box.left - 1 || own.right > box.right + 1 || own.bottom > box.bottom + 1) found.push(text);
+              for (const [other, its] of texts)
+                if (text < other && own.left < its.right && its.left < own.right && own.top + 2 < its.bottom - 2
+                    && its.top + 2 < own.bottom - 2) found.push(`${text} and ${other}`);
+            }
+          }
+          return found;
+        }""")
+            == []
+        )
+
+
 CONTRASTS = """
 () => {
   const luminance = (colour) => {

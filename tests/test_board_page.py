@@ -161,9 +161,21 @@ def test_published_rows_have_no_rank(index: Document) -> None:
 
 def test_figures_of_a_row(index: Document) -> None:
     row = [" ".join(cell.split()) for cell in index.tables[DIGITS][2]]
-    assert row[2:] == ["98.00", "80.80 77.1 to 84.0", "80.80", "–", "86.60", "83.20", "81.00",  # noqa: RUF001
+    assert row[2:] == ["98.00", "80.80 77.1 to 84.0", "80.80", "86.60", "83.20", "81.00",
                        "m+trades standard, 10 epochs", "1,121", "99 s", "no", "WideResNet-10-1",
                        "arXiv, Mar 2021", "1 of 2 1 warn"]  # fmt: skip
+
+
+def test_columns_that_would_tell_nothing_are_left_out(tmp_path: Path) -> None:
+    plain, broken = made_up_board.entry("Doe2021Made_A"), made_up_board.entry("Doe2021Made_B", external="60.00")
+    doubted = made_up_board.entry("Doe2021Made_C", unreliable=True)
+    heads = [
+        {head.replace("\u00ad", "") for head in index_of(tmp_path / str(number), entries).tables[0][0]}
+        for number, entries in enumerate(([plain], [plain, broken], [plain, doubted]))
+    ]
+    assert [{"best known", "perhaps unreliable"} & found for found in heads] == [
+        set(), {"best known"}, {"perhaps unreliable"}
+    ]  # fmt: skip
 
 
 def test_the_papers_tables_stand_beside_what_was_measured(index: Document) -> None:

@@ -13,7 +13,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 468, 12, 252
 MOST_TICKS, MOST_EPOCHS = 6, 10**6
 SMALLEST, LARGEST = 1e-100, 1e100
 """Between these an axis has ticks."""
-LABEL_HEIGHT, CHARACTER = 14, 7.2
+LABEL_HEIGHT, CHARACTER = 15, 8.6
 """Of a label, in the picture's units: a little more than the largest font that the style sheet gives it."""
 
 

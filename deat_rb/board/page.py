@@ -76,11 +76,11 @@ COLUMNS = (
     Column("best known", style="robust"),
     Column("perhaps unreliable", "text"),
     Column("FGSM"),
-    Column("PGD-100"),
-    Column("CW-20"),
+    Column("PGD\u2011100"),
+    Column("CW\u201120"),
     Column("method", "text", "ascending", "text"),
     Column("backward passes", first="ascending"),
-    Column("training", first="ascending", style="text"),
+    Column("training", first="ascending"),
     Column("extra data", "text"),
     Column("architecture", "text", "ascending", "arch text"),
     Column("venue", "text", "ascending", "text"),
@@ -238,6 +238,9 @@ def _group_content(group: Group, standings: Sequence[Standing], references: Sequ
         text = f"{entry.model_name}: {percent(robust)} % robust, {count(cost)} backward passes"
         points.append(Point(cost, robust, entry.method or entry.model_name, text, link_of(entry)))
     known = [any(row["cells"][place].text != MISSING for row in rows) for place in range(len(COLUMNS))]
+    titles = [column.title for column in COLUMNS]
+    known[titles.index("best known")] = any(entry.external for entry in entries)  # else it repeats AutoAttack's
+    known[titles.index("perhaps unreliable")] = any(entry.unreliable for entry in entries)
     for row in rows:
         styled = zip(row["cells"], COLUMNS, known, strict=True)
         row["cells"] = [(cell, column.style) for cell, column, is_known in styled if is_known]
@@ -376,6 +379,6 @@ def _beside(entry: Entry, with_fgsm: bool) -> dict[str, Any]:
         "parts": name_parts(entry.model_name),
         "link": None,
         "page": link_of(entry),
-        "note": ", ".join(note for note in notes if note),
+        "note": ", ".join(note.rstrip(".") for note in notes if note),
         "figures": [percent(entry.clean_acc), *(_figure_cell(entry, name).text for name in names), minutes],
     }
