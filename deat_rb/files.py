@@ -144,7 +144,7 @@ def load_tensors(path: Path | str) -> dict[str, Tensor]:
 
     Raises:
         DeatError: The file is missing, empty, truncated, a web page, a pickle with code, asks for more memory than it
-            has bytes, or is no dict of tensors.
+            has bytes, or is no dict of dense tensors of real numbers.
     """
     data = read_bytes(path)
     head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -156,7 +156,10 @@ def load_tensors(path: Path | str) -> dict[str, Tensor]:
     content = _read_safetensors(path, data) if is_safetensors else _read_torch(path, data)
     tensors = _unwrap(path, content)
     for name, tensor in tensors.items():
-        if tensor.layout == torch.strided and tensor.numel() * tensor.element_size() > len(data):
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.is_meta:
+            raise DeatError(f"{path} holds no plain numbers in its tensor {name}, which is sparse, quantised, complex "
+                            "or empty (meta): save a dense state dict of real numbers")  # fmt: skip
+        if tensor.numel() * tensor.element_size() > len(data):
             raise DeatError(f"{path} has {len(data)} bytes, and its tensor {name} says that it takes "
                             f"{tensor.numel() * tensor.element_size()}")  # fmt: skip
     return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}

@@ -282,3 +282,21 @@ def test_sha256_of_tensors_sees_values_and_not_memory() -> None:
         {"a": base, "c": torch.tensor(1)},
     ]
     assert len({digest, *map(files.sha256_tensors, others)}) == 5
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.eye(3).to_sparse(),
+        torch.eye(3).to_sparse_csr(),
+        torch.eye(3, device="meta"),
+        torch.eye(3, dtype=torch.complex64),
+        torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8),
+    ],
+    ids=["sparse", "rows", "meta", "complex", "quantised"],
+)
+def test_what_are_no_plain_numbers(tmp_path: Path, tensor: torch.Tensor) -> None:
+    """No network's weights could be made of these, or only by leaving something out."""
+    torch.save({**WEIGHTS, "odd": tensor}, tmp_path / "a.pt")
+    with pytest.raises(DeatError, match=r"a\.pt holds no plain numbers in its tensor odd, which is sparse, "):
+        files.load_tensors(tmp_path / "a.pt")
