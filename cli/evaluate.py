@@ -99,7 +99,7 @@ def evaluate(
     from deat_rb.engine import resolve_device
     from deat_rb.errors import DeatError
     from deat_rb.evaluation.evaluate import check_options, evaluate, parse_attacks
-    from deat_rb.evaluation.report import means
+    from deat_rb.evaluation.report import alike, means
     from deat_rb.evaluation.subject import open_subject
     from deat_rb.progress import EvaluationProgress
     from deat_rb.threat import check_norm, check_radius
@@ -136,8 +136,11 @@ def evaluate(
         _print(report, subject, console)
         for path in written:
             console.print(f"written: {path}", highlight=False, soft_wrap=True, markup=False)
-    if len(reports) > 1:
+    if len(reports) > 1 and alike(reports):
         console.print(means(reports))
+    elif len(reports) > 1:
+        note = "no mean is taken, as these are not evaluations of the same images within the same eps"
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
     if strict and any(check.status != "pass" for report in reports for check in report.checks):
         raise click.exceptions.Exit(1)
 

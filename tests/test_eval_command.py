@@ -113,6 +113,20 @@ def test_names_are_not_read_as_markup(described: list[object]) -> None:
     assert "torchattacks.UPGD(steps=1, loss='[/]') cannot be run here" in result.stderr
 
 
+def test_several_have_a_mean_if_it_means_something(tmp_path: Path) -> None:
+    options = {"method": "standard", "arch": "wrn-10-1", "train_size": 20, "val_size": 10, "batch_size": 10,
+               "epochs": 1, "device": "cpu", "precision": "fp32"}  # fmt: skip
+    runs = [train(options | {"eps": eps}, output=tmp_path, name=name)[0].path for name, eps in (("a", 0.1), ("b", 0.2))]
+    flags = ["--attacks", "fgsm", "--n-examples", 5, "--checks", "none", "--no-page", "--device", "cpu"]
+    unlike = run("eval", *runs, *flags)
+    assert unlike.exit_code == 0, unlike.output
+    assert "±" not in unlike.stdout
+    assert (
+        "note: no mean is taken, as these are not evaluations of the same images within the same eps" in unlike.stdout
+    )
+    assert "±" in run("eval", *runs, *flags, "--eps", "0.1").stdout
+
+
 def test_l2_and_bf16(described: list[object], tmp_path: Path) -> None:
     result = run("eval", *described, "--attacks", "pgd-2", "--norm", "L2", "--precision", "bf16", "--checks", "none",
                  "--no-page")  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -280,6 +281,22 @@ def test_images_that_ask_for_a_gradient_get_none() -> None:
     assert report.verdicts["fgsm"].tolist() == robust.tolist()
     assert not any(made.requires_grad for made in report.adversarial.values())
     assert images.grad is None
+
+
+class Large(Plane):
+    """Has memory for two images."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+        return super().forward(images)
+
+
+def test_too_large_batches_are_explained(tmp_path: Path) -> None:
+    images, labels, _ = plane_images()
+    with pytest.raises(DeatError, match=r"^cpu has too little memory for batches of 3 images: give a smaller --batch"):
+        evaluate(Large(), images, labels, attacks="fgsm", eps=0.1, batch_size=3, state=tmp_path / "state")
+    assert evaluate(Large(), images, labels, attacks="fgsm", eps=0.1, batch_size=2, state=tmp_path / "state")
 
 
 class Detached(Plane):

@@ -12,7 +12,17 @@ from rich.console import Console
 from rich.table import Table
 
 from deat_rb.errors import DeatError
-from deat_rb.evaluation.report import AttackResult, Check, CurvePoint, Report, json_schema, means, sweep_table, wilson
+from deat_rb.evaluation.report import (
+    AttackResult,
+    Check,
+    CurvePoint,
+    Report,
+    alike,
+    json_schema,
+    means,
+    sweep_table,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +183,19 @@ def printed(table: Table) -> list[list[str]]:
     with console.capture() as lines:
         console.print(table)
     return [line.split() for line in lines.get().splitlines()]
+
+
+def test_means_over_reports_that_are_alike() -> None:
+    one, other = report_of(natural=NATURAL, fgsm=FGSM), report_of(natural=NATURAL, fgsm=CW)
+    third = report_of(natural=NATURAL, fgsm=NATURAL & FGSM & CW)
+    lines = printed(means([one, other, third]))
+    # 60, 60 and 40 %: the mean is 53.33, and the deviations' squares 44.4, 44.4 and 177.8 sum to 2 * 11.55^2.
+    for name in (["fgsm"], ["worst", "case"]):
+        assert ["│", *name, "│", "53.33", "±", "11.55", "%", "│"] in lines
+    assert ["│", "natural", "│", "80.00", "±", "0.00", "%", "│"] in lines
+    assert alike([one, other, third])
+    for different in ({"eps": 0.2}, {"norm": "L2"}, {"precision": "bf16"}, {"examples_sha256": "ab"}):
+        assert not alike([one, other.model_copy(update=different)])
 
 
 def test_long_names_are_folded_and_not_cut() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from hashlib import sha256
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from deat_rb.errors import DeatError, Interrupted, nearest
 from deat_rb.evaluation.attacking import NATURAL, Attacker, Found, Progress
 from deat_rb.evaluation.attacklist import SQUARE_TILES, parse_attacks, split_names
-from deat_rb.evaluation.held import held_still
+from deat_rb.evaluation.held import Held, held_still
 from deat_rb.evaluation.journal import Journal, opened
 from deat_rb.evaluation.report import AttackResult, Check, CurvePoint, Norm, Report, wilson
 from deat_rb.evaluation.suite import Attack, Terms, build_attack, white_box
@@ -136,7 +136,7 @@ def evaluate(
                 "adversarial images": "kept" if keep else "not kept",
             }
             journal = stack.enter_context(opened(state, {**facts, **settings, **_versions()}, resume))
-            stack.enter_context(_interruptible(journal))
+            stack.enter_context(_explained(journal, held))
             if journal.said and hasattr(progress, "say"):
                 cast(Any, progress).say(journal.said)
             attacker = Attacker(held, terms, journal, keep, PRECISIONS[precision], progress, len(plans) > 1)
@@ -269,12 +269,16 @@ def _checked(
 
 
 @contextmanager
-def _interruptible(journal: Journal) -> Any:
-    """Lets Ctrl-C say what is kept."""
+def _explained(journal: Journal, held: Held) -> Iterator[None]:
+    """Lets Ctrl-C say what is kept, and a full accelerator what helps."""
     try:
         yield
     except KeyboardInterrupt:
         raise Interrupted(journal.kept) from None
+    except torch.OutOfMemoryError as error:
+        anew = " and start anew by --no-resume" if journal.kept else ""
+        raise DeatError(f"{_device_name(held.device)} has too little memory for batches of {held.batch_size} images: "
+                        f"give a smaller --batch-size{anew}") from error  # fmt: skip
 
 
 def _facts(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, str]:

@@ -349,6 +349,11 @@ def json_schema(record: type[BaseModel] = Report) -> str:
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
+def alike(reports: Sequence[Report]) -> bool:
+    """Says whether reports are of the same examples within the same radius, so that they have a mean."""
+    return len({(report.norm, report.eps, report.precision, report.examples_sha256) for report in reports}) == 1
+
+
 def means(reports: Sequence[Report]) -> Table:
     """Lays out each attack's mean accuracy over several reports, and the sample standard deviation."""
     from rich.markup import escape
@@ -357,8 +362,8 @@ def means(reports: Sequence[Report]) -> Table:
     table = Table(title=f"mean and standard deviation over {len(reports)} evaluations")
     table.add_column("attack", overflow="fold")
     table.add_column("accuracy", justify="right")
-    for name in reports[0].results:
-        values = [100 * report.results[name].accuracy for report in reports]
+    for name in (*reports[0].results, reports[0].worst_case.name):
+        values = [100 * report.results.get(name, report.worst_case).accuracy for report in reports]
         table.add_row(escape(name), f"{fmean(values):.2f} ± {stdev(values):.2f} %")
     return table
 
