@@ -390,6 +390,7 @@ def test_every_format_escapes_by_itself(forced: Entry) -> None:
      lambda text: text.replace('"venue": "arXiv, Mar 2021"', '"venue": "\\u001b[2J"'),
      lambda text: text.replace('"sentence": "Fine."', '"sentence": "<script>alert(1)</script>"'),
      lambda text: text.replace('"figure": 0.0', '"figure": 1e999'),
+     lambda text: text.replace('"figure": 0.0', '"figure": "nan"'),
      lambda text: text.replace('"wrn-10-1"', '"os:system"'),
      lambda text: text.replace('"weights/digits', '"weights/../../digits')],
 )  # fmt: skip

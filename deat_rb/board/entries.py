@@ -123,8 +123,8 @@ Amount = Annotated[float, Field(ge=0, le=1e15)]
 
 
 def _check_said(check: Check) -> Check:
-    if len(check.name) > 80 or len(check.sentence) > 2000 or abs(check.figure or 0) > 1e300:
-        raise ValueError("is too long, or its figure too large")
+    if len(check.name) > 80 or len(check.sentence) > 2000 or not abs(check.figure or 0) <= 1e300:
+        raise ValueError("is too long, or its figure is too large or none")
     seen(check.name)
     seen(check.sentence)
     return check
