@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its runs"
 
 MOMENTS = ("before the file", "within the file", "before its new name", "after its new name")
 KILLS = 7
-"""For each method: 21 over the three."""
+"""For each method: 21 over the three; the run that has the last of them then goes on to its end."""
 
 
 def dies_in_a_checkpoint(number: int, moment: str) -> None:
@@ -66,10 +66,11 @@ def test_a_run_killed_again_and_again_is_the_run_that_was_not(
     method: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """A quarter and more of the kills fall inside a checkpoint's writing, the others anywhere in the run's time."""
-    whole = RunDirectory.create(tmp_path / "whole", run_config())
-    began = time.monotonic()
-    assert in_a_child(lambda: _ignore(train(method, whole, save_every=0)))
-    wall = time.monotonic() - began
+    for name in ("whole", "again"):  # the first time here and not in each child torch prepares its kernels
+        whole = RunDirectory.create(tmp_path / name, run_config())
+        began = time.monotonic()
+        train(method, whole, save_every=0)
+        wall = time.monotonic() - began
     expected = outcome(whole)
 
     draw = random.Random(method)
@@ -80,7 +81,8 @@ def test_a_run_killed_again_and_again_is_the_run_that_was_not(
         run = RunDirectory.create(tmp_path / f"killed-{number}", run_config())
         done = False
         while not done:
-            writing = 4 * inside <= kills
+            killing = kills < KILLS
+            writing = killing and 4 * inside <= kills
             nth, moment, after = draw.randint(1, 4), draw.choice(MOMENTS), draw.uniform(0, wall)
 
             def work(run: RunDirectory = run, writing: bool = writing, nth: int = nth, moment: str = moment) -> None:
@@ -88,7 +90,7 @@ def test_a_run_killed_again_and_again_is_the_run_that_was_not(
                     dies_in_a_checkpoint(nth, moment)
                 train(method, run, resume=True, save_every=0)
 
-            done = in_a_child(work, None if writing else after)
+            done = in_a_child(work, after if killing and not writing else None)
             kills += not done
             inside += writing and not done
         assert outcome(run) == expected
@@ -96,9 +98,5 @@ def test_a_run_killed_again_and_again_is_the_run_that_was_not(
     print(f"{method}: {kills} kills, {inside} of them inside a checkpoint's writing")
     record_property("kills", kills)
     record_property("kills inside a checkpoint's writing", inside)
-    assert kills >= KILLS
+    assert kills == KILLS
     assert 4 * inside >= kills
-
-
-def _ignore(result: object) -> None:
-    """Makes a procedure of a function."""
