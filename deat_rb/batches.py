@@ -145,23 +145,31 @@ class ImageSet(LabelledImages):
         yield self.images
 
     def reader(self, device: torch.device | str) -> Reader:
-        """Takes the images to the device, where batches are gathered from them."""
-        return _HeldImages(self.images.to(device), self.labels.to(device))
+        """Takes the images to the device, if they leave it room, and gathers batches from them where they are."""
+        device = torch.device(device)
+        place = device if leaves_room(self.nbytes, device) else torch.device("cpu")
+        return _HeldImages(self.images.to(place), self.labels.to(place), device)
+
+
+def leaves_room(size: int, device: torch.device) -> bool:
+    """Whether so many bytes of images can lie on a device all the time: a quarter of what is free on a GPU."""
+    return device.type != "cuda" or size <= torch.cuda.mem_get_info(device)[0] // 4
 
 
 @dataclass(frozen=True, eq=False)
 class _HeldImages:
-    """Gathers batches where the images are."""
+    """Gathers batches where the images are, and takes them to the device."""
 
     images: Tensor
     labels: Tensor
+    device: torch.device
 
     def __call__(self, order: Tensor | None, windows: Sequence[slice]) -> Iterator[tuple[Tensor, Tensor]]:
         if order is not None:
             order = order.to(self.labels.device)
         for window in windows:
             chosen = window if order is None else order[window]
-            yield self.images[chosen], self.labels[chosen]
+            yield self.images[chosen].to(self.device), self.labels[chosen].to(self.device)
 
 
 def hold_out(train: Images, size: int, *, seed: int) -> tuple[Images, Images]:
@@ -243,7 +251,7 @@ class Batches:
         rank: int = 0,
         processes: int = 1,
     ) -> None:
-        """Puts images that are in memory on the device.
+        """Puts images that are in memory on the device; where they would fill it, each batch as it is wanted.
 
         Args:
             data: The images.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from deat_rb.batches import Batches, ImageSet, check_batch, crop_and_flip, hold_out, subset
+from deat_rb.batches import Batches, ImageSet, check_batch, crop_and_flip, hold_out, leaves_room, subset
 from deat_rb.errors import DeatError
 
 
@@ -76,6 +76,29 @@ class TestImageSet:
     def test_refuses_what_is_not_one(self, images: Tensor, labels: Tensor, message: str) -> None:
         with pytest.raises(DeatError, match=message):
             ImageSet(images, labels)
+
+    def test_takes_no_more_than_a_quarter_of_what_a_gpu_has_free(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (400, 1000))
+        rooms = [(size, leaves_room(size, torch.device(device))) for device in ("cuda", "cpu") for size in (100, 101)]
+        assert rooms == [(100, True), (101, False), (100, True), (101, True)]
+
+    @pytest.mark.parametrize(("room", "place"), [(True, "meta"), (False, "cpu")])
+    def test_lies_on_the_device_or_goes_there_batch_by_batch(
+        self, room: bool, place: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lies: list[str] = []
+        monkeypatch.setattr("deat_rb.batches.leaves_room", lambda size, device: room)
+        gather = Tensor.__getitem__
+
+        def seen(images: Tensor, chosen: Any) -> Tensor:
+            lies.append(images.device.type)
+            return gather(images, chosen)
+
+        read = grids(6).reader("meta")
+        monkeypatch.setattr(Tensor, "__getitem__", seen)
+        images, labels = next(iter(read(None, [slice(0, 4)])))
+        assert (len(images), images.device.type, labels.device.type) == (4, "meta", "meta")
+        assert lies == [place, place]
 
 
 class TestHoldOut:
