@@ -321,6 +321,10 @@ def test_escapes() -> None:
     assert latex_text(r"5% of \x_{1} & ~^$#") == (
         r"5\% of \textbackslash{}x\_\{1\} \& \textasciitilde{}\textasciicircum{}\$\#"
     )
+    assert markdown_text("HTTPS://evil.org ftp://x http://y mailto:a") == (
+        r"HTTPS\://evil.org ftp\://x http\://y mailto\:a"
+    )
+    assert latex_text("?`") == r"?\textasciigrave{}", "together they are another sign"
     assert latex_text('"20') == r"\char34{}20", "\\textquotedbl is not in the fonts that a paper has by default"
     assert markdown_text("www.evil.org WWW.x a@b.org @name") == (
         "www<!-- -->.evil.org WWW<!-- -->.x a@<!-- -->b.org @<!-- -->name"
@@ -388,6 +392,14 @@ def test_verify_hashes_the_history(tmp_path: Path, board: Board, fake: FakeEvalu
     kept = board.path / f"history/digits/Linf/{NAME}/0001/{NAME}.safetensors"
     kept.write_bytes(kept.read_bytes()[:-1] + b"\7")
     assert [problem for problem in verify(board.path, sample=0).problems if "0001" in problem and "SHA" in problem]
+
+
+def test_only_the_weights_of_the_entry_are_exported(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
+    submit(board, make_run(tmp_path / "run"))
+    files.save_tensors(board.path / f"weights/digits/Linf/{NAME}.safetensors", network(1).state_dict())
+    with pytest.raises(DeatError, match=r"has the SHA-256 \w{12}\.\.\., and its entry says \w{12}"):
+        export_board(board.path, tmp_path / "out", as_dataset="cifar10")
+    assert not (tmp_path / "out").exists()
 
 
 def test_export_is_what_robustbench_loads(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:

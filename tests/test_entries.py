@@ -214,6 +214,12 @@ def test_limits_are_exact(tmp_path: Path) -> None:
         parse_json(b"[" * 3 + b"]" * 3, "x", depth=2)
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux, where page 0 of one's memory is none")
+def test_a_file_that_cannot_be_read_after_all() -> None:
+    with pytest.raises(DeatError, match="cannot read /proc/self/mem: "):
+        read_limited(Path("/proc/self/mem"), 5)
+
+
 def test_printable_leaves_nothing_unseen() -> None:
     assert printable("a\x1b[31mb\n\u202e\ud800") == "a\\x1b[31mb\\n\\u202e\\ud800"
     assert printable("a" * 500) == "a" * 400 + "..."

@@ -109,8 +109,11 @@ def read_limited(path: Path, limit: int) -> bytes:
         if stat.S_ISREG(facts.st_mode):
             raise DeatError(f"{path} is too large: it has {facts.st_size} bytes, and {limit} are allowed")
         raise DeatError(f"{path} is no regular file: hand in files")
-    with open(descriptor, "rb") as file:
-        data = file.read(limit + 1)
+    try:
+        with open(descriptor, "rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise DeatError(f"cannot read {path}: {error.strerror or error}") from None
     if len(data) > limit:
         raise DeatError(f"{path} grows while it is read, past the {limit} bytes that are allowed")
     return data

@@ -249,13 +249,14 @@ def markdown_text(text: str) -> str:
     apart.
     """
     entities = printable(text, 2000).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    escaped = re.sub(r"([\\`*_{}\[\]()#!|~$])|(?<=https)(:)|(?<=http)(:)", lambda found: f"\\{found[0]}", entities)
+    special = r"[\\`*_{}\[\]()#!|~$]|(?i:(?<=https)|(?<=http)|(?<=ftp)|(?<=xmpp)|(?<=mailto)):"
+    escaped = re.sub(special, lambda found: f"\\{found[0]}", entities)
     return re.sub(r"(?i)(?<=\bwww)(?=\.)|(?<=@)", "<!-- -->", escaped)
 
 
 _TEX = {"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
         "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-        "|": r"\textbar{}", '"': r"\char34{}"}  # fmt: skip
+        "|": r"\textbar{}", '"': r"\char34{}", "`": r"\textasciigrave{}"}  # fmt: skip
 
 
 def latex_text(text: str) -> str:
