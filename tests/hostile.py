@@ -281,10 +281,19 @@ def linked(attempt: Attempt, name: str) -> None:
 LINKS = "links and devices"
 for file in ("config.json", "metrics.jsonl", "eval.json", "eval-verdicts.safetensors", "last.safetensors"):
     add(LINKS, file, partial(linked, name=file), f"{re.escape(file)} is a link: hand in the file itself")
+add(LINKS, "folder of an export", lambda it: linked_export(it), "Linf is a link, and leads to files of somebody else's")
 add(LINKS, "pipe", lambda it: special(it, os.mkfifo), "is no regular file")
 add(LINKS, "socket", lambda it: special(it, bind), "cannot read|is no regular file")
 add(LINKS, "folder", lambda it: special(it, os.mkdir), "is no regular file")
 add(LINKS, "link in the board", lambda it: linked_board(it), "is a link, and would lead out of the board")
+
+
+def linked_export(attempt: Attempt) -> None:
+    """The weights are the keeper's own, of whom nobody had them."""
+    folder = attempt.checkpoint().parent
+    folder.rename(attempt.folder / "keepers")
+    folder.symlink_to(attempt.folder / "keepers")
+    attempt.target = attempt.folder / "export"
 
 
 def linked_board(attempt: Attempt) -> None:

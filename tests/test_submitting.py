@@ -450,6 +450,19 @@ def test_verify_sees_pages_strays_and_links(tmp_path: Path, spoil: Callable[[Pat
     assert [problem for problem in problems if sentence in problem], problems
 
 
+def test_what_a_killed_build_has_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    path = made_up_board.write(tmp_path, [no_weights()])
+    build(path)
+    left = [path / ".index.html.0123abcd.tmp", path / "models/digits/Linf/.Doe2021Made_A.html.0123abcd.tmp"]
+    for file in left:
+        put(file, "<html>")
+    assert [problem.rpartition("/")[2] for problem in verify(path, sample=0).problems] == [
+        f"{file.name} belongs to no entry" for file in left
+    ]
+    build(path)
+    assert verify(path, sample=0).problems == []
+
+
 def test_verify_measures_enough_to_notice(tmp_path: Path) -> None:
     path = made_up_board.write(tmp_path, [no_weights()])
     for sample in (1, 49, -1):

@@ -25,7 +25,7 @@ from typing import Any
 from deat_rb import compat
 from deat_rb.board.entries import Entry, parse_entry, read_entries, weights_file
 from deat_rb.board.foreign import MAX_WEIGHTS, as_safetensors
-from deat_rb.board.intake import MAX_JSON, printable, read_limited
+from deat_rb.board.intake import MAX_JSON, link_on_the_way, printable, read_limited
 from deat_rb.board.measuring import SAMPLE, Measure, check_sample
 from deat_rb.board.submissions import Submission, Terms, open_submission
 from deat_rb.errors import DeatError
@@ -258,11 +258,9 @@ class Board:
 
     def _check_inside(self, place: str) -> None:
         """Sees to it that nothing on the way to a place in the board leads out of it."""
-        path = self.path
-        for part in Path(place).parts:
-            path = path / part
-            if path.is_symlink() or part == "..":
-                raise DeatError(f"{path} is a link, and would lead out of the board: remove it")
+        link = link_on_the_way(self.path, place)
+        if link is not None:
+            raise DeatError(f"{link} is a link, and would lead out of the board: remove it")
 
     def _install(self) -> None:
         """Moves what is complete to its places, the entry last; may be begun again wherever it was cut off."""

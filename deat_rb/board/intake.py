@@ -119,6 +119,16 @@ def read_limited(path: Path, limit: int) -> bytes:
     return data
 
 
+def link_on_the_way(folder: Path, place: str | Path) -> Path | None:
+    """The first link, or step back, on the way from a folder to a place below it; None where there is none."""
+    path = folder
+    for part in Path(place).parts:
+        path = path / part
+        if path.is_symlink() or part == "..":
+            return path
+    return None
+
+
 def parse_json(data: bytes, source: str, *, depth: int = MAX_DEPTH) -> Any:
     """Reads JSON that means the same to everyone.
 

@@ -17,7 +17,7 @@ from deat_rb import compat
 from deat_rb.board.entries import MAX_EPOCHS, MAX_IMAGE, Entry, RobustBenchInfo, check_dataset_name, check_model_name
 from deat_rb.board.foreign import load_checked, take_weights
 from deat_rb.board.given import load_given
-from deat_rb.board.intake import MAX_JSON, parse_json, read_limited
+from deat_rb.board.intake import MAX_JSON, link_on_the_way, parse_json, read_limited
 from deat_rb.config import RunConfig, TrainOptions
 from deat_rb.data import DATASETS, DataSet, load_data
 from deat_rb.errors import DeatError
@@ -170,6 +170,10 @@ def _weights_in_export(folder: Path, model_name: str) -> Path:
     if len(named) != 1:
         raise DeatError(f"{folder} is no run directory, and {'more than' if named else 'not'} one export lies in it: "
                         "give a run, or the file models/<dataset>/Linf/<name>.pt")  # fmt: skip
+    for path in (named[0], _description_of(named[0])):
+        link = link_on_the_way(folder, path.absolute().relative_to(folder.absolute()))
+        if link is not None:
+            raise DeatError(f"{link} is a link, and leads to files of somebody else's: hand in the files themselves")
     return named[0]
 
 
