@@ -298,6 +298,16 @@ def test_rank(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
     assert as_latex(standings).count(r"\begin{tabular}") == 4
 
 
+def test_what_is_said_of_the_data_stands_beside_the_table(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
+    terms: dict[str, Any] = {"data_dir": tmp_path, "dataset_name": "pets", "dataset_note": "Of our own_ cats."}
+    submit(board, make_run(tmp_path / "run", dataset="folder"), **terms)
+    standings = rank(board.entries())
+    assert "eps 0.1: whole test set**\n\nOf our own\\_ cats.\n\n| rank" in as_markdown(standings)
+    assert "whole test set. Of our own\\_ cats.}" in as_latex(standings)
+    (table,) = as_tables(standings, 100)
+    assert str(table.caption) == "Of our own_ cats."  # type: ignore[union-attr]  # rich's Table
+
+
 def test_narrow_terminals_spare_columns(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
     from rich.console import Console
 

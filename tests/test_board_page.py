@@ -170,12 +170,19 @@ def test_columns_that_would_tell_nothing_are_left_out(tmp_path: Path) -> None:
     plain, broken = made_up_board.entry("Doe2021Made_A"), made_up_board.entry("Doe2021Made_B", external="60.00")
     doubted = made_up_board.entry("Doe2021Made_C", unreliable=True)
     heads = [
-        {head.replace("\u00ad", "") for head in index_of(tmp_path / str(number), entries).tables[0][0]}
+        set(index_of(tmp_path / str(number), entries).tables[0][0])
         for number, entries in enumerate(([plain], [plain, broken], [plain, doubted]))
     ]
     assert [{"best known", "perhaps unreliable"} & found for found in heads] == [
         set(), {"best known"}, {"perhaps unreliable"}
     ]  # fmt: skip
+
+
+def test_what_was_left_out_is_no_check_that_passed(tmp_path: Path) -> None:
+    left_out = Check(name="left out", status="pass", figure=None, sentence="Two checks were left out.")
+    entry = made_up_board.entry()
+    page = index_of(tmp_path, [entry.model_copy(update={"checks": (*entry.checks, left_out)})])
+    assert page.column(0, -1)[0].startswith("1 of 2")
 
 
 def test_the_papers_tables_stand_beside_what_was_measured(index: Document) -> None:

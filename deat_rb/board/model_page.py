@@ -11,6 +11,7 @@ from deat_rb.board.charts import curves
 from deat_rb.board.entries import Entry, Figure
 from deat_rb.board.text import MISSING, count, duration, local_link, memory, percent, web_link
 from deat_rb.evaluation.page import BAR, MARKS
+from deat_rb.evaluation.report import LEFT_OUT
 from deat_rb.export import SPELLED
 
 
@@ -69,10 +70,15 @@ def _cards(entry: Entry) -> list[dict[str, str]]:
         ("training", duration(entry.train_seconds), entry.hardware or ""),
     ]
     if entry.checks:
-        counts = Counter(check.status for check in entry.checks)
+        counts = count_checks(entry)
         passed = f"{counts['pass']} of {counts.total()}"
         cards.append(("checks passed", passed, f"{counts['fail']} fail, {counts['warn']} warn"))
     return [{"name": name, "value": value, "note": note} for name, value, note in cards]
+
+
+def count_checks(entry: Entry) -> Counter[str]:
+    """How many checks passed, failed or warned; the last, which says what was left out, is none."""
+    return Counter(check.status for check in entry.checks if check.name != LEFT_OUT)
 
 
 def _with_unit(figure: str | float | None) -> str:

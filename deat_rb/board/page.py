@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import itertools
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deat_rb.board.charts import Point, scatter
 from deat_rb.board.entries import Entry, check_board, read_entries
-from deat_rb.board.model_page import link_of, model_content, page_of, spelled
+from deat_rb.board.model_page import count_checks, link_of, model_content, page_of, spelled
 from deat_rb.board.published import (
     PAPER_EPS,
     PAPER_HARDWARE,
@@ -72,7 +72,7 @@ RANK = Column("#", first="ascending", style="rank")
 MODEL = Column("model", "text", "ascending", "name")
 COLUMNS = (
     Column("natural"),
-    Column("Auto\u00adAttack", style="robust"),
+    Column("AutoAttack", style="robust"),
     Column("best known", style="robust"),
     Column("perhaps unreliable", "text"),
     Column("FGSM"),
@@ -344,7 +344,7 @@ def _figure_cell(entry: Entry, name: str) -> Cell:
 
 
 def _checks_cell(entry: Entry) -> Cell:
-    counts = Counter(check.status for check in entry.checks)
+    counts = count_checks(entry)
     if not counts:
         return EMPTY
     wrong = ", ".join(f"{counts[status]} {status}" for status in ("fail", "warn") if counts[status])

@@ -153,14 +153,14 @@ _SPARED = (
 _TEXTS = {"model", "unreliable", "method", "extra data", "architecture", "venue"}
 
 
-def _groups(standings: Sequence[Standing]) -> list[tuple[str, list[Standing]]]:
-    """Standings that may stand in one table, under a heading."""
+def _groups(standings: Sequence[Standing]) -> list[tuple[str, str, list[Standing]]]:
+    """Standings that may stand in one table, under a heading, with what a reader should know of the data."""
     found = []
     for _, part in groupby(standings, key=lambda each: (each.group, each.part)):
         rows = list(part)
         entry = rows[0].entry
-        named = entry.dataset if entry.dataset_note is None else f"{entry.dataset}, {entry.dataset_note}"
-        found.append((f"{named}, {entry.threat_model}, eps {entry.eps}: {PARTS[rows[0].part]}", rows))
+        heading = f"{entry.dataset}, {entry.threat_model}, eps {entry.eps}: {PARTS[rows[0].part]}"
+        found.append((heading, entry.dataset_note or "", rows))
     return found
 
 
@@ -179,8 +179,8 @@ def as_tables(standings: Sequence[Standing], width: int) -> list[RenderableType]
     from rich.text import Text
 
     tables: list[RenderableType] = []
-    for heading, rows in _groups(standings):
-        table = Table(title=Text(printable(heading)))
+    for heading, note, rows in _groups(standings):
+        table = Table(title=Text(printable(heading)), caption=Text(printable(note)) if note else None)
         columns = _columns(rows)
         for title in _SPARED:
             if _width(columns) > width:
@@ -233,9 +233,10 @@ def _csv_cell(text: str) -> str:
 def as_markdown(standings: Sequence[Standing]) -> str:
     """Tables in GitHub's Markdown."""
     lines = []
-    for heading, rows in _groups(standings):
+    for heading, note, rows in _groups(standings):
         columns = _columns(rows)
-        lines += [f"**{markdown_text(heading)}**", "", f"| {' | '.join(columns)} |"]
+        lines += [f"**{markdown_text(heading)}**", "", *([markdown_text(note), ""] if note else [])]
+        lines.append(f"| {' | '.join(columns)} |")
         lines.append(f"|{'|'.join(':--' if title in _TEXTS else '--:' for title in columns)}|")
         lines += [f"| {' | '.join(map(markdown_text, cells))} |" for cells in zip(*columns.values(), strict=True)]
         lines.append("")
@@ -267,10 +268,11 @@ def latex_text(text: str) -> str:
 def as_latex(standings: Sequence[Standing]) -> str:
     """Tables for a paper that uses booktabs."""
     lines = []
-    for heading, rows in _groups(standings):
+    for heading, note, rows in _groups(standings):
         columns = _columns(rows)
+        caption = f"{heading}. {note}" if note else heading
         layout = "".join("l" if title in _TEXTS else "r" for title in columns)
-        lines += [r"\begin{table}", rf"\caption{{{latex_text(heading)}}}", rf"\begin{{tabular}}{{{layout}}}"]
+        lines += [r"\begin{table}", rf"\caption{{{latex_text(caption)}}}", rf"\begin{{tabular}}{{{layout}}}"]
         lines += [r"\toprule", " & ".join(map(latex_text, columns)) + r" \\", r"\midrule"]
         lines += [" & ".join(map(latex_text, cells)) + r" \\" for cells in zip(*columns.values(), strict=True)]
         lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
