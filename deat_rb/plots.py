@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deat_rb.files import atomic_write
+from deat_rb.rendering import visible
 from deat_rb.stats import EpochStats
 from deat_rb.threat import format_fraction
 
@@ -34,7 +35,7 @@ def plot_curves(rows: Sequence[EpochStats], path: Path, *, title: str) -> None:
 
     epochs = [row.epoch for row in rows]
     figure = Figure(figsize=(10, 6.4), layout="constrained")
-    figure.suptitle(title, parse_math=False)
+    figure.suptitle(visible(title), parse_math=False)
     ((accuracy, loss), (magnitude, cost)) = figure.subplots(2, 2)
 
     _line(accuracy, epochs, [row.val_acc for row in rows], "validation, natural", BLUE)
@@ -107,7 +108,7 @@ def draw_sweep(report: Report, *, title: str) -> bytes:
     unit = "255ths of the image range" if in_255ths else "in units of the image range"
     axes.set(xlabel=f"eps ({report.norm}, {unit})", ylabel=f"accuracy on {report.n_examples} images", ylim=(0, 1))
     axes.set_xlim(left=0)
-    axes.set_title(title + (" (upper bounds)" if report.precision != "fp32" else ""), parse_math=False)
+    axes.set_title(visible(title) + (" (upper bounds)" if report.precision != "fp32" else ""), parse_math=False)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(alpha=0.25)
     for text in axes.legend(fontsize="small").get_texts():

@@ -259,7 +259,7 @@ def test_sweep(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
     assert main.eps == 0.04
     assert evaluate(network, images, labels, attacks="fgsm", eps=(0.04, 0), main_eps=0.3).eps == 0
     named = report.model_copy(update={"curve": tuple(_renamed(point, "$fgsm{$") for point in report.curve)})
-    for title in ("a network", r"run-$\frac{$", "[red]"):
+    for title in ("a network", r"run-$\frac{$", "[red]", "\udcff"):
         assert draw_sweep(named, title=title).startswith(b"\x89PNG")
 
 
