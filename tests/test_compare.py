@@ -154,6 +154,14 @@ def test_reports_can_be_given_as_files(runs: list[Path]) -> None:
     assert [name for name, _ in load_reports([runs[0] / "eval.json", runs[1]])] == [str(runs[0] / "eval.json"), "two"]
 
 
+def test_a_name_that_is_no_utf8_becomes_text(tmp_path: Path) -> None:
+    run_path = tmp_path / "a\udcff"
+    run_path.mkdir()
+    report_of(natural="11").save(run_path)
+    content = json.loads(run(run_path, run_path, "--json").output)
+    assert list(content["accuracy"]) == ["a\ufffd", "a\ufffd (2)"]
+
+
 def test_the_command_refuses_in_one_sentence(runs: list[Path], tmp_path: Path) -> None:
     (tmp_path / "three").mkdir()
     for arguments, message in (

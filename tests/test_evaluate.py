@@ -275,6 +275,14 @@ def test_something_else_than_a_model_is_refused() -> None:
             evaluate(model, images, labels)  # type: ignore[arg-type]
 
 
+def test_provenance_is_text(tmp_path: Path) -> None:
+    images, labels, _ = plane_images()
+    known: dict[str, Any] = {"run": "a\udcff", "epoch": 3}
+    report = evaluate(Plane(), images, labels, attacks="natural", eps=0.1, provenance=known)
+    assert report.save(tmp_path).exists()
+    assert report.provenance == {"run": "a\ufffd", "epoch": "3"}
+
+
 def test_images_that_ask_for_a_gradient_get_none() -> None:
     images, labels, robust = plane_images()
     report = evaluate(Plane(), images.requires_grad_(), labels, attacks="fgsm,pgd-2,square", eps=0.1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deat_rb.errors import DeatError
 from deat_rb.evaluation.report import Report, worst_of
+from deat_rb.rendering import visible
 from deat_rb.threat import format_fraction
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def load_reports(paths: Sequence[str | Path]) -> list[tuple[str, Report]]:
         if path.is_dir() and not (path / "eval.json").is_file():
             raise DeatError(f"{path} has not been evaluated: run deat-rb eval {path} first")
         report = Report.load(path)
-        reports.append((str(path) if path.suffix == ".json" else path.absolute().name, report))
+        reports.append((visible(str(path) if path.suffix == ".json" else path.absolute().name), report))
     return reports
 
 

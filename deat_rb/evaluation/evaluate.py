@@ -24,6 +24,7 @@ from deat_rb.evaluation.journal import Journal, opened
 from deat_rb.evaluation.report import AttackResult, Check, CurvePoint, Norm, Report, wilson
 from deat_rb.evaluation.suite import Attack, Terms, build_attack, white_box
 from deat_rb.files import sha256_tensors
+from deat_rb.rendering import visible
 from deat_rb.threat import check_eps, check_norm, check_radius, format_fraction
 
 __all__ = ["AttackResult", "Report", "evaluate", "parse_attacks", "split_names", "validate", "wilson"]
@@ -94,7 +95,7 @@ def evaluate(
             so far. The parts of an attack are named as in ``autoattack/square``, and for them it is of all examples;
             those of a sweep as in ``fgsm (eps 4/255)``.
             If it has a method ``within``, that is told ``(attack, batch, batches, share)`` while a batch is attacked.
-        provenance: Where model and data came from, for the report; what UTF-8 cannot write becomes a question mark.
+        provenance: Where model and data came from, for the report; what cannot be seen or written becomes U+FFFD.
         finish: Given the report, to write it, while what is in ``state`` is still there: where it raises, nothing is
             lost.
 
@@ -157,7 +158,7 @@ def evaluate(
             model_sha256=facts["weights"],
             examples_sha256=facts["examples"],
             notes=(UPPER_BOUND,) if precision != "fp32" else (),
-            provenance={name: str(each).encode(errors="replace").decode() for name, each in (provenance or {}).items()},
+            provenance={name: visible(str(each)) for name, each in (provenance or {}).items()},
         )
         report._adversarial.update(
             {attack.name: each.adversarial for attack, each in found.items() if each.adversarial is not None}
