@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deat_rb.evaluation.autoattack import parts_for
+from deat_rb.evaluation.autoattack import _Leaving, _Suite, parts_for
 from deat_rb.evaluation.evaluate import evaluate
+from deat_rb.evaluation.suite import Terms
+from deat_rb.evaluation.whitebox import Counted
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +79,26 @@ def test_parts_of_autoattack() -> None:
     assert parts_for(3, "plus")[0] == ("apgd-ce", "apgd-dlr", "fab", "square", "fab-t")
     assert parts_for(10, "rand")[0] == ("apgd-ce", "apgd-dlr")
     assert parts_for(2, "rand")[0] == ("apgd-ce",)
+
+
+def test_every_part_has_its_restarts_and_its_aim() -> None:
+    """As in pyautoattack's `run_standard_evaluation`, whatever ran before it."""
+    suite = _Suite("plus", Terms("Linf", 0.1, 0, 10, torch.device("cpu")), 9, [])
+    model = Counted(nn.Flatten())
+    for name in ("fab", "fab-t", "fab", "apgd-ce", "apgd-dlr", "apgd-t"):
+        attack = getattr(suite._perturb(name, model), "__self__")  # noqa: B009 - mypy knows of no bound methods here
+        assert attack.n_restarts == (1 if name.endswith("-t") else 5)
+        assert getattr(attack, "targeted", None) == {"fab": False, "fab-t": True}.get(name)
+        assert name.startswith("fab") or name == "apgd-t" or attack.loss == name.removeprefix("apgd-")
+
+
+def test_images_that_moved_on_after_they_were_broken_are_put_back() -> None:
+    """The brighter half decides; the last image is broken at the second look, and back where it was at the third."""
+    staying = torch.tensor([0.9, 0.1]).expand(16, 2)
+    leaving = _Leaving(lambda images: images.flatten(1), torch.zeros(17, dtype=torch.int64))
+    looks = [torch.cat([staying, torch.tensor([last])]).view(17, 1, 1, 2)
+             for last in ([0.8, 0.3], [0.2, 0.3], [0.8, 0.1])]  # fmt: skip
+    for images in looks:
+        logits = leaving(images)
+    assert logits.argmax(dim=1).tolist() == [0] * 16 + [1], "the last one is not looked at again"
+    assert torch.equal(leaving.restore(looks[2]), looks[1])

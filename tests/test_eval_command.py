@@ -118,7 +118,10 @@ def test_several_have_a_mean_if_it_means_something(tmp_path: Path) -> None:
                "epochs": 1, "device": "cpu", "precision": "fp32"}  # fmt: skip
     runs = [train(options | {"eps": eps}, output=tmp_path, name=name)[0].path for name, eps in (("a", 0.1), ("b", 0.2))]
     flags = ["--attacks", "fgsm", "--n-examples", 5, "--checks", "none", "--no-page", "--device", "cpu"]
+    for stale in ("report.html", "eval-eps.png"):
+        (runs[0] / stale).write_text("of an earlier evaluation")
     unlike = run("eval", *runs, *flags)
+    assert {path.name for path in runs[0].glob("*e*l*")} & {"report.html", "eval-eps.png", "eval.json"} == {"eval.json"}
     assert unlike.exit_code == 0, unlike.output
     assert "±" not in unlike.stdout
     assert (

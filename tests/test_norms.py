@@ -7,6 +7,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchattacks
@@ -193,6 +194,21 @@ def test_torchattacks_random_starts_are_seeded_and_leave_the_generators_alone(
         theirs = torchattacks.PGD(network, eps=0.04, steps=1)(*batch)
     attacked = network(batch[0]).argmax(1) == batch[1]
     assert torch.equal(first[attacked], theirs[attacked])
+
+
+def test_torchattacks_that_draw_from_numpy_are_seeded_too(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
+    name = "torchattacks.Pixle(restarts=1, max_iterations=2)"
+    images, labels = batch[0][1:4], batch[1][1:4]
+    before = np.random.get_state()
+    made, states = [], []
+    for outside, seed in ((1, 1), (2, 1), (1, 2)):
+        np.random.seed(outside)
+        states.append(np.random.get_state(legacy=False)["state"]["key"].tolist())
+        made.append(evaluate(network, images, labels, attacks=[name], eps=1.0, seed=seed).adversarial[name])
+        assert np.random.get_state(legacy=False)["state"]["key"].tolist() == states[-1]
+    np.random.set_state(before)
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
 
 
 @pytest.mark.parametrize(
@@ -448,10 +464,14 @@ def test_what_runs_in_channels_last(batch: tuple[Tensor, Tensor]) -> None:
 
 
 def test_a_model_that_draws_is_the_same_in_every_evaluation(batch: tuple[Tensor, Tensor]) -> None:
-    model = Noisy()
-    before = torch.get_rng_state()
-    first, again = (evaluate(model, *batch, attacks="fgsm,pgd-3", eps=0.04) for _ in range(2))
-    assert torch.equal(torch.get_rng_state(), before)
+    model, found = Noisy(), []
+    for outside in (1, 2):
+        with randomness.preserved():
+            torch.manual_seed(outside)
+            before = torch.get_rng_state()
+            found.append(evaluate(model, *batch, attacks="fgsm,pgd-3", eps=0.04))
+            assert torch.equal(torch.get_rng_state(), before)
+    first, again = found
     for name in first.verdicts:
         assert torch.equal(first.verdicts[name], again.verdicts[name])
     assert 0 < first.results["pgd-3"].n_correct < 48

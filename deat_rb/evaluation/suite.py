@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -210,15 +209,13 @@ def _torchattack(name: str, asked: TorchAttack, terms: Terms) -> Attack:
 
 @contextmanager
 def _seeded(seed: int, *key: str | int) -> Iterator[None]:
-    """Seeds the global generators of torch, NumPy and Python, and gives them back as they were."""
-    before = random.getstate(), np.random.get_state()
+    """Seeds the global generators of torch and NumPy, and gives them back as they were."""
+    before = np.random.get_state()
     number = randomness.derive(seed, *key)
     with randomness.preserved():
         torch.manual_seed(number)
-        random.seed(number)
         np.random.seed(number % 2**32)
         try:
             yield
         finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
+            np.random.set_state(before)
