@@ -102,3 +102,18 @@ def test_images_that_moved_on_after_they_were_broken_are_put_back() -> None:
         logits = leaving(images)
     assert logits.argmax(dim=1).tolist() == [0] * 16 + [1], "the last one is not looked at again"
     assert torch.equal(leaving.restore(looks[2]), looks[1])
+
+
+def test_a_batch_never_gets_so_small_that_it_rounds_otherwise() -> None:
+    sizes: list[int] = []
+
+    def model(images: Tensor) -> Tensor:
+        sizes.append(len(images))
+        return images.flatten(1)
+
+    leaving = _Leaving(model, torch.zeros(20, dtype=torch.int64))
+    kept = torch.tensor([0.9, 0.1])
+    for broken in (0, 2, 15, 20, 20):
+        leaving(torch.cat([kept.flip(0).expand(broken, 2), kept.expand(20 - broken, 2)]).view(20, 1, 1, 2))
+    # All are looked at until some are broken, then the 18 others, then 16 of which 5 stay, and of none that stays none.
+    assert sizes == [20, 20, 18, 16]

@@ -34,6 +34,19 @@ class Mean(nn.Module):
         return images.mean(dim=(2, 3)) * self.scale
 
 
+class Bright(nn.Module):
+    """Takes grey images for class 0 if they are brighter than 1/2, for class 1 if they are not."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.threshold = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert images.shape[1] == 1
+        grey = images.mean(dim=(1, 2, 3))
+        return torch.stack([grey, self.threshold.expand(len(grey))], dim=1)
+
+
 def write_run(path: Path, config: RunConfig) -> Path:
     RunDirectory.create(path, config)
     with torch.random.fork_rng(devices=[]):
@@ -78,6 +91,14 @@ def test_an_image_is_cut_to_its_centred_square_as_in_training(coloured_run: Path
     image.paste(COLOURS["blue"], (10, 0, 20, 10))
     image.save(tmp_path / "flag.png")
     assert predict(coloured_run, [tmp_path / "flag.png"], trust_code=True)[0].guesses[0].name == "2-blue"
+
+
+def test_a_network_of_one_channel_is_given_the_mean_of_three(files: list[Path], tmp_path: Path) -> None:
+    spec = ModelSpec(arch="test_predict:Bright", num_classes=2, image_size=8, channels=1, mean=(0.0,), std=(1.0,))
+    run_path = write_run(tmp_path / "run", run_config(arch=spec.arch, model=spec, dataset="folder"))
+    Image.new("RGB", (9, 9), (255, 200, 0)).save(tmp_path / "yellow.png")
+    found = predict(run_path, [files[0], tmp_path / "yellow.png"], trust_code=True)
+    assert [each.guesses[0].index for each in found] == [1, 0], "a third is red, 455/765 yellow"
 
 
 def test_top_is_bounded_by_the_classes(coloured_run: Path, files: list[Path]) -> None:
