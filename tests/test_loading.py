@@ -57,6 +57,13 @@ def test_other_weights_than_the_entry_says_are_refused(entry: Path) -> None:
         deat_rb.load_model(entry)
 
 
+def test_damaged_weights_are_named_as_they_lie_in_the_board(entry: Path) -> None:
+    weights = entry.parents[3] / "weights" / "digits" / "Linf" / "Wang2021Gradient.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(DeatError, match=f"^{weights} is truncated"):
+        deat_rb.load_model(entry)
+
+
 def test_an_entry_of_a_board_without_its_weights(entry: Path) -> None:
     content = json.loads(entry.read_text()) | {"weights_file": None}
     entry.write_text(json.dumps(content))

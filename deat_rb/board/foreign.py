@@ -68,7 +68,11 @@ def take_weights(source: Path, target: Path, *, limit: int = MAX_WEIGHTS) -> Non
     elif int.from_bytes(data[:8], "little") > MAX_HEADER and len(data) > MAX_HEADER:
         raise DeatError(f"{source} has a safetensors header of more than {MAX_HEADER} bytes, too large for names")
     target.write_bytes(data)
-    check_honest(load_tensors(target), len(data), source)
+    try:
+        tensors = load_tensors(target)
+    except DeatError as error:  # which speaks of the copy
+        raise DeatError(str(error).replace(str(target), str(source))) from None
+    check_honest(tensors, len(data), source)
 
 
 def _packed_anew(data: bytes, source: Path) -> bytes:
