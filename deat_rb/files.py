@@ -8,7 +8,6 @@ import io
 import json
 import os
 import pickle
-import pickletools
 import re
 import secrets
 import warnings
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from deat_rb.errors import DeatError, UnwritableError
+from deat_rb.pickles import opcodes
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "last")
 """The keys under which training scripts put a state dict beside their epoch and optimiser."""
@@ -213,7 +213,7 @@ def _named_in(path: Path | str, data: bytes) -> Iterator[str]:
         pickles = [io.BytesIO(data)] * _LEGACY_PICKLES
     for file in pickles:
         if file.tell() < len(file.getbuffer()):
-            yield from (str(argument) for opcode, argument, _ in pickletools.genops(file) if opcode.name == "GLOBAL")
+            yield from (str(argument) for opcode, argument in opcodes(file, path) if opcode == "GLOBAL")
 
 
 def _first_line(error: Exception) -> str:

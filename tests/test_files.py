@@ -176,6 +176,24 @@ class Makes:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_that_takes_years_to_hash_is_refused(tmp_path: Path, legacy: bool) -> None:
+    """A dict whose key is a tuple of a tuple twice, of a tuple twice, ...: torch's safe loader, too, hashes it."""
+    nested = b"".join(b"h%ch%c\x86q%ca" % (level, level, level + 1) for level in range(60))
+    years = b"\x80\x02]" + b")q\x00a" + nested + b"}h<K\x01s\x86."
+    path = tmp_path / "a.pt"
+    if legacy:
+        path.write_bytes(years)
+    else:
+        torch.save(WEIGHTS, path)
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(tmp_path / "b.pt", "w") as hostile:
+            for member in archive.namelist():
+                hostile.writestr(member, years if member.endswith("data.pkl") else archive.read(member))
+        path = tmp_path / "b.pt"
+    with pytest.raises(DeatError, match="tuples in its pickle that are there again and again"):
+        files.load_tensors(path)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("called", [bytearray, torch.Tensor, torch.FloatTensor, torch.UntypedStorage])
 def test_a_kilobyte_that_asks_for_gigabytes(tmp_path: Path, called: Any, legacy: bool) -> None:
     torch.save({"w": Makes(called, 10**6)}, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import io
-import pickletools
 import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -19,6 +17,7 @@ from deat_rb.board.intake import printable, read_limited
 from deat_rb.errors import DeatError
 from deat_rb.files import load_tensors
 from deat_rb.models import ModelSpec, NormalizedModel, check_weights
+from deat_rb.pickles import opcodes
 
 MAX_WEIGHTS = 2 * 2**30
 """Bytes of a file of weights; RobustBench's largest, a WRN-94-16 in float32, has 1.5e9."""
@@ -26,8 +25,6 @@ MAX_PICKLE = 16 * 2**20
 MAX_HEADER = 4 * 2**20
 """Bytes of a safetensors file's header, which takes some 150 for a tensor."""
 MAX_TENSORS = 20_000
-MOST_SHARED = 32
-"""How often a pickle may name a tuple again: a hash goes through each anew, up to 3 ** (32 / 3) of them in all."""
 RESAVE = "save it anew by torch.save(model.state_dict(), path) or as safetensors"
 _MEMBER = re.compile(
     r"[A-Za-z0-9_.-]{1,200}/(data\.pkl|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id"
@@ -43,8 +40,6 @@ _NAMES = {
 }
 """All that a state dict's pickle has to name. torch's own list is longer, and lets a kilobyte ask for gigabytes."""
 _CALLS_BY_OTHER_NAMES = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
-_TUPLES = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
-_PUTS, _GETS = ({f"{size}{verb}" for size in ("", "BIN", "LONG_BIN")} for verb in ("PUT", "GET"))
 
 
 def take_weights(source: Path, target: Path, *, limit: int = MAX_WEIGHTS) -> None:
@@ -120,20 +115,11 @@ def _check_members(members: list[zipfile.ZipInfo], size: int, source: Path) -> N
 def _check_pickle(content: bytes, source: Path) -> None:
     if len(content) > MAX_PICKLE:
         raise DeatError(f"{source} has a data.pkl of {len(content)} bytes, too large for names of tensors: {RESAVE}")
-    tuples: set[Any] = set()
-    on_top, again = False, 0
-    for opcode, argument, _ in pickletools.genops(content):
-        if opcode.name in _CALLS_BY_OTHER_NAMES or (opcode.name == "GLOBAL" and argument not in _NAMES):
-            named = printable(str(argument or opcode.name).replace(" ", "."), 80)
+    for opcode, argument in opcodes(content, source):
+        if opcode in _CALLS_BY_OTHER_NAMES or (opcode == "GLOBAL" and argument not in _NAMES):
+            named = printable(str(argument or opcode).replace(" ", "."), 80)
             raise DeatError(f"{source} is a pickle that asks for {named}, which is no tensor, and was not loaded: "
                             f"{RESAVE}")  # fmt: skip
-        again += opcode.name in _GETS and argument in tuples
-        if again > MOST_SHARED:
-            raise DeatError(f"{source} has tuples in its pickle that are there again and again: in one another, they "
-                            f"take years to hash: {RESAVE}")  # fmt: skip
-        if opcode.name in _PUTS and on_top:
-            tuples.add(argument)
-        on_top = opcode.name in _TUPLES or (on_top and opcode.name in {"PROTO", *_PUTS})
 
 
 def load_checked(path: Path, spec: ModelSpec, *, source: Path) -> NormalizedModel:
