@@ -132,23 +132,6 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
-def facts_of_newest(folder: Path) -> dict[str, Any] | None:
-    """The facts of the newest checkpoint that has some, quickly: its tensors and its checksum are not looked at.
-
-    Raises:
-        DeatError: If it has another form than this version's.
-    """
-    for path in reversed(_numbered(folder)):
-        try:
-            with safe_open(path, framework="pt") as file:
-                return _facts(path, file.metadata() or {})[1]
-        except DeatError:
-            raise
-        except _DAMAGES:
-            continue
-    return None
-
-
 _DAMAGES = (SafetensorError, OSError, KeyError, ValueError, RecursionError)
 """What reading a damaged file may raise."""
 
@@ -160,26 +143,20 @@ def _numbered(folder: Path) -> list[Path]:
 def _read(path: Path) -> Checkpoint:
     with safe_open(path, framework="pt") as file:
         header = file.metadata() or {}
-        text, facts = _facts(path, header)
+        form = header.get("format", "1")
+        if "facts" in header and form != FORMAT:
+            raise DeatError(
+                f"{path} is a checkpoint of form {form:.20} and this version of deat-rb goes on from form {FORMAT}; "
+                "go on with the version that wrote it, or start a new run"
+            )
         names = file.keys()
         tensors = {name: file.get_tensor(name) for name in names}
-    if _digest(text, tensors) != header["sha256"]:
+    if _digest(header["facts"], tensors) != header["sha256"]:
         raise ValueError("its checksum does not fit")
-    return Checkpoint(tensors, facts, path)
-
-
-def _facts(path: Path, header: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
-    """The facts of a header, as they were written and as values."""
-    text, form = header["facts"], header.get("format", "1")
-    if form != FORMAT:
-        raise DeatError(
-            f"{path} is a checkpoint of form {form:.20} and this version of deat-rb goes on from form {FORMAT}; "
-            "go on with the version that wrote it, or start a new run"
-        )
-    facts = json.loads(text)
+    facts = json.loads(header["facts"])
     if not isinstance(facts, dict):
         raise ValueError("its facts are no JSON object")
-    return text, facts
+    return Checkpoint(tensors, facts, path)
 
 
 def _digest(facts: str, tensors: Mapping[str, Tensor]) -> str:

@@ -7,6 +7,7 @@ to stop) is summed over them, so that a run is the same whatever their number is
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 from collections.abc import Callable, Iterable
 from datetime import timedelta
@@ -60,6 +61,16 @@ class World:
     def share(self, count: int) -> slice:
         """This process's part of a global batch; see `share`."""
         return share(count, self.rank, self.size)
+
+    def leave(self) -> None:
+        """Ends the communication, for good, while Python is whole.
+
+        Threads of a group that something still held would outlive it, and those end a process by SIGABRT when they
+        are through with a last message.
+        """
+        self._control = None
+        gc.collect()
+        dist.destroy_process_group()
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all processes, on every one of them."""
@@ -154,9 +165,10 @@ def world(cpu: bool) -> World:
     from accelerate import PartialState
 
     state = PartialState(cpu=cpu, timeout=PATIENCE)
-    atexit.register(dist.destroy_process_group)
     # A group of its own for decisions: over gloo, so that they do not wait for the device.
-    return World(state.process_index, state.num_processes, dist.new_group(backend="gloo", timeout=PATIENCE))
+    joined = World(state.process_index, state.num_processes, dist.new_group(backend="gloo", timeout=PATIENCE))
+    atexit.register(joined.leave)
+    return joined
 
 
 def gone(error: RuntimeError, among: World) -> bool:

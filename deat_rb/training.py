@@ -21,6 +21,7 @@ from deat_rb.history import History, Reporter
 from deat_rb.models import check_trust
 from deat_rb.planning import Plan, default_name, plan, versions
 from deat_rb.plots import plot_curves
+from deat_rb.position import read
 from deat_rb.processes import World, world
 from deat_rb.runs import CURVES, RunDirectory, check_free, check_name
 from deat_rb.tracking import Tracked, check_trackers
@@ -107,15 +108,20 @@ def resume(
     together = _together(config.model_copy(update={"device": asked.device}))
     with _alone(run, together):
         run.refuse_links()
-        begun = checkpoint.facts_of_newest(run.checkpoints)
-        trained = begun.get("config") if begun else None
-        if isinstance(trained, dict) and (differing := config.differences(trained)):
+        begun = checkpoint.newest(run.checkpoints, lambda damage: None)  # which is told when it goes on from there
+        position = read(begun) if begun is not None else None
+        if position is not None and (differing := config.differences(position.config)):
             raise DeatError(
                 f"{run.path / 'config.json'} was changed after the run had begun, in {', '.join(differing)}; "
                 "put back what it was, or start a new run"
             )
         _refuse_changes(changes, asked, config, RESOLVED)
         longer = config.prolonged(asked.epochs or config.epochs)
+        if longer.epochs > config.epochs and position is not None and position.stopped is not None:
+            raise DeatError(
+                f"--epochs = {longer.epochs} does not prolong a run that its rule has ended ({position.stopped}); "
+                "start a new run, with --no-stop if it is to go on"
+            )
         planned = plan(asked, memory_limit=conduct.memory_limit, continues=config, begun=begun is not None)
         _refuse_changes(changes, planned.config, config)
         for package, version in versions().items():

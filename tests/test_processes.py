@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,25 @@ def test_a_batch_smaller_than_the_processes_are_many_is_refused() -> None:
     assert len(next(found)[0][1]) == 1
     with pytest.raises(DeatError, match="a batch of 3 images cannot be divided over 4 processes; leave"):
         next(found)
+
+
+def test_nothing_holds_a_group_that_is_destroyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Group:
+        pass
+
+    class Replica:
+        """In a circle, as torch's are."""
+
+        def __init__(self, group: Group) -> None:
+            self.group, self.itself = group, self
+
+    world = World(0, 2, Group())
+    group = weakref.ref(world._control)
+    Replica(world._control)
+    seen: list[bool] = []
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: seen.append(group() is None))
+    world.leave()
+    assert seen == [True]
 
 
 def test_only_errors_of_communication_are_another_process_s() -> None:

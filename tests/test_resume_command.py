@@ -21,7 +21,15 @@ from deat_rb.errors import DeatError, Interrupted
 from deat_rb.history import Reporter
 from deat_rb.processes import World
 from deat_rb.runs import RunDirectory
+from deat_rb.stats import EpochStats
+from deat_rb.stopping import RobustnessDrop, Stop
 from deat_rb.training import resume, train
+
+
+@pytest.fixture(autouse=True)
+def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing one takes longer than all of such a run."""
+    monkeypatch.setattr("deat_rb.training.plot_curves", lambda rows, path, title: None)
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +239,30 @@ def test_a_run_prolonged_and_killed_before_the_next_checkpoint_goes_on(tmp_path:
         resume(run.path, {}, trust_code=True)
 
 
+def test_a_run_that_its_rule_has_ended_is_not_prolonged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(rule: RobustnessDrop, stats: EpochStats) -> Stop:
+        return Stop("the test says so", keep=stats.epoch)
+
+    monkeypatch.setattr(RobustnessDrop, "update", stop)
+    run, history = train({**SMALL, "method": "u-fgsm", "lr_schedule": "flat"}, output=tmp_path)
+    assert len(history.rows) == 1
+    with pytest.raises(DeatError, match=r"--epochs = 3 does not prolong a run that its rule has ended .the test says"):
+        resume(run.path, {"epochs": 3}, trust_code=True)
+    assert len(resume(run.path, {}, trust_code=True)[1].rows) == 1
+
+
+def test_a_configuration_is_held_against_the_newest_checkpoint_that_is_whole(stopped: Path) -> None:
+    """The bit that was flipped is in the configuration that the checkpoint holds."""
+    newest = sorted((stopped / "checkpoints").iterdir())[-1]
+    content = newest.read_bytes()
+    assert content.count(rb"\"momentum\": 0.9") == 1
+    newest.write_bytes(content.replace(rb"\"momentum\": 0.9", rb"\"momentum\": 0.8"))
+    reporter = Stops(10**6)
+    assert len(resume(stopped, {}, reporter=reporter, trust_code=True)[1].rows) == 2
+    assert len(reporter.warnings) == 1
+    assert f"{newest} is damaged (its checksum does not fit); the one before it is used" in reporter.warnings[0]
+
+
 def test_milestones_are_a_multistep_rate_s() -> None:
     with pytest.raises(DeatError, match=r"--lr-epochs = 3 lays out the milestones of a multistep .* one is cyclic"):
         planning.plan(make_options({**SMALL, "lr_epochs": 3}))
@@ -288,6 +320,7 @@ def test_a_full_disk_is_not_masked_by_what_comes_after(stopped: Path, monkeypatc
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr("deat_rb.files._write_synced", full)
+    monkeypatch.setattr("deat_rb.training.plot_curves", lambda rows, path, title: full(path, b""))
     reporter = Stops(10**6)
     with pytest.raises(DeatError, match=r"No space left .*run keeps 1 of 2 epochs and 1 batches of the next; deat-rb"):
         resume(stopped, {}, reporter=reporter, trust_code=True)
