@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import cache
+from importlib import import_module
 from typing import Any, TypeVar, cast
 
 import torch
@@ -65,8 +66,8 @@ class World:
     def leave(self) -> None:
         """Ends the communication, for good, while Python is whole.
 
-        Threads of a group that something still held would outlive it, and those end a process by SIGABRT when they
-        are through with a last message.
+        Threads of a group that something still held would outlive it, and end the process by SIGABRT when they are
+        through with a last message.
         """
         self._control = None
         gc.collect()
@@ -163,6 +164,9 @@ def world(cpu: bool) -> World:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World()
     from accelerate import PartialState
+
+    # Imported later, by DDP, its functions would have the group of all processes as a default argument, and hold it.
+    import_module("torch.distributed.nn.functional")
 
     state = PartialState(cpu=cpu, timeout=PATIENCE)
     # A group of its own for decisions: over gloo, so that they do not wait for the device.

@@ -28,7 +28,7 @@ from deat_rb.stats import BatchStats, EpochSums
 
 METHODS = ("standard", "pgd-2", "trades", "mart", "fat-5", "free-3", "m-deat", "m+trades")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
 
 
 @given(st.integers(0, 300), st.integers(1, 9))
@@ -164,6 +164,7 @@ def test_weights_and_figures_are_those_of_one_process(tmp_path: Path) -> None:
     methods = list(METHODS)
     script = Path(two_processes.__file__)
     subprocess.run([*TORCHRUN, str(script), str(tmp_path), *methods], env=ENVIRONMENT, check=True, timeout=300)
+    assert [(tmp_path / f"left-{rank}").read_text() for rank in (0, 1)] == ["[True]"] * 2
     for method in methods:
         weights, figures = two_processes.train(method)
         found = load_file(tmp_path / f"{method}.safetensors")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
+import weakref
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import deat_rb
+from deat_rb import processes
 
 EPS = 8 / 255
 
@@ -44,12 +50,21 @@ def train(method: str) -> tuple[dict[str, Tensor], list[float]]:
     return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, figures
 
 
+def left(folder: str, groups: list[weakref.ref[object]]) -> None:
+    """Writes whether nothing has held the group of all processes, whose threads would abort a process that ends."""
+    Path(folder, f"left-{os.environ['RANK']}").write_text(str([group() is None for group in groups]))
+
+
 def main() -> None:
     """Trains by each method named, and writes ``<folder>/<method>.safetensors`` with the weights and the figures."""
     folder, methods = sys.argv[1], sys.argv[2:]
+    groups: list[weakref.ref[object]] = []
+    atexit.register(left, folder, groups)  # to be called after what `world` registers
+    processes.world(cpu=True)
+    groups.append(weakref.ref(dist.group.WORLD))
     for method in methods:
         weights, figures = train(method)
-        if deat_rb.processes.is_main():
+        if processes.is_main():
             save_file(
                 {**weights, "figures": torch.tensor(figures, dtype=torch.float64)}, f"{folder}/{method}.safetensors"
             )
