@@ -123,13 +123,16 @@ def verify(
 @_board
 @click.option("--robustbench", "output", required=True, type=click.Path(path_type=Path), metavar="DIR",
               help="Where model_info/ and models/ go.")  # fmt: skip
+@click.option("--dataset", metavar="NAME", help="Only the entries of this data set.")
 @click.option("--as-dataset", metavar="NAME", help="cifar10 or cifar100: what data of other names stand for.")
 @click.pass_context
-def export(context: click.Context, board: Path | None, output: Path, as_dataset: str | None) -> None:
+def export(
+    context: click.Context, board: Path | None, output: Path, dataset: str | None, as_dataset: str | None
+) -> None:
     """Write the board's models in RobustBench's form."""
     from deat_rb.board.export import export_board
 
-    exported = export_board(_chosen(context, board), output, as_dataset=as_dataset)
+    exported = export_board(_chosen(context, board), output, dataset=dataset, as_dataset=as_dataset)
     for sentence in exported.left_out:
         click.echo(f"left out: {sentence}")
     for name in exported.names:

@@ -418,6 +418,10 @@ def test_export_is_what_robustbench_loads(tmp_path: Path, board: Board, fake: Fa
     exported = export_board(board.path, tmp_path / "out")
     assert exported.names == ("cifar10/Wong2020Fast_Board",)
     assert exported.left_out[0].startswith("digits/Linf/Wang2021Gradient_Board: RobustBench has no data set digits")
+    digits = export_board(board.path, tmp_path / "digits", dataset="digits", as_dataset="cifar10")
+    assert (digits.names, digits.left_out) == (("cifar10/Wang2021Gradient_Board",), ())
+    with pytest.raises(DeatError, match="has no data set 'digit': did you mean 'digits'"):
+        export_board(board.path, tmp_path / "none", dataset="digit", as_dataset="cifar10")
     both = export_board(board.path, tmp_path / "both", as_dataset="cifar10")
     assert both.left_out == ()
     assert set(register(tmp_path / "both")) == {"Wong2020Fast_Board", "Wang2021Gradient_Board"}

@@ -11,7 +11,7 @@ from deat_rb import compat
 from deat_rb.board.entries import Entry, check_board
 from deat_rb.board.folder import Board
 from deat_rb.board.loading import load_network
-from deat_rb.errors import DeatError
+from deat_rb.errors import DeatError, nearest
 from deat_rb.export import SPELLED, UNKNOWN, ExportPaths, model_source, robustbench_weights
 from deat_rb.files import write_together
 from deat_rb.models import ModelSpec, robustbench_class
@@ -34,12 +34,15 @@ class Exported:
     left_out: tuple[str, ...]
 
 
-def export_board(path: str | Path, output: str | Path, *, as_dataset: str | None = None) -> Exported:
+def export_board(
+    path: str | Path, output: str | Path, *, dataset: str | None = None, as_dataset: str | None = None
+) -> Exported:
     """Writes ``model_info/`` and ``models/`` that robustbench reads, and ``pull_request/`` for what it lacks.
 
     Args:
         path: The board.
         output: Below which folder; files of these names are replaced.
+        dataset: Only entries of this data set, by the board's name for it.
         as_dataset: Which of RobustBench's data sets entries of others stand for; their footnotes say so. By default
             they are left out.
 
@@ -55,17 +58,23 @@ def export_board(path: str | Path, output: str | Path, *, as_dataset: str | None
     check_board(path)
     with board.steady():
         entries = board.entries(left_out=left_out)
+    if dataset is not None:
+        known = {entry.dataset for entry in entries}
+        if dataset not in known:
+            raise DeatError(f"the board {path} has no data set '{dataset}': {nearest(dataset, known)}")
+        entries = tuple(entry for entry in entries if entry.dataset == dataset)
     for entry in entries:
-        dataset = entry.dataset if entry.dataset in compat.DATASETS else as_dataset
-        reason = _refusal(entry, dataset)
+        stands_for = entry.dataset if entry.dataset in compat.DATASETS else as_dataset
+        reason = _refusal(entry, stands_for)
         if reason is not None:
             left_out.append(f"{entry.key}: {reason}")
             continue
-        paths = ExportPaths.below(Path(output), str(dataset), entry.model_name)
+        paths = ExportPaths.below(Path(output), str(stands_for), entry.model_name)
         if paths.weights in contents:
-            raise DeatError(f"{entry.model_name} would stand for two models of {dataset}: {entry.key} and another")
-        contents |= _files(board.path, entry, str(dataset), paths)
-        names.append(f"{dataset}/{entry.model_name}")
+            raise DeatError(f"{entry.model_name} would stand for two models of {stands_for}: {entry.key} and another; "
+                            "--dataset exports one of the board's data sets alone")  # fmt: skip
+        contents |= _files(board.path, entry, str(stands_for), paths)
+        names.append(f"{stands_for}/{entry.model_name}")
     if not names:
         raise DeatError(f"nothing on the board {path} can be exported: {left_out[0] if left_out else 'it is empty'}")
     for file in contents:
