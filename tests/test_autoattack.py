@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import MethodType
+from typing import Any, cast
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -86,7 +89,7 @@ def test_every_part_has_its_restarts_and_its_aim() -> None:
     suite = _Suite("plus", Terms("Linf", 0.1, 0, 10, torch.device("cpu")), 9, [])
     model = Counted(nn.Flatten())
     for name in ("fab", "fab-t", "fab", "apgd-ce", "apgd-dlr", "apgd-t"):
-        attack = getattr(suite._perturb(name, model), "__self__")  # noqa: B009 - mypy knows of no bound methods here
+        attack: Any = cast(MethodType, suite._perturb(name, model)).__self__
         assert attack.n_restarts == (1 if name.endswith("-t") else 5)
         assert getattr(attack, "targeted", None) == {"fab": False, "fab-t": True}.get(name)
         assert name.startswith("fab") or name == "apgd-t" or attack.loss == name.removeprefix("apgd-")

@@ -29,6 +29,7 @@ from board_problems import (
     without_evaluating,
 )
 from click.testing import CliRunner, Result
+from rich.table import Table
 from short_autoattack import shorten
 
 from cli import main
@@ -305,7 +306,8 @@ def test_what_is_said_of_the_data_stands_beside_the_table(tmp_path: Path, board:
     assert "eps 0.1: whole test set**\n\nOf our own\\_ cats.\n\n| rank" in as_markdown(standings)
     assert "whole test set. Of our own\\_ cats.}" in as_latex(standings)
     (table,) = as_tables(standings, 100)
-    assert str(table.caption) == "Of our own_ cats."  # type: ignore[union-attr]  # rich's Table
+    assert isinstance(table, Table)
+    assert str(table.caption) == "Of our own_ cats."
 
 
 def test_narrow_terminals_spare_columns(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
@@ -314,10 +316,11 @@ def test_narrow_terminals_spare_columns(tmp_path: Path, board: Board, fake: Fake
     submit(board, make_run(tmp_path / "run"))
     entry_of(board, LONG)
     for width in (80, 100, 160):
-        console = Console(width=width, file=io.StringIO())
+        written = io.StringIO()
+        console = Console(width=width, file=written)
         for table in as_tables(rank(board.entries()), width):
             console.print(table)
-        text = console.file.getvalue()  # type: ignore[attr-defined]  # it is the StringIO
+        text = written.getvalue()
         assert NAME in text
         assert "40.00" in text
         assert LONG in text

@@ -27,6 +27,7 @@ from deat_rb.files import save_tensors, sha256_file
 from deat_rb.rendering import visible
 
 NASTY = "\"'></title></style></script><script>alert(1)</script><img src=x onerror=alert(1)><!--{{ 7*7 }}&amp;"
+DASH = "\N{EN DASH}"
 VOID = {"meta", "img", "input", "wbr"}
 
 
@@ -117,7 +118,7 @@ def test_robust_accuracy_decides_the_rank(index: Document) -> None:
         ("4", "Doe2021Made_FreeEight", "75.40"),
         ("5", "Doe2021Made_UFGSM", "73.60"),
         ("6", "Doe2021Made_Plain", "0.00"),
-        ("–", "Doe2021Made_NoAA", "–"),  # noqa: RUF001
+        (DASH, "Doe2021Made_NoAA", DASH),
     ]
 
 
@@ -144,7 +145,7 @@ def test_parts_of_the_test_set_are_listed_apart(index: Document) -> None:
     assert index.column(PART, 1)[0].startswith("Doe2021Made_Part")
     assert "Digits, Linf, eps 0.1, 200 test images" in index.text
     assert not any("Part" in name for name in index.column(DIGITS, 1))
-    assert index.column(PART, 0) == ["–"]  # noqa: RUF001
+    assert index.column(PART, 0) == [DASH]
 
 
 def test_published_rows_have_no_rank(index: Document) -> None:
@@ -295,7 +296,7 @@ def test_what_the_board_measured_again_is_shown(tmp_path: Path) -> None:
     write_pages(tmp_path, [again])
     page = read(tmp_path / "models/digits/Linf/Doe2021Made_A.html")
     assert page.tables[0][1][-1] == "97 / 100"
-    assert page.tables[0][2][-1] == "–"  # noqa: RUF001
+    assert page.tables[0][2][-1] == DASH
 
 
 # The pictures
@@ -539,7 +540,7 @@ def test_an_empty_board_has_a_page(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(None, "–"), (0.0, "0.0 s"), (9.96, "10.0 s"), (119.4, "119 s"), (120, "2.0 min"), (7199, "120.0 min"),  # noqa: RUF001
+    [(None, DASH), (0.0, "0.0 s"), (9.96, "10.0 s"), (119.4, "119 s"), (120, "2.0 min"), (7199, "120.0 min"),
      (7200, "2.0 h"), (172_800, "2.0 d")],
 )  # fmt: skip
 def test_durations(seconds: float | None, text: str) -> None:
@@ -547,6 +548,6 @@ def test_durations(seconds: float | None, text: str) -> None:
 
 
 def test_sizes_and_names() -> None:
-    assert [memory(size) for size in (None, 3 * 2**20, 5 * 2**29)] == ["–", "3 MiB", "2.5 GiB"]  # noqa: RUF001
+    assert [memory(size) for size in (None, 3 * 2**20, 5 * 2**29)] == [DASH, "3 MiB", "2.5 GiB"]
     assert name_parts("Wang2021Gradient_R18") == ["Wang", "2021", "Gradient_", "R18"]
     assert re.sub(r"\W", "", "".join(name_parts(NASTY))) == re.sub(r"\W", "", NASTY)

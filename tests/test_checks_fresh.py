@@ -12,7 +12,7 @@ from functools import cache
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F  # noqa: N812 - the field's own name for it
 
 from deat_rb import evaluate
 from deat_rb.evaluation.report import Report

@@ -272,7 +272,7 @@ def test_something_else_than_a_model_is_refused() -> None:
     images, labels, _ = plane_images()
     for model in (None, "runs/a", lambda images: images.flatten(1)):
         with pytest.raises(DeatError, match=r"the model is a \w+, where a torch.nn.Module is needed"):
-            evaluate(model, images, labels)  # type: ignore[arg-type]
+            evaluate(model, images, labels)  # type: ignore[arg-type]  # that is what is tried
 
 
 def test_provenance_is_text(tmp_path: Path) -> None:

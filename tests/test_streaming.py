@@ -193,11 +193,12 @@ class TestSameAsInMemory:
 
     def test_global_generators_are_left_alone(self, folder: Path) -> None:
         loader = batches(load(folder))
-        before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+        before = torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=False)
         epoch_of(loader, 1)
         epoch_of(loader, 2)
         assert torch.equal(torch.get_rng_state(), before[0])
-        assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]  # type: ignore[index]
+        assert random.getstate() == before[1]
+        np.testing.assert_equal(np.random.get_state(legacy=False), before[2])
 
 
 def survey_stream() -> torch.Generator:

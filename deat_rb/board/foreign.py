@@ -87,6 +87,7 @@ def _packed_anew(data: bytes, source: Path) -> bytes:
                     _check_pickle(content, source)
                 anew.writestr(member.filename, content)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, ValueError) as error:
+        # zipfile's of damage, of a method that it does not know (NotImplementedError) and of encryption (RuntimeError)
         if isinstance(error, DeatError):
             raise
         raise DeatError(f"{source} is a damaged archive ({printable(str(error), 100)}): {RESAVE}") from None

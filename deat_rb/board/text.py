@@ -7,7 +7,8 @@ from urllib.parse import quote, urlsplit
 
 from deat_rb.rendering import visible
 
-MISSING = "–"  # noqa: RUF001 - a dash where nothing is known
+MISSING = "\N{EN DASH}"
+"""Where nothing is known."""
 
 
 def web_link(address: str | None) -> str | None:

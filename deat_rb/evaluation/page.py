@@ -182,7 +182,7 @@ def _attack_row(result: AttackResult, report: Report) -> dict[str, Any]:
         "worst": result is report.worst_case,
         "natural": result.name == "natural",
         "accuracy": _percent(result.accuracy),
-        "interval": f"{100 * result.low:.2f} – {100 * result.high:.2f}",  # noqa: RUF001 - a range's dash
+        "interval": f"{100 * result.low:.2f} to {100 * result.high:.2f}",
         "width": round(BAR * result.accuracy, 1),
         "low": round(BAR * result.low, 1),
         "high": round(BAR * result.high, 1),
