@@ -6,12 +6,18 @@ import os
 from pathlib import Path
 from typing import Any
 
-from deat_rb.data import DataSet, load_data
+from deat_rb.board.entries import Entry
+from deat_rb.data import DATASETS, DataSet, load_data
 from deat_rb.errors import DeatError
 from deat_rb.folders import IMAGE_SUFFIXES
 
 EMBEDDED = "digits"
 """Comes with scikit-learn and needs no folder."""
+
+
+def loader_of(entry: Entry) -> str:
+    """Which of `load_data`'s loaders reads an entry's images: a folder's have a name of the board's own."""
+    return entry.dataset if entry.dataset in DATASETS else "folder"
 
 
 def load_given(name: str, *, data_dir: Path | None, image_size: int | None) -> DataSet:

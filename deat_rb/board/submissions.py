@@ -16,7 +16,7 @@ from torch import Tensor
 from deat_rb import compat
 from deat_rb.board.entries import MAX_EPOCHS, MAX_IMAGE, Entry, RobustBenchInfo, check_dataset_name, check_model_name
 from deat_rb.board.foreign import load_checked, take_weights
-from deat_rb.board.given import load_given
+from deat_rb.board.given import load_given, loader_of
 from deat_rb.board.intake import MAX_JSON, link_on_the_way, parse_json, read_limited
 from deat_rb.config import RunConfig, TrainOptions
 from deat_rb.data import DATASETS, DataSet, load_data
@@ -387,7 +387,7 @@ def load_board_data(entry: Entry, data_dir: Path | None) -> DataSet:
     Raises:
         DeatError: It is a folder, and nothing says where, or the data cannot be had.
     """
-    loader = entry.dataset if entry.dataset in DATASETS else "folder"
+    loader = loader_of(entry)
     if loader == "folder" and data_dir is None:
         raise DeatError(f"where are the images of {entry.dataset}? Give their folder by --data-dir")
     return load_data(loader, data_dir=data_dir, image_size=None if entry.model is None else entry.model.image_size)

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from deat_rb.board.entries import Entry, check_board, entry_files, read_entry
 from deat_rb.board.folder import Board
-from deat_rb.board.given import EMBEDDED, load_given
+from deat_rb.board.given import EMBEDDED, load_given, loader_of
 from deat_rb.board.intake import printable, read_limited
 from deat_rb.board.loading import check_hash, load_network
 from deat_rb.board.measuring import SAMPLE, check_sample, compare_claim, refuse_failed, sampled
 from deat_rb.board.page import INDEX, pages
-from deat_rb.data import DATASETS, DataSet
+from deat_rb.data import DataSet
 from deat_rb.errors import DeatError
 from deat_rb.evaluation.attacking import Progress
 from deat_rb.evaluation.subject import in_turn
@@ -197,8 +197,7 @@ def _measured(
         return 0
     key = (entry.dataset, spec.image_size)
     if key not in loaded:
-        loader = entry.dataset if entry.dataset in DATASETS else "folder"
-        loaded[key] = load_given(loader, data_dir=data_dirs.get(entry.dataset), image_size=spec.image_size)
+        loaded[key] = load_given(loader_of(entry), data_dir=data_dirs.get(entry.dataset), image_size=spec.image_size)
     data = loaded[key]
     if data.fingerprint != entry.data_sha256 or len(data.test) != entry.n_test:
         raise DeatError(f"the data at hand (SHA-256 {data.fingerprint[:12]}...) are not those of the entry "
