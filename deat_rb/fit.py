@@ -10,12 +10,12 @@ import torch
 
 from deat_rb import randomness
 from deat_rb.engine import Engine, resolve_device, resolve_precision
-from deat_rb.errors import DeatError, nearest
+from deat_rb.errors import DeatError
 from deat_rb.finite import ON_NONFINITE
 from deat_rb.history import History, Reporter
 from deat_rb.loop import Loop
 from deat_rb.processes import world
-from deat_rb.rates import LR_SCHEDULES
+from deat_rb.rates import LR_SCHEDULES, check_layout
 
 if TYPE_CHECKING:
     from deat_rb.runs import RunDirectory
@@ -61,7 +61,7 @@ def fit(
         epochs: T.
         lr: The peak learning rate.
         lr_schedule: ``cyclic``, ``multistep`` or ``flat``, see `deat_rb.rates`.
-        lr_epochs: How many epochs that is laid out for, fewer than are trained; by default as many.
+        lr_epochs: How many epochs a multistep one is laid out for; by default as many as are trained.
         momentum: Of SGD.
         weight_decay: Of SGD.
         device: Where to train; by default where the model is.
@@ -89,8 +89,7 @@ def fit(
             holds the last good epoch's weights.
         Interrupted: On Ctrl-C, saying what was kept.
     """
-    if lr_schedule not in LR_SCHEDULES:
-        raise DeatError(f"there is no learning-rate schedule '{lr_schedule}': {nearest(lr_schedule, LR_SCHEDULES)}")
+    check_layout(lr_schedule, lr_epochs)
     if epochs < 1:
         raise DeatError(f"epochs = {epochs} is below 1; training needs an epoch")
     if select not in (None, "best", "last"):

@@ -20,6 +20,7 @@ from deat_rb.files import load_tensors
 from deat_rb.methods import create, recipe
 from deat_rb.models import NormalizedModel, load_weights, model_spec
 from deat_rb.processes import world
+from deat_rb.rates import check_layout
 from deat_rb.threat import check_eps, format_fraction
 from deat_rb.trainers import AttackTrainer, ReplayTrainer, Trainer
 
@@ -174,11 +175,7 @@ def plan(
             "conduct": Conduct(memory_limit=memory_limit),
         }
     )
-    if config.lr_epochs is not None and config.lr_schedule != "multistep":
-        raise DeatError(
-            f"--lr-epochs = {config.lr_epochs} lays out the milestones of a multistep learning rate, and this one is "
-            f"{config.lr_schedule}; leave it out"
-        )
+    check_layout(config.lr_schedule, config.lr_epochs, "--lr-epochs")
     if len(train) < config.batch_size:
         raise DeatError(
             f"{len(train)} training images are fewer than a batch of {config.batch_size}; give a smaller --batch-size"

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from deat_rb.errors import DeatError, nearest
+
 
 def cyclic(done: float) -> float:
     """0 -> 1 -> 0, in straight lines (the fast setting)."""
@@ -24,3 +26,22 @@ def flat(done: float) -> float:
 
 
 LR_SCHEDULES: dict[str, Callable[[float], float]] = {"cyclic": cyclic, "multistep": multistep, "flat": flat}
+
+
+def check_layout(lr_schedule: str, lr_epochs: int | None, option: str = "lr_epochs") -> None:
+    """Looks whether a schedule may be laid out for another number of epochs than are trained; ``option`` names that.
+
+    Raises:
+        DeatError: There is no such schedule, or it is not multistep: past its end a cyclic rate would be below 0.
+    """
+    if lr_schedule not in LR_SCHEDULES:
+        raise DeatError(f"there is no learning-rate schedule '{lr_schedule}': {nearest(lr_schedule, LR_SCHEDULES)}")
+    if lr_epochs is None:
+        return
+    if lr_schedule != "multistep":
+        raise DeatError(
+            f"{option} = {lr_epochs} lays out the milestones of a multistep learning rate, and this one is "
+            f"{lr_schedule}; leave it out"
+        )
+    if lr_epochs < 1:
+        raise DeatError(f"{option} = {lr_epochs} is below 1; give the epochs that the milestones are laid out for")

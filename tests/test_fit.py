@@ -117,6 +117,8 @@ def test_bad_validation_images_are_refused_before_training(case: str) -> None:
     [
         ({"epochs": 0}, "epochs = 0 is below 1"),
         ({"lr_schedule": "cylic"}, "no learning-rate schedule 'cylic': did you mean 'cyclic'"),
+        ({"lr_epochs": 1, "epochs": 3}, "lr_epochs = 1 lays out the milestones of a multistep .* one is cyclic"),
+        ({"lr_schedule": "multistep", "lr_epochs": 0}, "lr_epochs = 0 is below 1"),
         ({"select": "first"}, "select = 'first' is neither"),
         ({"select": "best"}, "needs validation images"),
         ({"device": "cuda:63"}, "no device 'cuda:63'"),
