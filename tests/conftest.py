@@ -7,10 +7,16 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from board_problems import FakeEvaluation
+
+    from deat_rb.board.folder import Board
 
 torch.set_num_threads(1)
 
@@ -53,3 +59,19 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 image = Image.fromarray(pixels.clamp(0, 255).to(torch.uint8).numpy())
                 image.save(folder / f"{index:04}.png")
     return root
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEvaluation:
+    """Boards that evaluate nothing; see `board_problems.without_evaluating`."""
+    from board_problems import without_evaluating
+
+    return without_evaluating(monkeypatch)
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Board:
+    """A leaderboard that does not exist yet."""
+    from deat_rb.board.folder import Board
+
+    return Board(tmp_path / "board")

@@ -1,80 +1,43 @@
-"""The leaderboard: submitting, ranking, verifying, exporting, and several doing so at once."""
+"""The leaderboard: submitting, verifying, exporting, and the commands for it."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
-import multiprocessing
-import os
 import re
 import shlex
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from board_problems import (
+    NAME,
     SHARES,
     FakeEvaluation,
     bare_state,
     claim,
+    cli,
     digits,
     make_checkpoint,
     make_run,
     network,
     snapshot,
-    without_evaluating,
+    submit,
 )
-from click.testing import CliRunner, Result
-from rich.table import Table
 from short_autoattack import shorten
 
-from cli import main
 from deat_rb import compat, files
-from deat_rb.board.entries import Entry, Figure, read_entry
+from deat_rb.board.entries import Entry, read_entry
 from deat_rb.board.export import export_board
 from deat_rb.board.folder import Board
-from deat_rb.board.ranking import as_csv, as_json, as_latex, as_markdown, as_tables, latex_text, markdown_text, rank
-from deat_rb.board.submissions import Terms, training_command
+from deat_rb.board.submissions import training_command
 from deat_rb.board.verifying import verify
 from deat_rb.config import RunConfig
 from deat_rb.errors import DeatError
 from deat_rb.evaluation.report import Check
 from deat_rb.export import register
 from deat_rb.models import build_model, load_weights
-
-NAME = "Wang2021Gradient"
-LONG = "Zagoruyko2016Wide_standard_WRN-10-1"
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEvaluation:
-    return without_evaluating(monkeypatch)
-
-
-@pytest.fixture
-def board(tmp_path: Path) -> Board:
-    return Board(tmp_path / "board")
-
-
-def submit(board: Board, run: Path, name: str = NAME, **options: Any) -> Entry:
-    terms = {key: options.pop(key) for key in list(options) if key in Terms.__dataclass_fields__}
-    return board.submit(run, Terms(model_name=name, **terms), **options)
-
-
-def entry_of(board: Board, name: str, **changes: Any) -> Entry:
-    """Puts a changed copy of the first entry on the board, past all checks but the schema's."""
-    template = next(entry for entry in board.entries() if entry.model_name == NAME)
-    entry = Entry.checked({**dict(template), "model_name": name, "weights_file": None, **changes}, name)
-    board.commit(entry, None)
-    return entry
-
-
-def cli(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="deat-rb")
 
 
 def test_a_run_with_its_evaluation(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
@@ -269,98 +232,6 @@ def test_the_command_trains_the_same_again(tmp_path: Path) -> None:
     assert (context.params["eps"], context.params["steps"], context.params["heed_stop"]) == (0.1, 3, False)
 
 
-def test_rank(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
-    submit(board, make_run(tmp_path / "run"))
-    entry_of(board, "Better2022Known", external="39.00", backward_passes=5.0)
-    entry_of(board, "Equal2022Robust")
-    part = {"figures": {"natural": Figure.of(90, 100), "autoattack": Figure.of(85, 100)}, "n_examples": 100,
-            "clean_acc": "90.00", "autoattack_acc": "85.00", "remeasured": {}}  # fmt: skip
-    entry_of(board, "Part2022Test", **part)
-    entry_of(board, "Other2022Eps", eps="51/255")
-    entry_of(board, "Claimed2020Paper", kind="published", figures={}, remeasured={}, autoattack_acc="99.00")
-    standings = rank(board.entries())
-    found = [(each.entry.eps, each.part, each.rank, each.entry.model_name) for each in standings]
-    assert found == [
-        ("0.1", "full", 1, "Equal2022Robust"), ("0.1", "full", 1, "Wang2021Gradient"),
-        ("0.1", "full", 3, "Better2022Known"), ("0.1", "subset", None, "Part2022Test"),
-        ("0.1", "published", None, "Claimed2020Paper"), ("51/255", "full", 1, "Other2022Eps"),
-    ]  # fmt: skip
-    by_cost = rank(board.entries(), sort="cost", dataset="digits")
-    assert (by_cost[0].rank, by_cost[0].entry.model_name) == (3, "Better2022Known")
-    with pytest.raises(DeatError, match="there is no order 'costs': did you mean 'cost'"):
-        rank(board.entries(), sort="costs")
-    with pytest.raises(DeatError, match="the board has no entries of 'digit': did you mean 'digits'"):
-        rank(board.entries(), dataset="digit")
-    assert len(as_tables(standings, 200)) == 4
-    rows = list(csv.DictReader(io.StringIO(as_csv(standings))))
-    assert [row["rank"] for row in rows] == ["1", "1", "3", "", "", "1"]
-    assert [row["rank"] for row in json.loads(as_json(standings))] == [1, 1, 3, None, None, 1]
-    assert as_markdown(standings).count("**digits, Linf, eps 0.1: part of the test set, not ranked**") == 1
-    assert as_latex(standings).count(r"\begin{tabular}") == 4
-
-
-def test_what_is_said_of_the_data_stands_beside_the_table(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
-    terms: dict[str, Any] = {"data_dir": tmp_path, "dataset_name": "pets", "dataset_note": "Of our own_ cats."}
-    submit(board, make_run(tmp_path / "run", dataset="folder"), **terms)
-    standings = rank(board.entries())
-    assert "eps 0.1: whole test set**\n\nOf our own\\_ cats.\n\n| rank" in as_markdown(standings)
-    assert "whole test set. Of our own\\_ cats.}" in as_latex(standings)
-    (table,) = as_tables(standings, 100)
-    assert isinstance(table, Table)
-    assert str(table.caption) == "Of our own_ cats."
-
-
-def test_narrow_terminals_spare_columns(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
-    from rich.console import Console
-
-    submit(board, make_run(tmp_path / "run"))
-    entry_of(board, LONG)
-    for width in (80, 100, 160):
-        written = io.StringIO()
-        console = Console(width=width, file=written)
-        for table in as_tables(rank(board.entries()), width):
-            console.print(table)
-        text = written.getvalue()
-        assert NAME in text
-        assert "40.00" in text
-        assert LONG in text
-        assert "…" not in text
-        assert "┳┓" not in text, "a column without room for anything"
-        assert max(map(len, text.splitlines())) <= width
-
-
-def test_escapes() -> None:
-    assert markdown_text("a|b [c](d) <e> *f*") == r"a\|b \[c\]\(d\) &lt;e&gt; \*f\*"
-    assert latex_text(r"5% of \x_{1} & ~^$#") == (
-        r"5\% of \textbackslash{}x\_\{1\} \& \textasciitilde{}\textasciicircum{}\$\#"
-    )
-    assert markdown_text("HTTPS://evil.org ftp://x http://y mailto:a") == (
-        r"HTTPS\://evil.org ftp\://x http\://y mailto\:a"
-    )
-    assert latex_text("?`") == r"?\textasciigrave{}", "together they are another sign"
-    assert latex_text('"20') == r"\char34{}20", "\\textquotedbl is not in the fonts that a paper has by default"
-    assert markdown_text("www.evil.org WWW.x a@b.org @name") == (
-        "www<!-- -->.evil.org WWW<!-- -->.x a@<!-- -->b.org @<!-- -->name"
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "cell"),
-    [
-        ("=1", "'=1"),
-        ("x;=1", "x;'=1"),
-        ("x; +1", "x; '+1"),
-        ("\uff1d1", "'\uff1d1"),
-        ("a = b", "a = b"),
-        ("a-b", "a-b"),
-    ],
-)
-def test_cells_of_a_spreadsheet(tmp_path: Path, board: Board, fake: FakeEvaluation, text: str, cell: str) -> None:
-    submit(board, make_run(tmp_path / "run"))
-    forced = board.entries()[0].model_copy(update={"venue": text})
-    assert next(csv.DictReader(io.StringIO(as_csv(rank([forced])))))["venue"] == cell
-
-
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
@@ -447,133 +318,6 @@ def _only_digits(tmp_path: Path, board: Board) -> Path:
     entry = next(entry for entry in board.entries() if entry.dataset == "digits")
     other.commit(Entry.checked({**dict(entry), "weights_file": None}, "x"), None)
     return other.path
-
-
-def _commit(path: Path, name: str, began: Any, die_at: int | None) -> None:
-    """Puts an entry on the board in a process of its own, which dies at its ``die_at``-th change of the disk."""
-    template = read_entry(path / f"entries/digits/Linf/{NAME}.json")
-    weights = f"new weights of {name}".encode()
-    entry = Entry.checked(
-        {**dict(template), "model_name": name, "weights_file": f"weights/digits/Linf/{name}.safetensors",
-         "weights_sha256": hashlib.sha256(weights).hexdigest(), "footnote": "New."},
-        name,
-    )  # fmt: skip
-    if die_at is not None:
-        _die_at(die_at)
-    if began is not None:
-        began.wait(30)
-    Board(path).commit(entry, weights, replace=True)
-
-
-class Killed(BaseException):
-    """Stands for a kill: from then on nothing changes the disk, whatever cleans up."""
-
-
-def _die_at(count: int, replaced: Any = setattr, end: Any = os._exit) -> None:
-    left = [count]
-    for function in ("replace", "mkdir", "unlink", "rmdir"):
-        real = getattr(os, function)
-
-        def dying(*arguments: Any, _real: Any = real, **options: Any) -> Any:
-            if left[0] == 0:
-                end(9)
-            left[0] -= 1
-            return _real(*arguments, **options)
-
-        replaced(os, function, dying)
-
-
-def _raise_killed(status: int) -> None:
-    raise Killed
-
-
-def _forked(*arguments: Any) -> Any:
-    process = multiprocessing.get_context("fork").Process(target=_commit, args=arguments)
-    process.start()
-    return process
-
-
-def _is_whole(board: Board) -> bool:
-    """Every entry has its weights, and nothing else is there."""
-    entries = board.entries()
-    hashes = {entry.weights_file: entry.weights_sha256 for entry in entries}
-    found = {
-        str(path.relative_to(board.path)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in board.path.glob("weights/*/*/*")
-    }
-    return hashes == found and not (board.path / ".staging").exists()
-
-
-def test_several_at_once_all_land(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
-    submit(board, make_run(tmp_path / "run"))
-    began = multiprocessing.get_context("fork").Event()
-    names = [f"Wang2021Gradient_{number}" for number in range(6)]
-    processes = [_forked(board.path, name, began, None) for name in names]
-    began.set()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    assert {entry.model_name for entry in board.entries()} == {NAME, *names}
-    assert _is_whole(board)
-
-
-def test_one_waits_for_the_other(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
-    submit(board, make_run(tmp_path / "run"))
-    began = multiprocessing.get_context("fork").Event()
-    process = _forked(board.path, "Wang2021Gradient_2", began, None)
-    with board.locked():
-        began.set()
-        process.join(0.5)
-        assert process.is_alive()
-        assert len(board.entries()) == 1
-    process.join(60)
-    assert process.exitcode == 0
-    assert len(board.entries()) == 2
-
-
-@pytest.mark.parametrize("name", ["Wang2021Gradient_2", NAME])
-def test_killed_at_any_moment(tmp_path: Path, board: Board, fake: FakeEvaluation, name: str) -> None:
-    """New or replacing: at whatever change of the disk it dies, all is as it was, or the submission lands whole."""
-    submit(board, make_run(tmp_path / "run"))
-    before, entries_before = snapshot(board.path), board.entries()
-    outcomes = []
-    for moment in range(200):
-        with pytest.MonkeyPatch.context() as patch:
-            _die_at(moment, patch.setattr, _raise_killed)
-            try:
-                _commit(board.path, name, None, None)
-                break
-            except Killed:
-                pass
-        torn = board.entries()
-        assert torn == entries_before or any(entry.footnote == "New." for entry in torn)
-        board.recover()
-        assert _is_whole(board)
-        outcomes.append(any(entry.footnote == "New." for entry in board.entries()))
-        assert outcomes[-1] or snapshot(board.path) == before
-        _restore(board.path, before)
-    assert any(entry.footnote == "New." for entry in board.entries()), "it was never let through"
-    assert outcomes == sorted(outcomes), "once it is complete it lands, whatever comes after"
-    assert {True, False} == set(outcomes)
-
-
-def _restore(folder: Path, before: dict[str, bytes | str]) -> None:
-    shutil.rmtree(folder)
-    for path, data in before.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(data if isinstance(data, bytes) else b"")
-
-
-@pytest.mark.parametrize("moment", [0, 8, 14])
-def test_a_process_that_is_really_killed(tmp_path: Path, board: Board, fake: FakeEvaluation, moment: int) -> None:
-    submit(board, make_run(tmp_path / "run"))
-    before = snapshot(board.path)
-    process = _forked(board.path, "Wang2021Gradient_2", None, moment)
-    process.join(60)
-    assert process.exitcode == 9
-    board.recover()
-    assert _is_whole(board)
-    assert len(board.entries()) == 2 or snapshot(board.path) == before
 
 
 def test_the_command_line(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:

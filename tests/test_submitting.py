@@ -20,16 +20,17 @@ import made_up_board
 import pytest
 import torch
 from board_problems import (
+    NAME,
     FakeEvaluation,
     bare_state,
+    cli,
     digits,
     make_checkpoint,
     make_run,
     network,
     snapshot,
-    without_evaluating,
+    submit,
 )
-from click.testing import CliRunner, Result
 from PIL import Image
 from torch import Tensor
 
@@ -44,28 +45,6 @@ from deat_rb.board.submissions import Terms
 from deat_rb.board.verifying import verify
 from deat_rb.errors import DeatError
 from deat_rb.models import ModelSpec, build_model, model_spec
-
-NAME = "Wang2021Gradient"
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEvaluation:
-    return without_evaluating(monkeypatch)
-
-
-@pytest.fixture
-def board(tmp_path: Path) -> Board:
-    return Board(tmp_path / "board")
-
-
-def submit(board: Board, target: Path, name: str = NAME, **options: Any) -> Entry:
-    terms = {key: options.pop(key) for key in list(options) if key in Terms.__dataclass_fields__}
-    return board.submit(target, Terms(model_name=name, **terms), **options)
-
-
-def cli(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="deat-rb")
-
 
 # The images
 
