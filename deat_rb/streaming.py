@@ -117,7 +117,7 @@ class _Workers:
         while True:
             try:
                 if batches is None:
-                    with _child_signals_as_they_are():
+                    with _child_signals_as_they_are(), _ctrl_c_kept_waiting():
                         batches = iter(self._loader)
                 batch = next(batches)
                 if isinstance(batch, DeatError):
@@ -195,6 +195,16 @@ def _end_after(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
+
+
+@contextmanager
+def _ctrl_c_kept_waiting() -> Iterator[None]:
+    """Lets no Ctrl-C end a worker that starts and does not ignore it yet: they inherit what is blocked here."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

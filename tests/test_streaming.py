@@ -438,6 +438,19 @@ class TestNothingIsLeft:
         output, errors = process.communicate("\n", timeout=20)
         assert (output, errors, process.returncode) == ("read 14 asked 1\n", "", 0)
 
+    def test_ctrl_c_ends_no_worker_that_is_still_starting(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+    ) -> None:
+        live_with = streaming._live_with
+
+        def interrupted(parent: int, worker: int) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            live_with(parent, worker)
+
+        monkeypatch.setattr(streaming, "_live_with", interrupted)
+        assert len(list(batches(load(folder)))) > 1
+        assert list(recwarn) == []
+
     def test_workers_that_are_spawned(self, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
         process, pids = script("spawn")
