@@ -68,6 +68,8 @@ def test_an_honestly_robust_network_passes_everything() -> None:
     assert 0.4 < report.worst_case.accuracy < 0.7, "robust to a degree, so that there is something to be suspicious of"
     checks = {check.name: check for check in run_checks(robust(), images, labels, report, level="full", eps=EPS)}
     assert flagged(checks) == set()
+    # Far from its bound of 4: rounding differs between processors, and moves single examples.
+    assert (checks["more steps change little"].figure or 0.0) <= 2
     assert checks.keys() == CHECKS.keys() - {"AutoAttack <= others"} | {"left out"}
     assert "AutoAttack <= others" in checks["left out"].sentence
 

@@ -121,21 +121,25 @@ def pgd_below_fgsm(case: Case) -> Outcome | None:
 
 
 def converged(case: Case) -> Outcome | None:
-    """Twice the steps from another start change little."""
+    """Twice the steps from another start break few of the examples that all white-box attacks left.
+
+    Thirty small networks trained with PGD (ten seeds, three instruction sets) had 0 to 3 points at 200 examples, so
+    that the bound of 4 is six examples above the usual 1: rounding does not cross it.
+    """
     name, steps = case.pgd
     if not case.attacks_allowed:
         return None
     suspect, left = case.suspect, case.standing
-    if name in case.report.verdicts:
-        left = left[case.report.verdicts[name].to(left.device)[left]]
-    else:
+    for correct in case.white_box.values():
+        left = left[correct.to(left.device)[left]]
+    if name not in case.report.verdicts:
         left = left[~suspect.pgd(left, eps=suspect.eps, steps=steps)]
     broken = suspect.pgd(left, eps=suspect.eps, steps=2 * steps, start="second start")
     points = 100 * int(broken.sum()) / len(suspect.images)
     return concluded(
-        graded(points, at_least_one(0.5, len(suspect.images)), 5),
+        graded(points, at_least_one(4, len(suspect.images)), at_least_one(8, len(suspect.images))),
         points,
-        f"PGD with {2 * steps} steps from another start breaks {points:.1f} points more than with {steps}",
+        f"PGD with {2 * steps} steps from another start breaks {points:.1f} points of what gradient attacks left",
         "the attack has not converged, so give it more steps and starts",
     )
 
