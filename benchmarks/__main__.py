@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deat_rb.errors import DeatError
+from deat_rb.utils.errors import DeatError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -150,7 +150,7 @@ def measure(options: Options, threads: int | None, parts: list[str]) -> Results:
     from rich.console import Console
 
     from benchmarks.problem import Environment
-    from deat_rb.engine import resolve_device, resolve_precision
+    from deat_rb.utils.devices import resolve_device, resolve_precision
 
     if threads is not None:
         torch.set_num_threads(threads)

@@ -11,11 +11,14 @@ import torchattacks
 from torch import Tensor, nn
 
 from benchmarks.timing import Notify, Side, Times, alternate, device_clock, ratio
-from deat_rb import build_model, compat, create, evaluate, randomness
-from deat_rb.data import Batches, load_data
-from deat_rb.engine import resolve_device
-from deat_rb.evaluation.evaluate import validate
-from deat_rb.evaluation.subject import open_subject
+from deat_rb import build_model, create, evaluate
+from deat_rb.data.batches import Batches
+from deat_rb.data.datasets import load_data
+from deat_rb.loading import open_target
+from deat_rb.robustbench import benchmark as robustbench_benchmark
+from deat_rb.training.validation import validate
+from deat_rb.utils import seeding
+from deat_rb.utils.devices import resolve_device
 
 PGD_TARGET = 1.8
 PGD_STEPS = 100
@@ -26,7 +29,7 @@ EPS_STEP = 0.01
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvalTarget:
     """What is evaluated.
 
     Attributes:
@@ -87,7 +90,7 @@ class Comparison:
 
 def subject_of(
     run: Path | None, count: int, device: str, *, epochs: int = EPOCHS, notify: Notify = lambda text: None
-) -> Subject:
+) -> EvalTarget:
     """Opens a run or, without one, trains WRN-10-1 on the embedded digits by FREE-4 for a moment.
 
     The radius is the run's own, or the smallest at which the trained network withstands PGD-20 on less than half of
@@ -105,12 +108,12 @@ def subject_of(
     """
     where = resolve_device(device)
     if run is not None:
-        opened = open_subject(run)
+        opened = open_target(run)
         images, labels = opened.examples(min(count, len(opened.data.test)))
-        return Subject(opened.model.to(where), images, labels, opened.eps, opened.provenance["run"])
+        return EvalTarget(opened.model.to(where), images, labels, opened.eps, opened.provenance["run"])
     notify("training a network to evaluate")
     data = load_data("digits")
-    with randomness.preserved():
+    with seeding.preserved():
         torch.manual_seed(0)
         model = build_model("wrn-10-1", dataset="digits")
     batches = Batches(data.train, 64, shuffle=True, device=where)
@@ -118,7 +121,7 @@ def subject_of(
     images, labels = data.test.first(min(count, len(data.test))).tensors()
     model.eval()
     eps = _eps_below_half(model, images.to(where), labels.to(where))
-    return Subject(model, images, labels, eps, f"WRN-10-1 after {epochs} epochs of FREE-4 on the digits")
+    return EvalTarget(model, images, labels, eps, f"WRN-10-1 after {epochs} epochs of FREE-4 on the digits")
 
 
 def _eps_below_half(model: nn.Module, images: Tensor, labels: Tensor) -> float:
@@ -133,7 +136,7 @@ def _eps_below_half(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def against_torchattacks(
-    subject: Subject, *, batch_size: int, repeats: int, steps: int = PGD_STEPS, notify: Notify = lambda side: None
+    subject: EvalTarget, *, batch_size: int, repeats: int, steps: int = PGD_STEPS, notify: Notify = lambda side: None
 ) -> Comparison:
     """PGD beside torchattacks' PGD, both of steps of eps / 4.
 
@@ -155,7 +158,7 @@ def against_torchattacks(
         ]
 
     def theirs() -> None:
-        randomness.seed_global(0, "benchmark")
+        seeding.seed_global(0, "benchmark")
         correct = []
         for begin in range(0, len(subject.images), batch_size):
             rows = slice(begin, begin + batch_size)
@@ -165,13 +168,13 @@ def against_torchattacks(
                 correct.append((subject.model(adv).argmax(dim=1) == labels).cpu())
         verdicts["theirs"] = torch.cat(correct)
 
-    with randomness.preserved():
+    with seeding.preserved():
         sides = {"torchattacks": Side(theirs), "ours": Side(ours)}
         times = alternate(sides, repeats, clock=device_clock(subject.device), notify=notify)
     return _compared(f"pgd-{steps}", "torchattacks", subject, times, verdicts, equal=False, target=PGD_TARGET)
 
 
-def against_robustbench(subject: Subject, *, batch_size: int, notify: Notify = lambda side: None) -> Comparison:
+def against_robustbench(subject: EvalTarget, *, batch_size: int, notify: Notify = lambda side: None) -> Comparison:
     """AutoAttack's standard version beside `robustbench.benchmark`, seeded alike, once each.
 
     Args:
@@ -195,7 +198,9 @@ def against_robustbench(subject: Subject, *, batch_size: int, notify: Notify = l
 
     def theirs() -> None:
         options: dict[str, Any] = {"eps": subject.eps, "batch_size": batch_size}
-        verdicts["theirs"] = compat.benchmark(subject.model, subject.images, subject.labels, seed=0, **options)[2]
+        verdicts["theirs"] = robustbench_benchmark.benchmark(
+            subject.model, subject.images, subject.labels, seed=0, **options
+        )[2]
 
     sides = {"robustbench": Side(theirs), "ours": Side(ours)}
     times = alternate(sides, 1, warm_up=False, clock=device_clock(subject.device), notify=notify)
@@ -205,7 +210,7 @@ def against_robustbench(subject: Subject, *, batch_size: int, notify: Notify = l
 def _compared(
     attack: str,
     against: str,
-    subject: Subject,
+    subject: EvalTarget,
     times: Times,
     verdicts: dict[str, Tensor],
     *,

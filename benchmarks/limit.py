@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from deat_rb.trainers import ReplayTrainer, Trainer
+from deat_rb.methods.trainers import ReplayTrainer
+from deat_rb.training.trainer import Trainer
 
 Kind = Literal["forward", "input", "update", "replay"]
 GROUP: dict[Kind, str] = {"forward": "craft", "input": "craft", "update": "update", "replay": "replay"}

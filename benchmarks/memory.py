@@ -14,7 +14,7 @@ import torch
 from benchmarks.limit import Pass
 from benchmarks.problem import Problem, Step, limit_side
 from benchmarks.timing import Side
-from deat_rb.engine import Engine
+from deat_rb.training.engine import Engine
 
 MEMORY_TARGET = 1.05
 RUNS = 3

@@ -12,10 +12,11 @@ from torch import Tensor
 from benchmarks.problem import LR, Problem, Step
 from benchmarks.speed import alike
 from benchmarks.timing import Notify, Side, alternate, device_clock, ratio
-from deat_rb import randomness
-from deat_rb.data import Batches, ImageSet
-from deat_rb.stats import BatchStats, EpochSums
-from deat_rb.trainers import set_rate
+from deat_rb.data.batches import Batches
+from deat_rb.data.images import ImageSet
+from deat_rb.training.lr import set_rate
+from deat_rb.training.metrics import BatchStats, EpochAccumulator
+from deat_rb.utils import seeding
 
 OVERHEAD_TARGET = 0.03
 BATCHES = 8
@@ -104,10 +105,10 @@ class Beside:
 
     def run(self) -> None:
         """An epoch of them."""
-        sums = EpochSums()
+        sums = EpochAccumulator()
         for number, (images, labels) in enumerate(self.batches):
             set_rate(self.optimizer, LR)
-            randomness.seed_global(0, "batch", 1, number)
+            seeding.seed_global(0, "batch", 1, number)
             sums.add(self._metrics(images, labels))
         sums.read()
 

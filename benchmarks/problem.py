@@ -15,12 +15,16 @@ from torch import Tensor, nn
 from benchmarks.limit import Limit, Pass, observed
 from benchmarks.published import PublishedLoop
 from benchmarks.timing import Side
-from deat_rb import build_model, create, randomness
-from deat_rb.engine import Engine, resolve_precision
-from deat_rb.errors import DeatError
-from deat_rb.schedules import Constant
-from deat_rb.stats import EpochSums
-from deat_rb.trainers import ReplayTrainer, Trainer, set_rate
+from deat_rb import build_model, create
+from deat_rb.methods.trainers import ReplayTrainer
+from deat_rb.training.base import Constant
+from deat_rb.training.engine import Engine
+from deat_rb.training.lr import set_rate
+from deat_rb.training.metrics import EpochAccumulator
+from deat_rb.training.trainer import Trainer
+from deat_rb.utils import seeding
+from deat_rb.utils.devices import resolve_precision
+from deat_rb.utils.errors import DeatError
 
 LR = 0.01
 REPLAYS = 4
@@ -50,7 +54,7 @@ class Problem:
         if batch_size < 2:
             raise DeatError(f"--batch-size {batch_size} is too small for BatchNorm; give 2 or more")
         self.device = device
-        with randomness.preserved():
+        with seeding.preserved():
             torch.manual_seed(0)
             self.model = build_model(arch, dataset="cifar10").to(device).eval()
             self.images = torch.rand(batch_size, 3, 32, 32).to(device)
@@ -82,7 +86,7 @@ class Step:
         self.trainer = create(method, problem.copy())
         fix_steps(self.trainer)
         self.engine = Engine(problem.device, resolve_precision(precision, problem.device), compiled=compiled)
-        self.sums = EpochSums()
+        self.sums = EpochAccumulator()
         self._stack = ExitStack()
 
     def __enter__(self) -> Step:
@@ -98,7 +102,7 @@ class Step:
         """One step."""
         images, labels = self.engine.receive(self.problem.images, self.problem.labels)
         set_rate(self.optimizer, LR)
-        randomness.seed_global(0, "batch", 1, 0)
+        seeding.seed_global(0, "batch", 1, 0)
         self.sums.add(self.trainer.training_step(images, labels, self.optimizer, self.engine))
 
     def passes(self) -> list[Pass]:
@@ -133,7 +137,7 @@ def published_side(problem: Problem, method: str, trainer: Trainer, steps: int |
     loop = PublishedLoop(method, model, eps=trainer.eps, alpha=trainer.alpha or trainer.eps, steps=count, lr=LR)
 
     def run() -> None:
-        randomness.seed_global(0, "batch", 1, 0)
+        seeding.seed_global(0, "batch", 1, 0)
         loop(problem.images, problem.labels)
 
     return Side(run, lambda: restore(model, problem))

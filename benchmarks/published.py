@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's own name for it
 
-from deat_rb.errors import DeatError
+from deat_rb.utils.errors import DeatError
 
 BETA = 6.0
 TAU = 3

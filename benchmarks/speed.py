@@ -13,8 +13,8 @@ from benchmarks.problem import Problem, Step, fix_steps, full_pass_side, limit_s
 from benchmarks.published import LOOPS, family
 from benchmarks.timing import Clock, Notify, Times, alternate, device_clock, ratio
 from deat_rb import create
-from deat_rb.errors import DeatError
-from deat_rb.methods import known_methods, recipe
+from deat_rb.methods.registry import known_methods, recipe
+from deat_rb.utils.errors import DeatError
 
 LIMIT_TARGET = 0.93
 TARGETS: Mapping[str, Mapping[str, float]] = {

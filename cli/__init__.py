@@ -12,7 +12,7 @@ from importlib import import_module
 import click
 
 from deat_rb import __version__
-from deat_rb.errors import DeatError, Interrupted, nearest
+from deat_rb.utils.errors import DeatError, Interrupted, did_you_mean
 
 COMMANDS = {
     "train": ("train", "Train a network by one of the methods."),
@@ -37,7 +37,7 @@ _SYSTEM_REFUSALS = {
 
 def _shown(message: str) -> str:
     """A message in which the names of files and the like cannot move the cursor or hide anything."""
-    from deat_rb.board.intake import printable
+    from deat_rb.utils.text import printable
 
     return printable(message, 4000)
 
@@ -64,7 +64,7 @@ class _Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] not in COMMANDS and not args[0].startswith("-"):
-            raise DeatError(f"there is no command '{args[0]}': {nearest(args[0], COMMANDS)}")
+            raise DeatError(f"there is no command '{args[0]}': {did_you_mean(args[0], COMMANDS)}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from deat_rb.evaluation.report import Report
-    from deat_rb.evaluation.subject import Subject
+    from deat_rb.loading import EvalTarget
 
 
 def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -96,13 +96,14 @@ def evaluate(
     """
     from rich.console import Console
 
-    from deat_rb.engine import resolve_device
-    from deat_rb.errors import DeatError
-    from deat_rb.evaluation.evaluate import check_options, evaluate, parse_attacks
-    from deat_rb.evaluation.report import alike, means
-    from deat_rb.evaluation.subject import open_subject
-    from deat_rb.progress import EvaluationProgress
-    from deat_rb.threat import check_norm, check_radius
+    from deat_rb.attacks.names import parse_attacks
+    from deat_rb.attacks.threat_models import check_norm, check_radius
+    from deat_rb.cli.progress import EvaluationProgress
+    from deat_rb.evaluation.evaluate import check_options, evaluate
+    from deat_rb.evaluation.tables import are_comparable, means
+    from deat_rb.loading import open_target
+    from deat_rb.utils.devices import resolve_device
+    from deat_rb.utils.errors import DeatError
 
     chosen = parse_attacks((*attacks, "autoattack") if autoattack else attacks)
     norm = check_norm(norm)
@@ -115,28 +116,28 @@ def evaluate(
         raise DeatError(
             f"--json {json_path} holds one report, and {len(targets)} are asked for; each run keeps its own"
         )
-    subjects = [open_subject(target, norm=norm, **description) for target in targets]
+    subjects = [open_target(target, norm=norm, **description) for target in targets]
     console = Console()
     command = {"command": shlex.join(("deat-rb", *sys.argv[1:]))}
     reports = []
-    for subject in subjects:
-        images, labels = subject.examples(n_examples)
-        own = subject.eps if norm == "Linf" else 0.5
-        places = [place for place in (subject.run, json_path) if place is not None]
+    for target in subjects:
+        images, labels = target.examples(n_examples)
+        own = target.eps if norm == "Linf" else 0.5
+        places = [place for place in (target.run, json_path) if place is not None]
         written: list[Path] = []
-        finish = partial(_write, places, subject, page, where, written, images=images, labels=labels)
+        finish = partial(_write, places, target, page, where, written, images=images, labels=labels)
         with EvaluationProgress(len(labels)) as progress:
             report = evaluate(
-                subject.model, images, labels, attacks=chosen, eps=radii or (own,), main_eps=own, norm=norm,
+                target.model, images, labels, attacks=chosen, eps=radii or (own,), main_eps=own, norm=norm,
                 batch_size=batch_size, seed=seed, device=where, precision=precision, checks=checks,
-                state=_state(subject, json_path), resume=resume, progress=progress,
-                provenance=subject.provenance | command, finish=finish,
+                state=_state(target, json_path), resume=resume, progress=progress,
+                provenance=target.provenance | command, finish=finish,
             )  # fmt: skip
         reports.append(report)
-        _print(report, subject, console)
+        _print(report, target, console)
         for path in written:
             console.print(f"written: {path}", highlight=False, soft_wrap=True, markup=False)
-    if len(reports) > 1 and alike(reports):
+    if len(reports) > 1 and are_comparable(reports):
         console.print(means(reports))
     elif len(reports) > 1:
         note = "no mean is taken, as these are not evaluations of the same images within the same eps"
@@ -145,15 +146,16 @@ def evaluate(
         raise click.exceptions.Exit(1)
 
 
-def _state(subject: Subject, json_path: Path | None) -> Path | None:
+def _state(target: EvalTarget, json_path: Path | None) -> Path | None:
     """Where an unfinished evaluation is kept."""
-    if subject.run is not None:
-        return subject.run / "eval-state"
+    if target.run is not None:
+        return target.run / "eval-state"
     return None if json_path is None else json_path.with_name(f"{json_path.stem}-state")
 
 
-def _print(report: Report, subject: Subject, console: Console) -> None:
-    from deat_rb.evaluation.report import LEFT_OUT, sweep_table
+def _print(report: Report, target: EvalTarget, console: Console) -> None:
+    from deat_rb.evaluation.report import LEFT_OUT
+    from deat_rb.evaluation.tables import sweep_table
 
     console.print(report.table())
     if report.curve:
@@ -162,8 +164,8 @@ def _print(report: Report, subject: Subject, console: Console) -> None:
     def say(sentence: str) -> None:
         console.print(sentence, highlight=False, soft_wrap=True, markup=False)
 
-    if "note" in subject.provenance:
-        say(f"note: {subject.provenance['note']}")
+    if "note" in target.provenance:
+        say(f"note: {target.provenance['note']}")
     for note in report.notes:
         say(f"note: {note}")
     for result in report.results.values():
@@ -180,7 +182,7 @@ def _print(report: Report, subject: Subject, console: Console) -> None:
 
 def _write(
     places: Sequence[Path],
-    subject: Subject,
+    target: EvalTarget,
     page: bool,
     device: torch.device,
     written: list[Path],
@@ -188,24 +190,24 @@ def _write(
     **examples: Any,
 ) -> None:
     """Writes the report with its picture and its page; of a place that is written all of them are, or none."""
-    from deat_rb.evaluation.page import predictions_of, render_page
+    from deat_rb.evaluation.html_report import predictions_of, render_page
+    from deat_rb.evaluation.plots import draw_sweep
     from deat_rb.evaluation.report import json_file
-    from deat_rb.plots import draw_sweep
 
     shown = b""
     if page and places:
         predictions = predictions_of(
-            subject.model, report, examples["images"], batch_size=report.batch_size, device=device
+            target.model, report, examples["images"], batch_size=report.batch_size, device=device
         )
-        shown = render_page(report, classes=subject.data.classes, predictions=predictions, **examples)
+        shown = render_page(report, classes=target.data.classes, predictions=predictions, **examples)
     for place in places:
         file = json_file(place)
         html = file.with_name("report.html" if file.name == "eval.json" else f"{file.stem}.html")
         picture = file.with_name(f"{file.stem}-eps.png")
         beside = {html: shown} if page else {}
         if report.curve:
-            beside[picture] = draw_sweep(report, title=place.name if place == subject.run else file.stem)
+            beside[picture] = draw_sweep(report, title=place.name if place == target.run else file.stem)
         report.save(place, beside)
         written += [*beside, file]
-        for stale in {html, picture} - beside.keys() if place == subject.run else ():
+        for stale in {html, picture} - beside.keys() if place == target.run else ():
             stale.unlink(missing_ok=True)  # of an earlier evaluation

@@ -43,7 +43,7 @@ def export(
     The weights go to models/, what RobustBench's table needs to model_info/, and what a pull request to RobustBench
     would add to pull_request/. The accuracies are those that `deat-rb eval` left in the run.
     """
-    from deat_rb.export import export
+    from deat_rb.robustbench.export import export
 
     paths = export(
         run,

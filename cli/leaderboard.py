@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from deat_rb.leaderboard import tables
+
 DEFAULT = Path("leaderboard")
 _board = click.option("--board", type=click.Path(path_type=Path), metavar="DIR", help="[default: leaderboard]")
 
@@ -23,8 +25,8 @@ def _tell(left_out: list[str]) -> None:
 
 def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted:
-        from deat_rb.board.entries import Entry
         from deat_rb.evaluation.report import json_schema
+        from deat_rb.leaderboard.entry import Entry
 
         click.echo(json_schema(Entry), nl=False)
         context.exit()
@@ -50,19 +52,19 @@ def leaderboard(context: click.Context, board: Path | None, dataset: str | None,
     """
     if context.invoked_subcommand is not None:
         return
-    from deat_rb.board import ranking
-    from deat_rb.board.folder import Board
+    from deat_rb.leaderboard import ranking
+    from deat_rb.leaderboard.board import Board
 
     left_out: list[str] = []
     standings = ranking.rank(Board(board or DEFAULT).entries(left_out=left_out), dataset=dataset, sort=sort)
     _tell(left_out)
     if form is not None:
-        click.echo(getattr(ranking, f"as_{form}")(standings).rstrip("\n"))
+        click.echo(getattr(tables, f"as_{form}")(standings).rstrip("\n"))
         return
     from rich.console import Console
 
     console = Console()
-    for table in ranking.as_tables(standings, console.width):
+    for table in tables.as_tables(standings, console.width):
         console.print(table)
 
 
@@ -71,7 +73,7 @@ def leaderboard(context: click.Context, board: Path | None, dataset: str | None,
 @click.pass_context
 def build(context: click.Context, board: Path | None) -> None:
     """Write the board's pages, which need no network."""
-    from deat_rb.board import page as board_page
+    from deat_rb.leaderboard.pages import index as board_page
 
     left_out: list[str] = []
     index = board_page.build(_chosen(context, board), left_out=left_out)
@@ -95,10 +97,10 @@ def verify(
 
     Says what is wrong and where, and exits with status 1 if anything is.
     """
-    from deat_rb.board.verifying import verify as verify_board
-    from deat_rb.engine import resolve_device
-    from deat_rb.errors import DeatError
-    from deat_rb.progress import EvaluationProgress
+    from deat_rb.cli.progress import EvaluationProgress
+    from deat_rb.leaderboard.verify import verify as verify_board
+    from deat_rb.utils.devices import resolve_device
+    from deat_rb.utils.errors import DeatError
 
     folders = {}
     for text in data_dirs:
@@ -130,7 +132,7 @@ def export(
     context: click.Context, board: Path | None, output: Path, dataset: str | None, as_dataset: str | None
 ) -> None:
     """Write the board's models in RobustBench's form."""
-    from deat_rb.board.export import export_board
+    from deat_rb.leaderboard.robustbench_export import export_board
 
     exported = export_board(_chosen(context, board), output, dataset=dataset, as_dataset=as_dataset)
     for sentence in exported.left_out:

@@ -23,7 +23,7 @@ def methods(name: str | None, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from deat_rb.catalogue import describe, explain, method_table
+    from deat_rb.methods.describe import describe, explain, method_table
 
     if name is not None:
         text = explain(name)

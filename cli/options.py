@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from deat_rb.errors import DeatError
+from deat_rb.utils.errors import DeatError
 
 
 def fraction(text: str) -> float:
     """Reads a size such as ``8/255`` or ``0.03``, in units of the image range [0, 1]."""
-    from deat_rb.threat import parse_fraction
+    from deat_rb.utils.units import parse_fraction
 
     try:
         return parse_fraction(text)
@@ -26,7 +26,7 @@ def fraction_list(text: str) -> tuple[float, ...]:
 
 def attack_names(text: str) -> tuple[str, ...]:
     """Reads a list such as ``fgsm,torchattacks.PGD(steps=5,alpha=0.01)``, commas in parentheses left alone."""
-    from deat_rb.evaluation.attacklist import split_names
+    from deat_rb.attacks.names import split_names
 
     found = tuple(name for name in split_names(text) if name)
     if not found:
@@ -44,7 +44,7 @@ def seed_list(text: str) -> tuple[int, ...]:
 
 def size(text: str) -> int:
     """Reads a size such as ``8G``, in bytes."""
-    from deat_rb.sizes import parse_size
+    from deat_rb.utils.units import parse_size
 
     return parse_size(text)
 

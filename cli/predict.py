@@ -26,7 +26,7 @@ def predict(run: Path, images: tuple[Path, ...], top: int, as_json: bool, device
     from rich.markup import escape
     from rich.table import Table
 
-    from deat_rb.evaluation.predict import predict
+    from deat_rb.inference import predict
 
     predictions = predict(run, images, top=top, device=device, trust_code=trust_code)
     if as_json:

@@ -63,17 +63,18 @@ def submit(
     """
     from rich.console import Console
 
-    from deat_rb.board.folder import Board
-    from deat_rb.board.ranking import as_tables, rank
-    from deat_rb.board.submissions import Terms
-    from deat_rb.engine import resolve_device
-    from deat_rb.progress import EvaluationProgress
+    from deat_rb.cli.progress import EvaluationProgress
+    from deat_rb.leaderboard.board import Board
+    from deat_rb.leaderboard.ranking import rank
+    from deat_rb.leaderboard.submission import SubmissionMetadata
+    from deat_rb.leaderboard.tables import as_tables
+    from deat_rb.utils.devices import resolve_device
 
     where = resolve_device(device)
     with EvaluationProgress(n_examples or sample) as progress:
         entry = Board(board).submit(
-            target, Terms(**said), n_examples=n_examples, sample=sample, evaluate_anew=evaluate_anew, replace=replace,
-            keep_weights=keep_weights, batch_size=batch_size, device=str(where), progress=progress,
+            target, SubmissionMetadata(**said), n_examples=n_examples, sample=sample, evaluate_anew=evaluate_anew,
+            replace=replace, keep_weights=keep_weights, batch_size=batch_size, device=str(where), progress=progress,
         )  # fmt: skip
     console = Console()
     own = [each for each in rank(Board(board).entries(left_out=[])) if each.entry.key == entry.key]

@@ -88,16 +88,16 @@ def train(
     Without options: M+TRADES on the embedded digits, a few minutes on a laptop. Images are in [0, 1], and so are --eps
     and --alpha. The run directory keeps configuration, metrics, weights and curves.
     """
-    from deat_rb.config import make_options, read_options
-    from deat_rb.errors import DeatError
-    from deat_rb.models import check_trust
-    from deat_rb.planning import default_name, plan
-    from deat_rb.processes import is_main
-    from deat_rb.progress import TrainingProgress, print_plan, print_result, print_seeds
-    from deat_rb.runs import check_free, check_name
-    from deat_rb.training import resume as resume_training
-    from deat_rb.training import train as run_training
-    from deat_rb.training import train_seeds
+    from deat_rb.cli.progress import TrainingProgress, print_plan, print_result, print_seeds
+    from deat_rb.models.names import check_trust
+    from deat_rb.runs.config import make_options, read_options
+    from deat_rb.runs.directory import check_free, check_name
+    from deat_rb.runs.plan import default_name, plan
+    from deat_rb.runs.train import resume as resume_training
+    from deat_rb.runs.train import train as run_training
+    from deat_rb.runs.train import train_seeds
+    from deat_rb.utils.distributed import is_main
+    from deat_rb.utils.errors import DeatError
 
     if name is not None:
         check_name(name)

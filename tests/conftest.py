@@ -16,7 +16,7 @@ from torch import nn
 if TYPE_CHECKING:
     from board_problems import FakeEvaluation
 
-    from deat_rb.board.folder import Board
+    from deat_rb.leaderboard.board import Board
 
 torch.set_num_threads(1)
 
@@ -72,6 +72,6 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEvaluation:
 @pytest.fixture
 def board(tmp_path: Path) -> Board:
     """A leaderboard that does not exist yet."""
-    from deat_rb.board.folder import Board
+    from deat_rb.leaderboard.board import Board
 
     return Board(tmp_path / "board")

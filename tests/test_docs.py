@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from deat_rb import build_model
-from deat_rb.engine import Engine
-from deat_rb.methods import known_methods, recipe
+from deat_rb.methods.registry import known_methods, recipe
+from deat_rb.training.engine import Engine
 
 ROOT = Path(__file__).parents[1]
 

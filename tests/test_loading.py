@@ -11,10 +11,10 @@ from board_problems import make_run, network, without_evaluating
 from click.testing import CliRunner, Result
 
 import deat_rb
-from deat_rb.board.folder import Board
-from deat_rb.board.submissions import Terms
 from deat_rb.cli import main
-from deat_rb.errors import DeatError
+from deat_rb.leaderboard.board import Board
+from deat_rb.leaderboard.submission import SubmissionMetadata
+from deat_rb.utils.errors import DeatError
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file of an entry of an untrained network."""
     with monkeypatch.context() as patched:
         without_evaluating(patched)
-        Board(tmp_path / "board").submit(make_run(tmp_path / "run"), Terms(model_name="Wang2021Gradient"))
+        Board(tmp_path / "board").submit(make_run(tmp_path / "run"), SubmissionMetadata(model_name="Wang2021Gradient"))
     return tmp_path / "board" / "entries" / "digits" / "Linf" / "Wang2021Gradient.json"
 
 

@@ -1,1 +1,1 @@
-"""What a network withstands, and whether that can be believed."""
+"""Robustness evaluation: running attacks, reports, sanity checks, comparison and the HTML report."""

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import comb
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from deat_rb.errors import DeatError
 from deat_rb.evaluation.report import Report, worst_of
-from deat_rb.rendering import visible
-from deat_rb.threat import format_fraction
+from deat_rb.evaluation.statistics import mcnemar
+from deat_rb.utils.errors import DeatError
+from deat_rb.utils.text import replace_invisible
+from deat_rb.utils.units import format_fraction
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+
 WORST_CASE = "worst case"
+
 SAME = {"norm": "norm", "eps": "eps", "n_examples": "number of examples", "num_classes": "number of classes"}
 
 
@@ -100,21 +102,6 @@ class Comparison(BaseModel):
         return table
 
 
-def mcnemar(only_first: int, only_second: int) -> float:
-    """McNemar's exact two-sided test: how likely so uneven a division is if either side is equally likely.
-
-    Args:
-        only_first: Examples that are correct in the first evaluation alone.
-        only_second: Examples that are correct in the second alone.
-
-    Returns:
-        The p-value: twice the lower tail of the binomial distribution with p = 1/2, at most 1.
-    """
-    total = only_first + only_second
-    tail = sum(comb(total, count) for count in range(min(only_first, only_second) + 1))
-    return min(1.0, 2 * tail / (1 << total))
-
-
 def compare(reports: Sequence[tuple[str, Report]]) -> Comparison:
     """Compares evaluations of the same examples, each with the first.
 
@@ -168,7 +155,7 @@ def load_reports(paths: Sequence[str | Path]) -> list[tuple[str, Report]]:
         if path.is_dir() and not (path / "eval.json").is_file():
             raise DeatError(f"{path} has not been evaluated: run deat-rb eval {path} first")
         report = Report.load(path)
-        reports.append((visible(str(path) if path.suffix == ".json" else path.absolute().name), report))
+        reports.append((replace_invisible(str(path) if path.suffix == ".json" else path.absolute().name), report))
     return reports
 
 

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-import platform
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from hashlib import sha256
-from importlib import metadata
 from numbers import Integral
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from deat_rb.errors import DeatError, Interrupted, nearest
-from deat_rb.evaluation.attacking import NATURAL, Attacker, Found, Progress
-from deat_rb.evaluation.attacklist import SQUARE_TILES, parse_attacks, split_names
-from deat_rb.evaluation.held import Held, held_still
-from deat_rb.evaluation.journal import Journal, opened
-from deat_rb.evaluation.report import AttackResult, Check, CurvePoint, Norm, Report, wilson
-from deat_rb.evaluation.suite import Attack, Terms, build_attack, white_box
-from deat_rb.files import sha256_tensors
-from deat_rb.rendering import visible
-from deat_rb.threat import check_eps, check_norm, check_radius, format_fraction
+from deat_rb.attacks.names import SQUARE_TILES, parse_attacks, split_names
+from deat_rb.attacks.registry import build_attack
+from deat_rb.attacks.threat_models import check_norm, check_radius
+from deat_rb.attacks.types import Attack, AttackContext
+from deat_rb.evaluation.frozen_model import PreparedModel, prepared_for_eval
+from deat_rb.evaluation.report import AttackResult, Check, CurvePoint, Norm, Report
+from deat_rb.evaluation.resume import ResumeStore, opened
+from deat_rb.evaluation.runner import NATURAL, AttackOutcome, AttackRunner, Progress
+from deat_rb.evaluation.statistics import wilson
+from deat_rb.training.validation import validate
+from deat_rb.utils.errors import DeatError, Interrupted, did_you_mean
+from deat_rb.utils.safe_load import sha256_tensors
+from deat_rb.utils.text import replace_invisible
+from deat_rb.utils.units import format_fraction
+from deat_rb.utils.versions import _versions
 
 __all__ = ["AttackResult", "Report", "evaluate", "parse_attacks", "split_names", "validate", "wilson"]
 
 Eps = str | float | Sequence[str | float]
+
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+
 CHECKS = ("none", "quick", "full")
+
 KEPT_BYTES = 2 * 2**30
 """Adversarial images are kept by default as long as those of all attacks together take no more."""
+
 UPPER_BOUND = (
     "the attacks crafted in bf16: what they broke was confirmed in fp32, but what they missed was not looked for "
     "there, so robust accuracies are upper bounds"
@@ -114,15 +121,15 @@ def evaluate(
         raise DeatError(f"seed = {seed!r} is not possible; give a whole number of 0 or more")
     seed = int(seed)
     with ExitStack() as stack:
-        with held_still(
+        with prepared_for_eval(
             model, images, labels, batch_size=batch_size, device=device, channels_last=channels_last
         ) as held:
             _check_square(names, norm, images)
             keep = keep_adversarial
             if keep is None:
                 keep = 4 * images.numel() * (len(names) - 1) <= KEPT_BYTES
-            terms = Terms(norm, main, seed, held.num_classes, held.device)
-            plans = {radius: _attacks(names, replace(terms, eps=radius)) for radius in sorted({*radii, main})}
+            context = AttackContext(norm, main, seed, held.num_classes, held.device)
+            plans = {radius: _attacks(names, replace(context, eps=radius)) for radius in sorted({*radii, main})}
             facts = _facts(model, images, labels)
             settings = {
                 "norm": norm,
@@ -140,7 +147,7 @@ def evaluate(
             stack.enter_context(_explained(journal, held))
             if journal.said and hasattr(progress, "say"):
                 cast(Any, progress).say(journal.said)
-            attacker = Attacker(held, terms, journal, keep, PRECISIONS[precision], progress, len(plans) > 1)
+            attacker = AttackRunner(held, context, journal, keep, PRECISIONS[precision], progress, len(plans) > 1)
             found, curve = _run(attacker, plans, main)
         report = Report.of(
             [each.result(attack) for attack, each in found.items()],
@@ -158,7 +165,7 @@ def evaluate(
             model_sha256=facts["weights"],
             examples_sha256=facts["examples"],
             notes=(UPPER_BOUND,) if precision != "fp32" else (),
-            provenance={name: visible(str(each)) for name, each in (provenance or {}).items()},
+            provenance={name: replace_invisible(str(each)) for name, each in (provenance or {}).items()},
         )
         report._adversarial.update(
             {attack.name: each.adversarial for attack, each in found.items() if each.adversarial is not None}
@@ -171,7 +178,7 @@ def evaluate(
     return report
 
 
-def _finish(finish: Callable[[Report], None], report: Report, journal: Journal) -> None:
+def _finish(finish: Callable[[Report], None], report: Report, journal: ResumeStore) -> None:
     """Hands the report over; where it cannot be taken, says what is kept."""
     try:
         finish(report)
@@ -180,15 +187,15 @@ def _finish(finish: Callable[[Report], None], report: Report, journal: Journal) 
 
 
 def _run(
-    attacker: Attacker, plans: Mapping[float, Mapping[str, Attack]], main: float
-) -> tuple[dict[Attack, Found], tuple[CurvePoint, ...]]:
+    attacker: AttackRunner, plans: Mapping[float, Mapping[str, Attack]], main: float
+) -> tuple[dict[Attack, AttackOutcome], tuple[CurvePoint, ...]]:
     """Runs the natural pass once, and the attacks at every radius."""
     everyone = torch.ones(len(attacker.held), dtype=torch.bool)
     natural = attacker.run(NATURAL, everyone)
-    results: dict[Attack, Found] = {NATURAL: natural}
+    results: dict[Attack, AttackOutcome] = {NATURAL: natural}
     curve = []
     for radius, attacks in plans.items():
-        here = replace(attacker, terms=replace(attacker.terms, eps=radius), keep=attacker.keep and radius == main)
+        here = replace(attacker, context=replace(attacker.context, eps=radius), keep=attacker.keep and radius == main)
         verdicts = {"natural": natural.correct}
         for name, attack in attacks.items():
             # Within a radius of 0 there is nothing but the image; only as the report's own is that tried out.
@@ -200,8 +207,8 @@ def _run(
     return results, tuple(curve)
 
 
-def _attacks(names: Sequence[str], terms: Terms) -> dict[str, Attack]:
-    return {name: build_attack(name, terms) for name in names if name != "natural"}
+def _attacks(names: Sequence[str], context: AttackContext) -> dict[str, Attack]:
+    return {name: build_attack(name, context) for name in names if name != "natural"}
 
 
 def _exactly(radius: float) -> str:
@@ -238,9 +245,11 @@ def check_options(*, precision: str, checks: str) -> None:
         DeatError: There is no such precision or level of checks.
     """
     if str(precision) not in PRECISIONS:
-        raise DeatError(f"there is no precision '{precision}' to evaluate in: {nearest(str(precision), PRECISIONS)}")
+        raise DeatError(
+            f"there is no precision '{precision}' to evaluate in: {did_you_mean(str(precision), PRECISIONS)}"
+        )
     if str(checks) not in CHECKS:
-        raise DeatError(f"there is no level of checks '{checks}': {nearest(str(checks), CHECKS)}")
+        raise DeatError(f"there is no level of checks '{checks}': {did_you_mean(str(checks), CHECKS)}")
 
 
 def _checked(
@@ -252,7 +261,7 @@ def _checked(
     device: torch.device | str | None,
     progress: Progress | None,
 ) -> tuple[Check, ...]:
-    from deat_rb.evaluation.checks import run_checks
+    from deat_rb.evaluation.checks.registry import run_checks
 
     return run_checks(
         model,
@@ -270,7 +279,7 @@ def _checked(
 
 
 @contextmanager
-def _explained(journal: Journal, held: Held) -> Iterator[None]:
+def _explained(journal: ResumeStore, held: PreparedModel) -> Iterator[None]:
     """Lets Ctrl-C say what is kept, and a full accelerator what helps."""
     try:
         yield
@@ -295,68 +304,3 @@ def _facts(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, str]:
 
 def _device_name(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for distribution in ("deat-rb", "torch", "torchattacks", "pyautoattack"):
-        name = distribution.replace("-", "_")
-        versions[name] = "not installed"
-        with suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(distribution)
-    return versions
-
-
-class Validation(NamedTuple):
-    """What `validate` measured.
-
-    Attributes:
-        natural: Accuracy, in [0, 1].
-        robust: Accuracy under PGD, in [0, 1].
-        forwards: Images forwarded.
-        backwards: Images for which a gradient was computed.
-    """
-
-    natural: float
-    robust: float
-    forwards: int
-    backwards: int
-
-
-def validate(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    eps: float,
-    steps: int = 20,
-    alpha: float | None = None,
-    batch_size: int = 128,
-    seed: int = 0,
-) -> Validation:
-    """Measures what training selects its model by, on held-out training images and with the same start each time.
-
-    Args:
-        model: As in `evaluate`; it is run where it is.
-        images: In [0, 1], (N, C, H, W).
-        labels: (N,).
-        eps: Linf radius, in [0, 1] pixel units.
-        steps: Of PGD.
-        alpha: Step size; by default eps / 4.
-        batch_size: How many examples are attacked together.
-        seed: Fixes the random starts.
-    """
-    check_eps(eps)
-    with held_still(model, images, labels, batch_size=batch_size, device=None) as held:
-        terms = Terms("Linf", eps, seed, held.num_classes, held.device)
-        name = f"pgd-{steps}"
-        part = white_box(name, terms, alpha=eps / 4 if alpha is None else alpha)(0, "")
-        attacker = Attacker(held, terms, Journal(None))
-        natural = attacker.run(NATURAL, torch.ones(len(held), dtype=torch.bool))
-        robust = attacker.run(Attack(name, (part,), {}), natural.correct)
-    return Validation(
-        natural=int(natural.correct.sum()) / len(held),
-        robust=int(robust.correct.sum()) / len(held),
-        forwards=natural.forwards + robust.forwards,
-        backwards=natural.backwards + robust.backwards,
-    )

@@ -3,46 +3,30 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import NormalDist, fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from torch import Tensor
 
-from deat_rb.errors import DeatError
-from deat_rb.files import load_tensors, read_json, write_together
-from deat_rb.threat import format_fraction
+from deat_rb.evaluation.statistics import wilson
+from deat_rb.utils.errors import DeatError
+from deat_rb.utils.files import read_json, write_all
+from deat_rb.utils.safe_load import load_tensors
+from deat_rb.utils.units import format_fraction
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+
 SCHEMA_VERSION = 2
+
 LEFT_OUT = "left out"
 """The name of the last check, which says which were not made."""
+
 Norm = Literal["Linf", "L2"]
-
-
-def wilson(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927).
-
-    Args:
-        correct: How many successes.
-        total: Out of how many, at least 1.
-        confidence: The interval's coverage.
-
-    Returns:
-        Its lower and its upper end, in [0, 1].
-    """
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share = correct / total
-    scale = 1 + z**2 / total
-    centre = (share + z**2 / (2 * total)) / scale
-    half = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2)) / scale
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 class AttackResult(BaseModel):
@@ -255,7 +239,7 @@ class Report(BaseModel):
         if self._verdicts:
             apart = {name: correct.clone() for name, correct in self._verdicts.items()}
             contents[_verdict_file(file)] = safetensors.torch.save(apart)
-        write_together(contents)
+        write_all(contents)
         return file
 
     @classmethod
@@ -328,44 +312,10 @@ class Report(BaseModel):
         return table
 
 
-def sweep_table(report: Report) -> Table:
-    """Lays out a sweep: a row for each attack, a column for each eps."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=f"accuracy by eps ({report.norm}), %")
-    table.add_column("attack", overflow="fold")
-    for point in report.curve:
-        table.add_column(format_fraction(point.eps), justify="right")
-    for name in report.curve[0].accuracy:
-        table.add_row(escape(name), *(f"{100 * point.accuracy[name]:.2f}" for point in report.curve))
-    table.add_row("worst case", *(f"{100 * point.worst_case:.2f}" for point in report.curve))
-    return table
-
-
 def json_schema(record: type[BaseModel] = Report) -> str:
     """The JSON schema of ``eval.json`` or of another record, as text."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **record.model_json_schema()}
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
-
-
-def alike(reports: Sequence[Report]) -> bool:
-    """Says whether reports are of the same examples within the same radius, so that they have a mean."""
-    return len({(report.norm, report.eps, report.precision, report.examples_sha256) for report in reports}) == 1
-
-
-def means(reports: Sequence[Report]) -> Table:
-    """Lays out each attack's mean accuracy over several reports, and the sample standard deviation."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=f"mean and standard deviation over {len(reports)} evaluations")
-    table.add_column("attack", overflow="fold")
-    table.add_column("accuracy", justify="right")
-    for name in (*reports[0].results, reports[0].worst_case.name):
-        values = [100 * report.results.get(name, report.worst_case).accuracy for report in reports]
-        table.add_row(escape(name), f"{fmean(values):.2f} ± {stdev(values):.2f} %")
-    return table
 
 
 def json_file(path: str | Path) -> Path:

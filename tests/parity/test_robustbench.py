@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from deat_rb import compat
 from deat_rb.evaluation.evaluate import evaluate
-from deat_rb.models import build_model, load_weights
+from deat_rb.models.spec import build_model
+from deat_rb.models.weights import load_weights
+from deat_rb.robustbench import benchmark as robustbench_benchmark
+from deat_rb.utils import compat
 
 IMAGES = torch.rand(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -68,7 +70,7 @@ def test_verdicts_are_robustbenchs(monkeypatch: pytest.MonkeyPatch) -> None:
     model = seeded(shallow)
     labels = model(IMAGES).argmax(dim=1)
     labels[::7] = (labels[::7] + 1) % 10
-    clean, robust, correct = compat.benchmark(model, IMAGES, labels, eps=0.02, batch_size=10, seed=5)
+    clean, robust, correct = robustbench_benchmark.benchmark(model, IMAGES, labels, eps=0.02, batch_size=10, seed=5)
     report = evaluate(model, IMAGES, labels, attacks=("autoattack",), eps=0.02, batch_size=10, seed=5)
     assert report.results["natural"].accuracy == pytest.approx(clean)
     assert 0 < report.results["autoattack"].accuracy < clean, "a comparison where all or none fall shows nothing"

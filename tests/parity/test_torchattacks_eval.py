@@ -7,9 +7,10 @@ import torch
 import torchattacks
 from torch import Tensor, nn
 
-from deat_rb import losses, randomness
+from deat_rb.attacks import losses
+from deat_rb.attacks.functional import pgd, uniform_start
 from deat_rb.evaluation.evaluate import evaluate
-from deat_rb.evaluation.whitebox import pgd, uniform_start
+from deat_rb.utils import seeding
 
 EPS = 8 / 255
 
@@ -68,10 +69,10 @@ def test_fgsm_verdicts_are_torchattacks(problem: tuple[nn.Module, Tensor, Tensor
 def test_pgd_iterates_are_torchattacks_bit_for_bit(problem: tuple[nn.Module, Tensor, Tensor]) -> None:
     model, images, labels = problem
     eps = 3 / 255
-    start = uniform_start(images, eps, randomness.generator(5))
+    start = uniform_start(images, eps, seeding.generator(5))
     ours = pgd(model, images, labels, start=start, eps=eps, alpha=eps / 4, steps=10, loss=losses.cross_entropy)
-    with randomness.preserved():
-        randomness.seed_global(5)
+    with seeding.preserved():
+        seeding.seed_global(5)
         theirs = torchattacks.PGD(model, eps=eps, alpha=eps / 4, steps=10)(images, labels)
     assert 0 < int(ours.broken.sum()) < 64
     assert torch.equal(ours.images[~ours.broken], theirs[~ours.broken])
@@ -86,8 +87,8 @@ def test_pgd_is_torchattacks_or_stricter(problem: tuple[nn.Module, Tensor, Tenso
     theirs = []
     for batch in range(2):
         rows = slice(32 * batch, 32 * batch + 32)
-        with randomness.preserved():
-            randomness.seed_global(11, "evaluate", name, batch)
+        with seeding.preserved():
+            seeding.seed_global(11, "evaluate", name, batch)
             adv = torchattacks.PGD(model, eps=eps, alpha=eps / 4, steps=steps)(images[rows], labels[rows])
         theirs.append(still_correct(model, adv, labels[rows]))
     robust = torch.cat(theirs) & report.verdicts["natural"]
@@ -102,8 +103,8 @@ def test_pgd_is_torchattacks_or_stricter(problem: tuple[nn.Module, Tensor, Tenso
 def test_pgd_in_l2_is_torchattacks_or_stricter(problem: tuple[nn.Module, Tensor, Tensor], eps: float) -> None:
     model, images, labels = problem
     report = evaluate(model, images, labels, attacks="pgd-10", eps=eps, norm="L2", batch_size=64, seed=11)
-    with randomness.preserved():
-        randomness.seed_global(11, "evaluate", "pgd-10", 0)
+    with seeding.preserved():
+        seeding.seed_global(11, "evaluate", "pgd-10", 0)
         adv = torchattacks.PGDL2(model, eps=eps, alpha=eps / 4, steps=10)(images, labels)
     robust = still_correct(model, adv, labels) & report.verdicts["natural"]
     ours = report.verdicts["pgd-10"]

@@ -1,0 +1,237 @@
+"""AutoAttack (Croce and Hein 2020), its versions standard, plus and rand, and Square alone, driven part by part.
+
+The attacks are pyautoattack's. Which examples share a batch and how it is seeded are those of its
+``run_standard_evaluation``, on which the verdicts of its random parts depend; only the loop around them is ours, so
+that it can say how far it is, be continued, and run on problems of fewer than ten classes, too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deat_rb.attacks.functional import AttackOutput, CountingModel
+from deat_rb.attacks.names import AUTOATTACK
+from deat_rb.attacks.types import Attack, AttackContext, AttackStage, Batch, Parameters
+from deat_rb.utils import seeding
+
+VERSIONS = {
+    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+    "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
+    "rand": ("apgd-ce", "apgd-dlr"),
+}
+
+FEWEST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
+"""Both DLR losses divide by a difference of logits: the plain one of the third, the targeted one of the fourth."""
+
+TARGETED = ("apgd-t", "fab-t")
+
+ITERATIONS, QUERIES, AVERAGED = 100, 5000, 20
+
+SMALLEST_BATCH = 16
+"""Of fewer examples, matrix products round otherwise, and an example's gradient depends on who else is there."""
+
+
+def parts_for(num_classes: int, version: str = "standard") -> tuple[tuple[str, ...], int]:
+    """Says which parts of a version exist for so many classes, and with how many targets.
+
+    With fewer than 4 classes there is no targeted DLR loss, with 2 none at all. FAB-T needs no more than another class.
+    """
+    parts = tuple(part for part in VERSIONS[version] if num_classes >= FEWEST_CLASSES.get(part, 2))
+    return parts, min(9, num_classes - 1)
+
+
+def build(name: str, context: AttackContext) -> Attack:
+    """Makes ``autoattack``, ``autoattack-plus``, ``autoattack-rand`` or ``square``.
+
+    With an eps of 0 there is nothing to search, and it has no parts.
+    """
+    version = AUTOATTACK.get(name, "standard")
+    names, targets = (("square",), 0) if name == "square" else parts_for(context.num_classes, version)
+    parameters, notes = _account(name, version, names, targets, context)
+    if context.eps == 0:
+        return Attack(name, (), parameters, (*notes, "eps is 0: there was nothing to search"))
+    warnings: list[str] = []
+    suite = _Suite(version, context, targets, warnings)
+    parts = tuple(AttackStage(part, suite.part(part), calls=suite.calls(part), packed=True) for part in names)
+    return Attack(name, parts, parameters, notes, warnings)
+
+
+def _account(
+    name: str, version: str, names: tuple[str, ...], targets: int, context: AttackContext
+) -> tuple[Parameters, tuple[str, ...]]:
+    """What the report says of the settings, and of what few classes left out."""
+    if name == "square":
+        return {"eps": context.eps, "queries": QUERIES}, ()
+    parameters: Parameters = {"eps": context.eps, "version": version, "parts": ", ".join(names)}
+    notes, few = [], f"{context.num_classes} classes"
+    if missing := [part for part in VERSIONS[version] if part not in names]:
+        notes.append(f"{few}: a DLR loss that {' and '.join(missing)} would need does not exist, so it ran without")
+    if version != "rand":
+        parameters["targets"] = targets
+        if targets < 9:
+            notes.append(f"{few}: the targeted parts ran with {targets} targets where the standard has 9")
+    return parameters, tuple(notes)
+
+
+class _Suite:
+    """pyautoattack's attacks on one model."""
+
+    def __init__(self, version: str, context: AttackContext, targets: int, warnings: list[str]) -> None:
+        self.version = version
+        self.context = context
+        self.targets = targets
+        self.warnings = warnings
+        self._model: CountingModel | None = None
+        self._suite: Any = None
+
+    def part(self, name: str) -> Callable[[CountingModel, Batch], AttackOutput]:
+        """Gives a part, which seeds torch's global generators anew for every batch, as in pyautoattack."""
+
+        def craft(model: CountingModel, batch: Batch) -> AttackOutput:
+            images, labels = batch.images[batch.chosen], batch.labels[batch.chosen]
+            with seeding.preserved(), torch.no_grad(), _warnings(self.warnings):
+                seeding.seed_global(self.context.seed, "evaluate", name, batch.number)
+                adv = self._perturb(name, model)(images.clone(), labels.clone())
+                return AttackOutput(adv, model.exact(adv).argmax(dim=1) != labels)
+
+        return craft
+
+    def calls(self, name: str) -> int:
+        """How often a part forwards a batch, at most."""
+        restarts = 5 if self.version == "plus" else 1
+        averaged = AVERAGED if self.version == "rand" else 1
+        return {
+            "apgd-ce": 2 + restarts * (ITERATIONS + 1) * averaged,
+            "apgd-dlr": 2 + restarts * (ITERATIONS + 1) * averaged,
+            "apgd-t": 2 + self.targets * (ITERATIONS + 2),
+            "fab": 2 + restarts * (2 * ITERATIONS + 2),
+            "fab-t": 2 + self.targets * (2 * ITERATIONS + 3),
+            "square": 3 + QUERIES + 1,
+        }[name]
+
+    def _perturb(self, name: str, model: CountingModel) -> Callable[[Tensor, Tensor], Tensor]:
+        suite = self._made(model)
+        attack = {
+            "apgd-ce": suite.apgd,
+            "apgd-dlr": suite.apgd,
+            "apgd-t": suite.apgd_targeted,
+            "fab": suite.fab,
+            "fab-t": suite.fab,
+            "square": suite.square,
+        }[name]
+        if attack is suite.apgd:
+            attack.loss = name.removeprefix("apgd-")
+        if attack is suite.fab:
+            attack.targeted = name == "fab-t"
+            attack.n_restarts = 1 if attack.targeted or self.version != "plus" else 5
+        perturb: Callable[[Tensor, Tensor], Tensor] = attack.perturb
+        return perturb
+
+    def _made(self, model: CountingModel) -> Any:
+        if model is self._model:
+            return self._suite
+        import pyautoattack
+
+        context = self.context
+        suite: Any = pyautoattack.AutoAttack(
+            model, norm=context.norm, eps=context.eps, seed=context.seed, device=context.device, version=self.version
+        )
+        suite.apgd_targeted.n_target_classes = suite.fab.n_target_classes = self.targets
+        if context.device.type == "cpu" and self.version != "rand":
+            # Elsewhere, to know who is broken the queue has to run empty, and small batches round otherwise.
+            for attack in (suite.apgd, suite.apgd_targeted):
+                attack.attack_single_run = _leaving_early(attack)
+        self._model, self._suite = model, suite
+        return suite
+
+
+def _leaving_early(attack: Any) -> Callable[..., tuple[Tensor, ...]]:
+    """Makes APGD's run forward no longer who is broken: it would only go on to look for a higher loss for them."""
+    run: Callable[..., tuple[Tensor, ...]] = attack.attack_single_run
+
+    def attack_single_run(images: Tensor, labels: Tensor, x_init: Tensor | None = None) -> tuple[Tensor, ...]:
+        model = attack.model
+        attack.model = leaving = _Leaving(model, labels)
+        try:
+            best, correct, loss, adversarial = run(images, labels, x_init)
+        finally:
+            attack.model = model
+        return best, correct, loss, leaving.restore(adversarial)
+
+    return attack_single_run
+
+
+class _Leaving:
+    """A model on a batch of moving images, of which it forwards only those that it still classifies correctly.
+
+    The others get their last logits again, which do not depend on the images: their gradient is zero. A model that
+    draws random numbers forwards all, as what it draws depends on the number of images.
+    """
+
+    def __init__(self, model: Callable[[Tensor], Tensor], labels: Tensor) -> None:
+        self.model = model
+        self.labels = labels
+        self.broken = torch.zeros_like(labels, dtype=torch.bool)
+        self.draws = False
+        self._logits: Tensor | None = None
+        self._breaking: Tensor | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        logits = self._forward(images)
+        broken = ~self.broken & (logits.detach().argmax(dim=1) != self.labels)
+        if self._breaking is None:
+            self._breaking = images.detach().clone()
+        self._breaking[broken] = images.detach()[broken]
+        self.broken |= broken
+        self._logits = logits.detach()
+        return logits
+
+    def restore(self, adversarial: Tensor) -> Tensor:
+        """Puts the images in place that broke their examples: APGD has moved them since."""
+        if self._breaking is None or self.draws:
+            return adversarial
+        return torch.where(self.broken[:, None, None, None], self._breaking, adversarial)
+
+    def _forward(self, images: Tensor) -> Tensor:
+        if self._logits is None:
+            before = torch.get_rng_state()
+            logits = self.model(images)
+            self.draws = not torch.equal(before, torch.get_rng_state())
+            return logits
+        if self.draws:
+            return self.model(images)
+        staying = ~self.broken
+        if not staying.any():
+            return self._logits + 0 * images.flatten(1).sum(dim=1, keepdim=True)
+        if int(staying.sum()) < SMALLEST_BATCH:
+            staying[(~staying).nonzero().flatten()[: SMALLEST_BATCH - int(staying.sum())]] = True
+        if staying.all():
+            return self.model(images)
+        rows = staying.nonzero().flatten()
+        return self._logits.index_copy(0, rows, self.model(images[rows]))
+
+
+@contextmanager
+def _warnings(collected: list[str]) -> Iterator[None]:
+    """Collects what AutoAttack warns of, each sentence once, in place of printing it."""
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if (message := record.getMessage()) not in collected:
+                collected.append(message)
+
+    logger = logging.getLogger("auto-attack")
+    handler, propagate = Collect(level=logging.WARNING), logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate

@@ -1,0 +1,205 @@
+"""The names of the attacks that an evaluation knows, as users write them."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deat_rb.utils.errors import DeatError, did_you_mean
+from deat_rb.utils.units import format_fraction
+
+Value = bool | int | float | str | None | tuple[Any, ...]
+
+PLAIN = ("natural", "noise-gaussian", "noise-uniform", "fgsm")
+
+AUTOATTACK = {"autoattack": "standard", "autoattack-plus": "plus", "autoattack-rand": "rand"}
+
+KNOWN = (*PLAIN, "pgd-100", "pgd-50x5", "cw-20", *AUTOATTACK, "square", "torchattacks.NAME(...)")
+
+PREFIX = "torchattacks."
+
+LEAST = {"eps": 0, "alpha": 0, "steps": 1}
+"""Below these torchattacks' attacks run, too, and do nothing or move away from what they look for."""
+
+SQUARE_TILES = 5
+"""Square begins in L2 with so many tiles, side by side: it takes no smaller images."""
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """Divides a list at its commas, but for those inside parentheses: ``fgsm,torchattacks.PGD(steps=5,eps=0.1)``."""
+    names, depth, begin = [], 0, 0
+    for position, character in enumerate(text):
+        depth += (character in "([") - (character in ")]")
+        if character == "," and depth <= 0:
+            names.append(text[begin:position])
+            begin = position + 1
+    return tuple(name.strip() for name in (*names, text[begin:]))
+
+
+def parse_attacks(attacks: str | Sequence[str]) -> tuple[str, ...]:
+    """Reads names of attacks, in any case.
+
+    They are ``natural``, ``noise-gaussian``, ``noise-uniform``, ``fgsm``, ``pgd-N``, ``cw-N``, ``pgd-NxR`` and
+    ``cw-NxR`` with R random starts, ``autoattack``, ``autoattack-rand``, ``autoattack-plus``, ``square`` and, with its
+    own spelling, ``torchattacks.NAME(argument=value, ...)``.
+
+    Args:
+        attacks: The names, or one text with commas between them.
+
+    Returns:
+        Each once and in the order given, after ``natural``, which is always measured.
+
+    Raises:
+        DeatError: If there is no such attack, or it would take no step.
+    """
+    if not isinstance(attacks, str | Iterable):
+        raise DeatError(f"attacks = {attacks!r} is no list of names; give a text such as 'fgsm,pgd-100'")
+    given = split_names(attacks) if isinstance(attacks, str) else tuple(attacks)
+    return tuple(dict.fromkeys(("natural", *(_canonical(name) for name in given))))
+
+
+def _canonical(given: str) -> str:
+    if not isinstance(given, str):
+        raise DeatError(f"an attack is named by a text such as 'pgd-100', not by a {type(given).__name__}")
+    name = given.strip().lower()
+    if name in PLAIN or name in AUTOATTACK or name == "square":
+        return name
+    if name.startswith(PREFIX):
+        return str(parse_torchattack(given))
+    match = re.fullmatch(r"(pgd|cw)-([0-9]{1,6})(?:x([0-9]{1,3}))?", name)
+    if match is None:
+        raise DeatError(f"there is no attack '{given.strip()}': {did_you_mean(name, KNOWN)}")
+    kind, steps, restarts = match[1], int(match[2]), int(match[3] or 1)
+    if steps == 0:
+        raise DeatError(f"attack '{given.strip()}' takes no step; give a number of steps such as {kind}-20")
+    if restarts == 0:
+        raise DeatError(f"attack '{given.strip()}' never starts; give a number of starts such as {kind}-{steps}x5")
+    return f"{kind}-{steps}" + (f"x{restarts}" if restarts > 1 else "")
+
+
+def steps_and_restarts(name: str) -> tuple[str, int, int]:
+    """Takes ``pgd-50x5`` apart: its kind, its steps and its number of starts."""
+    kind, _, numbers = name.partition("-")
+    steps, _, restarts = numbers.partition("x")
+    return kind, int(steps), int(restarts or 1)
+
+
+@dataclass(frozen=True)
+class TorchAttack:
+    """One of torchattacks' attacks with the arguments that were given.
+
+    Attributes:
+        name: Of its class.
+        arguments: By name, in the order given.
+    """
+
+    name: str
+    arguments: tuple[tuple[str, Value], ...]
+
+    def __str__(self) -> str:
+        return f"{PREFIX}{self.name}({', '.join(f'{name}={_spelled(value)}' for name, value in self.arguments)})"
+
+    def settings(self, **known: Value) -> dict[str, Value]:
+        """All its arguments: the given ones, those of ``known`` that it has and were not given, its defaults."""
+        defaults = {name: parameter.default for name, parameter in _parameters(self.name).items()}
+        return defaults | {name: known[name] for name in defaults if name in known} | dict(self.arguments)
+
+
+def parse_torchattack(text: str) -> TorchAttack:
+    """Reads ``torchattacks.MIFGSM(steps=20, eps=8/255)``, of which nothing is executed.
+
+    Values are literals, and fractions of numbers.
+
+    Raises:
+        DeatError: It is not of that form, or torchattacks has no such attack or the attack no such argument.
+    """
+    text = text.strip()
+    match = re.fullmatch(rf"(?i:{re.escape(PREFIX)})([A-Za-z0-9_]+)(\(.*\))?", text, re.DOTALL)
+    if match is None:
+        raise DeatError(f"attack '{text}' cannot be read: write torchattacks.NAME(argument=value, ...)")
+    parameters = _parameters(match[1])
+    arguments = _keywords(text, f"attack{match[2] or '()'}")
+    for name, value in arguments.items():
+        if name not in parameters:
+            raise DeatError(f"torchattacks.{match[1]} has no argument '{name}': {did_you_mean(name, parameters)}")
+        least = LEAST.get(name)
+        if isinstance(value, int | float) and not (_finite(value) and (least is None or value >= least)):
+            wanted = "finite" if least is None else f"{least} or more"
+            raise DeatError(f"attack '{text}' has {name}={value}: give a number that is {wanted}")
+    return TorchAttack(match[1], tuple(arguments.items()))
+
+
+def _parameters(name: str) -> dict[str, inspect.Parameter]:
+    """The arguments of an attack of that name, but for the model."""
+    import torchattacks
+
+    attacks = {
+        known: list(inspect.signature(getattr(torchattacks, known).__init__).parameters.values())
+        for known in torchattacks.__all__
+    }
+    usable = {
+        known: {parameter.name: parameter for parameter in parameters[2:]}
+        for known, parameters in attacks.items()
+        if parameters[1].name == "model" and all(given.default is not given.empty for given in parameters[2:])
+    }
+    if name not in usable:
+        why = "needs more than a model, and so cannot be named here" if name in attacks else "does not exist"
+        close = {known.lower(): known for known in usable}
+        sentence = did_you_mean(name, usable)
+        for lower, known in close.items():
+            sentence = sentence.replace(f"'{lower}'", f"'{known}'")
+        raise DeatError(f"torchattacks.{name} {why}: {sentence}")
+    return usable[name]
+
+
+def _keywords(text: str, call: str) -> dict[str, Value]:
+    try:
+        expression = ast.parse(call, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        expression = None
+    if not isinstance(expression, ast.Call) or not isinstance(expression.func, ast.Name) or expression.args:
+        raise DeatError(f"attack '{text}' cannot be read: write torchattacks.NAME(argument=value, ...)")
+    given = [(_name(text, keyword), _literal(text, call, keyword.value)) for keyword in expression.keywords]
+    if len(dict(given)) < len(given):
+        raise DeatError(f"attack '{text}' gives an argument twice: leave one out")
+    return dict(given)
+
+
+def _name(text: str, keyword: ast.keyword) -> str:
+    if keyword.arg is None:
+        raise DeatError(f"attack '{text}' cannot be read: write out its arguments in place of **")
+    return keyword.arg
+
+
+def _literal(text: str, call: str, node: ast.expr) -> Value:
+    try:
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+            top, bottom = ast.literal_eval(node.left), ast.literal_eval(node.right)
+            if all(type(number) in (int, float) for number in (top, bottom)):
+                return float(top / bottom)
+        value = ast.literal_eval(node)
+    except (ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
+        value = ...
+    value = tuple(value) if isinstance(value, list) else value
+    if value is not None and not isinstance(value, bool | int | float | str | tuple):
+        written = ast.get_source_segment(call, node)
+        raise DeatError(f"attack '{text}' has the value {written}, which is no number, text or fraction")
+    return value
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
+
+
+def _spelled(value: Value) -> str:
+    if isinstance(value, float) and "/" in format_fraction(value):
+        return format_fraction(value)
+    return repr(value)

@@ -1,0 +1,139 @@
+"""The attacks of an evaluation: what each name of `deat_rb.evaluation.attacklist` does to a batch."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from deat_rb.attacks import losses
+from deat_rb.attacks.functional import AttackOutput, CountingModel, fgsm, pgd
+from deat_rb.attacks.names import AUTOATTACK, PREFIX, TorchAttack, parse_torchattack, steps_and_restarts
+from deat_rb.attacks.types import Attack, AttackContext, AttackStage, Batch, Parameters
+from deat_rb.utils import seeding
+from deat_rb.utils.errors import DeatError
+
+LOSSES = {"pgd": ("ce", losses.cross_entropy), "cw": ("margin", losses.margin)}
+
+
+def build_attack(name: str, context: AttackContext) -> Attack:
+    """Makes the attack of a name that `parse_attacks` gave, other than ``natural``.
+
+    Raises:
+        DeatError: It cannot run on these terms.
+    """
+    if name in AUTOATTACK or name == "square":
+        from deat_rb.attacks import autoattack
+
+        return autoattack.build(name, context)
+    if name.startswith(PREFIX):
+        return _torchattack(name, parse_torchattack(name), context)
+    if name.startswith("noise-"):
+        return _noise(name, context)
+    return _white_box(name, context)
+
+
+def _noise(name: str, context: AttackContext) -> Attack:
+    kind = name.removeprefix("noise-")
+
+    def craft(model: CountingModel, batch: Batch) -> AttackOutput:
+        numbers = seeding.generator(context.seed, "evaluate", name, batch.number)
+        adv = context.ball.noise(batch.images, numbers, kind)[batch.chosen]
+        with torch.no_grad():
+            return AttackOutput(adv, model(adv).argmax(dim=1) != batch.labels[batch.chosen])
+
+    return Attack(name, (AttackStage("", craft, calls=1),), {"eps": context.eps})
+
+
+def _white_box(name: str, context: AttackContext) -> Attack:
+    if name == "fgsm":
+        part = AttackStage("", lambda model, batch: _fgsm(model, batch, context), calls=2)
+        return Attack(name, (part,), _white_box_parameters(context, context.eps, 1, "ce", "none"))
+    kind, steps, restarts = steps_and_restarts(name)
+    attack = white_box(f"{kind}-{steps}", context, alpha=context.eps / 4)
+    parts = tuple(attack(start, f"start-{start + 1}" if restarts > 1 else "") for start in range(restarts))
+    parameters = _white_box_parameters(context, context.eps / 4, steps, LOSSES[kind][0], "uniform")
+    return Attack(name, parts, parameters | ({"restarts": restarts} if restarts > 1 else {}))
+
+
+def white_box(name: str, context: AttackContext, *, alpha: float) -> Callable[[int, str], AttackStage]:
+    """Makes the parts of ``pgd-N`` or ``cw-N`` with steps of ``alpha``: one for each number and name of a start."""
+    kind, steps, _ = steps_and_restarts(name)
+    loss = LOSSES[kind][1]
+
+    def part(restart: int, label: str) -> AttackStage:
+        def craft(model: CountingModel, batch: Batch) -> AttackOutput:
+            key = (batch.number, restart) if restart else (batch.number,)
+            start = context.ball.start(batch.images, seeding.generator(context.seed, "evaluate", name, *key))
+            chosen = batch.chosen
+            return pgd(
+                model,
+                batch.images[chosen],
+                batch.labels[chosen],
+                start=start[chosen],
+                eps=context.eps,
+                alpha=alpha,
+                steps=steps,
+                loss=loss,
+                threat=context.ball,
+            )
+
+        return AttackStage(label, craft, calls=steps + 1)
+
+    return part
+
+
+def _fgsm(model: CountingModel, batch: Batch, context: AttackContext) -> AttackOutput:
+    images, labels = batch.images[batch.chosen], batch.labels[batch.chosen]
+    return fgsm(model, images, labels, eps=context.eps, loss=losses.cross_entropy, threat=context.ball)
+
+
+def _white_box_parameters(context: AttackContext, alpha: float, steps: int, loss: str, start: str) -> Parameters:
+    return {"eps": context.eps, "alpha": alpha, "steps": steps, "loss": loss, "start": start}
+
+
+def _torchattack(name: str, asked: TorchAttack, context: AttackContext) -> Attack:
+    """One of torchattacks' own, which is given whole batches, as its users give them, and torch's seeded generator."""
+    settings = asked.settings(
+        eps=context.eps, max_epsilon=context.eps, norm=context.norm, seed=context.seed, n_classes=context.num_classes
+    )
+
+    def craft(model: CountingModel, batch: Batch) -> AttackOutput:
+        import torchattacks
+
+        key = ("evaluate", name, batch.number)
+        try:
+            with _seeded(context.seed, *key), contextlib.redirect_stdout(io.StringIO()):
+                attack: Any = getattr(torchattacks, asked.name)(model, **settings)
+                attack.set_device(context.device)
+                adv = attack(batch.images.clone(), batch.labels.clone()).detach()[batch.chosen]
+        except Exception as error:  # somebody else's code, and values of arguments that only it can judge
+            first = str(error).partition("\n")[0]
+            raise DeatError(f"{name} cannot be run here ({type(error).__name__}: {first}): give other arguments, or "
+                            "leave it out") from error  # fmt: skip
+        with torch.no_grad():
+            return AttackOutput(adv, model(adv).argmax(dim=1) != batch.labels[batch.chosen])
+
+    steps = settings.get("steps")
+    parameters = {key: value if isinstance(value, bool | int | float | str) else repr(value)
+                  for key, value in settings.items()}  # fmt: skip
+    return Attack(name, (AttackStage("", craft, calls=steps + 1 if isinstance(steps, int) else 0),), parameters)
+
+
+@contextmanager
+def _seeded(seed: int, *key: str | int) -> Iterator[None]:
+    """Seeds the global generators of torch and NumPy, and gives them back as they were."""
+    before = np.random.get_state()
+    number = seeding.derive(seed, *key)
+    with seeding.preserved():
+        torch.manual_seed(number)
+        np.random.seed(number % 2**32)
+        try:
+            yield
+        finally:
+            np.random.set_state(before)

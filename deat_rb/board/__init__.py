@@ -1,1 +1,0 @@
-"""A leaderboard in a folder: submitting, ranking, verifying, and its pages."""

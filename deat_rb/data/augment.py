@@ -1,0 +1,42 @@
+"""Random crop and horizontal flip of a batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+PADDING = 4
+
+
+def _augment(images: Tensor, stream: torch.Generator, size: int, own: slice) -> Tensor:
+    """Draws, for each of the ``size`` images of a global batch, its crop and its mirroring, and applies one's own."""
+    offsets = torch.randint(0, 2 * PADDING + 1, (2, size), generator=stream)
+    mirrored = torch.randint(0, 2, (1, size), generator=stream)
+    top, left, flip = torch.cat((offsets, mirrored))[:, own].to(images.device, non_blocking=True)
+    return crop_and_flip(images, top, left, flip > 0)
+
+
+def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
+    """Crops each image from itself with 4 zeros on every side, and mirrors some from left to right.
+
+    One gather does both for the whole batch, because the pixels of a mirrored crop are those of the crop, read
+    backwards.
+
+    Args:
+        images: (N, C, H, W), of any type.
+        top: (N,) int64, 0 to 8: the first row of the crop; 4 is the image's own.
+        left: (N,) int64, 0 to 8: the first column of the crop.
+        flip: (N,) bool: which crops are mirrored.
+
+    Returns:
+        (N, C, H, W), of the same type.
+    """
+    count, channels, height, width = images.shape
+    padded = functional.pad(images, (PADDING, PADDING, PADDING, PADDING))
+    column = torch.arange(width, device=images.device)
+    rows = top[:, None] + torch.arange(height, device=images.device)
+    columns = left[:, None] + torch.where(flip[:, None], width - 1 - column, column)
+    pixels = rows[:, :, None] * padded.shape[3] + columns[:, None, :]
+    flat = pixels.view(count, 1, height * width).expand(-1, channels, -1)
+    return padded.flatten(2).gather(2, flat).view(count, channels, height, width)

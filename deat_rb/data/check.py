@@ -1,0 +1,59 @@
+"""Checks that a batch is what every function here takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deat_rb.utils.errors import DeatError
+
+ROUNDING = 1e-6
+
+
+def check_batch(images: Tensor, labels: Tensor, num_classes: int | None = None) -> None:
+    """Checks that a batch is what every function here takes. It waits for the device: once per loader, not per batch.
+
+    Args:
+        images: Should be floating-point (N, C, H, W) in [0, 1].
+        labels: Should be int64 (N,), from 0 to ``num_classes`` - 1.
+        num_classes: How many classes there are, where that is known.
+
+    Raises:
+        DeatError: Something is not so.
+    """
+    if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
+        raise DeatError(f"images and labels must be tensors, not {type(images).__name__} and {type(labels).__name__}")
+    if not images.is_floating_point():
+        raise DeatError(
+            f"images must be floating-point in [0, 1], not {_describe(images)}: divide images of 0 to 255 by 255"
+        )
+    if images.ndim != 4 or images.numel() == 0:
+        raise DeatError(f"images must have the shape (N, C, H, W) and not be empty, not {_describe(images)}")
+    low, high = (bound.item() for bound in images.detach().aminmax())
+    if low != low:
+        raise DeatError("the images contain NaN: look for a division by zero where they are made")
+    # Resampling float images ends a rounding error outside; the attacks' own clamp brings that back.
+    if low < -ROUNDING or high > 1 + ROUNDING:
+        raise DeatError(
+            f"images must be in [0, 1], not in [{low:.4g}, {high:.4g}]: "
+            "divide by 255 if they are 0 to 255; normalisation belongs in the model, as its first layer"
+        )
+    _check_labels(labels, len(images), num_classes)
+
+
+def _check_labels(labels: Tensor, count: int, num_classes: int | None) -> None:
+    if labels.ndim != 1 or labels.dtype != torch.int64:
+        raise DeatError(f"labels must be int64 class numbers of shape (N,), not {_describe(labels)}")
+    if len(labels) != count:
+        raise DeatError(f"{count} images have {len(labels)} labels: each image needs one")
+    if count == 0:
+        return
+    low, high = (int(bound) for bound in labels.aminmax())
+    if low < 0 or (num_classes is not None and high >= num_classes):
+        wrong = low if low < 0 else high
+        allowed = "0 or more" if num_classes is None else f"0 to {num_classes - 1}, as there are {num_classes} classes"
+        raise DeatError(f"label {wrong} is out of range: labels are {allowed}")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"

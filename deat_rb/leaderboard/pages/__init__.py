@@ -1,0 +1,1 @@
+"""The leaderboard's HTML pages and the data that they show."""

@@ -1,0 +1,128 @@
+"""A leaderboard's models in RobustBench's form."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from deat_rb.leaderboard.board import Board
+from deat_rb.leaderboard.entry import Entry, check_board
+from deat_rb.leaderboard.weights import load_network
+from deat_rb.models.spec import ModelSpec, robustbench_class
+from deat_rb.robustbench.format import SPELLED, UNKNOWN, ExportPaths, model_source, robustbench_weights
+from deat_rb.utils import compat
+from deat_rb.utils.errors import DeatError, did_you_mean
+from deat_rb.utils.files import write_all
+
+_FIELDS = ("link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue", "architecture",
+           "eps", "clean_acc", "reported", "autoattack_acc", "external", "unreliable", "footnote")  # fmt: skip
+
+_OPTIONAL = {"external", "unreliable", "footnote"}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export_board` wrote.
+
+    Attributes:
+        names: The models, each as ``<dataset>/<name>``.
+        left_out: A sentence for each entry that RobustBench cannot hold.
+    """
+
+    names: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def export_board(
+    path: str | Path, output: str | Path, *, dataset: str | None = None, as_dataset: str | None = None
+) -> Exported:
+    """Writes ``model_info/`` and ``models/`` that robustbench reads, and ``pull_request/`` for what it lacks.
+
+    Args:
+        path: The board.
+        output: Below which folder; files of these names are replaced.
+        dataset: Only entries of this data set, by the board's name for it.
+        as_dataset: Which of RobustBench's data sets entries of others stand for; their footnotes say so. By default
+            they are left out.
+
+    Raises:
+        DeatError: There is no board, two entries would have one name, or nothing can be exported.
+    """
+    if as_dataset is not None:
+        compat.check_dataset(as_dataset)
+    board = Board(path)
+    contents: dict[Path, bytes] = {}
+    names: list[str] = []
+    left_out: list[str] = []
+    check_board(path)
+    with board.read_locked():
+        entries = board.entries(left_out=left_out)
+    if dataset is not None:
+        known = {entry.dataset for entry in entries}
+        if dataset not in known:
+            raise DeatError(f"the board {path} has no data set '{dataset}': {did_you_mean(dataset, known)}")
+        entries = tuple(entry for entry in entries if entry.dataset == dataset)
+    for entry in entries:
+        stands_for = entry.dataset if entry.dataset in compat.DATASETS else as_dataset
+        reason = _refusal(entry, stands_for)
+        if reason is not None:
+            left_out.append(f"{entry.key}: {reason}")
+            continue
+        paths = ExportPaths.below(Path(output), str(stands_for), entry.model_name)
+        if paths.weights in contents:
+            raise DeatError(f"{entry.model_name} would stand for two models of {stands_for}: {entry.key} and another; "
+                            "--dataset exports one of the board's data sets alone")  # fmt: skip
+        contents |= _files(board.path, entry, str(stands_for), paths)
+        names.append(f"{stands_for}/{entry.model_name}")
+    if not names:
+        raise DeatError(f"nothing on the board {path} can be exported: {left_out[0] if left_out else 'it is empty'}")
+    for file in contents:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DeatError(f"cannot write below {output}: {error.strerror or error}") from error
+    write_all(contents)
+    return Exported(tuple(names), tuple(left_out))
+
+
+def _refusal(entry: Entry, dataset: str | None) -> str | None:
+    if entry.weights_file is None or entry.model is None:
+        return "the board does not hold its weights"
+    if dataset is None:
+        return f"RobustBench has no data set {entry.dataset}; --as-dataset says what it stands for"
+    try:
+        robustbench_class(entry.model)
+    except DeatError as error:
+        return str(error)
+    if entry.model.num_classes != compat.DATASETS[dataset]:
+        return f"it has {entry.model.num_classes} classes, and {dataset} {compat.DATASETS[dataset]}"
+    return None
+
+
+def _files(board: Path, entry: Entry, dataset: str, paths: ExportPaths) -> dict[Path, bytes]:
+    return {
+        paths.weights: robustbench_weights(load_network(entry, board)),
+        paths.source: model_source(entry.model_name, dataset, cast(ModelSpec, entry.model)).encode(),
+        paths.info: json.dumps(robustbench_info(entry, dataset), indent=2, ensure_ascii=False).encode() + b"\n",
+    }
+
+
+def robustbench_info(entry: Entry, dataset: str) -> dict[str, Any]:
+    """What RobustBench's table needs of an entry; an accuracy that is not known is "nan"."""
+    fields = {name: getattr(entry, name) for name in _FIELDS}
+    notes = [entry.footnote or ""]
+    if dataset != entry.dataset:
+        own = entry.dataset_note or SPELLED.get(entry.dataset, entry.dataset)
+        notes.append(f"Trained and evaluated on {entry.dataset} ({own}), not on {SPELLED[dataset]}.")
+    if entry.is_subset:
+        notes.append(f"Accuracies on {entry.n_examples} of {entry.n_test} test images.")
+    fields |= {"dataset": dataset, "footnote": " ".join(note for note in notes if note) or None}
+    unknown: dict[str, Any] = {"clean_acc": UNKNOWN, "reported": UNKNOWN, "autoattack_acc": UNKNOWN,
+                               "additional_data": False, "number_forward_passes": 1}  # fmt: skip
+    return {
+        name: unknown.get(name, "") if value is None else value
+        for name, value in fields.items()
+        if value is not None or name not in _OPTIONAL
+    }

@@ -1,0 +1,14 @@
+"""The paper, for citations."""
+
+from __future__ import annotations
+
+import re
+
+PAPER = {
+    "link": "https://arxiv.org/abs/2103.03076",
+    "name": "Gradient-Guided Dynamic Efficient Adversarial Training",
+    "authors": "Fu Wang, Yanghao Zhang, Yanbin Zheng, Wenjie Ruan",
+    "venue": "arXiv, Mar 2021",
+}
+
+PAPERS_OWN = re.compile(r"m\+|m-deat|deat-")

@@ -1,0 +1,1 @@
+"""RobustBench's format: exports of a run, registration with `robustbench.load_model`, and `robustbench.benchmark`."""

@@ -1,0 +1,89 @@
+"""RobustBench made to know exports."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deat_rb.models.spec import ModelSpec, robustbench_class
+from deat_rb.robustbench import register as robustbench_register
+from deat_rb.robustbench.format import NAME, ExportPaths, exported_spec
+from deat_rb.utils import compat
+from deat_rb.utils.compat import DATASETS, robustbench
+from deat_rb.utils.errors import DeatError
+
+NOT_ONLINE = "registered by deat_rb: load_model finds it in model_dir, not online"
+
+
+def add_to_zoo(entries: Sequence[tuple[str, str, Callable[[], nn.Module]]]) -> None:
+    """Makes `robustbench.load_model` know models, whose files it then finds in its ``model_dir``; all or none.
+
+    Args:
+        entries: Of each, its name, its data set (cifar10, cifar100 or imagenet; the threat model is Linf), and what
+            makes the network that its file is loaded into.
+
+    Raises:
+        DeatError: RobustBench has a model of its own of that name.
+    """
+    robustbench()
+    enums: Any = importlib.import_module("robustbench.model_zoo.enums")
+    zoo: Any = importlib.import_module("robustbench.model_zoo.models")
+    linf = {name: zoo.model_dicts[enums.BenchmarkDataset(name)][enums.ThreatModel.Linf] for name in DATASETS}
+    for name, dataset, _ in entries:
+        if name in linf[dataset] and linf[dataset][name]["gdrive_id"] != NOT_ONLINE:
+            raise DeatError(f"RobustBench has a model '{name}' of its own: export this one under another name")
+    for name, dataset, factory in entries:
+        linf[dataset][name] = {"model": factory, "gdrive_id": NOT_ONLINE}
+
+
+def register(folder: str | Path) -> tuple[str, ...]:
+    """Makes `robustbench.load_model` know all exports below ``folder``; nothing that lies there is executed.
+
+    Example:
+        >>> register("exported")
+        ('Wang2021Gradient_R18',)
+        >>> robustbench.load_model("Wang2021Gradient_R18", model_dir="exported/models", threat_model="Linf")
+
+    Returns:
+        The names.
+
+    Raises:
+        DeatError: There are no exports, one is damaged, or RobustBench has another model of that name. None is
+            registered then.
+    """
+    found = sorted(Path(folder).glob("model_info/*/Linf/*.json"))
+    if not found:
+        raise DeatError(f"there are no exports below {folder}: it needs model_info/<dataset>/Linf/<name>.json")
+    entries = []
+    for info in found:
+        dataset, name = info.parts[-3], info.stem
+        compat.check_dataset(dataset)
+        if NAME.fullmatch(name) is None:
+            raise DeatError(f"{info} is not named as RobustBench's models are: <FirstAuthor><Year><FirstWordOfTitle>")
+        spec = exported_spec(ExportPaths.below(Path(folder), dataset, name).weights)
+        entries.append((name, dataset, _factory(spec)))
+    robustbench_register.add_to_zoo(entries)
+    return tuple(name for name, _, _ in entries)
+
+
+def _factory(spec: ModelSpec) -> Callable[[], nn.Module]:
+    """Makes what the class of the pull request makes, with names in the state dict as RobustBench has them."""
+    network, arguments, options = robustbench_class(spec)
+    base: Any = network
+
+    class Exported(base):
+        def __init__(self) -> None:
+            super().__init__(*arguments, **options)
+            for name, values in (("mu", spec.mean), ("sigma", spec.std)):
+                self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
+
+        def forward(self, images: Tensor) -> Any:
+            return super().forward((images - self.mu) / self.sigma)
+
+    return Exported

@@ -1,0 +1,273 @@
+"""A run directory: what a training run leaves behind.
+
+config.json          everything that decides the run; `deat-rb train --config` runs it again. Where it was
+                     prolonged, config-N-epochs.json is what it was before
+metrics.jsonl        a row of `EpochStats` per epoch
+last.safetensors     the newest weights, and last.json about them
+best.safetensors     those most robust on validation, and best.json
+checkpoints/         what an interrupted run is continued from, the newest two
+curves.png           the metrics as a picture
+eval.json            the last evaluation
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from deat_rb.models.spec import ModelSpec
+from deat_rb.runs.config import RunConfig
+from deat_rb.training.metrics import EpochStats
+from deat_rb.utils.errors import DeatError, UnwritableError
+from deat_rb.utils.files import atomic_write, read_json, write_json
+from deat_rb.utils.records import describe_validation_error
+from deat_rb.utils.safe_load import save_tensors, sha256_tensors
+
+CONFIG = "config.json"
+
+METRICS = "metrics.jsonl"
+
+CURVES = "curves.png"
+
+LOCK = ".lock"
+
+_ROW = TypeAdapter(EpochStats)
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+%-]*")
+
+
+def check_name(name: str) -> str:
+    """Gives back a run's name that is a plain file name.
+
+    Raises:
+        DeatError: If it is not, for instance with ``/`` or ``..`` in it.
+    """
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise DeatError(f"'{name}' cannot be a run's name; use letters, digits and . _ + % - in it, no path")
+    return name
+
+
+def check_free(path: Path) -> None:
+    """Looks whether a run can be made there.
+
+    Raises:
+        DeatError: If the name cannot be a run's or is taken.
+    """
+    check_name(path.name)
+    if path.exists():
+        raise DeatError(f"there is a run at {path} already; choose another --name or --output")
+
+
+class RunDirectory:
+    """One run's files.
+
+    Attributes:
+        path: The folder.
+        config: What decided the run.
+    """
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self.path = path
+        self.config = config
+
+    @classmethod
+    def create(cls, path: Path, config: RunConfig) -> RunDirectory:
+        """Makes the folder, which must not exist, with its ``config.json``.
+
+        Raises:
+            DeatError: If the name is taken or the folder cannot be made.
+        """
+        check_free(path)
+        # Under another name until it is a run, so that a kill in between leaves the name free.
+        begun = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            begun.mkdir(parents=True)
+            write_json(begun / CONFIG, config.model_dump(mode="json"))
+            begun.rename(path)
+        except OSError as error:
+            raise DeatError(
+                f"the run directory {path} cannot be made ({error.strerror}); choose another --output"
+            ) from None
+        finally:
+            shutil.rmtree(begun, ignore_errors=True)
+        return cls(path, config)
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDirectory:
+        """Opens a run that is there.
+
+        Raises:
+            DeatError: If the folder is no run directory or its ``config.json`` is damaged.
+        """
+        path = Path(path)
+        if not (path / CONFIG).is_file():
+            raise DeatError(f"{path} is not a run directory: it has no {CONFIG}")
+        try:
+            return cls(path, RunConfig.model_validate(read_json(path / CONFIG)))
+        except ValidationError as error:
+            raise DeatError(
+                f"{path / CONFIG} is not a run's configuration: {describe_validation_error(error)}"
+            ) from None
+
+    def refuse_links(self) -> None:
+        """Looks whether training here could write or read anything that lies elsewhere.
+
+        Raises:
+            DeatError: If a link or a special file is in the folder, which a run never puts there.
+        """
+        for folder in (self.path, self.checkpoints):
+            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+                if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                    raise DeatError(f"{path} is a link or a special file, of which a run has none; remove it")
+
+    def reconfigured(self, config: RunConfig) -> RunDirectory:
+        """Records another configuration; of one with fewer epochs a copy stays, as ``config-N-epochs.json``."""
+        if config.epochs != self.config.epochs:
+            write_json(self.path / f"config-{self.config.epochs}-epochs.json", self.config.model_dump(mode="json"))
+        write_json(self.path / CONFIG, config.model_dump(mode="json"))
+        return RunDirectory(self.path, config)
+
+    @property
+    def config_json(self) -> dict[str, Any]:
+        """The configuration as JSON values."""
+        return self.config.model_dump(mode="json")
+
+    @property
+    def model_spec(self) -> ModelSpec:
+        """The network."""
+        return self.config.model
+
+    @property
+    def selected_weights_path(self) -> Path:
+        """The weights that are the run's result.
+
+        Raises:
+            DeatError: If the run has written none yet.
+        """
+        path = self.path / f"{self.config.select}.safetensors"
+        if not path.is_file():
+            raise DeatError(f"the run {self.path} has no {path.name}; it ended before its first epoch did")
+        return path
+
+    def checkpoint(self, which: str) -> dict[str, Any]:
+        """What is known of the ``best`` or ``last`` weights: epoch, figures, SHA-256."""
+        content = read_json(self.path / f"{which}.json")
+        if not isinstance(content, dict):
+            raise DeatError(f"{self.path / which}.json is not a JSON object; the run is damaged")
+        return content
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps every other process from training in this folder; the lock dies with its owner.
+
+        Raises:
+            DeatError: If another process holds it.
+        """
+        path = self.path / LOCK
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        except OSError as error:
+            raise DeatError(f"{path} cannot be opened to keep other processes out: {error.strerror}") from None
+        try:
+            # A lock of this process alone: those that it forks, which decode images, do not keep it when it dies.
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise DeatError(f"{path} cannot be locked to keep other processes out: {error.strerror}") from None
+            raise DeatError(f"another process is training in {self.path}; wait for it or end it") from None
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+
+    def save_weights(self, which: str, state: Mapping[str, Tensor], row: EpochStats) -> None:
+        """Writes weights and what is known of them, atomically."""
+        tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
+        save_tensors(self.path / f"{which}.safetensors", tensors)
+        write_json(self.path / f"{which}.json", {**asdict(row), "sha256": sha256_tensors(tensors)})
+
+    def discard_weights(self, which: str) -> None:
+        """Removes weights, of which there are none any more, and what is known of them."""
+        for suffix in (".safetensors", ".json"):
+            (self.path / f"{which}{suffix}").unlink(missing_ok=True)
+
+    def append(self, row: EpochStats) -> None:
+        """Adds an epoch to ``metrics.jsonl``, on the disk before this returns.
+
+        Raises:
+            UnwritableError: If it cannot be written; then the file is as it was.
+        """
+        path = self.path / METRICS
+        line = (json.dumps(asdict(row), allow_nan=False) + "\n").encode()
+        before = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "ab", buffering=0) as file:
+                written = file.write(line)
+                os.fsync(file.fileno())
+            if written != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if path.is_file():
+                os.truncate(path, before)
+            raise UnwritableError(f"{path} cannot be written ({error.strerror})") from None
+
+    def discard_unfinished(self) -> None:
+        """Removes what a killed process had not finished writing."""
+        for folder in (self.path, self.checkpoints):
+            for path in folder.glob(".*.tmp"):
+                path.unlink(missing_ok=True)
+
+    def truncate(self, epochs: int) -> list[EpochStats]:
+        """Forgets the metrics of all but the first epochs, and gives those.
+
+        Raises:
+            DeatError: If there are fewer.
+        """
+        path = self.path / METRICS
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        if len(lines) < epochs:
+            raise DeatError(
+                f"{path} has {len(lines)} epochs where the run is {epochs} on; it is damaged, start it anew"
+            )
+        if len(lines) > epochs:
+            atomic_write(path, b"".join(lines[:epochs]))
+        return self.rows()
+
+    def rows(self) -> list[EpochStats]:
+        """The epochs so far.
+
+        Raises:
+            DeatError: If a line is not an epoch's figures.
+        """
+        path = self.path / METRICS
+        if not path.is_file():
+            return []
+        rows = []
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+            try:
+                rows.append(_ROW.validate_json(line, strict=True))
+            except ValidationError as error:
+                raise DeatError(
+                    f"{path}, line {number}, is not an epoch's figures ({describe_validation_error(error)}); "
+                    "the run is damaged"
+                ) from None
+        return rows

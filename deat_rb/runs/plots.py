@@ -1,0 +1,79 @@
+"""Pictures of a run."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deat_rb.training.metrics import EpochStats
+from deat_rb.utils.files import atomic_write
+from deat_rb.utils.text import replace_invisible
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+BLUE, ORANGE, GREEN, GREY = "#2563a8", "#d9822b", "#2e8b57", "#8a8f98"
+
+
+def plot_curves(rows: Sequence[EpochStats], path: Path, *, title: str) -> None:
+    """Draws a run's curves: accuracy, loss, l_X with the steps, and the passes spent.
+
+    Args:
+        rows: The run's epochs.
+        path: The PNG to write, atomically.
+        title: Above the picture.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    epochs = [row.epoch for row in rows]
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    figure.suptitle(replace_invisible(title), parse_math=False)
+    ((accuracy, loss), (magnitude, cost)) = figure.subplots(2, 2)
+
+    _line(accuracy, epochs, [row.val_acc for row in rows], "validation, natural", BLUE)
+    _line(accuracy, epochs, [row.val_robust_acc for row in rows], "validation, PGD-20", ORANGE)
+    _line(accuracy, epochs, [row.train_acc for row in rows], "training, as trained on", GREY)
+    accuracy.set(ylabel="accuracy", ylim=(0, 1))
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1))
+    accuracy.legend(fontsize="small")
+
+    _line(loss, epochs, [row.loss for row in rows], "surrogate loss", BLUE)
+    loss.set(ylabel="surrogate loss")
+    rate = loss.twinx()
+    _line(rate, epochs, [row.lr for row in rows], "learning rate", GREY, marker="")
+    rate.set(ylabel="learning rate at the epoch's end", ylim=(0, None))
+
+    _line(magnitude, epochs, [row.l_x for row in rows], "l_X", GREEN)
+    magnitude.set(ylabel="gradient magnitude l_X")
+    steps = magnitude.twinx()
+    steps.step(epochs, [row.steps for row in rows], where="mid", color=ORANGE, alpha=0.8)
+    steps.set(ylabel="steps r", ylim=(0, max(row.steps for row in rows) + 1))
+    steps.yaxis.label.set_color(ORANGE)
+    steps.yaxis.set_major_locator(MaxNLocator(integer=True))
+
+    total, spent = 0.0, []
+    for row in rows:
+        total += row.backwards
+        spent.append(total)
+    _line(cost, epochs, spent, "backward passes", BLUE)
+    cost.set(ylabel="backward passes so far (mini-batches)", ylim=(0, None))
+
+    for axes in (accuracy, loss, magnitude, cost):
+        axes.set(xlabel="epoch", xlim=(0.5, len(rows) + 0.5))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    atomic_write(path, picture.getvalue())
+
+
+def _line(
+    axes: Axes, epochs: list[int], values: Sequence[float | None], label: str, color: str, marker: str = "."
+) -> None:
+    shown = [(epoch, value) for epoch, value in zip(epochs, values, strict=True) if value is not None]
+    if shown:
+        axes.plot(*zip(*shown, strict=True), label=label, color=color, marker=marker)

@@ -1,0 +1,41 @@
+"""The training machine: trainer base class, epoch loop, callbacks, engine, learning rates, checkpoints and validation.
+
+What every method needs to be trained belongs here. What only one method needs belongs to `deat_rb.methods`; files of a
+run belong to `deat_rb.runs`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from deat_rb.utils.lazy import attach
+
+if TYPE_CHECKING:
+    from deat_rb.training.base import Constant, Schedule, Stop, StoppingRule, SurrogateLoss
+    from deat_rb.training.callbacks import Callback, History
+    from deat_rb.training.trainer import Trainer
+
+__all__ = [
+    "Callback",
+    "Constant",
+    "History",
+    "Schedule",
+    "Stop",
+    "StoppingRule",
+    "SurrogateLoss",
+    "Trainer",
+]
+
+_MODULE_OF = {
+    "Callback": "callbacks",
+    "Constant": "base",
+    "History": "callbacks",
+    "Schedule": "base",
+    "Stop": "base",
+    "StoppingRule": "base",
+    "SurrogateLoss": "base",
+    "Trainer": "trainer",
+}
+
+if not TYPE_CHECKING:  # a type checker reports unknown names
+    __getattr__, __dir__ = attach(__name__, _MODULE_OF)

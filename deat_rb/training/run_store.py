@@ -1,0 +1,35 @@
+"""Where a training leaves its metrics, weights and checkpoints, as the loop sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from deat_rb.training.metrics import EpochStats
+
+
+class RunStore(Protocol):
+    """What `deat_rb.runs.directory.RunDirectory` is to the loop."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path: ...  # noqa: D102
+
+    @property
+    def config_json(self) -> dict[str, Any]: ...  # noqa: D102
+
+    def rows(self) -> list[EpochStats]: ...  # noqa: D102
+
+    def append(self, row: EpochStats) -> None: ...  # noqa: D102
+
+    def truncate(self, epochs: int) -> list[EpochStats]: ...  # noqa: D102
+
+    def discard_unfinished(self) -> None: ...  # noqa: D102
+
+    def save_weights(self, which: str, state: Mapping[str, Tensor], row: EpochStats) -> None: ...  # noqa: D102
+
+    def discard_weights(self, which: str) -> None: ...  # noqa: D102

@@ -1,0 +1,18 @@
+"""The base of the trainers, which can fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from deat_rb.training.base import Batch, TrainerBase
+from deat_rb.training.callbacks import History
+from deat_rb.training.fit import fit
+
+
+class Trainer(TrainerBase):
+    """A method of adversarial training; see `deat_rb.training.base.TrainerBase`."""
+
+    def fit(self, train_loader: Iterable[Batch], val_loader: Iterable[Batch] | None = None, **options: Any) -> History:
+        """Trains; the options and what comes back are those of `deat_rb.training.fit.fit`."""
+        return fit(self, train_loader, val_loader, **options)

@@ -1,0 +1,122 @@
+"""AutoAttack on few classes, and which of its parts exist there."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deat_rb.attacks.autoattack import _Leaving, _Suite, parts_for
+from deat_rb.attacks.functional import CountingModel
+from deat_rb.attacks.types import AttackContext
+from deat_rb.evaluation.evaluate import evaluate
+
+
+@pytest.fixture(scope="module")
+def blobs() -> dict[int, tuple[nn.Module, Tensor, Tensor]]:
+    """For 2, 3 and 4 classes a network trained on images whose quarter of class k is brighter, and 8 such images."""
+    return {classes: _trained(classes) for classes in (2, 3, 4)}
+
+
+def _trained(classes: int) -> tuple[nn.Module, Tensor, Tensor]:
+    stream = torch.Generator().manual_seed(classes)
+    labels = torch.arange(64) % classes
+    images = 0.25 + 0.3 * torch.rand(64, 1, 4, 4, generator=stream)
+    height = torch.linspace(0.05, 0.6, 64)  # the first are close to the boundary, the last far from it
+    for index, label in enumerate(labels.tolist()):
+        top, left = 2 * (label // 2), 2 * (label % 2)
+        images[index, 0, top : top + 2, left : left + 2] += height[index]
+    images = images.clamp(0, 1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(classes)
+        model = nn.Sequential(nn.Conv2d(1, 8, 2, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(32, classes))
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+        for _ in range(60):
+            optimizer.zero_grad()
+            torch.autograd.backward(nn.functional.cross_entropy(model(images), labels))
+            optimizer.step()
+    chosen = torch.arange(7, 64, 8)
+    return model.eval(), images[chosen], labels[chosen]
+
+
+@pytest.mark.parametrize(
+    ("classes", "parts", "targets"),
+    [(2, "apgd-ce, fab-t, square", 1), (3, "apgd-ce, fab-t, square", 2), (4, "apgd-ce, apgd-t, fab-t, square", 3)],
+)
+def test_autoattack_with_few_classes(
+    blobs: dict[int, tuple[nn.Module, Tensor, Tensor]], classes: int, parts: str, targets: int
+) -> None:
+    model, images, labels = blobs[classes]
+    told: list[str] = []
+    report = evaluate(
+        model,
+        images,
+        labels,
+        attacks="pgd-20,autoattack",
+        eps=0.1,
+        batch_size=8,
+        progress=lambda name, *_: told.append(name),
+    )
+    found = report.results["autoattack"]
+    assert found.parameters["parts"] == parts
+    assert found.parameters["targets"] == targets
+    assert 0 < found.n_correct < report.results["natural"].n_correct
+    # Nothing that AutoAttack leaves may fall to a weaker attack on networks as plain as these.
+    assert not (report.verdicts["autoattack"] & ~report.verdicts["pgd-20"]).any()
+    assert [name for name in told if "/" in name] == [f"autoattack/{part}" for part in parts.split(", ")]
+    assert (found.notes[0] == f"{classes} classes: a DLR loss that apgd-t would need does not exist, so it ran without"
+            ) == (classes < 4)  # fmt: skip
+    assert any(f"{targets} targets where the standard has 9" in note for note in found.notes)
+    assert found.notes[-1] == f"{found.n_correct} of 8 correct after square"
+    assert found.backwards > 0
+
+
+def test_parts_of_autoattack() -> None:
+    assert parts_for(10) == (("apgd-ce", "apgd-t", "fab-t", "square"), 9)
+    assert parts_for(100) == (("apgd-ce", "apgd-t", "fab-t", "square"), 9)
+    assert parts_for(5)[1] == 4
+    assert parts_for(10, "plus")[0] == ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t")
+    assert parts_for(3, "plus")[0] == ("apgd-ce", "apgd-dlr", "fab", "square", "fab-t")
+    assert parts_for(10, "rand")[0] == ("apgd-ce", "apgd-dlr")
+    assert parts_for(2, "rand")[0] == ("apgd-ce",)
+
+
+def test_every_part_has_its_restarts_and_its_aim() -> None:
+    """As in pyautoattack's `run_standard_evaluation`, whatever ran before it."""
+    suite = _Suite("plus", AttackContext("Linf", 0.1, 0, 10, torch.device("cpu")), 9, [])
+    model = CountingModel(nn.Flatten())
+    for name in ("fab", "fab-t", "fab", "apgd-ce", "apgd-dlr", "apgd-t"):
+        attack: Any = cast(MethodType, suite._perturb(name, model)).__self__
+        assert attack.n_restarts == (1 if name.endswith("-t") else 5)
+        assert getattr(attack, "targeted", None) == {"fab": False, "fab-t": True}.get(name)
+        assert name.startswith("fab") or name == "apgd-t" or attack.loss == name.removeprefix("apgd-")
+
+
+def test_images_that_moved_on_after_they_were_broken_are_put_back() -> None:
+    """The brighter half decides; the last image is broken at the second look, and back where it was at the third."""
+    staying = torch.tensor([0.9, 0.1]).expand(16, 2)
+    leaving = _Leaving(lambda images: images.flatten(1), torch.zeros(17, dtype=torch.int64))
+    looks = [torch.cat([staying, torch.tensor([last])]).view(17, 1, 1, 2)
+             for last in ([0.8, 0.3], [0.2, 0.3], [0.8, 0.1])]  # fmt: skip
+    for images in looks:
+        logits = leaving(images)
+    assert logits.argmax(dim=1).tolist() == [0] * 16 + [1], "the last one is not looked at again"
+    assert torch.equal(leaving.restore(looks[2]), looks[1])
+
+
+def test_a_batch_never_gets_so_small_that_it_rounds_otherwise() -> None:
+    sizes: list[int] = []
+
+    def model(images: Tensor) -> Tensor:
+        sizes.append(len(images))
+        return images.flatten(1)
+
+    leaving = _Leaving(model, torch.zeros(20, dtype=torch.int64))
+    kept = torch.tensor([0.9, 0.1])
+    for broken in (0, 2, 15, 20, 20):
+        leaving(torch.cat([kept.flip(0).expand(broken, 2), kept.expand(20 - broken, 2)]).view(20, 1, 1, 2))
+    # All are looked at until some are broken, then the 18 others, then 16 of which 5 stay, and of none that stays none.
+    assert sizes == [20, 20, 18, 16]

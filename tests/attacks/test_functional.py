@@ -1,0 +1,82 @@
+"""The evaluation's own attacks: iterates, leaving early, the start, and what counts as an adversarial image."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_problems import Plane, batch_for, plain_pgd, plane_images, small_network
+from torch import Tensor, nn
+
+from deat_rb.attacks import losses
+from deat_rb.attacks.functional import CountingModel, admissible, logits_and_gradient, pgd, uniform_start
+from deat_rb.utils import seeding
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Sequential:
+    return small_network()
+
+
+@pytest.fixture(scope="module")
+def batch(network: nn.Sequential) -> tuple[Tensor, Tensor]:
+    return batch_for(network)
+
+
+@pytest.mark.parametrize("every", [1, 3, 5, 100])
+def test_verdicts_and_images_do_not_depend_on_how_often_examples_leave(
+    network: nn.Sequential, batch: tuple[Tensor, Tensor], every: int
+) -> None:
+    images, labels = batch
+    start = uniform_start(images, 0.04, torch.Generator().manual_seed(1))
+    first = plain_pgd(network, images, labels, start, 0.04, 0.01, 10, margin=False)
+    counted = CountingModel(network)
+    crafted = pgd(
+        counted,
+        images,
+        labels,
+        start=start,
+        eps=0.04,
+        alpha=0.01,
+        steps=10,
+        loss=losses.cross_entropy,
+        leave_every=every,
+    )
+    assert crafted.broken.tolist() == (first <= 10).tolist()
+    with torch.no_grad():
+        assert ((network(crafted.images).argmax(1) != labels) == crafted.broken).all()
+    assert (crafted.images[first == 0] == start[first == 0]).all()
+    assert admissible(crafted.images, images, 0.04).all()
+    if every == 1:  # each example is forwarded up to the iterate that breaks it
+        assert counted.forwards == int((first.clamp(max=10) + 1).sum())
+        assert counted.backwards == int((first + 1).clamp(max=10).sum())
+    if every == 100:  # those broken at the start leave after the first step, and nobody else
+        assert counted.forwards == 48 + 10 * int((first > 0).sum())
+
+
+def test_random_start_is_that_of_torch_under_the_stream_s_seed() -> None:
+    images = torch.rand(4, 3, 5, 5)
+    start = uniform_start(images, 0.1, seeding.generator(2, "evaluate", "pgd-5", 1))
+    with seeding.preserved():
+        torch.manual_seed(seeding.derive(2, "evaluate", "pgd-5", 1))
+        noise = torch.empty_like(images).uniform_(-0.1, 0.1)
+    assert torch.equal(start, torch.clamp(images + noise, 0, 1))
+
+
+def test_admissible() -> None:
+    image = torch.full((6, 1, 1, 2), 0.95)
+    adv = image.clone()
+    adv[1] += 0.03
+    adv[2] += 0.03 + 2e-6
+    adv[3, 0, 0, 1] = float("nan")
+    adv[4] = 1.0 + 1e-3
+    adv[5] -= 0.04
+    assert admissible(adv, image, 0.03).tolist() == [True, True, False, False, False, False]
+
+
+def test_gradient_survives_a_caller_s_no_grad() -> None:
+    images, labels, _ = plane_images()
+    with torch.no_grad():
+        _, gradient = logits_and_gradient(Plane(), images, labels, losses.margin)
+    # margin = z_1 - z_0 = -(w.x + 1) for class 0, and w.x + 1 for class 1
+    assert gradient[0].flatten().tolist() == [-1.0, 2.0, -3.0, 4.0]
+    assert gradient[3].flatten().tolist() == [1.0, -2.0, 3.0, -4.0]

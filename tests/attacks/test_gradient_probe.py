@@ -1,0 +1,243 @@
+"""l_X seen from outside (law 3): right, in pixel space, for any attack, and without another pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchattacks
+from small_problems import Plane, plane_images
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import SGD
+from training_problems import Passes, Snapshot, images_and_labels, made, sigmoid, used
+
+import deat_rb
+from deat_rb.attacks.gradient_probe import GradientProbe, lipschitz_lower_bound, uses_mean_reduction
+from deat_rb.training.trainer import Trainer
+from deat_rb.utils.errors import DeatError
+
+AVERAGED: dict[str, Callable[[nn.Module], Any]] = {
+    "PGD": lambda model: torchattacks.PGD(model, steps=3),
+    "MIFGSM": lambda model: torchattacks.MIFGSM(model, steps=3),
+    "DIFGSM": lambda model: torchattacks.DIFGSM(model, steps=3),
+    "FFGSM": lambda model: torchattacks.FFGSM(model),
+}
+SUMMED: dict[str, Callable[[nn.Module], Any]] = {
+    "TPGD": lambda model: torchattacks.TPGD(model, steps=3),
+    "APGD": lambda model: torchattacks.APGD(model, steps=3),
+}
+FORWARDS = {"PGD": 3, "MIFGSM": 3, "DIFGSM": 3, "FFGSM": 1, "TPGD": 4}
+
+
+def still(model: nn.Module) -> SGD:
+    """An optimiser that moves nothing."""
+    return SGD(model.parameters(), lr=0.0)
+
+
+def craft(trainer: Trainer, images: Tensor, labels: Tensor) -> float:
+    torch.manual_seed(3)
+    return float(trainer.training_step(images, labels, still(trainer.model)).l_x)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_l_x_by_hand_on_a_plane(ours: bool) -> None:
+    """The margin's weights have the L1 norm 10; an example's gradient is that times the other class's probability."""
+    images, labels, _ = plane_images()
+    margins = (0.9, 1.2, 0.8, -1.2, -0.9, 1.2, -0.4, 0.8)
+    expected = sum(10 * sigmoid(m if y else -m) for m, y in zip(margins, labels.tolist(), strict=True))
+    model = Plane()
+    if ours:
+        attack: Any = deat_rb.PGD(model, eps=0.1, alpha=0.1, steps=1, start="none")
+    else:
+        attack = torchattacks.PGD(model, eps=0.1, alpha=0.1, steps=1, random_start=False)
+    trainer = deat_rb.AttackTrainer(attack)
+    assert craft(trainer, images, labels) == pytest.approx(expected, rel=1e-5)
+    parts = craft(trainer, images[:3], labels[:3]) + craft(trainer, images[3:], labels[3:])
+    assert parts == pytest.approx(expected, rel=1e-5), "whatever the size of the batch"
+
+
+@pytest.mark.parametrize("name", [*AVERAGED, *SUMMED])
+def test_l_x_is_that_of_each_example_alone_at_the_last_step(name: str) -> None:
+    """Each example's own loss, differentiated alone, where the attack asked for its last gradient."""
+    model = made().eval()
+    images, _ = images_and_labels()
+    with torch.no_grad():
+        labels = model(images).argmax(dim=1)  # APGD attacks what is classified correctly only
+    trainer = deat_rb.AttackTrainer((AVERAGED | SUMMED)[name](model))
+    craft(trainer, images, labels)
+
+    asked: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        if inputs[0].requires_grad:
+            asked.append(inputs[0].detach().clone())
+
+    handle = model.register_forward_pre_hook(keep)
+    l_x = craft(trainer, images, labels)
+    handle.remove()
+    expected = 0.0
+    for i, adv in enumerate(asked[-1]):
+        adv = adv[None].requires_grad_()
+        if name == "TPGD":
+            clean = functional.softmax(model(images[i : i + 1]).detach(), dim=1)
+            loss = (clean * (clean.log() - functional.log_softmax(model(adv), dim=1))).sum()
+        else:
+            loss = -functional.log_softmax(model(adv), dim=1)[0, labels[i]]
+        expected += float(torch.autograd.grad(loss, adv)[0].abs().sum())
+    assert l_x == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({"start": "uniform"}, lambda model: torchattacks.PGD(model, steps=3)),
+        ({"loss": "kl", "start": "normal"}, lambda model: torchattacks.TPGD(model, steps=3)),
+    ],
+)
+def test_l_x_of_torchattacks_equals_that_of_our_own(ours: dict[str, Any], theirs: Callable[[nn.Module], Any]) -> None:
+    images, labels = images_and_labels()
+    seen = []
+    for attack in (theirs(made().double()), deat_rb.PGD(made().double(), steps=3, attack_mode="eval", **ours)):
+        seen.append(craft(deat_rb.AttackTrainer(attack), images.double(), labels))
+    assert seen[0] == pytest.approx(seen[1], rel=1e-9)
+    assert seen[0] > 0
+
+
+@pytest.mark.parametrize("name", [*AVERAGED, *SUMMED])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_whether_a_loss_is_averaged_is_found_out_on_any_network(name: str, steps: int) -> None:
+    """TPGD's first gradient is that of its random start: 0.001 N(0,1) decides whether it is large or small."""
+    wrong = []
+    for seed in range(25):
+        attack = (AVERAGED | SUMMED)[name](made(seed))
+        attack.steps = steps
+        if uses_mean_reduction(attack, torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(seed))) != (
+            name in AVERAGED
+        ):
+            wrong.append(seed)
+    assert wrong == []
+
+
+def test_finding_out_leaves_model_and_generators_as_they_were() -> None:
+    model = used()
+    before, state = Snapshot(model), torch.get_rng_state()
+    assert uses_mean_reduction(torchattacks.PGD(model, steps=2), images_and_labels()[0])
+    assert before.differences() == []
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_the_probe_costs_no_pass(name: str) -> None:
+    model = made()
+    trainer = deat_rb.AttackTrainer((AVERAGED | SUMMED)[name](model))
+    images, labels = images_and_labels()
+    craft(trainer, images, labels)  # finds out once whether the loss is averaged
+    with Passes().of(model) as passes:
+        stats = trainer.training_step(images, labels, still(model))
+    backwards = min(3, FORWARDS[name])
+    assert (passes.forwards, passes.backwards) == (FORWARDS[name] + 1, backwards + 1)
+    assert (stats.forwards, stats.backwards) == (FORWARDS[name] + 1, backwards + 1)
+
+
+@pytest.mark.parametrize("samples", [2, 4])
+def test_images_forwarded_more_than_once_are_counted_once_for_each_backward(samples: int) -> None:
+    model = made()
+    trainer = deat_rb.AttackTrainer(torchattacks.EOTPGD(model, steps=2, eot_iter=samples))
+    images, labels = images_and_labels()
+    craft(trainer, images, labels)
+    with Passes().of(model) as passes:
+        stats = trainer.training_step(images, labels, still(model))
+    assert (
+        (stats.forwards, stats.backwards) == (passes.forwards, passes.backwards) == (2 * samples + 1, 2 * samples + 1)
+    )
+
+
+@pytest.mark.parametrize("name", ["PGD", "TPGD", "MIFGSM", "DIFGSM", "APGD", "PGDL2"])
+def test_attacks_of_torchattacks_are_guided(name: str) -> None:
+    """Also those that view gradients as vectors, which a network in channels_last gives otherwise."""
+    model = made()
+    attack = getattr(torchattacks, name)(model, steps=1)
+    trainer = deat_rb.AttackTrainer(attack, schedule=deat_rb.GradientMagnitude(max_steps=3))
+    history = trainer.fit([images_and_labels()], epochs=3)
+    assert history.steps[:2] == [1, 2]
+    assert attack.steps == trainer.steps >= 2
+    assert all(row.l_x > 0 for row in history.rows)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        lambda model: torchattacks.PGD(model, steps=1, random_start=False),
+        lambda model: deat_rb.PGD(model, steps=1, start="none", attack_mode="eval"),
+    ],
+    ids=["torchattacks", "ours"],
+)
+def test_l_x_is_in_pixel_space_where_the_model_takes_normalised_images(attack: Callable[[nn.Module], Any]) -> None:
+    model = made().eval()
+    mean, std = [0.4, 0.5, 0.6], [0.1, 0.25, 0.5]
+    offset, scale = torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
+    images, labels = images_and_labels()
+    expected = 0.0
+    for i in range(len(images)):
+        clean = images[i : i + 1].clone().requires_grad_()
+        loss = functional.cross_entropy(model((clean - offset) / scale), labels[i : i + 1])
+        expected += float(torch.autograd.grad(loss, clean)[0].abs().sum())
+
+    made_attack = attack(model)
+    made_attack.set_normalization_used(mean, std)
+    with GradientProbe(model, pixel_scale=1 / scale) as probe:
+        made_attack((images - offset) / scale, labels)
+    # Both attacks average their cross-entropy.
+    l_x = probe.stats(len(images), unit=len(images)).l_x
+    assert float(l_x) == pytest.approx(expected, rel=1e-4)
+
+    trainer = deat_rb.AttackTrainer(made_attack)
+    with pytest.raises(DeatError, match=r"training takes images in \[0, 1\]"):
+        trainer.training_step(images, labels, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("name", ["GN", "Square"])
+def test_an_attack_without_gradients_cannot_be_guided(name: str) -> None:
+    attack = torchattacks.GN(made()) if name == "GN" else torchattacks.Square(made(), n_queries=2)
+    attack.steps, attack.eps = 2, 8 / 255
+    trainer = deat_rb.AttackTrainer(attack, schedule=deat_rb.GradientMagnitude(max_steps=3))
+    with pytest.raises(DeatError, match=f"{name} computes no gradient at its inputs, so that l_X cannot"):
+        trainer.fit([images_and_labels()], epochs=1)
+
+
+def test_an_attack_without_steps_cannot_be_scheduled() -> None:
+    with pytest.raises(DeatError, match="FFGSM has no steps, so a schedule cannot set them"):
+        deat_rb.AttackTrainer(torchattacks.FFGSM(made()), schedule=deat_rb.GradientMagnitude())
+
+
+def test_an_attack_without_a_step_size_can() -> None:
+    trainer = deat_rb.AttackTrainer(torchattacks.APGD(made(), steps=5), schedule=deat_rb.GradientMagnitude(start=2))
+    assert trainer.alpha is None
+    assert trainer.crafter.steps == 2
+    images, labels = images_and_labels()
+    history = trainer.fit([(images, labels)], epochs=2, lr=0.01)
+    assert [row.alpha for row in history.rows] == [None, None]
+    assert history.steps == [2, 3]
+
+
+def test_the_probe_alone() -> None:
+    images = plane_images()[0]
+    model = Plane()
+    with GradientProbe(model) as probe:
+        adv = images[:1].clone().requires_grad_()
+        torch.autograd.grad(model(adv)[0, 0], adv)
+        model(images[1:4])
+    assert probe.gradient is not None
+    assert probe.gradient.flatten().tolist() == [1, -2, 3, -4]
+    assert (probe.forwards, probe.backwards) == (4, 1)
+    assert not model._forward_pre_hooks
+    stats = probe.stats(examples=2, unit=3.0)
+    assert (float(stats.l_x), stats.forwards, stats.backwards) == (30.0, 2.0, 0.5)
+
+
+def test_lipschitz_lower_bound_by_hand() -> None:
+    """Equation 5: 48 / (4 examples * 2 * 0.1 * 3072 values)."""
+    assert lipschitz_lower_bound(48.0, examples=4, eps=0.1, size=3072) == pytest.approx(12 / 614.4)

@@ -1,0 +1,100 @@
+"""The names of attacks: what is read, how it is spelled, and that nothing is executed."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from deat_rb.attacks.names import parse_attacks, parse_torchattack, split_names, steps_and_restarts
+from deat_rb.utils.errors import DeatError
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("fgsm, pgd-5", ("fgsm", "pgd-5")),
+        ("torchattacks.PGD(steps=5, eps=8/255),fgsm", ("torchattacks.PGD(steps=5, eps=8/255)", "fgsm")),
+        ("torchattacks.Pixle(x_dimensions=(2, 3),restarts=1)", ("torchattacks.Pixle(x_dimensions=(2, 3),restarts=1)",)),
+        ("a),b", ("a)", "b")),
+        ("", ("",)),
+    ],
+)
+def test_commas_inside_parentheses_do_not_divide(text: str, names: tuple[str, ...]) -> None:
+    assert split_names(text) == names
+
+
+@pytest.mark.parametrize(
+    ("given", "spelled"),
+    [
+        ("PGD-050x05", "pgd-50x5"),
+        ("cw-20x1", "cw-20"),
+        ("AutoAttack-Plus", "autoattack-plus"),
+        ("autoattack-rand", "autoattack-rand"),
+        ("Square", "square"),
+        ("noise-Gaussian", "noise-gaussian"),
+        ("torchattacks.MIFGSM", "torchattacks.MIFGSM()"),
+        ("Torchattacks.PGD(steps= 20,eps = 8/255 )", "torchattacks.PGD(steps=20, eps=8/255)"),
+        ("torchattacks.PGD(eps=0.03)", "torchattacks.PGD(eps=0.03)"),
+        ("torchattacks.Pixle(x_dimensions=[2, 3])", "torchattacks.Pixle(x_dimensions=(2, 3))"),
+        ("torchattacks.UPGD(loss='ce', random_start=True)", "torchattacks.UPGD(loss='ce', random_start=True)"),
+    ],
+)
+def test_spelling(given: str, spelled: str) -> None:
+    assert parse_attacks([given]) == ("natural", spelled)
+    assert parse_attacks([spelled]) == ("natural", spelled)
+
+
+def test_parts_of_a_name() -> None:
+    assert steps_and_restarts("pgd-50x5") == ("pgd", 50, 5)
+    assert steps_and_restarts("cw-20") == ("cw", 20, 1)
+
+
+def test_settings_are_the_given_ones_then_the_evaluation_s_then_the_defaults() -> None:
+    settings = parse_torchattack("torchattacks.PGD(steps=3)").settings(eps=0.1, seed=7)
+    assert settings == {"eps": 0.1, "alpha": 2 / 255, "steps": 3, "random_start": True}
+    assert parse_torchattack("torchattacks.PGD(eps=4/255)").settings(eps=0.1)["eps"] == 4 / 255
+    assert parse_torchattack("torchattacks.APGDT").settings(n_classes=4, norm="L2")["n_classes"] == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("pgd-5x0", "attack 'pgd-5x0' never starts; give a number of starts such as pgd-5x5"),
+        ("noise", "there is no attack 'noise': did you mean 'noise-uniform'"),
+        ("torchattacks.mifgsm(steps=2)", "torchattacks.mifgsm does not exist: did you mean 'MIFGSM'"),
+        ("torchattacks.os", "torchattacks.os does not exist"),
+        ("torchattacks.LGV(epochs=1)", "torchattacks.LGV needs more than a model, and so cannot be named here"),
+        ("torchattacks.MultiAttack()", "torchattacks.MultiAttack needs more than a model"),
+        ("torchattacks.PGD(step=2)", "torchattacks.PGD has no argument 'step': did you mean 'steps'"),
+        ("torchattacks.PGD(model=1)", "torchattacks.PGD has no argument 'model'"),
+        ("torchattacks.PGD(2)", "cannot be read: write torchattacks.NAME(argument=value, ...)"),
+        ("torchattacks.PGD(steps=2", "cannot be read"),
+        ("torchattacks.PGD(steps=2).x(eps=1)", "cannot be read"),
+        ("torchattacks.PGD(steps=2)(eps=1)", "cannot be read"),
+        ("torchattacks.PGD(**{'steps': 2})", "write out its arguments in place of **"),
+        ("torchattacks.PGD(steps=2, steps=3)", "gives an argument twice"),
+        ("torchattacks.PGD(eps=1/0)", "has the value 1/0, which is no number, text or fraction"),
+        ("torchattacks.PGD(eps=1e999)", "has eps=inf: give a number that is 0 or more"),
+        ("torchattacks.PGD(eps=-8/255)", "has eps=-0.03137254901960784: give a number that is 0 or more"),
+        ("torchattacks.PGD(steps=0)", "has steps=0: give a number that is 1 or more"),
+        ("torchattacks.PGD(steps=-1)", "has steps=-1: give a number that is 1 or more"),
+        ("torchattacks.Jitter(scale=-1e999)", "has scale=-inf: give a number that is finite"),
+        ("torchattacks.PGD(steps=1" + "0" * 400 + ")", "give a number that is 1 or more"),
+        ("torchattacks.PGD(eps=1" + "0" * 400 + "/3)", "which is no number"),
+        ("torchattacks.PGD(eps=" + "-" * 900 + "1)", "which is no number"),
+        ("torchattacks.PGD(eps=2**9)", "has the value 2**9, which is no number"),
+        ("torchattacks.PGD(eps={'a': 1})", "which is no number"),
+        ("torchattacks.PGD(eps=" + "(" * 300 + ")" * 300 + ")", "cannot be read"),
+    ],
+)
+def test_refusals(given: str, sentence: str) -> None:
+    with pytest.raises(DeatError, match=re.escape(sentence)):
+        parse_attacks([given])
+
+
+def test_nothing_is_executed(capsys: pytest.CaptureFixture[str]) -> None:
+    for value in ("print(1)", "__import__('os').getpid()", "[print(1)]", "(lambda: 1)()"):
+        with pytest.raises(DeatError, match="which is no number, text or fraction"):
+            parse_attacks([f"torchattacks.PGD(steps={value})"])
+    assert capsys.readouterr().out == ""

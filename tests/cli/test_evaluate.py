@@ -1,0 +1,319 @@
+"""`deat-rb eval`: what it writes and prints, the models it takes, and the code it does not run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from torch import nn
+
+from deat_rb.cli import main
+from deat_rb.evaluation.report import Check, Report, json_schema
+from deat_rb.loading import load_model, open_target
+from deat_rb.models.pretrained import load_pretrained, load_zoo_model
+from deat_rb.models.spec import build_model
+from deat_rb.runs.train import train
+from deat_rb.utils import compat
+from deat_rb.utils.errors import DeatError
+
+DOCUMENTED = Path(__file__).parents[2] / "docs" / "schema" / "eval.schema.json"
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def fresh(arch: str, seed: int = 0, **options: Any) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_model(arch, **options).eval()
+
+
+@pytest.fixture
+def described(tmp_path: Path, image_folder: Path) -> list[object]:
+    torch.save(fresh("wrn-10-1", num_classes=4).state_dict(), tmp_path / "weights.pt")
+    return [tmp_path / "weights.pt", "--arch", "wrn-10-1", "--dataset", "folder", "--data-dir", image_folder,
+            "--device", "cpu", "--n-examples", "8", "--json", tmp_path / "report.json"]  # fmt: skip
+
+
+@pytest.fixture
+def verdict_of_checks(monkeypatch: pytest.MonkeyPatch) -> list[Check]:
+    """The checks that a stand-in for `run_checks` finds."""
+    found: list[Check] = []
+    monkeypatch.setattr("deat_rb.evaluation.checks.registry.run_checks", lambda *_, **__: tuple(found))
+    return found
+
+
+@pytest.mark.parametrize(("status", "strict", "code"), [("pass", True, 0), ("warn", False, 0), ("warn", True, 1),
+                                                       ("fail", True, 1)])  # fmt: skip
+def test_checks_and_strict(
+    status: str, strict: bool, code: int, described: list[object], verdict_of_checks: list[Check], tmp_path: Path
+) -> None:
+    verdict_of_checks.append(Check(name="well", status="pass", figure=0.0, sentence="It is."))
+    odd = {"name": "odd", "status": status, "figure": 3.5, "sentence": "3.5 [of] 4."}
+    verdict_of_checks.append(Check.model_validate(odd))
+    verdict_of_checks.append(Check(name="left out", status="pass", figure=5.0, sentence="Five were."))
+    result = run("eval", *described, "--attacks", "fgsm", "--no-page", *(["--strict"] if strict else []))
+    assert result.exit_code == code, result.output
+    lines = result.stdout.splitlines()
+    assert (f"{status}: odd: 3.5 [of] 4." in lines) == (status != "pass")
+    assert "well: It is." not in result.stdout
+    assert f"checks: {1 + (status == 'pass')} of 2 pass, 5 left out" in lines
+    assert [check.name for check in Report.load(tmp_path / "report.json").checks] == ["well", "odd", "left out"]
+
+
+def test_sweep_is_printed_and_drawn(described: list[object], tmp_path: Path) -> None:
+    result = run("eval", *described, "--attacks", "fgsm,torchattacks.PGD(steps=2,alpha=2/255)", "--eps",
+                 "0,8/255,4/255", "--checks", "none", "--no-page")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "accuracy by eps (Linf)" in result.stdout
+    report = Report.load(tmp_path / "report.json")
+    assert report.eps == 8 / 255, "the checkpoint's own"
+    assert len(report.curve) == 3
+    assert (tmp_path / "report-eps.png").read_bytes().startswith(b"\x89PNG")
+    assert result.stdout.splitlines()[-1] == f"written: {tmp_path / 'report.json'}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "report-eps.png", "report-verdicts.safetensors", "report.json", "weights.pt"
+    ]  # fmt: skip
+    assert report.provenance["command"].startswith("deat-rb")
+
+
+def test_all_is_written_or_nothing_and_nothing_is_lost(described: list[object], tmp_path: Path) -> None:
+    flags = ["eval", *described, "--attacks", "fgsm", "--checks", "none"]
+    assert run(*flags, "--seed", 1).exit_code == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert before.keys() == {"report.json", "report.html", "report-verdicts.safetensors", "weights.pt"}
+    (tmp_path / "report.html").unlink()
+    (tmp_path / "report.html").mkdir()
+    refused = run(*flags)
+    assert refused.exit_code == 2
+    assert "report.html: Is a directory" in refused.stderr
+    assert "batches are in" in refused.stderr
+    assert all((tmp_path / name).read_bytes() == was for name, was in before.items() if name != "report.html")
+    (tmp_path / "report.html").rmdir()
+    assert run(*flags, "--resume").exit_code == 0
+    assert Report.load(tmp_path / "report.json").seed == 0
+    assert b"<!DOCTYPE html>" in (tmp_path / "report.html").read_bytes()
+    assert not (tmp_path / "report-state").exists()
+
+
+def test_names_are_not_read_as_markup(described: list[object]) -> None:
+    """Rich takes [/] for the end of a style, and ends with an error where none was begun."""
+    result = run("eval", *described, "--attacks", "torchattacks.UPGD(steps=1,loss='[/]')", "--checks", "none",
+                 "--no-page")  # fmt: skip
+    assert result.exit_code == 2
+    assert "torchattacks.UPGD(steps=1, loss='[/]') cannot be run here" in result.stderr
+
+
+def test_several_have_a_mean_if_it_means_something(tmp_path: Path) -> None:
+    options = {"method": "standard", "arch": "wrn-10-1", "train_size": 20, "val_size": 10, "batch_size": 10,
+               "epochs": 1, "device": "cpu", "precision": "fp32"}  # fmt: skip
+    runs = [train(options | {"eps": eps}, output=tmp_path, name=name)[0].path for name, eps in (("a", 0.1), ("b", 0.2))]
+    flags = ["--attacks", "fgsm", "--n-examples", 5, "--checks", "none", "--no-page", "--device", "cpu"]
+    for stale in ("report.html", "eval-eps.png"):
+        (runs[0] / stale).write_text("of an earlier evaluation")
+    unlike = run("eval", *runs, *flags)
+    assert {path.name for path in runs[0].glob("*e*l*")} & {"report.html", "eval-eps.png", "eval.json"} == {"eval.json"}
+    assert unlike.exit_code == 0, unlike.output
+    assert "±" not in unlike.stdout
+    assert (
+        "note: no mean is taken, as these are not evaluations of the same images within the same eps" in unlike.stdout
+    )
+    assert "±" in run("eval", *runs, *flags, "--eps", "0.1").stdout
+
+
+def test_l2_and_bf16(described: list[object], tmp_path: Path) -> None:
+    result = run("eval", *described, "--attacks", "pgd-2", "--norm", "L2", "--precision", "bf16", "--checks", "none",
+                 "--no-page")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "note: the attacks crafted in bf16" in result.stdout
+    report = Report.load(tmp_path / "report.json")
+    assert (report.norm, report.eps, report.precision) == ("L2", 0.5, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--norm", "L1"], "there is no norm 'L1'"),
+        (["--precision", "fp16"], "there is no precision 'fp16' to evaluate in: did you mean"),
+        (["--checks", "some"], "there is no level of checks 'some'"),
+        (["--eps", "1/255,x"], "'x' is not a number"),
+        (["--attacks", "torchattacks.PDG(steps=3),fgsm"], "torchattacks.PDG does not exist: did you mean 'PGD'"),
+        (["--resume"], "there is no unfinished evaluation in"),
+        (["--strict", "--checks", "none"], "--strict is about the checks, of which --checks none makes none"),
+        (["--model-dir", "zoo"], "--model-dir zoo is for robustbench:NAME"),
+    ],
+)
+def test_refusals(flags: list[str], sentence: str, described: list[object]) -> None:
+    result = run("eval", *described, *flags)
+    assert result.exit_code == 2
+    assert sentence in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_schema_is_the_documented_one() -> None:
+    result = run("eval", "--schema")
+    assert result.exit_code == 0
+    assert result.stdout == json_schema() == DOCUMENTED.read_text(encoding="utf-8")
+    schema = json.loads(result.stdout)
+    assert {"results", "worst_case", "curve", "checks", "model_sha256"} <= schema["properties"].keys()
+    assert schema["additionalProperties"] is False
+
+
+# Models by name.
+
+
+@pytest.fixture
+def zoo(tmp_path: Path) -> tuple[Path, nn.Module]:
+    """RobustBench's Wong2020Fast with weights of chance, at its place."""
+    compat.robustbench()
+    from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+    from robustbench.model_zoo.models import model_dicts
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        entry = model_dicts[BenchmarkDataset.cifar_10][ThreatModel.Linf]["Wong2020Fast"]
+        model: nn.Module = entry["model"]().eval()
+    file = tmp_path / "zoo" / "cifar10" / "Linf" / "Wong2020Fast.pt"
+    file.parent.mkdir(parents=True)
+    torch.save({"state_dict": {f"module.{name}": value for name, value in model.state_dict().items()}}, file)
+    return tmp_path / "zoo", model
+
+
+def test_robustbench_model_from_its_file(zoo: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    folder, model = zoo
+    subject = open_target("robustbench:cifar10/Wong2020Fast", dataset="digits", model_dir=folder)
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(subject.model(images), model(images))
+    assert subject.provenance["weights"] == "Wong2020Fast.pt"
+    assert len(subject.provenance["weights_sha256"]) == 64
+    file = folder / "cifar10" / "Linf" / "Wong2020Fast.pt"
+    torch.save({"state_dict": {"layer.weight": torch.zeros(1)}}, file)
+    with pytest.raises(DeatError, match="does not hold the weights of RobustBench's Wong2020Fast: "):
+        load_zoo_model("Wong2020Fast", dataset="cifar10", model_dir=folder)
+    file.unlink()
+    with pytest.raises(DeatError, match=r"are not at .*Wong2020Fast.pt: fetch them by robustbench.load_model"):
+        load_zoo_model("Wong2020Fast", dataset="cifar10", model_dir=folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "sentence"),
+    [
+        ("Wong2020Fsat", "cifar10", "RobustBench has no Linf model 'Wong2020Fsat' of cifar10: did you mean"),
+        ("Wong2020Fast", "digits", "RobustBench has no data set 'digits'"),
+        ("Diffenderfer2021Winning_LRR_CARD_Deck", "cifar10", "has no Linf model"),
+        ("Chen2020Adversarial", "cifar10", "is made of several files"),
+    ],
+)
+def test_robustbench_refusals(name: str, dataset: str, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(DeatError, match=sentence):
+        load_zoo_model(name, dataset=dataset, model_dir=tmp_path)
+
+
+def test_torchvision_s_own_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.models import get_model
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    net = get_model("squeezenet1_1", weights=None)
+    torch.save(net.state_dict(), tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth")
+    model, size = load_pretrained("torchvision:squeezenet1_1")
+    assert size == (224, 224)
+    images = torch.rand(1, 3, 64, 64)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = net.eval()((images - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1))
+    assert torch.allclose(model(images), expected)
+    with pytest.raises(DeatError, match="torchvision has no model 'resnet19'"):
+        load_pretrained("torchvision:resnet19")
+    with pytest.raises(DeatError, match="timm has no model 'nothing'"):
+        load_pretrained("timm:nothing")
+
+
+MODULE = """
+import pathlib, torch
+pathlib.Path("was_run").touch()
+class Mean(torch.nn.Module):
+    def forward(self, images):
+        return images.mean((2, 3)).repeat(1, 4)
+def trained(): return Mean()
+def broken(): raise OSError("no weights\\nat all")
+def wrong(): return torch.nothing
+def number(): return 3
+def build(num_classes):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, num_classes))
+"""
+
+
+@pytest.fixture
+def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module of somebody else's, on the path."""
+    (tmp_path / "their_networks.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "their_networks", raising=False)
+    return "their_networks"
+
+
+def test_a_function_of_a_module(foreign: str, tmp_path: Path) -> None:
+    target = f"{foreign}:trained"
+    result = run("eval", target, "--dataset", "digits", "--attacks", "natural", "--n-examples", 5, "--checks", "none",
+                 "--device", "cpu")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert open_target(target, dataset="digits").provenance["model"] == target
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "sentence"),
+    [
+        ("their_networks:none", {"dataset": "digits"}, "'their_networks:none' cannot be imported"),
+        ("no_such_module:x", {"dataset": "digits"}, "'no_such_module:x' cannot be imported"),
+        ("their_networks:broken", {"dataset": "digits"}, r"failed \(OSError: no weights\): give a function"),
+        ("their_networks:wrong", {"dataset": "digits"}, r"'their_networks:wrong' failed \(AttributeError: "),
+        ("their_networks:number", {"dataset": "digits"}, "gave a int where a torch.nn.Module is needed"),
+        ("their_networks:trained", {}, "does not say on which data it is to be evaluated: give --dataset"),
+        ("their_networks:trained", {"dataset": "digits", "arch": "wrn-10-1"}, "--arch wrn-10-1 is for checkpoints"),
+        ("robustbench:", {"dataset": "cifar10"}, "RobustBench has no Linf model ''"),
+    ],
+)
+def test_refusals_of_names(target: str, options: dict[str, Any], sentence: str, foreign: str) -> None:
+    with pytest.raises(DeatError, match=sentence):
+        open_target(target, **options)
+
+
+def test_a_run_that_names_code_runs_none_without_leave(foreign: str, tmp_path: Path) -> None:
+    options = {"method": "standard", "arch": f"{foreign}:build", "train_size": 20, "val_size": 10, "batch_size": 10,
+               "epochs": 1, "device": "cpu", "precision": "fp32"}  # fmt: skip
+    path = train(options, output=tmp_path, name="theirs")[0].path
+    (tmp_path / "was_run").unlink()
+    del sys.modules[foreign]
+    for refused in (lambda: load_model(path), lambda: open_target(path)):
+        with pytest.raises(DeatError, match="'their_networks:build', which runs that module's code: allow it by"):
+            refused()
+    flags = ["--attacks", "fgsm", "--n-examples", 5, "--checks", "none", "--no-page", "--device", "cpu"]
+    refusal = run("eval", path, *flags)
+    assert refusal.exit_code == 2
+    assert "--trust-code" in refusal.stderr
+    assert not (tmp_path / "was_run").exists()
+    assert run("eval", path, *flags, "--trust-code").exit_code == 0
+    assert (tmp_path / "was_run").exists()
+    assert not load_model(path, trust_code=True).training
+
+
+def test_an_export_says_its_network_itself(tmp_path: Path) -> None:
+    from deat_rb.robustbench.export import export
+
+    options = {"method": "standard", "arch": "wrn-10-1", "train_size": 20, "val_size": 10, "batch_size": 10,
+               "epochs": 1, "device": "cpu", "precision": "fp32"}  # fmt: skip
+    path = train(options, output=tmp_path, name="run")[0].path
+    exported = export(path, model_name="Wang2021Gradient", output=tmp_path / "out", as_dataset="cifar10")
+    subject = open_target(exported.weights, dataset="digits")
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(subject.model(images), load_model(path)(images))
+    assert subject.provenance["arch"] == "wrn-10-1"
+    with pytest.raises(DeatError, match="does not say its network and data: give --dataset"):
+        open_target(exported.weights)

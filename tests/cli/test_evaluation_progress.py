@@ -1,0 +1,113 @@
+"""What a user sees of an evaluation's progress."""
+
+from __future__ import annotations
+
+import io
+import itertools
+
+import pytest
+from rich.console import Console
+
+from deat_rb.cli.progress import EvaluationProgress
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten seconds pass whenever somebody looks."""
+    ticks = itertools.count(0, 10)
+    monkeypatch.setattr("deat_rb.cli.progress.monotonic", lambda: float(next(ticks)))
+
+
+def lines(*calls: tuple[str, int, int, int], n_examples: int = 400) -> list[str]:
+    out = io.StringIO()
+    with EvaluationProgress(n_examples, Console(file=out, width=40)) as show:
+        for call in calls:
+            show(*call)
+    return out.getvalue().splitlines()
+
+
+@pytest.mark.usefixtures("clock")
+def test_an_attack_ends_with_a_line() -> None:
+    assert lines(("natural", 400, 400, 300)) == ["natural: 400 images, 75.00 % correct, 10.0 s"]
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_long_attack_says_every_half_minute_how_far_it_is() -> None:
+    calls = [("pgd-100", done, 400, done // 2) for done in (80, 160, 240, 320, 400)]
+    # 240 images took 30 s, so 160 more take 20 s.
+    assert lines(*calls) == [
+        "pgd-100: 240 of 400 images, 50.00 % correct so far, 20 s left",
+        "pgd-100: 400 images, 50.00 % correct, 50.0 s",
+    ]
+
+
+@pytest.mark.usefixtures("clock")
+def test_each_attack_has_its_own_time() -> None:
+    assert lines(("natural", 400, 400, 300), ("fgsm", 400, 400, 100)) == [
+        "natural: 400 images, 75.00 % correct, 10.0 s",
+        "fgsm: 400 images, 25.00 % correct, 10.0 s",
+    ]
+
+
+def test_autoattack_counts_the_correct_among_all_examples() -> None:
+    # The part attacks the 50 of 400 that are left, and 40 stay.
+    assert "autoattack/square: 50 images, 10.00 % correct" in lines(("autoattack/square", 50, 50, 40))[0]
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_long_batch_says_how_far_it_is() -> None:
+    out = io.StringIO()
+    with EvaluationProgress(400, Console(file=out, width=40)) as show:
+        for share in (0.0, 0.2, 0.4, 0.6):
+            show.within("autoattack/square", 1, 4, share)
+        show("autoattack/square", 100, 400, 40)
+        for share in (0.0, 0.5):
+            show.within("autoattack/square", 2, 4, share)
+        show.say("a sentence")
+    # The clock began 10 s before the first look. 0.4 of a batch took 30 s, so 3.6 take 270 s; then 1 took 50 s and
+    # half of the next 20 s more, so the other 2.5 take 70 / 1.5 each.
+    assert out.getvalue().splitlines() == [
+        "autoattack/square: batch 1 of 4 at 40%, 270 s left",
+        "autoattack/square: batch 2 of 4 at 0%, 10.00 % correct so far, 180 s left",
+        "a sentence",
+    ]
+
+
+@pytest.mark.usefixtures("clock")
+def test_time_left_after_a_resumption_is_of_what_was_done_since() -> None:
+    out = io.StringIO()
+    with EvaluationProgress(400, Console(file=out, width=40)) as show:
+        for share in (0.0, 0.25, 0.5):
+            show.within("pgd-100", 3, 4, share)
+    assert out.getvalue().splitlines() == ["pgd-100: batch 3 of 4 at 50%, 90 s left"]
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=100, force_terminal=True, force_interactive=True)
+    with EvaluationProgress(8, console) as show:
+        show("fgsm", 4, 8, 1)
+        show._bar.refresh()
+    assert "fgsm" in out.getvalue()
+    assert "4/8" in out.getvalue()
+    assert "25.00 % correct" in out.getvalue()
+
+
+@pytest.mark.parametrize("interactive", [False, True])
+def test_names_are_not_read_as_markup(interactive: bool) -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=100, force_terminal=interactive, force_interactive=interactive)
+    with EvaluationProgress(8, console) as show:
+        show("torchattacks.A(b='[/]')", 8, 8, 2)
+        show.say("continued from 3 batches in runs/[red]x")
+        show._bar.refresh()
+    assert "b='[/]'" in out.getvalue()
+    assert "runs/[red]x" in out.getvalue()
+
+
+def test_the_bar_goes_away_when_interrupted() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, force_interactive=True)
+    show = EvaluationProgress(8, console)
+    with pytest.raises(KeyboardInterrupt), show:
+        raise KeyboardInterrupt
+    assert not show._bar.live.is_started

@@ -1,0 +1,372 @@
+"""What `deat-rb train --resume` takes over from a run, what may be otherwise, and what it refuses by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from children import in_a_child
+from click.testing import CliRunner
+from resumed_runs import Stops
+from small_runs import SMALL, identical
+
+from deat_rb.cli import main
+from deat_rb.data.datasets import load_data
+from deat_rb.methods.stopping import RobustnessDrop
+from deat_rb.runs import plan
+from deat_rb.runs import train as training
+from deat_rb.runs.config import RuntimeConfig, make_options, read_options
+from deat_rb.runs.directory import RunDirectory
+from deat_rb.runs.train import resume, train
+from deat_rb.training.base import Stop
+from deat_rb.training.callbacks import Callback
+from deat_rb.training.metrics import EpochStats
+from deat_rb.utils.distributed import World
+from deat_rb.utils.errors import DeatError, Interrupted
+
+
+@pytest.fixture(autouse=True)
+def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing one takes longer than all of such a run."""
+    monkeypatch.setattr("deat_rb.runs.train.plot_curves", lambda rows, path, title: None)
+
+
+@pytest.fixture(scope="module")
+def stopped_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs")
+    with pytest.raises(Interrupted):
+        train(SMALL, output=path, name="run", reporter=Stops(3))
+    return path / "run"
+
+
+@pytest.fixture
+def stopped(stopped_once: Path, tmp_path: Path) -> Path:
+    """A run of 2 epochs under a cyclic learning rate, interrupted after the first batch of the second."""
+    shutil.copytree(stopped_once, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def edit(run: Path, **changes: Any) -> None:
+    content = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(content | changes))
+
+
+def everything(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"lr": 0.2}, "lr"),
+        ({"epochs": 3}, "epochs"),
+        ({"epochs": 1}, "epochs"),
+        ({"momentum": 0.5, "seed": 3}, "momentum, seed"),
+        ({"lr_schedule": "flat"}, "lr_schedule"),
+        ({"lr_epochs": 7}, "lr_epochs"),
+        ({"batch_size": 16}, "batch_size"),
+        ({"method": "pgd-2"}, "method"),
+        ({"heed_stop": False}, "heed_stop"),
+        ({"data_fingerprint": "0"}, "data_fingerprint"),
+        ({"select": "best"}, "select"),
+    ],
+)
+def test_a_configuration_that_was_edited_is_refused_by_name(change: dict[str, Any], named: str, stopped: Path) -> None:
+    edit(stopped, **change)
+    before = everything(stopped)
+    with pytest.raises(DeatError, match=f"config.json was changed after the run had begun, in {named}; put back"):
+        resume(stopped, {}, trust_code=True)
+    assert everything(stopped) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": 0.2}, "--lr = 0.2 differs from the run's 0.1; start a new run for it"),
+        ({"method": "pgd-2"}, "--method = pgd-2 differs from the run's pgd-1"),
+        ({"dataset": "cifar10"}, "--dataset = cifar10 differs from the run's digits"),
+        ({"train_size": 70}, "--train-size = 70 differs from the run's 64"),
+        ({"arch": "wrn-10-1"}, "--arch = wrn-10-1 differs from the run's training_problems:network"),
+        ({"precision": "bf16"}, "--precision = bf16 differs from the run's fp32"),
+        ({"seed": 1}, "--seed = 1 differs from the run's 0"),
+        ({"sync_bn": True}, "--sync-bn = True differs from the run's False"),
+        ({"compiled": True}, "--compiled = True differs from the run's False"),
+        ({"epochs": 3}, "--epochs = 3 differs from the run's 2, and a cyclic learning rate, .*, cannot be prolonged"),
+        ({"epochs": 1}, "--epochs = 1 is less than the run's 2; start a new run for it"),
+        ({"init_from": "w.pt"}, "--init-from = .*w.pt differs from the run's None"),
+    ],
+)
+def test_an_option_that_changes_the_run_is_refused_by_name(change: dict[str, Any], message: str, stopped: Path) -> None:
+    before = everything(stopped)
+    with pytest.raises(DeatError, match=message):
+        resume(stopped, change, trust_code=True)
+    assert everything(stopped) == before
+
+
+def test_a_run_shorter_than_it_was_to_be_is_no_matter_of_cycles(tmp_path: Path) -> None:
+    run, _ = train({**SMALL, "lr_schedule": "flat"}, output=tmp_path)
+    with pytest.raises(DeatError) as refusal:
+        resume(run.path, {"epochs": 1}, trust_code=True)
+    assert str(refusal.value) == "--epochs = 1 is less than the run's 2; start a new run for it"
+
+
+def test_options_as_they_were_and_another_place_of_data_and_device_are_accepted(stopped: Path, tmp_path: Path) -> None:
+    edit(stopped, device="auto")
+    changes = {"method": "PGD-1", "lr": 0.1, "epochs": 2, "on_nonfinite": "skip", "device": "cpu"}
+    run, history = resume(stopped, changes, trust_code=True)
+    assert len(history.rows) == 2
+    assert (run.config.on_nonfinite, run.config.device) == ("skip", "cpu")
+    assert RunDirectory.open(stopped).config == run.config
+    whole, _ = train(SMALL, output=tmp_path, name="whole")
+    assert identical(run, whole)
+
+
+def test_other_versions_are_told_and_used(stopped: Path) -> None:
+    versions = json.loads((stopped / "config.json").read_text())["versions"]
+    edit(stopped, versions={**versions, "torch": "1.0"})
+    reporter = Stops(10**6)
+    _, history = resume(stopped, {}, reporter=reporter, trust_code=True)
+    assert reporter.warnings == [f"torch is {versions['torch']} here, and the run began with 1.0"]
+    assert len(history.rows) == 2
+
+
+def test_data_that_have_changed_are_refused_as_data(image_folder: Path, tmp_path: Path) -> None:
+    """Also where there are now too few of them, or others' classes, for the rest of the configuration."""
+    data = tmp_path / "data"
+    shutil.copytree(image_folder, data)
+    options = {**SMALL, "dataset": "folder", "data_dir": str(data), "train_size": 40, "val_size": 8, "batch_size": 20}
+    run, _ = train({**options, "lr_schedule": "flat"}, output=tmp_path)
+    changes: dict[str, list[Path]] = {
+        "an image fewer": [next((data / "train" / "blue").iterdir())],
+        "a class fewer": [data / "train" / "red", data / "test" / "red"],
+    }
+    for change in changes.values():
+        for path in change:
+            path.rename(tmp_path / f"{path.parent.name}-{path.name}")
+        with pytest.raises(DeatError, match=r"^the data of folder are not those of the run; start a new run for them$"):
+            resume(run.path, {"epochs": 3}, trust_code=True)
+
+
+def test_a_folder_may_lie_elsewhere_and_that_is_recorded(image_folder: Path, tmp_path: Path) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    shutil.copytree(image_folder, there)
+    options = {**SMALL, "dataset": "folder", "data_dir": str(there), "train_size": 40, "val_size": 8, "batch_size": 20}
+    run, _ = train({**options, "lr_schedule": "flat"}, output=tmp_path / "runs", memory_limit=1)
+    there.rename(here)
+    resumed, history = resume(run.path, {"data_dir": str(here), "epochs": 3}, trust_code=True)
+    assert len(history.rows) == 3
+    assert (resumed.config.data_dir, resumed.config.conduct.memory_limit) == (str(here), 1)
+    resume(run.path, {}, trust_code=True)
+
+
+def test_the_weights_it_began_with_are_not_needed_again(tmp_path: Path) -> None:
+    weights = train({**SMALL, "epochs": 1}, output=tmp_path, name="first")[0].path / "last.safetensors"
+    begun = {**SMALL, "init_from": str(weights)}
+    whole, _ = train(begun, output=tmp_path, name="whole")
+    with pytest.raises(Interrupted, match="keeps 0 of 2 epochs and 1 batches"):
+        train(begun, output=tmp_path, name="run", reporter=Stops(1))
+    weights.unlink()
+    run, _ = resume(tmp_path / "run", {}, trust_code=True)
+    assert identical(run, whole)
+
+
+def test_the_beginning_is_a_checkpoint(tmp_path: Path) -> None:
+    """So that what a run began with is known from then on, and a configuration edited in the first epoch is noticed."""
+
+    class Dies(Callback):
+        def on_batch_end(self, sums: Any) -> None:
+            raise SystemExit
+
+    with pytest.raises(SystemExit):
+        train(SMALL, output=tmp_path, name="run", reporter=Dies())
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["00000001.safetensors"]
+    edit(tmp_path / "run", lr=0.3)
+    with pytest.raises(DeatError, match="was changed after the run had begun, in lr"):
+        resume(tmp_path / "run", {}, trust_code=True)
+
+
+def test_how_a_run_is_carried_out_is_remembered_unless_given_anew(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    with pytest.raises(Interrupted):
+        train(SMALL, output=tmp_path, name="run", reporter=Stops(3), save_every=7, track=["tensorboard"])
+    assert RunDirectory.open(tmp_path / "run").config.conduct == RuntimeConfig(save_every=7, track=("tensorboard",))
+    run, _ = resume(tmp_path / "run", {}, save_every=3, trust_code=True)
+    assert RunDirectory.open(run.path).config.conduct == RuntimeConfig(save_every=3, track=("tensorboard",))
+    assert steps_told(run) == [1, 2]
+    with pytest.raises(DeatError, match="--save-every = 0 cannot be used: it should be greater than 0"):
+        resume(run.path, {}, save_every=0, trust_code=True)
+
+
+def steps_told(run: RunDirectory) -> list[int]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    told: list[int] = []
+    for folder in sorted({path.parent for path in (run.path / "tensorboard").rglob("events*")}):
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        if "l_x" in events.Tags()["scalars"]:
+            told += [event.step for event in events.Scalars("l_x")]
+    return sorted(told)
+
+
+def test_under_milestones_more_epochs_go_on_with_the_rate_as_it_was(tmp_path: Path) -> None:
+    """Of 4 epochs at 0.1 the third has 0.01 (after 1/2) and the last batch 0.001 (after 4/5)."""
+    options = {**SMALL, "lr_schedule": "multistep", "epochs": 4}
+    run, history = train(options, output=tmp_path, name="run")
+    rates = [row.lr for row in history.rows]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001])
+    for epochs, before in ((6, 4), (7, 6)):
+        reporter = Stops(10**6)
+        run, history = resume(run.path, {"epochs": epochs}, reporter=reporter, trust_code=True)
+        assert reporter.warnings == [
+            f"the run goes on to {epochs} epochs, where it was to have {before}; its learning rate stays laid out for 4"
+        ]
+        assert [row.lr for row in history.rows] == pytest.approx(rates + [0.001] * (epochs - 4))
+    kept = {path.name: json.loads(path.read_text())["epochs"] for path in run.path.glob("config*.json")}
+    assert kept == {"config.json": 7, "config-4-epochs.json": 4, "config-6-epochs.json": 6}
+    again, _ = train(read_options(run.path / "config.json"), output=tmp_path, name="again")
+    assert identical(run, again)
+
+
+def test_a_run_prolonged_and_killed_before_the_next_checkpoint_goes_on(tmp_path: Path) -> None:
+    run, _ = train({**SMALL, "lr_schedule": "multistep"}, output=tmp_path, name="run")
+    edit(run.path, epochs=3, lr_epochs=2)
+    reporter = Stops(10**6)
+    assert len(resume(run.path, {}, reporter=reporter, trust_code=True)[1].rows) == 3
+    edit(run.path, epochs=4, lr_epochs=4)
+    with pytest.raises(DeatError, match="was changed after the run had begun, in epochs, lr_epochs"):
+        resume(run.path, {}, trust_code=True)
+
+
+def test_a_run_that_its_rule_has_ended_is_not_prolonged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(rule: RobustnessDrop, stats: EpochStats) -> Stop:
+        return Stop("the test says so", keep=stats.epoch)
+
+    monkeypatch.setattr(RobustnessDrop, "update", stop)
+    run, history = train({**SMALL, "method": "u-fgsm", "lr_schedule": "flat"}, output=tmp_path)
+    assert len(history.rows) == 1
+    with pytest.raises(DeatError, match=r"--epochs = 3 does not prolong a run that its rule has ended .the test says"):
+        resume(run.path, {"epochs": 3}, trust_code=True)
+    assert len(resume(run.path, {}, trust_code=True)[1].rows) == 1
+
+
+def test_a_configuration_is_held_against_the_newest_checkpoint_that_is_whole(stopped: Path) -> None:
+    """The bit that was flipped is in the configuration that the checkpoint holds."""
+    newest = sorted((stopped / "checkpoints").iterdir())[-1]
+    content = newest.read_bytes()
+    assert content.count(rb"\"momentum\": 0.9") == 1
+    newest.write_bytes(content.replace(rb"\"momentum\": 0.9", rb"\"momentum\": 0.8"))
+    reporter = Stops(10**6)
+    assert len(resume(stopped, {}, reporter=reporter, trust_code=True)[1].rows) == 2
+    assert len(reporter.warnings) == 1
+    assert f"{newest} is damaged (its checksum does not fit); the one before it is used" in reporter.warnings[0]
+
+
+def test_milestones_are_a_multistep_rate_s() -> None:
+    with pytest.raises(DeatError, match=r"--lr-epochs = 3 lays out the milestones of a multistep .* one is cyclic"):
+        plan.plan(make_options({**SMALL, "lr_epochs": 3}))
+
+
+def test_a_link_in_a_run_is_refused_before_anything_is_read_or_written(stopped: Path, tmp_path: Path) -> None:
+    (stopped / "metrics.jsonl").rename(tmp_path / "metrics.jsonl")
+    (stopped / "metrics.jsonl").symlink_to(tmp_path / "metrics.jsonl")
+    before = everything(tmp_path)
+    with pytest.raises(DeatError, match=r"metrics\.jsonl is a link or a special file"):
+        resume(stopped, {}, trust_code=True)
+    assert everything(tmp_path) == before
+
+
+def test_two_processes_on_one_run(stopped: Path) -> None:
+    """The second is refused before it loads data, whatever becomes of the first one's files meanwhile."""
+
+    def second() -> None:
+        with pytest.raises(DeatError, match=f"another process is training in {stopped}; wait for it or end it"):
+            resume(stopped, {}, trust_code=True)
+
+    with RunDirectory.open(stopped).locked():
+        assert in_a_child(second)
+    assert len(resume(stopped, {}, trust_code=True)[1].rows) == 2
+
+
+def test_all_processes_hear_that_another_one_is_training(stopped: Path) -> None:
+    """The lock is process 0's, and its refusal has to come to all of them."""
+
+    class Second(World):
+        def on_main(self, action: Any) -> Any:
+            raise DeatError("another process is training")  # what process 0 has broadcast
+
+    with pytest.raises(DeatError, match="another process"), training._alone(RunDirectory.open(stopped), Second(1, 2)):
+        pass
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_ctrl_c_outside_of_an_epoch_says_what_is_kept(
+    begun: bool, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deat_rb.runs.train.plot_curves" if begun else "deat_rb.runs.plan.load_data", interrupt)
+    with pytest.raises(Interrupted) as interrupted:
+        resume(stopped, {}, trust_code=True)
+    assert interrupted.value.kept == (
+        f"{stopped} keeps what it had; deat-rb train --resume {stopped} goes on from there"
+    )
+
+
+def test_a_full_disk_is_not_masked_by_what_comes_after(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("deat_rb.utils.files._write_synced", full)
+    monkeypatch.setattr("deat_rb.runs.train.plot_curves", lambda rows, path, title: full(path, b""))
+    reporter = Stops(10**6)
+    with pytest.raises(DeatError, match=r"No space left .*run keeps 1 of 2 epochs and 1 batches of the next; deat-rb"):
+        resume(stopped, {}, reporter=reporter, trust_code=True)
+    assert [warning.partition(":")[0] for warning in reporter.warnings] == [
+        "the curves and the trackers are not complete"
+    ]
+
+
+def test_refusals_come_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DeatError, match="--sync-bn needs GPUs"):
+        train({**SMALL, "sync_bn": True}, output=tmp_path / "runs")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DeatError, match="--device cuda:1 is one device for all of the 2 processes; leave it out"):
+        train({**SMALL, "device": "cuda:1"}, output=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def command(*arguments: object) -> str:
+    result = CliRunner().invoke(main, ["train", *map(str, arguments)])
+    assert result.exit_code == 2, result.output
+    return result.stderr.splitlines()[-1]
+
+
+def test_flags_that_exclude_each_other(stopped: Path) -> None:
+    assert command("--seeds", "1,2", "--seed", 3) == "Error: --seed 3 and --seeds 1,2 exclude each other; give one"
+    for flags in (["--name", "x"], ["--seeds", "1,2"], ["--dry-run"], ["--config", stopped / "config.json"]):
+        assert "--resume goes on with a run as it is: leave out" in command("--resume", stopped, *flags)
+    assert "needs --trust-code" in command("--resume", stopped) or "trust" in command("--resume", stopped)
+    assert command("--resume", stopped.parent).endswith("is not a run directory: it has no config.json")
+
+
+def test_ranks_load_data_one_machine_s_first_process_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Watched(World):
+        def local_main_first(self, action: Any) -> Any:
+            asked.append("first")
+            return action()
+
+    def loaded(*arguments: Any, **options: Any) -> Any:
+        asked.append("load")
+        return load_data(*arguments, **options)
+
+    monkeypatch.setattr(plan, "world", lambda cpu: Watched())
+    monkeypatch.setattr(plan, "load_data", loaded)
+    plan.plan(make_options(SMALL))
+    assert asked == ["first", "load"]

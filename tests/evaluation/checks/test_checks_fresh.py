@@ -1,0 +1,28 @@
+"""Networks that hide their weakness from PGD, each in a way of its own, and what the checks make of them.
+
+Every mask is put over one honest network and keeps its classes, or nearly: the honest one's figures are the truth.
+"""
+
+from __future__ import annotations
+
+import pytest
+from fresh_masks import (
+    MASKED,
+    flagged,
+    report_of,
+)
+
+
+def test_the_honest_network_is_neither_robust_nor_suspect() -> None:
+    report = report_of("none", "quick")
+    assert report.results["natural"].accuracy > 0.9
+    assert report.results["pgd-20"].accuracy < 0.3
+    assert flagged(report) == {}
+
+
+@pytest.mark.parametrize(("mask", "level", "name", "hidden"), MASKED)
+def test_masked_network_looks_robust_and_is_flagged(mask: str, level: str, name: str, hidden: float) -> None:
+    report, truth = report_of(mask, level), report_of("none", "quick")
+    assert report.results["natural"].accuracy > 0.9
+    assert report.results["pgd-20"].accuracy > truth.results["pgd-20"].accuracy + hidden
+    assert flagged(report).get(name) == "fail", [(check.name, check.figure) for check in report.checks]

@@ -1,0 +1,184 @@
+"""Comparisons: McNemar's figures against scipy's, and refusals of what is not comparable."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from scipy.stats import binomtest
+
+from deat_rb.cli import main
+from deat_rb.evaluation.compare import compare, load_reports
+from deat_rb.evaluation.report import AttackResult, Report
+from deat_rb.evaluation.statistics import mcnemar
+from deat_rb.utils.errors import DeatError
+
+
+def report_of(fields: dict[str, Any] | None = None, /, **correct: str) -> Report:
+    """A report whose verdicts are written as 1s and 0s."""
+    verdicts = {name: torch.tensor([digit == "1" for digit in digits]) for name, digits in correct.items()}
+    results = [AttackResult.of(name, each, seconds=1.0, forwards=1, backwards=1) for name, each in verdicts.items()]
+    known: dict[str, Any] = {"eps": 8 / 255, "num_classes": 10, "seed": 0, "batch_size": 4, "device": "cpu",
+                             "versions": {}, "provenance": {"data_sha256": "abc"}}  # fmt: skip
+    return Report.of(results, verdicts, **{**known, **(fields or {})})
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["compare", *map(str, arguments)])
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """Two evaluations of eight images."""
+    for name, report in {
+        "one": report_of(natural="11111110", fgsm="11111000", pgd="11110000"),
+        "two": report_of(natural="11111111", fgsm="11000001", cw="11000000"),
+    }.items():
+        (tmp_path / name).mkdir()
+        report.save(tmp_path / name)
+    return [tmp_path / "one", tmp_path / "two"]
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (1, 0), (0, 6), (3, 1), (5, 5), (12, 25), (400, 330)])
+def test_mcnemar_is_the_binomial_test(first: int, second: int) -> None:
+    expected = binomtest(first, first + second).pvalue if first + second else 1.0
+    assert mcnemar(first, second) == pytest.approx(expected)
+
+
+def test_mcnemar_by_hand() -> None:
+    assert mcnemar(0, 5) == 2 / 32
+    assert mcnemar(1, 4) == 2 * 6 / 32
+
+
+def test_differences_are_counted_example_by_example() -> None:
+    one = report_of(natural="11111111", fgsm="11111000", pgd="11110000")
+    two = report_of(natural="11111111", fgsm="10000111", pgd="00001111")
+    found = compare([("one", one), ("two", two)])
+    by_attack = {each.attack: each for each in found.differences}
+    assert list(by_attack) == ["natural", "fgsm", "pgd", "worst case"]
+    fgsm = by_attack["fgsm"]
+    assert (fgsm.first, fgsm.second, fgsm.n_examples) == ("one", "two", 8)
+    assert (fgsm.only_first, fgsm.only_second, fgsm.points) == (4, 3, -12.5)
+    assert fgsm.p_value == 1.0
+    worst = by_attack["worst case"]
+    # one: 1111 0000; two: 0000 0111.
+    assert (worst.only_first, worst.only_second, worst.points) == (4, 3, -12.5)
+    assert by_attack["natural"].p_value == 1.0
+
+
+def test_the_worst_case_is_of_the_attacks_that_all_have() -> None:
+    one = report_of(natural="1111", fgsm="1110", pgd="1100", cw="0000")
+    two = report_of(natural="1111", fgsm="1111", pgd="1111")
+    three = report_of(natural="1111", fgsm="1111", pgd="0111")
+    found = compare([("one", one), ("two", two), ("three", three)])
+    assert found.accuracy["one"] == {"natural": 1, "fgsm": 0.75, "pgd": 0.5, "cw": 0, "worst case": 0.5}
+    assert [each.second for each in found.differences if each.attack == "pgd"] == ["two", "three"]
+    assert {each.first for each in found.differences} == {"one"}
+
+
+def test_names_are_made_different() -> None:
+    report = report_of(natural="11")
+    assert list(compare([("a", report), ("a", report), ("b", report), ("a", report)]).accuracy) == [
+        "a", "a (2)", "b", "a (3)",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "correct", "message"),
+    [
+        ({"eps": 4 / 255}, "1111", "their eps is 0.0313.* and 0.0156.*; evaluate them alike$"),
+        ({"norm": "L2"}, "1111", "their norm is Linf and L2"),
+        ({"num_classes": 100}, "1111", "their number of classes is 10 and 100"),
+        ({}, "111", "their number of examples is 4 and 3"),
+        ({"provenance": {"data_sha256": "def"}}, "1111", "they were evaluated on different images$"),
+        ({"provenance": {}}, "1111", "a and b do not both say on which images they were evaluated"),
+    ],
+)
+def test_what_is_not_of_the_same_examples_is_refused(changed: dict[str, Any], correct: str, message: str) -> None:
+    with pytest.raises(DeatError, match=message):
+        compare([("a", report_of(natural="1111")), ("b", report_of(changed, natural=correct))])
+
+
+def test_the_examples_themselves_decide_where_they_are_known() -> None:
+    """Runs on the same data can have been evaluated on other examples of it, and the other way round."""
+    same, other = ({"examples_sha256": digest, "provenance": {"data_sha256": digest}} for digest in ("12", "34"))
+    are_comparable = {**other, "examples_sha256": "12"}
+    assert compare([("a", report_of(same, natural="11")), ("b", report_of(are_comparable, natural="11"))])
+    with pytest.raises(DeatError, match="different images"):
+        compare([("a", report_of(same, natural="11")), ("b", report_of(other, natural="11"))])
+
+
+def test_upper_bounds_are_called_so(tmp_path: Path) -> None:
+    for name, precision in (("[a]", "fp32"), ("[b]", "bf16")):
+        (tmp_path / name).mkdir()
+        report_of({"precision": precision}, natural="11", fgsm="10").save(tmp_path / name)
+    assert compare(load_reports([tmp_path / "[a]"] * 2)).notes == ()
+    result = run(tmp_path / "[a]", tmp_path / "[b]")
+    assert "note: [b] was attacked in bf16: its robust accuracies are upper bounds" in result.stdout
+
+
+def test_one_is_not_enough() -> None:
+    with pytest.raises(DeatError, match=r"^1 evaluation cannot be compared; give two or more$"):
+        compare([("a", report_of(natural="11"))])
+
+
+def test_verdicts_are_needed(runs: list[Path]) -> None:
+    (runs[1] / "eval-verdicts.safetensors").unlink()
+    with pytest.raises(DeatError, match=r"^two has no verdicts on its examples beside its eval\.json"):
+        compare(load_reports(runs))
+
+
+def test_the_command_shows_both_tables(runs: list[Path]) -> None:
+    result = run(*runs)
+    assert result.exit_code == 0, result.output
+    rows = [line.replace("│", " ").split() for line in result.output.splitlines()]
+    assert ["fgsm", "62.50", "%", "37.50", "%"] in rows
+    assert ["pgd", "50.00", "%", "-"] in rows
+    assert ["cw", "-", "25.00", "%"] in rows
+    assert ["two", "fgsm", "-25.00", "points", "1", "3", "0.62"] in rows
+
+
+def test_the_command_writes_json(runs: list[Path]) -> None:
+    content = json.loads(run(*runs, "--json").output)
+    assert content["accuracy"]["two"]["cw"] == 0.25
+    assert content["differences"][1] == {
+        "attack": "fgsm", "first": "one", "second": "two", "n_examples": 8, "points": -25.0, "only_first": 3,
+        "only_second": 1, "p_value": 0.625,
+    }  # fmt: skip
+
+
+def test_reports_can_be_given_as_files(runs: list[Path]) -> None:
+    assert [name for name, _ in load_reports([runs[0] / "eval.json", runs[1]])] == [str(runs[0] / "eval.json"), "two"]
+
+
+def test_a_name_that_is_no_utf8_becomes_text(tmp_path: Path) -> None:
+    run_path = tmp_path / "a\udcff"
+    run_path.mkdir()
+    report_of(natural="11").save(run_path)
+    content = json.loads(run(run_path, run_path, "--json").output)
+    assert list(content["accuracy"]) == ["a\ufffd", "a\ufffd (2)"]
+
+
+def test_the_command_refuses_in_one_sentence(runs: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "three").mkdir()
+    for arguments, message in (
+        ([runs[0]], "1 evaluation cannot be compared; give two or more"),
+        ([runs[0], tmp_path / "three"], f"{tmp_path / 'three'} has not been evaluated"),
+        ([runs[0], tmp_path / "four.json"], f"{tmp_path / 'four.json'} does not exist"),
+    ):
+        result = run(*arguments)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_a_name_is_not_read_as_markup(tmp_path: Path) -> None:
+    for name in ("[red]a", "[/b]"):
+        report_of(natural="11").save(tmp_path / f"{len(name)}.json")
+    found = compare([("[red]a", report_of(natural="11")), ("[/b]", report_of(natural="11"))])
+    header = [column.header for column in found.table().columns]
+    assert [str(each) for each in header] == ["attack", r"\[red]a", r"\[/b]"]

@@ -1,0 +1,354 @@
+"""The evaluation: verdicts known on paper, early leaving, accounts, non-mutation, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_problems import Plane, batch_for, plain_pgd, plane_images, small_network
+from torch import Tensor, nn
+
+from deat_rb.attacks.functional import uniform_start
+from deat_rb.attacks.names import parse_attacks
+from deat_rb.evaluation.evaluate import evaluate
+from deat_rb.training.validation import validate
+from deat_rb.utils import seeding
+from deat_rb.utils.errors import DeatError
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Sequential:
+    return small_network()
+
+
+@pytest.fixture(scope="module")
+def batch(network: nn.Sequential) -> tuple[Tensor, Tensor]:
+    return batch_for(network)
+
+
+@pytest.mark.parametrize("attack", ["fgsm", "pgd-12", "cw-12", "autoattack"])
+def test_linear_model_breaks_exactly_where_paper_says(attack: str) -> None:
+    images, labels, robust = plane_images()
+    report = evaluate(Plane(), images, labels, attacks=attack, eps=0.1, batch_size=3)
+    assert report.verdicts["natural"].tolist() == [True] * 5 + [False] + [True] * 2
+    assert report.verdicts[attack].tolist() == robust.tolist()
+    assert report.results[attack].n_correct == 3
+
+
+def test_one_small_step_finds_less_than_many() -> None:
+    images, labels, robust = plane_images()
+    report = evaluate(Plane(), images, labels, attacks=("pgd-1", "pgd-12"), eps=0.1)
+    # A start anywhere in the ball and one step of eps / 4 reaches the corner of no example but by luck.
+    assert report.results["pgd-1"].n_correct > report.results["pgd-12"].n_correct == int(robust.sum())
+
+
+@pytest.mark.parametrize("name", ["pgd-10", "cw-10"])
+def test_leaving_early_changes_no_verdict(network: nn.Sequential, batch: tuple[Tensor, Tensor], name: str) -> None:
+    images, labels = batch
+    eps = 0.04
+    report = evaluate(network, images, labels, attacks=name, eps=eps, batch_size=48, seed=7)
+    start = uniform_start(images, eps, seeding.generator(7, "evaluate", name, 0))
+    first = plain_pgd(network, images, labels, start, eps, eps / 4, 10, margin=name.startswith("cw"))
+    expected = report.verdicts["natural"] & (first > 10)
+    assert report.verdicts[name].tolist() == expected.tolist()
+    attacked = first[report.verdicts["natural"]]
+    assert len(set(attacked.tolist()) - {0, 11}) >= 3, "examples should break at several steps"
+    assert (attacked == 11).any()
+
+
+def test_verdicts_do_not_depend_on_who_else_is_correct(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    other = labels.clone()
+    other[1] = (other[1] + 1) % 5  # one more that is wrong without an attack, and so is not attacked
+    before = evaluate(network, images, labels, attacks="pgd-5", eps=0.04, batch_size=16).verdicts["pgd-5"]
+    after = evaluate(network, images, other, attacks="pgd-5", eps=0.04, batch_size=16).verdicts["pgd-5"]
+    rest = torch.arange(len(images)) != 1
+    assert torch.equal(before[rest], after[rest])
+
+
+def test_report_accounts(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    calls: list[tuple[str, int, int, int]] = []
+    report = evaluate(
+        network,
+        images,
+        labels,
+        attacks="cw-3, FGSM,cw-3,pgd-4",
+        eps=0.04,
+        batch_size=20,
+        seed=1,
+        progress=lambda *now: calls.append(now),
+    )
+    assert list(report.results) == list(report.verdicts) == ["natural", "cw-3", "fgsm", "pgd-4"]
+    natural, single = report.results["natural"], report.results["fgsm"]
+    assert (natural.n_correct, natural.n_examples, natural.accuracy) == (40, 48, 40 / 48)
+    assert (natural.forwards, natural.backwards) == (48, 0)
+    assert (single.forwards, single.backwards) == (80, 40)
+    together = report.verdicts["natural"].clone()
+    for verdict in report.verdicts.values():
+        assert verdict.shape == (48,)
+        assert verdict.dtype == torch.bool
+        together &= verdict
+    assert report.worst_case.n_correct == int(together.sum())
+    assert report.worst_case.n_correct <= min(result.n_correct for result in report.results.values())
+    assert report.worst_case.forwards == sum(result.forwards for result in report.results.values())
+    assert report.results["pgd-4"].parameters == {
+        "eps": 0.04,
+        "alpha": 0.01,
+        "steps": 4,
+        "loss": "ce",
+        "start": "uniform",
+    }
+    assert (report.num_classes, report.batch_size, report.seed, report.device) == (5, 20, 1, "cpu")
+    assert report.versions["torch"] == torch.__version__.partition("+")[0]
+    assert [call[1] for call in calls if call[0] == "pgd-4"] == [20, 40, 48]
+    assert calls[-1] == ("pgd-4", 48, 48, report.results["pgd-4"].n_correct)
+
+
+def test_step_is_two_255ths_at_eight() -> None:
+    images, labels, _ = plane_images()
+    report = evaluate(Plane(), images, labels, attacks=("pgd-1", "cw-1"))
+    assert report.results["pgd-1"].parameters["alpha"] == 2 / 255
+    assert report.results["cw-1"].parameters["alpha"] == 2 / 255
+    assert report.results["cw-1"].parameters["loss"] == "margin"
+
+
+def test_validate_is_the_same_attack(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
+    report = evaluate(network, *batch, attacks="pgd-6", eps=0.04, batch_size=16, seed=4)
+    assert validate(network, *batch, eps=0.04, steps=6, batch_size=16, seed=4)[:2] == (
+        report.results["natural"].accuracy,
+        report.results["pgd-6"].accuracy,
+    )
+    # A step that cannot move anything leaves the start alone, which breaks fewer.
+    assert validate(network, *batch, eps=0.04, steps=6, alpha=1e-9, batch_size=16, seed=4)[1] > (
+        report.results["pgd-6"].accuracy
+    )
+
+
+class Fragile(nn.Module):
+    """Raises at its third call with a gradient."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += torch.is_grad_enabled()
+        if self.calls == 3:
+            raise RuntimeError("out of memory")
+        logits: Tensor = self.inner(images)
+        return logits
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_evaluating_changes_nothing(batch: tuple[Tensor, Tensor], network: nn.Sequential, fails: bool) -> None:
+    model = nn.Sequential(copy.deepcopy(network), nn.BatchNorm1d(5), nn.Dropout(0.5))
+    images, labels = batch
+    model.train()
+    frozen = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d)).eval()
+    frozen.bias.requires_grad_(False)
+    torch.autograd.backward(nn.functional.cross_entropy(model(images), labels))
+    modes = [module.training for module in model.modules()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    required = [p.requires_grad for p in model.parameters()]
+    random_state = torch.get_rng_state()
+    attacked = Fragile(model) if fails else model
+    if fails:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            evaluate(attacked, images, labels, attacks="pgd-5,autoattack", eps=0.1)
+    else:
+        evaluate(attacked, images, labels, attacks="fgsm,pgd-5,cw-5,autoattack", eps=0.1)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert [p.requires_grad for p in model.parameters()] == required
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert (parameter.grad is None) == (gradient is None)
+        assert gradient is None or torch.equal(torch.as_tensor(parameter.grad), gradient)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_model_is_evaluated_in_eval_mode(batch: tuple[Tensor, Tensor], network: nn.Sequential) -> None:
+    images, labels = batch
+    expected = evaluate(network, images, labels, attacks="pgd-3", eps=0.04).verdicts
+    network.train()
+    found = evaluate(network, images, labels, attacks="pgd-3", eps=0.04).verdicts
+    network.eval()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ("fgsm", ("natural", "fgsm")),
+        ("natural", ("natural",)),
+        ((), ("natural",)),
+        (" FGSM, PGD-050 ,AutoAttack,fgsm", ("natural", "fgsm", "pgd-50", "autoattack")),
+        (("cw-7", "natural"), ("natural", "cw-7")),
+    ],
+)
+def test_parse_attacks(given: str | tuple[str, ...], names: tuple[str, ...]) -> None:
+    assert parse_attacks(given) == names
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("pdg-100", "no attack 'pdg-100': did you mean 'pgd-100'"),
+        ("pgd", "did you mean 'pgd-100'"),
+        ("cw", "did you mean 'cw-20'"),
+        ("auto-attack", "did you mean 'autoattack'"),
+        ("pgd-0", "'pgd-0' takes no step; give a number of steps such as pgd-20"),
+        ("fgsm,", "no attack ''"),
+        ("pgd--5", "no attack 'pgd--5'"),
+    ],
+)
+def test_unknown_attacks_are_refused(given: str, message: str) -> None:
+    with pytest.raises(DeatError, match=message):
+        parse_attacks(given)
+
+
+def bad_input() -> Iterator[tuple[str, dict[str, object], str]]:
+    images, labels, _ = plane_images()
+    yield "range", {"images": images * 3 - 1}, "normalisation"
+    yield "bytes", {"images": (images * 255).byte()}, "255"
+    yield "nan", {"images": images / 0 * 0}, "NaN"
+    yield "label", {"labels": labels + 1}, "label 2 is out of range"
+    yield "count", {"labels": labels[:3]}, "8 images have 3 labels"
+    yield "eps negative", {"eps": -0.1}, "eps = -0.1 is outside"
+    yield "eps text", {"eps": "8 px"}, "'8 px' is not a number"
+    yield "eps zero division", {"eps": "8/0"}, "'8/0' divides by zero"
+    yield "no eps", {"eps": ()}, "eps is an empty list"
+    yield "one of several eps", {"eps": (0.1, 2)}, "eps = 2 is outside"
+    yield "eps in L2", {"eps": float("inf"), "norm": "L2"}, "eps = inf is no length"
+    yield "norm", {"norm": "L1"}, "there is no norm 'L1'"
+    yield "precision", {"precision": "fp16"}, "there is no precision 'fp16' to evaluate in"
+    yield "checks", {"checks": "all"}, "there is no level of checks 'all': "
+    yield "seed", {"seed": -1}, "seed = -1 is not possible"
+    yield "attack of another kind", {"attacks": [3]}, "an attack is named by a text such as 'pgd-100', not by a int"
+    yield "eps nan", {"eps": float("nan")}, "eps = nan"
+    yield "eps pixels", {"eps": 8.0}, "eps = 8"
+    yield "batch", {"batch_size": 0}, "batch_size = 0"
+    yield "batch of text", {"batch_size": "8"}, "batch_size = '8' is not positive"
+    yield "batch yes", {"batch_size": True}, "batch_size = True is not positive"
+    yield "eps that no float holds", {"eps": 10**400}, "eps = inf is outside"
+    yield "no radius", {"eps": None}, "None is not a number; write a fraction such as 8/255"
+    yield "eps yes", {"eps": True}, "True is not a number"
+    yield "eps of tensors", {"eps": [torch.tensor(0.1)]}, r"tensor\(0.1000\) is not a number"
+    yield "no precision", {"precision": None}, "there is no precision 'None'"
+    yield "checks yes", {"checks": True}, "there is no level of checks 'True'"
+    yield "no attacks", {"attacks": None}, "attacks = None is no list of names"
+    yield "channels", {"images": images.repeat(1, 3, 1, 1)}, r"does not take torch.float32 images of \(3, 2, 2\) on cpu"
+    yield "double", {"images": images.double()}, "does not take torch.float64 images"
+    yield "labels with a fraction", {"labels": labels.float()}, "labels must be int64"
+    yield "no images", {"images": images[:0], "labels": labels[:0]}, "not be empty"
+    yield "infinite", {"images": images / 0}, "NaN|inf"
+    yield "arrays", {"images": images.numpy()}, "must be tensors, not ndarray"
+    yield "device", {"device": "tpu9"}, "there is no device 'tpu9'"
+    yield "attack", {"attacks": "fgms"}, "did you mean 'fgsm'"
+
+
+@pytest.mark.parametrize(("change", "message"), [case[1:] for case in bad_input()], ids=[c[0] for c in bad_input()])
+def test_bad_input_is_refused(change: dict[str, object], message: str) -> None:
+    images, labels, _ = plane_images()
+    arguments: dict[str, object] = {"images": images, "labels": labels, "eps": 0.1} | change
+    with pytest.raises(DeatError, match=message):
+        evaluate(Plane(), **arguments)  # type: ignore[arg-type]  # one wrong argument after the other
+
+
+def test_numpys_numbers_are_numbers() -> None:
+    images, labels, robust = plane_images()
+    numbers: dict[str, Any] = {"eps": np.float32(0.1), "batch_size": np.int64(3), "seed": np.int64(1)}
+    report = evaluate(Plane(), images, labels, attacks="fgsm", **numbers)
+    assert (report.batch_size, report.seed) == (3, 1)
+    assert report.verdicts["fgsm"].tolist() == robust.tolist()
+
+
+def test_something_else_than_a_model_is_refused() -> None:
+    images, labels, _ = plane_images()
+    for model in (None, "runs/a", lambda images: images.flatten(1)):
+        with pytest.raises(DeatError, match=r"the model is a \w+, where a torch.nn.Module is needed"):
+            evaluate(model, images, labels)  # type: ignore[arg-type]  # that is what is tried
+
+
+def test_provenance_is_text(tmp_path: Path) -> None:
+    images, labels, _ = plane_images()
+    known: dict[str, Any] = {"run": "a\udcff", "epoch": 3}
+    report = evaluate(Plane(), images, labels, attacks="natural", eps=0.1, provenance=known)
+    assert report.save(tmp_path).exists()
+    assert report.provenance == {"run": "a\ufffd", "epoch": "3"}
+
+
+def test_images_that_ask_for_a_gradient_get_none() -> None:
+    images, labels, robust = plane_images()
+    report = evaluate(Plane(), images.requires_grad_(), labels, attacks="fgsm,pgd-2,square", eps=0.1)
+    assert report.verdicts["fgsm"].tolist() == robust.tolist()
+    assert not any(made.requires_grad for made in report.adversarial.values())
+    assert images.grad is None
+
+
+class Large(Plane):
+    """Has memory for two images."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+        return super().forward(images)
+
+
+def test_too_large_batches_are_explained(tmp_path: Path) -> None:
+    images, labels, _ = plane_images()
+    with pytest.raises(DeatError, match=r"^cpu has too little memory for batches of 3 images: give a smaller --batch"):
+        evaluate(Large(), images, labels, attacks="fgsm", eps=0.1, batch_size=3, state=tmp_path / "state")
+    assert evaluate(Large(), images, labels, attacks="fgsm", eps=0.1, batch_size=2, state=tmp_path / "state")
+
+
+class Detached(Plane):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).detach()
+
+
+class Split(Plane):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).repeat(4, 1)
+
+
+class Decided(Plane):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) > 0
+
+
+class Diverged(Plane):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * float("nan")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Detached(), "without a gradient"),
+        (Split(), r"shape \(8, 2\) for 2 images"),
+        (Diverged(), "NaN on images 0 to 7"),
+        (Decided(), "gives torch.bool values, where logits of a floating-point type are needed"),
+    ],
+)
+def test_unusable_models_are_refused(model: nn.Module, message: str) -> None:
+    images, labels, _ = plane_images()
+    with pytest.raises(DeatError, match=message):
+        evaluate(model, images, labels, attacks="fgsm", eps=0.1)
+
+
+@pytest.mark.gpu
+def test_device_is_visited_and_left() -> None:
+    images, labels, robust = plane_images()
+    model = Plane()
+    report = evaluate(model, images, labels, attacks="fgsm,pgd-12,autoattack", eps=0.1, device="cuda")
+    assert report.device.startswith("cuda")
+    assert next(model.parameters()).device.type == "cpu"
+    assert all(report.verdicts[name].tolist() == robust.tolist() for name in ("fgsm", "pgd-12", "autoattack"))

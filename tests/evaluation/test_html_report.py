@@ -1,0 +1,261 @@
+"""The page: it is complete by itself, whatever names are in it, and its pictures are of what was evaluated."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from training_problems import Snapshot, images_and_labels, used
+
+from deat_rb.evaluation.evaluate import evaluate
+from deat_rb.evaluation.html_report import predictions_of, write_page
+from deat_rb.evaluation.report import AttackResult, Check, CurvePoint, Report
+from deat_rb.utils.errors import DeatError
+
+EPS = 0.25
+NASTY = "</title><script>alert('x')</script><img src=x onerror=alert(1)>&\"'"
+VOID = {"meta", "img"}
+
+
+class Document(HTMLParser):
+    """What a browser would see: elements, their attributes and the text, with every element closed in its turn."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def example_report(**fields: Any) -> tuple[Report, Tensor, Tensor, dict[str, Tensor]]:
+    """Six images of three classes, of which fgsm breaks two and pgd a third; image 5 is wrong from the start."""
+    images = torch.linspace(0.3, 0.6, 6).view(6, 1, 1, 1).expand(6, 3, 4, 4).clone()
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    predictions = {
+        "natural": torch.tensor([0, 1, 2, 0, 1, 0]),
+        "fgsm": torch.tensor([2, 1, 2, 2, 1, 0]),
+        "pgd": torch.tensor([0, 2, 2, 2, 1, 0]),
+    }
+    verdicts = {name: predicted == labels for name, predicted in predictions.items()}
+    results = [AttackResult.of(name, correct, seconds=1.5, forwards=1234, backwards=7, notes=("a note",))
+               for name, correct in verdicts.items()]  # fmt: skip
+    known: dict[str, Any] = {"eps": EPS, "num_classes": 3, "seed": 7, "batch_size": 4, "device": "cpu",
+                             "versions": {"torch": "9.9"}}  # fmt: skip
+    report = Report.of(results, verdicts, **{**known, **fields})
+    report._adversarial.update({"fgsm": images + EPS, "pgd": images - EPS / 2})
+    return report, images, labels, predictions
+
+
+def page(path: Path, classes: tuple[str, ...] = ("ant", "bee", "cat"), **fields: Any) -> Document:
+    report, images, labels, predictions = example_report(**fields)
+    written = write_page(report, path / "report.html", images=images, labels=labels, classes=classes,
+                         predictions=predictions)  # fmt: skip
+    assert written == path / "report.html"
+    return Document(written.read_text(encoding="utf-8"))
+
+
+def picture(source: str | None) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    assert source is not None
+    head, data = source.split(",")
+    assert head == "data:image/png;base64"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+
+
+def test_figures_are_in_the_table(tmp_path: Path) -> None:
+    text = page(tmp_path).text
+    assert "natural 83.33 % 43.65 to 96.99 5 / 6 1,234 7 1.5" in text
+    assert "fgsm 50.00 % 18.76 to 81.24 3 / 6" in text
+    assert "worst case 33.33 %" in text
+    assert "6 images, Linf at eps 0.25" in text
+    assert "pgd: a note" in text
+
+
+def test_classes_come_with_the_least_robust_first(tmp_path: Path) -> None:
+    text = page(tmp_path).text
+    # ant: 2 of 2 clean, both broken; bee: 1 of 2 withstands; cat: one is wrong from the start and one withstands.
+    assert "ant 100.00 % 0.00 % 2 bee 100.00 % 50.00 % 2 cat 50.00 % 50.00 % 2" in text
+
+
+def test_pairs_count_what_the_first_breaking_attack_made(tmp_path: Path) -> None:
+    text = page(tmp_path).text
+    assert (
+        "class taken for attacked of the class clean ant cat 2 100.00 % 0 bee cat 1 50.00 % 0 cat ant 1 50.00 % 1"
+        in text
+    )
+
+
+def test_pictures_are_of_the_images(tmp_path: Path) -> None:
+    document = page(tmp_path)
+    pictures = [picture(attributes["src"]) for attributes in document.all("img")]
+    assert len(pictures) == 3 * 5, "three are broken, two withstand"
+    first = [np.unique(each).tolist() for each in pictures[:3]]
+    # Image 0 is 0.3; fgsm added eps = 0.25: amplified the perturbation is white.
+    assert first == [[76], [255], [140]]
+    assert "ant : taken for ant, under attack for cat (fgsm, image 0)" in document.text
+    # Image 1 is 0.36, and pgd took eps / 2 away: amplified that is half of the way from grey to black.
+    assert [np.unique(each).tolist() for each in pictures[3:6]] == [[92], [64], [60]]
+    assert "bee : taken for bee, under attack for cat (pgd, image 1)" in document.text
+    # Image 2 withstands; the strongest attack's attempt is shown.
+    assert [np.unique(each).tolist() for each in pictures[-3:]] == [[107], [255], [171]]
+
+
+def test_without_predictions_it_says_which_are_broken(tmp_path: Path) -> None:
+    report, images, labels, _ = example_report()
+    write_page(report, tmp_path / "a.html", images=images, labels=labels, classes=())
+    document = Document((tmp_path / "a.html").read_text())
+    assert "0 : broken (fgsm, image 0)" in document.text
+    assert "Worst-confused" not in document.text
+
+
+def test_a_loaded_report_has_a_page_without_examples(tmp_path: Path) -> None:
+    report, images, labels, _ = example_report()
+    loaded = Report.load(report.save(tmp_path))
+    write_page(loaded, tmp_path / "a.html", images=images, labels=labels, classes=("a", "b", "c"))
+    document = Document((tmp_path / "a.html").read_text())
+    assert document.all("img") == []
+    assert "the adversarial images were not kept" in document.text
+    assert "Accuracy per class" in document.text
+
+
+def test_a_report_of_nothing_but_the_natural_accuracy_has_a_page(tmp_path: Path) -> None:
+    images, labels = images_and_labels(4)
+    report = evaluate(used(), images, labels, attacks="natural", eps=0.1)
+    write_page(report, tmp_path / "a.html", images=images, labels=labels, classes=())
+    assert "without an attack" in Document((tmp_path / "a.html").read_text()).text
+
+
+def test_checks_are_shown_the_worst_first(tmp_path: Path) -> None:
+    checks = (
+        Check(name="fine", status="pass", figure=0.0, sentence="All is well."),
+        Check(name="so so", status="warn", figure=1.0, sentence="It is not quite so."),
+        Check(name="broken", status="fail", figure=None, sentence="It is bad."),
+        Check(name="left out", status="pass", figure=2.0, sentence="Two were not made."),
+    )
+    text = page(tmp_path, checks=checks).text
+    assert "1 of 3 1 fail, 1 warn, 2 left out" in text
+    assert "✕ fail broken It is bad. ! warn so so It is not quite so. ✓ pass fine All is well." in text
+
+
+def test_a_sweep_has_a_curve(tmp_path: Path) -> None:
+    curve = tuple(
+        CurvePoint(eps=eps, n_correct={}, accuracy={"natural": 1.0, "fgsm": a, "pgd": b}, worst_case=b)
+        for eps, a, b in ((0.0, 1.0, 1.0), (0.1, 0.75, 0.5), (0.2, 0.5, 0.0))
+    )
+    lines = [attributes["points"] for attributes in page(tmp_path, curve=curve).all("polyline")]
+    # 576 x 240 from (52, 252), where accuracy is 0 at eps = 0.
+    assert lines == [
+        "52.0,12.0 340.0,72.0 628.0,132.0",
+        "52.0,12.0 340.0,132.0 628.0,252.0",
+        "52.0,12.0 340.0,132.0 628.0,252.0",
+    ]
+    assert page(tmp_path, curve=()).all("polyline") == []
+
+
+def test_a_sweep_of_many_attacks_says_what_it_does_not_draw(tmp_path: Path) -> None:
+    accuracy = {f"pgd-{steps}": 0.5 for steps in range(1, 9)}
+    curve = tuple(CurvePoint(eps=eps, n_correct={}, accuracy=accuracy, worst_case=0.5) for eps in (0.0, 0.1))
+    document = page(tmp_path, curve=curve)
+    assert len(document.all("polyline")) == 7, "six and the worst case"
+    assert "2 more attacks are not drawn; the worst case is of all of them." in document.text
+
+
+def test_nothing_is_fetched_and_nothing_runs(tmp_path: Path) -> None:
+    document = page(tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    assert not {tag for tag, _ in document.tags} & {"script", "link", "iframe", "object", "embed", "a", "form", "base"}
+    for _, attributes in document.tags:
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href", "srcset", "data", "action"):
+            assert (attributes.get(name) or "data:").startswith("data:")
+    assert re.findall(r"https?:|//|url\(|@import", re.sub(r"base64,[\w+/=]+", "", html)) == []
+    policy = next(each for each in document.all("meta") if each.get("http-equiv") == "Content-Security-Policy")
+    assert policy["content"] == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def test_names_are_text_whatever_they_hold(tmp_path: Path) -> None:
+    checks = (Check(name=NASTY, status="warn", figure=0.0, sentence=NASTY),)
+    document = page(
+        tmp_path,
+        classes=(NASTY, NASTY, NASTY),
+        checks=checks,
+        notes=(NASTY,),
+        device=NASTY,
+        versions={NASTY: NASTY},
+        provenance={"run": NASTY, "dataset": NASTY, "note": NASTY, NASTY: NASTY},
+    )
+    assert document.all("script") == []
+    assert all((each["src"] or "").startswith("data:image/png;base64,") for each in document.all("img"))
+    assert document.text.count(NASTY) > 20
+
+
+def test_it_adapts_to_darkness_phones_and_paper(tmp_path: Path) -> None:
+    document = page(tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    for query in ("prefers-color-scheme: dark", "max-width: 34rem", "media print"):
+        assert query in html
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in document.all("meta")
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_images_of_any_number_of_channels_are_shown(channels: int, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(channels * 400 * 8, 2))
+    images = torch.rand(3, channels, 400, 8)
+    with torch.no_grad():
+        labels = model(images).argmax(dim=1)
+    report = evaluate(model, images, labels, attacks="fgsm", eps=0.5, norm="L2")
+    write_page(report, tmp_path / "a.html", images=images, labels=labels, classes=("a", "b"))
+    pictures = [picture(each["src"]) for each in Document((tmp_path / "a.html").read_text()).all("img")]
+    assert {each.shape for each in pictures} == {(160, 3, 3)}, "a large one is made smaller"
+
+
+def test_predictions_are_the_models_and_leave_it_alone() -> None:
+    model = used()
+    images, labels = images_and_labels(8)
+    report = evaluate(model, images, labels, attacks="fgsm,pgd-2", eps=0.2)
+    before = Snapshot(model)
+    found = predictions_of(model, report, images, batch_size=3)
+    assert before.differences() == []
+    for name, correct in report.verdicts.items():
+        assert torch.equal(found[name] == labels, correct)
+
+
+def test_other_images_are_refused(tmp_path: Path) -> None:
+    report, images, labels, _ = example_report()
+    with pytest.raises(DeatError, match="the report is of 6 examples, and 5 images with 5 labels"):
+        write_page(report, tmp_path / "a.html", images=images[:5], labels=labels[:5], classes=())
+    with pytest.raises(DeatError, match="cannot write"):
+        write_page(report, tmp_path / "no" / "a.html", images=images, labels=labels, classes=())

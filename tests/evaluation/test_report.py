@@ -1,0 +1,214 @@
+"""The report: intervals, the worst case, what is kept on disk and what is refused there."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from deat_rb.evaluation.report import AttackResult, Check, CurvePoint, Report, json_schema
+from deat_rb.evaluation.statistics import wilson
+from deat_rb.evaluation.tables import are_comparable, means, sweep_table
+from deat_rb.utils.errors import DeatError
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    [
+        # By hand: z^2 = 3.841459; centre (0.5 + 0.0192073) / 1.0384146 = 0.5;
+        # half 1.959964 * sqrt(0.0025 + 0.0000960365) / 1.0384146 = 0.0961684.
+        (50, 100, 0.4038316, 0.5961684),
+        (0, 10, 0.0, 0.2775328),  # z^2 / (n + z^2) = 3.841459 / 13.841459
+        (10, 10, 0.7224672, 1.0),
+    ],
+)
+def test_wilson_interval(correct: int, total: int, low: float, high: float) -> None:
+    assert wilson(correct, total) == pytest.approx((low, high), abs=1e-6)
+
+
+NATURAL = torch.tensor([True, True, True, True, False])
+FGSM = torch.tensor([True, True, True, False, False])
+CW = torch.tensor([False, True, True, True, False])
+
+
+def report_of(**verdicts: torch.Tensor) -> Report:
+    """A report of examples whose verdicts are given, each attack having cost 2 s, 10 forwards and 5 backwards."""
+    results = [
+        AttackResult.of(
+            name, correct, seconds=2.0, forwards=10, backwards=5, parameters={"steps": 3}, notes=("a note",)
+        )
+        for name, correct in verdicts.items()
+    ]
+    return Report.of(
+        results, verdicts, eps=0.1, num_classes=2, seed=7, batch_size=4, device="cpu", versions={"python": "3.11"}
+    )
+
+
+def test_worst_case_is_per_example() -> None:
+    worst = report_of(natural=NATURAL, fgsm=FGSM, cw=CW).worst_case
+    assert (worst.n_correct, worst.n_examples, worst.accuracy) == (2, 5, 0.4)
+    assert (worst.seconds, worst.forwards, worst.backwards) == (6.0, 30, 15)
+    assert (worst.low, worst.high) == wilson(2, 5)
+    assert NATURAL.tolist() == [True, True, True, True, False], "the verdicts given are not written to"
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    report = report_of(natural=NATURAL, fgsm=FGSM, cw=CW).model_copy(update={"provenance": {"model": "runs/a"}})
+    file = report.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["eval-verdicts.safetensors", "eval.json"]
+    content = json.loads(file.read_text())
+    assert content["results"]["fgsm"]["n_correct"] == 3
+    assert content["provenance"] == {"model": "runs/a"}
+    assert "verdicts" not in content
+    assert "_verdicts" not in content
+    for where in (tmp_path, file):
+        again = Report.load(where)
+        assert again.model_dump() == report.model_dump()
+        assert list(again.verdicts) == ["natural", "fgsm", "cw"]
+        assert torch.equal(again.verdicts["natural"], NATURAL)
+        assert torch.equal(again.verdicts["cw"], CW)
+        assert again.verdicts["cw"].dtype == torch.bool
+    report.save(tmp_path / "other.json")
+    assert (tmp_path / "other-verdicts.safetensors").exists()
+    (tmp_path / "eval-verdicts.safetensors").unlink()
+    assert Report.load(tmp_path).verdicts == {}
+
+
+def test_load_refuses(tmp_path: Path) -> None:
+    file = report_of(natural=NATURAL, fgsm=FGSM).save(tmp_path)
+    report_of(natural=NATURAL, fgsm=NATURAL).save(tmp_path / "other.json")
+    (tmp_path / "other-verdicts.safetensors").replace(tmp_path / "eval-verdicts.safetensors")
+    with pytest.raises(DeatError, match="another report's verdicts"):
+        Report.load(file)
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"eps": "far"}))
+    with pytest.raises(DeatError, match="not an evaluation report: eps"):
+        Report.load(file)
+    natural = content["results"]["natural"]
+    for wrong, sentence in (
+        ({"results": {"fgsm": content["results"]["fgsm"]}}, "has no accuracy without an attack"),
+        ({"results": {"natural": content["results"]["fgsm"]}}, "has the result of fgsm under natural"),
+        (
+            {"results": {"natural": natural | {"n_correct": 6}}},
+            "claims 80.00 % under natural with 6 of 5 correct, on 5",
+        ),
+        (
+            {"results": {"natural": natural | {"accuracy": 0.9}}},
+            "claims 90.00 % under natural with 4 of 5 correct, on 5",
+        ),
+        ({"n_examples": 4}, "claims 80.00 % under natural with 4 of 5 correct, on 4"),
+    ):
+        file.write_text(json.dumps(content | wrong))
+        with pytest.raises(DeatError, match=f"eval.json {sentence}.*; evaluate again$"):
+            Report.load(file)
+    file.write_text(json.dumps(content | {"schema_version": 1}))
+    with pytest.raises(DeatError, match=r"of schema version 2 \(it says 1\); evaluate again"):
+        Report.load(file)
+    file.write_text(json.dumps(content | {"schema_version": 99}))
+    with pytest.raises(DeatError, match="says 99"):
+        Report.load(file)
+    file.write_text("[1]")
+    with pytest.raises(DeatError, match="says None"):
+        Report.load(file)
+    with pytest.raises(DeatError, match="does not exist"):
+        Report.load(tmp_path / "nowhere")
+
+
+def test_the_worst_case_is_that_of_the_verdicts(tmp_path: Path) -> None:
+    file = report_of(natural=NATURAL, fgsm=FGSM, cw=CW).save(tmp_path)
+    content = json.loads(file.read_text())
+    content["worst_case"] |= {"n_correct": 3, "accuracy": 0.6}
+    file.write_text(json.dumps(content))
+    with pytest.raises(DeatError, match=r"has another worst case than its verdicts; evaluate again$"):
+        Report.load(file)
+
+
+def test_report_is_frozen_and_has_a_schema() -> None:
+    report = report_of(natural=NATURAL)
+    with pytest.raises(ValueError, match="frozen"):
+        setattr(report, "eps", 0.2)  # noqa: B010 - mypy refuses the assignment, too
+    assert "worst_case" in Report.model_json_schema()["properties"]
+
+
+def test_curve_counts_and_takes_the_worst_case() -> None:
+    point = CurvePoint.of(0.1, {"natural": NATURAL, "fgsm": FGSM, "cw": CW})
+    assert point.n_correct == {"natural": 4, "fgsm": 3, "cw": 3}
+    assert point.accuracy == {"natural": 0.8, "fgsm": 0.6, "cw": 0.6}
+    assert point.worst_case == 0.4
+    points = (CurvePoint.of(0.0, {"natural": NATURAL, "cw": NATURAL}), point)
+    lines = printed(sweep_table(report_of(natural=NATURAL).model_copy(update={"curve": points})))
+    assert ["│", "cw", "│", "80.00", "│", "60.00", "│"] in lines
+    assert ["│", "worst", "case", "│", "80.00", "│", "40.00", "│"] in lines
+
+
+def test_curve_checks_and_notes_are_kept(tmp_path: Path) -> None:
+    added = {
+        "curve": (CurvePoint.of(0.0, {"natural": NATURAL}), CurvePoint.of(0.1, {"natural": NATURAL})),
+        "checks": (Check(name="a", status="warn", figure=None, sentence="b"),),
+        "notes": ("a note on all",),
+        "norm": "L2",
+        "precision": "bf16",
+    }
+    report = report_of(natural=NATURAL, fgsm=FGSM).model_copy(update=added)
+    again = Report.load(report.save(tmp_path))
+    assert again.model_dump() == report.model_dump()
+    assert again.curve[1].eps == 0.1
+
+
+def test_schema_describes_what_is_written(tmp_path: Path) -> None:
+    schema = json.loads(json_schema())
+    content = json.loads(report_of(natural=NATURAL, fgsm=FGSM).save(tmp_path).read_text())
+    assert set(content) == set(schema["properties"])
+    assert set(content["worst_case"]) == set(schema["$defs"]["AttackResult"]["properties"])
+    assert schema["properties"]["norm"]["enum"] == ["Linf", "L2"]
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+
+
+def printed(table: Table) -> list[list[str]]:
+    """The words of each line of a table."""
+    console = Console(width=100, file=io.StringIO())
+    with console.capture() as lines:
+        console.print(table)
+    return [line.split() for line in lines.get().splitlines()]
+
+
+def test_means_over_reports_that_are_alike() -> None:
+    one, other = report_of(natural=NATURAL, fgsm=FGSM), report_of(natural=NATURAL, fgsm=CW)
+    third = report_of(natural=NATURAL, fgsm=NATURAL & FGSM & CW)
+    lines = printed(means([one, other, third]))
+    # 60, 60 and 40 %: the mean is 53.33, and the deviations' squares 44.4, 44.4 and 177.8 sum to 2 * 11.55^2.
+    for name in (["fgsm"], ["worst", "case"]):
+        assert ["│", *name, "│", "53.33", "±", "11.55", "%", "│"] in lines
+    assert ["│", "natural", "│", "80.00", "±", "0.00", "%", "│"] in lines
+    assert are_comparable([one, other, third])
+    for different in ({"eps": 0.2}, {"norm": "L2"}, {"precision": "bf16"}, {"examples_sha256": "ab"}):
+        assert not are_comparable([one, other.model_copy(update=different)])
+
+
+def test_long_names_are_folded_and_not_cut() -> None:
+    long = "torchattacks." + "x" * 150
+    report = report_of(**{"natural": NATURAL, long: FGSM})
+    sweep = report.model_copy(update={"curve": (CurvePoint.of(0.1, report.verdicts),)})
+    for table in (report.table(), sweep_table(sweep), means([report, report])):
+        assert long in "".join(word for line in printed(table) for word in line if set(word) <= set(long))
+
+
+def test_names_are_not_read_as_markup() -> None:
+    report = report_of(**{"natural": NATURAL, "a[/]": FGSM, "[red]b": CW})
+    sweep = report.model_copy(update={"curve": (CurvePoint.of(0.1, report.verdicts),)})
+    for table in (report.table(), sweep_table(sweep), means([report, report])):
+        words = [word for line in printed(table) for word in line]
+        assert {"a[/]", "[red]b"} <= set(words)
+
+
+def test_table() -> None:
+    lines = printed(report_of(natural=NATURAL, fgsm=FGSM, cw=CW).table())
+    fgsm = next(line for line in lines if "fgsm" in line)
+    assert "60.00" in fgsm
+    assert "2.0" in fgsm
+    assert next(line for line in lines if "worst" in line)[2:5] == ["case", "│", "40.00"]

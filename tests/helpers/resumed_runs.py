@@ -1,0 +1,71 @@
+"""Small runs that are interrupted and resumed, and what to compare of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from typing import Any
+
+import torch
+import torchattacks
+from training_problems import images_and_labels, normalized
+
+import deat_rb
+from deat_rb.data.batches import Batches
+from deat_rb.data.images import ImageSet
+from deat_rb.runs.directory import RunDirectory
+from deat_rb.training.callbacks import Callback, History
+from deat_rb.training.metrics import EpochAccumulator
+from deat_rb.training.trainer import Trainer
+
+TIMES = {"seconds", "val_seconds", "images_per_second", "peak_memory"}
+
+
+EPOCHS, BATCHES = 3, 4
+
+
+class Stops(Callback):
+    """Sends this process a signal once so many batches are done."""
+
+    def __init__(self, after: int, number: signal.Signals = signal.SIGTERM) -> None:
+        self.left = after
+        self.number = number
+        self.warnings: list[str] = []
+
+    def on_batch_end(self, sums: EpochAccumulator) -> None:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), self.number)
+
+    def warn(self, sentence: str) -> None:
+        self.warnings.append(sentence)
+
+
+def train(method: str, run: RunDirectory, reporter: Callback | None = None, **options: Any) -> History:
+    images, labels = images_and_labels(22)
+    data = ImageSet((255 * images).round().to(torch.uint8), labels)
+    # Four batches, the last of them short.
+    train_loader = Batches(data, 6, shuffle=True, augment=True, memory_format=torch.channels_last)
+    model = normalized()
+    if method == "torchattacks.PGD":
+        trainer: Trainer = deat_rb.AttackTrainer(torchattacks.PGD(model, steps=2))
+    else:
+        trainer = deat_rb.create(method, model, **({"steps": 2} if method in ("trades", "mart") else {}))
+    return trainer.fit(
+        train_loader,
+        [images_and_labels(4)],
+        epochs=EPOCHS,
+        lr=0.1,
+        precision="bf16",
+        run=run,
+        reporter=reporter,
+        **options,
+    )
+
+
+def outcome(run: RunDirectory) -> tuple[bytes, bytes, list[dict[str, Any]]]:
+    """The weights and all figures but times and memory."""
+    rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    figures = [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+    return (run.path / "last.safetensors").read_bytes(), (run.path / "best.safetensors").read_bytes(), figures

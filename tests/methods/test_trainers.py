@@ -1,0 +1,446 @@
+"""The trainers: units, what a step learns and counts, and their life as torchattacks attacks."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchattacks
+from small_problems import Plane, plane_images
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.utils._python_dispatch import TorchDispatchMode
+from training_problems import Snapshot, images_and_labels, made, normalized, sigmoid, used
+
+import deat_rb
+import deat_rb.methods
+from deat_rb.attacks.base import StatelessAttack
+from deat_rb.training.base import SurrogateLoss
+from deat_rb.training.engine import Engine
+from deat_rb.training.lr import set_rate
+from deat_rb.training.trainer import Trainer
+from deat_rb.utils.errors import DeatError
+
+EPS = 8 / 255
+
+
+def still(model: nn.Module) -> SGD:
+    return SGD(model.parameters(), lr=0.0)
+
+
+class Waits(TorchDispatchMode):
+    """Notes every operation that makes the host wait for the device."""
+
+    SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "_to_cpu", "equal", "is_nonzero")
+
+    def __init__(self) -> None:
+        TorchDispatchMode.__init__(self)
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        indexed_by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name in self.SYNCS or indexed_by_mask:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+# Units (law 1)
+
+
+def test_eps_and_alpha_are_in_pixels_whatever_the_model_normalises_by() -> None:
+    model = normalized()
+    images, labels = images_and_labels()
+    adv = deat_rb.create("pgd-3", model, eps=0.1, alpha=0.02)(images, labels)
+    assert 0.02 < float((adv - images).abs().max()) <= 0.1 + 1e-6
+    one = deat_rb.AttackTrainer(deat_rb.PGD(model, eps=0.1, alpha=0.02, steps=1, start="none"))(images, labels)
+    inside = (images > 0.02) & (images < 0.98)
+    moved = (one - images).abs()[inside]
+    assert torch.allclose(moved, torch.full_like(moved, 0.02), atol=1e-6)
+
+
+def test_one_step_on_a_plane_by_hand() -> None:
+    """The loss of class 0 rises against w = (1, -2, 3, -4), that of class 1 along it; 0 and 1 are the ends."""
+    images, labels, _ = plane_images()
+    trainer = deat_rb.create("pgd-1", Plane(), eps=0.1, alpha=0.05)
+    trainer.crafter.start = "none"
+    against, along = torch.tensor([-0.05, 0.05, -0.05, 0.05]), torch.tensor([0.05, -0.05, 0.05, -0.05])
+    expected = images.flatten(1) + torch.where(labels[:, None] == 0, against, along)
+    expected[6:] = torch.tensor([[0.05, 0.95, 1.0, 0.55], [0.0, 1.0, 0.95, 0.35]])
+    assert torch.allclose(trainer(images, labels).flatten(1), expected, atol=1e-6)
+
+
+# A step
+
+
+@pytest.mark.parametrize("name", ["pgd-1", "free-1", "standard", "trades"])
+def test_figures_of_a_step_by_hand(name: str) -> None:
+    """On two images of the plane, at eps 0.1 and with steps of 0.1 from the clean image: each loses 1.0 of margin."""
+    images, labels, _ = plane_images()
+    images, labels = images[[0, 1]], labels[[0, 1]]
+    model = Plane()
+    options: dict[str, Any] = {"standard": {}, "trades": {"steps": 0}}.get(name, {"alpha": 0.1, "steps": 1})
+    trainer = deat_rb.create(name, model, eps=0.1, **options)
+    trainer.crafter.start = "none"
+    stats = trainer.training_step(images, labels, still(model))
+    clean, moved = (0.9, 1.2), (-0.1, 0.2)
+    # A replay learns from the images as they are before it moves them.
+    margins = moved if name == "pgd-1" else clean
+    assert stats.examples == 2
+    assert float(stats.loss) == pytest.approx(sum(math.log(1 + math.exp(-m)) for m in margins), rel=1e-4)
+    assert int(stats.correct) == sum(m > 0 for m in margins)
+    expected = 0.0 if name in ("standard", "trades") else sum(10 * sigmoid(-m) for m in clean)
+    assert float(stats.l_x) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    passes = {"pgd-1": (2, 2), "free-1": (1, 1), "standard": (1, 1), "trades": (2, 1)}[name]
+    assert (stats.forwards, stats.backwards, stats.updates) == (*passes, 1)
+
+
+def test_the_weights_descend_on_the_mean_loss() -> None:
+    """Class 0's weights at a clean image x of label 0: w += lr * (1 - p) * x, and the bias likewise."""
+    image, label = torch.full((1, 1, 2, 2), 0.5), torch.tensor([0])
+    model = Plane()
+    deat_rb.create("standard", model).training_step(image, label, SGD(model.parameters(), lr=0.4))
+    step = 0.4 * sigmoid(-0.0)  # the margin is 0.5 (1 - 2 + 3 - 4) + 1 = 0
+    assert torch.allclose(model.linear.weight[0], torch.tensor([1.0, -2, 3, -4]) + 0.5 * step)
+    assert torch.allclose(model.linear.bias, torch.tensor([1 + step, -step]))
+
+
+@pytest.mark.parametrize(
+    "name", ["standard", "free-3", "m-deat", "pgd-2", "trades", "mart", "u-fgsm", "fat-2", "f+mart"]
+)
+def test_a_training_step_does_not_wait_for_the_device(name: str) -> None:
+    """Law 10; friendly crafting in eval mode looks at its masks on a CPU, where that is free, so here it trains."""
+    friendly = name in ("fat-2", "f+mart")
+    model = made()
+    trainer = deat_rb.create(name, model, attack_mode="train" if friendly else None)
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    images, labels = images_and_labels()
+    trainer.training_step(images, labels, optimizer)
+    with Waits() as waits:
+        trainer.training_step(images, labels, optimizer)
+    assert waits.seen == []
+
+
+def test_a_training_step_around_torchattacks_waits_in_the_first_batch_at_most() -> None:
+    model = made()
+    trainer = deat_rb.AttackTrainer(torchattacks.PGD(model, steps=2))
+    images, labels = images_and_labels()
+    trainer.training_step(images, labels, still(model))
+    with Waits() as waits:
+        trainer.training_step(images, labels, still(model))
+    assert waits.seen == []
+
+
+def test_waits_are_seen() -> None:
+    """The test above can fail: friendly crafting in eval mode on a CPU does look."""
+    model = made()
+    with Waits() as waits:
+        deat_rb.create("fat-2", model).training_step(*images_and_labels(), still(model))
+        float(torch.ones(1))
+    assert {"index", "_local_scalar_dense"} <= set(waits.seen)
+
+
+def test_a_surrogate_loss_of_ones_own() -> None:
+    """Twice the negated logit of the label: its mean moves the label's bias by 2 * lr."""
+    model = Plane()
+    loss = SurrogateLoss("own", lambda logits, labels: -2 * logits.gather(1, labels[:, None]).squeeze(1))
+    trainer = deat_rb.AttackTrainer(deat_rb.PGD(model, steps=1), loss=loss)
+    images, _, _ = plane_images()
+    trainer.training_step(images, torch.zeros(8, dtype=torch.long), SGD(model.parameters(), lr=0.1))
+    assert torch.allclose(model.linear.bias, torch.tensor([1.2, 0.0]))
+
+
+# Replays
+
+
+def test_a_replay_trainer_s_call_crafts_as_its_replays_with_the_weights_held_still() -> None:
+    model = made().eval()
+    images, labels = images_and_labels()
+    attack = deat_rb.PGD(model, steps=3, alpha=10 / 255, attack_mode="eval")
+    trainer = deat_rb.methods.ReplayTrainer(attack)
+    torch.manual_seed(1)
+    adv = trainer(images, labels)
+    torch.manual_seed(1)
+    assert torch.equal(adv, torchattacks.PGD(model, eps=EPS, alpha=10 / 255, steps=3)(images, labels))
+
+
+def test_free_carries_its_perturbation_over_a_short_batch_and_a_call_does_not_touch_it() -> None:
+    trainer = deat_rb.create("free-1", made())
+    optimizer = still(trainer.model)
+    assert isinstance(trainer, deat_rb.methods.ReplayTrainer)
+    grey = torch.full((6, 3, 8, 8), 0.5)
+    labels = torch.arange(6) % 4
+    assert torch.equal(trainer.initialize(grey), grey), "begins at zero"
+    trainer.training_step(grey, labels, optimizer)
+    first = trainer.initialize(grey) - grey
+    assert float(first.abs().max()) == pytest.approx(EPS, rel=1e-5)
+    trainer(grey, labels)
+    assert torch.equal(trainer.initialize(grey) - grey, first)
+    trainer.training_step(grey[:2], labels[:2].flip(0), optimizer)
+    assert torch.equal(trainer.initialize(grey)[2:] - grey[2:], first[2:])
+    assert torch.equal(trainer.initialize(grey[:4]), trainer.initialize(grey)[:4])
+
+
+def test_a_replay_trainer_refuses_what_it_cannot_share() -> None:
+    model = made()
+    with pytest.raises(DeatError, match=r"deat_rb\.PGD on cross-entropy"):
+        deat_rb.methods.ReplayTrainer(deat_rb.PGD(model, loss="kl"))
+    with pytest.raises(DeatError, match=r"deat_rb\.PGD on cross-entropy"):
+        deat_rb.methods.ReplayTrainer(deat_rb.PGD(model, tau=2))
+    with pytest.raises(DeatError, match="steps = 0 replays would learn nothing"):
+        deat_rb.methods.ReplayTrainer(deat_rb.PGD(model, steps=0))
+    with pytest.raises(DeatError, match="the loss trades needs two"):
+        deat_rb.methods.ReplayTrainer(deat_rb.PGD(model), loss="trades")
+    with pytest.raises(DeatError, match="no surrogate loss 'trads': did you mean 'trades'"):
+        deat_rb.AttackTrainer(deat_rb.PGD(model), loss="trads")
+
+
+# The schedule
+
+
+def test_steps_and_step_size_follow_the_schedule() -> None:
+    trainer = deat_rb.create("m+pgd", made(), eps=EPS)
+    alphas = []
+    for steps in (1, 2, 3, 5):
+        trainer.steps = steps
+        assert trainer.crafter.steps == steps
+        alphas.append(trainer.alpha)
+    assert alphas == pytest.approx([EPS, EPS / 2, EPS / 3, 2 / 255])
+    plain = deat_rb.create("pgd-7", made(), eps=EPS)
+    assert plain.steps == 7
+    assert plain.alpha == pytest.approx(2 / 255)
+
+
+def test_a_guided_trainer_around_torchattacks_changes_that_attack() -> None:
+    attack = torchattacks.PGD(made(), eps=EPS, alpha=2 / 255, steps=5)
+    trainer = deat_rb.AttackTrainer(attack, schedule=deat_rb.GradientMagnitude(max_steps=7))
+    assert (attack.steps, attack.alpha) == (1, EPS)
+    state = {"schedule": {"steps": 3, "epochs": 4, "threshold": 9.0}, "stopping": None, "averages": True}
+    trainer.load_state_dict(state)
+    assert (attack.steps, attack.alpha) == (3, EPS / 3)
+    assert trainer.state_dict() == state
+
+
+# Among torchattacks
+
+
+def trainers(model: nn.Module) -> list[Trainer]:
+    return [
+        deat_rb.create("pgd-2", model),
+        deat_rb.create("free-2", model),
+        deat_rb.create("m+trades", model),
+        deat_rb.AttackTrainer(torchattacks.PGD(model, steps=2)),
+    ]
+
+
+@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("first", [True, False])
+def test_multi_attack(which: int, first: bool) -> None:
+    """MultiAttack itself puts modules into one mode; it must not leave an eval model in train mode, or moved."""
+    model = made().eval()
+    trainer, other = trainers(model)[which], torchattacks.PGD(model, steps=2)
+    images, labels = images_and_labels()
+    before = Snapshot(model)
+    adv = torchattacks.MultiAttack([trainer, other] if first else [other, trainer])(images, labels)
+    assert before.differences() == []
+    assert float((adv - images).abs().max()) <= EPS + 1e-6
+
+
+def test_save(tmp_path: Path) -> None:
+    model = used()
+    images, labels = images_and_labels(8)
+    for trainer in trainers(model):
+        before = Snapshot(model)
+        path = tmp_path / f"{trainer.attack}.pt"
+        trainer.save([(images[:4], labels[:4]), (images[4:], labels[4:])], path, verbose=False)
+        saved = torch.load(path, weights_only=True)
+        assert saved["adv_inputs"].shape == images.shape
+        assert 0 < float((saved["adv_inputs"] - images).abs().max()) <= EPS + 1e-6
+        assert torch.equal(saved["labels"], labels)
+        assert before.differences() == [], "frozen modules stay frozen"
+
+
+@pytest.mark.parametrize("name", ["pgd-2", "trades", "u-fgsm", "deat-2", "free-2", "torchattacks"])
+def test_normalised_images_give_the_same_adversarial_images(name: str) -> None:
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
+    offset, scale = torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
+    images, labels = images_and_labels()
+    model = normalized().double().eval()
+
+    def trainer(net: nn.Module) -> Trainer:
+        if name == "torchattacks":
+            return deat_rb.AttackTrainer(torchattacks.PGD(net, steps=2))
+        return deat_rb.create(name, net)
+
+    images = images.double()
+    torch.manual_seed(4)
+    expected = trainer(model)(images, labels)
+    outside = trainer(model.net)
+    outside.set_normalization_used(mean, std)
+    for _ in range(2):
+        torch.manual_seed(4)
+        adv = outside((images - offset) / scale, labels)
+        assert torch.allclose(adv * scale + offset, expected, atol=1e-6)
+        assert float((adv * scale + offset - images).abs().max()) > 0.01
+
+
+def test_set_model_training_mode_decides_the_mode_of_crafting() -> None:
+    """In eval mode an image is crafted alone as in a batch, in train mode not, and BatchNorm can be told apart."""
+    images, labels = images_and_labels()
+    for trainer in (deat_rb.create("trades", made(), steps=2), deat_rb.create("deat-2", made(), steps=2),
+                    deat_rb.AttackTrainer(torchattacks.PGD(made(), steps=2))):  # fmt: skip
+
+        def alone(trainer: Trainer = trainer) -> bool:
+            crafted = []
+            for others in (images[1:], images[1:].flip(0)):
+                torch.manual_seed(6)
+                crafted.append(trainer(torch.cat([images[:1], others]), labels)[0])
+            return torch.equal(*crafted)
+
+        trainer.set_model_training_mode(False)
+        assert alone()
+        trainer.set_model_training_mode(True, batchnorm_training=True, dropout_training=False)
+        assert not alone()
+        trainer.set_model_training_mode(True, batchnorm_training=False, dropout_training=False)
+        assert alone()
+
+
+def test_set_device_and_set_model_reach_the_attack_inside() -> None:
+    for trainer in trainers(made()):
+        trainer.set_device("meta")
+        assert trainer.crafter.device == "meta"
+        other = made(1)
+        trainer.set_model(other)
+        assert trainer.crafter.model is other
+
+
+def test_assigning_tensors_does_not_raise() -> None:
+    for trainer in trainers(made()):
+        values = [torch.ones(2), torch.zeros(2)]
+        trainer.extra = values
+        trainer.extra = values[:]
+        assert list(trainer._attacks) == ["crafter.0"]
+
+
+def test_repr_is_a_short_line() -> None:
+    for trainer in trainers(made()):
+        trainer.fit([images_and_labels()], epochs=1, lr=0.01)
+        text = repr(trainer)
+        assert text.startswith(trainer.attack)
+        assert "steps=" in text
+        assert "tensor" not in text
+        assert len(text) < 1500
+
+
+def test_crafted_images_carry_no_graph() -> None:
+    """APGD gives images with one: kept, it would be walked again by the update's backward."""
+    model = made()
+    images, _ = images_and_labels()
+    with torch.no_grad():
+        labels = model.eval()(images).argmax(dim=1)
+    trainer = deat_rb.AttackTrainer(torchattacks.APGD(model, steps=2))
+    crafted: Tensor = trainer.craft(images, labels)[0]
+    assert not crafted.requires_grad
+
+
+# Attacks of one's own
+
+
+class Shifted(deat_rb.PGD):
+    """A PGD with a forward of its own, which training has to take, too."""
+
+    def forward(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
+        adv: Tensor = super().forward(inputs, labels)
+        return (adv + 0.25).clamp(0, 1)
+
+
+class Own(StatelessAttack):
+    """Signed steps from the images, written as docs/own_method.md has it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__("Own", model, "train")
+        self.eps, self.alpha, self.steps = EPS, EPS / 4, 3
+
+    def forward(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
+        assert labels is not None
+        adv = inputs
+        for _ in range(self.steps):
+            adv = adv.detach().requires_grad_()
+            loss = torch.nn.functional.cross_entropy(self.get_logits(adv), labels)
+            (gradient,) = torch.autograd.grad(loss, adv)
+            adv = (adv + self.alpha * gradient.sign()).clamp(0, 1)
+        return adv.detach()
+
+
+def test_a_forward_of_ones_own_crafts_in_training_too() -> None:
+    images, labels = images_and_labels()
+    model = made()
+    trainer = deat_rb.AttackTrainer(Shifted(model, steps=1, start="none", attack_mode="eval"))
+    called = trainer(images, labels)
+    adv, _ = trainer.craft(images, labels)
+    assert torch.equal(adv, called)
+    assert float((adv - images).max()) > 0.2
+
+
+def test_an_attack_of_ones_own_moves_batchnorm_in_training_as_ours_does_and_not_when_called() -> None:
+    images, labels = images_and_labels()
+    tracked = []
+    for attack in (lambda model: deat_rb.PGD(model, steps=3, alpha=EPS / 4, start="none"), Own):
+        model = made()
+        trainer = deat_rb.AttackTrainer(attack(model))
+        torch.manual_seed(4)
+        trainer.training_step(images, labels, still(model))
+        state = Snapshot(model)
+        trainer(images, labels)
+        assert state.differences() == []
+        tracked.append(state.tensors)
+    ours, own = tracked
+    assert ours["1.num_batches_tracked"] == own["1.num_batches_tracked"] == 1 + 3 + 1
+    torch.testing.assert_close(ours["1.running_mean"], own["1.running_mean"])
+
+
+@pytest.mark.parametrize("scale", [2.0**10, 2.0**16])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_replays_l_x_is_that_of_the_examples_whatever_the_loss_scale_and_the_batch(scale: float, parts: int) -> None:
+    images, labels = images_and_labels(8)
+
+    def l_x(engine: Engine, parts: int) -> float:
+        trainer = deat_rb.create("free-3", made().eval())
+        seen = 0.0
+        for rows in torch.arange(8).chunk(parts):
+            trainer.reset_schedule()
+            seen += float(trainer.training_step(images[rows], labels[rows], still(trainer.model), engine).l_x)
+        return seen
+
+    scaled = Engine("cpu")
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    assert l_x(scaled, parts) == pytest.approx(l_x(Engine("cpu"), 1), rel=1e-4)
+
+
+def test_the_learning_rate_moves_with_each_replay_where_that_is_asked_for() -> None:
+    """Of two batches and four replays each, eighths of the whole."""
+
+    def rate(batch: int, share: float) -> float:
+        return (batch + share) / 2
+
+    for per_replay in (False, True):
+        model = made()
+        trainer = deat_rb.create("free-4", model, lr_per_replay=per_replay)
+        seen: list[float] = []
+
+        class Noted(SGD):
+            def step(self, closure: Any = None, seen: list[float] = seen) -> Any:
+                seen.append(self.param_groups[0]["lr"])
+                return super().step(closure)
+
+        optimizer = Noted(model.parameters(), lr=0.0)
+        for batch in range(2):
+            trainer.set_replay_lr(partial(rate, batch))
+            set_rate(optimizer, batch / 2)
+            trainer.training_step(*images_and_labels(), optimizer)
+        expected = [0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875] if per_replay else [0] * 4 + [0.5] * 4
+        assert seen == expected

@@ -1,0 +1,173 @@
+"""The reference loops notice it: a method with another step size, start, projection or order fails beside its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from reference_cases import CASES, assert_trains_as_the_reference_loop
+from torch import Tensor
+from torch.optim import Optimizer
+
+import deat_rb
+from deat_rb.attacks import losses, threat_models
+from deat_rb.attacks.base import CraftStats
+from deat_rb.attacks.pgd import PGD
+from deat_rb.methods import trainers
+from deat_rb.methods.trainers import AttackTrainer, ReplayTrainer
+from deat_rb.training.engine import Engine
+from deat_rb.training.metrics import BatchStats
+from deat_rb.training.trainer import Trainer
+from deat_rb.utils.module_state import preserve_state
+
+METHODS = list(dict.fromkeys(name for name, _ in CASES if name != "standard"))
+OTHER_START = {"uniform": "normal", "normal": "uniform"}
+
+
+def noticed(name: str) -> bool:
+    """Whether a case of the method ends with other weights or figures than its reference loop."""
+    for case in CASES:
+        if case[0] == name:
+            try:
+                assert_trains_as_the_reference_loop(*case)
+            except AssertionError:
+                return True
+    return False
+
+
+def change_trainers(monkeypatch: pytest.MonkeyPatch, change: Callable[[Trainer], None]) -> None:
+    create = deat_rb.create
+
+    def changed(*args: Any, **options: Any) -> Trainer:
+        trainer = create(*args, **options)
+        change(trainer)
+        return trainer
+
+    monkeypatch.setattr(deat_rb, "create", changed)
+
+
+def test_fifteen_methods_are_put_to_it() -> None:
+    families = {deat_rb.methods.registry.family(name) for name in METHODS}
+    assert len(families) == 15
+    assert not any(noticed(name) for name in METHODS), "unchanged, all are as their reference loops"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_another_step_size(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def larger(trainer: Trainer) -> None:
+        assert trainer.base_alpha is not None
+        trainer.base_alpha *= 1.05
+        trainer.apply_schedule()
+
+    change_trainers(monkeypatch, larger)
+    assert noticed(name)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_another_start(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def elsewhere(trainer: Trainer) -> None:
+        if isinstance(trainer, ReplayTrainer) and trainer.carry:
+            trainer.carry = False  # from zero in each batch, where FREE goes on with the last one's
+        else:
+            trainer.crafter.start = OTHER_START[trainer.crafter.start]
+
+    change_trainers(monkeypatch, elsewhere)
+    assert noticed(name)
+
+
+@pytest.mark.parametrize("bound", ["ball", "image"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_projection_left_out(name: str, bound: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ascend(self: threat_models.Linf, adv: Tensor, images: Tensor, gradient: Tensor, alpha: float) -> Tensor:
+        moved = adv + alpha * gradient.sign()
+        if bound == "ball":
+            return moved.clamp(0, 1)
+        return images + (moved - images).clamp(-self.eps, self.eps)
+
+    monkeypatch.setattr(threat_models.Linf, "ascend", ascend)
+    assert noticed(name)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if "deat" in name or "free" in name])
+def test_a_delta_that_moves_with_the_gradient_after_the_update(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Algorithm 1, lines 5-10: both gradients are from the same pass, before the update."""
+    step, backward_and_step = ReplayTrainer.training_step, Engine.backward_and_step
+    under_way: dict[str, Any] = {}
+
+    def remembered(
+        self: ReplayTrainer, images: Tensor, labels: Tensor, optimizer: Optimizer, engine: Engine | None = None
+    ) -> BatchStats:
+        under_way.update(model=self.model, labels=labels)
+        return step(self, images, labels, optimizer, engine)
+
+    def late(self: Engine, examples: Tensor, optimizer: Optimizer, images: Tensor) -> Tensor:
+        backward_and_step(self, examples, optimizer, images)
+        again = images.detach().requires_grad_()
+        with preserve_state(under_way["model"]):
+            loss = losses.cross_entropy(under_way["model"](again), under_way["labels"]).mean()
+            (gradient,) = torch.autograd.grad(loss, again)
+        return gradient
+
+    monkeypatch.setattr(ReplayTrainer, "training_step", remembered)
+    monkeypatch.setattr(Engine, "backward_and_step", late)
+    assert noticed(name)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if "deat" not in name and "free" not in name])
+def test_an_update_before_the_last_step_of_crafting(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Algorithm 4, lines 6-13: all r steps come before the update."""
+    craft = AttackTrainer.craft
+
+    def early(self: AttackTrainer, images: Tensor, labels: Tensor, scale: float = 1.0) -> tuple[Tensor, CraftStats]:
+        self.crafter.steps -= 1
+        try:
+            return craft(self, images, labels, scale)
+        finally:
+            self.crafter.steps += 1
+
+    monkeypatch.setattr(AttackTrainer, "craft", early)
+    assert noticed(name)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if "trades" in name or "mart" in name])
+def test_the_adversarial_forward_before_the_clean_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their order decides what BatchNorm's running statistics are."""
+
+    def swapped(
+        self: AttackTrainer, images: Tensor, labels: Tensor, optimizer: Optimizer, engine: Engine | None = None
+    ) -> BatchStats:
+        engine = engine or Engine(images.device)
+        adv, crafting = self.craft(images, labels)
+        adv_logits = self.model(adv)
+        loss = self.loss.function(adv_logits, labels, self.model(images))
+        engine.backward_and_step(loss, optimizer, images)
+        correct = (adv_logits.argmax(dim=1) == labels).sum()
+        return BatchStats(
+            len(images), loss.detach().sum(), correct, crafting.l_x, crafting.forwards + 2, crafting.backwards + 1, 1,
+            images[0].numel(),
+        )  # fmt: skip
+
+    monkeypatch.setattr(trainers.AttackTrainer, "training_step", swapped)
+    assert noticed(name)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if "deat" not in name and "free" not in name])
+def test_crafting_in_the_other_mode(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(trainer: Trainer) -> None:
+        assert isinstance(trainer.crafter, PGD)
+        training = not trainer.crafter._model_training
+        trainer.crafter.set_model_training_mode(training, training, training)
+
+    change_trainers(monkeypatch, other)
+    assert noticed(name)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if "fat" in name or name.startswith("f+")])
+def test_less_patience(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def less(trainer: Trainer) -> None:
+        trainer.crafter.tau = 2
+
+    change_trainers(monkeypatch, less)
+    assert noticed(name)

@@ -1,0 +1,223 @@
+"""Run directories: their names, what is written, and what damaged ones say."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from children import in_a_child
+from training_problems import images_and_labels, normalized, run_config
+
+import deat_rb
+from deat_rb.runs.directory import RunDirectory, check_name
+from deat_rb.training.metrics import EpochStats
+from deat_rb.utils.errors import DeatError
+
+ROW = EpochStats(epoch=1, steps=2, alpha=2 / 255, l_x=1 / 3, loss=0.1, examples=12, val_robust_acc=0.5)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory.create(tmp_path / "runs" / "first", run_config())
+
+
+@pytest.mark.parametrize("name", ["a", "deat-40%", "m+trades-digits-wrn-10-2-s0", "v1.2_b"])
+def test_names(name: str) -> None:
+    assert check_name(name) == name
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "../a", "a..b", "", ".hidden", "-flag", "a b", "a\n", "ü", "C:\\x"])
+def test_names_that_are_no_names(name: str) -> None:
+    with pytest.raises(DeatError, match="cannot be a run's name; use letters, digits"):
+        check_name(name)
+
+
+def test_a_taken_name_is_refused_and_nothing_overwritten(run: RunDirectory) -> None:
+    before = (run.path / "config.json").read_bytes()
+    with pytest.raises(DeatError, match=f"there is a run at {run.path} already; choose another --name or --output"):
+        RunDirectory.create(run.path, run_config(seed=9))
+    assert (run.path / "config.json").read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DeatError, match=r"cannot be made .*choose another --output"):
+        RunDirectory.create(tmp_path / "file" / "run", run_config())
+
+
+def test_a_run_that_cannot_be_written_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: object) -> None:
+        raise DeatError(f"{path} cannot be written: the disk is full")
+
+    monkeypatch.setattr("deat_rb.runs.directory.write_json", full)
+    with pytest.raises(DeatError, match="disk is full"):
+        RunDirectory.create(tmp_path / "run", run_config())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_killed_while_it_is_made_leaves_its_name_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work() -> None:
+        monkeypatch.setattr(
+            "deat_rb.runs.directory.write_json", lambda path, content: os.kill(os.getpid(), signal.SIGKILL)
+        )
+        RunDirectory.create(tmp_path / "run", run_config())
+
+    assert not in_a_child(work)
+    assert RunDirectory.create(tmp_path / "run", run_config()).config == run_config()
+
+
+def test_the_second_process_on_a_run_is_refused(run: RunDirectory) -> None:
+    def refused() -> None:
+        with pytest.raises(DeatError, match=f"another process is training in {run.path}; wait for it"), run.locked():
+            pass
+
+    def held() -> None:
+        with run.locked():
+            pass
+
+    with run.locked():
+        assert in_a_child(refused)
+    assert in_a_child(held)
+
+
+def test_a_lock_dies_with_its_owner_though_workers_of_it_live(run: RunDirectory) -> None:
+    reader, writer = os.pipe()
+
+    def work() -> None:
+        with run.locked():
+            worker = os.fork()
+            if worker == 0:
+                time.sleep(60)
+                os._exit(0)
+            os.write(writer, worker.to_bytes(4))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert not in_a_child(work)
+    worker = int.from_bytes(os.read(reader, 4))
+    try:
+        with run.locked():
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.close(reader)
+        os.close(writer)
+
+
+def test_a_lock_that_is_a_link_leaves_its_target_alone(run: RunDirectory, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    (run.path / ".lock").symlink_to(precious)
+    with pytest.raises(DeatError, match=r"\.lock cannot be opened to keep other processes out"), run.locked():
+        pass
+    assert precious.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "checkpoints/00000001.safetensors", "fifo"])
+def test_links_and_special_files_are_refused(name: str, run: RunDirectory, tmp_path: Path) -> None:
+    run.refuse_links()
+    (run.path / name).parent.mkdir(exist_ok=True)
+    if name == "fifo":
+        os.mkfifo(run.path / name)
+    else:
+        (run.path / name).symlink_to(tmp_path)
+    with pytest.raises(DeatError, match=f"{run.path / name} is a link or a special file, of which a run has none"):
+        run.refuse_links()
+
+
+def test_metrics_that_cannot_be_written_are_one_sentence(run: RunDirectory) -> None:
+    (run.path / "metrics.jsonl").mkdir()
+    with pytest.raises(DeatError, match=r"metrics\.jsonl"):
+        run.append(ROW)
+
+
+def test_a_run_opens_with_the_same_configuration(run: RunDirectory) -> None:
+    again = RunDirectory.open(str(run.path))
+    assert again.config == run.config
+    assert again.model_spec.mean == (0.4, 0.5, 0.6)
+
+
+DAMAGED: dict[str, tuple[str, str]] = {
+    "no JSON": ("{", "config.json"),
+    "a list": ("[]", "not a run's configuration"),
+    "empty": ("{}", "not a run's configuration: method: Field required"),
+    "one field more": (json.dumps(run_config().model_dump() | {"sed": 1}), "configuration: sed: Extra inputs"),
+    "a wrong value": (json.dumps(run_config().model_dump() | {"epochs": "many"}), "configuration: epochs: "),
+    "a wrong network": (
+        json.dumps(run_config().model_dump() | {"model": {"arch": "wrn-11-1", "num_classes": 4}}),
+        "wrn-11-1|configuration: model",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_configuration_is_refused(case: str, run: RunDirectory) -> None:
+    text, message = DAMAGED[case]
+    (run.path / "config.json").write_text(text)
+    with pytest.raises(DeatError, match=message):
+        RunDirectory.open(run.path)
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(DeatError, match=f"{path} is not a run directory: it has no config.json"):
+            RunDirectory.open(path)
+
+
+def test_metrics_come_back_as_they_were(run: RunDirectory) -> None:
+    assert run.rows() == []
+    second = EpochStats(epoch=2, steps=3, stopped="because", val_acc=None)
+    run.append(ROW)
+    run.append(second)
+    assert run.rows() == [ROW, second]
+    lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
+    assert json.loads(lines[0])["l_x"] == 1 / 3
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "7", "<html>", '{"epoch": "2"}'])
+def test_damaged_metrics_are_refused(line: str, run: RunDirectory) -> None:
+    run.append(ROW)
+    with open(run.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    with pytest.raises(DeatError, match=r"metrics\.jsonl, line 2, is not an epoch's figures .*; the run is damaged"):
+        run.rows()
+
+
+def test_saved_weights_give_the_same_logits(run: RunDirectory) -> None:
+    images, _ = images_and_labels()
+    model = normalized()
+    model(images)  # moves BatchNorm
+    run.save_weights("last", model.state_dict(), ROW)
+    loaded = deat_rb.load_model(run.path, trust_code=True)
+    assert not loaded.training
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model.eval()(images))
+    about = run.checkpoint("last")
+    assert (about["epoch"], about["val_robust_acc"], len(about["sha256"])) == (1, 0.5, 64)
+
+
+def test_the_selected_weights_are_the_result(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", run_config(select="best"))
+    with pytest.raises(DeatError, match=r"no best\.safetensors; it ended before its first epoch did"):
+        deat_rb.load_model(run.path, trust_code=True)
+    best, last = normalized(), normalized()
+    with torch.no_grad():
+        for parameter in last.parameters():
+            parameter.add_(1)
+    run.save_weights("best", best.state_dict(), ROW)
+    run.save_weights("last", last.state_dict(), ROW)
+    loaded = deat_rb.load_model(run.path, trust_code=True).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in best.state_dict().items())
+
+
+@pytest.mark.parametrize("content", ["[]", "7", "{"])
+def test_a_damaged_checkpoint_note_is_refused(content: Any, run: RunDirectory) -> None:
+    (run.path / "best.json").write_text(content)
+    with pytest.raises(DeatError, match=r"best\.json"):
+        run.checkpoint("best")

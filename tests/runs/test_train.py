@@ -1,0 +1,239 @@
+"""`deat-rb train` from Python: plans, their costs, whole runs on a part of the digits, and running one again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import SMALL, identical, planned, state
+
+import deat_rb
+from deat_rb.data.images import LabeledImages
+from deat_rb.methods import registry
+from deat_rb.methods.recipes import Recipe
+from deat_rb.runs.config import make_options, read_options
+from deat_rb.runs.plan import default_name, plan
+from deat_rb.runs.plots import plot_curves
+from deat_rb.runs.train import train
+from deat_rb.training.callbacks import Callback
+from deat_rb.training.metrics import EpochAccumulator, EpochStats
+from deat_rb.utils.errors import DeatError
+
+
+def test_a_run_of_the_default_network_s_kind_leaves_everything_behind(tmp_path: Path) -> None:
+    options = {"method": "m+trades", "arch": "wrn-10-1", "train_size": 200, "batch_size": 32, "epochs": 2, "eps": 0.15}
+    run, history = train({**options, "precision": "fp32"}, output=tmp_path)
+    assert run.path.name == "m+trades-digits-wrn-10-1-s0"
+    assert sorted(path.name for path in run.path.iterdir() if path.name[0] != ".") == [
+        "best.json", "best.safetensors", "checkpoints", "config.json", "curves.png", "last.json",
+        "last.safetensors", "metrics.jsonl",
+    ]  # fmt: skip
+    assert (run.path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert run.rows() == history.rows
+    assert history.steps == [1, 2]
+    assert [row.examples for row in history.rows] == [200, 200]
+    assert torch.__version__.startswith(run.config.versions["torch"])
+    assert all(row.val_robust_acc is not None and row.lipschitz and row.seconds > 0 for row in history.rows)
+
+
+def test_config_json_runs_it_again_bit_for_bit(tmp_path: Path) -> None:
+    """A part of the training images, the part held out and their order come from the seed and the sizes."""
+    first, _ = train({**SMALL, "method": "m-deat", "seed": 5}, output=tmp_path / "a")
+    options = read_options(first.path / "config.json")
+    again, _ = train(options, output=tmp_path / "b")
+    assert again.config == first.config
+    assert identical(first, again)
+    other, _ = train({**options, "seed": 6}, output=tmp_path / "b")
+    assert not identical(first, other)
+
+
+def test_a_run_on_all_images_runs_again_on_as_many(tmp_path: Path) -> None:
+    first = planned(train_size=None, batch_size=50)
+    assert len(first.train) + len(first.val) == len(first.data.train)
+    path = tmp_path / "config.json"
+    path.write_text(first.config.model_dump_json())
+    again = plan(make_options(read_options(path)))
+    assert (len(again.train), len(again.val)) == (len(first.train), len(first.val))
+
+
+def test_training_starts_from_given_weights(tmp_path: Path) -> None:
+    first, _ = train(SMALL, output=tmp_path, name="first")
+    weights = first.path / "last.safetensors"
+    begun = planned(init_from=str(weights), seed=9).trainer.model.state_dict()
+    assert all(torch.equal(begun[name], tensor) for name, tensor in state(first).items())
+    with pytest.raises(DeatError, match=r"nowhere\.pt"):
+        planned(init_from="nowhere.pt")
+
+
+def test_training_never_sees_a_test_image(tmp_path: Path) -> None:
+    """Law 7: the run goes through although its test images cannot be looked at."""
+
+    class Forbidden:
+        def __getattr__(self, name: str) -> object:
+            raise AssertionError("somebody looked at the test images")
+
+    ready = planned()
+    object.__setattr__(ready.data, "test", Forbidden())
+    run, history = train(ready, output=tmp_path)
+    assert len(history.rows) == 2
+    assert run.selected_weights_path.is_file()
+
+
+def test_what_is_held_out_is_not_trained_on() -> None:
+    ready = planned(train_size=None, batch_size=50)
+
+    def rows(data: LabeledImages) -> set[bytes]:
+        return {image.numpy().tobytes() for image in data.in_memory().images}
+
+    assert len(ready.val) == 16
+    assert not rows(ready.val) & rows(ready.train)
+    assert rows(ready.val) | rows(ready.train) == rows(ready.data.train)
+
+
+@pytest.mark.parametrize(
+    ("method", "costs"),
+    [  # M = 2 mini-batches, T = 2 epochs
+        ("standard", {"backwards": 4, "forwards": 4, "updates": 4}),
+        ("free-3", {"backwards": 12, "forwards": 12, "updates": 12}),
+        ("deat-1", {"backwards": 6, "forwards": 6, "updates": 6}),
+        ("pgd-2", {"backwards": 12, "forwards": 12, "updates": 4}),
+        ("trades", {"backwards": 44, "forwards": 52, "updates": 4}),
+        ("mart", {"backwards": 44, "forwards": 48, "updates": 4}),
+    ],
+)
+def test_the_plan_s_costs_are_what_a_run_then_counts(method: str, costs: dict[str, int], tmp_path: Path) -> None:
+    ready = planned(method=method)
+    assert ready.batches == 2
+    assert ready.costs() == costs
+    _, history = train(ready, output=tmp_path)
+    counted = {name: sum(getattr(row, name) for row in history.rows) for name in costs}
+    assert counted == costs
+
+
+@pytest.mark.parametrize("method", ["m-deat", "deat-40%", "m+pgd", "u-fgsm", "m+u-fgsm", "fat-2", "f+mart"])
+def test_costs_that_depend_on_the_run_are_not_promised(method: str) -> None:
+    ready = planned(method=method)
+    assert ready.costs() is None
+    assert dict(ready.lines())["cost"].startswith("depends on the run")
+
+
+class Idle(deat_rb.PGD):
+    """An attack of one's own that computes no gradient."""
+
+    def forward(self, inputs: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        return inputs
+
+
+class Own(deat_rb.PGD):
+    """An attack of one's own that takes as many passes as it likes."""
+
+    def forward(self, inputs: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        return self.craft(super().forward(inputs, labels), labels)[0]
+
+
+OWN: dict[str, type[deat_rb.PGD]] = {"own": Own, "idle": Idle}
+
+
+def test_own_attacks_have_costs_that_are_not_promised_and_are_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_registered", {name: Recipe(attack=attack) for name, attack in OWN.items()})
+    assert planned(method="own").costs() is None
+    with pytest.raises(DeatError, match="computes no gradient at its inputs"):
+        train({**SMALL, "method": "idle"}, output=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_peak_memory_is_measured_anew_in_each_epoch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    begun: list[str] = []
+    monkeypatch.setattr(
+        "deat_rb.training.engine.Engine.reset_peak_memory", lambda engine: begun.append(engine.device.type)
+    )
+    train(SMALL, output=tmp_path)
+    assert begun == ["cpu", "cpu"]
+
+
+def test_the_plan_in_words() -> None:
+    lines = dict(planned(method="DEAT-3", epochs=None, eps=8 / 255).lines())
+    assert lines["method"].startswith("deat-3 (section 4.1")
+    assert "eps = 8/255, alpha = 10/255" in lines["attack"]
+    assert lines["setting"] == "fast: 24 epochs, cyclic LR up to 0.1"
+    assert lines["precision"] == "fp32 on cpu"
+    assert "64 training, 16 validation, 500 test images of 32x32" in lines["data"]
+    assert lines["result"] == "the weights of the last epoch"
+    # 3 * (1 + ... + 8) = 108 replays of 2 batches.
+    assert lines["cost"] == "216 backwards, 216 forwards, 216 updates"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "pgd"}, "no method 'pgd': did you mean"),
+        ({"dataset": "digit"}, "no data set 'digit': did you mean 'digits'"),
+        ({"arch": "wrn-10"}, "architecture 'wrn-10' is unknown"),
+        ({"eps": 0.0}, "--eps = 0 is outside"),
+        ({"eps": -0.1}, "--eps = -0.1 is outside"),
+        ({"eps": 8.0}, "--eps = 8 is outside"),
+        ({"beta": 3.0}, "the method pgd-1 has no beta to change"),
+        ({"batch_size": 65}, "64 training images are fewer than a batch of 65; give a smaller --batch-size"),
+        ({"train_size": 5000}, "--train-size 5000 cannot be taken from 1281"),
+        ({"val_size": 1297}, "--val-size 1297 does not divide 1297"),
+        ({"val_size": 0}, "val-size"),
+        ({"train_size": 0}, "train-size"),
+        ({"precision": "fp16"}, "fp16 does not train on a CPU"),
+        ({"device": "tpu"}, "no device 'tpu'"),
+        ({"image_size": 28, "arch": "wrn-10-1"}, "28"),
+    ],
+)
+def test_bad_options_write_nothing(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(DeatError, match=message):
+        train({**SMALL, **changes}, output=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bad_names_write_nothing_and_a_taken_one_is_kept(tmp_path: Path) -> None:
+    for name in ("a/b", "..", "../../a"):
+        with pytest.raises(DeatError, match="cannot be a run's name"):
+            train(SMALL, output=tmp_path / "runs", name=name)
+    assert not (tmp_path / "runs").exists()
+    run, _ = train({**SMALL, "epochs": 1}, output=tmp_path, name="mine")
+    before = (run.path / "metrics.jsonl").read_bytes()
+    with pytest.raises(DeatError, match=r"there is a run at .*mine already"):
+        train(SMALL, output=tmp_path, name="mine")
+    assert (run.path / "metrics.jsonl").read_bytes() == before
+
+
+def test_default_names_are_file_names() -> None:
+    assert default_name(planned(method="DEAT-40%", seed=3).config) == "deat-40%-digits-training_problems-network-s3"
+
+
+def test_an_interrupted_run_keeps_its_curves_and_loads(tmp_path: Path) -> None:
+    class Interrupts(Callback):
+        def on_batch_end(self, sums: EpochAccumulator) -> None:
+            if self.epoch == 2:
+                raise KeyboardInterrupt
+
+        def on_epoch_start(self, epoch: int, epochs: int, batches: int, steps: int) -> None:
+            self.epoch = epoch
+
+    with pytest.raises(KeyboardInterrupt):
+        train(SMALL, output=tmp_path, name="cut", reporter=Interrupts())
+    assert (tmp_path / "cut" / "curves.png").is_file()
+    deat_rb.load_model(tmp_path / "cut", trust_code=True)
+
+
+def test_global_generators_are_given_back(tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    train({**SMALL, "epochs": 1}, output=tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_curves_of_a_single_epoch_without_validation(tmp_path: Path) -> None:
+    """A picture of 1100 x 704 pixels, as the PNG's header says."""
+    path = tmp_path / "curves.png"
+    plot_curves([EpochStats(epoch=1, steps=0, loss=1.0, train_acc=0.5)], path, title="one")
+    content = path.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")) == (1100, 704)

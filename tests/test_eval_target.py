@@ -1,0 +1,101 @@
+"""What an evaluation is about."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deat_rb.data.images import ImageSet, interleave_classes
+from deat_rb.loading import EvalTarget, open_checkpoint, open_target
+from deat_rb.models.spec import build_model
+from deat_rb.runs.train import train
+from deat_rb.utils.errors import DeatError
+
+
+def labelled(*labels: int) -> ImageSet:
+    """Images whose every value is their position."""
+    images = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    return ImageSet(images.contiguous(), torch.tensor(labels))
+
+
+def positions(images: ImageSet) -> list[int]:
+    return images.images[:, 0, 0, 0].tolist()
+
+
+def test_classes_that_lie_one_after_the_other_take_turns() -> None:
+    turned = interleave_classes(labelled(0, 0, 0, 1, 2, 2))
+    assert turned.labels.tolist() == [0, 1, 2, 0, 2, 0]
+    assert positions(turned) == [0, 3, 4, 1, 5, 2]
+
+
+def test_a_missing_class_misses_its_turn() -> None:
+    assert positions(interleave_classes(labelled(0, 0, 2, 2))) == [0, 2, 1, 3]
+
+
+def test_mixed_images_stay_in_their_order() -> None:
+    assert positions(interleave_classes(labelled(1, 0, 0, 1, 2))) == [0, 1, 2, 3, 4]
+
+
+@pytest.fixture
+def target(image_folder: Path, tmp_path: Path) -> EvalTarget:
+    """A checkpoint of 5 logits for the folder's 4 classes."""
+    path = tmp_path / "weights.pt"
+    torch.save(build_model("wrn-10-1", num_classes=5).net.state_dict(), path)
+    return open_checkpoint(path, arch="WRN10-1", dataset="folder", data_dir=image_folder, num_classes=5)
+
+
+def test_the_first_examples_are_of_all_classes_and_begin_the_longer_evaluation(target: EvalTarget) -> None:
+    images, labels = target.examples(6)
+    assert labels.tolist() == [0, 1, 2, 3, 0, 1]
+    assert images.shape == (6, 3, 32, 32)
+    assert 0 <= images.min() < images.max() <= 1
+    assert torch.equal(target.examples()[0][:6], images)
+    assert len(target.examples()[0]) == 16
+
+
+def test_a_checkpoint_is_loaded_for_evaluation_and_takes_images_as_they_are(target: EvalTarget) -> None:
+    assert not target.model.training
+    assert target.run is None
+    assert target.eps == 8 / 255
+    buffers = dict(target.model.named_buffers())
+    assert buffers["mu"].unique().tolist() == [0]
+    assert buffers["sigma"].unique().tolist() == [1]
+    assert target.model(target.examples(2)[0]).shape == (2, 5)
+
+
+@pytest.fixture
+def run_and_data(image_folder: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A run of one epoch, and the folder it was trained on."""
+    data = shutil.copytree(image_folder, tmp_path / "data")
+    options = {"method": "standard", "dataset": "folder", "data_dir": str(data), "arch": "wrn-10-1", "val_size": 8,
+               "batch_size": 8, "epochs": 1, "eps": 0.25, "device": "cpu", "precision": "fp32"}  # fmt: skip
+    return train(options, output=tmp_path, name="run")[0].path, data
+
+
+def test_a_run_says_everything_itself(run_and_data: tuple[Path, Path]) -> None:
+    run, _ = run_and_data
+    target = open_target(run)
+    assert (target.eps, target.run, target.data.name) == (0.25, run, "folder")
+    assert not target.model.training
+    saved = load_file(run / "last.safetensors")
+    assert torch.equal(target.model.state_dict()["net.conv1.weight"], saved["net.conv1.weight"])
+    assert "note" not in target.provenance
+
+
+def test_moved_and_changed_data_are_noted(run_and_data: tuple[Path, Path], tmp_path: Path) -> None:
+    run, data = run_and_data
+    moved = data.rename(tmp_path / "elsewhere")
+    with pytest.raises(DeatError, match="has no folder train"):
+        open_target(run)
+    assert "note" not in open_target(run, data_dir=moved).provenance
+    shutil.copy(moved / "test" / "red" / "0000.png", moved / "test" / "blue" / "0000.png")
+    assert "not those that the run was trained on" in open_target(run, data_dir=moved).provenance["note"]
+
+
+def test_a_run_is_not_told_what_it_says_itself(tmp_path: Path) -> None:
+    with pytest.raises(DeatError, match="--arch wrn-10-1 is for checkpoints: the run"):
+        open_target(tmp_path, arch="wrn-10-1")

@@ -1,0 +1,244 @@
+"""Two processes train what one would."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import two_processes
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from deat_rb.training.dataloading import ShardedLoader
+from deat_rb.training.metrics import BatchStats, EpochAccumulator
+from deat_rb.utils import seeding
+from deat_rb.utils.distributed import World, is_peer_failure, share
+from deat_rb.utils.errors import DeatError
+
+METHODS = ("standard", "pgd-2", "trades", "mart", "fat-5", "free-3", "m-deat", "m+trades")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+
+
+@given(st.integers(0, 300), st.integers(1, 9))
+def test_shares_are_a_partition(count: int, size: int) -> None:
+    parts = [share(count, rank, size) for rank in range(size)]
+    assert [i for part in parts for i in range(count)[part]] == list(range(count))
+    lengths = [part.stop - part.start for part in parts]
+    assert max(lengths) - min(lengths) <= 1
+
+
+@given(st.integers(2, 12), st.integers(1, 4), st.booleans())
+def test_noise_for_the_shares_is_that_of_the_whole(count: int, size: int, normal: bool) -> None:
+    draw = seeding.normal_like if normal else seeding.uniform_like
+    images = torch.zeros(count, 3, 4, 4)
+    torch.manual_seed(5)
+    whole = draw(images, 0.5)
+    parts = []
+    for rank in range(size):
+        part = share(count, rank, size)
+        with seeding.global_batch_noise(part, count, torch.Generator().manual_seed(5)):
+            parts.append(draw(images[part].to(memory_format=torch.channels_last), 0.5))
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_a_world_of_one_is_the_identity() -> None:
+    world, tensor = World(), torch.ones(3)
+    assert world.is_main
+    assert (world.share(7), world.max_over_ranks(2)) == (slice(0, 7), 2)
+    assert world.sum(tensor) is tensor
+    world.average([tensor])
+    assert tensor.tolist() == [1, 1, 1]
+    with pytest.raises(DeatError, match="no"):
+        world.on_main(lambda: (_ for _ in ()).throw(DeatError("no")))
+
+
+def test_figures_are_summed_on_the_cpu_and_go_on_to_the_last_digit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL refuses tensors of the CPU, and a loss in single precision depends on the order it is summed in."""
+    losses = [[1e8, 3.0, 0.1, 5e7], [7.7, 2e7, 0.3, 1.0]]
+
+    def of(rank: int, batches: slice, sums: EpochAccumulator | None = None) -> EpochAccumulator:
+        sums = sums or EpochAccumulator()
+        for loss in losses[rank][batches]:
+            sums.add(BatchStats(4, torch.tensor(loss), torch.tensor(3), torch.tensor(loss / 3), 2, 2, 1, 192), 0.5)
+        return sums
+
+    def gathered(values: list[Any], value: Any, group: Any) -> None:
+        values[:] = together
+
+    monkeypatch.setattr(dist, "all_gather_object", gathered)
+    monkeypatch.setattr(dist, "all_reduce", None)
+    together = [of(rank, slice(None)).facts() for rank in (0, 1)]
+    whole = of(0, slice(None)).over(World(0, 2)).facts()
+    assert (whole["examples"], whole["batches"], whole["correct"], whole["forwards"]) == (32, 4, 24, 8)
+
+    parts = [of(rank, slice(2)).facts() for rank in (0, 1)]
+    continued = [of(rank, slice(2, 4), EpochAccumulator.share_of(parts, World(rank, 2))) for rank in (0, 1)]
+    together = [sums.facts() for sums in continued]
+    assert continued[0].over(World(0, 2)).facts() == whole
+    # By another number of processes, what there was is still summed once.
+    for size in (1, 3):
+        shares = [EpochAccumulator.share_of(parts, World(rank, size)).facts() for rank in range(size)]
+        assert sum(share["examples"] for share in shares) == 16
+        assert sum(share["loss"] for share in shares) == pytest.approx(sum(part["loss"] for part in parts))
+        assert {share["batches"] for share in shares} == {2}
+
+
+def test_what_all_processes_have_alike_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(3))
+    tensor = torch.rand(1000)
+    before = tensor.clone()
+    World(0, 3).average([tensor])
+    assert torch.equal(tensor, before)
+
+
+@pytest.mark.parametrize(("local_rank", "order"), [("0", ["acts", "gathers"]), ("1", ["gathers", "acts"])])
+def test_the_first_process_of_a_machine_goes_before_the_others_there(
+    local_rank: str, order: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    refusals: list[DeatError | None] = [None, None]
+
+    def gather(values: list[Any], value: Any, group: Any) -> None:
+        done.append("gathers")
+        values[:] = refusals
+
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    world = World(3, 2)
+    world.local_main_first(lambda: done.append("acts"))
+    assert done == order
+    refusals[0] = DeatError("no archive")
+    with pytest.raises(DeatError, match="no archive"):
+        world.local_main_first(lambda: done.append("acts"))
+    assert done.count("acts") == 2 - int(local_rank)
+
+
+def test_a_batch_smaller_than_the_processes_are_many_is_refused() -> None:
+    shares = ShardedLoader(
+        [(torch.zeros(5, 3, 4, 4), torch.zeros(5)), (torch.zeros(3, 3, 4, 4), torch.zeros(3))], World(1, 4)
+    )
+    found = shares.of_epoch(1, 0, 0)
+    assert len(next(found)[0][1]) == 1
+    with pytest.raises(DeatError, match="a batch of 3 images cannot be divided over 4 processes; leave"):
+        next(found)
+
+
+def test_nothing_holds_a_group_that_is_destroyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Group:
+        pass
+
+    class Replica:
+        """In a circle, as torch's are."""
+
+        def __init__(self, group: Group) -> None:
+            self.group, self.itself = group, self
+
+    world = World(0, 2, Group())
+    group = weakref.ref(world._control)
+    Replica(world._control)
+    seen: list[bool] = []
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: seen.append(group() is None))
+    world.leave()
+    assert seen == [True]
+
+
+def test_only_errors_of_communication_are_another_process_s() -> None:
+    two = World(0, 2)
+    assert is_peer_failure(RuntimeError("[../gloo/transport/tcp/pair.cc:538] Connection closed by peer"), two)
+    assert not is_peer_failure(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), two)
+    assert not is_peer_failure(RuntimeError("Connection closed by peer"), World())
+
+
+def test_weights_and_figures_are_those_of_one_process(tmp_path: Path) -> None:
+    """In float64 with BatchNorm in eval, after five batches, the last of them short."""
+    methods = list(METHODS)
+    script = Path(two_processes.__file__)
+    subprocess.run([*TORCHRUN, str(script), str(tmp_path), *methods], env=ENVIRONMENT, check=True, timeout=300)
+    assert [(tmp_path / f"left-{rank}").read_text() for rank in (0, 1)] == ["[True]"] * 2
+    for method in methods:
+        weights, figures = two_processes.train(method)
+        found = load_file(tmp_path / f"{method}.safetensors")
+        for name, tensor in weights.items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-8)
+        torch.testing.assert_close(found["figures"], torch.tensor(figures, dtype=torch.float64), rtol=1e-6, atol=1e-9)
+
+
+def deat(*arguments: str, processes: int, folder: Path) -> subprocess.CompletedProcess[str]:
+    start = [*TORCHRUN, "-m", "deat_rb"] if processes == 2 else [sys.executable, "-m", "deat_rb"]
+    done = subprocess.run(
+        [*start, *arguments], env=ENVIRONMENT, cwd=folder, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+SMALL = ("--train-size", "170", "--batch-size", "32", "--val-size", "20", "--lr-schedule", "flat", "--lr", "0.05")
+
+
+def test_a_digits_run_has_the_steps_and_counts_of_one_process_and_goes_on_with_any_number(tmp_path: Path) -> None:
+    """2 processes for two epochs, 1 for the third, 2 for the fourth; beside 1 for four."""
+    run, alone = tmp_path / "runs" / "two", tmp_path / "runs" / "one"
+    out = deat("train", "--method", "m+pgd", *SMALL, "--epochs", "2", "--name", "two", processes=2, folder=tmp_path)
+    assert out.stdout.count("result     epoch 2") == 1  # process 0 alone talks
+    deat("train", "--method", "m+pgd", *SMALL, "--epochs", "4", "--name", "one", processes=1, folder=tmp_path)
+    deat("train", "--resume", str(run), "--epochs", "3", processes=1, folder=tmp_path)
+    deat("train", "--resume", str(run), "--epochs", "4", processes=2, folder=tmp_path)
+    assert [row["processes"] for row in rows(run)] == [2, 2, 1, 2]
+    for ours, theirs in zip(rows(run), rows(alone), strict=True):
+        for name in ("epoch", "steps", "alpha", "examples", "backwards", "forwards", "updates", "lr"):
+            assert ours[name] == pytest.approx(theirs[name]), name
+        # BatchNorm's statistics are each process's own: the weights are others, if not by much.
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.1)
+
+
+def test_sigterm_leaves_a_checkpoint_and_a_dead_process_ends_the_other_with_a_sentence(tmp_path: Path) -> None:
+    command = [*TORCHRUN, "-m", "deat_rb", "train", "--method", "pgd-3", *SMALL, "--epochs", "60", "--name", "run"]
+    run = tmp_path / "runs" / "run"
+    with open(tmp_path / "log", "w") as log:
+        first = subprocess.Popen(command, env=ENVIRONMENT, cwd=tmp_path, stdout=log, stderr=log)
+        wait_for(run, 1, first)
+        first.send_signal(signal.SIGTERM)
+        first.wait(timeout=120)
+    assert "deat-rb train --resume runs/run goes on from there" in (tmp_path / "log").read_text()
+    before = len(rows(run))
+    assert 1 <= before < 60
+
+    with open(tmp_path / "log", "w") as log:
+        again = [*TORCHRUN, "-m", "deat_rb", "train", "--resume", "runs/run"]
+        second = subprocess.Popen(again, env=ENVIRONMENT, cwd=tmp_path, stdout=log, stderr=log)
+        wait_for(run, before + 1, second)
+        os.kill(rank_1_of(second.pid), signal.SIGKILL)
+        second.wait(timeout=120)
+    said = (tmp_path / "log").read_text()
+    assert "another of the 2 processes is gone, so that this one ends too; runs/run keeps" in said
+    assert "loop.py" not in said  # torchrun shows a traceback of its own
+    assert len(rows(run)) > before
+
+
+def wait_for(run: Path, epochs: int, process: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + 120
+    while not (run / "metrics.jsonl").is_file() or len(rows(run)) < epochs:
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def rank_1_of(launcher: int) -> int:
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return next(int(pid) for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())

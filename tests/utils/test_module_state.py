@@ -1,0 +1,166 @@
+"""Calling never teaches (law 2): a call leaves weights, buffers, modes, gradients and requires_grad as found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchattacks
+from torch import nn
+from training_problems import Snapshot, fails_at, images_and_labels, used
+
+import deat_rb
+from deat_rb.training.trainer import Trainer
+from deat_rb.utils.module_state import preserve_modes, preserve_state
+
+METHODS = [
+    "standard", "free-3", "deat-2", "deat-40%", "m-deat", "pgd-2", "m+pgd", "u-fgsm", "m+u-fgsm",
+    "fat-2", "trades", "f+trades", "m+trades", "mart", "f+mart", "m+mart",
+]  # fmt: skip
+ATTACKS: dict[str, Callable[[nn.Module], Any]] = {
+    "PGD": lambda model: torchattacks.PGD(model, steps=2),
+    "TPGD": lambda model: torchattacks.TPGD(model, steps=2),
+    "MIFGSM": lambda model: torchattacks.MIFGSM(model, steps=2),
+    "DIFGSM": lambda model: torchattacks.DIFGSM(model, steps=2),
+    "APGD": lambda model: torchattacks.APGD(model, steps=2),
+    "FFGSM": lambda model: torchattacks.FFGSM(model),
+}
+CASES = [*METHODS, *ATTACKS]
+
+
+def trainer_of(name: str, model: nn.Module) -> Trainer:
+    if name in ATTACKS:
+        return deat_rb.AttackTrainer(ATTACKS[name](model))
+    # Ten steps show no more than two.
+    short = {"steps": 2} if name in ("trades", "f+trades", "mart", "f+mart") else {}
+    return deat_rb.create(name, model, **short)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_call_leaves_a_training_model_as_it_was(name: str) -> None:
+    model = used()
+    trainer = trainer_of(name, model)
+    images, labels = images_and_labels()
+    before, clean = Snapshot(model), images.clone()
+    adv = trainer(images, labels)
+    assert before.differences() == []
+    assert torch.equal(images, clean)
+    assert not adv.requires_grad
+    if name == "standard":
+        assert torch.equal(adv, images)
+    else:
+        # torchattacks' APGD returns the clean image where it does not fool the model.
+        assert name == "APGD" or not torch.equal(adv, images)
+        assert float((adv - images).abs().max()) <= 8 / 255 + 1e-6
+        assert 0 <= float(adv.min()) <= float(adv.max()) <= 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_call_leaves_an_eval_model_as_it_was(name: str) -> None:
+    model = used().eval()
+    trainer = trainer_of(name, model)
+    before = Snapshot(model)
+    trainer(*images_and_labels())
+    assert before.differences() == []
+
+
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("name", CASES)
+def test_a_call_that_raises_leaves_the_model_as_it_was(name: str, call: int) -> None:
+    model = used()
+    trainer = trainer_of(name, model)
+    trainer.set_normalization_used([0.5, 0.5, 0.5], [0.25, 0.25, 0.25])
+    images, labels = images_and_labels()
+    before = Snapshot(model)
+    fails_at(model, call)
+    forwards = {"standard": 0, "m-deat": 1, "deat-2": 1, "deat-40%": 1, "m+pgd": 1, "u-fgsm": 1, "m+u-fgsm": 1,
+                "m+mart": 1, "FFGSM": 1}  # fmt: skip
+    if forwards.get(name, 2) >= call:
+        with pytest.raises(RuntimeError, match="out of order"):
+            trainer((images - 0.5) / 0.25, labels)
+    else:
+        trainer((images - 0.5) / 0.25, labels)
+    assert before.differences() == []
+    assert trainer._normalization_applied is True
+
+
+def test_a_training_step_that_raises_while_crafting_gives_each_module_its_mode_back() -> None:
+    for name in ("fat-2", "PGD"):
+        model = used()
+        trainer = trainer_of(name, model)
+        before = Snapshot(model)
+        fails_at(model, 2)
+        with pytest.raises(RuntimeError, match="out of order"):
+            trainer.training_step(*images_and_labels(), torch.optim.SGD(model.parameters(), lr=0.1))
+        assert before.differences() == []
+
+
+def test_a_training_step_keeps_the_frozen_batchnorm_frozen_and_moves_the_other() -> None:
+    for name in ("pgd-2", "free-3", "trades", "PGD", "TPGD"):
+        model = used()
+        before = Snapshot(model)
+        trainer_of(name, model).training_step(*images_and_labels(), torch.optim.SGD(model.parameters(), lr=0.1))
+        changed = before.differences()
+        assert "value of 1.running_mean" in changed, name
+        assert "value of 9.weight" in changed, name
+        assert not {"value of 4.running_mean", "value of 4.num_batches_tracked", "value of 0.weight"} & set(changed)
+        assert not [change for change in changed if change.startswith("mode")], name
+
+
+def test_crafting_in_train_mode_leaves_modules_alone_that_were_frozen_in_eval() -> None:
+    """With both BatchNorms frozen each image is crafted on its own; with one alive the batch matters."""
+
+    def alone_and_together(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        attack = deat_rb.PGD(model, start="none", steps=2)
+        images, labels = images_and_labels()
+        return attack(images[:1], labels[:1]), attack(images, labels)[:1]
+
+    frozen = used()
+    frozen[1].eval()
+    assert torch.equal(*alone_and_together(frozen))
+    assert not torch.equal(*alone_and_together(used()))
+
+
+def test_untouched_undoes_what_an_attack_may_do() -> None:
+    model = used()
+    before = Snapshot(model)
+    kept = [parameter.grad for parameter in model.parameters()]
+
+    def wreak_havoc() -> None:
+        model.train()
+        model[1].eval()
+        torch.autograd.backward(model(images_and_labels()[0]).sum())
+        for parameter in model.parameters():
+            parameter.requires_grad_(not parameter.requires_grad)
+        assert len(before.differences()) > 10
+
+    with preserve_state(model):
+        assert all(parameter.grad is None for parameter in model.parameters())
+        wreak_havoc()
+    assert before.differences() == []
+
+    def raising() -> None:
+        with preserve_state(model):
+            wreak_havoc()
+            raise ValueError("on purpose")
+
+    with pytest.raises(ValueError, match="on purpose"):
+        raising()
+    assert before.differences() == []
+    assert all(old is parameter.grad for old, parameter in zip(kept, model.parameters(), strict=True))
+
+
+def test_modes_restored_gives_each_module_its_own() -> None:
+    model = used()
+    before = Snapshot(model)
+
+    def raising() -> None:
+        with preserve_modes(model):
+            model.eval()
+            raise ValueError("on purpose")
+
+    with pytest.raises(ValueError, match="on purpose"):
+        raising()
+    assert before.differences() == []
