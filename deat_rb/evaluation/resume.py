@@ -9,7 +9,6 @@ A file is written whole or not at all, and none is ever changed, so that there i
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import read_json, write_json
+from deat_rb.utils.locks import exclusive_lock
 from deat_rb.utils.safe_load import load_tensors, save_tensors, sha256_tensors
 
 FINGERPRINT = "evaluation.json"
@@ -147,20 +147,12 @@ def _locked(folder: Path, fingerprint: Mapping[str, str], resume: bool | None) -
         if strange:
             raise DeatError(f"an unfinished evaluation cannot be kept in {folder}, which holds {strange[0]}: give "
                             "a folder of its own")  # fmt: skip
-        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise DeatError(f"an unfinished evaluation cannot be kept in {folder} ({error.strerror}): make room for it "
                         "there, or copy the run to where you may write") from None  # fmt: skip
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DeatError(f"another process is evaluating in {folder}; wait for it or end it") from None
-        if os.fstat(lock).st_nlink == 0:
-            raise DeatError(f"another process has just ended its evaluation in {folder}; start this one again")
+    busy = f"another process is evaluating in {folder}; wait for it or end it"
+    with exclusive_lock(folder / LOCK, busy=busy, failed=f"an unfinished evaluation cannot be kept in {folder}"):
         yield
-    finally:
-        os.close(lock)
 
 
 def _prepare(journal: ResumeStore, fingerprint: Mapping[str, str], resume: bool | None) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -32,6 +31,7 @@ from deat_rb.robustbench.format import SPELLED
 from deat_rb.utils import compat
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import write_all
+from deat_rb.utils.locks import exclusive_lock
 from deat_rb.utils.text import printable
 from deat_rb.utils.units import format_fraction
 
@@ -217,9 +217,7 @@ class Board:
             self.path.mkdir(parents=True, exist_ok=True)
             before = os.umask(0o777 & ~self.path.stat().st_mode)
             try:
-                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-                with open(os.open(self.path / ".lock", flags, 0o666), "w") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX)
+                with exclusive_lock(self.path / ".lock", failed=f"the board {self.path} cannot be written"):
                     self._recover()
                     yield
             finally:

@@ -13,14 +13,13 @@ eval.json            the last evaluation
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from deat_rb.runs.config import RunConfig
 from deat_rb.training.metrics import EpochStats
 from deat_rb.utils.errors import DeatError, UnwritableError
 from deat_rb.utils.files import atomic_write, read_json, write_json
+from deat_rb.utils.locks import exclusive_lock
 from deat_rb.utils.records import describe_validation_error
 from deat_rb.utils.safe_load import save_tensors, sha256_tensors
 
@@ -174,30 +174,17 @@ class RunDirectory:
         """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keeps every other process from training in this folder; the lock dies with its owner.
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep every other process from training in this folder.
 
         Raises:
-            DeatError: If another process holds it.
+            DeatError: Another process holds the lock.
         """
-        path = self.path / LOCK
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-        except OSError as error:
-            raise DeatError(f"{path} cannot be opened to keep other processes out: {error.strerror}") from None
-        try:
-            # A lock of this process alone: those that it forks, which decode images, do not keep it when it dies.
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(descriptor)
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise DeatError(f"{path} cannot be locked to keep other processes out: {error.strerror}") from None
-            raise DeatError(f"another process is training in {self.path}; wait for it or end it") from None
-        try:
-            yield
-        finally:
-            os.close(descriptor)
+        return exclusive_lock(
+            self.path / LOCK,
+            busy=f"another process is training in {self.path}; wait for it or end it",
+            failed=f"{self.path / LOCK} cannot be locked to keep other processes out",
+        )
 
     def save_weights(self, which: str, state: Mapping[str, Tensor], row: EpochStats) -> None:
         """Writes weights and what is known of them, atomically."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -178,9 +177,16 @@ class Engine:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak_memory(self) -> int:
-        """Peak memory in bytes: allocated on the GPU since `reset_peak_memory`, or the process's resident set ever."""
+        """Return the peak memory in bytes: allocated on the GPU since `reset_peak_memory`, or the process's peak RSS.
+
+        It is 0 on a CPU where the operating system does not report it (Windows).
+        """
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
+        try:
+            import resource  # POSIX only
+        except ImportError:
+            return 0
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -319,22 +318,6 @@ def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
         assert isinstance(journal, ResumeStore)
         with pytest.raises(DeatError, match="another process is evaluating in"), opened(tmp_path / "state", {}, None):
             pass
-
-
-def test_a_folder_that_is_being_removed_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other process ends between this one's opening of the lock and its locking."""
-    lock = fcntl.flock
-
-    def late(descriptor: int, how: int) -> None:
-        (tmp_path / "state" / ".lock").unlink()
-        lock(descriptor, how)
-
-    monkeypatch.setattr(fcntl, "flock", late)
-    with (
-        pytest.raises(DeatError, match=r"has just ended its evaluation in .*; start this one again$"),
-        opened(tmp_path / "state", {}, None),
-    ):
-        pass
 
 
 # Through the command.

@@ -1,0 +1,41 @@
+"""The package where `fcntl` and `resource` do not exist, as on Windows."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import sys
+sys.modules["fcntl"] = sys.modules["resource"] = None  # importing them raises ImportError
+import torch
+import deat_rb
+import deat_rb.cli, deat_rb.cli.train, deat_rb.cli.evaluate, deat_rb.cli.leaderboard, deat_rb.cli.submit
+
+data = deat_rb.load_data("digits")
+model = deat_rb.build_model("wrn-10-1", num_classes=10)
+trainer = deat_rb.create("pgd-1", model, eps=0.1)
+images, labels = data.test.first(8).tensors()
+assert trainer(images, labels).shape == images.shape
+options = {"method": "pgd-1", "arch": "wrn-10-1", "dataset": "digits", "epochs": 1, "train_size": 64, "val_size": 16,
+           "batch_size": 32, "device": "cpu", "precision": "fp32"}
+run, history = deat_rb.train(options, output="runs")
+report = deat_rb.evaluate(deat_rb.load_model(run.path), images, labels, eps=0.1, attacks=("natural", "fgsm"),
+                          device="cpu", state="unfinished")
+assert report.results, report
+from deat_rb.leaderboard.board import Board
+with Board("board").locked():
+    pass
+print("done")
+"""
+
+
+@pytest.mark.slow
+def test_everything_works_without_fcntl_and_resource(tmp_path: Path) -> None:
+    outcome = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False
+    )
+    assert outcome.stdout.endswith("done\n"), outcome.stderr
