@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
@@ -43,10 +44,15 @@ def seed_list(text: str) -> tuple[int, ...]:
 
 
 def size(text: str) -> int:
-    """Reads a size such as ``8G``, in bytes."""
-    from deat_rb.utils.units import parse_size
+    """Return the bytes of a size such as ``8G`` (8e9), ``8GiB`` (8 * 2**30) or ``4096``."""
+    from pydantic import ByteSize, TypeAdapter, ValidationError
 
-    return parse_size(text)
+    try:
+        if re.fullmatch(r"\s*[0-9]*\.?[0-9]+\s*[A-Za-z]*\s*", text):  # ByteSize ignores what follows a number
+            return TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        pass
+    raise click.BadParameter(f"'{text}' is not a size; give bytes, or a number with a unit such as 500MB, 8G or 8GiB")
 
 
 def json_file(text: str) -> Path:

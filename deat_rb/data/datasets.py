@@ -22,7 +22,8 @@ from deat_rb.data.batches import Batches
 from deat_rb.data.check import check_batch
 from deat_rb.data.image_folder import ImageFolder, image_files
 from deat_rb.data.images import ImageSet, LabeledImages, subset, train_val_split
-from deat_rb.data.statistics import DatasetStatistics, Normalisation, Progress, cached_statistics, compute_statistics
+from deat_rb.data.normalization import NORMALIZATION, Normalization
+from deat_rb.data.statistics import DatasetStatistics, Progress, cached_statistics, compute_statistics
 from deat_rb.utils.errors import DeatError, did_you_mean
 
 __all__ = [
@@ -36,10 +37,6 @@ __all__ = [
     "subset",
     "train_val_split",
 ]
-
-CIFAR10_NORMALISATION = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
-
-CIFAR100_NORMALISATION = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 
 DIGITS_TEST_SIZE = 500
 
@@ -171,16 +168,16 @@ def _digits(request: _Request) -> Dataset:
 def _cifar10(request: _Request) -> Dataset:
     from torchvision.datasets import CIFAR10
 
-    return _cifar("cifar10", CIFAR10, request.data_dir or Path("data"), CIFAR10_NORMALISATION)
+    return _cifar("cifar10", CIFAR10, request.data_dir or Path("data"), NORMALIZATION["cifar10"])
 
 
 def _cifar100(request: _Request) -> Dataset:
     from torchvision.datasets import CIFAR100
 
-    return _cifar("cifar100", CIFAR100, request.data_dir or Path("data"), CIFAR100_NORMALISATION)
+    return _cifar("cifar100", CIFAR100, request.data_dir or Path("data"), NORMALIZATION["cifar100"])
 
 
-def _cifar(name: str, source: Any, root: Path, normalisation: Normalisation) -> Dataset:
+def _cifar(name: str, source: Any, root: Path, normalization: Normalization) -> Dataset:
     """Loads the files that torchvision's class ``source`` reads, and fetches them before if they are not there."""
     if not (root / source.base_folder).exists():
         _fetch_cifar(name, source, root)
@@ -196,7 +193,7 @@ def _cifar(name: str, source: Any, root: Path, normalisation: Normalisation) -> 
         for part in parts
     )
     classes = tuple(parts[0].classes)
-    seen = compute_statistics(train, test, classes, normalisation=normalisation)
+    seen = compute_statistics(train, test, classes, normalization=normalization)
     return _data_set(name, train, test, classes, seen, augment=True)
 
 

@@ -15,14 +15,12 @@ from torch import Tensor
 
 from deat_rb.data.image_folder import ImageFolder
 from deat_rb.data.images import LabeledImages
+from deat_rb.data.normalization import Normalization
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import read_json, write_json
 
 Progress = Callable[[int, int], None]
 """Is told how many of how many images have been seen."""
-
-Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and standard deviation per channel."""
 
 CACHE_VERSION = "1"
 
@@ -47,7 +45,7 @@ def compute_statistics(
     test: LabeledImages,
     classes: tuple[str, ...],
     *,
-    normalisation: Normalisation | None = None,
+    normalization: Normalization | None = None,
     progress: Progress | None = None,
 ) -> DatasetStatistics:
     """Sees each image once, a chunk at a time, so that images in memory and in files give the same.
@@ -56,7 +54,7 @@ def compute_statistics(
         train: The training images.
         test: The test images.
         classes: Names of the classes.
-        normalisation: Mean and standard deviation, where they are known.
+        normalization: Mean and standard deviation, where they are known.
         progress: Is told how far it is.
 
     Raises:
@@ -69,13 +67,13 @@ def compute_statistics(
         digest.update(repr((len(part), *part.shape)).encode())
         for images in part.chunks():
             digest.update(images.contiguous().numpy().data)
-            if part is train and normalisation is None:
+            if part is train and normalization is None:
                 counts += _value_counts(images)
             seen += len(images)
             if progress is not None:
                 progress(seen, len(train) + len(test))
         digest.update(part.labels.contiguous().numpy().data)
-    return DatasetStatistics(digest.hexdigest(), *(normalisation or _mean_and_std(counts)))
+    return DatasetStatistics(digest.hexdigest(), *(normalization or _mean_and_std(counts)))
 
 
 def _value_counts(images: Tensor) -> Tensor:
@@ -83,7 +81,7 @@ def _value_counts(images: Tensor) -> Tensor:
     return torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
 
 
-def _mean_and_std(counts: Tensor) -> Normalisation:
+def _mean_and_std(counts: Tensor) -> Normalization:
     """Mean and standard deviation per channel, in [0, 1], from the counts of the 256 values: exact and small."""
     values = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []

@@ -28,7 +28,7 @@ from deat_rb.utils.errors import DeatError, Interrupted, did_you_mean
 from deat_rb.utils.safe_load import sha256_tensors
 from deat_rb.utils.text import replace_invisible
 from deat_rb.utils.units import format_fraction
-from deat_rb.utils.versions import _versions
+from deat_rb.utils.versions import versions
 
 __all__ = ["AttackResult", "Report", "evaluate", "parse_attacks", "split_names", "validate", "wilson"]
 
@@ -143,7 +143,7 @@ def evaluate(
                 "device": _device_name(held.device),
                 "adversarial images": "kept" if keep else "not kept",
             }
-            journal = stack.enter_context(opened(state, {**facts, **settings, **_versions()}, resume))
+            journal = stack.enter_context(opened(state, {**facts, **settings, **versions()}, resume))
             stack.enter_context(_explained(journal, held))
             if journal.said and hasattr(progress, "say"):
                 cast(Any, progress).say(journal.said)
@@ -160,7 +160,7 @@ def evaluate(
             precision=precision,
             layout=cast(Any, settings["layout"]),
             device=settings["device"],
-            versions=_versions(),
+            versions=versions(),
             curve=curve if len(plans) > 1 else (),
             model_sha256=facts["weights"],
             examples_sha256=facts["examples"],

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.text import _UNSEEN, printable
+from deat_rb.utils.text import is_invisible, printable
 
 MAX_JSON = 4 * 2**20
 """Bytes of a JSON file; the metrics of a thousand epochs take half a megabyte."""
@@ -47,7 +47,7 @@ def plain(text: str) -> str:
     Raises:
         ValueError: It has unseen characters, or would be markup, a formula, or a command in HTML, Markdown, TeX or CSV.
     """
-    unseen = next((char for char in text if unicodedata.category(char) in _UNSEEN), None)
+    unseen = next((char for char in text if is_invisible(char)), None)
     if unseen is not None:
         raise ValueError(f"has the character U+{ord(unseen):04X}, which is not seen when it is printed")
     if text != text.strip():
@@ -83,7 +83,7 @@ def seen(text: str) -> str:
     Raises:
         ValueError: It has some.
     """
-    if any(unicodedata.category(char) in _UNSEEN for char in text) or re.search(r"<[A-Za-z/!?]", text):
+    if any(is_invisible(char) for char in text) or re.search(r"<[A-Za-z/!?]", text):
         raise ValueError("has characters that are not seen when it is printed, or HTML")
     return text
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from deat_rb.data.datasets import CIFAR10_NORMALISATION, CIFAR100_NORMALISATION
+from deat_rb.data.normalization import NORMALIZATION
 from deat_rb.models.names import PREACTRESNET18, canonical_arch
 from deat_rb.utils import compat, seeding
 from deat_rb.utils.errors import DeatError, did_you_mean
@@ -20,9 +20,9 @@ from deat_rb.utils.errors import DeatError, did_you_mean
 _wide_resnet, _resnet = compat.architectures()
 
 DATASETS = {
-    "digits": (10, ((0.3053,) * 3, (0.3236,) * 3)),
-    "cifar10": (10, CIFAR10_NORMALISATION),
-    "cifar100": (100, CIFAR100_NORMALISATION),
+    "digits": (10, NORMALIZATION["digits"]),
+    "cifar10": (10, NORMALIZATION["cifar10"]),
+    "cifar100": (100, NORMALIZATION["cifar100"]),
 }
 """Number of classes, and mean and standard deviation per channel; all three are 32x32 RGB."""
 

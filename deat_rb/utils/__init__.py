@@ -1,4 +1,4 @@
-"""Helpers without a subject of their own: errors, files, units, seeds, devices, ranks, and robustbench's import.
+"""Shared helpers: errors, files, locks, units, seeds, devices, distributed training and the import of robustbench.
 
 A module belongs here if it knows nothing of datasets, networks, attacks or methods.
 """

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong, in words."""
+"""Wording of pydantic's validation errors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pydantic import ValidationError
 
 
 def describe_validation_error(error: ValidationError) -> str:
-    """Where content that was read is not what it should be, and how."""
+    """Return the field and the message of the first error."""
     first = error.errors()[0]
     return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"

@@ -1,15 +1,15 @@
-"""Loads and saves tensors without executing anything in the file."""
+"""Loading and saving of state dicts without unpickling code."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
-import pickle
 import pickletools
 import re
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +18,17 @@ from torch import Tensor
 
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import atomic_write, read_bytes
+
+WRAPPERS = (
+    "state_dict", "model_state_dict", "model", "net", "last", "rmodel", "model_state", "weights", "best",
+)  # fmt: skip
+"""Keys under which training scripts save a state dict beside the epoch and the optimizer, in order of preference."""
+
+MAX_DEPTH = 3
+"""How deep in nested dicts state dicts are looked for."""
+
+SAVE_WEIGHTS = "save only the weights, with torch.save(model.state_dict(), path)"
+
 
 MOST_SHARED = 32
 """How often a pickle may name a tuple again: a hash goes through each anew, up to 3 ** (32 / 3) of them in all."""
@@ -54,34 +65,46 @@ def opcodes(pickle: bytes | BinaryIO, source: Path | str) -> Iterator[tuple[str,
         yield opcode.name, argument
 
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "last")
-"""The keys under which training scripts put a state dict beside their epoch and optimiser."""
+@dataclass(frozen=True)
+class Weights:
+    """A state dict read from a file.
 
-_ALLOCATES = re.compile(r"bytearray|(Untyped|Typed)Storage|\w*Tensor")
-"""What torch's safe unpickler lets a pickle call with any size: a kilobyte may ask for gigabytes."""
+    Attributes:
+        tensors: By name, without DDP's prefix ``module.``.
+        key: The key under which it was found, such as ``state_dict`` or ``ema.model``; None if the file is the dict.
+        others: Keys of the file's other state dicts of the same network, such as ``state_dict_ema``.
+    """
 
-_LEGACY_PICKLES = 5
-"""Before zip archives, torch.save wrote so many pickles one after the other, and then the values."""
+    tensors: dict[str, Tensor]
+    key: str | None = None
+    others: tuple[str, ...] = ()
+
+    @property
+    def note(self) -> str:
+        """What was loaded where the file has several state dicts; otherwise empty."""
+        if not self.others:
+            return ""
+        return f"loaded the weights under '{self.key}'; the file also has {_quoted(self.others)}: see --weights-key"
 
 
-def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a state dict as safetensors, atomically; shared and channels_last tensors keep their values."""
-    import safetensors.torch
-
-    apart = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
-    atomic_write(path, safetensors.torch.save(apart, metadata))
+def load_tensors(path: Path | str, weights_key: str | None = None) -> dict[str, Tensor]:
+    """Return the tensors of `load_state_dict`."""
+    return load_state_dict(path, weights_key).tensors
 
 
-def load_tensors(path: Path | str) -> dict[str, Tensor]:
-    """Reads a state dict, of safetensors or of `torch.save`, to the CPU without executing anything in the file.
+def load_state_dict(path: Path | str, weights_key: str | None = None) -> Weights:
+    """Read a state dict from a safetensors or `torch.save` file to the CPU.
 
-    One wrapping such as ``{"state_dict": ..., "epoch": ...}`` is taken off, and DDP's prefix ``module.`` as well.
+    A dict nested as in ``{"state_dict": ..., "epoch": ...}`` is found under one of `WRAPPERS`, or under any other key
+    if it is the only one.
+
+    Args:
+        path: The file.
+        weights_key: The key to load, such as ``state_dict_ema``; dots lead into nested dicts (``ema.model``).
 
     Raises:
-        DeatError: The file is missing, empty, truncated, a web page, a pickle with code, asks for more memory than it
-            has bytes, or is no dict of dense tensors of real numbers.
+        DeatError: The file is missing, empty, truncated, a web page or a pickle of other objects than tensors, has no
+            state dict or several without a usual key, or a tensor that is not dense and real.
     """
     data = read_bytes(path)
     head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -91,15 +114,19 @@ def load_tensors(path: Path | str) -> dict[str, Tensor]:
         raise DeatError(f"{path} is a web page, probably a failed download: fetch the checkpoint again")
     is_safetensors = Path(path).suffix == ".safetensors" or data[8:9] == b"{"
     content = _read_safetensors(path, data) if is_safetensors else _read_torch(path, data)
-    tensors = _unwrap(path, content)
-    for name, tensor in tensors.items():
+    weights = _select(path, content, weights_key)
+    for name, tensor in weights.tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.is_meta:
-            raise DeatError(f"{path} holds no plain numbers in its tensor {name}, which is sparse, quantised, complex "
-                            "or empty (meta): save a dense state dict of real numbers")  # fmt: skip
+            raise DeatError(
+                f"tensor {name} in {path} is sparse, quantized, complex or without data (meta): "
+                "save a dense state dict of real numbers"
+            )
         if tensor.numel() * tensor.element_size() > len(data):
-            raise DeatError(f"{path} has {len(data)} bytes, and its tensor {name} says that it takes "
-                            f"{tensor.numel() * tensor.element_size()}")  # fmt: skip
-    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+            raise DeatError(
+                f"tensor {name} in {path} claims {tensor.numel() * tensor.element_size()} bytes, more than the file's "
+                f"{len(data)}"
+            )
+    return weights
 
 
 def _read_safetensors(path: Path | str, data: bytes) -> Any:
@@ -114,72 +141,93 @@ def _read_safetensors(path: Path | str, data: bytes) -> Any:
 
 def _read_torch(path: Path | str, data: bytes) -> Any:
     try:
-        for asked in _named_in(path, data):
-            if _ALLOCATES.fullmatch(asked.rpartition(" ")[2]):
-                raise DeatError(f"{path} has a pickle that makes a {asked.replace(' ', '.')} of any size and was not "
-                                "loaded: save only the weights, with torch.save(model.state_dict(), path)")  # fmt: skip
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols that torch.save does not write
+            warnings.simplefilter("ignore")  # about pickle protocols that torch.save does not write
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except DeatError:
-        raise
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if wanted is None and not (data.startswith(b"\x80") and "Unsupported operand" in str(error)):
-            raise DeatError(f"{path} is truncated or no checkpoint") from error
-        raise DeatError(
-            f"{path} is a pickle that would run code ({wanted[1] if wanted else 'not written by torch.save'}) and was "
-            "not loaded: save only the weights, with torch.save(model.state_dict(), path)"
-        ) from error
-    except Exception as error:  # torch.load meets damage with anything from EOFError to UnicodeDecodeError
-        raise DeatError(f"{path} is truncated or no checkpoint ({_first_line(error)})") from error
+    except Exception as error:  # torch.load raises anything from EOFError to UnicodeDecodeError on damaged files
+        if objects := _pickled_objects(data, str(error)):
+            raise DeatError(
+                f"{path} holds pickled objects ({objects}) and was not loaded, because that can run code: "
+                f"{SAVE_WEIGHTS}"
+            ) from error
+        cause = str(error).partition("\n")[0] or type(error).__name__
+        raise DeatError(f"{path} is truncated or not a checkpoint ({cause})") from error
 
 
-def _named_in(path: Path | str, data: bytes) -> Iterator[str]:
-    """What a checkpoint's pickles name, each as "module name", found without unpickling them."""
-    if data.startswith(b"PK\3\4"):
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            members = archive.infolist()
-            unpacked = sum(member.file_size for member in members)
-            if unpacked > len(data):
-                raise DeatError(
-                    f"{path} would grow from {len(data)} to {unpacked} bytes, and torch.save does not compress"
-                )
-            pickles = [io.BytesIO(archive.read(member)) for member in members if member.filename.endswith(".pkl")]
+def _pickled_objects(data: bytes, error: str) -> str:
+    """Return the names of the classes and functions that a pickle refers to and torch does not load."""
+    with contextlib.suppress(Exception):  # of files from before torch 1.6, TorchScript archives and damaged ones
+        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data)))
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    if named := re.search(r"GLOBAL ([\w.]+)", error):
+        return named[1]
+    return "not written by torch.save" if data.startswith(b"\x80") and "Unsupported operand" in error else ""
+
+
+def _select(path: Path | str, content: Any, weights_key: str | None) -> Weights:
+    """Choose one of the state dicts in a file's content."""
+    found = dict(_state_dicts(content))
+    if weights_key is not None:
+        tensors = found.get(weights_key) or _with_prefix(found.get(""), f"{weights_key}.")
+        if not tensors:
+            raise DeatError(f"{path} has no state dict under '{weights_key}': {_available(found)}")
+        key: str | None = weights_key
+    elif "" in found:
+        tensors, key = found[""], None
     else:
-        pickles = [io.BytesIO(data)] * _LEGACY_PICKLES
-    for file in pickles:
-        if file.tell() < len(file.getbuffer()):
-            yield from (str(argument) for opcode, argument in opcodes(file, path) if opcode == "GLOBAL")
+        usual = [key for key in WRAPPERS if key in found]
+        candidates = usual or [key for key, each in found.items() if any(tensor.ndim for tensor in each.values())]
+        if len(candidates) > 1 and not usual:
+            raise DeatError(f"{path} has several state dicts: {_available(found)}")
+        if not candidates:
+            raise DeatError(f"{path} does not hold a state dict, which maps names to tensors: {SAVE_WEIGHTS}")
+        key = candidates[0]
+        tensors = found[key]
+    names = _bare(tensors).keys()
+    others = tuple(other for other, each in found.items() if other not in ("", key) and names & _bare(each).keys())
+    return Weights(_bare(tensors), key, others)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
+def _state_dicts(content: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield each state dict in nested dicts with its dotted key; "" is the whole content."""
+    if not isinstance(content, Mapping) or not content or not all(isinstance(name, str) for name in content):
+        return
+    if all(isinstance(value, Tensor) for value in content.values()):
+        yield key, dict(content)
+    elif depth < MAX_DEPTH:
+        for name, value in content.items():
+            yield from _state_dicts(value, f"{key}.{name}" if key else name, depth + 1)
 
 
-def _unwrap(path: Path | str, content: Any) -> dict[str, Tensor]:
-    if _is_state_dict(content):
-        return dict(content)
-    if isinstance(content, dict):
-        for key in WRAPPERS:
-            if _is_state_dict(content.get(key)):
-                return dict(content[key])
-    raise DeatError(
-        f"{path} does not hold a state dict, which is a dict of names to tensors; a wrapped one is looked "
-        f"for under {', '.join(WRAPPERS)}"
-    )
+def _bare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
 
 
-def _is_state_dict(content: Any) -> bool:
-    return (
-        isinstance(content, dict)
-        and bool(content)
-        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
-    )
+def _with_prefix(tensors: Mapping[str, Tensor] | None, prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): each for name, each in (tensors or {}).items() if name.startswith(prefix)}
+
+
+def _available(found: Mapping[str, object]) -> str:
+    keys = [key for key in found if key]
+    return f"give --weights-key one of {_quoted(keys)}" if keys else "it is one state dict; leave --weights-key out"
+
+
+def _quoted(keys: tuple[str, ...] | list[str]) -> str:
+    return ", ".join(f"'{key}'" for key in keys)
+
+
+def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a state dict as safetensors, atomically; shared and channels_last tensors keep their values."""
+    import safetensors.torch
+
+    contiguous = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    atomic_write(path, safetensors.torch.save(contiguous, metadata))
 
 
 def sha256_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """The SHA-256 of names, types, shapes and values, whatever file, order, device or memory format they are in."""
+    """Return the SHA-256 of names, dtypes, shapes and values, independent of order, device and memory format."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())

@@ -1,8 +1,7 @@
-"""Text that anybody may have written, made fit to be shown; and the pages' template environment."""
+"""Untrusted text made safe to display, and the Jinja environment of the HTML pages."""
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from typing import TYPE_CHECKING
 
@@ -10,41 +9,37 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 
-_HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Controls, what reverses the direction of text, and half characters, which UTF-8 cannot write."""
+def is_invisible(char: str) -> bool:
+    """Return whether a character is a control, format (such as a direction mark), surrogate, private or line end."""
+    return not char.isprintable() and unicodedata.category(char) != "Zs"
 
 
 def replace_invisible(text: str) -> str:
-    """Puts U+FFFD in the place of every character that would not be seen or not be written."""
-    return _HIDDEN.sub("\ufffd", text)
+    """Replace every invisible character except tabs and line feeds by U+FFFD."""
+    return "".join("\ufffd" if is_invisible(char) and char not in "\t\n" else char for char in text)
+
+
+def printable(text: str, length: int = 400) -> str:
+    r"""Escape invisible characters as in ``\x1b`` and cut the text to ``length``, so that a terminal can show it."""
+    escaped = "".join(
+        char.encode("unicode_escape", "replace").decode() if is_invisible(char) else char for char in text[: length + 1]
+    )
+    return escaped if len(text) <= length else f"{escaped[:length]}..."
 
 
 def new_environment(package: str) -> Environment:
-    """Jinja2 for the templates of a package of ours, such as ``deat_rb.evaluation``."""
+    """Return the Jinja environment for the templates of a package such as ``deat_rb.evaluation``."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    def shown(value: object) -> object:
+    def clean(value: object) -> object:
         return replace_invisible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
     return Environment(
         loader=PackageLoader(package),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=shown,
+        finalize=clean,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-
-_UNSEEN = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"}
-"""Unicode's categories of controls, direction marks, unassigned and private characters, surrogates, line ends."""
-
-
-def printable(text: str, length: int = 400) -> str:
-    r"""Makes any text fit to be printed in a terminal: controls and the like as ``\x1b``, what is too long cut."""
-    shown = "".join(
-        char if unicodedata.category(char) not in _UNSEEN else char.encode("unicode_escape", "replace").decode()
-        for char in text[: length + 1]
-    )
-    return shown if len(text) <= length else f"{shown[:length]}..."

@@ -32,7 +32,6 @@ from deat_rb.data.image_folder import ImageFolder, Paths
 from deat_rb.data.images import LabeledImages, train_val_split
 from deat_rb.data.workers import WorkerReader, worker_count
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.units import parse_size
 
 SIZE = 12
 TRAIN, TEST = 3 * 9, 3 * 2
@@ -104,28 +103,6 @@ class TestLimit:
     def test_refuses_a_negative_one(self, folder: Path) -> None:
         with pytest.raises(DeatError, match="--memory-limit -1 is below 0"):
             load(folder, -1)
-
-    @pytest.mark.parametrize(
-        ("text", "size"),
-        [
-            ("0", 0),
-            ("4096", 4096),
-            ("1k", 1024),
-            ("500M", 500 * 1024**2),
-            ("8G", 8 * 1024**3),
-            ("8 GB", 8 * 1024**3),
-            (" 1.5GiB ", 3 * 1024**3 // 2),
-            ("2T", 2 * 1024**4),
-        ],
-    )
-    def test_sizes(self, text: str, size: int) -> None:
-        assert parse_size(text) == size
-
-    @pytest.mark.parametrize("text", ["", "G", "-1G", "8X", "1e9", "8G of RAM", "inf", "nan", "0x10", "٣G", "1.G"])
-    def test_what_is_no_size_is_refused(self, text: str) -> None:
-        with pytest.raises(DeatError) as refused:
-            parse_size(text)
-        assert str(refused.value).startswith(f"--memory-limit {text} is not a size")
 
 
 class TestSameAsInMemory:
