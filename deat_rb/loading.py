@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from deat_rb.data.datasets import Dataset, load_data
 from deat_rb.data.images import interleave_classes
+from deat_rb.models.check import trial_logits
 from deat_rb.models.names import PRETRAINED, check_trust
-from deat_rb.models.pretrained import check_accepts_images, load_from_factory, load_pretrained, load_zoo_model, zoo_file
+from deat_rb.models.pretrained import load_from_factory, load_pretrained, load_zoo_model, zoo_file
 from deat_rb.models.spec import build_model
 from deat_rb.models.weights import load_weights
 from deat_rb.robustbench.format import ExportPaths, exported_spec
@@ -153,7 +154,7 @@ def open_checkpoint(
     if arch is None:
         spec = exported_spec(path)
         arch, model = spec.arch, load_model(path)
-        check_accepts_images(model, data.test.shape, len(data.classes), str(path))
+        _check_takes(model, data, str(path))
     else:
         model = build_model(arch, num_classes=classes, image_size=data.test.shape[-1])
         load_weights(model, tensors, source=str(path))
@@ -228,8 +229,13 @@ def open_named(
     else:
         model = load_from_factory(target)
     data = load_data(dataset, data_dir=data_dir, image_size=image_size)
-    check_accepts_images(model, data.test.shape, len(data.classes), target)
+    _check_takes(model, data, target)
     return EvalTarget(model, data, 8 / 255, provenance | _data_facts(data))
+
+
+def _check_takes(model: nn.Module, data: Dataset, source: str) -> None:
+    trial_logits(model, torch.zeros(2, *data.test.shape), source=source, min_classes=len(data.classes),
+                 advice="use other data or another model")  # fmt: skip
 
 
 def _data_facts(data: Dataset) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What an evaluation is about."""
+"""`deat_rb.loading`: targets of an evaluation, their examples and their data."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def positions(images: ImageSet) -> list[int]:
     return images.images[:, 0, 0, 0].tolist()
 
 
-def test_classes_that_lie_one_after_the_other_take_turns() -> None:
+def test_interleave_classes_takes_them_in_turn() -> None:
     turned = interleave_classes(labelled(0, 0, 0, 1, 2, 2))
     assert turned.labels.tolist() == [0, 1, 2, 0, 2, 0]
     assert positions(turned) == [0, 3, 4, 1, 5, 2]
 
 
-def test_a_missing_class_misses_its_turn() -> None:
+def test_interleave_classes_skips_missing_classes() -> None:
     assert positions(interleave_classes(labelled(0, 0, 2, 2))) == [0, 2, 1, 3]
 
 
-def test_mixed_images_stay_in_their_order() -> None:
+def test_interleave_classes_keeps_a_mixed_order() -> None:
     assert positions(interleave_classes(labelled(1, 0, 0, 1, 2))) == [0, 1, 2, 3, 4]
 
 
@@ -48,7 +48,7 @@ def target(image_folder: Path, tmp_path: Path) -> EvalTarget:
     return open_checkpoint(path, arch="WRN10-1", dataset="folder", data_dir=image_folder, num_classes=5)
 
 
-def test_the_first_examples_are_of_all_classes_and_begin_the_longer_evaluation(target: EvalTarget) -> None:
+def test_examples_take_the_classes_in_turn(target: EvalTarget) -> None:
     images, labels = target.examples(6)
     assert labels.tolist() == [0, 1, 2, 3, 0, 1]
     assert images.shape == (6, 3, 32, 32)
@@ -57,7 +57,7 @@ def test_the_first_examples_are_of_all_classes_and_begin_the_longer_evaluation(t
     assert len(target.examples()[0]) == 16
 
 
-def test_a_checkpoint_is_loaded_for_evaluation_and_takes_images_as_they_are(target: EvalTarget) -> None:
+def test_open_checkpoint_without_mean_takes_images_as_they_are(target: EvalTarget) -> None:
     assert not target.model.training
     assert target.run is None
     assert target.eps == 8 / 255
@@ -76,7 +76,7 @@ def run_and_data(image_folder: Path, tmp_path: Path) -> tuple[Path, Path]:
     return train(options, output=tmp_path, name="run")[0].path, data
 
 
-def test_a_run_says_everything_itself(run_and_data: tuple[Path, Path]) -> None:
+def test_open_target_of_a_run(run_and_data: tuple[Path, Path]) -> None:
     run, _ = run_and_data
     target = open_target(run)
     assert (target.eps, target.run, target.data.name) == (0.25, run, "folder")
@@ -86,7 +86,7 @@ def test_a_run_says_everything_itself(run_and_data: tuple[Path, Path]) -> None:
     assert "note" not in target.provenance
 
 
-def test_moved_and_changed_data_are_noted(run_and_data: tuple[Path, Path], tmp_path: Path) -> None:
+def test_open_target_notes_changed_data(run_and_data: tuple[Path, Path], tmp_path: Path) -> None:
     run, data = run_and_data
     moved = data.rename(tmp_path / "elsewhere")
     with pytest.raises(DeatError, match="has no folder train"):
@@ -96,6 +96,6 @@ def test_moved_and_changed_data_are_noted(run_and_data: tuple[Path, Path], tmp_p
     assert "not those that the run was trained on" in open_target(run, data_dir=moved).provenance["note"]
 
 
-def test_a_run_is_not_told_what_it_says_itself(tmp_path: Path) -> None:
+def test_open_target_of_a_run_refuses_options_of_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(DeatError, match="--arch wrn-10-1 is for checkpoints: the run"):
         open_target(tmp_path, arch="wrn-10-1")

@@ -1,9 +1,10 @@
-"""The networks that a board holds, loaded and evaluated where they lie."""
+"""`deat_rb.loading`: load_model of runs, checkpoints and entries of a leaderboard."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,34 @@ import deat_rb
 from deat_rb.cli import main
 from deat_rb.leaderboard.board import Board
 from deat_rb.leaderboard.submission import SubmissionMetadata
+from deat_rb.loading import load_model
+from deat_rb.models.spec import build_model, model_spec
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.safe_load import save_tensors
+
+
+def test_load_model_takes_the_selected_weights_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deat_rb.runs.directory import RunDirectory
+
+    trained, images = build_model("wrn-10-1", dataset="cifar10").eval(), torch.rand(2, 3, 32, 32)
+    save_tensors(tmp_path / "best.safetensors", trained.state_dict())
+    run = SimpleNamespace(model_spec=model_spec("wrn-10-1", dataset="cifar10"),
+                          selected_weights_path=tmp_path / "best.safetensors")  # fmt: skip
+    monkeypatch.setattr(RunDirectory, "open", lambda path: run)
+    loaded = load_model(tmp_path)
+    assert not loaded.training
+    assert torch.equal(loaded(images), trained(images))
+
+
+def test_load_model_of_a_bare_checkpoint_says_what_is_missing(tmp_path: Path) -> None:
+    torch.save(build_model("wrn-10-1", dataset="cifar10").state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(DeatError, match=r"nothing says of which architecture .*weights\.pt is"):
+        load_model(tmp_path / "weights.pt")
+    with pytest.raises(DeatError, match="does not exist"):
+        load_model(tmp_path / "nothing.pt")
+
+
+# Entries of a leaderboard that holds the weights
 
 
 @pytest.fixture
@@ -30,7 +58,7 @@ def evaluate(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["eval", *map(str, arguments)], prog_name="deat-rb")
 
 
-def test_the_network_is_the_one_that_was_submitted(entry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_model_of_an_entry_is_the_submitted_network(entry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.rand(2, 3, 32, 32)
     loaded = deat_rb.load_model(entry)
     assert not loaded.training
@@ -39,7 +67,7 @@ def test_the_network_is_the_one_that_was_submitted(entry: Path, monkeypatch: pyt
     assert torch.equal(deat_rb.load_model("entries/digits/Linf/Wang2021Gradient.json")(images), network()(images))
 
 
-def test_it_is_evaluated_on_its_data_at_its_eps(entry: Path, tmp_path: Path) -> None:
+def test_eval_of_an_entry_uses_its_data_and_eps(entry: Path, tmp_path: Path) -> None:
     result = evaluate(entry, "--attacks", "fgsm", "--n-examples", 8, "--checks", "none", "--json", tmp_path / "r.json")
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "r.json").read_text())
@@ -48,7 +76,7 @@ def test_it_is_evaluated_on_its_data_at_its_eps(entry: Path, tmp_path: Path) -> 
     assert report["provenance"]["weights_sha256"] == json.loads(entry.read_text())["weights_sha256"]
 
 
-def test_other_weights_than_the_entry_says_are_refused(entry: Path) -> None:
+def test_load_model_of_an_entry_refuses_other_weights(entry: Path) -> None:
     weights = entry.parents[3] / "weights" / "digits" / "Linf" / "Wang2021Gradient.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
@@ -57,21 +85,21 @@ def test_other_weights_than_the_entry_says_are_refused(entry: Path) -> None:
         deat_rb.load_model(entry)
 
 
-def test_damaged_weights_are_named_as_they_lie_in_the_board(entry: Path) -> None:
+def test_load_model_of_an_entry_names_damaged_weights(entry: Path) -> None:
     weights = entry.parents[3] / "weights" / "digits" / "Linf" / "Wang2021Gradient.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(DeatError, match=f"^{weights} is truncated"):
         deat_rb.load_model(entry)
 
 
-def test_an_entry_of_a_board_without_its_weights(entry: Path) -> None:
+def test_load_model_of_an_entry_without_weights(entry: Path) -> None:
     content = json.loads(entry.read_text()) | {"weights_file": None}
     entry.write_text(json.dumps(content))
     with pytest.raises(DeatError, match="the board does not hold the weights of digits/Linf/Wang2021Gradient"):
         deat_rb.load_model(entry)
 
 
-def test_an_entry_that_was_taken_out_of_its_board(entry: Path, tmp_path: Path) -> None:
+def test_load_model_of_an_entry_outside_its_board(entry: Path, tmp_path: Path) -> None:
     (tmp_path / "lost.json").write_bytes(entry.read_bytes())
     with pytest.raises(DeatError, match=r"lost\.json is the entry of digits/Linf/Wang2021Gradient, and lies in the wr"):
         deat_rb.load_model(tmp_path / "lost.json")
@@ -79,7 +107,7 @@ def test_an_entry_that_was_taken_out_of_its_board(entry: Path, tmp_path: Path) -
     assert evaluate(tmp_path / "eval.json").exit_code == 2
 
 
-def test_an_entry_of_other_data(entry: Path) -> None:
+def test_eval_of_an_entry_refuses_other_data(entry: Path) -> None:
     content = json.loads(entry.read_text()) | {"data_sha256": "a" * 64}
     entry.write_text(json.dumps(content))
     result = evaluate(entry)
@@ -88,7 +116,7 @@ def test_an_entry_of_other_data(entry: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", [["--dataset", "digits"], ["--arch", "wrn-10-1"]])
-def test_it_says_everything_itself(entry: Path, flag: list[str]) -> None:
+def test_eval_of_an_entry_refuses_options_of_checkpoints(entry: Path, flag: list[str]) -> None:
     result = evaluate(entry, *flag)
     assert result.exit_code == 2
     assert "is for checkpoints: the entry" in result.stderr

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from deat_rb.data.check import check_batch
-from deat_rb.utils import seeding
+from deat_rb.models.check import ADVICE, trial_logits
 from deat_rb.utils.devices import resolve_device
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.module_state import preserve_state
+
+SIZES = f"{ADVICE}; RobustBench's architectures are for 32x32"
 
 
 class PreparedModel:
@@ -97,7 +99,7 @@ def prepared_for_eval(
             model.to(target)
         try:
             trial = images[:2].to(target)
-            logits = _logits(model, trial)
+            logits = trial_logits(model, trial, advice=SIZES)
             num_classes = logits.shape[1]
             check_batch(images, labels, num_classes)
             with _laid_out(model, trial, logits, wanted=channels_last and target.type == "cpu") as laid_out:
@@ -113,27 +115,6 @@ def prepared_for_eval(
         finally:
             if target != home:
                 model.to(home)
-
-
-def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    try:
-        with torch.no_grad(), seeding.preserved():
-            logits = model(images)
-    except Exception as error:  # somebody else's code
-        first = str(error).partition("\n")[0]
-        raise DeatError(f"the model does not take {images.dtype} images of {tuple(images.shape[1:])} on "
-                        f"{images.device} ({type(error).__name__}: {first}): give those that it was made for"
-                        ) from error  # fmt: skip
-    if isinstance(logits, Tensor) and not logits.is_floating_point():
-        raise DeatError(f"the model gives {logits.dtype} values, where logits of a floating-point type are needed")
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise DeatError(
-            f"the model gives logits of shape {found} for {len(images)} images of "
-            f"{tuple(images.shape[1:])}, where ({len(images)}, K) with K of 2 or more classes is needed; "
-            "RobustBench's architectures are for 32x32"
-        )
-    return logits
 
 
 @contextmanager
@@ -152,7 +133,7 @@ def _laid_out(model: nn.Module, images: Tensor, logits: Tensor, *, wanted: bool)
             tensor.data = data.contiguous(memory_format=torch.channels_last)
         takes_it = True
         try:
-            torch.testing.assert_close(_logits(model, images), logits)
+            torch.testing.assert_close(trial_logits(model, images), logits)
         except (AssertionError, DeatError):
             takes_it = False
             for tensor, data in own:

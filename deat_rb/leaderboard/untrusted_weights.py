@@ -135,8 +135,6 @@ def _check_pickle(content: bytes, source: Path) -> None:
 def load_checked(path: Path, spec: ModelSpec, *, source: Path) -> NormalizedModel:
     """Builds a network, in eval mode, with weights that `copy_untrusted_weights` has copied; they fit it strictly.
 
-    Nothing of the network's size is allocated before the weights are known to be that large themselves.
-
     Args:
         path: The copy.
         spec: What the network is said to be.
@@ -147,11 +145,11 @@ def load_checked(path: Path, spec: ModelSpec, *, source: Path) -> NormalizedMode
     """
     tensors = load_tensors(path)
     with seeding.preserved():
-        bare = spec.build_on_meta()
-        check_types(bare, check_weights(bare, tensors, source=str(source)), source)
         model = spec.build()
+    state = check_weights(model, tensors, source=str(source))
+    check_types(model, state, source)
     said = torch.stack((model.mu, model.sigma))
-    model.load_state_dict(check_weights(model, tensors, source=str(source)))
+    model.load_state_dict(state)
     has = torch.stack((model.mu, model.sigma))
     if not torch.allclose(said, has, atol=1e-5):
         raise DeatError(f"{source} has the normalisation {_plainly(has)}, and is said to have {_plainly(said)}: these "

@@ -1,4 +1,4 @@
-"""Networks: architectures by name, normalization as a layer, loading of weights, and networks of model zoos."""
+"""Models: architectures by name with the normalization as a layer, loading of weights, pretrained networks."""
 
 from __future__ import annotations
 

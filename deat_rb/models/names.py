@@ -1,22 +1,26 @@
-"""Architectures' names."""
+"""Names of architectures: spelling, sizes, and which of them run code."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from deat_rb.utils.errors import DeatError, did_you_mean
 
 PREACTRESNET18 = "preactresnet18"
 
 PRETRAINED = ("torchvision", "timm")
-"""Packages whose networks are had by name."""
+"""Packages whose networks are available as ``package:NAME``."""
+
+MAX_PARAMETERS = 2 * 10**9
+"""Largest WideResNet that is built; RobustBench's largest, WRN-94-16, has 0.37e9 parameters."""
 
 
 def canonical_arch(arch: str) -> str:
-    """Spells an architecture's name: ``WRN34-10`` becomes ``wrn-34-10``.
+    """Return the canonical spelling of an architecture: ``WRN34-10`` becomes ``wrn-34-10``.
 
     Raises:
-        DeatError: There is no such architecture.
+        DeatError: There is no such architecture, or it is too large.
     """
     if ":" in arch:
         return arch
@@ -26,27 +30,31 @@ def canonical_arch(arch: str) -> str:
     if wide is None:
         raise DeatError(
             f"architecture '{arch}' is unknown: {did_you_mean(arch, (PREACTRESNET18, 'wrn-34-10', 'wrn-10-1'))} "
-            "Also known are timm:NAME, torchvision:NAME and package.module:factory"
+            "Others are timm:NAME, torchvision:NAME and package.module:factory"
         )
     depth, width = int(wide[1]), int(wide[2])
     if depth < 10 or depth % 6 != 4 or width < 1:
         raise DeatError(
-            f"architecture '{arch}' does not exist: the depth D of wrn-D-W is 10, 16, 22, 28, 34 and so on, "
+            f"architecture '{arch}' does not exist: the depth D of wrn-D-W must be 10, 16, 22, 28, 34 and so on, "
             "and its width W at least 1"
         )
+    parameters = (depth - 4) // 6 * 2 * 9 * (16**2 + 32**2 + 64**2) * width**2  # of the 3x3 convolutions, about
+    if parameters > MAX_PARAMETERS:
+        raise DeatError(f"architecture '{arch}' is too large: about {parameters / 1e9:.0f} billion parameters, and "
+                        f"{MAX_PARAMETERS / 1e9:.0f} billion are allowed")  # fmt: skip
     return f"wrn-{depth}-{width}"
 
 
 def check_trust(arch: str, trust_code: bool, *, source: str) -> None:
-    """Refuses to build a network by code that somebody else has named, unless that is allowed.
+    """Raise an error for an architecture that would run untrusted code.
 
     Args:
         arch: The architecture.
-        trust_code: Whether it is allowed.
-        source: Who named it, for instance a run directory.
+        trust_code: Whether running code is allowed.
+        source: Where the architecture was read, such as a run directory, for the error message.
 
     Raises:
-        DeatError: If the architecture is a ``package.module:factory`` and that is not allowed.
+        DeatError: The architecture is a ``package.module:factory``, and running code is not allowed.
     """
     kind, colon, _ = arch.partition(":")
     if colon and kind not in PRETRAINED and not trust_code:
@@ -54,3 +62,9 @@ def check_trust(arch: str, trust_code: bool, *, source: str) -> None:
             f"{source} has its network built by '{arch}', which runs that module's code: "
             "allow it by --trust-code (trust_code=True) if you know where that comes from"
         )
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return `did_you_mean`'s suggestion, without the list of all names where that is long."""
+    sentence = did_you_mean(name, known)
+    return sentence if len(sentence) < 200 else "see its documentation for the list"

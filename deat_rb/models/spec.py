@@ -1,8 +1,7 @@
-"""Networks: RobustBench's own architectures and anyone else's, with the normalisation inside as a layer (law 1)."""
+"""Model specifications: architectures by name, built with the normalization inside as a layer (invariant 1)."""
 
 from __future__ import annotations
 
-import copy
 import importlib
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -10,12 +9,13 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from deat_rb.data.normalization import NORMALIZATION
-from deat_rb.models.names import PREACTRESNET18, canonical_arch
-from deat_rb.utils import compat, seeding
+from deat_rb.models.check import check_trainable, first_line, trial_logits
+from deat_rb.models.names import PREACTRESNET18, canonical_arch, suggest
+from deat_rb.utils import compat
 from deat_rb.utils.errors import DeatError, did_you_mean
+from deat_rb.utils.module_state import preserve_state
 
 _wide_resnet, _resnet = compat.architectures()
 
@@ -24,13 +24,13 @@ DATASETS = {
     "cifar10": (10, NORMALIZATION["cifar10"]),
     "cifar100": (100, NORMALIZATION["cifar100"]),
 }
-"""Number of classes, and mean and standard deviation per channel; all three are 32x32 RGB."""
+"""Number of classes, and (mean, standard deviation) per channel; the images of all three are 3x32x32."""
 
 
 class NormalizedModel(nn.Module):
-    """A network behind its normalisation: takes images in [0, 1].
+    """A network with its normalization inside: takes images in [0, 1].
 
-    Its buffers ``mu`` and ``sigma``, of shape (1, C, 1, 1), are named as in RobustBench's models.
+    The buffers ``mu`` and ``sigma``, of shape (1, C, 1, 1), are named as in RobustBench's models.
     """
 
     mu: Tensor
@@ -43,21 +43,21 @@ class NormalizedModel(nn.Module):
         self.net = net
 
     def forward(self, images: Tensor) -> Tensor:
-        """Classifies images (N, C, H, W) in [0, 1]; returns logits (N, K)."""
+        """Return logits (N, K) of images (N, C, H, W) in [0, 1]."""
         logits: Tensor = self.net((images - self.mu) / self.sigma)
         return logits
 
 
 class ModelSpec(BaseModel):
-    """All that is needed to build a network, as it stands in a run's ``config.json``.
+    """Everything needed to build a network, as stored in a run's ``config.json``.
 
     Attributes:
         arch: ``preactresnet18``, ``wrn-D-W``, ``timm:NAME``, ``torchvision:NAME`` or ``package.module:factory``.
         num_classes: K.
         image_size: Height and width.
         channels: C.
-        mean: Per channel, in [0, 1].
-        std: Likewise.
+        mean: Per channel, of images in [0, 1].
+        std: Standard deviation per channel.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -79,39 +79,18 @@ class ModelSpec(BaseModel):
     @model_validator(mode="after")
     def _check_channels(self) -> ModelSpec:
         if not len(self.mean) == len(self.std) == self.channels:
-            raise DeatError(f"mean {self.mean} and std {self.std} need one number for each of {self.channels} channels")
+            raise DeatError(f"mean {self.mean} and std {self.std} must have one number per channel, {self.channels}")
         return self
 
     def build(self) -> NormalizedModel:
-        """Builds the network with fresh weights, drawn from torch's global generator.
+        """Build the network with random weights, drawn from torch's global generator.
 
         Raises:
-            DeatError: The architecture does not exist or cannot take these images.
+            DeatError: The architecture does not exist, does not take these images, or could not be saved.
         """
         net = _build_net(self)
-        _check_shapes(net, self)
+        _check_net(net, self)
         return NormalizedModel(net, self.mean, self.std)
-
-    def build_on_meta(self) -> NormalizedModel:
-        """Builds the network without its weights, on the meta device: whatever its size, that takes no memory.
-
-        It is not tried on images, as `build` does.
-
-        Raises:
-            DeatError: The architecture does not exist.
-        """
-        with torch.device("meta"), _NumbersOnCpu():
-            return NormalizedModel(_build_net(self), self.mean, self.std)
-
-
-class _NumbersOnCpu(TorchFunctionMode):
-    """Lets networks read numbers out of small tensors as they are built, as ViTs do for each block's drop rate."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        more = {"device": "cpu"} if func in (torch.linspace, torch.arange, torch.tensor) else {}
-        return func(*args, **{**more, **(kwargs or {})})
 
 
 def model_spec(
@@ -124,9 +103,9 @@ def model_spec(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> ModelSpec:
-    """Describes a network; ``dataset`` (digits, cifar10, cifar100) gives what is not given otherwise.
+    """Return the specification of a network; ``dataset`` (digits, cifar10, cifar100) sets the defaults.
 
-    Without a data set, images are 32x32 RGB and the normalisation is mean 0 and standard deviation 1.
+    Without a dataset, images are 3x32x32 and the normalization is mean 0 and standard deviation 1.
 
     Raises:
         DeatError: A value is not allowed, or the number of classes is unknown.
@@ -134,14 +113,13 @@ def model_spec(
     if dataset is not None:
         if dataset not in DATASETS:
             raise DeatError(
-                f"nothing is known of data set '{dataset}' ({did_you_mean(dataset, DATASETS)}): "
-                "give num_classes, mean and std instead"
+                f"unknown dataset '{dataset}' ({did_you_mean(dataset, DATASETS)}): give num_classes, mean and std"
             )
         classes, (known_mean, known_std) = DATASETS[dataset]
         num_classes = classes if num_classes is None else num_classes
         mean, std = mean or known_mean, std or known_std
     if num_classes is None:
-        raise DeatError(f"how many classes shall {arch} tell apart? Give dataset or num_classes")
+        raise DeatError(f"num_classes is required for {arch} when no dataset is given")
     channels = channels or len(mean or std or (0.0,) * 3)
     try:
         return ModelSpec(
@@ -169,13 +147,13 @@ def build_model(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> NormalizedModel:
-    """Builds a network with fresh weights; the arguments are those of `model_spec`.
+    """Build a network with random weights; the arguments are those of `model_spec`.
 
     Example:
         >>> model = build_model("wrn-34-10", dataset="cifar10")
 
     Raises:
-        DeatError: The architecture does not exist, cannot take these images, or a value is not allowed.
+        DeatError: The architecture does not exist or does not take these images, or a value is not allowed.
     """
     return model_spec(
         arch, dataset=dataset, num_classes=num_classes, image_size=image_size, channels=channels, mean=mean, std=std
@@ -192,24 +170,26 @@ def _build_net(spec: ModelSpec) -> nn.Module:
         return build(name, spec) if build else _build_custom(kind, name, spec)
     except DeatError:
         raise
-    except Exception as error:  # somebody else's code
-        raise DeatError(f"architecture '{spec.arch}' cannot be built: {error}") from error
+    except Exception as error:  # any exception: third-party code
+        raise DeatError(f"architecture '{spec.arch}' cannot be built: {first_line(error)}") from error
 
 
 def robustbench_class(spec: ModelSpec) -> tuple[type[nn.Module], tuple[Any, ...], dict[str, int]]:
-    """Finds RobustBench's class of a network, and the arguments that make it.
+    """Return RobustBench's class of an architecture with its positional and keyword arguments.
 
     Raises:
-        DeatError: It is not RobustBench's, or does not take these images: its networks are silently wrong at 64x64.
+        DeatError: It is no architecture of RobustBench's, or the images are not 3x32x32: RobustBench's networks return
+            wrong shapes at 64x64 without an error.
     """
     if ":" in spec.arch:
         raise DeatError(
             f"architecture '{spec.arch}' is not one of RobustBench's, which are {PREACTRESNET18} and wrn-D-W"
         )
     if (spec.image_size, spec.channels) != (32, 3):
+        shape = f"{spec.channels}x{spec.image_size}x{spec.image_size}"
         raise DeatError(
-            f"architecture '{spec.arch}' takes 3x32x32 images, not {_shape(spec)}: RobustBench made it for CIFAR; "
-            "timm:NAME and torchvision:NAME have networks for other sizes"
+            f"architecture '{spec.arch}' takes 3x32x32 images, not {shape}: "
+            "RobustBench's networks are for CIFAR; use timm:NAME or torchvision:NAME for other sizes"
         )
     if spec.arch == PREACTRESNET18:
         return _resnet.PreActResNet, (_resnet.PreActBlock, [2, 2, 2, 2]), {"num_classes": spec.num_classes}
@@ -221,21 +201,21 @@ def _build_timm(name: str, spec: ModelSpec) -> nn.Module:
     import timm
 
     if not timm.is_model(name):
-        raise DeatError(f"timm has no model '{name}': {_few(did_you_mean(name, timm.list_models()))}")
+        raise DeatError(f"timm has no model '{name}': {suggest(name, timm.list_models())}")
     create: Callable[..., nn.Module] = timm.create_model
     options = {"num_classes": spec.num_classes, "in_chans": spec.channels}
     try:
         return create(name, img_size=spec.image_size, **options)
-    except TypeError:  # only networks that are made for one size, such as ViTs, are told which
+    except TypeError:  # only networks for one image size, such as ViTs, take img_size
         return create(name, **options)
 
 
 def _build_torchvision(name: str, spec: ModelSpec) -> nn.Module:
     from torchvision import models
 
-    known = models.list_models(module=models)  # those that classify: of others the backbone would be downloaded
+    known = models.list_models(module=models)  # classifiers only: a detector would download its backbone
     if name not in known:
-        raise DeatError(f"torchvision has no model '{name}' that classifies images: {_few(did_you_mean(name, known))}")
+        raise DeatError(f"torchvision has no model '{name}' that classifies images: {suggest(name, known)}")
     net: nn.Module = models.get_model(name, weights=None, num_classes=spec.num_classes)
     return net
 
@@ -250,33 +230,18 @@ def _build_custom(module_name: str, factory_name: str, spec: ModelSpec) -> nn.Mo
         ) from error
     net = factory(num_classes=spec.num_classes)
     if not isinstance(net, nn.Module):
-        raise DeatError(f"architecture '{spec.arch}' gave a {type(net).__name__} where a torch.nn.Module is needed")
+        raise DeatError(f"architecture '{spec.arch}' returned a {type(net).__name__}, not a torch.nn.Module")
     return net
 
 
-def _few(sentence: str) -> str:
-    return sentence if len(sentence) < 200 else "its documentation lists them"
-
-
-def _shape(spec: ModelSpec) -> str:
-    return f"{spec.channels}x{spec.image_size}x{spec.image_size}"
-
-
-def _check_shapes(net: nn.Module, spec: ModelSpec) -> None:
-    """Lets a copy classify two black images, evaluating and training: some networks return wrong shapes silently."""
+def _check_net(net: nn.Module, spec: ModelSpec) -> None:
+    """Run a trial forward pass in eval and train mode; weights, statistics and modes stay as they are."""
     if ":" not in spec.arch:
-        return  # RobustBench's take one size only, which was looked at
+        return  # RobustBench's networks take one size only, which `robustbench_class` checks
+    source = f"architecture '{spec.arch}'"
+    check_trainable(net, source=source)
     images = torch.zeros(2, spec.channels, spec.image_size, spec.image_size)
-    trial = copy.deepcopy(net)
     for training in (False, True):
-        try:
-            with torch.no_grad(), seeding.preserved():
-                logits = trial.train(training)(images)
-        except Exception as error:  # somebody else's code
-            raise DeatError(f"architecture '{spec.arch}' does not take {_shape(spec)} images: {error}") from error
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        if found != (2, spec.num_classes):
-            raise DeatError(
-                f"architecture '{spec.arch}' does not suit {_shape(spec)} images of {spec.num_classes} "
-                f"classes: for 2 of them it returns {found}, not {(2, spec.num_classes)}"
-            )
+        with preserve_state(net):
+            trial_logits(net.train(training), images, source=source, num_classes=spec.num_classes,
+                         advice="choose another --arch or --image-size")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Loading state dicts into models, whatever their names begin with."""
+"""Loading of state dicts into models, with or without the prefixes of wrappers in their names."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _STATISTICS = {"mean": "mu", "std": "sigma"}
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
-    """Copies a state dict into a model, all of it or nothing.
+    """Load a state dict into a model, completely or not at all.
 
-    For a `NormalizedModel` the state dict may also be the bare network's, with ``mu`` and ``sigma`` (or ``mean`` and
-    ``std``) beside it or not; without them the model's own normalisation stays. Names may begin with ``module.`` or
-    ``model.``, as those of wrapped networks do.
+    For a `NormalizedModel` the state dict may also be that of the network without normalization, with or without
+    ``mu`` and ``sigma`` (or ``mean`` and ``std``); without them the model keeps its own. Names may begin with
+    ``module.`` or ``model.``, as those of wrapped networks do.
 
     Args:
-        model: What to fill.
-        tensors: By name.
-        source: What the tensors come from, for the error message.
+        model: The model.
+        tensors: The state dict.
+        source: Where the tensors come from, for the error message.
 
     Raises:
         DeatError: A tensor is missing, unexpected, or of another shape.
@@ -32,10 +32,10 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
 
 
 def check_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
-    """Finds out whether `load_weights` would succeed; returns the tensors under the model's own names.
+    """Return the tensors under the model's own names, checked but not loaded.
 
     Raises:
-        DeatError: As there.
+        DeatError: A tensor is missing, unexpected, or of another shape.
     """
     own = model.state_dict()
     given = _renamed(tensors, own) if isinstance(model, NormalizedModel) else dict(tensors)
@@ -56,7 +56,7 @@ def _and_more(names: list[str]) -> str:
 
 
 def strip_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names tensors as RobustBench's classes do: without ``module.``, ``model.`` or ``net.``, with mu and sigma."""
+    """Return tensors under RobustBench's names: without ``module.``, ``model.`` and ``net.``, with mu and sigma."""
     bare: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         short = re.sub(r"^((module|model|net)\.)+(?=.)", "", name)
@@ -65,7 +65,7 @@ def strip_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _renamed(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Finds whether the names are a `NormalizedModel`'s or a bare network's, and makes them the former's."""
+    """Return tensors under a `NormalizedModel`'s names, whether they have those or the bare network's."""
     plain = {_STATISTICS.get(name, name): tensor for name, tensor in tensors.items()}
     candidates = [
         {name if name in ("mu", "sigma") else f"{prefix}{name}": tensor for name, tensor in given.items()}

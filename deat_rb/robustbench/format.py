@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from deat_rb.models.names import PREACTRESNET18
 from deat_rb.models.spec import ModelSpec, model_spec, robustbench_class
 from deat_rb.models.weights import check_weights, strip_prefixes
+from deat_rb.utils import seeding
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import read_json
 from deat_rb.utils.safe_load import load_tensors
@@ -139,9 +140,8 @@ def exported_spec(
     if num_classes is None and classifier is not None:
         num_classes = len(classifier)
     spec = model_spec(arch, num_classes=num_classes, image_size=image_size, mean=mean, std=std)
-    check_weights(
-        spec.build_on_meta(), tensors, source=str(weights)
-    )  # whatever size the JSON claims, it costs no memory
+    with seeding.preserved():
+        check_weights(spec.build(), tensors, source=str(weights))
     return spec
 
 

@@ -15,10 +15,8 @@ from torch import nn
 from deat_rb.cli import main
 from deat_rb.evaluation.report import Check, Report, json_schema
 from deat_rb.loading import load_model, open_target
-from deat_rb.models.pretrained import load_pretrained, load_zoo_model
 from deat_rb.models.spec import build_model
 from deat_rb.runs.train import train
-from deat_rb.utils import compat
 from deat_rb.utils.errors import DeatError
 
 DOCUMENTED = Path(__file__).parents[2] / "docs" / "schema" / "eval.schema.json"
@@ -168,72 +166,6 @@ def test_schema_is_the_documented_one() -> None:
 # Models by name.
 
 
-@pytest.fixture
-def zoo(tmp_path: Path) -> tuple[Path, nn.Module]:
-    """RobustBench's Wong2020Fast with weights of chance, at its place."""
-    compat.robustbench()
-    from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
-    from robustbench.model_zoo.models import model_dicts
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        entry = model_dicts[BenchmarkDataset.cifar_10][ThreatModel.Linf]["Wong2020Fast"]
-        model: nn.Module = entry["model"]().eval()
-    file = tmp_path / "zoo" / "cifar10" / "Linf" / "Wong2020Fast.pt"
-    file.parent.mkdir(parents=True)
-    torch.save({"state_dict": {f"module.{name}": value for name, value in model.state_dict().items()}}, file)
-    return tmp_path / "zoo", model
-
-
-def test_robustbench_model_from_its_file(zoo: tuple[Path, nn.Module], tmp_path: Path) -> None:
-    folder, model = zoo
-    subject = open_target("robustbench:cifar10/Wong2020Fast", dataset="digits", model_dir=folder)
-    images = torch.rand(2, 3, 32, 32)
-    assert torch.equal(subject.model(images), model(images))
-    assert subject.provenance["weights"] == "Wong2020Fast.pt"
-    assert len(subject.provenance["weights_sha256"]) == 64
-    file = folder / "cifar10" / "Linf" / "Wong2020Fast.pt"
-    torch.save({"state_dict": {"layer.weight": torch.zeros(1)}}, file)
-    with pytest.raises(DeatError, match="does not hold the weights of RobustBench's Wong2020Fast: "):
-        load_zoo_model("Wong2020Fast", dataset="cifar10", model_dir=folder)
-    file.unlink()
-    with pytest.raises(DeatError, match=r"are not at .*Wong2020Fast.pt: fetch them by robustbench.load_model"):
-        load_zoo_model("Wong2020Fast", dataset="cifar10", model_dir=folder)
-
-
-@pytest.mark.parametrize(
-    ("name", "dataset", "sentence"),
-    [
-        ("Wong2020Fsat", "cifar10", "RobustBench has no Linf model 'Wong2020Fsat' of cifar10: did you mean"),
-        ("Wong2020Fast", "digits", "RobustBench has no data set 'digits'"),
-        ("Diffenderfer2021Winning_LRR_CARD_Deck", "cifar10", "has no Linf model"),
-        ("Chen2020Adversarial", "cifar10", "is made of several files"),
-    ],
-)
-def test_robustbench_refusals(name: str, dataset: str, sentence: str, tmp_path: Path) -> None:
-    with pytest.raises(DeatError, match=sentence):
-        load_zoo_model(name, dataset=dataset, model_dir=tmp_path)
-
-
-def test_torchvision_s_own_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchvision.models import get_model
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    (tmp_path / "checkpoints").mkdir()
-    net = get_model("squeezenet1_1", weights=None)
-    torch.save(net.state_dict(), tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth")
-    model, size = load_pretrained("torchvision:squeezenet1_1")
-    assert size == (224, 224)
-    images = torch.rand(1, 3, 64, 64)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    expected = net.eval()((images - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1))
-    assert torch.allclose(model(images), expected)
-    with pytest.raises(DeatError, match="torchvision has no model 'resnet19'"):
-        load_pretrained("torchvision:resnet19")
-    with pytest.raises(DeatError, match="timm has no model 'nothing'"):
-        load_pretrained("timm:nothing")
-
-
 MODULE = """
 import pathlib, torch
 pathlib.Path("was_run").touch()
@@ -274,7 +206,7 @@ def test_a_function_of_a_module(foreign: str, tmp_path: Path) -> None:
         ("no_such_module:x", {"dataset": "digits"}, "'no_such_module:x' cannot be imported"),
         ("their_networks:broken", {"dataset": "digits"}, r"failed \(OSError: no weights\): give a function"),
         ("their_networks:wrong", {"dataset": "digits"}, r"'their_networks:wrong' failed \(AttributeError: "),
-        ("their_networks:number", {"dataset": "digits"}, "gave a int where a torch.nn.Module is needed"),
+        ("their_networks:number", {"dataset": "digits"}, "returned a int, not a torch.nn.Module"),
         ("their_networks:trained", {}, "does not say on which data it is to be evaluated: give --dataset"),
         ("their_networks:trained", {"dataset": "digits", "arch": "wrn-10-1"}, "--arch wrn-10-1 is for checkpoints"),
         ("robustbench:", {"dataset": "cifar10"}, "RobustBench has no Linf model ''"),

@@ -244,7 +244,7 @@ def bad_input() -> Iterator[tuple[str, dict[str, object], str]]:
     yield "no precision", {"precision": None}, "there is no precision 'None'"
     yield "checks yes", {"checks": True}, "there is no level of checks 'True'"
     yield "no attacks", {"attacks": None}, "attacks = None is no list of names"
-    yield "channels", {"images": images.repeat(1, 3, 1, 1)}, r"does not take torch.float32 images of \(3, 2, 2\) on cpu"
+    yield "channels", {"images": images.repeat(1, 3, 1, 1)}, r"does not take torch.float32 images of 3x2x2 on cpu"
     yield "double", {"images": images.double()}, "does not take torch.float64 images"
     yield "labels with a fraction", {"labels": labels.float()}, "labels must be int64"
     yield "no images", {"images": images[:0], "labels": labels[:0]}, "not be empty"
@@ -335,7 +335,7 @@ class Diverged(Plane):
         (Detached(), "without a gradient"),
         (Split(), r"shape \(8, 2\) for 2 images"),
         (Diverged(), "NaN on images 0 to 7"),
-        (Decided(), "gives torch.bool values, where logits of a floating-point type are needed"),
+        (Decided(), "returns torch.bool values, where logits of a floating-point type are needed"),
     ],
 )
 def test_unusable_models_are_refused(model: nn.Module, message: str) -> None:
