@@ -7,7 +7,8 @@ from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from deat_rb.training.callbacks import Callback, History
+from deat_rb.training.callbacks import Callback
+from deat_rb.training.history import History
 from deat_rb.training.metrics import EpochAccumulator, EpochStats
 from deat_rb.utils.distributed import is_main
 
@@ -195,9 +196,9 @@ class TrainingProgress(Callback, AbstractContextManager["TrainingProgress"]):
         """Says that the epoch is being validated."""
         self._bar.update(self._task, description=f"epoch {self._epoch}/{self._epochs}, validating")
 
-    def warn(self, sentence: str) -> None:
+    def on_warning(self, message: str) -> None:
         """Prints the sentence."""
-        self.console.print(f"warning: {sentence}", highlight=False, soft_wrap=True)
+        self.console.print(f"warning: {message}", highlight=False, soft_wrap=True)
 
     def on_epoch_end(self, row: EpochStats) -> None:
         """Prints the epoch's line."""

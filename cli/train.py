@@ -109,7 +109,7 @@ def train(
         if config is not None or name is not None or seeds or dry_run:
             raise DeatError("--resume goes on with a run as it is: leave out --config, --name, --seeds and --dry-run")
         with TrainingProgress() as progress:
-            run, history = resume_training(resume, given, reporter=progress, trust_code=trust_code, **how)
+            run, history = resume_training(resume, given, callbacks=[progress], trust_code=trust_code, **how)
         if is_main():
             print_result(run, history)
         return
@@ -131,7 +131,7 @@ def train(
     if dry_run:
         return
     with TrainingProgress() as progress:
-        how |= {"output": output, "name": name, "reporter": progress}
+        how |= {"output": output, "name": name, "callbacks": [progress]}
         results = train_seeds(asked, seeds, **how) if seeds else [run_training(planned, **how)]
     if not is_main():
         return

@@ -11,7 +11,7 @@ from deat_rb.utils.errors import DeatError, did_you_mean
 
 if TYPE_CHECKING:
     from deat_rb.runs.directory import RunDirectory
-    from deat_rb.training.metrics import EpochAccumulator, EpochStats
+    from deat_rb.training.metrics import EpochStats
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -32,19 +32,17 @@ def check_trackers(names: Sequence[str]) -> None:
             raise DeatError(f"--track {name} needs the package {name}, which is not installed: pip install {name}")
 
 
-class Tracked(Callback):
-    """Tells trackers the figures of each epoch, and another reporter everything.
+class Trackers(Callback):
+    """Log the metrics of each epoch to experiment trackers.
 
     Args:
-        names: Of Accelerate's trackers, such as ``tensorboard``; what they write of their own goes into the run.
+        names: Accelerate's names of trackers, such as ``tensorboard``; their local files go into the run.
         run: The run.
-        reporter: The other one.
     """
 
-    def __init__(self, names: Sequence[str], run: RunDirectory, reporter: Callback) -> None:
+    def __init__(self, names: Sequence[str], run: RunDirectory) -> None:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        self._reporter = reporter
         self._trackers: list[Any] = []
         for name in names:
             kind = LOGGER_TYPE_TO_CLASS[name]
@@ -58,31 +56,14 @@ class Tracked(Callback):
         for tracker in self._trackers:
             tracker.store_init_configuration(plain)
 
-    def on_epoch_start(self, epoch: int, epochs: int, batches: int, steps: int) -> None:
-        """Passes it on."""
-        self._reporter.on_epoch_start(epoch, epochs, batches, steps)
-
-    def on_batch_end(self, sums: EpochAccumulator) -> None:
-        """Passes it on."""
-        self._reporter.on_batch_end(sums)
-
-    def on_validation_start(self) -> None:
-        """Passes it on."""
-        self._reporter.on_validation_start()
-
     def on_epoch_end(self, row: EpochStats) -> None:
-        """Logs the epoch's figures at the step of its number."""
-        self._reporter.on_epoch_end(row)
-        figures = {key: value for key, value in asdict(row).items() if isinstance(value, int | float)}
-        del figures["epoch"]
+        """Log the epoch's metrics, with its number as the step."""
+        metrics = {key: value for key, value in asdict(row).items() if isinstance(value, int | float)}
+        del metrics["epoch"]
         for tracker in self._trackers:
-            tracker.log(figures, step=row.epoch)
-
-    def warn(self, sentence: str) -> None:
-        """Passes it on."""
-        self._reporter.warn(sentence)
+            tracker.log(metrics, step=row.epoch)
 
     def close(self) -> None:
-        """Lets the trackers finish writing."""
+        """Finish the trackers' writing."""
         for tracker in self._trackers:
             tracker.finish()

@@ -17,10 +17,11 @@ from deat_rb.runs.config import MAY_DIFFER, RunConfig, TrainOptions, make_option
 from deat_rb.runs.directory import CURVES, RunDirectory, check_free, check_name
 from deat_rb.runs.plan import TrainingPlan, default_name, plan
 from deat_rb.runs.plots import plot_curves
-from deat_rb.runs.trackers import Tracked, check_trackers
+from deat_rb.runs.trackers import Trackers, check_trackers
 from deat_rb.training import checkpoint
-from deat_rb.training.callbacks import Callback, History
+from deat_rb.training.callbacks import Callback
 from deat_rb.training.fit import fit
+from deat_rb.training.history import History
 from deat_rb.training.state import read
 from deat_rb.utils.devices import resolve_device
 from deat_rb.utils.distributed import World, world
@@ -33,7 +34,7 @@ def train(
     *,
     output: str | Path = "runs",
     name: str | None = None,
-    reporter: Callback | None = None,
+    callbacks: Sequence[Callback] = (),
     save_every: float | None = None,
     track: Sequence[str] | None = None,
     memory_limit: int | None = None,
@@ -44,7 +45,7 @@ def train(
         options: What is asked for, as `TrainOptions` has it, or a plan made of it.
         output: The folder of all runs.
         name: The run's name; by default made of method, data set, architecture and seed.
-        reporter: Is told how it goes.
+        callbacks: Called during training, on rank 0.
         save_every: Minutes between two checkpoints within an epoch, by default 5.
         track: Trackers that are told of each epoch, such as ``tensorboard``.
         memory_limit: As for `plan`; a plan that was made has it.
@@ -67,14 +68,14 @@ def train(
     run = RunDirectory(Path(output) / (name or default_name(config)), config)
     together.on_main(lambda: RunDirectory.create(run.path, config).path)
     with _alone(run, together):
-        return run, _fit(planned, run, reporter or Callback())
+        return run, _fit(planned, run, callbacks)
 
 
 def resume(
     path: str | Path,
     changes: Mapping[str, Any],
     *,
-    reporter: Callback | None = None,
+    callbacks: Sequence[Callback] = (),
     save_every: float | None = None,
     track: Sequence[str] | None = None,
     memory_limit: int | None = None,
@@ -87,7 +88,7 @@ def resume(
         changes: Options asked for anew. None may differ from the run's, but for where the data and the device are, what
             is done about a batch that is not finite, and ``epochs``, which may grow under a flat or multistep learning
             rate.
-        reporter: Is told how it goes.
+        callbacks: Called during training, on rank 0.
         save_every: As for `train`; by default, as for the next two, what the run was started or resumed with last.
         track: As for `train`.
         memory_limit: As for `plan`.
@@ -98,7 +99,6 @@ def resume(
         DeatError: If it is no run, another process is at it, or an option, the data or the run's own configuration have
             changed; by name.
     """
-    reporter = reporter or Callback()
     run = RunDirectory.open(path)
     config = run.config
     check_trust(config.arch, trust_code, source=f"the run {path}")
@@ -127,16 +127,16 @@ def resume(
         _refuse_changes(changes, planned.config, config)
         for package, version in versions().items():
             if config.versions.get(package, version) != version:
-                reporter.warn(f"{package} is {version} here, and the run began with {config.versions[package]}")
+                _warn(callbacks, f"{package} is {version} here, and the run began with {config.versions[package]}")
         if longer.epochs != config.epochs:
             layout = f"; its learning rate stays laid out for {longer.lr_epochs}" if longer.lr_epochs else ""
-            reporter.warn(f"the run goes on to {longer.epochs} epochs, where it was to have {config.epochs}{layout}")
+            _warn(callbacks, f"the run goes on to {longer.epochs} epochs, where it was to have {config.epochs}{layout}")
         anew = {name: getattr(planned.config, name) for name in MAY_DIFFER if name in changes}
         now = longer.model_copy(update={**anew, "conduct": conduct})
         if now != config:
             together.on_main(lambda: run.reconfigured(now).path)
         run = RunDirectory(run.path, now)
-        return run, _fit(planned, run, reporter, resume=True)
+        return run, _fit(planned, run, callbacks, resume=True)
 
 
 RESOLVED = ("method", "arch", "precision", "init_from")
@@ -172,11 +172,16 @@ def _alone(run: RunDirectory, together: World) -> Iterator[None]:
             raise Interrupted(kept) from None
 
 
-def _fit(planned: TrainingPlan, run: RunDirectory, reporter: Callback, resume: bool = False) -> History:
+def _warn(callbacks: Sequence[Callback], message: str) -> None:
+    for each in callbacks:
+        each.on_warning(message)
+
+
+def _fit(planned: TrainingPlan, run: RunDirectory, callbacks: Sequence[Callback], resume: bool = False) -> History:
     config = run.config
     device = resolve_device(config.device)
     is_main = _together(config).is_main
-    tracked = Tracked(config.conduct.track, run, reporter) if config.conduct.track and is_main else None
+    trackers = Trackers(config.conduct.track, run) if config.conduct.track and is_main else None
     batches = Batches(
         planned.train,
         config.batch_size,
@@ -201,24 +206,24 @@ def _fit(planned: TrainingPlan, run: RunDirectory, reporter: Callback, resume: b
             precision=config.precision,
             select=config.select,
             seed=config.seed,
-            heed_stop=config.heed_stop,
+            early_stopping=config.heed_stop,
             on_nonfinite=config.on_nonfinite,
-            compiled=config.compiled,
+            compile=config.compiled,
             sync_bn=config.sync_bn,
             run=run,
             resume=resume,
             save_every=config.conduct.save_every,
-            reporter=tracked or reporter,
+            callbacks=[*callbacks, *([trackers] if trackers else [])],
         )
     finally:
         # Whatever ended training is what is told, not that after it the disk was still full.
         try:
-            if tracked is not None:
-                tracked.close()
+            if trackers is not None:
+                trackers.close()
             if is_main and (rows := run.rows()):
                 plot_curves(rows, run.path / CURVES, title=f"{config.method} on {config.dataset}, {config.arch}")
         except (DeatError, OSError) as error:
-            reporter.warn(f"the curves and the trackers are not complete: {error}")
+            _warn(callbacks, f"the curves and the trackers are not complete: {error}")
 
 
 def train_seeds(
@@ -227,7 +232,7 @@ def train_seeds(
     *,
     output: str | Path = "runs",
     name: str | None = None,
-    reporter: Callback | None = None,
+    callbacks: Sequence[Callback] = (),
     save_every: float | None = None,
     track: Sequence[str] | None = None,
     memory_limit: int | None = None,
@@ -239,7 +244,7 @@ def train_seeds(
         seeds: The seeds, each once.
         output: The folder of all runs.
         name: The runs' name, to which ``-s`` and the seed are added.
-        reporter: Is told how each goes.
+        callbacks: Called during each training, on rank 0.
         save_every: As for `train`.
         track: As for `train`.
         memory_limit: As for `plan`.
@@ -254,7 +259,7 @@ def train_seeds(
     for each in names:
         check_free(Path(output) / each)
     return [
-        train(p, output=output, name=each, reporter=reporter, save_every=save_every, track=track)
+        train(p, output=output, name=each, callbacks=callbacks, save_every=save_every, track=track)
         for p, each in zip(plans, names, strict=True)
     ]
 

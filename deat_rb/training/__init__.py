@@ -12,7 +12,8 @@ from deat_rb.utils.lazy import attach
 
 if TYPE_CHECKING:
     from deat_rb.training.base import Constant, Schedule, Stop, StoppingRule, SurrogateLoss
-    from deat_rb.training.callbacks import Callback, History
+    from deat_rb.training.callbacks import Callback
+    from deat_rb.training.history import History
     from deat_rb.training.trainer import Trainer
 
 __all__ = [
@@ -29,7 +30,7 @@ __all__ = [
 _MODULE_OF = {
     "Callback": "callbacks",
     "Constant": "base",
-    "History": "callbacks",
+    "History": "history",
     "Schedule": "base",
     "Stop": "base",
     "StoppingRule": "base",

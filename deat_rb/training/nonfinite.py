@@ -1,34 +1,39 @@
-"""Watches that training stays finite, without waiting for the device, and undoes a batch that is not."""
+"""Detection of NaN and Inf in training without a device sync, and the rollback of a batch that has them."""
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+import time
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import SGD
 
-if TYPE_CHECKING:
-    from deat_rb.training.base import TrainerBase
-    from deat_rb.training.engine import Engine
-    from deat_rb.training.metrics import BatchStats
-
+from deat_rb.training.base import TrainerBase
+from deat_rb.training.callbacks import Action, Callback
+from deat_rb.training.engine import Engine
+from deat_rb.training.metrics import BatchStats, EpochStats
+from deat_rb.training.state import TrainingState
+from deat_rb.utils.errors import DeatError
 
 WATCHED = ("the loss", "l_X", "a gradient")
 
 ON_NONFINITE = ("stop", "skip")
 
+CHECK_EVERY = 10.0
+"""Seconds between two checks within an epoch; each waits for the device."""
 
-class NonFiniteMonitor:
-    """Notes, on the device, at which batch of an epoch something was first not finite."""
+
+class NonFiniteFlags:
+    """On-device record of the first batch of an epoch with a non-finite loss, l_X or gradient."""
 
     def __init__(self) -> None:
         self._first: Tensor | None = None
 
     def note(self, stats: BatchStats, model: nn.Module, batch: int) -> Tensor:
-        """Takes a batch's figures and the weights after it, which a gradient that is not finite has spoilt.
+        """Record a batch, from 0, by its statistics and the weights after it; a non-finite gradient makes them so too.
 
         Returns:
             Whether each of `WATCHED` is finite, (3,) bool on the device.
@@ -41,14 +46,85 @@ class NonFiniteMonitor:
         return finite
 
     def found(self) -> tuple[int, str] | None:
-        """The first batch, from 1, at which something was not finite, and what it was; waits for the device."""
-        seen = [] if self._first is None else self._first.tolist()
-        bad = [(batch + 1, what) for batch, what in zip(seen, WATCHED, strict=False) if batch >= 0]
+        """Return the first batch, from 1, at which something was not finite, and what it was; waits for the device."""
+        first = [] if self._first is None else self._first.tolist()
+        bad = [(batch + 1, what) for batch, what in zip(first, WATCHED, strict=False) if batch >= 0]
         return min(bad, key=lambda each: each[0]) if bad else None
 
 
+class NonFiniteMonitor(Callback):
+    """Stop training that is no longer finite, or skip the batches that are not.
+
+    Checks at the end of each epoch, before each checkpoint and every `CHECK_EVERY` seconds. Skipping checks each batch,
+    and so waits for the device.
+
+    Args:
+        skip: Whether to roll back a non-finite batch and go on.
+    """
+
+    def __init__(self, skip: bool = False) -> None:
+        self.skip = skip
+        self._flags = NonFiniteFlags()
+        self._snapshot: Snapshot | None = None
+
+    def on_fit_start(self, state: TrainingState) -> None:  # noqa: D102
+        self.state = state
+        self._checked_at = time.monotonic()
+
+    def on_batch_start(self) -> None:  # noqa: D102
+        if self.skip:
+            self._snapshot = Snapshot(self.state.trainer, self.state.optimizer, self.state.engine)
+
+    def on_step_end(self, stats: BatchStats) -> None:  # noqa: D102
+        state = self.state
+        finite = self._flags.note(stats, state.model, state.batch)
+        if self._snapshot is not None and state.world.max_over_ranks(not bool(finite.all())):
+            self._snapshot.restore()
+            self._flags = NonFiniteFlags()
+            state.skip_batch = True
+            state.skipped += 1
+            state.warn(f"batch {state.batch + 1} of epoch {state.epoch} is skipped: it was not finite")
+
+    def requested_action(self) -> Action:
+        """Request ABORT when a check finds something that is not finite."""
+        now = time.monotonic()
+        if now - self._checked_at <= CHECK_EVERY:
+            return Action.CONTINUE
+        self._checked_at = now
+        return Action.ABORT if self._flags.found() else Action.CONTINUE
+
+    def on_action(self, action: Action) -> None:
+        """Raise on ABORT, and before a checkpoint would save what is not finite."""
+        if action == Action.ABORT or self.state.world.max_over_ranks(self._flags.found() is not None):
+            self._raise()
+
+    def on_train_epoch_end(self) -> None:  # noqa: D102
+        all_skipped = self.state.sums.batches == 0 and self.state.skipped > 0
+        if self.state.world.max_over_ranks(all_skipped or self._flags.found() is not None):
+            self._raise()
+
+    def on_epoch_end(self, row: EpochStats) -> None:  # noqa: D102
+        self._flags = NonFiniteFlags()
+
+    def _raise(self) -> None:
+        """Raise, after loading the weights of the last good epoch into the model."""
+        state = self.state
+        batch, what = self._flags.found() or (state.batch, "the loss, l_X or a gradient")
+        good = "there is no good epoch before it"
+        if state.recent:
+            good = f"epoch {state.recent[-1].row.epoch} is the last good one"
+            state.model.load_state_dict(state.recent[-1].weights)
+        if state.saved is not None:
+            path, epoch, saved_batch = state.saved
+            good += f", and the checkpoint {path} of epoch {epoch}, batch {saved_batch} is good"
+        raise DeatError(
+            f"training is no longer finite: {what} at batch {batch} of epoch {state.epoch}; {good}; "
+            "try a smaller --lr, or --on-nonfinite skip"
+        )
+
+
 class Snapshot:
-    """How everything that a batch changes was before it."""
+    """A copy of everything that a batch changes."""
 
     def __init__(self, trainer: TrainerBase, optimizer: SGD, engine: Engine) -> None:
         self._trainer, self._engine = trainer, engine
@@ -56,16 +132,16 @@ class Snapshot:
         buffers = [state["momentum_buffer"] for state in optimizer.state.values()]
         self._momentum = [(buffer, buffer.clone()) for buffer in buffers]
         self._tensors = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
-        self._facts: tuple[dict[str, Any], dict[str, Any]] = copy.deepcopy(
+        self._states: tuple[dict[str, Any], dict[str, Any]] = copy.deepcopy(
             (trainer.state_dict(), engine.scaler.state_dict())
         )
 
-    def __call__(self) -> None:
-        """Puts it back."""
+    def restore(self) -> None:
+        """Copy everything back."""
         self._trainer.model.load_state_dict(self._model)
         for buffer, before in self._momentum:
             buffer.copy_(before)
-        trainer_facts, scaler_facts = self._facts
-        self._trainer.load_state_dict(trainer_facts, self._tensors)
-        if scaler_facts:
-            self._engine.scaler.load_state_dict(scaler_facts)
+        trainer_state, scaler_state = self._states
+        self._trainer.load_state_dict(trainer_state, self._tensors)
+        if scaler_state:
+            self._engine.scaler.load_state_dict(scaler_state)

@@ -1,64 +1,148 @@
-"""Where a run is: what its checkpoints hold, taken from the epoch loop and given back to it."""
+"""The state of a training run, and its conversion to and from a checkpoint."""
 
 from __future__ import annotations
 
+import time
+import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD
 
-from deat_rb.training.base import TrainerBase
-from deat_rb.training.callbacks import History
+from deat_rb.training.base import Stop, TrainerBase
 from deat_rb.training.checkpoint import Checkpoint
 from deat_rb.training.engine import Engine
+from deat_rb.training.history import History
 from deat_rb.training.lr import set_rate
 from deat_rb.training.metrics import EpochAccumulator, EpochStats
+from deat_rb.training.run_store import RunStore
 from deat_rb.utils.distributed import World
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.records import describe_validation_error
 
 
-class Running(Protocol):
-    """The part of an epoch loop that a checkpoint holds."""
+class EpochWeights(NamedTuple):
+    """The metrics of an epoch and the model's weights after it, on the CPU."""
+
+    row: EpochStats
+    weights: dict[str, Tensor]
+
+
+@dataclass
+class TrainingState:
+    """What the training loop and its callbacks share.
+
+    Attributes:
+        trainer: The method and its model.
+        engine: Device, precision and ranks.
+        optimizer: Of the model's parameters.
+        epochs: T, the number of epochs.
+        seed: The seed of the run.
+        recent: The newest epochs with their weights, as many as the stopping rule may go back by.
+        run: Where metrics, weights and checkpoints are written, if anywhere.
+        settled: The most robust of the epochs before ``recent``, which no stopping rule can undo any more.
+        batches: Batches per epoch.
+        epoch: The current epoch, from 1.
+        batch: How many of its batches are done.
+        skipped: How many of these were rolled back.
+        skip_batch: Whether the current batch is left out of the epoch's sums; reset before each batch.
+        sums: Sums over the epoch's batches on this rank.
+        history: The finished epochs.
+        stop: The decision of a stopping rule that has ended training.
+        saved: The position of the newest checkpoint.
+        warn: Sends a warning to the callbacks.
+    """
 
     trainer: TrainerBase
     engine: Engine
     optimizer: SGD
-    history: History
-    kept: deque[tuple[EpochStats, dict[str, Tensor]]]
-    settled: tuple[EpochStats, dict[str, Tensor]] | None
-    sums: EpochAccumulator
-    epoch: int
-    batch: int
-    skipped: int
-    spent: float
+    epochs: int
+    seed: int
+    recent: deque[EpochWeights]
+    run: RunStore | None = None
+    settled: EpochWeights | None = None
+    batches: int = 0
+    epoch: int = 1
+    batch: int = 0
+    skipped: int = 0
+    skip_batch: bool = False
+    sums: EpochAccumulator = field(default_factory=EpochAccumulator)
+    history: History = field(default_factory=History)
+    stop: Stop | None = None
+    saved: SavedPosition | None = None
+    warn: Callable[[str], None] = warnings.warn
+    _seconds: float = 0.0
+    _started: float | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is trained."""
+        model: nn.Module = self.trainer.model
+        return model
 
     @property
     def world(self) -> World:
-        """The processes that train together."""
-        ...
+        """The ranks that train together."""
+        return self.engine.world
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent on the batches of the current epoch, those before a resume included."""
+        return self._seconds + (time.perf_counter() - self._started if self._started is not None else 0.0)
+
+    def start_clock(self) -> None:
+        """Start to measure `seconds`."""
+        self._started = time.perf_counter()
+
+    def stop_clock(self) -> None:
+        """Hold `seconds` at its present value."""
+        self._seconds, self._started = self.seconds, None
+
+    def finish_epoch(self, row: EpochStats) -> None:
+        """Append the current epoch to the history and move to the beginning of the next one."""
+        self.history.rows.append(row)
+        self.epoch, self.batch, self.skipped = self.epoch + 1, 0, 0
+        self.sums, self._seconds, self._started = EpochAccumulator(), 0.0, None
+
+    def describe_saved(self) -> str:
+        """Say how much of the run remains if it ends now."""
+        if self.run is None:
+            return f"{len(self.history.rows)} of {self.epochs} epochs were trained; the model holds the newest weights"
+        epochs, batches = (self.saved.epoch - 1, self.saved.batch) if self.saved else (0, 0)
+        done = f"{epochs} of {self.epochs} epochs" + (f" and {batches} batches of the next" if batches else "")
+        return f"{self.run.path} keeps {done}; deat-rb train --resume {self.run.path} goes on from there"
 
 
-class LoopState(BaseModel):
-    """The facts of a run's checkpoint.
+class SavedPosition(NamedTuple):
+    """A checkpoint's file and how far training had come in it."""
+
+    path: Path | None
+    epoch: int
+    batch: int
+
+
+class SavedState(BaseModel):
+    """The JSON part of a checkpoint.
 
     Attributes:
         config: The run's configuration, as JSON values.
-        epoch: The epoch under way, from 1.
+        epoch: The current epoch, from 1.
         batch: How many of its batches are done.
         spent: Seconds spent on them.
         lr: The learning rate of the last of them.
-        skipped: How many of them were undone.
-        sums: Over them, of each process.
-        trainer: What the method carries along.
-        scaler: Of fp16's loss scale.
-        settled: The epoch whose weights are under ``settled``.
-        kept: The epochs whose weights are under ``kept.``.
-        stopped: Why a rule has ended training.
+        skipped: How many of them were rolled back.
+        sums: The sums over them, one entry per rank.
+        trainer: The trainer's `state_dict`.
+        scaler: The state of fp16's loss scale.
+        settled: The epoch whose weights are stored under ``settled``.
+        kept: The epochs whose weights are stored under ``kept.``.
+        stopped: Why a stopping rule has ended training.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -77,82 +161,82 @@ class LoopState(BaseModel):
     stopped: str | None
 
 
-def of(loop: Running, config: dict[str, Any], spent: float) -> Checkpoint:
-    """Where a loop is, which all processes have to ask for together.
+def save(state: TrainingState, config: dict[str, Any]) -> Checkpoint:
+    """Return a checkpoint of a training state between two batches; all ranks must call it together.
 
     Args:
-        loop: It is between two batches.
-        config: The run's configuration.
-        spent: Seconds spent on the batches of the epoch under way.
+        state: The state.
+        config: The run's configuration, as JSON values.
     """
-    position = LoopState(
+    saved = SavedState(
         config=config,
-        epoch=loop.epoch,
-        batch=loop.batch,
-        spent=spent,
-        lr=loop.optimizer.param_groups[0]["lr"],
-        skipped=loop.skipped,
-        sums=loop.world.all_gather(loop.sums.facts()),
-        trainer=loop.trainer.state_dict(),
-        scaler=loop.engine.scaler.state_dict(),
-        settled=loop.settled[0].epoch if loop.settled else None,
-        kept=[row.epoch for row, _ in loop.kept],
-        stopped=loop.history.stopped,
+        epoch=state.epoch,
+        batch=state.batch,
+        spent=state.seconds,
+        lr=state.optimizer.param_groups[0]["lr"],
+        skipped=state.skipped,
+        sums=state.world.all_gather(state.sums.facts()),
+        trainer=state.trainer.state_dict(),
+        scaler=state.engine.scaler.state_dict(),
+        settled=state.settled.row.epoch if state.settled else None,
+        kept=[each.row.epoch for each in state.recent],
+        stopped=state.history.stopped,
     )
-    state = Checkpoint(facts=position.model_dump())
-    state.put("model", loop.trainer.model.state_dict())
-    state.put_optimizer(loop.optimizer)
-    state.put("trainer", loop.trainer.tensors())
-    for row, weights in loop.kept:
-        state.put(f"kept.{row.epoch}", weights)
-    if loop.settled is not None:
-        state.put("settled", loop.settled[1])
-    return state
+    checkpoint = Checkpoint(facts=saved.model_dump())
+    checkpoint.put("model", state.model.state_dict())
+    checkpoint.put_optimizer(state.optimizer)
+    checkpoint.put("trainer", state.trainer.tensors())
+    for row, weights in state.recent:
+        checkpoint.put(f"kept.{row.epoch}", weights)
+    if state.settled is not None:
+        checkpoint.put("settled", state.settled.weights)
+    return checkpoint
 
 
-def read(state: Checkpoint) -> LoopState:
-    """The facts of a checkpoint.
-
-    Raises:
-        DeatError: If they are none.
-    """
-    with _fitting(state):
-        return LoopState.model_validate(state.facts)
-
-
-def take(loop: Running, state: Checkpoint, position: LoopState, batches: int) -> None:
-    """Puts a loop where a checkpoint is, whose epochs before have their rows in ``loop.history`` already.
+def read(checkpoint: Checkpoint) -> SavedState:
+    """Return the JSON part of a checkpoint.
 
     Raises:
-        DeatError: If the checkpoint does not fit.
+        DeatError: It is malformed.
     """
-    with _fitting(state):
-        if position.batch > batches:
-            raise ValueError(f"it is {position.batch} batches into an epoch of {batches}")
-        if position.epoch > 1 and not position.kept:
+    with _refuse_misfits(checkpoint):
+        return SavedState.model_validate(checkpoint.facts)
+
+
+def restore(state: TrainingState, checkpoint: Checkpoint, saved: SavedState) -> None:
+    """Set a training state, whose history has the finished epochs already, to that of a checkpoint.
+
+    Raises:
+        DeatError: The checkpoint does not fit the run.
+    """
+    with _refuse_misfits(checkpoint):
+        if saved.batch > state.batches:
+            raise ValueError(f"it is {saved.batch} batches into an epoch of {state.batches}")
+        if saved.epoch > 1 and not saved.kept:
             raise ValueError("it has no epoch's weights")
-        model = loop.trainer.model.state_dict()
-        loop.epoch, loop.batch, loop.spent = position.epoch, position.batch, position.spent
-        loop.skipped, loop.history.stopped = position.skipped, position.stopped
-        loop.trainer.model.load_state_dict(state.take_like("model", model))
-        state.take_optimizer(loop.optimizer)
-        set_rate(loop.optimizer, position.lr)
-        loop.trainer.load_state_dict(position.trainer, state.take("trainer"))
-        loop.engine.scaler.load_state_dict(position.scaler)
-        loop.sums = EpochAccumulator.share_of(position.sums, loop.world)
-        by_epoch = {row.epoch: row for row in loop.history.rows}
-        if position.settled is not None:
-            loop.settled = by_epoch[position.settled], state.take_like("settled", model)
-        loop.kept.extend((by_epoch[epoch], state.take_like(f"kept.{epoch}", model)) for epoch in position.kept)
+        expected = state.model.state_dict()
+        state.epoch, state.batch, state._seconds = saved.epoch, saved.batch, saved.spent
+        state.skipped, state.history.stopped = saved.skipped, saved.stopped
+        state.model.load_state_dict(checkpoint.take_like("model", expected))
+        checkpoint.take_optimizer(state.optimizer)
+        set_rate(state.optimizer, saved.lr)
+        state.trainer.load_state_dict(saved.trainer, checkpoint.take("trainer"))
+        state.engine.scaler.load_state_dict(saved.scaler)
+        state.sums = EpochAccumulator.share_of(saved.sums, state.world)
+        rows = {row.epoch: row for row in state.history.rows}
+        if saved.settled is not None:
+            state.settled = EpochWeights(rows[saved.settled], checkpoint.take_like("settled", expected))
+        for epoch in saved.kept:
+            state.recent.append(EpochWeights(rows[epoch], checkpoint.take_like(f"kept.{epoch}", expected)))
 
 
 @contextmanager
-def _fitting(state: Checkpoint) -> Iterator[None]:
-    """Turns what a checkpoint that somebody has altered, checksum and all, may meet into a sentence."""
+def _refuse_misfits(checkpoint: Checkpoint) -> Iterator[None]:
+    """Raise DeatError for whatever a checkpoint that was altered, checksum included, may raise."""
     try:
         yield
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
         what = describe_validation_error(error) if isinstance(error, ValidationError) else str(error).partition("\n")[0]
         raise DeatError(
-            f"{state.path} does not fit the run ({what}): it or the run was altered; start a new run"
+            f"{checkpoint.path} does not fit the run ({what}): it or the run was altered; start a new run"
         ) from error

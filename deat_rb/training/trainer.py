@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from deat_rb.training.base import Batch, TrainerBase
-from deat_rb.training.callbacks import History
 from deat_rb.training.fit import fit
+from deat_rb.training.history import History
 
 
 class Trainer(TrainerBase):

@@ -38,7 +38,7 @@ def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
 def stopped_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs")
     with pytest.raises(Interrupted):
-        train(SMALL, output=path, name="run", reporter=Stops(3))
+        train(SMALL, output=path, name="run", callbacks=[Stops(3)])
     return path / "run"
 
 
@@ -127,9 +127,9 @@ def test_options_as_they_were_and_another_place_of_data_and_device_are_accepted(
 def test_other_versions_are_told_and_used(stopped: Path) -> None:
     versions = json.loads((stopped / "config.json").read_text())["versions"]
     edit(stopped, versions={**versions, "torch": "1.0"})
-    reporter = Stops(10**6)
-    _, history = resume(stopped, {}, reporter=reporter, trust_code=True)
-    assert reporter.warnings == [f"torch is {versions['torch']} here, and the run began with 1.0"]
+    callback = Stops(10**6)
+    _, history = resume(stopped, {}, callbacks=[callback], trust_code=True)
+    assert callback.warnings == [f"torch is {versions['torch']} here, and the run began with 1.0"]
     assert len(history.rows) == 2
 
 
@@ -167,7 +167,7 @@ def test_the_weights_it_began_with_are_not_needed_again(tmp_path: Path) -> None:
     begun = {**SMALL, "init_from": str(weights)}
     whole, _ = train(begun, output=tmp_path, name="whole")
     with pytest.raises(Interrupted, match="keeps 0 of 2 epochs and 1 batches"):
-        train(begun, output=tmp_path, name="run", reporter=Stops(1))
+        train(begun, output=tmp_path, name="run", callbacks=[Stops(1)])
     weights.unlink()
     run, _ = resume(tmp_path / "run", {}, trust_code=True)
     assert identical(run, whole)
@@ -181,7 +181,7 @@ def test_the_beginning_is_a_checkpoint(tmp_path: Path) -> None:
             raise SystemExit
 
     with pytest.raises(SystemExit):
-        train(SMALL, output=tmp_path, name="run", reporter=Dies())
+        train(SMALL, output=tmp_path, name="run", callbacks=[Dies()])
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["00000001.safetensors"]
     edit(tmp_path / "run", lr=0.3)
     with pytest.raises(DeatError, match="was changed after the run had begun, in lr"):
@@ -191,7 +191,7 @@ def test_the_beginning_is_a_checkpoint(tmp_path: Path) -> None:
 def test_how_a_run_is_carried_out_is_remembered_unless_given_anew(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     with pytest.raises(Interrupted):
-        train(SMALL, output=tmp_path, name="run", reporter=Stops(3), save_every=7, track=["tensorboard"])
+        train(SMALL, output=tmp_path, name="run", callbacks=[Stops(3)], save_every=7, track=["tensorboard"])
     assert RunDirectory.open(tmp_path / "run").config.conduct == RuntimeConfig(save_every=7, track=("tensorboard",))
     run, _ = resume(tmp_path / "run", {}, save_every=3, trust_code=True)
     assert RunDirectory.open(run.path).config.conduct == RuntimeConfig(save_every=3, track=("tensorboard",))
@@ -219,9 +219,9 @@ def test_under_milestones_more_epochs_go_on_with_the_rate_as_it_was(tmp_path: Pa
     rates = [row.lr for row in history.rows]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001])
     for epochs, before in ((6, 4), (7, 6)):
-        reporter = Stops(10**6)
-        run, history = resume(run.path, {"epochs": epochs}, reporter=reporter, trust_code=True)
-        assert reporter.warnings == [
+        callback = Stops(10**6)
+        run, history = resume(run.path, {"epochs": epochs}, callbacks=[callback], trust_code=True)
+        assert callback.warnings == [
             f"the run goes on to {epochs} epochs, where it was to have {before}; its learning rate stays laid out for 4"
         ]
         assert [row.lr for row in history.rows] == pytest.approx(rates + [0.001] * (epochs - 4))
@@ -234,8 +234,8 @@ def test_under_milestones_more_epochs_go_on_with_the_rate_as_it_was(tmp_path: Pa
 def test_a_run_prolonged_and_killed_before_the_next_checkpoint_goes_on(tmp_path: Path) -> None:
     run, _ = train({**SMALL, "lr_schedule": "multistep"}, output=tmp_path, name="run")
     edit(run.path, epochs=3, lr_epochs=2)
-    reporter = Stops(10**6)
-    assert len(resume(run.path, {}, reporter=reporter, trust_code=True)[1].rows) == 3
+    callback = Stops(10**6)
+    assert len(resume(run.path, {}, callbacks=[callback], trust_code=True)[1].rows) == 3
     edit(run.path, epochs=4, lr_epochs=4)
     with pytest.raises(DeatError, match="was changed after the run had begun, in epochs, lr_epochs"):
         resume(run.path, {}, trust_code=True)
@@ -259,10 +259,10 @@ def test_a_configuration_is_held_against_the_newest_checkpoint_that_is_whole(sto
     content = newest.read_bytes()
     assert content.count(rb"\"momentum\": 0.9") == 1
     newest.write_bytes(content.replace(rb"\"momentum\": 0.9", rb"\"momentum\": 0.8"))
-    reporter = Stops(10**6)
-    assert len(resume(stopped, {}, reporter=reporter, trust_code=True)[1].rows) == 2
-    assert len(reporter.warnings) == 1
-    assert f"{newest} is damaged (its checksum does not fit); the one before it is used" in reporter.warnings[0]
+    callback = Stops(10**6)
+    assert len(resume(stopped, {}, callbacks=[callback], trust_code=True)[1].rows) == 2
+    assert len(callback.warnings) == 1
+    assert f"{newest} is damaged (its checksum does not fit); the one before it is used" in callback.warnings[0]
 
 
 def test_milestones_are_a_multistep_rate_s() -> None:
@@ -323,10 +323,10 @@ def test_a_full_disk_is_not_masked_by_what_comes_after(stopped: Path, monkeypatc
 
     monkeypatch.setattr("deat_rb.utils.files._write_synced", full)
     monkeypatch.setattr("deat_rb.runs.train.plot_curves", lambda rows, path, title: full(path, b""))
-    reporter = Stops(10**6)
+    callback = Stops(10**6)
     with pytest.raises(DeatError, match=r"No space left .*run keeps 1 of 2 epochs and 1 batches of the next; deat-rb"):
-        resume(stopped, {}, reporter=reporter, trust_code=True)
-    assert [warning.partition(":")[0] for warning in reporter.warnings] == [
+        resume(stopped, {}, callbacks=[callback], trust_code=True)
+    assert [warning.partition(":")[0] for warning in callback.warnings] == [
         "the curves and the trackers are not complete"
     ]
 

@@ -35,7 +35,7 @@ def test_the_reporter_hears_of_everything_in_order() -> None:
             told.append(f"ended {row.epoch}")
 
     trainer = deat_rb.create("m-deat", normalized())
-    trainer.fit(loader(), [images_and_labels()], epochs=2, lr=0.05, reporter=Listens())
+    trainer.fit(loader(), [images_and_labels()], epochs=2, lr=0.05, callbacks=[Listens()])
     assert told == [
         "epoch 1/2: 2 batches, r = 1", "6 examples, 1 backwards", "12 examples, 2 backwards", "validation", "ended 1",
         "epoch 2/2: 2 batches, r = 2", "6 examples, 2 backwards", "12 examples, 4 backwards", "validation", "ended 2",

@@ -15,7 +15,8 @@ import deat_rb
 from deat_rb.data.batches import Batches
 from deat_rb.data.images import ImageSet
 from deat_rb.runs.directory import RunDirectory
-from deat_rb.training.callbacks import Callback, History
+from deat_rb.training.callbacks import Callback
+from deat_rb.training.history import History
 from deat_rb.training.metrics import EpochAccumulator
 from deat_rb.training.trainer import Trainer
 
@@ -38,11 +39,11 @@ class Stops(Callback):
         if self.left == 0:
             os.kill(os.getpid(), self.number)
 
-    def warn(self, sentence: str) -> None:
-        self.warnings.append(sentence)
+    def on_warning(self, message: str) -> None:
+        self.warnings.append(message)
 
 
-def train(method: str, run: RunDirectory, reporter: Callback | None = None, **options: Any) -> History:
+def train(method: str, run: RunDirectory, callback: Callback | None = None, **options: Any) -> History:
     images, labels = images_and_labels(22)
     data = ImageSet((255 * images).round().to(torch.uint8), labels)
     # Four batches, the last of them short.
@@ -59,7 +60,7 @@ def train(method: str, run: RunDirectory, reporter: Callback | None = None, **op
         lr=0.1,
         precision="bf16",
         run=run,
-        reporter=reporter,
+        callbacks=[callback] if callback else [],
         **options,
     )
 

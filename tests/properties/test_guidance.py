@@ -7,7 +7,7 @@ import torch
 from training_problems import Batch, images_and_labels, made
 
 import deat_rb
-from deat_rb.training.callbacks import History
+from deat_rb.training.history import History
 
 
 def batches(random_labels: bool) -> list[Batch]:

@@ -219,7 +219,7 @@ def test_an_interrupted_run_keeps_its_curves_and_loads(tmp_path: Path) -> None:
             self.epoch = epoch
 
     with pytest.raises(KeyboardInterrupt):
-        train(SMALL, output=tmp_path, name="cut", reporter=Interrupts())
+        train(SMALL, output=tmp_path, name="cut", callbacks=[Interrupts()])
     assert (tmp_path / "cut" / "curves.png").is_file()
     deat_rb.load_model(tmp_path / "cut", trust_code=True)
 

@@ -282,7 +282,7 @@ def test_the_model_ends_with_the_weights_of_the_epoch_selected(
     model, run = normalized(), RunDirectory.create(tmp_path / "run", run_config(select=select or "best"))
     seen = Seen(model)
     history = deat_rb.create("pgd-1", model).fit(
-        loader(), [images_and_labels()], epochs=3, lr=0.05, select=select, run=run, reporter=seen
+        loader(), [images_and_labels()], epochs=3, lr=0.05, select=select, run=run, callbacks=[seen]
     )
     assert history.selected == epoch
     assert [row.val_robust_acc for row in history.rows] == robust
@@ -335,7 +335,7 @@ def test_a_rule_stops_and_the_last_healthy_weights_are_kept(
     model, run = normalized(), RunDirectory.create(tmp_path / "run", run_config(select=select))
     seen = Seen(model)
     trainer = deat_rb.AttackTrainer(deat_rb.PGD(model, steps=1), stopping=AfterEpoch(3, keep=2))
-    history = trainer.fit(loader(), [images_and_labels()], epochs=6, lr=0.05, select=select, run=run, reporter=seen)
+    history = trainer.fit(loader(), [images_and_labels()], epochs=6, lr=0.05, select=select, run=run, callbacks=[seen])
     assert history.stopped == "the script says so"
     assert history.selected == 2
     assert same(weights(model), seen.weights[1])
@@ -353,7 +353,7 @@ def test_of_the_epochs_after_the_last_healthy_one_none_is_selected(
     model, run = normalized(), RunDirectory.create(tmp_path / "run", run_config(select="best"))
     seen = Seen(model)
     trainer = deat_rb.AttackTrainer(deat_rb.PGD(model, steps=1), stopping=AfterEpoch(last, keep=keep))
-    history = trainer.fit(loader(), [images_and_labels()], epochs=6, lr=0.05, select="best", run=run, reporter=seen)
+    history = trainer.fit(loader(), [images_and_labels()], epochs=6, lr=0.05, select="best", run=run, callbacks=[seen])
     assert history.selected == selected
     assert same(weights(model), seen.weights[selected - 1])
     assert (run.checkpoint("best")["epoch"], run.checkpoint("last")["epoch"]) == (selected, keep)
@@ -468,17 +468,17 @@ class Interrupts(Callback):
 
 def test_ctrl_c_says_what_was_kept(tmp_path: Path) -> None:
     with pytest.raises(Interrupted) as caught:
-        fitted(epochs=3, reporter=Interrupts(2))
+        fitted(epochs=3, callbacks=[Interrupts(2)])
     assert "1 of 3 epochs were trained" in caught.value.kept
 
     run = RunDirectory.create(tmp_path / "second", run_config())
     with pytest.raises(Interrupted) as caught:
-        deat_rb.create("pgd-1", normalized()).fit(loader(), epochs=3, run=run, reporter=Interrupts(2))
+        deat_rb.create("pgd-1", normalized()).fit(loader(), epochs=3, run=run, callbacks=[Interrupts(2)])
     assert caught.value.kept == f"{run.path} keeps 1 of 3 epochs; deat-rb train --resume {run.path} goes on from there"
     assert run.checkpoint("last")["epoch"] == 1
     deat_rb.load_model(run.path, trust_code=True)
 
     run = RunDirectory.create(tmp_path / "first", run_config())
     with pytest.raises(Interrupted, match="keeps 0 of 3 epochs"):
-        deat_rb.create("pgd-1", normalized()).fit(loader(), epochs=3, run=run, reporter=Interrupts(1))
+        deat_rb.create("pgd-1", normalized()).fit(loader(), epochs=3, run=run, callbacks=[Interrupts(1)])
     assert sorted(path.name for path in run.path.iterdir()) == ["checkpoints", "config.json"]

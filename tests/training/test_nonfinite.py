@@ -16,7 +16,7 @@ from training_problems import loader, made
 import deat_rb
 import deat_rb.methods
 from deat_rb.training.metrics import BatchStats
-from deat_rb.training.nonfinite import NonFiniteMonitor
+from deat_rb.training.nonfinite import NonFiniteFlags
 from deat_rb.utils.errors import DeatError
 
 Batch = tuple[Tensor, Tensor]
@@ -28,7 +28,7 @@ def stats(loss: float = 1.0, l_x: float = 1.0) -> BatchStats:
 
 def test_the_first_batch_that_was_not_finite_is_named() -> None:
     model = nn.Linear(2, 2)
-    watch = NonFiniteMonitor()
+    watch = NonFiniteFlags()
     assert watch.found() is None
     watch.note(stats(), model, 0)
     assert watch.found() is None
@@ -37,7 +37,7 @@ def test_the_first_batch_that_was_not_finite_is_named() -> None:
     assert watch.found() == (5, "l_X")
     with torch.no_grad():
         model.weight[0, 0] = math.nan
-    assert NonFiniteMonitor().note(stats(), model, 0).tolist() == [True, True, False]
+    assert NonFiniteFlags().note(stats(), model, 0).tolist() == [True, True, False]
 
 
 class Poisoned(list[Batch]):
@@ -100,7 +100,7 @@ def test_a_rule_that_is_not_heeded_is_noted() -> None:
         return made_trainer
 
     heeded = trainer().fit(loader(2), epochs=4, lr=0.05)
-    noted = trainer().fit(loader(2), epochs=4, lr=0.05, heed_stop=False)
+    noted = trainer().fit(loader(2), epochs=4, lr=0.05, early_stopping=False)
     assert (len(heeded.rows), heeded.stopped, heeded.selected) == (2, "because", 1)
     assert (len(noted.rows), noted.stopped, noted.selected) == (4, None, 4)
     assert [row.stopped for row in noted.rows] == [None, "because", None, None]
@@ -114,7 +114,7 @@ def test_compiled_passes_train_what_eager_ones_do(method: str, monkeypatch: pyte
     for compiled in (False, True):
         model = made()
         trainer = deat_rb.create(method, model, **({"steps": 2} if method == "mart" else {}))
-        history = trainer.fit(loader(3), epochs=1, lr=0.05, compiled=compiled)
+        history = trainer.fit(loader(3), epochs=1, lr=0.05, compile=compiled)
         assert "forward" not in model.__dict__
         results.append((history.rows[0].loss, history.rows[0].l_x))
     assert results[0] == pytest.approx(results[1], rel=1e-3)

@@ -95,10 +95,10 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(damage: str
     content = newest.read_bytes()
     flipped = content[:-100] + bytes([content[-100] ^ 1]) + content[-99:]
     newest.write_bytes({"cut": content[: len(content) // 2], "bit": flipped, "empty": b""}[damage])
-    reporter = Stops(10**6)
-    train("free-2", run, reporter, resume=True)
-    assert len(reporter.warnings) == 1
-    assert newest.name in reporter.warnings[0]
+    callback = Stops(10**6)
+    train("free-2", run, callback, resume=True)
+    assert len(callback.warnings) == 1
+    assert newest.name in callback.warnings[0]
     assert outcome(run) == outcome(whole)
 
 

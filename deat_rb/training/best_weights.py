@@ -1,0 +1,76 @@
+"""Best weights: the callback that remembers, writes and finally selects the weights of epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from deat_rb.training.callbacks import Callback
+from deat_rb.training.history import History
+from deat_rb.training.metrics import EpochStats
+from deat_rb.training.state import EpochWeights, TrainingState
+
+
+class BestWeights(Callback):
+    """Keep the weights of the most robust epoch on validation and of the newest epochs.
+
+    The best epoch is the one of highest robust accuracy, then of highest natural accuracy, then the first. When a
+    stopping rule ends training, the epochs after the one that it keeps are dropped.
+
+    Args:
+        select: Whose weights the model holds after training: ``best`` or ``last``.
+    """
+
+    def __init__(self, select: str) -> None:
+        self.select = select
+        self.written: dict[str, int] = {}
+        """The epochs whose weights the files of the run hold."""
+
+    def on_fit_start(self, state: TrainingState) -> None:  # noqa: D102
+        self.state = state
+
+    def on_epoch_end(self, row: EpochStats) -> None:  # noqa: D102
+        state, recent = self.state, self.state.recent
+        if len(recent) == recent.maxlen:
+            state.settled = _most_robust([state.settled, recent[0]])
+        recent.append(EpochWeights(row, _copy(state.model)))
+        while state.stop is not None and recent[-1].row.epoch > state.stop.keep and len(recent) > 1:
+            recent.pop()
+        self.write()
+
+    def on_fit_end(self, history: History) -> None:
+        """Load the selected weights into the model."""
+        best = self._best() if self.select == "best" else None
+        row, weights = best or self.state.recent[-1]
+        history.selected = row.epoch
+        self.state.model.load_state_dict(weights)
+
+    def write(self) -> None:
+        """Write the best and the last weights to their files where these hold those of another epoch."""
+        run = self.state.run
+        if run is None:
+            return
+
+        def write() -> None:
+            recent = self.state.recent
+            for which, epoch in (("best", self._best()), ("last", recent[-1] if recent else None)):
+                if epoch is None:
+                    run.discard_weights(which)
+                elif self.written.get(which) != epoch.row.epoch:
+                    run.save_weights(which, epoch.weights, epoch.row)
+                    self.written[which] = epoch.row.epoch
+
+        self.state.world.on_main(write)
+
+    def _best(self) -> EpochWeights | None:
+        return _most_robust([self.state.settled, *self.state.recent])
+
+
+def _most_robust(epochs: Iterable[EpochWeights | None]) -> EpochWeights | None:
+    validated = [epoch for epoch in epochs if epoch is not None and epoch.row.val_acc is not None]
+    return max(validated, key=lambda epoch: (epoch.row.val_robust_acc or 0.0, epoch.row.val_acc or 0.0), default=None)
+
+
+def _copy(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}

@@ -1,0 +1,91 @@
+"""Checkpointing: the callbacks that write a run's metrics and checkpoints, and resume it."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+
+from deat_rb.training import checkpoint
+from deat_rb.training import state as training_state
+from deat_rb.training.best_weights import BestWeights
+from deat_rb.training.callbacks import Action, Callback
+from deat_rb.training.metrics import EpochStats
+from deat_rb.training.run_store import RunStore
+from deat_rb.training.state import SavedPosition, TrainingState
+from deat_rb.utils.errors import DeatError
+
+
+class MetricsWriter(Callback):
+    """Append each epoch's metrics to a run."""
+
+    def __init__(self, run: RunStore) -> None:
+        self.run = run
+
+    def on_fit_start(self, state: TrainingState) -> None:  # noqa: D102
+        self.state = state
+
+    def on_epoch_end(self, row: EpochStats) -> None:  # noqa: D102
+        self.state.world.on_main(partial(self.run.append, row))
+
+
+class Checkpointing(Callback):
+    """Write a checkpoint after each epoch and every few minutes, and resume from the newest one.
+
+    Args:
+        run: Where the checkpoints are written.
+        weights: Its files of weights are brought up to date on resuming.
+        save_every: Seconds between two checkpoints within an epoch.
+        resume: Whether to resume from the run's newest checkpoint.
+    """
+
+    def __init__(self, run: RunStore, weights: BestWeights, save_every: float, resume: bool = False) -> None:
+        self.run = run
+        self.weights = weights
+        self.save_every = save_every
+        self.resume = resume
+
+    def on_fit_start(self, state: TrainingState) -> None:  # noqa: D102
+        self.state = state
+        self._saved_at = time.monotonic()
+        if self.resume:
+            self._restore()
+
+    def requested_action(self) -> Action:
+        """Request SAVE when the newest checkpoint is older than ``save_every``."""
+        return Action.SAVE if time.monotonic() - self._saved_at > self.save_every else Action.CONTINUE
+
+    def on_action(self, action: Action) -> None:
+        """Write a checkpoint before SAVE and STOP."""
+        if action in (Action.SAVE, Action.STOP):
+            self._save()
+
+    def on_epoch_end(self, row: EpochStats) -> None:  # noqa: D102
+        self._save()
+
+    def _save(self) -> None:
+        state = training_state.save(self.state, self.run.config_json)
+        self._note(self.state.world.on_main(partial(checkpoint.write, self.run.checkpoints, state)))
+
+    def _note(self, path: Path | None) -> None:
+        self._saved_at = time.monotonic()
+        self.state.saved = SavedPosition(path, self.state.epoch, self.state.batch)
+
+    def _restore(self) -> None:
+        """Restore the state of the newest checkpoint that is whole; without one, start from the beginning.
+
+        Raises:
+            DeatError: There is none although the run has finished epochs, or it does not fit the run.
+        """
+        run, world = self.run, self.state.world
+        world.on_main(run.discard_unfinished)
+        newest = checkpoint.newest(run.checkpoints, self.state.warn)
+        if newest is None:
+            if world.on_main(lambda: len(run.rows())):
+                raise DeatError(f"{run.checkpoints} has no checkpoint to go on from; start a new run")
+            return
+        saved = training_state.read(newest)
+        self.state.history.rows = world.on_main(partial(run.truncate, saved.epoch - 1))
+        training_state.restore(self.state, newest, saved)
+        self._note(newest.path)
+        self.weights.write()
