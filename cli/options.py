@@ -1,17 +1,72 @@
-"""Types of options that several commands share; each reads what the user typed."""
+"""Option types that several commands share, and click options made of option groups."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.options import Option
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+ALIASES = {"early_stopping": ["--no-stop"]}
+"""Spellings that are accepted and not shown."""
+
+
+class GroupedOption(click.Option):
+    """An option that ``--help`` shows under a heading."""
+
+    def __init__(self, *args: Any, group: str = "Output", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+class GroupedCommand(click.Command):
+    """A command that shows its options under headings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, group by group."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(getattr(parameter, "group", "Output"), []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def config_options(options: Iterable[Option]) -> Callable[[F], F]:
+    """Return a decorator that adds the options of option groups to a command.
+
+    Values reach the command as typed by the user, None where an option is absent: the option groups validate them.
+    """
+
+    def add(command: F) -> F:
+        for each in reversed(list(options)):
+            extra = "; ".join([f"default: {each.default}"] * bool(each.default) + [each.bounds] * bool(each.bounds))
+            shared: dict[str, Any] = {"help": each.help + (f"  [{extra}]" if extra else ""), "group": each.group,
+                                      "cls": GroupedOption, "default": None}  # fmt: skip
+            if each.kind in ("flag", "off"):
+                shared |= {"is_flag": True, "flag_value": each.kind == "flag"}
+            else:
+                kind = click.Choice(each.choices) if each.choices else click.STRING
+                shared |= {"type": kind, "metavar": None if each.choices else each.metavar,
+                           "multiple": each.kind == "many"}  # fmt: skip
+            for alias in ALIASES.get(each.name, ()):
+                command = click.option(alias, each.name, **{**shared, "hidden": True})(command)
+            command = click.option(each.flag, each.name, **shared)(command)
+        return command
+
+    return add
 
 
 def fraction(text: str) -> float:
-    """Reads a size such as ``8/255`` or ``0.03``, in units of the image range [0, 1]."""
+    """Return a size such as ``8/255`` or ``0.03``, in units of the image range [0, 1]."""
     from deat_rb.utils.units import parse_fraction
 
     try:
@@ -21,42 +76,40 @@ def fraction(text: str) -> float:
 
 
 def fraction_list(text: str) -> tuple[float, ...]:
-    """Reads sizes such as ``0,2/255,4/255``."""
+    """Return sizes such as ``0,2/255,4/255``."""
     return tuple(fraction(part) for part in text.split(","))
 
 
 def attack_names(text: str) -> tuple[str, ...]:
-    """Reads a list such as ``fgsm,torchattacks.PGD(steps=5,alpha=0.01)``, commas in parentheses left alone."""
+    """Return a list such as ``fgsm,torchattacks.PGD(steps=5,alpha=0.01)``; commas in parentheses do not separate."""
     from deat_rb.attacks.names import split_names
 
-    found = tuple(name for name in split_names(text) if name)
-    if not found:
+    names = tuple(name for name in split_names(text) if name)
+    if not names:
         raise click.BadParameter("the list is empty; give names with commas between them")
-    return found
+    return names
 
 
 def seed_list(text: str) -> tuple[int, ...]:
-    """Reads a list of seeds such as ``0,1,2``."""
+    """Return a list of seeds such as ``0,1,2``."""
     parts = text.split(",")
     if not all(part.strip().isdecimal() for part in parts) or len(set(parts)) < len(parts):
-        raise click.BadParameter(f"'{text}' is not a list of different whole numbers such as 0,1,2")
+        raise click.BadParameter(f"'{text}' is not a list of different integers such as 0,1,2")
     return tuple(int(part) for part in parts)
 
 
 def size(text: str) -> int:
-    """Return the bytes of a size such as ``8G`` (8e9), ``8GiB`` (8 * 2**30) or ``4096``."""
-    from pydantic import ByteSize, TypeAdapter, ValidationError
+    """Return the bytes of a size such as ``8G``."""
+    from deat_rb.utils.options import parse_size
 
     try:
-        if re.fullmatch(r"\s*[0-9]*\.?[0-9]+\s*[A-Za-z]*\s*", text):  # ByteSize ignores what follows a number
-            return TypeAdapter(ByteSize).validate_python(text)
-    except ValidationError:
-        pass
-    raise click.BadParameter(f"'{text}' is not a size; give bytes, or a number with a unit such as 500MB, 8G or 8GiB")
+        return parse_size(text)
+    except DeatError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def json_file(text: str) -> Path:
-    """Reads the name of a JSON file to be written later, which had better be possible then."""
+    """Return the path of a JSON file that can be written later."""
     path = Path(text)
     if path.suffix != ".json":
         raise click.BadParameter(f"'{text}' does not end in .json")

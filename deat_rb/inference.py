@@ -115,4 +115,4 @@ def _described(path: Path) -> tuple[ModelSpec, tuple[str, ...]]:
     if not path.is_dir():
         return exported_spec(path), ()
     config = RunDirectory.open(path).config
-    return config.model, config.classes
+    return config.network, config.classes

@@ -102,10 +102,11 @@ def open_run(path: Path, *, data_dir: str | Path | None = None, trust_code: bool
     run = RunDirectory.open(path)
     config = run.config
     model = load_model(path, trust_code=trust_code)
-    data = load_data(config.dataset, data_dir=data_dir or config.data_dir, image_size=config.image_size)
+    where = config.data
+    data = load_data(where.dataset, data_dir=data_dir or where.data_dir, image_size=where.image_size)
     provenance = {
         "run": run.path.name,
-        "method": config.method,
+        "method": config.attack.method,
         "weights": run.selected_weights_path.name,
         "weights_sha256": sha256_file(run.selected_weights_path),
         "arch": run.model_spec.arch,
@@ -114,7 +115,7 @@ def open_run(path: Path, *, data_dir: str | Path | None = None, trust_code: bool
     }
     if data.fingerprint != config.data_fingerprint:
         provenance["note"] = "the data are not those that the run was trained on"
-    return EvalTarget(model, data, config.eps, provenance, run.path)
+    return EvalTarget(model, data, config.attack.eps, provenance, run.path)
 
 
 def open_checkpoint(

@@ -25,13 +25,13 @@ COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 def write_run(path: Path, config: RunConfig) -> Path:
     RunDirectory.create(path, config)
     with torch.random.fork_rng(devices=[]):
-        save_tensors(path / "last.safetensors", config.model.build().state_dict())
+        save_tensors(path / "last.safetensors", config.network.build().state_dict())
     return path
 
 
 def mean_config(**changes: object) -> RunConfig:
     spec = ModelSpec(arch="tiny_networks:Mean", num_classes=3, image_size=8, mean=(0.0,) * 3, std=(1.0,) * 3)
-    return run_config(arch=spec.arch, model=spec, dataset="folder", **changes)
+    return run_config(arch=spec.arch, network=spec, dataset="folder", **changes)
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_an_image_is_cut_to_its_centred_square_as_in_training(coloured_run: Path
 
 def test_a_network_of_one_channel_is_given_the_mean_of_three(files: list[Path], tmp_path: Path) -> None:
     spec = ModelSpec(arch="tiny_networks:Bright", num_classes=2, image_size=8, channels=1, mean=(0.0,), std=(1.0,))
-    run_path = write_run(tmp_path / "run", run_config(arch=spec.arch, model=spec, dataset="folder"))
+    run_path = write_run(tmp_path / "run", run_config(arch=spec.arch, network=spec, dataset="folder"))
     Image.new("RGB", (9, 9), (255, 200, 0)).save(tmp_path / "yellow.png")
     found = predict(run_path, [files[0], tmp_path / "yellow.png"], trust_code=True)
     assert [each.guesses[0].index for each in found] == [1, 0], "a third is red, 455/765 yellow"
@@ -152,7 +152,7 @@ def test_a_diverged_network_is_refused(tmp_path: Path, files: list[Path]) -> Non
 
 def test_a_real_network_is_run_in_eval_mode(tmp_path: Path, files: list[Path]) -> None:
     path = write_run(tmp_path / "run", run_config())
-    assert RunDirectory.open(path).config.arch == ARCH
+    assert RunDirectory.open(path).config.model.arch == ARCH
     alone = [predict(path, [file], trust_code=True)[0].guesses[0].confidence for file in files]
     together = [each.guesses[0].confidence for each in predict(path, files, trust_code=True)]
     assert together == pytest.approx(alone, abs=1e-6)

@@ -32,8 +32,10 @@ from deat_rb.methods.registry import recipe
 from deat_rb.models.names import check_trust
 from deat_rb.models.spec import ModelSpec, NormalizedModel
 from deat_rb.robustbench.format import ExportPaths, exported_spec, spelled_architecture
-from deat_rb.runs.config import RunConfig, TrainOptions
+from deat_rb.runs.config import RunConfig
+from deat_rb.runs.defaults import DEFAULT_TEXTS
 from deat_rb.runs.directory import CONFIG, METRICS, RunDirectory
+from deat_rb.runs.options import TrainOptions, train_options
 from deat_rb.training.metrics import EpochStats
 from deat_rb.utils import compat
 from deat_rb.utils.errors import DeatError
@@ -209,21 +211,21 @@ def _opened_run(target: Path, metadata: SubmissionMetadata, copied: Path) -> Sub
             parse_json((copied / name).read_bytes(), str(target / name))
     run = RunDirectory.open(copied)
     config, spec = run.config, run.model_spec
-    dataset_name = _dataset_name(metadata, config.dataset)
+    dataset_name = _dataset_name(metadata, config.data.dataset)
     _check_arch(spec, target)
-    handed_in = target / f"{config.select}.safetensors"
+    handed_in = target / f"{config.optim.select}.safetensors"
     copy_untrusted_weights(handed_in, copied / handed_in.name)
     model = load_checked(copied / handed_in.name, spec, source=handed_in)
-    data = load_board_dataset(config.dataset, data_dir=metadata.data_dir, image_size=config.image_size)
+    data = load_board_dataset(config.data.dataset, data_dir=metadata.data_dir, image_size=config.data.image_size)
     if data.fingerprint != config.data_fingerprint:
-        raise DeatError(f"{target} was trained on other data than {config.dataset} is here (SHA-256 "
+        raise DeatError(f"{target} was trained on other data than {config.data.dataset} is here (SHA-256 "
                         f"{config.data_fingerprint[:12]}..., here {data.fingerprint[:12]}...)")  # fmt: skip
     _check_fits(spec, data, target)
     rows = _rows(copied, target / METRICS)
     facts = {**_trained(config, rows), "architecture": _architecture(spec), **metadata.declared_fields()}
     claim = _claim(target, copied) if (copied / EVALUATION).exists() else None
     return Submission(
-        target, model, spec, data, dataset_name, config.eps, facts, claim,
+        target, model, spec, data, dataset_name, config.attack.eps, facts, claim,
         sha256_file(run.selected_weights_path),
     )  # fmt: skip
 
@@ -340,7 +342,7 @@ def _rows(copied: Path, source: Path) -> list[dict[str, int | float | None]]:
 
 
 def _trained(config: RunConfig, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    credit = PAPER if _is_the_papers(config.method) else dict.fromkeys(PAPER)
+    credit = PAPER if _is_the_papers(config.attack.method) else dict.fromkeys(PAPER)
     totals: dict[str, Any] = {}
     if rows:
         totals = {
@@ -354,10 +356,10 @@ def _trained(config: RunConfig, rows: list[dict[str, Any]]) -> dict[str, Any]:
         **credit,
         "additional_data": False,
         "number_forward_passes": 1,
-        "method": config.method,
-        "setting": config.setting,
-        "seed": config.seed,
-        "hardware": None if config.device == "auto" else config.device,
+        "method": config.attack.method,
+        "setting": config.attack.setting,
+        "seed": config.optim.seed,
+        "hardware": None if config.runtime.device == "auto" else config.runtime.device,
         "command": training_command(config),
         "versions": dict(config.versions),
         "metrics": tuple(rows),
@@ -375,19 +377,22 @@ def _is_the_papers(method: str) -> bool:
 
 def training_command(config: RunConfig) -> str:
     """The `deat-rb train` that a configuration comes from; of folders and files only the names, wherever they lay."""
-    left_out = {"data_dir", "heed_stop", "device", "image_size" if config.dataset != "folder" else ""}
-    words = ["deat-rb", "train"]
-    for name, option in TrainOptions.model_fields.items():
-        value = getattr(config, name, None)
-        if name in left_out or value is None or (value == option.default and name != "seed"):
+    values, defaults = config.flat(), TrainOptions().flat()
+    left_out = {"method", "device", "save_every", "track", "memory_limit"}
+    if config.data.dataset != "folder":
+        left_out.add("image_size")
+    words = ["deat-rb", "train", "--method", config.attack.method]
+    for each in train_options():
+        value = values[each.name]
+        is_default = value == defaults[each.name] and each.name not in ("seed", *DEFAULT_TEXTS)
+        if each.name in left_out or value is None or is_default:
             continue
-        text = format_fraction(value) if name in ("eps", "alpha") else str(value)
-        words += [f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", text]
-        if name == "init_from":
-            words[-1] = Path(text).name
-    if config.data_dir is not None:
-        words += ["--data-dir", Path(config.data_dir).name]
-    return shlex.join(words if config.heed_stop else [*words, "--no-stop"]).replace("--compiled", "--compile")
+        if each.kind in ("flag", "off"):
+            words += [each.flag] if value is (each.kind == "flag") else []
+            continue
+        shown = format_fraction(value) if each.metavar == "FRACTION" else str(value)
+        words += [each.flag, Path(shown).name if each.metavar == "PATH" else shown]
+    return shlex.join(words)
 
 
 def _architecture(spec: ModelSpec) -> str:

@@ -77,11 +77,11 @@ def export(
                         "with a suffix after _ for variants: Wang2021Gradient_R18")  # fmt: skip
     opened = RunDirectory.open(Path(run))
     spec, config = opened.model_spec, opened.config
-    dataset = _dataset(config.dataset, as_dataset, spec)
+    dataset = _dataset(config.data.dataset, as_dataset, spec)
     model = spec.build()
     load_weights(model, load_tensors(opened.selected_weights_path), source=str(opened.selected_weights_path))
     figures, n_examples = _figures(opened)
-    credit = PAPER if PAPERS_OWN.match(config.method) else dict.fromkeys(PAPER, "")
+    credit = PAPER if PAPERS_OWN.match(config.attack.method) else dict.fromkeys(PAPER, "")
     given = {"link": link, "name": name, "authors": authors, "venue": venue}
     info: dict[str, Any] = {
         **{field: credit[field] if text is None else text for field, text in given.items()},
@@ -89,14 +89,14 @@ def export(
         "number_forward_passes": 1,
         "dataset": dataset,
         "architecture": spelled_architecture(spec),
-        "eps": format_fraction(config.eps),
+        "eps": format_fraction(config.attack.eps),
         **figures,
         **({} if reported is None else {"reported": _percent(reported)}),
         **({} if external is None else {"external": _percent(external)}),
         **({} if unreliable is None else {"unreliable": unreliable}),
     }
     notes = (
-        f"Trained with deat-rb, method {config.method}.",
+        f"Trained with deat-rb, method {config.attack.method}.",
         _stand_in_note(config, dataset),
         f"Accuracies on {n_examples} test images." if 0 < n_examples < FULL_TEST_SET else "",
         footnote,
@@ -137,10 +137,11 @@ def _dataset(trained_on: str, as_dataset: str | None, spec: ModelSpec) -> str:
 
 
 def _stand_in_note(config: Any, dataset: str) -> str:
-    if config.dataset == dataset:
+    data = config.data
+    if data.dataset == dataset:
         return ""
-    folder = f" named {Path(config.data_dir).name}" if config.dataset == "folder" and config.data_dir else ""
-    return f"Trained and evaluated on {SPELLED.get(config.dataset, config.dataset)}{folder}, not on {SPELLED[dataset]}."
+    folder = f" named {Path(data.data_dir).name}" if data.dataset == "folder" and data.data_dir else ""
+    return f"Trained and evaluated on {SPELLED.get(data.dataset, data.dataset)}{folder}, not on {SPELLED[dataset]}."
 
 
 def _figures(run: RunDirectory) -> tuple[dict[str, str], int]:
@@ -156,7 +157,7 @@ def _figures(run: RunDirectory) -> tuple[dict[str, str], int]:
     accuracies = {attack: 100 * result.accuracy for attack, result in report.results.items()}
     figures["clean_acc"] = _percent(accuracies.pop("natural"))
     of_linf = report.norm == "Linf" and report.precision == "fp32"
-    if accuracies and of_linf and format_fraction(report.eps) == format_fraction(run.config.eps):
+    if accuracies and of_linf and format_fraction(report.eps) == format_fraction(run.config.attack.eps):
         figures["reported"] = _percent(min(accuracies.values()))
         if "autoattack" in accuracies:
             figures["autoattack_acc"] = _percent(accuracies["autoattack"])

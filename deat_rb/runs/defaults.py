@@ -1,23 +1,24 @@
-"""The paper's settings and the data sets' defaults."""
+"""Default options: the paper's two settings, and what each dataset needs."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
-
-from deat_rb.methods.recipes import Recipe
-from deat_rb.runs.config import Setting
 from deat_rb.utils.errors import DeatError, did_you_mean
 
+if TYPE_CHECKING:
+    from deat_rb.methods.recipes import Recipe
 
-class DatasetDefaults(BaseModel):
-    """What a data set suggests where nothing is said.
+
+@dataclass(frozen=True)
+class DatasetDefaults:
+    """Default options of a dataset.
 
     Attributes:
-        arch: The architecture.
-        eps: The radius.
-        epoch_factor: How many times the setting's epochs: a small data set needs more of them for as many updates.
+        arch: Architecture.
+        eps: Radius.
+        epoch_factor: Multiplies the setting's epochs: a small dataset needs more epochs for as many updates.
         batch_size: Images per mini-batch.
     """
 
@@ -35,19 +36,51 @@ DATASET_DEFAULTS = {
 }
 
 
+@dataclass(frozen=True)
+class SettingDefaults:
+    """Default options of a setting of the paper; ``epochs`` is None where the method has its own."""
+
+    epochs: int | None
+    lr: float
+    lr_schedule: str
+    precision: str
+    select: str
+
+
+SETTINGS = {
+    "fast": SettingDefaults(epochs=None, lr=0.1, lr_schedule="cyclic", precision="auto", select="last"),
+    "standard": SettingDefaults(epochs=50, lr=0.05, lr_schedule="multistep", precision="fp32", select="best"),
+}
+"""Section 5.1 (half precision, cyclic LR 0 -> 0.1 -> 0) and section 5.2 (LR divided by 10 after epochs 25 and 40)."""
+
+DEFAULT_TEXTS = {
+    "arch": "wrn-10-1 for digits, else preactresnet18",
+    "eps": "0.1 for digits, else 8/255",
+    "batch_size": "64 for digits, else 128",
+    "epochs": "setting's: 10 to 15 fast, by method; 50 standard; twice as many for digits",
+    "gamma": "setting's: 1.0 fast with preactresnet18, else 1.01",
+    "val_size": "1,000 of 50,000, in proportion for fewer, but 100 if that is at most a fifth",
+    **{
+        name: "setting's: " + ", ".join(f"{getattr(row, name)} {setting}" for setting, row in SETTINGS.items())
+        for name in ("lr", "lr_schedule", "precision", "select")
+    },
+}
+"""Defaults in words, where they depend on the dataset, the setting or the method."""
+
+
 def dataset_defaults(dataset: str) -> DatasetDefaults:
-    """What a data set suggests.
+    """Return the default options of a dataset.
 
     Raises:
-        DeatError: If there is no such data set.
+        DeatError: There is no such dataset.
     """
     if dataset not in DATASET_DEFAULTS:
-        raise DeatError(f"there is no data set '{dataset}': {did_you_mean(dataset, DATASET_DEFAULTS)}")
+        raise DeatError(f"there is no dataset '{dataset}': {did_you_mean(dataset, DATASET_DEFAULTS)}")
     return DATASET_DEFAULTS[dataset]
 
 
-def setting_defaults(setting: Setting, row: Recipe, arch: str) -> dict[str, Any]:
-    """The paper's two training settings (sections 5.1 and 5.2).
+def setting_defaults(setting: str, row: Recipe, arch: str) -> dict[str, Any]:
+    """Return the default options of one of the paper's two settings.
 
     Args:
         setting: ``fast``: cyclic LR 0 -> 0.1 -> 0, 10 epochs (DEAT-D 12, DEAT-P% and M-DEAT 11, U-FGSM 15), half
@@ -57,12 +90,8 @@ def setting_defaults(setting: Setting, row: Recipe, arch: str) -> dict[str, Any]
         row: The method's row.
         arch: The architecture.
     """
-    if setting == "fast":
-        defaults: dict[str, Any] = {
-            "epochs": row.fast_epochs, "lr": 0.1, "lr_schedule": "cyclic", "precision": "auto", "select": "last",
-        }  # fmt: skip
-    else:
-        defaults = {"epochs": 50, "lr": 0.05, "lr_schedule": "multistep", "precision": "fp32", "select": "best"}
+    defaults = asdict(SETTINGS[setting])
+    defaults["epochs"] = defaults["epochs"] or row.fast_epochs
     if row.guided:
         defaults["gamma"] = 1.0 if setting == "fast" and arch.lower().startswith("preactresnet") else 1.01
     return defaults

@@ -135,8 +135,10 @@ class RunDirectory:
 
     def reconfigured(self, config: RunConfig) -> RunDirectory:
         """Records another configuration; of one with fewer epochs a copy stays, as ``config-N-epochs.json``."""
-        if config.epochs != self.config.epochs:
-            write_json(self.path / f"config-{self.config.epochs}-epochs.json", self.config.model_dump(mode="json"))
+        if config.optim.epochs != self.config.optim.epochs:
+            write_json(
+                self.path / f"config-{self.config.optim.epochs}-epochs.json", self.config.model_dump(mode="json")
+            )
         write_json(self.path / CONFIG, config.model_dump(mode="json"))
         return RunDirectory(self.path, config)
 
@@ -148,7 +150,7 @@ class RunDirectory:
     @property
     def model_spec(self) -> ModelSpec:
         """The network."""
-        return self.config.model
+        return self.config.network
 
     @property
     def selected_weights_path(self) -> Path:
@@ -157,7 +159,7 @@ class RunDirectory:
         Raises:
             DeatError: If the run has written none yet.
         """
-        path = self.path / f"{self.config.select}.safetensors"
+        path = self.path / f"{self.config.optim.select}.safetensors"
         if not path.is_file():
             raise DeatError(f"the run {self.path} has no {path.name}; it ended before its first epoch did")
         return path

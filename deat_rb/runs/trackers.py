@@ -51,8 +51,7 @@ class Trackers(Callback):
             if hasattr(tracker, "start"):
                 tracker.start()
             self._trackers.append(tracker)
-        config = run.config.model_dump(mode="json")
-        plain = {key: value for key, value in config.items() if isinstance(value, bool | int | float | str)}
+        plain = {key: value for key, value in run.config.flat().items() if isinstance(value, bool | int | float | str)}
         for tracker in self._trackers:
             tracker.store_init_configuration(plain)
 

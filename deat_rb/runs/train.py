@@ -13,8 +13,9 @@ import torch
 from deat_rb.data.batches import Batches
 from deat_rb.data.images import interleave_classes
 from deat_rb.models.names import check_trust
-from deat_rb.runs.config import MAY_DIFFER, RunConfig, TrainOptions, make_options
+from deat_rb.runs.config import RunConfig
 from deat_rb.runs.directory import CURVES, RunDirectory, check_free, check_name
+from deat_rb.runs.options import MAY_CHANGE, TrainOptions, make_options
 from deat_rb.runs.plan import TrainingPlan, default_name, plan
 from deat_rb.runs.plots import plot_curves
 from deat_rb.runs.trackers import Trackers, check_trackers
@@ -30,45 +31,36 @@ from deat_rb.utils.versions import versions
 
 
 def train(
-    options: TrainOptions | dict[str, Any] | TrainingPlan,
+    options: TrainOptions | Mapping[str, Any] | TrainingPlan,
     *,
     output: str | Path = "runs",
     name: str | None = None,
     callbacks: Sequence[Callback] = (),
-    save_every: float | None = None,
-    track: Sequence[str] | None = None,
-    memory_limit: int | None = None,
 ) -> tuple[RunDirectory, History]:
-    """Trains as `deat-rb train` does.
+    """Train as `deat-rb train` does.
 
     Args:
-        options: What is asked for, as `TrainOptions` has it, or a plan made of it.
+        options: The options by name, see docs/options.md, or a plan made of them.
         output: The folder of all runs.
-        name: The run's name; by default made of method, data set, architecture and seed.
+        name: The run's name; by default made of method, dataset, architecture and seed.
         callbacks: Called during training, on rank 0.
-        save_every: Minutes between two checkpoints within an epoch, by default 5.
-        track: Trackers that are told of each epoch, such as ``tensorboard``.
-        memory_limit: As for `plan`; a plan that was made has it.
 
     Returns:
         The run directory and the history.
 
     Raises:
-        DeatError: If something is not admissible; then nothing has been written.
+        DeatError: Something is not admissible; then nothing has been written.
     """
     if name is not None:
         check_name(name)
-    check_trackers(track or ())
-    planned = options if isinstance(options, TrainingPlan) else plan(
-        make_options(options) if isinstance(options, dict) else options, memory_limit=memory_limit
-    )  # fmt: skip
-    conduct = planned.config.conduct.but(save_every=save_every, track=track)
-    config = planned.config.model_copy(update={"conduct": conduct})
-    together = _together(config)
+    if not isinstance(options, TrainingPlan):
+        options = plan(options if isinstance(options, TrainOptions) else make_options(options))
+    config = options.config
+    ranks = _world(config)
     run = RunDirectory(Path(output) / (name or default_name(config)), config)
-    together.on_main(lambda: RunDirectory.create(run.path, config).path)
-    with _alone(run, together):
-        return run, _fit(planned, run, callbacks)
+    ranks.on_main(lambda: RunDirectory.create(run.path, config).path)
+    with _exclusive(run, ranks):
+        return run, _fit(options, run, callbacks)
 
 
 def resume(
@@ -76,93 +68,84 @@ def resume(
     changes: Mapping[str, Any],
     *,
     callbacks: Sequence[Callback] = (),
-    save_every: float | None = None,
-    track: Sequence[str] | None = None,
-    memory_limit: int | None = None,
     trust_code: bool = False,
 ) -> tuple[RunDirectory, History]:
-    """Goes on with a run that was stopped in any way at any moment, as `deat-rb train --resume` does.
+    """Continue a run that was interrupted, as `deat-rb train --resume` does.
 
     Args:
         path: The run directory.
-        changes: Options asked for anew. None may differ from the run's, but for where the data and the device are, what
-            is done about a batch that is not finite, and ``epochs``, which may grow under a flat or multistep learning
-            rate.
+        changes: Options given again. Those that affect the result must have the run's values, except ``epochs``, which
+            may be raised under a flat or multistep learning rate.
         callbacks: Called during training, on rank 0.
-        save_every: As for `train`; by default, as for the next two, what the run was started or resumed with last.
-        track: As for `train`.
-        memory_limit: As for `plan`.
-        trust_code: Whether the run may have its network built by a ``package.module:factory``; nothing else of a run is
+        trust_code: Whether the run's network may be built by a ``package.module:factory``; nothing else of a run is
             ever executed.
 
     Raises:
-        DeatError: If it is no run, another process is at it, or an option, the data or the run's own configuration have
-            changed; by name.
+        DeatError: It is no run, another process is training in it, or an option, the data or the run's own
+            configuration has changed.
     """
     run = RunDirectory.open(path)
     config = run.config
-    check_trust(config.arch, trust_code, source=f"the run {path}")
-    conduct = config.conduct.but(save_every=save_every, track=track, memory_limit=memory_limit)
-    check_trackers(conduct.track)
-    values = {key: value for key, value in config.model_dump().items() if key in TrainOptions.model_fields}
-    asked = make_options({**values, **changes})
-    together = _together(config.model_copy(update={"device": asked.device}))
-    with _alone(run, together):
+    check_trust(config.model.arch, trust_code, source=f"the run {path}")
+    asked = make_options({**config.flat(), **{name: value for name, value in changes.items() if value is not None}})
+    check_trackers(asked.output.track)
+    ranks = _world(asked)
+    with _exclusive(run, ranks):
         run.refuse_links()
-        begun = checkpoint.newest(run.checkpoints, lambda damage: None)  # which is told when it goes on from there
-        position = read(begun) if begun is not None else None
-        if position is not None and (differing := config.differences(position.config)):
+        newest = checkpoint.newest(run.checkpoints, lambda damage: None)  # `fit` warns when it reads it
+        state = read(newest) if newest is not None else None
+        if state is not None and (differing := config.differences(state.config)):
             raise DeatError(
                 f"{run.path / 'config.json'} was changed after the run had begun, in {', '.join(differing)}; "
                 "put back what it was, or start a new run"
             )
         _refuse_changes(changes, asked, config, RESOLVED)
-        longer = config.extended(asked.epochs or config.epochs)
-        if longer.epochs > config.epochs and position is not None and position.stopped is not None:
+        longer = config.extended(asked.optim.epochs)
+        if longer.optim.epochs > config.optim.epochs and state is not None and state.stopped is not None:
             raise DeatError(
-                f"--epochs = {longer.epochs} does not prolong a run that its rule has ended ({position.stopped}); "
-                "start a new run, with --no-stop if it is to go on"
+                f"--epochs = {longer.optim.epochs} does not extend a run that its stopping rule has ended "
+                f"({state.stopped}); start a new run, with --no-early-stopping if it is to go on"
             )
-        planned = plan(asked, memory_limit=conduct.memory_limit, continues=config, begun=begun is not None)
+        planned = plan(asked, continues=config, started=newest is not None)
         _refuse_changes(changes, planned.config, config)
         for package, version in versions().items():
             if config.versions.get(package, version) != version:
                 _warn(callbacks, f"{package} is {version} here, and the run began with {config.versions[package]}")
-        if longer.epochs != config.epochs:
-            layout = f"; its learning rate stays laid out for {longer.lr_epochs}" if longer.lr_epochs else ""
-            _warn(callbacks, f"the run goes on to {longer.epochs} epochs, where it was to have {config.epochs}{layout}")
-        anew = {name: getattr(planned.config, name) for name in MAY_DIFFER if name in changes}
-        now = longer.model_copy(update={**anew, "conduct": conduct})
+        if longer.optim.epochs != config.optim.epochs:
+            layout = longer.optim.lr_epochs
+            milestones = f"; its learning rate keeps the milestones of {layout} epochs" if layout else ""
+            before, after = config.optim.epochs, longer.optim.epochs
+            _warn(callbacks, f"the run is extended from {before} to {after} epochs{milestones}")
+        resolved = planned.config.flat()
+        now = longer.but(**{name: resolved[name] for name in MAY_CHANGE if changes.get(name) is not None})
         if now != config:
-            together.on_main(lambda: run.reconfigured(now).path)
+            ranks.on_main(lambda: run.reconfigured(now).path)
         run = RunDirectory(run.path, now)
         return run, _fit(planned, run, callbacks, resume=True)
 
 
 RESOLVED = ("method", "arch", "precision", "init_from")
-"""Options that are not recorded as they were given, so that only a plan can be compared."""
+"""Options that are recorded otherwise than given, so that only a plan can be compared."""
 
 
-def _refuse_changes(
-    changes: Mapping[str, Any], now: TrainOptions | RunConfig, before: RunConfig, but: Sequence[str] = ()
-) -> None:
+def _refuse_changes(changes: Mapping[str, Any], now: TrainOptions, before: RunConfig, but: Sequence[str] = ()) -> None:
+    was, asked = before.flat(), now.flat()
     for name in changes:
-        was, asked = getattr(before, name), getattr(now, name)
-        if name not in (*MAY_DIFFER, "epochs", *but) and asked != was:
+        if name not in (*MAY_CHANGE, "epochs", *but) and asked[name] != was[name]:
             raise DeatError(
-                f"--{name.replace('_', '-')} = {asked} differs from the run's {was}; start a new run for it"
+                f"--{name.replace('_', '-')} = {asked[name]} differs from the run's {was[name]}; start a new run for it"
             )
 
 
-def _together(config: RunConfig) -> World:
-    return world(cpu=resolve_device(config.device).type == "cpu")
+def _world(options: TrainOptions) -> World:
+    return world(cpu=resolve_device(options.runtime.device).type == "cpu")
 
 
 @contextmanager
-def _alone(run: RunDirectory, together: World) -> Iterator[None]:
-    """Keeps other processes than these from training in a run, and has an interruption say what is kept of it."""
+def _exclusive(run: RunDirectory, ranks: World) -> Iterator[None]:
+    """Keep all processes but these ranks from training in a run; say on Ctrl-C what is kept of it."""
     with ExitStack() as stack:
-        together.on_main(lambda: stack.enter_context(run.locked()))
+        ranks.on_main(lambda: stack.enter_context(run.locked()))
         try:
             yield
         except Interrupted:
@@ -179,15 +162,16 @@ def _warn(callbacks: Sequence[Callback], message: str) -> None:
 
 def _fit(planned: TrainingPlan, run: RunDirectory, callbacks: Sequence[Callback], resume: bool = False) -> History:
     config = run.config
-    device = resolve_device(config.device)
-    is_main = _together(config).is_main
-    trackers = Trackers(config.conduct.track, run) if config.conduct.track and is_main else None
+    device = resolve_device(config.runtime.device)
+    is_main = _world(config).is_main
+    trackers = Trackers(config.output.track, run) if config.output.track and is_main else None
+    batch_size = config.data.batch_size
     batches = Batches(
         planned.train,
-        config.batch_size,
+        batch_size,
         shuffle=True,
         augment=planned.data.augment,
-        seed=config.seed,
+        seed=config.optim.seed,
         device=device,
         memory_format=torch.channels_last,
     )
@@ -195,33 +179,21 @@ def _fit(planned: TrainingPlan, run: RunDirectory, callbacks: Sequence[Callback]
         return fit(
             planned.trainer,
             batches,
-            Batches(interleave_classes(planned.val).in_memory(), config.batch_size, device=device),
-            epochs=config.epochs,
-            lr=config.lr,
-            lr_schedule=config.lr_schedule,
-            lr_epochs=config.lr_epochs,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            device=device,
-            precision=config.precision,
-            select=config.select,
-            seed=config.seed,
-            early_stopping=config.heed_stop,
-            on_nonfinite=config.on_nonfinite,
-            compile=config.compiled,
-            sync_bn=config.sync_bn,
+            Batches(interleave_classes(planned.val).in_memory(), batch_size, device=device),
             run=run,
             resume=resume,
-            save_every=config.conduct.save_every,
             callbacks=[*callbacks, *([trackers] if trackers else [])],
+            **dict(config.optim),
+            **dict(config.runtime),
         )
     finally:
-        # Whatever ended training is what is told, not that after it the disk was still full.
+        # An error in here must not hide the one that ended training, such as a full disk.
         try:
             if trackers is not None:
                 trackers.close()
             if is_main and (rows := run.rows()):
-                plot_curves(rows, run.path / CURVES, title=f"{config.method} on {config.dataset}, {config.arch}")
+                title = f"{config.attack.method} on {config.data.dataset}, {config.model.arch}"
+                plot_curves(rows, run.path / CURVES, title=title)
         except (DeatError, OSError) as error:
             _warn(callbacks, f"the curves and the trackers are not complete: {error}")
 
@@ -233,37 +205,28 @@ def train_seeds(
     output: str | Path = "runs",
     name: str | None = None,
     callbacks: Sequence[Callback] = (),
-    save_every: float | None = None,
-    track: Sequence[str] | None = None,
-    memory_limit: int | None = None,
 ) -> list[tuple[RunDirectory, History]]:
-    """Trains the same with one seed after another.
+    """Train once with each of several seeds.
 
     Args:
-        options: What is asked for; their seed is not used.
-        seeds: The seeds, each once.
+        options: The options; their seed is not used.
+        seeds: The seeds, all different.
         output: The folder of all runs.
         name: The runs' name, to which ``-s`` and the seed are added.
-        callbacks: Called during each training, on rank 0.
-        save_every: As for `train`.
-        track: As for `train`.
-        memory_limit: As for `plan`.
+        callbacks: Called during training, on rank 0.
 
     Raises:
-        DeatError: If something is not admissible or one of the names is taken; then nothing has been written.
+        DeatError: Something is not admissible or one of the names is taken; then nothing has been written.
     """
     if len(set(seeds)) != len(seeds) or not seeds:
-        raise DeatError(f"--seeds {','.join(map(str, seeds))} has to name different seeds; give such as 0,1,2")
-    plans = [plan(options.model_copy(update={"seed": seed}), memory_limit=memory_limit) for seed in seeds]
-    names = [f"{name}-s{p.config.seed}" if name else default_name(p.config) for p in plans]
+        raise DeatError(f"--seeds {','.join(map(str, seeds))}: seeds must be unique, e.g. 0,1,2")
+    plans = [plan(options.but(seed=seed)) for seed in seeds]
+    names = [f"{name}-s{p.config.optim.seed}" if name else default_name(p.config) for p in plans]
     for each in names:
         check_free(Path(output) / each)
-    return [
-        train(p, output=output, name=each, callbacks=callbacks, save_every=save_every, track=track)
-        for p, each in zip(plans, names, strict=True)
-    ]
+    return [train(p, output=output, name=each, callbacks=callbacks) for p, each in zip(plans, names, strict=True)]
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and the sample standard deviation (0 for a single value), as the paper's Tables 6 and 7 give them."""
+    """Return the mean and the sample standard deviation (0 for a single value), as in the paper's Tables 6 and 7."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0

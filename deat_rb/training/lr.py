@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from torch.optim import Optimizer
-
 from deat_rb.utils.errors import DeatError, did_you_mean
 
 if TYPE_CHECKING:
-    pass
+    from torch.optim import Optimizer
 
 
 def cyclic(done: float) -> float:

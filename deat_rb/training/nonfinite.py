@@ -20,8 +20,6 @@ from deat_rb.utils.errors import DeatError
 
 WATCHED = ("the loss", "l_X", "a gradient")
 
-ON_NONFINITE = ("stop", "skip")
-
 CHECK_EVERY = 10.0
 """Seconds between two checks within an epoch; each waits for the device."""
 

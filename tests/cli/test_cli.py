@@ -185,7 +185,7 @@ def test_eval_of_a_run_takes_all_from_the_run_and_keeps_the_report_there(digits_
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1] == f"written: {digits_run / 'eval.json'}"
     report = Report.load(digits_run)
-    assert report.eps == json.loads((digits_run / "config.json").read_text())["eps"]
+    assert report.eps == json.loads((digits_run / "config.json").read_text())["attack"]["eps"]
     weights = digits_run / "last.safetensors"
     assert report.provenance["weights"] == weights.name
     assert report.provenance["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()

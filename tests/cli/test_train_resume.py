@@ -18,8 +18,8 @@ from deat_rb.data.datasets import load_data
 from deat_rb.methods.stopping import RobustnessDrop
 from deat_rb.runs import plan
 from deat_rb.runs import train as training
-from deat_rb.runs.config import RuntimeConfig, make_options, read_options
 from deat_rb.runs.directory import RunDirectory
+from deat_rb.runs.options import make_options, nest, read_options
 from deat_rb.runs.train import resume, train
 from deat_rb.training.base import Stop
 from deat_rb.training.callbacks import Callback
@@ -51,7 +51,9 @@ def stopped(stopped_once: Path, tmp_path: Path) -> Path:
 
 def edit(run: Path, **changes: Any) -> None:
     content = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(content | changes))
+    for key, value in nest(changes).items():
+        content[key] = {**content[key], **value} if isinstance(value, dict) else value
+    (run / "config.json").write_text(json.dumps(content))
 
 
 def everything(folder: Path) -> dict[Path, bytes]:
@@ -69,7 +71,7 @@ def everything(folder: Path) -> dict[Path, bytes]:
         ({"lr_epochs": 7}, "lr_epochs"),
         ({"batch_size": 16}, "batch_size"),
         ({"method": "pgd-2"}, "method"),
-        ({"heed_stop": False}, "heed_stop"),
+        ({"early_stopping": False}, "early_stopping"),
         ({"data_fingerprint": "0"}, "data_fingerprint"),
         ({"select": "best"}, "select"),
     ],
@@ -93,8 +95,8 @@ def test_a_configuration_that_was_edited_is_refused_by_name(change: dict[str, An
         ({"precision": "bf16"}, "--precision = bf16 differs from the run's fp32"),
         ({"seed": 1}, "--seed = 1 differs from the run's 0"),
         ({"sync_bn": True}, "--sync-bn = True differs from the run's False"),
-        ({"compiled": True}, "--compiled = True differs from the run's False"),
-        ({"epochs": 3}, "--epochs = 3 differs from the run's 2, and a cyclic learning rate, .*, cannot be prolonged"),
+        ({"compile": True}, "--compile = True differs from the run's False"),
+        ({"epochs": 3}, "--epochs = 3 differs from the run's 2, and a cyclic learning rate, .*, cannot be extended"),
         ({"epochs": 1}, "--epochs = 1 is less than the run's 2; start a new run for it"),
         ({"init_from": "w.pt"}, "--init-from = .*w.pt differs from the run's None"),
     ],
@@ -118,7 +120,7 @@ def test_options_as_they_were_and_another_place_of_data_and_device_are_accepted(
     changes = {"method": "PGD-1", "lr": 0.1, "epochs": 2, "on_nonfinite": "skip", "device": "cpu"}
     run, history = resume(stopped, changes, trust_code=True)
     assert len(history.rows) == 2
-    assert (run.config.on_nonfinite, run.config.device) == ("skip", "cpu")
+    assert (run.config.runtime.on_nonfinite, run.config.runtime.device) == ("skip", "cpu")
     assert RunDirectory.open(stopped).config == run.config
     whole, _ = train(SMALL, output=tmp_path, name="whole")
     assert identical(run, whole)
@@ -154,11 +156,11 @@ def test_a_folder_may_lie_elsewhere_and_that_is_recorded(image_folder: Path, tmp
     there, here = tmp_path / "there", tmp_path / "here"
     shutil.copytree(image_folder, there)
     options = {**SMALL, "dataset": "folder", "data_dir": str(there), "train_size": 40, "val_size": 8, "batch_size": 20}
-    run, _ = train({**options, "lr_schedule": "flat"}, output=tmp_path / "runs", memory_limit=1)
+    run, _ = train({**options, "lr_schedule": "flat", "memory_limit": 1}, output=tmp_path / "runs")
     there.rename(here)
     resumed, history = resume(run.path, {"data_dir": str(here), "epochs": 3}, trust_code=True)
     assert len(history.rows) == 3
-    assert (resumed.config.data_dir, resumed.config.conduct.memory_limit) == (str(here), 1)
+    assert (resumed.config.data.data_dir, resumed.config.data.memory_limit) == (str(here), 1)
     resume(run.path, {}, trust_code=True)
 
 
@@ -191,13 +193,15 @@ def test_the_beginning_is_a_checkpoint(tmp_path: Path) -> None:
 def test_how_a_run_is_carried_out_is_remembered_unless_given_anew(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     with pytest.raises(Interrupted):
-        train(SMALL, output=tmp_path, name="run", callbacks=[Stops(3)], save_every=7, track=["tensorboard"])
-    assert RunDirectory.open(tmp_path / "run").config.conduct == RuntimeConfig(save_every=7, track=("tensorboard",))
-    run, _ = resume(tmp_path / "run", {}, save_every=3, trust_code=True)
-    assert RunDirectory.open(run.path).config.conduct == RuntimeConfig(save_every=3, track=("tensorboard",))
+        train({**SMALL, "save_every": 7, "track": ["tensorboard"]}, output=tmp_path, name="run", callbacks=[Stops(3)])
+    config = RunDirectory.open(tmp_path / "run").config
+    assert (config.runtime.save_every, config.output.track) == (7, ("tensorboard",))
+    run, _ = resume(tmp_path / "run", {"save_every": 3}, trust_code=True)
+    config = RunDirectory.open(run.path).config
+    assert (config.runtime.save_every, config.output.track) == (3, ("tensorboard",))
     assert steps_told(run) == [1, 2]
     with pytest.raises(DeatError, match="--save-every = 0 cannot be used: it should be greater than 0"):
-        resume(run.path, {}, save_every=0, trust_code=True)
+        resume(run.path, {"save_every": 0}, trust_code=True)
 
 
 def steps_told(run: RunDirectory) -> list[int]:
@@ -222,10 +226,10 @@ def test_under_milestones_more_epochs_go_on_with_the_rate_as_it_was(tmp_path: Pa
         callback = Stops(10**6)
         run, history = resume(run.path, {"epochs": epochs}, callbacks=[callback], trust_code=True)
         assert callback.warnings == [
-            f"the run goes on to {epochs} epochs, where it was to have {before}; its learning rate stays laid out for 4"
+            f"the run is extended from {before} to {epochs} epochs; its learning rate keeps the milestones of 4 epochs"
         ]
         assert [row.lr for row in history.rows] == pytest.approx(rates + [0.001] * (epochs - 4))
-    kept = {path.name: json.loads(path.read_text())["epochs"] for path in run.path.glob("config*.json")}
+    kept = {path.name: json.loads(path.read_text())["optim"]["epochs"] for path in run.path.glob("config*.json")}
     assert kept == {"config.json": 7, "config-4-epochs.json": 4, "config-6-epochs.json": 6}
     again, _ = train(read_options(run.path / "config.json"), output=tmp_path, name="again")
     assert identical(run, again)
@@ -248,7 +252,9 @@ def test_a_run_that_its_rule_has_ended_is_not_prolonged(tmp_path: Path, monkeypa
     monkeypatch.setattr(RobustnessDrop, "update", stop)
     run, history = train({**SMALL, "method": "u-fgsm", "lr_schedule": "flat"}, output=tmp_path)
     assert len(history.rows) == 1
-    with pytest.raises(DeatError, match=r"--epochs = 3 does not prolong a run that its rule has ended .the test says"):
+    with pytest.raises(
+        DeatError, match=r"--epochs = 3 does not extend a run that its stopping rule has ended .the test says"
+    ):
         resume(run.path, {"epochs": 3}, trust_code=True)
     assert len(resume(run.path, {}, trust_code=True)[1].rows) == 1
 
@@ -298,7 +304,10 @@ def test_all_processes_hear_that_another_one_is_training(stopped: Path) -> None:
         def on_main(self, action: Any) -> Any:
             raise DeatError("another process is training")  # what process 0 has broadcast
 
-    with pytest.raises(DeatError, match="another process"), training._alone(RunDirectory.open(stopped), Second(1, 2)):
+    with (
+        pytest.raises(DeatError, match="another process"),
+        training._exclusive(RunDirectory.open(stopped), Second(1, 2)),
+    ):
         pass
 
 
@@ -349,7 +358,7 @@ def command(*arguments: object) -> str:
 def test_flags_that_exclude_each_other(stopped: Path) -> None:
     assert command("--seeds", "1,2", "--seed", 3) == "Error: --seed 3 and --seeds 1,2 exclude each other; give one"
     for flags in (["--name", "x"], ["--seeds", "1,2"], ["--dry-run"], ["--config", stopped / "config.json"]):
-        assert "--resume goes on with a run as it is: leave out" in command("--resume", stopped, *flags)
+        assert "--resume continues a run as it is: leave out" in command("--resume", stopped, *flags)
     assert "needs --trust-code" in command("--resume", stopped) or "trust" in command("--resume", stopped)
     assert command("--resume", stopped.parent).endswith("is not a run directory: it has no config.json")
 

@@ -93,7 +93,7 @@ def make_run(path: Path, *, n: int = 500, seed: int = 0, evaluated: bool = True,
     """A run directory of two epochs of M-DEAT on the digits."""
     path.mkdir(parents=True)
     config = run_config(
-        method="m-deat", image_size=32, arch="wrn-10-1", eps=0.1, model=SPEC, data_fingerprint=digits().fingerprint,
+        method="m-deat", image_size=32, arch="wrn-10-1", eps=0.1, network=SPEC, data_fingerprint=digits().fingerprint,
         versions={"torch": "2.14.1"}, **changes,
     )  # fmt: skip
     (path / "config.json").write_text(config.model_dump_json())

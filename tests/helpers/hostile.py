@@ -448,11 +448,21 @@ add(LIES, "architecture", lambda it: it.checkpoint(architecture="WideResNet-16-1
 add(LIES, "no such one", lambda it: it.checkpoint(architecture="GPT-5"), "of architecture 'GPT-5'")
 add(LIES, "enormous", lambda it: it.checkpoint(architecture="WideResNet-34-999"), "of another architecture")
 add(LIES, "data", lambda it: it.checkpoint(dataset="imagenet"), "imagenet")
-add(LIES, "config's network", lambda it: edited(it, "config.json", {"model": {"arch": "wrn-16-1"}}), "of another archi")
 add(
-    LIES, "config's classes", lambda it: edited(it, "config.json", {"model": {"num_classes": 100}}), "number of classes"
+    LIES,
+    "config's network",
+    lambda it: edited(it, "config.json", {"network": {"arch": "wrn-16-1"}}),
+    "of another archi",
 )
-add(LIES, "config's size", lambda it: edited(it, "config.json", {"model": {"image_size": 64}}), "takes 3x32x32 images")
+add(
+    LIES,
+    "config's classes",
+    lambda it: edited(it, "config.json", {"network": {"num_classes": 100}}),
+    "number of classes",
+)
+add(
+    LIES, "config's size", lambda it: edited(it, "config.json", {"network": {"image_size": 64}}), "takes 3x32x32 images"
+)
 add(LIES, "accuracy of model_info", lambda it: it.checkpoint(autoattack_acc="79.00"), "claims 79.00 % under autoattack")
 
 
@@ -466,7 +476,7 @@ def edited(attempt: Attempt, name: str, changes: dict[str, Any]) -> None:
 
 FACTORY = "code in the architecture"
 for label, arch in (("os", "os:system"), ("own", "evil_module:make"), ("hub", "timm:hf-hub:evil/model")):
-    add(FACTORY, label, partial(edited, name="config.json", changes={"model": {"arch": arch}}),
+    add(FACTORY, label, partial(edited, name="config.json", changes={"network": {"arch": arch}}),
         "a board runs nobody's|timm has no model")  # fmt: skip
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from training_problems import ARCH
 
-from deat_rb.runs.config import make_options
 from deat_rb.runs.directory import RunDirectory
+from deat_rb.runs.options import make_options
 from deat_rb.runs.plan import TrainingPlan, plan
 
 SMALL: dict[str, Any] = {

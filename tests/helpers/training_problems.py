@@ -134,7 +134,7 @@ def run_config(**changes: Any) -> RunConfig:
         "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 6, "eps": 8 / 255, "alpha": None, "steps": None,
         "max_steps": None, "gamma": None, "beta": None, "tau": None, "attack_mode": None, "lr_per_replay": None,
         "precision": "fp32", "device": "cpu", "seed": 0, "select": "last", "data_fingerprint": "0", "versions": {},
-        "model": ModelSpec(arch=ARCH, num_classes=4, image_size=8, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)),
+        "network": ModelSpec(arch=ARCH, num_classes=4, image_size=8, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)),
     }  # fmt: skip
     return RunConfig.model_validate({**fields, **changes})
 
@@ -143,7 +143,7 @@ def normalized() -> NormalizedModel:
     """The model of `run_config`, the same weights every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
-        return run_config().model.build()
+        return run_config().network.build()
 
 
 def sigmoid(x: float) -> float:

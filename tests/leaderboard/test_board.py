@@ -222,15 +222,15 @@ def test_what_is_said_of_the_data_stands(tmp_path: Path, board: Board, fake: Fak
 
 def test_the_command_trains_the_same_again(tmp_path: Path) -> None:
     config = RunConfig.model_validate_json(
-        (make_run(tmp_path / "run", steps=3, heed_stop=False) / "config.json").read_text()
+        (make_run(tmp_path / "run", steps=3, early_stopping=False) / "config.json").read_text()
     )
     words = shlex.split(training_command(config))
     assert words[:4] == ["deat-rb", "train", "--method", "m-deat"]
-    assert {"--steps", "--no-stop", "--eps"} <= set(words)
+    assert {"--steps", "--no-early-stopping", "--eps"} <= set(words)
     from cli.train import train
 
     context = train.make_context("train", words[2:])
-    assert (context.params["eps"], context.params["steps"], context.params["heed_stop"]) == (0.1, 3, False)
+    assert (context.params["eps"], context.params["steps"], context.params["early_stopping"]) == ("0.1", "3", False)
 
 
 @pytest.mark.parametrize(

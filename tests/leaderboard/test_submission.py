@@ -200,7 +200,7 @@ def test_sizes_that_no_network_has(field: str, number: int) -> None:
 def test_a_run_of_another_normalisation_than_its_weights(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
     run = make_run(tmp_path / "run")
     content = json.loads((run / "config.json").read_text())
-    content["model"]["mean"] = [0.5, 0.5, 0.5]
+    content["network"]["mean"] = [0.5, 0.5, 0.5]
     (run / "config.json").write_text(json.dumps(content))
     with pytest.raises(DeatError, match=r"has the normalisation .* and is said to have \(0.5, .*: these are other"):
         submit(board, run)

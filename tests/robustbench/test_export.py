@@ -47,7 +47,10 @@ class Run:
     def __init__(self, path: Path, arch: str = "wrn-10-1", dataset: str = "cifar10", num_classes: int = 10) -> None:
         path.mkdir()
         self.path = path
-        self.config = SimpleNamespace(method="m+trades", dataset=dataset, data_dir="/data/my-images", eps=8 / 255)
+        self.config = SimpleNamespace(
+            attack=SimpleNamespace(method="m+trades", eps=8 / 255),
+            data=SimpleNamespace(dataset=dataset, data_dir="/data/my-images"),
+        )
         self.model_spec = model_spec(
             arch, num_classes=num_classes, mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616)
         )
@@ -251,14 +254,14 @@ def test_evaluation_of_other_weights(run: Run, tmp_path: Path) -> None:
 
 
 def test_credit_of_a_method_that_is_not_the_papers(run: Run, tmp_path: Path) -> None:
-    run.config.method = "pgd-7"
+    run.config.attack.method = "pgd-7"
     info = info_of(export(run.path, model_name="Madry2017Towards", output=tmp_path, venue="ICLR 2018", reported=47.04))
     assert (info["name"], info["authors"], info["venue"], info["reported"]) == ("", "", "ICLR 2018", "47.04")
 
 
 @pytest.mark.parametrize(("eps", "text"), [(8 / 255, "8/255"), (0.031, "0.031"), (0.15, "0.15"), (1.0, "255/255")])
 def test_eps_as_text(run: Run, tmp_path: Path, eps: float, text: str) -> None:
-    run.config.eps = eps
+    run.config.attack.eps = eps
     assert info_of(export(run.path, model_name="Wang2021Gradient", output=tmp_path))["eps"] == text
 
 

@@ -1,4 +1,4 @@
-"""Options and the settings they resolve to."""
+"""Configuration of a run, and the files that hold it."""
 
 from __future__ import annotations
 
@@ -9,100 +9,102 @@ from typing import Any
 import pytest
 from training_problems import run_config
 
-from deat_rb.methods.registry import recipe
-from deat_rb.runs.config import RunConfig, TrainOptions, make_options, read_options
-from deat_rb.runs.defaults import dataset_defaults, setting_defaults
+from deat_rb.runs.config import RunConfig
+from deat_rb.runs.directory import RunDirectory
+from deat_rb.runs.options import make_options, read_options
 from deat_rb.utils.errors import DeatError
 
-
-@pytest.mark.parametrize(
-    ("method", "epochs"),
-    [("deat-3", 12), ("deat-40%", 11), ("m-deat", 11), ("u-fgsm", 15), ("m+u-fgsm", 15), ("free-8", 10),
-     ("pgd-7", 10), ("m+trades", 10)],
-)  # fmt: skip
-def test_the_fast_setting_is_the_paper_s(method: str, epochs: int) -> None:
-    settings = setting_defaults("fast", recipe(method)[1], "wrn-34-10")
-    assert settings.pop("gamma", 1.01) == 1.01
-    assert settings == {"epochs": epochs, "lr": 0.1, "lr_schedule": "cyclic", "precision": "auto", "select": "last"}
-
-
-@pytest.mark.parametrize("method", ["deat-3", "u-fgsm", "m+mart", "standard"])
-def test_the_standard_setting_is_the_paper_s(method: str) -> None:
-    settings = setting_defaults("standard", recipe(method)[1], "preactresnet18")
-    assert settings.pop("gamma", 1.01) == 1.01
-    assert settings == {"epochs": 50, "lr": 0.05, "lr_schedule": "multistep", "precision": "fp32", "select": "best"}
+OLD_CONFIG = """{
+  "method": "m+u-fgsm", "setting": "standard", "dataset": "folder", "data_dir": "/data/photos", "image_size": 64,
+  "train_size": 900, "val_size": 100, "arch": "wrn-10-1", "init_from": null, "epochs": 30, "lr_epochs": 20, "lr": 0.05,
+  "lr_schedule": "multistep", "momentum": 0.9, "weight_decay": 0.0005, "batch_size": 50, "eps": 0.03,
+  "alpha": null, "steps": null, "max_steps": null, "gamma": null, "beta": null, "tau": null, "attack_mode": "train",
+  "lr_per_replay": null, "precision": "fp32", "device": "cpu", "seed": 4, "select": "best", "heed_stop": false,
+  "on_nonfinite": "skip", "compiled": true, "sync_bn": false, "classes": ["cat", "dog"],
+  "model": {"arch": "wrn-10-1", "num_classes": 2, "image_size": 64, "channels": 3,
+            "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]},
+  "data_fingerprint": "abc", "versions": {"torch": "2.14.1"},
+  "conduct": {"save_every": 7.0, "track": ["tensorboard"], "memory_limit": 1024}
+}"""
+"""A config.json of commit 28b4f8e."""
 
 
-def test_gamma_is_the_architecture_s_and_only_the_guided_have_it() -> None:
-    guided, plain = recipe("m-deat")[1], recipe("deat-3")[1]
-    assert setting_defaults("fast", guided, "preactresnet18")["gamma"] == 1.0
-    assert setting_defaults("fast", guided, "wrn-34-10")["gamma"] == 1.01
-    assert "gamma" not in setting_defaults("fast", plain, "preactresnet18")
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    path = tmp_path / "old" / "config.json"
+    path.parent.mkdir()
+    path.write_text(OLD_CONFIG)
+    return path
 
 
-def test_options_without_values_are_the_paper_s() -> None:
-    options = make_options({"method": "pgd-7"})
-    assert (options.momentum, options.weight_decay) == (0.9, 5e-4)
-    for dataset in ("cifar10", "cifar100", "folder"):
-        defaults = dataset_defaults(dataset)
-        assert (defaults.eps, defaults.batch_size, defaults.epoch_factor) == (8 / 255, 128, 1)
-    with pytest.raises(DeatError, match="no data set 'cifar': did you mean 'cifar10'"):
-        dataset_defaults("cifar")
+def test_run_directory_opens_a_flat_config_json(old: Path) -> None:
+    config = RunDirectory.open(old.parent).config
+    assert (config.attack.method, config.attack.setting, config.attack.eps) == ("m+u-fgsm", "standard", 0.03)
+    assert (config.data.dataset, config.data.data_dir, config.data.memory_limit) == ("folder", "/data/photos", 1024)
+    assert (config.optim.epochs, config.optim.lr_epochs, config.optim.seed) == (30, 20, 4)
+    assert (config.optim.early_stopping, config.runtime.compile) == (False, True)
+    assert (config.runtime.save_every, config.output.track) == (7, ("tensorboard",))
+    assert (config.network.num_classes, config.network.mean, config.classes) == (2, (0.4, 0.5, 0.6), ("cat", "dog"))
+    assert (config.data_fingerprint, config.versions) == ("abc", {"torch": "2.14.1"})
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [
-        ("epochs", 0, "--epochs = 0 cannot be used: it should be greater than or equal to 1"),
-        ("epochs", "many", "--epochs = 'many' cannot be used"),
-        ("lr", -1, "--lr = -1 cannot be used: it should be greater than 0"),
-        ("lr", float("nan"), "--lr = nan cannot be used"),
-        ("lr", float("inf"), "--lr = inf cannot be used"),
-        ("momentum", 1.0, "--momentum = 1.0 cannot be used: it should be less than 1"),
-        ("batch_size", 1, "--batch-size = 1 cannot be used"),
-        ("weight_decay", -1, "--weight-decay = -1 cannot be used"),
-        ("max_steps", 0, "--max-steps = 0 cannot be used"),
-        ("seed", -1, "--seed = -1 cannot be used"),
-        ("setting", "quick", "--setting = 'quick' cannot be used: it should be 'fast' or 'standard'"),
-        ("select", "first", "--select = 'first' cannot be used: it should be 'best' or 'last'"),
-        ("attack_mode", "half", "--attack-mode = 'half' cannot be used"),
-        ("precision", "fp64", "--precision = 'fp64' cannot be used"),
-        ("epoch", 3, "there is no option --epoch"),
-    ],
-)
-def test_a_bad_option_is_named_with_its_value(option: str, value: Any, message: str) -> None:
-    with pytest.raises(DeatError, match=message):
-        make_options({"method": "pgd-7", option: value})
+def test_a_flat_config_json_is_written_again_in_groups(old: Path) -> None:
+    config = RunConfig.model_validate_json(OLD_CONFIG)
+    written = config.model_dump(mode="json")
+    assert list(written) == [
+        "data", "model", "attack", "optim", "runtime", "output", "network", "classes", "data_fingerprint", "versions"
+    ]  # fmt: skip
+    assert written["model"] == {"arch": "wrn-10-1", "init_from": None}
+    assert RunConfig.model_validate(written) == config
 
 
-def test_a_method_is_needed() -> None:
-    with pytest.raises(DeatError, match="--method is missing"):
-        make_options({})
+def test_read_options_takes_a_flat_config_json(old: Path) -> None:
+    options = make_options(read_options(old))
+    config = RunConfig.model_validate_json(OLD_CONFIG)
+    assert options.flat() == config.flat()
+    assert (options.optim.early_stopping, options.runtime.compile) == (False, True)
 
 
-def test_a_run_s_configuration_reads_as_options(tmp_path: Path) -> None:
+def test_differences_compares_with_the_flat_configuration_of_an_old_checkpoint() -> None:
+    before = json.loads(OLD_CONFIG)
+    config = RunConfig.model_validate(before)
+    assert config.differences(before) == []
+    assert config.differences({**before, "conduct": {}, "versions": {}, "device": "cuda"}) == []
+    assert config.differences({**before, "heed_stop": True, "lr": 1.0}) == ["lr", "early_stopping"]
+    assert config.differences({**before, "model": {**before["model"], "std": [1.0, 1.0, 1.0]}}) == ["network"]
+
+
+def test_read_options_of_a_runs_configuration(tmp_path: Path) -> None:
     config = run_config(eps=0.1, lr=0.3, gamma=1.01, attack_mode="eval")
     path = tmp_path / "config.json"
     path.write_text(config.model_dump_json())
     assert RunConfig.model_validate(json.loads(path.read_text())) == config
-    options = make_options(read_options(path))
-    for name in TrainOptions.model_fields:
-        assert getattr(options, name) == getattr(config, name), name
+    assert make_options(read_options(path)).flat() == config.flat()
 
 
-def test_a_configuration_written_by_hand_may_be_short(tmp_path: Path) -> None:
+def test_read_options_of_a_file_written_by_hand(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
-    path.write_text('{"method": "pgd-3", "epochs": 2}')
-    assert make_options(read_options(path)) == make_options({"method": "pgd-3", "epochs": 2})
-    path.write_text('{"method": "pgd-3", "epoch": 2}')
-    with pytest.raises(DeatError, match="there is no option --epoch"):
-        make_options(read_options(path))
+    for content in ({"method": "pgd-3", "epochs": 2}, {"attack": {"method": "pgd-3"}, "optim": {"epochs": 2}}):
+        path.write_text(json.dumps(content))
+        assert read_options(path) == {"method": "pgd-3", "epochs": 2}
+    for typo in ({"method": "pgd-3", "epoch": 2}, {"optim": {"epoch": 2}}):
+        path.write_text(json.dumps(typo))
+        with pytest.raises(DeatError, match="there is no option --epoch"):
+            read_options(path)
     path.write_text("[1]")
     with pytest.raises(DeatError, match="does not hold a JSON object of training options"):
         read_options(path)
 
 
-def test_the_configuration_hands_the_method_its_options() -> None:
+def test_method_options_are_those_of_create() -> None:
     config = run_config(alpha=0.1, max_steps=3, tau=2)
     given = {name: value for name, value in config.method_options().items() if value is not None}
     assert given == {"alpha": 0.1, "max_steps": 3, "tau": 2}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "epochs", "lr_epochs"), [("flat", 5, None), ("multistep", 5, 2), ("multistep", 2, None)]
+)
+def test_extended_keeps_the_milestones(schedule: str, epochs: int, lr_epochs: int | None) -> None:
+    config: Any = run_config(lr_schedule=schedule).extended(epochs)
+    assert (config.optim.epochs, config.optim.lr_epochs) == (epochs, lr_epochs)

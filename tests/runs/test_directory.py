@@ -121,12 +121,12 @@ def test_a_run_opens_with_the_same_configuration(run: RunDirectory) -> None:
 DAMAGED: dict[str, tuple[str, str]] = {
     "no JSON": ("{", "config.json"),
     "a list": ("[]", "not a run's configuration"),
-    "empty": ("{}", "not a run's configuration: method: Field required"),
+    "empty": ("{}", "not a run's configuration: network: Field required"),
     "one field more": (json.dumps(run_config().model_dump() | {"sed": 1}), "configuration: sed: Extra inputs"),
-    "a wrong value": (json.dumps(run_config().model_dump() | {"epochs": "many"}), "configuration: epochs: "),
+    "a wrong value": (json.dumps(run_config().model_dump() | {"epochs": "many"}), "configuration: optim.epochs: "),
     "a wrong network": (
-        json.dumps(run_config().model_dump() | {"model": {"arch": "wrn-11-1", "num_classes": 4}}),
-        "wrn-11-1|configuration: model",
+        json.dumps(run_config().model_dump() | {"network": {"arch": "wrn-11-1", "num_classes": 4}}),
+        "wrn-11-1|configuration: network",
     ),
 }
 

@@ -13,7 +13,7 @@ import deat_rb
 from deat_rb.data.images import LabeledImages
 from deat_rb.methods import registry
 from deat_rb.methods.recipes import Recipe
-from deat_rb.runs.config import make_options, read_options
+from deat_rb.runs.options import make_options, read_options
 from deat_rb.runs.plan import default_name, plan
 from deat_rb.runs.plots import plot_curves
 from deat_rb.runs.train import train
@@ -95,12 +95,12 @@ def test_what_is_held_out_is_not_trained_on() -> None:
 @pytest.mark.parametrize(
     ("method", "costs"),
     [  # M = 2 mini-batches, T = 2 epochs
-        ("standard", {"backwards": 4, "forwards": 4, "updates": 4}),
-        ("free-3", {"backwards": 12, "forwards": 12, "updates": 12}),
-        ("deat-1", {"backwards": 6, "forwards": 6, "updates": 6}),
-        ("pgd-2", {"backwards": 12, "forwards": 12, "updates": 4}),
-        ("trades", {"backwards": 44, "forwards": 52, "updates": 4}),
-        ("mart", {"backwards": 44, "forwards": 48, "updates": 4}),
+        ("standard", {"backward passes": 4, "forward passes": 4, "updates": 4}),
+        ("free-3", {"backward passes": 12, "forward passes": 12, "updates": 12}),
+        ("deat-1", {"backward passes": 6, "forward passes": 6, "updates": 6}),
+        ("pgd-2", {"backward passes": 12, "forward passes": 12, "updates": 4}),
+        ("trades", {"backward passes": 44, "forward passes": 52, "updates": 4}),
+        ("mart", {"backward passes": 44, "forward passes": 48, "updates": 4}),
     ],
 )
 def test_the_plan_s_costs_are_what_a_run_then_counts(method: str, costs: dict[str, int], tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_the_plan_s_costs_are_what_a_run_then_counts(method: str, costs: dict[st
     assert ready.batches == 2
     assert ready.costs() == costs
     _, history = train(ready, output=tmp_path)
-    counted = {name: sum(getattr(row, name) for row in history.rows) for name in costs}
+    counted = {name: sum(getattr(row, name.replace(" passes", "s")) for row in history.rows) for name in costs}
     assert counted == costs
 
 
@@ -164,14 +164,17 @@ def test_the_plan_in_words() -> None:
     assert "64 training, 16 validation, 500 test images of 32x32" in lines["data"]
     assert lines["result"] == "the weights of the last epoch"
     # 3 * (1 + ... + 8) = 108 replays of 2 batches.
-    assert lines["cost"] == "216 backwards, 216 forwards, 216 updates"
+    assert lines["cost"] == "216 backward passes, 216 forward passes, 216 updates"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"method": "pgd"}, "no method 'pgd': did you mean"),
-        ({"dataset": "digit"}, "no data set 'digit': did you mean 'digits'"),
+        (
+            {"dataset": "digit"},
+            "--dataset = 'digit' cannot be used: it should be 'digits', 'cifar10', 'cifar100' or 'folder'",
+        ),
         ({"arch": "wrn-10"}, "architecture 'wrn-10' is unknown"),
         ({"eps": 0.0}, "--eps = 0 is outside"),
         ({"eps": -0.1}, "--eps = -0.1 is outside"),

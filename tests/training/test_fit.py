@@ -115,14 +115,20 @@ def test_bad_validation_images_are_refused_before_training(case: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 0}, "epochs = 0 is below 1"),
-        ({"lr_schedule": "cylic"}, "no learning-rate schedule 'cylic': did you mean 'cyclic'"),
+        ({"epochs": 0}, "^epochs = 0 cannot be used: it should be greater than or equal to 1"),
+        (
+            {"lr_schedule": "cylic"},
+            "lr_schedule = 'cylic' cannot be used: it should be 'cyclic', 'multistep' or 'flat'",
+        ),
         ({"lr_epochs": 1, "epochs": 3}, "lr_epochs = 1 lays out the milestones of a multistep .* one is cyclic"),
-        ({"lr_schedule": "multistep", "lr_epochs": 0}, "lr_epochs = 0 is below 1"),
-        ({"select": "first"}, "select = 'first' is neither"),
+        (
+            {"lr_schedule": "multistep", "lr_epochs": 0},
+            "lr_epochs = 0 cannot be used: it should be greater than or equal to 1",
+        ),
+        ({"select": "first"}, "select = 'first' cannot be used: it should be 'best' or 'last'"),
         ({"select": "best"}, "needs validation images"),
         ({"device": "cuda:63"}, "no device 'cuda:63'"),
-        ({"precision": "fp64"}, "no precision 'fp64'"),
+        ({"precision": "fp64"}, "precision = 'fp64' cannot be used"),
         ({"precision": "fp16", "device": "cpu"}, "fp16 does not train on a CPU"),
         ({"val_loader": []}, "the validation loader gave no batch"),
     ],

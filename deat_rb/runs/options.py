@@ -1,0 +1,216 @@
+"""Options of `deat-rb train`: one field each, from which flags, recorded configuration and docs are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from deat_rb.runs.defaults import DATASET_DEFAULTS, DEFAULT_TEXTS, SETTINGS
+from deat_rb.training.options import OptimConfig, RuntimeConfig
+from deat_rb.utils.errors import DeatError
+from deat_rb.utils.files import read_json
+from deat_rb.utils.options import Fraction, Option, OptionGroup, Size, option, validate
+
+
+class DataConfig(OptionGroup):
+    """Data."""
+
+    dataset: str = option("digits", "Dataset; folder is your own images.", choices=DATASET_DEFAULTS)
+    data_dir: str | None = option(
+        None, "Where the data are: CIFAR's files, or a folder with train/<class>/ and test/<class>/.",
+        metavar="PATH", may_change=True,
+    )  # fmt: skip
+    image_size: int | None = option(None, "Resize a folder's images to N x N pixels.", default_text="32", ge=1)
+    train_size: int | None = option(
+        None, "Use only this many training images, classes in proportion.", default_text="all", ge=1
+    )
+    val_size: int | None = option(None, "Number of training images held out for validation.", ge=1)
+    batch_size: int = option(128, "Images per mini-batch.", ge=2)
+    memory_limit: Size | None = option(
+        None, "Decode a folder's images in worker processes if all of them would take more memory than this, such as "
+        "8G.", default_text="no limit", may_change=True, ge=0,
+    )  # fmt: skip
+
+
+class ModelConfig(OptionGroup):
+    """Model."""
+
+    arch: str = option(
+        "preactresnet18", "Architecture: preactresnet18, wrn-D-W, timm:NAME, torchvision:NAME or "
+        "package.module:factory.", metavar="NAME",
+    )  # fmt: skip
+    init_from: str | None = option(None, "Initialize the weights from this checkpoint.", metavar="PATH")
+
+
+class AttackConfig(OptionGroup):
+    """Method."""
+
+    method: str = option("m+trades", "Training method; `deat-rb methods` lists them.", metavar="NAME")
+    setting: str = option(
+        "fast", "Training setting of the paper: fast (cyclic LR, few epochs) or standard (50 epochs).", choices=SETTINGS
+    )
+    eps: Fraction = option(8 / 255, "Perturbation radius (Linf), such as 8/255.")
+    alpha: Fraction | None = option(
+        None, "Step size of the attack, such as 2/255.", default_text="method's", gt=0, allow_inf_nan=False
+    )
+    steps: int | None = option(
+        None, "Attack steps; where a schedule raises them, those of the first epoch.", default_text="method's", ge=0
+    )
+    max_steps: int | None = option(None, "Most steps that a schedule may reach.", default_text="method's", ge=1)
+    gamma: float | None = option(
+        None, "Threshold factor gamma of the gradient-magnitude schedule.", gt=0, allow_inf_nan=False
+    )
+    beta: float | None = option(
+        None, "Weight of the regularization term of TRADES and MART.", default_text="method's: 6", ge=0,
+        allow_inf_nan=False,
+    )  # fmt: skip
+    tau: int | None = option(
+        None, "Patience tau of friendly attacks: steps after misclassification.", default_text="method's: 3", ge=0
+    )
+    attack_mode: Literal["train", "eval"] | None = option(
+        None, "Mode of the model while adversarial examples are generated.", default_text="method's"
+    )
+    lr_per_replay: bool = option(False, "Update the learning rate after each replay, as FREE's public code does.")
+
+
+class OutputConfig(OptionGroup):
+    """Output."""
+
+    track: tuple[str, ...] = option(
+        (), "Log each epoch to an experiment tracker: tensorboard, wandb, mlflow, ...; may be repeated.",
+        metavar="NAME", may_change=True,
+    )  # fmt: skip
+
+
+FORMER_NAMES = {"heed_stop": "early_stopping", "compiled": "compile"}
+"""Options that earlier versions recorded under another name."""
+
+
+class TrainOptions(BaseModel):
+    """Options of a training run, by group.
+
+    Options may also be given without their groups, as in a ``config.json`` of earlier versions. What is not given, or
+    is None, takes the default of the method, the setting or the dataset.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    attack: AttackConfig = AttackConfig()
+    optim: OptimConfig = OptimConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    output: OutputConfig = OutputConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_groups(cls, values: Any) -> Any:
+        return nest(values) if isinstance(values, Mapping) else values
+
+    def flat(self) -> dict[str, Any]:
+        """Return all options by name."""
+        return {name: value for group in GROUPS for name, value in getattr(self, group)}
+
+    def given(self) -> dict[str, Any]:
+        """Return the options that were given, by name."""
+        return {name: value for group in GROUPS for name, value in getattr(self, group).given().items()}
+
+    def but(self, **changes: Any) -> TrainOptions:
+        """Return the same options with some changed.
+
+        Raises:
+            DeatError: A value is not admissible.
+        """
+        return make_options({**self.given(), **changes})
+
+
+GROUPS: dict[str, type[OptionGroup]] = {
+    name: field.annotation
+    for name, field in TrainOptions.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, OptionGroup)
+}
+"""The option groups by their key in ``config.json``."""
+
+GROUP_OF = {name: key for key, group in GROUPS.items() for name in group.model_fields}
+
+METHOD_OPTIONS = tuple(name for name in AttackConfig.model_fields if name not in ("method", "setting", "eps"))
+"""Options that are passed on to `deat_rb.create`."""
+
+
+def train_options() -> list[Option]:
+    """Return the descriptions of all options, in the order of the groups."""
+    found = [each for group in GROUPS.values() for each in group.options()]
+    return [replace(each, default=DEFAULT_TEXTS.get(each.name, each.default)) for each in found]
+
+
+MAY_CHANGE = tuple(each.name for each in train_options() if each.may_change)
+"""Options that ``--resume`` may change."""
+
+
+def nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Sort options given by name into their groups; earlier versions' names and layout are understood."""
+    nested = dict(values)
+    if isinstance(spec := nested.get("model"), Mapping) and "num_classes" in spec:  # before there were groups
+        nested["network"] = nested.pop("model")
+    if isinstance(conduct := nested.pop("conduct", None), Mapping):
+        nested.update(conduct)
+    for name in list(nested):
+        option_name = FORMER_NAMES.get(name, name)
+        if option_name in GROUP_OF and name not in GROUPS:
+            value, key = nested.pop(name), GROUP_OF[option_name]
+            if value is not None:
+                group = nested.get(key, {})
+                nested[key] = {**(group if isinstance(group, dict) else dict(group)), option_name: value}
+    return nested
+
+
+def read_options(path: str | Path) -> dict[str, Any]:
+    """Read the options of a ``config.json``, a run's own or one written by hand.
+
+    Returns:
+        The options that are given in it, by name.
+
+    Raises:
+        DeatError: The file does not hold such options.
+    """
+    content = read_json(Path(path))
+    if not isinstance(content, dict):
+        raise DeatError(f"{path} does not hold a JSON object of training options; a run's config.json does")
+    facts = {"network", "classes", "data_fingerprint", "versions"}
+    return make_options({key: value for key, value in nest(content).items() if key not in facts}).given()
+
+
+def make_options(values: Mapping[str, Any]) -> TrainOptions:
+    """Validate options.
+
+    Raises:
+        DeatError: Naming the first option that is not admissible, and its value.
+    """
+    return validate(TrainOptions, values)
+
+
+def options_markdown() -> str:
+    """Return ``docs/options.md``."""
+    lines = [
+        "# Options of `deat-rb train`",
+        "",
+        "Generated from the option groups by `python -m deat_rb.runs.options > docs/options.md`. In Python they are",
+        "the keys of `deat_rb.train({...})`; those of *Optimization* and *Runtime* are the keywords of `trainer.fit`.",
+    ]
+    title = ""
+    for each in train_options():
+        if each.group != title:
+            title = each.group
+            lines += ["", f"## {title}", "", "| option | value | default | meaning |", "|---|---|---|---|"]
+        value = ", ".join(f"`{choice}`" for choice in each.choices) or ("-" if each.kind in ("flag", "off") else
+                          f"{each.metavar.lower()}{f', {each.bounds}' if each.bounds else ''}")  # fmt: skip
+        lines.append(f"| `{each.flag}` | {value} | {each.default or '-'} | {each.help} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(options_markdown(), end="")

@@ -1,0 +1,223 @@
+"""Option groups: pydantic models whose fields are command-line options, recorded settings and documentation at once."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core.core_schema import ValidationInfo
+
+from deat_rb.utils.errors import DeatError
+from deat_rb.utils.units import parse_fraction
+
+Fraction = Annotated[float, BeforeValidator(parse_fraction)]
+"""A size in units of the image range [0, 1], which may be written 8/255."""
+
+
+def parse_size(text: str | int) -> int:
+    """Return the bytes of a size such as ``8G`` (8e9), ``8GiB`` (8 * 2**30) or ``4096``.
+
+    Raises:
+        DeatError: It is no size.
+    """
+    with contextlib.suppress(ValidationError):
+        if re.fullmatch(r"\s*[0-9]*\.?[0-9]+\s*[A-Za-z]*\s*", str(text)):  # ByteSize ignores what follows a number
+            return _BYTES.validate_python(text)
+    raise DeatError(f"'{text}' is not a size; give bytes, or a number with a unit such as 500MB, 8G or 8GiB")
+
+
+_BYTES = TypeAdapter(ByteSize)
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+"""A size in bytes, which may be written with a unit."""
+
+Model = TypeVar("Model", bound=BaseModel)
+
+METAVARS: dict[Any, str] = {
+    int: "INTEGER",
+    float: "NUMBER",
+    str: "TEXT",
+    parse_fraction: "FRACTION",
+    parse_size: "SIZE",
+}
+"""Placeholders of the values, by their type or by what parses them."""
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Iterable[str] = (),
+    metavar: str = "",
+    default_text: str = "",
+    may_change: bool = False,
+    **constraints: Any,
+) -> Any:
+    """Return a field of an option group.
+
+    Args:
+        default: Its default; ``...`` where there is none.
+        help: One sentence for ``--help`` and the documentation.
+        choices: The values allowed, where these are few.
+        metavar: Placeholder of the value in ``--help``; by default from the type.
+        default_text: The default in words, where it depends on other options.
+        may_change: Whether ``--resume`` may change it: true for what does not affect the result.
+        **constraints: Bounds, as `pydantic.Field` takes them.
+    """
+    extra: dict[str, Any] = {
+        "choices": list(choices), "metavar": metavar, "default_text": default_text, "may_change": may_change,
+    }  # fmt: skip
+    return Field(default, description=help, json_schema_extra=extra, **constraints)
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option, described for the command line and the documentation.
+
+    Attributes:
+        name: The field's name, such as ``batch_size``.
+        group: The title of its group.
+        help: One sentence.
+        default: The default in words; empty where there is none.
+        metavar: Placeholder of its value.
+        choices: The values allowed, where these are few.
+        bounds: Such as ``x>=1``.
+        kind: ``value``, ``flag`` (false by default), ``off`` (true by default) or ``many``, which may be repeated.
+        may_change: Whether ``--resume`` may change it.
+    """
+
+    name: str
+    group: str
+    help: str
+    default: str
+    metavar: str
+    choices: tuple[str, ...]
+    bounds: str
+    kind: Literal["value", "flag", "off", "many"]
+    may_change: bool
+
+    @property
+    def flag(self) -> str:
+        """Its spelling on the command line, such as ``--batch-size``; ``--no-...`` for what is on by default."""
+        return f"--{'no-' if self.kind == 'off' else ''}{self.name.replace('_', '-')}"
+
+
+class OptionGroup(BaseModel):
+    """A group of options. Each field is made by `option`; the class's docstring is the group's title."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*")
+    @classmethod
+    def _is_a_choice(cls, value: Any, info: ValidationInfo) -> Any:
+        choices = _extra(cls.model_fields[info.field_name or ""])["choices"]
+        if choices and value is not None and value not in choices:
+            names = [f"'{choice}'" for choice in choices]
+            raise ValueError(f"it should be {', '.join(names[:-1])} or {names[-1]}")
+        return value
+
+    @classmethod
+    def options(cls) -> list[Option]:
+        """Return the descriptions of its fields."""
+        title = (cls.__doc__ or "").partition("\n")[0].rstrip(".")
+        return [_described(name, title, field) for name, field in cls.model_fields.items()]
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Validate the options that this group has among ``values``."""
+        return cls.model_validate({name: value for name, value in values.items() if name in cls.model_fields})
+
+    def given(self) -> dict[str, Any]:
+        """Return the options that were set to something, as opposed to left at their defaults."""
+        return {name: getattr(self, name) for name in self.model_fields_set if getattr(self, name) is not None}
+
+
+def _extra(field: FieldInfo) -> dict[str, Any]:
+    assert isinstance(field.json_schema_extra, dict)
+    return field.json_schema_extra
+
+
+def _described(name: str, title: str, field: FieldInfo) -> Option:
+    kind, extra = _bare_type(field.annotation), _extra(field)
+    choices = tuple(get_args(kind)) if get_origin(kind) is Literal else tuple(extra["choices"])
+    bounds = [
+        f"x{sign}{bound:g}"
+        for each in field.metadata
+        for attribute, sign in (("ge", ">="), ("gt", ">"), ("lt", "<"))
+        if (bound := getattr(each, attribute, None)) is not None
+    ]
+    parsers = [each.func for each in (*field.metadata, *_annotations(field.annotation))
+               if isinstance(each, BeforeValidator)]  # fmt: skip
+    return Option(
+        name=name,
+        group=title,
+        help=field.description or "",
+        default=extra["default_text"] or _spelled(field.default),
+        metavar=extra["metavar"] or METAVARS.get(next(iter(parsers), kind), "TEXT"),
+        choices=choices,
+        bounds=", ".join(bounds),
+        kind=("off" if field.default else "flag") if kind is bool else "many" if get_origin(kind) is tuple else "value",
+        may_change=extra["may_change"],
+    )
+
+
+def _spelled(default: Any) -> str:
+    return "" if default is None or isinstance(default, bool | tuple) else str(default)
+
+
+def _annotations(annotation: Any) -> list[Any]:
+    """Return what is annotated to the alternatives of a union."""
+    return [each for part in get_args(annotation) if get_origin(part) is Annotated for each in part.__metadata__]
+
+
+def _bare_type(annotation: Any) -> Any:
+    """Return a type without None and annotations."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        annotation = next(part for part in get_args(annotation) if part is not type(None))
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def validate(model: type[Model], values: Mapping[str, Any], prefix: str = "--") -> Model:
+    """Return ``values`` as a validated model.
+
+    Args:
+        model: The model, such as an option group.
+        values: Its fields.
+        prefix: ``--`` to name an option as on the command line, empty to name a Python keyword.
+
+    Raises:
+        DeatError: Naming the first option that is not admissible, and its value.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise DeatError(describe_first_error(error, prefix)) from None
+
+
+def describe_first_error(error: ValidationError, prefix: str = "--") -> str:
+    """Return one sentence about the first option that pydantic refused."""
+    first = error.errors()[0]
+    name = prefix + next(part for part in reversed(first["loc"]) if isinstance(part, str))
+    if prefix:
+        name = name.replace("_", "-")
+    if first["type"] == "extra_forbidden":
+        return f"there is no option {name}"
+    if first["type"] == "missing":
+        return f"{name} is missing"
+    message = first["msg"].removeprefix("Value error, ").replace("Input", "it", 1)
+    return f"{name} = {first['input']!r} cannot be used: {message[:1].lower() + message[1:]}"

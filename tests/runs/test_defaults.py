@@ -1,0 +1,43 @@
+"""Defaults of the paper's settings and of the datasets."""
+
+from __future__ import annotations
+
+import pytest
+
+from deat_rb.methods.registry import recipe
+from deat_rb.runs.defaults import dataset_defaults, setting_defaults
+from deat_rb.utils.errors import DeatError
+
+
+@pytest.mark.parametrize(
+    ("method", "epochs"),
+    [("deat-3", 12), ("deat-40%", 11), ("m-deat", 11), ("u-fgsm", 15), ("m+u-fgsm", 15), ("free-8", 10),
+     ("pgd-7", 10), ("m+trades", 10)],
+)  # fmt: skip
+def test_setting_defaults_fast_is_the_papers(method: str, epochs: int) -> None:
+    settings = setting_defaults("fast", recipe(method)[1], "wrn-34-10")
+    assert settings.pop("gamma", 1.01) == 1.01
+    assert settings == {"epochs": epochs, "lr": 0.1, "lr_schedule": "cyclic", "precision": "auto", "select": "last"}
+
+
+@pytest.mark.parametrize("method", ["deat-3", "u-fgsm", "m+mart", "standard"])
+def test_setting_defaults_standard_is_the_papers(method: str) -> None:
+    settings = setting_defaults("standard", recipe(method)[1], "preactresnet18")
+    assert settings.pop("gamma", 1.01) == 1.01
+    assert settings == {"epochs": 50, "lr": 0.05, "lr_schedule": "multistep", "precision": "fp32", "select": "best"}
+
+
+def test_setting_defaults_gamma_depends_on_the_architecture_and_is_for_guided_methods_only() -> None:
+    guided, plain = recipe("m-deat")[1], recipe("deat-3")[1]
+    assert setting_defaults("fast", guided, "preactresnet18")["gamma"] == 1.0
+    assert setting_defaults("fast", guided, "wrn-34-10")["gamma"] == 1.01
+    assert "gamma" not in setting_defaults("fast", plain, "preactresnet18")
+
+
+def test_dataset_defaults_are_the_papers_but_for_digits() -> None:
+    for dataset in ("cifar10", "cifar100", "folder"):
+        defaults = dataset_defaults(dataset)
+        assert (defaults.arch, defaults.eps, defaults.batch_size) == ("preactresnet18", 8 / 255, 128)
+        assert defaults.epoch_factor == 1
+    with pytest.raises(DeatError, match="no dataset 'cifar': did you mean 'cifar10'"):
+        dataset_defaults("cifar")
