@@ -100,7 +100,7 @@ class Step:
 
     def run(self) -> None:
         """One step."""
-        images, labels = self.engine.receive(self.problem.images, self.problem.labels)
+        images, labels = self.engine.to_device(self.problem.images, self.problem.labels)
         set_rate(self.optimizer, LR)
         seeding.seed_global(0, "batch", 1, 0)
         self.sums.add(self.trainer.training_step(images, labels, self.optimizer, self.engine))

@@ -182,7 +182,7 @@ class ReplayTrainer(Trainer):
         self.require_pixels()
         engine = engine or Engine(images.device)
         threat = Linf(self.eps)
-        adv, gradient = self.initialize(images, engine.part(len(images))), images
+        adv, gradient = self.initialize(images, engine.rank_slice(len(images))), images
         for replay in range(self.steps):
             if self.lr_per_replay and self._rate is not None:
                 set_rate(optimizer, self._rate(replay / self.steps))
@@ -193,12 +193,12 @@ class ReplayTrainer(Trainer):
             gradient = engine.backward_and_step(loss, optimizer, adv)
             adv = threat.ascend(adv.detach(), images, gradient, self.crafter.alpha)
         if self.carry:
-            self._keep(engine.gathered(adv - images))
+            self._keep(engine.all_gather(adv - images))
         return BatchStats(
             examples=len(images),
             loss=loss.detach().sum(),
             correct=(logits.argmax(dim=1) == labels).sum(),
-            l_x=gradient.abs().sum() * engine.averaged_over(len(images)),
+            l_x=gradient.abs().sum() * engine.loss_divisor(len(images)),
             forwards=self.steps,
             backwards=self.steps,
             updates=self.steps,

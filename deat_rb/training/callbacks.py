@@ -26,41 +26,41 @@ class Callback:
     """
 
     def on_fit_start(self, state: TrainingState) -> None:
-        """Training is about to start or to resume; ``state`` is kept up to date from here on."""
+        """Run before training starts or resumes; ``state`` stays up to date from here on."""
 
     def on_epoch_start(self, epoch: int, epochs: int, batches: int, steps: int) -> None:
-        """Epoch ``epoch`` of ``epochs``, of ``batches`` batches and with ``steps`` attack steps, is about to start."""
+        """Run before epoch ``epoch`` of ``epochs``, which has ``batches`` batches and ``steps`` attack steps."""
 
     def on_batch_start(self) -> None:
-        """A batch is on the device."""
+        """Run when a batch is on the device, before its training step."""
 
     def on_step_end(self, stats: BatchStats) -> None:
-        """The training step of a batch is done, before its statistics are added to the epoch's."""
+        """Run after the training step of a batch, before its statistics are added to the epoch's."""
 
     def on_batch_end(self, sums: EpochAccumulator) -> None:
-        """A batch is done; ``sums`` are over the epoch so far."""
+        """Run after each batch; ``sums`` are over the epoch so far."""
 
     def requested_action(self) -> Action:
         """Return what to do before the next batch."""
         return Action.CONTINUE
 
     def on_action(self, action: Action) -> None:
-        """An action other than CONTINUE was agreed on by all ranks."""
+        """Carry out an action other than CONTINUE, on which all ranks have agreed."""
 
     def on_train_epoch_end(self) -> None:
-        """The epoch's batches are done; validation comes next."""
+        """Run after the last batch of an epoch, before validation."""
 
     def on_validation_start(self) -> None:
-        """The validation of an epoch is about to start; called on rank 0, where alone it runs."""
+        """Run before validation, which rank 0 alone does."""
 
     def on_validation_end(self, row: EpochStats) -> None:
-        """An epoch's metrics are complete, except for what this hook sets."""
+        """Run after validation; this hook may still set fields of the epoch's metrics."""
 
     def on_epoch_end(self, row: EpochStats) -> None:
-        """An epoch is complete and in the history."""
+        """Run at the end of an epoch, which is in the history by then."""
 
     def on_warning(self, message: str) -> None:
-        """Something is not as it should be, and training goes on."""
+        """Handle a warning; training goes on."""
 
     def on_fit_end(self, history: History) -> None:
-        """Training has ended without an error; the model holds the selected weights."""
+        """Run when training has ended without an error; the model holds the selected weights."""

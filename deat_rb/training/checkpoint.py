@@ -1,7 +1,7 @@
-"""What a run is continued from: everything that training carries along, in one file, written atomically.
+"""Checkpoint files: the whole training state in one safetensors file, written atomically.
 
-A file holds tensors and, in its header, facts as JSON, a checksum over both, and the number of this form. Nothing of it
-is ever executed. Random generators are not in it: every stream is derived from the seed and the position (law 9).
+The header has JSON facts, a SHA-256 over tensors and facts, and the number of the format. Loading a checkpoint never
+executes code. Random number generators are not stored: every stream is derived from the seed, the epoch and the batch.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ from deat_rb.utils.errors import DeatError, UnwritableError
 from deat_rb.utils.safe_load import save_tensors, sha256_tensors
 
 KEEP = 2
+"""How many checkpoints of a run are kept."""
 
 FORMAT = "2"
-"""Of what `deat_rb.position` puts into a checkpoint. 1 had no such number, and no configuration."""
+"""The format that `deat_rb.training.state` writes; format 1 had neither this number nor a configuration."""
 
 _NAME = re.compile(r"\d{8}\.safetensors", re.ASCII)
 
 
 @dataclass
 class Checkpoint:
-    """A position in a run.
+    """The content of a checkpoint file.
 
     Attributes:
-        tensors: By names with a prefix for each owner, such as ``model.`` and ``momentum.``.
+        tensors: Tensors by name, with a prefix such as ``model.`` or ``momentum.``.
         facts: JSON values.
-        path: The file it was read from.
+        path: The file it was read from, if any.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -44,42 +45,42 @@ class Checkpoint:
     path: Path | None = None
 
     def put(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
-        """Adds tensors under a prefix."""
+        """Add tensors under a prefix."""
         self.tensors.update({f"{prefix}.{name}": tensor.detach() for name, tensor in tensors.items()})
 
     def take(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors under a prefix."""
+        """Return the tensors under a prefix, without it."""
         start = f"{prefix}."
         return {name.removeprefix(start): tensor for name, tensor in self.tensors.items() if name.startswith(start)}
 
     def put_optimizer(self, optimizer: Optimizer) -> None:
-        """Adds SGD's momentum, by the position of its parameter."""
+        """Add SGD's momentum buffers, by the index of the parameter."""
         buffers = [optimizer.state[p].get("momentum_buffer") for p in _parameters(optimizer)]
         self.put("momentum", {str(index): buffer for index, buffer in enumerate(buffers) if buffer is not None})
 
     def take_optimizer(self, optimizer: Optimizer) -> None:
-        """Gives SGD its momentum back, in the memory layout of the parameters."""
+        """Load SGD's momentum buffers, in the memory layout of the parameters."""
         before = [optimizer.state[p].get("momentum_buffer") for p in _parameters(optimizer)]
-        kept = self.take_like("momentum", {str(i): buffer for i, buffer in enumerate(before) if buffer is not None})
+        buffers = self.take_like("momentum", {str(i): buffer for i, buffer in enumerate(before) if buffer is not None})
         for index, parameter in enumerate(_parameters(optimizer)):
-            if str(index) in kept:
-                optimizer.state[parameter]["momentum_buffer"].copy_(kept[str(index)])
+            if str(index) in buffers:
+                optimizer.state[parameter]["momentum_buffer"].copy_(buffers[str(index)])
 
     def take_like(self, prefix: str, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors under a prefix, which have to be those expected: the same names, types and shapes.
+        """Return the tensors under a prefix.
 
         Raises:
-            ValueError: They are not.
+            ValueError: Their names, types and shapes are not those of ``expected``.
         """
-        found = self.take(prefix)
-        for name in sorted(found.keys() | expected.keys()):
-            said, meant = (_described(tensors.get(name)) for tensors in (found, expected))
-            if said != meant:
-                raise ValueError(f"{prefix}.{name} is {said}, not {meant}")
-        return found
+        tensors = self.take(prefix)
+        for name in sorted(tensors.keys() | expected.keys()):
+            stored, needed = _describe(tensors.get(name)), _describe(expected.get(name))
+            if stored != needed:
+                raise ValueError(f"{prefix}.{name} is {stored}, not {needed}")
+        return tensors
 
 
-def _described(tensor: Tensor | None) -> str:
+def _describe(tensor: Tensor | None) -> str:
     return "missing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} of {tuple(tensor.shape)}"
 
 
@@ -88,54 +89,54 @@ def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def write(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Writes a checkpoint under the next number and keeps the newest two.
+    """Write a checkpoint under the next number and delete all but the newest two.
 
     Raises:
-        UnwritableError: If it cannot be written; those before are kept then.
+        UnwritableError: It cannot be written; the earlier ones are kept.
     """
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise UnwritableError(f"{folder} cannot be made ({error.strerror})") from None
-    there = _numbered(folder)
-    number = int(there[-1].stem) + 1 if there else 1
+        raise UnwritableError(f"{folder} cannot be created ({error.strerror})") from None
+    earlier = _numbered(folder)
+    number = int(earlier[-1].stem) + 1 if earlier else 1
     facts = json.dumps(checkpoint.facts, allow_nan=False)
     tensors = {name: tensor.cpu() for name, tensor in checkpoint.tensors.items()}
     path = folder / f"{number:08}.safetensors"
     save_tensors(path, tensors, {"format": FORMAT, "facts": facts, "sha256": _digest(facts, tensors)})
-    for old in there[: len(there) - KEEP + 1]:
+    for old in earlier[: len(earlier) - KEEP + 1]:
         old.unlink(missing_ok=True)
     return path
 
 
 def newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """Reads the newest checkpoint that is whole.
+    """Load the newest checkpoint that is undamaged.
 
     Args:
-        folder: Where they are.
-        warn: Is told of each that is damaged.
+        folder: The folder of the checkpoints.
+        warn: Called with a sentence for each damaged one.
 
     Returns:
         The checkpoint, or None where there is none yet.
 
     Raises:
-        DeatError: If all that are there are damaged, or one has another form than this version's.
+        DeatError: All of them are damaged, or one has another format than this version's.
     """
-    there = _numbered(folder)
-    for path in reversed(there):
+    paths = _numbered(folder)
+    for path in reversed(paths):
         try:
             return _read(path)
         except DeatError:
             raise
-        except _DAMAGES as error:
+        except _DAMAGED as error:
             warn(f"{path} is damaged ({error}); the one before it is used")
-    if there:
-        raise DeatError(f"all checkpoints in {folder} are damaged, so that the run cannot be continued; start it anew")
+    if paths:
+        raise DeatError(f"all checkpoints in {folder} are damaged, so the run cannot be resumed; start a new run")
     return None
 
 
-_DAMAGES = (SafetensorError, OSError, KeyError, ValueError, RecursionError)
-"""What reading a damaged file may raise."""
+_DAMAGED = (SafetensorError, OSError, KeyError, ValueError, RecursionError)
+"""The errors that reading a damaged file may raise."""
 
 
 def _numbered(folder: Path) -> list[Path]:
@@ -148,16 +149,16 @@ def _read(path: Path) -> Checkpoint:
         form = header.get("format", "1")
         if "facts" in header and form != FORMAT:
             raise DeatError(
-                f"{path} is a checkpoint of form {form:.20} and this version of deat-rb goes on from form {FORMAT}; "
-                "go on with the version that wrote it, or start a new run"
+                f"{path} has checkpoint format {form:.20}, and this version of deat-rb resumes from format {FORMAT}; "
+                "resume with the version that wrote it, or start a new run"
             )
         names = file.keys()
         tensors = {name: file.get_tensor(name) for name in names}
     if _digest(header["facts"], tensors) != header["sha256"]:
-        raise ValueError("its checksum does not fit")
+        raise ValueError("its checksum does not match")
     facts = json.loads(header["facts"])
     if not isinstance(facts, dict):
-        raise ValueError("its facts are no JSON object")
+        raise ValueError("its facts are not a JSON object")
     return Checkpoint(tensors, facts, path)
 
 

@@ -82,7 +82,7 @@ class Checkpointing(Callback):
         newest = checkpoint.newest(run.checkpoints, self.state.warn)
         if newest is None:
             if world.on_main(lambda: len(run.rows())):
-                raise DeatError(f"{run.checkpoints} has no checkpoint to go on from; start a new run")
+                raise DeatError(f"{run.checkpoints} has no checkpoint to resume from; start a new run")
             return
         saved = training_state.read(newest)
         self.state.history.rows = world.on_main(partial(run.truncate, saved.epoch - 1))

@@ -1,4 +1,4 @@
-"""What `fit` asks of a loader: any iterable of (images, labels), checked where it begins."""
+"""Data loading for `fit`: any iterable of (images, labels), its first batch checked, sharded across ranks."""
 
 from __future__ import annotations
 
@@ -22,55 +22,55 @@ if TYPE_CHECKING:
 
 
 def count_batches(loader: Iterable[Batch]) -> int:
-    """How many batches an epoch has; a loader that does not say so is read once."""
-    with contextlib.suppress(TypeError):  # a DataLoader over a stream has a length, which raises
+    """Return the number of batches of an epoch; a loader without a length is read once to count them."""
+    with contextlib.suppress(TypeError):  # len() of a DataLoader over an IterableDataset raises
         if isinstance(loader, Sized):
             return len(loader)
     return sum(1 for _ in loader)
 
 
 class ShardedLoader:
-    """One process's shares of the batches that a loader gives.
+    """One rank's share of each batch of a loader.
 
     Args:
-        loader: Gives the global batches, the same in every process.
-        world: The processes.
+        loader: Yields the global batches, the same on every rank.
+        world: The ranks.
     """
 
     def __init__(self, loader: Iterable[Batch], world: World) -> None:
         self.loader = loader
         self.world = world
 
-    def of_epoch(self, epoch: int, batch: int, seed: int) -> Iterator[tuple[Batch, int]]:
-        """As `of_epoch`.
+    def epoch_batches(self, epoch: int, batch: int, seed: int) -> Iterator[tuple[Batch, int]]:
+        """Yield as `epoch_batches` does.
 
         Raises:
-            DeatError: A batch has fewer images than there are processes.
+            DeatError: A batch has fewer images than there are ranks.
         """
-        for (images, labels), total in of_epoch(self.loader, epoch, batch, seed):
+        for (images, labels), total in epoch_batches(self.loader, epoch, batch, seed):
             if total < self.world.size:
                 raise DeatError(
-                    f"a batch of {total} images cannot be divided over {self.world.size} processes; "
-                    "leave short batches out, or give fewer processes"
+                    f"a batch of {total} images cannot be divided among {self.world.size} ranks; "
+                    "drop short batches (drop_last), or start fewer ranks"
                 )
             part = self.world.share(total)
             yield (images[part], labels[part]), total
 
 
 class PreShardedLoader:
-    """The same of a loader that makes no more than one process's share.
+    """One rank's share of each batch of a loader that can load the share alone.
 
     Args:
-        loader: Has ``shard(rank, processes)`` and ``examples_in(batch)``, as `deat_rb.data.batches.Batches`.
-        world: The processes.
+        loader: Has the methods ``divided`` and ``examples_in`` of `deat_rb.data.batches.Batches`.
+        world: The ranks.
     """
 
     def __init__(self, loader: Any, world: World) -> None:
         self.loader = loader.divided(world.rank, world.size)
 
-    def of_epoch(self, epoch: int, batch: int, seed: int) -> Iterator[tuple[Batch, int]]:
-        """As `of_epoch`."""
-        for number, (part, _) in enumerate(of_epoch(self.loader, epoch, batch, seed), start=batch):
+    def epoch_batches(self, epoch: int, batch: int, seed: int) -> Iterator[tuple[Batch, int]]:
+        """Yield as `epoch_batches` does."""
+        for number, (part, _) in enumerate(epoch_batches(self.loader, epoch, batch, seed), start=batch):
             yield part, self.loader.examples_in(number)
 
 
@@ -78,31 +78,33 @@ Loader = Iterable["Batch"] | ShardedLoader | PreShardedLoader
 
 
 def shard(loader: Iterable[Batch], world: World) -> Loader:
-    """What `of_epoch` is to read where several processes train together."""
+    """Return the loader of this rank's shares; with one rank the loader itself."""
     if world.size == 1:
         return loader
     return PreShardedLoader(loader, world) if hasattr(loader, "divided") else ShardedLoader(loader, world)
 
 
-def of_epoch(loader: Loader, epoch: int, batch: int, seed: int) -> Iterator[tuple[Batch, int]]:
-    """The batches of an epoch from one on; a loader that cannot begin there is read up to it.
+def epoch_batches(loader: Loader, epoch: int, batch: int, seed: int) -> Iterator[tuple[Batch, int]]:
+    """Iterate over the batches of an epoch from batch number ``batch`` on, from 0.
+
+    A loader without ``starting_at`` is read from its beginning, and the earlier batches are discarded.
 
     Yields:
-        A batch, or this process's share of one, and how many examples all shares of it have together.
+        A batch, or this rank's share of it, and the number of examples of the global batch.
     """
     if isinstance(loader, ShardedLoader | PreShardedLoader):
-        yield from loader.of_epoch(epoch, batch, seed)
+        yield from loader.epoch_batches(epoch, batch, seed)
         return
     set_epoch = getattr(loader, "set_epoch", None)
     if set_epoch is not None:
         set_epoch(epoch)
     starting_at: Callable[[int], Iterator[Batch]] | None = getattr(loader, "starting_at", None)
     for each in _seeded(iter(loader), epoch, batch, seed) if starting_at is None else starting_at(batch):
-        yield each, len(each[-1])  # what is no pair of tensors is refused by `check_first`
+        yield each, len(each[-1])  # `check_first_batch` refuses anything but pairs of tensors
 
 
 def _seeded(batches: Iterator[Batch], epoch: int, first: int, seed: int) -> Iterator[Batch]:
-    """Seeds torch's generators before each batch, so that what a loader draws follows from the position alone."""
+    """Seed torch's generators before each batch, so that what a loader draws depends on epoch and batch alone."""
     for number in itertools.count():
         seeding.seed_global(seed, "load", epoch, number)
         batch = next(batches, None)
@@ -113,27 +115,27 @@ def _seeded(batches: Iterator[Batch], epoch: int, first: int, seed: int) -> Iter
 
 
 def materialize(trainer: TrainerBase, loader: Iterable[Batch], engine: Engine) -> Batch:
-    """All of a validation loader as one batch, on the device.
+    """Return all images and labels of a validation loader as one batch on the device.
 
     Raises:
-        DeatError: If there is none, or it cannot be used.
+        DeatError: There are none, or they cannot be used.
     """
     batches = list(loader)
     if not batches:
-        raise DeatError("the validation loader gave no batch; give validation images or none at all")
+        raise DeatError("the validation loader yields no batch; give validation images or no val_loader")
     images, labels = torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
-    check_first(trainer, (images, labels), engine)
-    return engine.receive(images, labels)
+    check_first_batch(trainer, (images, labels), engine)
+    return engine.to_device(images, labels)
 
 
-def check_first(trainer: TrainerBase, batch: Any, engine: Engine) -> None:
-    """Checks a batch against what the trainer's model takes and gives, and whether its attack can be trained with.
+def check_first_batch(trainer: TrainerBase, batch: Any, engine: Engine) -> None:
+    """Check a batch, the model's outputs on it and whether the attack can be trained with.
 
     Raises:
-        DeatError: Naming what is not admissible.
+        DeatError: One of them cannot be used.
     """
     if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
-        raise DeatError("a loader has to give pairs of tensors (images, labels), and this one gives something else")
+        raise DeatError("a loader must yield pairs of tensors (images, labels), and this one yields something else")
     images, labels = batch
     check_batch(images, labels)
     with preserve_modes(trainer.model), torch.no_grad():

@@ -1,4 +1,4 @@
-"""Where and in which precision a training step runs: the few device branches there are."""
+"""Device placement, mixed precision, DistributedDataParallel and torch.compile for a training step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.optim import SGD, Optimizer
 from deat_rb.utils.devices import Precision, check_sync_bn
 from deat_rb.utils.distributed import World
 
-# Statistics are averaged by `Engine.sync_buffers`; torch 2.15 renamed the switch.
+# `Engine.sync_buffers` averages the buffers instead; torch 2.15 renamed the argument.
 _OWN_BUFFERS: dict[str, Any] = {
     name: False
     for name in ("forward_sync_buffers", "broadcast_buffers")
@@ -28,21 +28,21 @@ if len(_OWN_BUFFERS) == 2:
 
 
 class Engine:
-    """Runs the passes of a training step.
+    """Device, precision and ranks of a training step.
 
     Args:
-        device: Where.
-        precision: fp32, or bf16 or fp16 by autocast; fp16 updates with a loss scale.
-        world: The processes that train together; by default this one alone.
-        compiled: Whether `torch.compile` makes the model's passes.
-        sync_bn: Whether BatchNorm takes its statistics over all processes, where it otherwise takes each one's own.
+        device: Where to train.
+        precision: fp32, or bf16 or fp16 with autocast; fp16 also scales the loss.
+        world: The ranks that train together; by default this one alone.
+        compiled: Whether the model is compiled with `torch.compile`.
+        sync_bn: Whether BatchNorm computes its statistics over all ranks instead of per rank.
 
     Attributes:
-        loss_scale: The fixed scale under which our own attacks craft, so that fp16 gradients do not vanish.
-        global_batch: How many examples the batch under way has over all processes; None: as many as there are here.
+        loss_scale: The fixed loss scale of deat-rb's own attacks, so that fp16 gradients do not underflow.
+        global_batch: The number of examples of the current batch over all ranks; None: as many as on this rank.
 
     Raises:
-        DeatError: If ``sync_bn`` is asked for on a CPU.
+        DeatError: ``sync_bn`` on a CPU.
     """
 
     def __init__(
@@ -67,112 +67,116 @@ class Engine:
         self._replica: nn.Module | None = None
 
     def sgd(self, parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float) -> SGD:
-        """Makes the optimiser of parameters that are on the device; on a GPU the fused one.
+        """Return SGD for parameters on the device; on a GPU the fused one, which unscales without a device sync.
 
-        That takes the loss scale along without waiting for the device. Its momentum is there from the beginning, as
-        zeros: a first step that the loss scale skips on overflow would leave it uninitialised.
+        The momentum buffers are zeros from the start: a first step that the loss scaler skips on overflow would leave
+        them uninitialized.
         """
-        learning = list(parameters)
+        trained = list(parameters)
         fused = self.device.type == "cuda"
-        optimizer = SGD(learning, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=fused)
+        optimizer = SGD(trained, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=fused)
         if momentum:
-            for parameter in learning:
+            for parameter in trained:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The context in which the model is forwarded."""
+        """Return the autocast context of the precision."""
         if self._dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, self._dtype)
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Moves a model here, convolutions in channels_last."""
+        """Move a model to the device, convolutions in channels_last."""
         if self.sync_bn and self.world.size > 1:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return model.to(self.device).to(memory_format=torch.channels_last)
 
     @contextmanager
     def prepared(self, model: nn.Module) -> Iterator[None]:
-        """Has a model here, its passes as they were asked for, for as long as it is trained."""
+        """Prepare a model for training: device, DistributedDataParallel and torch.compile."""
         self.prepare(model)
         if self.world.size > 1:
-            # Crafting goes past the replica, which expects a backward per forward.
+            # Attacks call the model itself: the replica expects a backward pass per forward pass.
             self._replica = DistributedDataParallel(model, **_OWN_BUFFERS)
-        # The forward alone: hooks on the model, such as the probe's, come and go without compiling it anew.
-        fast = torch.compile(model.forward) if self.compiled else None
+        # Compile forward alone: adding and removing hooks, such as the probe's, then does not recompile.
+        compiled = torch.compile(model.forward) if self.compiled else None
         try:
-            with fast_gpu_math(self.device), _forwarding_by(model, fast):
+            with fast_gpu_math(self.device), _replace_forward(model, compiled):
                 yield
         finally:
             self._replica = None
 
     @contextmanager
     def eager(self, model: nn.Module) -> Iterator[None]:
-        """The model for batches of ever other sizes: without `torch.compile`, and without cuDNN's trials for each."""
-        with _cudnn_tries(False), _forwarding_by(model, type(model).forward.__get__(model) if self.compiled else None):
+        """Run the model without `torch.compile` and cuDNN autotuning, for batches of varying size."""
+        forward = type(model).forward.__get__(model) if self.compiled else None
+        with _cudnn_benchmark(False), _replace_forward(model, forward):
             yield
 
     def ddp_model(self, model: nn.Module) -> nn.Module:
-        """What an update forwards in place of ``model``: gradients through it are summed over all processes."""
+        """Return the module to forward for an update, whose gradients are averaged over all ranks."""
         return self._replica or model
 
     def sync_buffers(self, model: nn.Module) -> None:
-        """Makes what a batch left different in each process, BatchNorm's running statistics, the same in all."""
+        """Average BatchNorm's running statistics over all ranks."""
         if not self.sync_bn:
             self.world.average(model.buffers())
 
-    def averaged_over(self, count: int) -> float:
-        """By what the losses of ``count`` examples here are divided; the processes' gradients are averaged then."""
+    def loss_divisor(self, count: int) -> float:
+        """Return the number that the loss sum of this rank's ``count`` examples is divided by.
+
+        The mean of all ranks' quotients is the mean loss of the global batch.
+        """
         return (count if self.global_batch is None else self.global_batch) / self.world.size
 
-    def receive(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Moves a batch here, the images in channels_last."""
+    def to_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Move a batch to the device, the images in channels_last."""
         images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
         return images, labels.to(self.device, non_blocking=True)
 
-    def part(self, count: int) -> slice:
-        """Which examples of the global batch the ``count`` here are."""
+    def rank_slice(self, count: int) -> slice:
+        """Return which examples of the global batch this rank's ``count`` examples are."""
         return self.world.share(count if self.global_batch is None else self.global_batch)
 
-    def gathered(self, rows: Tensor) -> Tensor:
-        """The rows (N, ...) of all processes, in the order of the global batch."""
+    def all_gather(self, rows: Tensor) -> Tensor:
+        """Return the rows (N, ...) of all ranks, in the order of the global batch."""
         if self.world.size == 1 or self.global_batch is None:
             return rows
         whole = rows.new_zeros((self.global_batch, *rows.shape[1:]))
-        whole[self.part(len(rows))] = rows
+        whole[self.rank_slice(len(rows))] = rows
         return self.world.sum(whole)
 
     def backward_and_step(self, losses: Tensor, optimizer: Optimizer, images: Tensor) -> Tensor:
-        """One backward pass and one update, on the mean loss of the global batch.
+        """Run one backward pass and one optimizer step on the mean loss of the global batch.
 
         Args:
-            losses: Per example, (N,).
-            optimizer: Of the model's parameters.
-            images: What was forwarded, (N, C, H, W).
+            losses: Loss per example, (N,).
+            optimizer: The optimizer of the model's parameters.
+            images: The images that were forwarded, (N, C, H, W).
 
         Returns:
-            The gradient at ``images`` from the same pass, before the update and without the loss scale; zeros where
-            ``images`` is not a leaf that requires one. Times `averaged_over` it is that of each example's own loss.
+            The gradient at ``images`` from the same backward pass, unscaled; zeros where ``images`` is not a leaf that
+            requires one. Multiplied by `loss_divisor` it is the gradient of each example's own loss.
         """
-        loss = losses.sum() / self.averaged_over(len(losses))
+        loss = losses.sum() / self.loss_divisor(len(losses))
         optimizer.zero_grad(set_to_none=True)
         scaled = self.scaler.scale(loss)
         scaled.backward()
         gradient = torch.zeros_like(images) if images.grad is None else images.grad
         if self.scaler.is_enabled():
-            # get_scale() would wait for the device; the tensor behind it does not.
+            # get_scale() would wait for the device; the tensor that it reads does not.
             scale = self.scaler._get_scale_async()
             assert scale is not None
             gradient = gradient / scale
-            # A scale that grows overflows now and then, by design; the update is skipped, and so is the gradient.
+            # A growing scale overflows now and then, by design: the step is skipped, and so is the gradient.
             gradient = torch.where(gradient.isfinite().all(), gradient, torch.zeros_like(gradient))
         self.scaler.step(optimizer)
         self.scaler.update()
         return gradient
 
     def reset_peak_memory(self) -> None:
-        """Begins to measure peak memory anew, where that can be: on GPUs."""
+        """Reset the peak memory of a GPU."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -193,9 +197,9 @@ class Engine:
 
 @contextmanager
 def fast_gpu_math(device: torch.device) -> Iterator[None]:
-    """Has a GPU multiply float32 matrices in TF32, where it can, and cuDNN try out which convolution is fastest.
+    """Enable TF32 matrix products and cuDNN autotuning on a GPU.
 
-    Convolutions have TF32 by torch's own default. Trying out pays where batches have one size; see `Engine.eager`.
+    Convolutions use TF32 by default. Autotuning pays off for batches of one size; see `Engine.eager`.
     """
     if device.type != "cuda":
         yield
@@ -203,16 +207,16 @@ def fast_gpu_math(device: torch.device) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        with _cudnn_tries(True):
+        with _cudnn_benchmark(True):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
 
 
 @contextmanager
-def _cudnn_tries(tries: bool) -> Iterator[None]:
+def _cudnn_benchmark(enabled: bool) -> Iterator[None]:
     before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = tries
+    torch.backends.cudnn.benchmark = enabled
     try:
         yield
     finally:
@@ -220,8 +224,8 @@ def _cudnn_tries(tries: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _forwarding_by(model: nn.Module, forward: Callable[..., Tensor] | None) -> Iterator[None]:
-    """A model with another forward of its own in between; None leaves it as it is."""
+def _replace_forward(model: nn.Module, forward: Callable[..., Tensor] | None) -> Iterator[None]:
+    """Replace a model's ``forward`` within the context; None leaves it as it is."""
     if forward is None:
         yield
         return

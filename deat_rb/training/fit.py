@@ -71,9 +71,9 @@ def fit(
     optim, runtime = _grouped(given)
     check_layout(optim.lr_schedule, optim.lr_epochs)
     if optim.select == "best" and val_loader is None:
-        raise DeatError("select = 'best' needs validation images to choose by; give a val_loader or select = 'last'")
+        raise DeatError("select = 'best' needs validation images; give a val_loader or select = 'last'")
     if resume and run is None:
-        raise DeatError("resume = True needs the run to go on with; give run")
+        raise DeatError("resume = True needs the run to resume; give run")
     target = resolve_device(runtime.device if "device" in given else str(next(trainer.model.parameters()).device))
     ranks = world(cpu=target.type == "cpu")
     precision = resolve_precision(runtime.precision, target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +14,7 @@ from torch import Tensor
 from deat_rb.attacks.gradient_probe import lipschitz_lower_bound
 from deat_rb.training.base import Batch
 from deat_rb.training.callbacks import Action, Callback
-from deat_rb.training.dataloading import Loader, check_first, count_batches, materialize, of_epoch, shard
+from deat_rb.training.dataloading import Loader, check_first_batch, count_batches, epoch_batches, materialize, shard
 from deat_rb.training.history import History
 from deat_rb.training.lr import LR_SCHEDULES, set_rate
 from deat_rb.training.metrics import EpochStats
@@ -71,10 +71,10 @@ class Loop:
         validation = materialize(trainer, val_loader, state.engine) if val_loader is not None else None
         rule = trainer.stopping
         if rule is not None and rule.validation_steps and validation is None:
-            raise DeatError(f"{trainer.attack} stops by validation and needs images to validate on; give a val_loader")
-        if iter(loader) is loader:
+            raise DeatError(f"{trainer.attack} stops early by its accuracy on validation images; give a val_loader")
+        if isinstance(loader, Iterator):
             raise DeatError(
-                "the loader can be iterated only once; give one that begins anew in each epoch, such as a list"
+                "the training loader is an iterator, which ends after one epoch; give an iterable such as a DataLoader"
             )
         state.batches = count_batches(loader)
         shards = shard(loader, state.world)
@@ -87,7 +87,7 @@ class Loop:
             if not is_peer_failure(error, state.world):
                 raise
             raise DeatError(
-                f"another of the {state.world.size} processes is gone, so that this one ends too; "
+                f"lost contact with another of the {state.world.size} ranks, so this one ends too; "
                 f"{state.describe_saved()}"
             ) from error
         except UnwritableError as error:
@@ -127,11 +127,11 @@ class Loop:
             each.on_epoch_start(state.epoch, state.epochs, state.batches, steps)
         state.start_clock()
         seeding.seed_global(state.seed, "epoch", state.epoch)
-        for batch, total in of_epoch(loader, state.epoch, state.batch, state.seed):
+        for batch, total in epoch_batches(loader, state.epoch, state.batch, state.seed):
             if state.epoch == 1 and state.batch == 0:
-                check_first(trainer, batch, engine)
+                check_first_batch(trainer, batch, engine)
                 self._act(Action.SAVE)
-            images, labels = engine.receive(*batch)
+            images, labels = engine.to_device(*batch)
             engine.global_batch = total
             trainer.set_replay_lr(partial(self._rate, state.batch))
             set_rate(state.optimizer, self._rate(state.batch, 0.0))
@@ -142,7 +142,9 @@ class Loop:
             self._act(self._agreed_action())
         state.stop_clock()
         if state.batch == 0:
-            raise DeatError(f"the loader gave no batch in epoch {state.epoch}; give one that can be iterated anew")
+            raise DeatError(
+                f"the training loader yields no batch in epoch {state.epoch}; give one that can be iterated repeatedly"
+            )
         for each in self.callbacks:
             each.on_train_epoch_end()
         return self._metrics(steps, alpha)

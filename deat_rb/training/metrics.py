@@ -1,4 +1,4 @@
-"""What a batch and an epoch leave behind: the figures on which schedules, stopping rules and metrics rest."""
+"""Per-batch and per-epoch training metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class BatchStats:
-    """What one training step did. Sums over the batch stay on the device as 0-d tensors (law 10).
+    """Statistics of one training step. Sums over the batch are 0-d tensors on the device, so that no step waits for it.
 
     Attributes:
         examples: N, the number of examples.
@@ -23,7 +23,7 @@ class BatchStats:
         l_x: See `CraftStats`.
         forwards: Forward passes of crafting and updating, in units of mini-batches.
         backwards: Backward passes of crafting and updating, in units of mini-batches.
-        updates: Optimiser steps.
+        updates: Optimizer steps.
         image_size: |x|, the number of values of one image: C * H * W.
     """
 
@@ -38,12 +38,12 @@ class BatchStats:
 
 
 class EpochAccumulator:
-    """Sums of `BatchStats` over an epoch; they stay on the device until `read`.
+    """Sums of `BatchStats` over an epoch, on the device until `read`.
 
     Attributes:
-        examples: How many examples.
-        updates: Optimiser steps.
-        batches: Mini-batches.
+        examples: Number of examples.
+        updates: Optimizer steps.
+        batches: Number of mini-batches.
         image_size: |x|, the number of values of one image.
     """
 
@@ -52,7 +52,7 @@ class EpochAccumulator:
         self._sums: dict[str, float | Tensor] = dict.fromkeys(("loss", "correct", "l_x", "forwards", "backwards"), 0.0)
 
     def add(self, stats: BatchStats, share: float = 1.0) -> None:
-        """Adds a batch, or a process's share of one, to which its passes are in proportion."""
+        """Add the statistics of a batch, or of a rank's ``share`` of one, by which its passes are weighted."""
         self.examples += stats.examples
         self.updates += stats.updates
         self.batches += 1
@@ -64,21 +64,21 @@ class EpochAccumulator:
             self._sums[name] = value + (term.double() if name == "l_x" and term.device.type != "mps" else term)
 
     def read(self) -> dict[str, float]:
-        """The sums as numbers: the epoch's one wait for the device."""
+        """Return the sums as floats; this waits for the device."""
         return {name: float(value) for name, value in self._sums.items()}
 
     def over(self, world: World) -> EpochAccumulator:
-        """The sums of all processes together."""
+        """Return the sums over all ranks."""
         return self if world.size == 1 else EpochAccumulator.of(world.all_gather(self.facts()))
 
     def facts(self) -> dict[str, float]:
-        """The sums of an unfinished epoch, as JSON values that give the very sums back."""
+        """Return the sums as JSON values, from which `of` restores them exactly."""
         counts = {name: getattr(self, name) for name in ("examples", "updates", "batches", "image_size")}
         return counts | self.read()
 
     @classmethod
     def of(cls, parts: Sequence[Mapping[str, float]]) -> EpochAccumulator:
-        """Adds up the `facts` of processes that have had the same batches."""
+        """Return the sum of the `facts` of several ranks, which have had the same batches."""
         sums = cls()
         sums.updates, sums.batches, sums.image_size = (
             int(parts[0][name]) for name in ("updates", "batches", "image_size")
@@ -89,40 +89,43 @@ class EpochAccumulator:
 
     @classmethod
     def share_of(cls, parts: Sequence[Mapping[str, float]], world: World) -> EpochAccumulator:
-        """What a process goes on with of the `facts` that so many others had, its own again where they were as many."""
+        """Return the sums that a rank resumes with, given the `facts` of the ranks that wrote a checkpoint.
+
+        With as many ranks as then, each gets its own back; otherwise they are divided among the ranks.
+        """
         own = parts[world.rank :: world.size]
         return cls.of(own or [{**parts[0], "examples": 0, **cls().read()}])
 
 
 @dataclass
 class EpochStats:
-    """An epoch's figures: a row of ``metrics.jsonl``, which is all a schedule or a stopping rule ever sees.
+    """Metrics of an epoch: a row of ``metrics.jsonl``, and all that a schedule or a stopping rule sees.
 
     Attributes:
-        epoch: Which epoch, from 1.
+        epoch: Number of the epoch, from 1.
         steps: The attack's steps r in this epoch (for replays: the replays).
         alpha: The step size, in [0, 1] pixel units.
         l_x: Sum over the epoch's examples of the L1 norm of the last input gradient (Algorithms 2-5).
-        lipschitz: Theorem 1's lower bound on the Lipschitz constant of the loss's input gradient, the examples' mean.
-        examples: How many examples were trained on.
-        loss: The surrogate loss, mean.
-        train_acc: Accuracy on the images as trained on, in [0, 1].
+        lipschitz: Theorem 1's lower bound on the Lipschitz constant of the input gradient, averaged over examples.
+        examples: Number of examples trained on.
+        loss: Mean surrogate loss.
+        train_acc: Accuracy on the adversarial examples trained on, in [0, 1].
         val_acc: Natural accuracy on the validation images, in [0, 1].
         val_robust_acc: PGD-20 accuracy on the validation images, in [0, 1].
         stop_robust_acc: PGD-5 accuracy on the stopping rule's own batch, in [0, 1].
         backwards: Backward passes in units of mini-batches.
         forwards: Forward passes in units of mini-batches.
-        updates: Optimiser steps.
+        updates: Optimizer steps.
         lr: The learning rate at the epoch's last update.
-        seconds: Training time; validation is counted in ``val_seconds``.
-        val_seconds: Validation time.
-        val_forwards: Images forwarded for validation and for the stopping rule; training's passes are in mini-batches.
-        val_backwards: Images for which these computed a gradient.
+        seconds: Training time in seconds, without validation.
+        val_seconds: Validation time in seconds.
+        val_forwards: Images forwarded for validation and for the stopping rule (images, not mini-batches).
+        val_backwards: Images for which a gradient was computed for these.
         images_per_second: Training images per second.
         peak_memory: Peak memory of training in bytes: of the GPU in this epoch, or of the process so far.
-        stopped: Why a rule ended training here or, where it was not to be heeded, would have.
-        skipped: Batches that were left out because something was not finite.
-        processes: How many processes trained together.
+        stopped: Why a stopping rule ended training here or, with early stopping off, would have.
+        skipped: Batches rolled back because something was not finite.
+        processes: Number of ranks.
     """
 
     epoch: int = 0
@@ -152,11 +155,11 @@ class EpochStats:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> EpochStats:
-        """Reads a row of ``metrics.jsonl``; fields it does not know are left out."""
+        """Read a row of ``metrics.jsonl``; unknown fields are ignored."""
         known = {field.name for field in fields(cls)}
         return cls(**{key: value for key, value in row.items() if key in known})
 
     @classmethod
     def of(cls, row: EpochStats | Mapping[str, Any], number: int) -> EpochStats:
-        """An epoch's figures from what stands for them; of a row without an epoch it is the ``number``-th."""
+        """Return a row as `EpochStats`; ``number`` is the epoch of a row that has none."""
         return row if isinstance(row, EpochStats) else cls.from_row({"epoch": number, **row})

@@ -81,7 +81,9 @@ class NonFiniteMonitor(Callback):
             self._flags = NonFiniteFlags()
             state.skip_batch = True
             state.skipped += 1
-            state.warn(f"batch {state.batch + 1} of epoch {state.epoch} is skipped: it was not finite")
+            state.warn(
+                f"batch {state.batch + 1} of epoch {state.epoch} is skipped: its loss, gradient or l_X is NaN or Inf"
+            )
 
     def requested_action(self) -> Action:
         """Request ABORT when a check finds something that is not finite."""
@@ -108,15 +110,15 @@ class NonFiniteMonitor(Callback):
         """Raise, after loading the weights of the last good epoch into the model."""
         state = self.state
         batch, what = self._flags.found() or (state.batch, "the loss, l_X or a gradient")
-        good = "there is no good epoch before it"
+        good = "no epoch has ended yet"
         if state.recent:
-            good = f"epoch {state.recent[-1].row.epoch} is the last good one"
+            good = f"the model has the weights of epoch {state.recent[-1].row.epoch}"
             state.model.load_state_dict(state.recent[-1].weights)
         if state.saved is not None:
             path, epoch, saved_batch = state.saved
-            good += f", and the checkpoint {path} of epoch {epoch}, batch {saved_batch} is good"
+            good += f"; the checkpoint {path} (epoch {epoch}, batch {saved_batch}) is unaffected"
         raise DeatError(
-            f"training is no longer finite: {what} at batch {batch} of epoch {state.epoch}; {good}; "
+            f"training diverged: {what} became NaN or Inf at batch {batch} of epoch {state.epoch}; {good}; "
             "try a smaller --lr, or --on-nonfinite skip"
         )
 

@@ -1,4 +1,4 @@
-"""Where a training leaves its metrics, weights and checkpoints, as the loop sees it."""
+"""The run directory as the training loop sees it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deat_rb.training.metrics import EpochStats
 
 
 class RunStore(Protocol):
-    """What `deat_rb.runs.directory.RunDirectory` is to the loop."""
+    """Storage of a run's metrics, weights and checkpoints; `deat_rb.runs.directory.RunDirectory` implements it."""
 
     path: Path
 

@@ -116,7 +116,7 @@ class TrainingState:
             return f"{len(self.history.rows)} of {self.epochs} epochs were trained; the model holds the newest weights"
         epochs, batches = (self.saved.epoch - 1, self.saved.batch) if self.saved else (0, 0)
         done = f"{epochs} of {self.epochs} epochs" + (f" and {batches} batches of the next" if batches else "")
-        return f"{self.run.path} keeps {done}; deat-rb train --resume {self.run.path} goes on from there"
+        return f"{self.run.path} keeps {done}; deat-rb train --resume {self.run.path} resumes it"
 
 
 class SavedPosition(NamedTuple):
@@ -211,9 +211,9 @@ def restore(state: TrainingState, checkpoint: Checkpoint, saved: SavedState) -> 
     """
     with _refuse_misfits(checkpoint):
         if saved.batch > state.batches:
-            raise ValueError(f"it is {saved.batch} batches into an epoch of {state.batches}")
+            raise ValueError(f"it has {saved.batch} batches done in an epoch of {state.batches}")
         if saved.epoch > 1 and not saved.kept:
-            raise ValueError("it has no epoch's weights")
+            raise ValueError("it has no weights of a finished epoch")
         expected = state.model.state_dict()
         state.epoch, state.batch, state._seconds = saved.epoch, saved.batch, saved.spent
         state.skipped, state.history.stopped = saved.skipped, saved.stopped
@@ -238,5 +238,5 @@ def _refuse_misfits(checkpoint: Checkpoint) -> Iterator[None]:
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
         what = describe_validation_error(error) if isinstance(error, ValidationError) else str(error).partition("\n")[0]
         raise DeatError(
-            f"{checkpoint.path} does not fit the run ({what}): it or the run was altered; start a new run"
+            f"{checkpoint.path} does not match the run ({what}): one of them was altered; start a new run"
         ) from error

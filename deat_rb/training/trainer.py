@@ -1,4 +1,4 @@
-"""The base of the trainers, which can fit."""
+"""The base class of all trainers: `TrainerBase` with `fit`."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ class Trainer(TrainerBase):
     """A method of adversarial training; see `deat_rb.training.base.TrainerBase`."""
 
     def fit(self, train_loader: Iterable[Batch], val_loader: Iterable[Batch] | None = None, **options: Any) -> History:
-        """Trains; the options and what comes back are those of `deat_rb.training.fit.fit`."""
+        """Train the model; options and result are those of `deat_rb.training.fit.fit`."""
         return fit(self, train_loader, val_loader, **options)

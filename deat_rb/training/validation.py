@@ -17,7 +17,7 @@ from deat_rb.utils.units import check_eps
 
 
 class Validation(NamedTuple):
-    """What `validate` measured.
+    """Accuracies on the validation images and what they cost.
 
     Attributes:
         natural: Accuracy, in [0, 1].
@@ -43,14 +43,14 @@ def validate(
     batch_size: int = 128,
     seed: int = 0,
 ) -> Validation:
-    """Measures what training selects its model by, on held-out training images and with the same start each time.
+    """Measure accuracy and PGD accuracy on held-out training images, with the same random starts each time.
 
     Args:
-        model: Takes images in [0, 1]; it is run in eval mode, where it is, and is afterwards as it was.
+        model: Takes images in [0, 1]; it is run in eval mode, on its device, and restored afterwards.
         images: In [0, 1], (N, C, H, W).
         labels: (N,).
         eps: Linf radius, in [0, 1] pixel units.
-        steps: Of PGD.
+        steps: Steps of PGD.
         alpha: Step size; by default eps / 4.
         batch_size: How many examples are attacked together.
         seed: Fixes the random starts.
@@ -59,22 +59,22 @@ def validate(
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), images.device)
     natural = robust = 0
     with preserve_state(model):
-        counted = CountingModel(model.eval().requires_grad_(False))
-        for number, (clean, truth) in enumerate(zip(images.split(batch_size), labels.split(batch_size), strict=True)):
-            clean, truth = clean.detach().to(device), truth.to(device)
+        counting = CountingModel(model.eval().requires_grad_(False))
+        for number, (clean, target) in enumerate(zip(images.split(batch_size), labels.split(batch_size), strict=True)):
+            clean, target = clean.detach().to(device), target.to(device)
             with torch.no_grad():
-                logits = counted(clean)
+                logits = counting(clean)
             if logits.isnan().any():
-                raise DeatError("the model gives NaN; a model that has diverged cannot be evaluated")
-            right = logits.argmax(dim=1) == truth
-            natural += int(right.sum())
-            if not right.any():
+                raise DeatError("the model outputs NaN: it has diverged and cannot be evaluated")
+            correct = logits.argmax(dim=1) == target
+            natural += int(correct.sum())
+            if not correct.any():
                 continue
-            start = threat.start(clean, seeding.generator(seed, "evaluate", name, number))[right]
+            start = threat.start(clean, seeding.generator(seed, "evaluate", name, number))[correct]
             with seeding.preserved():
                 seeding.seed_global(seed, "evaluate", name, "", number)
-                crafted = pgd(counted, clean[right], truth[right], start=start, eps=eps,
+                output = pgd(counting, clean[correct], target[correct], start=start, eps=eps,
                               alpha=eps / 4 if alpha is None else alpha, steps=steps, loss=cross_entropy,
                               threat=threat)  # fmt: skip
-            robust += int((~crafted.broken).sum())
-    return Validation(natural / len(images), robust / len(images), counted.forwards, counted.backwards)
+            robust += int((~output.broken).sum())
+    return Validation(natural / len(images), robust / len(images), counting.forwards, counting.backwards)

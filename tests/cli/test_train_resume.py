@@ -268,11 +268,11 @@ def test_a_configuration_is_held_against_the_newest_checkpoint_that_is_whole(sto
     callback = Stops(10**6)
     assert len(resume(stopped, {}, callbacks=[callback], trust_code=True)[1].rows) == 2
     assert len(callback.warnings) == 1
-    assert f"{newest} is damaged (its checksum does not fit); the one before it is used" in callback.warnings[0]
+    assert f"{newest} is damaged (its checksum does not match); the one before it is used" in callback.warnings[0]
 
 
 def test_milestones_are_a_multistep_rate_s() -> None:
-    with pytest.raises(DeatError, match=r"--lr-epochs = 3 lays out the milestones of a multistep .* one is cyclic"):
+    with pytest.raises(DeatError, match=r"--lr-epochs = 3 applies to the multistep schedule only, not to cyclic"):
         plan.plan(make_options({**SMALL, "lr_epochs": 3}))
 
 

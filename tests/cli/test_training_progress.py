@@ -13,34 +13,8 @@ from training_problems import images_and_labels, loader, normalized, run_config
 import deat_rb
 from deat_rb.cli.progress import TrainingProgress, print_result
 from deat_rb.runs.directory import RunDirectory
-from deat_rb.training.callbacks import Callback
 from deat_rb.training.metrics import BatchStats, EpochAccumulator, EpochStats
 from deat_rb.training.trainer import Trainer
-
-
-def test_the_reporter_hears_of_everything_in_order() -> None:
-    told: list[str] = []
-
-    class Listens(Callback):
-        def on_epoch_start(self, epoch: int, epochs: int, batches: int, steps: int) -> None:
-            told.append(f"epoch {epoch}/{epochs}: {batches} batches, r = {steps}")
-
-        def on_batch_end(self, sums: EpochAccumulator) -> None:
-            told.append(f"{sums.examples} examples, {sums.read()['backwards']:.0f} backwards")
-
-        def on_validation_start(self) -> None:
-            told.append("validation")
-
-        def on_epoch_end(self, row: EpochStats) -> None:
-            told.append(f"ended {row.epoch}")
-
-    trainer = deat_rb.create("m-deat", normalized())
-    trainer.fit(loader(), [images_and_labels()], epochs=2, lr=0.05, callbacks=[Listens()])
-    assert told == [
-        "epoch 1/2: 2 batches, r = 1", "6 examples, 1 backwards", "12 examples, 2 backwards", "validation", "ended 1",
-        "epoch 2/2: 2 batches, r = 2", "6 examples, 2 backwards", "12 examples, 4 backwards", "validation", "ended 2",
-    ]  # fmt: skip
-
 
 ROW = EpochStats(epoch=2, steps=3, loss=1.25, train_acc=0.5, val_acc=0.625, val_robust_acc=0.25, l_x=12345.678,
                  seconds=4, val_seconds=1, images_per_second=150)  # fmt: skip

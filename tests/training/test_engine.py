@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import torchattacks
 from torch import nn
 from torch.optim import SGD
-from training_problems import images_and_labels, made
+from training_problems import images_and_labels, loader, made
 
 import deat_rb
 from deat_rb.training.engine import Engine, fast_gpu_math
@@ -22,18 +23,18 @@ from deat_rb.utils.errors import DeatError
 CPU = torch.device("cpu")
 
 
-def test_devices() -> None:
+def test_resolve_device() -> None:
     assert resolve_device("cpu") == CPU
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else resolve_device().type)
 
 
 @pytest.mark.parametrize("name", ["cuda:63", "gpu", "", "meta"])
-def test_devices_that_are_not_there(name: str) -> None:
+def test_resolve_device_refuses(name: str) -> None:
     with pytest.raises(DeatError, match=f"there is no device '{name}' here; --device auto takes the best"):
         resolve_device(name)
 
 
-def test_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_precision("fp32", CPU) == "fp32"
     assert resolve_precision("bf16", CPU) == "bf16"
     with pytest.raises(DeatError, match="fp16 does not train on a CPU; use --precision bf16, fp32 or auto"):
@@ -50,7 +51,7 @@ def test_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("device", "precision"), [("cuda", "high"), ("cpu", "highest")])
-def test_tf32_and_cudnns_trials_are_for_gpus_and_given_back(device: str, precision: str) -> None:
+def test_fast_gpu_math_is_for_gpus_and_restored(device: str, precision: str) -> None:
     def chosen() -> tuple[str, bool]:
         return torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
 
@@ -62,25 +63,7 @@ def test_tf32_and_cudnns_trials_are_for_gpus_and_given_back(device: str, precisi
     assert chosen() == ("highest", False)
 
 
-def test_of_several_gpus_a_process_takes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    touched: list[torch.device] = []
-
-    def touch(size: int, device: torch.device) -> torch.Tensor:
-        touched.append(device)
-        return torch.zeros(size)
-
-    monkeypatch.setattr(torch, "empty", touch)
-    assert resolve_device("auto") == torch.device("cuda")
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda:2")
-    assert resolve_device("cuda:1") == torch.device("cuda:1")
-    assert touched == [torch.device(name) for name in ("cuda", "cuda:2", "cuda:2", "cuda:1")]
-
-
-def test_the_optimiser_is_torchs_sgd_and_its_momentum_is_there_from_the_beginning() -> None:
+def test_sgd_is_torchs_with_momentum_buffers_from_the_start() -> None:
     ours, theirs = made(), made()
     optimizers = [
         Engine().sgd(ours.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4),
@@ -98,9 +81,7 @@ def test_the_optimiser_is_torchs_sgd_and_its_momentum_is_there_from_the_beginnin
 
 
 @pytest.mark.parametrize(("device", "fused"), [("cuda", True), ("cpu", False)])
-def test_a_gpu_has_the_fused_optimiser_in_every_precision(
-    device: str, fused: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sgd_is_fused_on_a_gpu_in_every_precision(device: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one waits for the device at each update under fp16's loss scale."""
     asked: list[bool] = []
 
@@ -116,7 +97,7 @@ def test_a_gpu_has_the_fused_optimiser_in_every_precision(
     assert asked == [fused] * 3
 
 
-def test_descend_gives_the_gradient_before_the_update() -> None:
+def test_backward_and_step_returns_the_gradient_before_the_update() -> None:
     """Of w x^2 at w = 3, x = 2: 2 w x = 12 with respect to x, x^2 = 4 to w, so that w = 3 - 0.5 * 4 = 1."""
     w, x = nn.Parameter(torch.tensor([3.0])), torch.tensor([2.0], requires_grad=True)
     w.grad = torch.tensor([100.0])
@@ -125,17 +106,17 @@ def test_descend_gives_the_gradient_before_the_update() -> None:
     assert float(Engine().backward_and_step(w * x.detach() ** 2, SGD([w], lr=0.5), x.detach())) == 0
 
 
-def test_autocast_is_the_precision_s() -> None:
+def test_autocast_has_the_precision() -> None:
     model, (images, _) = made(), images_and_labels()
     for engine, dtype in ((Engine("cpu", "fp32"), torch.float32), (Engine("cpu", "bf16"), torch.bfloat16)):
         with engine.autocast():
             assert model(images).dtype == dtype
 
 
-def test_model_and_images_are_laid_out_in_channels_last() -> None:
+def test_prepare_and_to_device_use_channels_last() -> None:
     engine = Engine()
     weight = next(engine.prepare(made()).parameters())
-    images, labels = engine.receive(*images_and_labels())
+    images, labels = engine.to_device(*images_and_labels())
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(images, images_and_labels()[0])
@@ -147,7 +128,7 @@ def test_peak_memory_is_in_bytes() -> None:
     assert 50e6 < Engine().peak_memory() < 100e9
 
 
-def test_bf16_sees_the_gradient_magnitude_of_fp32() -> None:
+def test_training_step_in_bf16_has_the_l_x_of_fp32() -> None:
     for name in ("pgd-2", "deat-2", "mart"):
         seen = [l_x_of(name, precision, "cpu") for precision in ("fp32", "bf16")]
         assert seen[1] == pytest.approx(seen[0], rel=0.05), name
@@ -178,7 +159,7 @@ NAMES = ["standard", "pgd-2", "m-deat", "free-3", "trades", "mart", "fat-2", "f+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_half_precision_on_a_gpu_sees_the_gradient_magnitude_of_fp32(name: str, precision: Precision) -> None:
+def test_training_step_in_half_precision_on_a_gpu_has_the_l_x_of_fp32(name: str, precision: Precision) -> None:
     """The noise of TRADES' start is at the resolution of half precision, so its l_X is only known to be finite."""
     expected, seen = l_x_of(name, "fp32", "cuda"), l_x_of(name, precision, "cuda")
     if name not in ("trades", "f+mart"):
@@ -210,7 +191,7 @@ def test_a_training_step_on_a_gpu_does_not_wait(name: str, precision: Precision)
 
 
 @pytest.mark.gpu
-def test_fit_on_a_gpu_trains_and_gives_the_generators_back() -> None:
+def test_fit_on_a_gpu_trains_and_restores_the_generators() -> None:
     state = torch.cuda.get_rng_state()
     model = made()
     trainer = deat_rb.create("m-deat", model)
@@ -219,3 +200,17 @@ def test_fit_on_a_gpu_trains_and_gives_the_generators_back() -> None:
     assert history.steps == [1, 2]
     assert history.rows[-1].peak_memory > 0
     assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("method", ["pgd-2", "fat-3", "f+trades", "free-2", "mart"])
+def test_compile_trains_as_eager_does(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within rounding. The graphs are captured as always, and run without the compiler that takes a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    results = []
+    for compiled in (False, True):
+        model = made()
+        trainer = deat_rb.create(method, model, **({"steps": 2} if method == "mart" else {}))
+        history = trainer.fit(loader(3), epochs=1, lr=0.05, compile=compiled)
+        assert "forward" not in model.__dict__
+        results.append((history.rows[0].loss, history.rows[0].l_x))
+    assert results[0] == pytest.approx(results[1], rel=1e-3)

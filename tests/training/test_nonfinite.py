@@ -1,39 +1,41 @@
-"""Training that is no longer finite."""
+"""Non-finite values in training: detection, abort and skipping."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from training_problems import loader, made
+from fits import Generated
+from resumed_runs import Stops, train
+from torch import nn
+from training_problems import Batch, loader, made, normalized, run_config
 
 import deat_rb
 import deat_rb.methods
+from deat_rb.runs.directory import RunDirectory
 from deat_rb.training.metrics import BatchStats
 from deat_rb.training.nonfinite import NonFiniteFlags
-from deat_rb.utils.errors import DeatError
-
-Batch = tuple[Tensor, Tensor]
+from deat_rb.utils.errors import DeatError, Interrupted
 
 
 def stats(loss: float = 1.0, l_x: float = 1.0) -> BatchStats:
     return BatchStats(1, torch.tensor(loss), torch.tensor(1), torch.tensor(l_x), 1, 1, 1, 3)
 
 
-def test_the_first_batch_that_was_not_finite_is_named() -> None:
+def test_nonfinite_flags_name_the_first_batch() -> None:
     model = nn.Linear(2, 2)
-    watch = NonFiniteFlags()
-    assert watch.found() is None
-    watch.note(stats(), model, 0)
-    assert watch.found() is None
-    assert watch.note(stats(l_x=math.inf), model, 4).tolist() == [True, False, True]
-    watch.note(stats(loss=math.nan), model, 5)
-    assert watch.found() == (5, "l_X")
+    flags = NonFiniteFlags()
+    assert flags.found() is None
+    flags.note(stats(), model, 0)
+    assert flags.found() is None
+    assert flags.note(stats(l_x=math.inf), model, 4).tolist() == [True, False, True]
+    flags.note(stats(loss=math.nan), model, 5)
+    assert flags.found() == (5, "l_X")
     with torch.no_grad():
         model.weight[0, 0] = math.nan
     assert NonFiniteFlags().note(stats(), model, 0).tolist() == [True, True, False]
@@ -52,7 +54,7 @@ class Poisoned(list[Batch]):
 
 
 @pytest.mark.parametrize("method", ["pgd-1", "free-2", "m-deat", "trades"])
-def test_a_batch_that_is_skipped_leaves_no_trace(method: str) -> None:
+def test_nonfinite_skip_leaves_no_trace_of_the_batch(method: str) -> None:
     """Training with a bad batch at the end of the epoch is training without that batch."""
     good = loader(4)
     expected, actual = made(), made()
@@ -67,7 +69,7 @@ def test_a_batch_that_is_skipped_leaves_no_trace(method: str) -> None:
         assert torch.equal(actual.state_dict()[name], tensor), name
 
 
-def test_skipping_every_batch_ends_training() -> None:
+def test_nonfinite_skip_of_every_batch_ends_training() -> None:
     bad = [(images * math.nan, labels) for images, labels in loader(2)]
 
     class First(list[Batch]):
@@ -80,40 +82,62 @@ def test_skipping_every_batch_ends_training() -> None:
             return list.__iter__(self) if self.epoch < 2 else iter(bad)
 
     trainer = deat_rb.create("pgd-1", made())
-    with pytest.raises(DeatError, match="no longer finite: the loss, l_X or a gradient at batch 2 of epoch 2; epoch 1"):
+    with pytest.raises(
+        DeatError,
+        match=r"diverged: the loss, l_X or a gradient became NaN or Inf at batch 2 of epoch 2; the model .* epoch 1",
+    ):
         trainer.fit(First(loader(2)), epochs=2, lr=0.1, on_nonfinite="skip")
     with pytest.raises(DeatError, match="on_nonfinite = 'ignore' cannot be used: it should be 'stop' or 'skip'"):
         trainer.fit(loader(2), epochs=1, on_nonfinite="ignore")
 
 
-def test_a_rule_that_is_not_heeded_is_noted() -> None:
-    class Alarm(deat_rb.methods.GradientRatio):
-        def update(self, stats: Any) -> Any:
-            from deat_rb.training.base import Stop
+def test_nonfinite_stop_keeps_the_last_good_epoch(tmp_path: Path) -> None:
+    model, run = normalized(), RunDirectory.create(tmp_path / "run", run_config())
+    data = loader(4)
 
-            return Stop("because", keep=1) if stats.epoch == 2 else None
+    class Blows(Generated):
+        epoch = 0
 
-    def trainer() -> Any:
-        made_trainer = deat_rb.create("m+u-fgsm", made())
-        made_trainer.stopping = Alarm()
-        return made_trainer
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
 
-    heeded = trainer().fit(loader(2), epochs=4, lr=0.05)
-    noted = trainer().fit(loader(2), epochs=4, lr=0.05, early_stopping=False)
-    assert (len(heeded.rows), heeded.stopped, heeded.selected) == (2, "because", 1)
-    assert (len(noted.rows), noted.stopped, noted.selected) == (4, None, 4)
-    assert [row.stopped for row in noted.rows] == [None, "because", None, None]
+        def __iter__(self) -> Iterator[Batch]:
+            yield from data[:1]
+            images, labels = data[1]
+            yield (images if self.epoch < 2 else images * float("nan")), labels
+
+    state = torch.get_rng_state()
+    with pytest.raises(
+        DeatError,
+        match=r"diverged: the loss became NaN or Inf at batch 2 of epoch 2; the model has the weights of epoch 1; "
+        r"the checkpoint .*"
+        r"/checkpoints/00000002.safetensors \(epoch 2, batch 0\) is unaffected; try a smaller --lr",
+    ):
+        deat_rb.create("pgd-1", model).fit(Blows(), epochs=3, lr=0.05, run=run)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [row.epoch for row in run.rows()] == [1]
+    assert all(
+        bool(tensor.isfinite().all()) for tensor in deat_rb.load_model(run.path, trust_code=True).state_dict().values()
+    )
+    with pytest.raises(
+        DeatError, match=r"diverged: .* became NaN or Inf at batch . of epoch 1; no epoch has ended yet"
+    ):
+        deat_rb.create("standard", made()).fit(loader(3), epochs=1, lr=1e30)
 
 
-@pytest.mark.parametrize("method", ["pgd-2", "fat-3", "f+trades", "free-2", "mart"])
-def test_compiled_passes_train_what_eager_ones_do(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within rounding. The graphs are captured as always, and run without the compiler that takes a minute."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    results = []
-    for compiled in (False, True):
-        model = made()
-        trainer = deat_rb.create(method, model, **({"steps": 2} if method == "mart" else {}))
-        history = trainer.fit(loader(3), epochs=1, lr=0.05, compile=compiled)
-        assert "forward" not in model.__dict__
-        results.append((history.rows[0].loss, history.rows[0].l_x))
-    assert results[0] == pytest.approx(results[1], rel=1e-3)
+def test_nonfinite_after_resume_names_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDirectory.create(tmp_path / "run", run_config())
+    with pytest.raises(Interrupted):
+        train("pgd-1", run, Stops(6))
+    newest = sorted(run.checkpoints.iterdir())[-1]
+    learn = deat_rb.AttackTrainer.training_step
+
+    def broken(self: deat_rb.AttackTrainer, *arguments: Any) -> BatchStats:
+        return replace(learn(self, *arguments), loss=torch.tensor(math.nan))
+
+    monkeypatch.setattr(deat_rb.AttackTrainer, "training_step", broken)
+    with pytest.raises(
+        DeatError,
+        match=rf"the loss became NaN or Inf at batch 3 of epoch 2; .* checkpoint {newest} \(epoch 2, batch 2\)",
+    ):
+        train("pgd-1", run, resume=True)
