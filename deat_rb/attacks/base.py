@@ -1,41 +1,50 @@
-"""The base of our attacks, which leaves no trace on the model, and what crafting cost."""
+"""Base class of the attacks, which preserves the model's state, and the statistics of one attack on a batch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor, enable_grad, nn
 from torchattacks.attack import Attack
 
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.module_state import preserve_modes, preserve_state
-
-if TYPE_CHECKING:
-    pass
-
+from deat_rb.utils.module_state import preserve_modes, preserve_state, require_autograd
 
 AttackMode = Literal["train", "eval"]
 
 
 class StatelessAttack(Attack):
-    """A torchattacks attack that leaves no trace on the model it is called on (law 2).
+    """A torchattacks attack that leaves the model on which it is called unchanged.
 
-    It is called, nested, saved and normalised as every `torchattacks.attack.Attack`. Unlike those it gives each
-    module its own mode back, when it raises too, keeps buffers and gradients as they were, and, where it crafts in
-    train mode, leaves modules alone that their owner has frozen in eval.
+    It is called, nested, saved and normalized like every `torchattacks.attack.Attack`. Unlike those it restores the
+    mode of each module, also after an exception, and the buffers and gradients; in train mode it leaves modules alone
+    that are frozen in eval mode.
+
+    Args:
+        name: The attack's name.
+        model: The model to attack: takes images (N, C, H, W), returns logits (N, K).
+        attack_mode: The model's mode during the attack: ``train`` or ``eval``. None: the mode that the model is in:
+            eval mode on a model in eval mode, where the examples of a batch do not affect each other, as in
+            torchattacks; train mode on a model in train mode, as adversarial training does.
+            `set_model_training_mode` overrides it.
+
+    Raises:
+        DeatError: If ``attack_mode`` is none of these.
     """
 
-    def __init__(self, name: str, model: nn.Module, attack_mode: AttackMode = "train") -> None:
+    def __init__(self, name: str, model: nn.Module, attack_mode: AttackMode | None = None) -> None:
         super().__init__(name, model)
-        if attack_mode not in ("train", "eval"):
+        if attack_mode not in ("train", "eval", None):
             raise DeatError(f"attack_mode = '{attack_mode}' is neither 'train' nor 'eval'")
-        train = attack_mode == "train"
-        self.set_model_training_mode(model_training=train, batchnorm_training=train, dropout_training=train)
+        self._keeps_mode = True
+        if attack_mode is not None:
+            train = attack_mode == "train"
+            self.set_model_training_mode(model_training=train, batchnorm_training=train, dropout_training=train)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # The parent's version compares every value ever assigned with `in`, which raises on tensors; what it is for
-        # is to find nested attacks, and here they are assigned bare.
+        # The parent compares every assigned value with `in`, which raises on tensors. It does so to find nested
+        # attacks, which are assigned bare here.
         object.__setattr__(self, name, value)
         if isinstance(value, Attack):
             nested = self.__dict__["_attacks"]
@@ -44,19 +53,27 @@ class StatelessAttack(Attack):
                 nested[f"{name}.{inner_name}"] = inner
 
     def __call__(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        """Crafts, and leaves the model as it was.
+        """Generate adversarial examples, and restore the model's state.
 
         Args:
-            inputs: Images in [0, 1], (N, C, H, W), or normalised ones after `set_normalization_used`.
+            inputs: Images in [0, 1], (N, C, H, W), or normalized ones after `set_normalization_used`.
             labels: (N,).
-            args: For the attack's own ``forward``.
-            kwargs: For the attack's own ``forward``.
+            args: Passed to ``forward``.
+            kwargs: Passed to ``forward``.
 
         Returns:
-            The adversarial images (N, C, H, W), normalised where ``inputs`` are.
+            The adversarial examples (N, C, H, W), normalized if ``inputs`` are.
+
+        Raises:
+            DeatError: Inside `torch.inference_mode`.
         """
+        require_autograd(f"the attack {self.attack}")
+        if inputs.is_inference():
+            inputs = inputs.clone()
+        if labels is not None and labels.is_inference():
+            labels = labels.clone()
         applied = self._normalization_applied
-        with preserve_state(self.model):
+        with preserve_state(self.model), enable_grad():
             self.enter_mode()
             try:
                 adv: Tensor = super().__call__(inputs, labels, *args, **kwargs)
@@ -64,9 +81,18 @@ class StatelessAttack(Attack):
                 self._set_normalization_applied(applied)
         return adv
 
+    def set_model_training_mode(
+        self, model_training: bool = False, batchnorm_training: bool = False, dropout_training: bool = False
+    ) -> None:
+        """Set the model's mode during the attack, as in torchattacks."""
+        self._keeps_mode = False
+        super().set_model_training_mode(model_training, batchnorm_training, dropout_training)
+
     def enter_mode(self) -> None:
-        """Puts the model into the mode that crafting runs in."""
-        if not self._model_training:
+        """Put the model into the mode of the attack."""
+        if self._keeps_mode and self.model.training:
+            return
+        if self._keeps_mode or not self._model_training:
             self.model.eval()
             return
         if not self.model.training:
@@ -79,17 +105,17 @@ class StatelessAttack(Attack):
                 module.eval()
 
     def save(self, *args: Any, **kwargs: Any) -> Any:
-        """Saves adversarial images as `torchattacks.attack.Attack.save` does, and leaves the modes as they were."""
+        """Save adversarial examples as `torchattacks.attack.Attack.save` does, and restore the modes."""
         with preserve_modes(self.model):
             return super().save(*args, **kwargs)
 
     def get_output_with_eval_nograd(self, inputs: Tensor) -> Tensor:
-        """The logits (N, K) of images (N, C, H, W) in eval mode, which leaves the modes as they were."""
+        """Return the logits (N, K) of images (N, C, H, W) in eval mode, and restore the modes."""
         with preserve_modes(self.model):
             logits: Tensor = super().get_output_with_eval_nograd(inputs)
         return logits
 
-    # torchattacks would set and recover one mode for the whole model, on nested attacks as well.
+    # torchattacks sets and recovers one mode of the whole model, on nested attacks as well.
     def _change_model_mode(self, given_training: bool) -> None:
         pass
 
@@ -99,10 +125,10 @@ class StatelessAttack(Attack):
 
 @dataclass
 class CraftStats:
-    """What crafting one batch cost and saw.
+    """Statistics of one attack on a batch.
 
     Attributes:
-        l_x: The sum over the batch of the L1 norm of each example's last input gradient, in pixel space, a 0-d tensor.
+        l_x: Sum over the batch of the L1 norm of each example's last input gradient, in pixel space, a 0-d tensor.
         forwards: Forward passes, in units of this mini-batch.
         backwards: Backward passes, in units of this mini-batch.
     """

@@ -1,7 +1,7 @@
-"""Observes an attack from outside: the gradient it computes at its inputs and the passes it takes, at no extra pass.
+"""Input-gradient probe: records the gradient that an attack computes at its inputs and counts its passes.
 
-Every gradient attack forwards images that require a gradient and asks for it. A forward pre-hook on the model finds
-those inputs, and a hook on the tensor sees the gradient when it comes. That is l_X for any attack (law 3).
+Every gradient attack forwards images that require a gradient. A forward pre-hook on the model finds those inputs, and a
+hook on the tensor records their gradient: l_X of any attack without an extra pass (invariant 3).
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from deat_rb.utils.seeding import preserved
 
 
 class GradientProbe:
-    """A context manager in which a model's input gradients are seen.
+    """Context manager that records a model's input gradients.
 
     Args:
-        model: The model that an attack is about to forward.
-        pixel_scale: d(model input) / d(pixel), (1, C, 1, 1) or a number: 1 / std where the model's input is normalised.
+        model: The model under attack.
+        pixel_scale: d(model input) / d(pixel), (1, C, 1, 1) or a number: 1 / std where the model's input is normalized.
 
     Attributes:
-        gradient: The last input gradient seen, (N, C, H, W), or None.
-        forwards: How many images went forward.
-        backwards: How many images' gradients came back.
+        gradient: The last input gradient, (N, C, H, W), or None.
+        forwards: Number of images forwarded.
+        backwards: Number of images whose gradient was computed.
     """
 
     def __init__(self, model: nn.Module, pixel_scale: Tensor | float = 1.0) -> None:
@@ -61,15 +61,15 @@ class GradientProbe:
     def _see_gradient(self, gradient: Tensor) -> Tensor:
         self.gradient = gradient.detach()
         self.backwards += len(gradient)
-        # Of a model in channels_last it would be, too, and torchattacks' L2 attacks view gradients as vectors.
+        # A model in channels_last returns gradients in channels_last, which torchattacks' L2 attacks cannot flatten.
         return gradient.contiguous()
 
     def stats(self, examples: int, unit: float) -> CraftStats:
-        """The figures of one call.
+        """Return the statistics of one call of the attack.
 
         Args:
-            examples: How many images it was called with.
-            unit: By what the gradient is to be multiplied to be that of each example's own loss.
+            examples: Number of images in the call.
+            unit: Factor that makes the gradient that of each example's own loss.
         """
         gradient = torch.zeros(()) if self.gradient is None else self.gradient
         return CraftStats(
@@ -80,13 +80,13 @@ class GradientProbe:
 
 
 def uses_mean_reduction(attack: Attack, images: Tensor) -> bool:
-    """Finds out whether an attack's loss is averaged over the batch (torchattacks' PGD) or summed (its TPGD).
+    """Return whether an attack's loss is averaged over the batch (torchattacks' PGD) or summed (its TPGD).
 
-    It is called once on a few images and once on the same ones twice over, with the labels the model predicts: an
-    averaged loss halves each gradient. The model and torch's generators are left as they were.
+    The attack is called on a few images, and on a batch with each of them twice, with the model's predictions as
+    labels: an averaged loss halves each gradient. The model's state and torch's generators are preserved.
 
     Raises:
-        DeatError: If the attack computes no gradient at its inputs, so that l_X cannot be had.
+        DeatError: If the attack computes no gradient at its inputs, so that l_X is undefined.
     """
     few = images[:8]
     with preserve_state(attack.model):
@@ -98,20 +98,20 @@ def uses_mean_reduction(attack: Attack, images: Tensor) -> bool:
             attack(torch.cat([few] * copies), torch.cat([labels] * copies))
         if probe.gradient is None:
             raise DeatError(
-                f"{attack.attack} computes no gradient at its inputs, so that l_X cannot be had; "
-                "choose a gradient attack such as torchattacks.PGD"
+                f"{attack.attack} computes no gradient at its inputs, so l_X is undefined; "
+                "use a gradient attack such as torchattacks.PGD"
             )
         norms.append(float(probe.gradient[: len(few)].abs().sum()))
     return norms[1] < 0.7 * norms[0]
 
 
 def lipschitz_lower_bound(l_x: float, *, examples: int, eps: float, size: int) -> float:
-    """Theorem 1 (Equation 5): ||grad||_1 / (2 eps |x|) <= l_xx, the mean over examples.
+    """Return the mean over examples of ||grad||_1 / (2 eps |x|) <= l_xx (Theorem 1, Equation 5).
 
     Args:
         l_x: Sum of the L1 norms of the examples' input gradients.
-        examples: How many examples.
+        examples: Number of examples.
         eps: The radius, in [0, 1] pixel units.
-        size: |x|, the number of values of one image: C * H * W.
+        size: |x|, the number of values of one image, C * H * W.
     """
     return l_x / (examples * 2 * eps * size)

@@ -1,45 +1,46 @@
-"""Losses as pure functions of logits, one number per example.
+"""Attack losses: pure functions of logits that return one value per example.
 
-Everything is computed in float32 at least, from log-softmax, so that saturated and half-precision logits give finite
-losses and gradients.
+They are computed from log-softmax in float32 or wider, so that losses and gradients stay finite for saturated and
+half-precision logits.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - the field's own name for it
+from torch.nn import functional as F  # noqa: N812 - the usual alias
 
 
-def _wide(logits: Tensor) -> Tensor:
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Return logits of half precision in float32, others unchanged."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def _is_label(logits: Tensor, labels: Tensor) -> Tensor:
-    """Where in the logits (N, K) the labels (N,) are; one_hot would look at the labels, which waits for the device."""
+def label_mask(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the one-hot mask (N, K) of labels (N,); torch's `one_hot` would wait for the device to check them."""
     return labels[:, None] == torch.arange(logits.shape[1], device=labels.device)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of logits (N, K) against labels (N,), per example (N,)."""
-    return F.cross_entropy(_wide(logits), labels, reduction="none")
+    """Return the cross-entropy of logits (N, K) and labels (N,), per example (N,)."""
+    return F.cross_entropy(at_least_float32(logits), labels, reduction="none")
 
 
 def kl_divergence(logits: Tensor, target_logits: Tensor) -> Tensor:
-    """KL(target || prediction) of two sets of logits (N, K), per example (N,); TRADES' boundary term.
+    """Return KL(target || prediction) of logits (N, K), per example (N,); TRADES' boundary term.
 
     Args:
-        logits: The prediction: the adversarial images' logits.
-        target_logits: The reference distribution: the clean images' logits.
+        logits: Logits of the adversarial examples.
+        target_logits: Logits of the clean images.
     """
-    prediction = F.log_softmax(_wide(logits), dim=1)
-    target = _wide(target_logits)
-    # softmax and not exp(log_softmax): their last bits differ, and torchattacks' TPGD has the former.
+    prediction = F.log_softmax(at_least_float32(logits), dim=1)
+    target = at_least_float32(target_logits)
+    # softmax rather than exp(log_softmax), as in torchattacks' TPGD: the last bits differ.
     return (F.softmax(target, dim=1) * (F.log_softmax(target, dim=1) - prediction)).sum(dim=1)
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """The Carlini-Wagner margin, max_{k != y} z_k - z_y, per example (N,): positive once misclassified."""
-    logits = _wide(logits)
-    true = _is_label(logits, labels)
+    """Return the CW margin max_{k != y} z_k - z_y, per example (N,): positive once misclassified."""
+    logits = at_least_float32(logits)
+    true = label_mask(logits, labels)
     return logits.masked_fill(true, -torch.inf).amax(dim=1) - logits.gather(1, labels[:, None]).squeeze(1)

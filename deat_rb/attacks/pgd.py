@@ -1,4 +1,4 @@
-"""The inner maximisers: one PGD whose loss, start and patience make it every crafting of the paper's table."""
+"""Inner maximization: a PGD whose loss, start and early stop (FAT) cover every attack of the paper's table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deat_rb.attacks.base import AttackMode, CraftStats, StatelessAttack
 from deat_rb.attacks.threat_models import Linf
 from deat_rb.utils import seeding
 from deat_rb.utils.errors import DeatError, did_you_mean
-from deat_rb.utils.units import check_eps
+from deat_rb.utils.units import check_eps, parse_fraction
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 
@@ -33,43 +33,48 @@ class PGD(StatelessAttack):
         eps: Radius, in [0, 1] pixel units.
         alpha: Step size, in the same unit.
         steps: Number of steps; 0 returns the start.
-        loss: What is maximised: ``ce``, ``kl`` (TRADES: the KL divergence from the clean images' prediction, which
+        loss: The loss to maximize: ``ce``, ``kl`` (TRADES: the KL divergence from the clean images' prediction, which
             is computed once) or ``margin`` (Carlini and Wagner).
         start: ``uniform`` in [-eps, eps], ``normal`` (0.001 * N(0, 1), as TRADES and FAT begin) or ``none``.
-        tau: The patience of friendly training (Zhang et al. 2020): an example moves on for at most this many steps
-            after it has been misclassified, and then stays where it is. None: every example takes every step.
-        attack_mode: The model's mode while crafting: ``train``, as the paper's code has it, or ``eval``.
+        tau: Early stop of friendly adversarial training (Zhang et al. 2020): an example takes at most this many steps
+            after it has first been misclassified. None: every example takes every step.
+        attack_mode: The model's mode during the attack: ``train`` or ``eval``. None: the mode that the model is in, so
+            that on a model in eval mode the attack is as strong as torchattacks' at every batch size, and on a model in
+            train mode it is that of the paper's training code.
 
     Raises:
-        DeatError: If an argument is outside of what is said above.
+        DeatError: If an argument is not as above.
     """
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        eps: float = 8 / 255,
-        alpha: float = 2 / 255,
+        eps: float | str = 8 / 255,
+        alpha: float | str = 2 / 255,
         steps: int = 10,
         loss: str = "ce",
         start: str = "uniform",
         tau: int | None = None,
-        attack_mode: AttackMode = "train",
+        attack_mode: AttackMode | None = None,
     ) -> None:
         super().__init__("PGD", model, attack_mode)
         if loss not in LOSSES:
-            raise DeatError(f"there is no crafting loss '{loss}': {did_you_mean(loss, LOSSES)}")
+            raise DeatError(f"there is no attack loss '{loss}': {did_you_mean(loss, LOSSES)}")
         if start not in STARTS:
             raise DeatError(f"there is no start '{start}': {did_you_mean(start, STARTS)}")
         if not isinstance(steps, int) or steps < 0:
             raise DeatError(f"steps = {steps} is not a whole number of 0 or more")
+        alpha = parse_fraction(alpha)
         if not (math.isfinite(alpha) and alpha > 0):
             raise DeatError(f"alpha = {alpha:g} is not a positive number; give a step size such as 2/255")
         if alpha > 1:
             raise DeatError(f"alpha = {alpha:g} is above 1; images are in [0, 1], so give a step size such as 2/255")
-        if tau is not None and tau < 0:
-            raise DeatError(f"tau = {tau} is negative; it is the number of steps after a misclassification")
-        self.eps = check_eps(eps)
+        if tau is not None and not (isinstance(tau, int) and tau >= 0):
+            raise DeatError(
+                f"tau = {tau} is not a whole number of 0 or more; it counts steps after a misclassification"
+            )
+        self.eps = check_eps(parse_fraction(eps))
         self.alpha = alpha
         self.steps = steps
         self.loss = loss
@@ -78,19 +83,19 @@ class PGD(StatelessAttack):
         self.loss_scale = 1.0
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Crafts; see `craft`."""
+        """Generate adversarial examples; see `craft`."""
         return self.craft(inputs, labels)[0]
 
     def craft(self, images: Tensor, labels: Tensor | None, adv: Tensor | None = None) -> tuple[Tensor, CraftStats]:
-        """Crafts and says what it cost.
+        """Generate adversarial examples in the model's current mode.
 
         Args:
             images: In [0, 1], (N, C, H, W).
             labels: (N,); not needed for ``loss="kl"`` without ``tau``.
-            adv: Where to begin, (N, C, H, W), instead of ``start``.
+            adv: First iterate, (N, C, H, W), instead of ``start``.
 
         Returns:
-            The adversarial images (N, C, H, W), and l_X and the passes.
+            The adversarial examples (N, C, H, W), and their l_X and passes.
         """
         images = images.detach().to(self.device)
         if labels is not None:
@@ -101,55 +106,57 @@ class PGD(StatelessAttack):
             raise DeatError("this attack needs labels: call it with (images, labels)")
         clean = None
         if self.loss == "kl" and self.steps > 0:
-            with self._as_exact_as_needed(images, 0):
+            with self._full_precision(images, 0):
                 clean = self._clean_logits(images)
         adv = self.initialize(images) if adv is None else adv
         if self.tau is not None:
-            adv, stats = self._friendly(images, labels, clean, adv)
+            adv, stats = self._early_stopped(images, labels, clean, adv)
         else:
-            adv, stats = self._every_step(images, labels, clean, adv)
+            adv, stats = self._all_steps(images, labels, clean, adv)
         if clean is not None:
             stats.forwards = stats.forwards + 1
         return adv, stats
 
     def initialize(self, images: Tensor) -> Tensor:
-        """Draws the start of the perturbation around ``images`` (N, C, H, W), within [0, 1]."""
+        """Draw the first iterate around ``images`` (N, C, H, W), within [0, 1]."""
         if self.start == "uniform":
             return Linf(self.eps).uniform_start(images)
         if self.start == "normal":
             return (images + seeding.normal_like(images, 0.001)).clamp(0, 1)
         return images
 
-    def _every_step(
+    def _all_steps(
         self, images: Tensor, labels: Tensor, clean: Tensor | None, adv: Tensor
     ) -> tuple[Tensor, CraftStats]:
         threat = Linf(self.eps)
         gradient, unit = images.new_zeros(()), 1.0
         for step in range(self.steps):
-            with self._as_exact_as_needed(images, step):
+            with self._full_precision(images, step):
                 _, gradient, unit = self._gradient(adv, labels, clean)
             adv = threat.ascend(adv, images, gradient, self.alpha)
         return adv, CraftStats(gradient.abs().sum() * unit, forwards=self.steps, backwards=self.steps)
 
-    def _friendly(self, images: Tensor, labels: Tensor, clean: Tensor | None, adv: Tensor) -> tuple[Tensor, CraftStats]:
-        """Friendly crafting: decisions per example, by masks and without a host sync.
+    def _early_stopped(
+        self, images: Tensor, labels: Tensor, clean: Tensor | None, adv: Tensor
+    ) -> tuple[Tensor, CraftStats]:
+        """Run PGD with FAT's early stop per example, by masks and without a host sync.
 
-        On a CPU in eval mode, where looking at a mask is free and examples do not see each other, those that have
-        stopped leave the batch. In train mode they have to stay: BatchNorm's statistics are the whole batch's.
+        On a CPU in eval mode, where reading a mask costs nothing and examples do not affect each other, stopped
+        examples leave the batch. In train mode they stay: BatchNorm's statistics are those of the whole batch.
         """
         threat = Linf(self.eps)
         leave = images.device.type == "cpu" and not self.model.training
         moving = torch.ones_like(labels, dtype=torch.bool)
-        everyone = torch.arange(len(images), device=images.device)
+        all_rows = torch.arange(len(images), device=images.device)
         patience = torch.full_like(labels, self.tau or 0)
         l_x = images.new_zeros(len(images))
         passes = images.new_zeros(())
         for step in range(self.steps):
-            rows = everyone[moving] if leave else everyone
+            rows = all_rows[moving] if leave else all_rows
             if len(rows) == 0:
                 break
             passes = passes + moving.sum() / len(images)
-            with self._as_exact_as_needed(images, step):
+            with self._full_precision(images, step):
                 logits, gradient, unit = self._gradient(adv[rows], labels[rows], None if clean is None else clean[rows])
             wrong = logits.argmax(dim=1) != labels[rows]
             go_on = moving[rows] & ~(wrong & (patience[rows] == 0))
@@ -161,14 +168,14 @@ class PGD(StatelessAttack):
             moving = moving.index_copy(0, rows, go_on)
         return adv, CraftStats(l_x.sum(), forwards=passes, backwards=passes)
 
-    def _as_exact_as_needed(self, images: Tensor, step: int) -> AbstractContextManager[object]:
-        """Full precision for the first step on KL from beside the clean images, whatever autocast says.
+    def _full_precision(self, images: Tensor, step: int) -> AbstractContextManager[object]:
+        """Disable autocast for the first step on KL from a start near the clean images.
 
-        There KL and its gradient nearly vanish, and half precision cannot tell images that are 0.001 apart: its signs
-        are noise. One step on they are alpha apart.
+        There KL and its gradient nearly vanish, and half precision does not resolve images that are 0.001 apart: the
+        signs would be noise. After one step the images are alpha apart.
         """
-        beside = self.loss == "kl" and self.start != "uniform"
-        if step == 0 and beside and torch.is_autocast_enabled(images.device.type):
+        near_clean = self.loss == "kl" and self.start != "uniform"
+        if step == 0 and near_clean and torch.is_autocast_enabled(images.device.type):
             return torch.autocast(images.device.type, enabled=False)
         return nullcontext()
 
@@ -178,12 +185,12 @@ class PGD(StatelessAttack):
         return logits
 
     def _gradient(self, adv: Tensor, labels: Tensor, clean: Tensor | None) -> tuple[Tensor, Tensor, float]:
-        """One forward and one backward, for the gradient of the input alone.
+        """Compute the input gradient with one forward and one backward pass.
 
         Returns:
-            The logits (N, K) at ``adv``; a gradient (N, C, H, W); and the number by which it is to be multiplied to be
-            the gradient of each example's own loss. Cross-entropy is averaged and KL summed, as torchattacks' PGD and
-            TPGD do, so that the signs are theirs to the last bit.
+            The logits (N, K) at ``adv``; the gradient (N, C, H, W); and the factor that makes it the gradient of each
+            example's own loss. Cross-entropy is averaged and KL summed, as in torchattacks' PGD and TPGD, so that the
+            signs are equal to theirs.
         """
         adv = adv.detach().requires_grad_()
         with torch.enable_grad():

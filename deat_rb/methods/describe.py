@@ -1,30 +1,42 @@
-"""The table of methods in words: what `deat-rb methods` prints."""
+"""Methods in words: the table and the explanations that `deat-rb methods` prints."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from deat_rb.methods.registry import family, is_of_the_table, known_methods, recipe
-from deat_rb.methods.schedules import AccuracyThreshold, EveryDEpochs, GradientMagnitude
-from deat_rb.methods.stopping import GradientRatio, RobustnessDrop
-from deat_rb.training.base import Constant, Schedule, StoppingRule
+from deat_rb.methods.recipes import (
+    ACCURACY_THRESHOLD,
+    CONSTANT,
+    EVERY_D_EPOCHS,
+    GRADIENT_RATIO,
+    PAPER_EPS,
+    ROBUSTNESS_DROP,
+    Recipe,
+    path_of,
+)
+from deat_rb.methods.registry import family, is_builtin, known_methods, recipe
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.units import format_fraction
+
+if TYPE_CHECKING:
+    from deat_rb.methods.build import ConfiguredMethod
 
 
 @dataclass(frozen=True)
 class MethodRow:
-    """A line of `deat-rb methods`, all text.
+    """A row of `deat-rb methods`, all text.
 
     Attributes:
-        name: The method's or, of a family, an example's.
-        family: How the names of its family are written, such as ``free-R``; the name itself where it stands alone.
-        attack: What crafts.
-        loss: What is learnt from.
-        schedule: What sets the steps.
-        stop: What ends training early.
+        name: The method's name; of a family, an example's.
+        family: Notation of the family, such as ``free-R``; the name itself of a single method.
+        attack: The attack.
+        loss: The surrogate loss.
+        schedule: How the steps change from epoch to epoch.
+        stop: The stopping rule.
         cost: Backward passes over T epochs of M mini-batches.
-        paper: Where the paper has it, and its source.
+        paper: Section, algorithm and source.
     """
 
     name: str
@@ -37,72 +49,174 @@ class MethodRow:
     paper: str
 
 
-def describe(name: str) -> MethodRow:
-    """A method's row in words."""
-    canonical, row = recipe(name)
-    loss = row.loss if isinstance(row.loss, str) else row.loss.name
+def describe(name: str, *, eps: float | str = PAPER_EPS, **overrides: Any) -> MethodRow:
+    """Describe a method with the values that it runs with.
+
+    Args:
+        name: The method.
+        eps: The Linf radius, to which the step size is scaled.
+        overrides: As for `deat_rb.create`.
+
+    Raises:
+        DeatError: As for `deat_rb.create`.
+    """
+    if eps == PAPER_EPS and all(value is None for value in overrides.values()):
+        return _describe(*recipe(name), PAPER_EPS)  # without torch
+    from deat_rb.methods.build import configure
+
+    return describe_configured(configure(name, eps=eps, **overrides))
+
+
+def describe_configured(method: ConfiguredMethod) -> MethodRow:
+    """Describe a method configured by `deat_rb.methods.build.configure`."""
+    row, example = method.recipe, recipe(method.name)[1]
+    alpha = example.alpha * method.eps / PAPER_EPS
+    return _describe(method.name, row, method.eps, own_values=(row.steps, row.alpha) != (example.steps, alpha))
+
+
+def _describe(canonical: str, row: Recipe, eps: float, own_values: bool = False) -> MethodRow:
+    """Describe a row; ``own_values``: its steps or alpha are not those that its summary may name."""
+    summary = row.summary or path_of(row.attack).rpartition(":")[2]
+    if own_values:
+        summary += f"; here steps = {row.steps}, alpha = {format_fraction(row.alpha)}"
     return MethodRow(
         name=canonical,
         family=family(canonical),
-        attack=row.summary or getattr(row.attack, "__name__", "an attack of its own"),
-        loss={"ce": "CE", "trades": "CE(clean) + 6 KL", "mart": "MART, lambda 6"}.get(loss, loss),
-        schedule=_SCHEDULES.get(row.schedule, row.schedule.__name__),
-        stop=_STOPS.get(row.stopping, row.stopping.__name__ if row.stopping else "-"),
-        cost=row.cost or "counted",
+        attack=_attack(row, eps) if row.uses_pgd and not row.summary else summary,
+        loss=_loss(row),
+        schedule=_schedule(row),
+        stop=_stop(row),
+        cost=row.cost or (_cost(row) if row.uses_pgd else "counted during training"),
         paper=row.paper or "-",
     )
 
 
-_SCHEDULES: dict[type[Schedule], str] = {
-    Constant: "constant",
-    EveryDEpochs: "every D epochs",
-    AccuracyThreshold: "training accuracy",
-    GradientMagnitude: "gradient magnitude",
-}
+def _attack(row: Recipe, eps: float) -> str:
+    """Describe the attack of a row that uses `deat_rb.PGD`."""
+    options = row.attack_options
+    if row.steps == 0 and not row.guided:
+        return "none"
+    fixed = path_of(row.schedule) == CONSTANT
+    size = "alpha = eps" if row.replays and row.alpha == eps else f"{format_fraction(row.alpha)}"
+    if row.replays:
+        number = f"{row.steps} replay{'s' * (row.steps != 1)}" if fixed else "replays"
+        text = f"{number}, {size}" if size == "alpha = eps" else f"{number} of {size}"
+    elif fixed and row.steps == 1:
+        text = f"one step of {size}"
+    else:
+        text = f"{row.steps} steps of {size}" if fixed else f"steps of {size}"
+    if not row.replays and (row.loss != "ce" or options.get("loss", "ce") != "ce"):
+        text += " on " + {"ce": "CE", "kl": "KL", "margin": "the CW margin"}[options.get("loss", "ce")]
+    start = {"uniform": ", uniform start", "normal": ", start 0.001 N(0,1)", "none": ""}[
+        options.get("start", "uniform")
+    ]
+    if row.trainer_options.get("carry"):
+        start = ", delta carried from batch to batch"
+    tau, mode = options.get("tau"), options.get("attack_mode")
+    friendly = "" if tau is None else f", FAT's early stop with tau = {tau}"
+    usual = None if tau is None else "eval"
+    return text + start + friendly + (f", in {mode} mode" if mode not in (None, usual) else "")
 
-_STOPS: dict[type[StoppingRule] | None, str] = {
-    None: "-",
-    RobustnessDrop: "PGD-5 drops by over 20 points",
-    GradientRatio: "l_X surges (m = 2, gamma 1.5)",
-}
+
+def _loss(row: Recipe) -> str:
+    if not isinstance(row.loss, str):
+        return row.loss.name
+    if row.loss == "trades":
+        return f"CE(clean) + {row.beta:g} KL" if row.beta else "CE(clean)"
+    return f"MART, lambda {row.beta:g}" if row.loss == "mart" else row.loss.upper()
 
 
-def method_table(complain: Callable[[str], None] | None = None) -> list[MethodRow]:
-    """The whole table, each family by its example, and the methods registered.
+def _schedule(row: Recipe) -> str:
+    options, path = row.schedule_options, path_of(row.schedule)
+    bounds = f", from {row.steps}" if row.steps != 1 and path != CONSTANT else ""
+    if options.get("max_steps") is not None:
+        bounds += f", at most {options['max_steps']}"
+    if path == CONSTANT:
+        return "constant"
+    if path == EVERY_D_EPOCHS:
+        every = options.get("every", 3)
+        return ("one more every epoch" if every == 1 else f"one more every {every} epochs") + bounds
+    if path == ACCURACY_THRESHOLD:
+        return f"one more after training accuracy above {100 * options.get('threshold', 0.4):g} %" + bounds
+    if row.guided:
+        gamma = f", gamma {options['gamma']:g}" if "gamma" in options else ""
+        return "gradient magnitude" + bounds + gamma
+    return path.rpartition(".")[2].rpartition(":")[2]
+
+
+def _stop(row: Recipe) -> str:
+    if row.stopping is None:
+        return "-"
+    options, path = row.stopping_options, path_of(row.stopping)
+    if path == ROBUSTNESS_DROP:
+        return f"PGD-5 accuracy drops by over {100 * options.get('drop', 0.2):g} points"
+    if path == GRADIENT_RATIO:
+        return f"l_X surges (m = {options.get('m', 2)}, gamma {options.get('gamma', 1.5):g})"
+    return path.rpartition(".")[2].rpartition(":")[2]
+
+
+def _cost(row: Recipe) -> str:
+    """Backward passes of a built-in trainer around `deat_rb.PGD`."""
+    if path_of(row.schedule) != CONSTANT:
+        return "sum of r, times M" if row.replays else "sum of (r + 1), times M"
+    if row.replays or row.steps < 2:
+        passes = row.steps + (not row.replays)
+        return f"{passes}MT" if passes > 1 else "MT"
+    return f"{'at most ' if row.attack_options.get('tau') is not None else ''}({row.steps} + 1)MT"
+
+
+def method_table(on_error: Callable[[str], None] | None = None) -> list[MethodRow]:
+    """Return the whole table: an example of each family, and the registered methods.
 
     Args:
-        complain: Is told of each entry point that cannot be loaded, in a sentence; without it the first one is raised.
+        on_error: Called with a sentence for each entry point that cannot be loaded; by default the first one raises.
 
     Raises:
-        DeatError: An entry point cannot be loaded.
+        DeatError: If an entry point cannot be loaded.
     """
     rows = []
     for name in known_methods():
         try:
             rows.append(describe(name))
         except DeatError as error:
-            if complain is None:
+            if on_error is None:
                 raise
-            complain(str(error))
+            on_error(str(error))
     return rows
 
 
+COLUMNS = ("method", "attack", "loss", "schedule / stop", "backward passes")
+
+
+def cells(row: MethodRow) -> tuple[str, ...]:
+    """Return a row's cells under `COLUMNS`."""
+    schedule = row.schedule if row.stop == "-" else f"{row.schedule}; stop: {row.stop}"
+    return row.name, row.attack, row.loss, schedule, row.cost
+
+
+def markdown_table(rows: Iterable[MethodRow] | None = None) -> str:
+    """Return the table as Markdown, as docs/methods.md has it; the notation of a family follows its example."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    for row in method_table() if rows is None else rows:
+        name = f"`{row.name}`" + ("" if row.family == row.name else f" (`{row.family}`)")
+        lines.append("| " + " | ".join((name, *cells(row)[1:])) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def explain(name: str) -> str:
-    """About ten lines on a method: the four choices, the cost, where the paper has it, and what was settled."""
+    """Explain a method in about ten lines: its four choices, cost, source, and the notes."""
     canonical, row = recipe(name)
     text = describe(canonical)
-    settings = (
-        "fast: " + str(row.fast_epochs) + " epochs, cyclic LR to 0.1; standard: 50 epochs, LR 0.05 cut at 25 and 40"
-    )
+    settings = f"fast: {row.fast_epochs} epochs, cyclic LR to 0.1; standard: 50 epochs, LR 0.05 cut at 25 and 40"
     guided = "guided by the gradient magnitude" if row.guided else text.schedule
     lines = [
-        f"{canonical}: {guided}; {row.trainer.__name__}",
+        f"{canonical}: {guided}; {path_of(row.trainer).rpartition('.')[2].rpartition(':')[2]}",
         f"  attack     {text.attack}",
         f"  loss       {text.loss}",
         f"  schedule   {text.schedule}" + ("; alpha* = max(alpha, eps/r)" if row.guided else ""),
         *([] if text.stop == "-" else [f"  stop       {text.stop}"]),
         f"  cost       {text.cost} backward passes over T epochs of M mini-batches",
         f"  settings   {settings}",
-        f"  paper      {'arXiv:2103.03076, ' if is_of_the_table(canonical) else ''}{text.paper}",
+        f"  paper      {'arXiv:2103.03076, ' if is_builtin(canonical) else ''}{text.paper}",
     ]
     return "\n".join(lines + [f"  note       {note}" for note in row.notes])

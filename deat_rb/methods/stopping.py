@@ -1,6 +1,6 @@
-"""Rules that end training before its time, against catastrophic overfitting, and name the last healthy epoch.
+"""Stopping rules: end training at catastrophic overfitting and return to the last epoch before it.
 
-Like schedules they see nothing but `EpochStats` and can be replayed offline with `replay`.
+Like schedules they depend only on `EpochStats`; `replay` runs one on the metrics of a finished run.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from deat_rb.utils.errors import DeatError
 
 
 class RobustnessDrop(StoppingRule):
-    """U-FGSM's own rule (Wong et al. 2020): stop when PGD accuracy on a kept batch drops suddenly.
+    """U-FGSM's own rule (Wong et al. 2020): stop when PGD accuracy on a fixed batch drops suddenly.
 
     Args:
-        drop: How much is sudden, in (0, 1): 0.2 is 20 points from one epoch to the next.
-        steps: The steps of that PGD.
+        drop: Drop from one epoch to the next that stops training, in (0, 1): 0.2 is 20 points.
+        steps: Steps of the PGD attack.
     """
 
     def __init__(self, drop: float = 0.2, *, steps: int = 5) -> None:
         if not 0 < drop < 1:
             raise DeatError(f"drop = {drop:g} is outside (0, 1); 20 points are 0.2")
         if steps < 1:
-            raise DeatError(f"steps = {steps} of the validating PGD is below 1")
+            raise DeatError(f"steps = {steps} of the stopping rule's PGD is below 1")
         self.drop = drop
         self.validation_steps = steps
         self.last: float | None = None
 
     def update(self, stats: EpochStats) -> Stop | None:
-        """Compares with the epoch before."""
+        """Compare the accuracy with the previous epoch's."""
         last, now = self.last, stats.stop_robust_acc
         if now is None:
-            raise DeatError(f"epoch {stats.epoch} has no stop_robust_acc, which the rule RobustnessDrop compares")
+            raise DeatError(f"epoch {stats.epoch} has no stop_robust_acc, which the rule RobustnessDrop needs")
         self.last = now
         if last is not None and last - now > self.drop:
             reason = f"PGD-{self.validation_steps} accuracy fell from {last:.1%} to {now:.1%} in epoch {stats.epoch}"
@@ -43,11 +43,11 @@ class RobustnessDrop(StoppingRule):
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on, as JSON values."""
+        """Return the state for `load_state_dict`, as JSON values."""
         return {"last": self.last}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a `state_dict`."""
+        """Restore a `state_dict`."""
         self.last = None if state["last"] is None else float(state["last"])
 
 
@@ -57,14 +57,13 @@ class GradientRatio(StoppingRule):
     R^t = (l_X^t - l_X^{t-m}) / m, and training ends when R^t > gamma * R^{t-1}, from epoch m + 2 on. Taken literally
     that fires on noise and, with negative ratios, while l_X falls; so R^t has to be more than ``guard`` times l_X^{t-m}
     as well. While a healthy network begins to learn, l_X may rise by up to 30 % an epoch; in a collapse it doubles
-    within two epochs (docs/lab/results.md has the recorded runs). The rise may have begun at any of the m
-    epochs, so that
-    it is epoch t - m that is kept.
+    within two epochs (docs/lab/results.md has the recorded runs). The rise may have begun in any of the m epochs, so
+    the result is epoch t - m.
 
     Args:
-        m: The distance of the epochs compared.
-        gamma: How much faster than before l_X has to rise.
-        guard: The rise per epoch, as a share of l_X, below which nothing is a surge.
+        m: Distance of the compared epochs.
+        gamma: Factor by which the rise has to exceed the previous one.
+        guard: Smallest rise per epoch, as a fraction of l_X, that counts as a surge.
     """
 
     def __init__(self, *, m: int = 2, gamma: float = 1.5, guard: float = 0.4) -> None:
@@ -81,7 +80,7 @@ class GradientRatio(StoppingRule):
         self.l_x: list[float] = []
 
     def update(self, stats: EpochStats) -> Stop | None:
-        """Compares the changing ratio with the epoch's before."""
+        """Compare the ratio R with the previous epoch's."""
         self.l_x = [*self.l_x, stats.l_x][-(self.m + 2) :]
         ratio, before = self._ratio(-1), self._ratio(-2)
         if ratio is None or before is None:
@@ -98,19 +97,19 @@ class GradientRatio(StoppingRule):
         return (self.l_x[at] - self.l_x[at - self.m]) / self.m
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on, as JSON values."""
+        """Return the state for `load_state_dict`, as JSON values."""
         return {"l_x": list(self.l_x)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a `state_dict`."""
+        """Restore a `state_dict`."""
         self.l_x = [float(value) for value in state["l_x"]]
 
 
 def replay(rule: StoppingRule, rows: Iterable[EpochStats | Mapping[str, Any]]) -> Stop | None:
-    """Replays a rule over the rows of a run's metrics, which may be as for `deat_rb.methods.schedules.replay`.
+    """Run a rule on the metrics of a finished run; rows as for `deat_rb.methods.schedules.replay`.
 
     Returns:
-        Where and why it would have stopped, or None.
+        The `Stop` with which it would have ended training, or None.
     """
     for number, row in enumerate(rows, start=1):
         stop = rule.update(EpochStats.of(row, number))

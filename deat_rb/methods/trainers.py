@@ -1,6 +1,7 @@
-"""Two trainers: one that maximises and then descends, one that does both from the same backward pass.
+"""The two trainers: `AttackTrainer` (attack, then update) and `ReplayTrainer` (both from one backward pass).
 
-A trainer is a `torchattacks.attack.Attack`: call it and it crafts as it would in training now, without learning.
+A trainer is a `torchattacks.attack.Attack`: calling it generates adversarial examples with the current epoch's attack,
+without updating the model.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,16 +27,13 @@ from deat_rb.training.lr import set_rate
 from deat_rb.training.metrics import BatchStats
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.module_state import frozen_parameters, preserve_modes
-
-if TYPE_CHECKING:
-    pass
+from deat_rb.utils.module_state import frozen_parameters, preserve_modes, require_autograd
 
 
 class AttackTrainer(Trainer):
-    """Maximise, then descend: PGD-N, U-FGSM, FAT, TRADES, MART, and their guided forms (Algorithms 4 and 5).
+    """Attack, then update: PGD-N, U-FGSM, FAT, TRADES, MART, and their guided forms (Algorithms 4 and 5).
 
-    Around any torchattacks attack; its gradient magnitude is seen by a probe.
+    It takes any torchattacks attack; a probe records the gradient magnitude of those that are not ours.
     """
 
     _averages: bool | None = None
@@ -45,22 +43,25 @@ class AttackTrainer(Trainer):
 
     @property
     def _own(self) -> PGD | None:
-        """The attack, if it is ours, which says itself what it saw and what it cost."""
+        """The attack if it is our PGD, which returns its own statistics."""
         crafter = self.crafter
         return crafter if isinstance(crafter, PGD) and type(crafter).forward is PGD.forward else None
 
     def check_attack(self, images: Tensor) -> None:
-        """Refuses another's attack that computes no gradient, and finds out whether its loss is averaged."""
+        """Refuse an attack that computes no gradient, and determine whether its loss is averaged."""
         if self._averages is None and self._own is None:
             self._averages = uses_mean_reduction(self.crafter, images.contiguous())
 
     def craft(self, images: Tensor, labels: Tensor, loss_scale: float = 1.0) -> tuple[Tensor, CraftStats]:
-        """Crafts and says what it cost; the attack sets the mode it wants, every module gets its own back.
+        """Generate adversarial examples for training, which updates BatchNorm's statistics where the mode is train.
 
         Args:
             images: As for `training_step`.
             labels: (N,).
-            loss_scale: Under which our own attacks take their gradients.
+            loss_scale: Loss scale of our own attacks' gradients.
+
+        Returns:
+            The adversarial examples (N, C, H, W) and the attack's statistics.
         """
         crafter, own = self.crafter, self._own
         with preserve_modes(self.model):
@@ -69,25 +70,26 @@ class AttackTrainer(Trainer):
                 own.enter_mode()
                 return own.craft(images, labels)
             self.check_attack(images)
-            # Called as such, an attack of ours gives BatchNorm's statistics back, which crafting in train mode moves.
+            # Calling a StatelessAttack would restore BatchNorm's statistics, which training updates.
             attack = crafter.forward if isinstance(crafter, StatelessAttack) else crafter
             with GradientProbe(self.model) as probe:
                 if isinstance(crafter, StatelessAttack):
                     crafter.enter_mode()
-                # Some of torchattacks' view their images as vectors, which channels_last does not allow.
+                # Some of torchattacks' flatten the images by `view`, which channels_last does not allow.
                 adv: Tensor = attack(images.contiguous(), labels)
             return adv.detach(), probe.stats(len(images), unit=len(images) if self._averages else 1)
 
     def training_step(
         self, images: Tensor, labels: Tensor, optimizer: Optimizer, engine: Engine | None = None
     ) -> BatchStats:
-        """Crafts (Algorithm 4, lines 6-12), then updates the weights once (line 13)."""
+        """Generate adversarial examples (Algorithm 4, lines 6-12), then update the weights once (line 13)."""
         self.require_pixels()
+        require_autograd("training")
         engine = engine or Engine(images.device)
-        # Compiled passes compute all gradients that are asked for; eager ones cache no casts of frozen weights.
+        # A compiled pass computes all requested gradients; an eager one does not cache casts of frozen weights.
         with engine.autocast(), frozen_parameters(self.model) if engine.compiled else nullcontext():
             adv, crafting = self.craft(images, labels, engine.loss_scale)
-        # A region of its own: the casts of weights that a no_grad forward caches would carry no gradient here.
+        # A separate autocast region: casts of weights cached by a no_grad forward carry no gradient.
         with engine.autocast():
             ddp_model = engine.ddp_model(self.model)
             if self.loss.needs_clean:
@@ -110,24 +112,24 @@ class AttackTrainer(Trainer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What the method carries from epoch to epoch beside the weights, as JSON values."""
+        """Return the method's state besides the weights, as JSON values."""
         return {**super().state_dict(), "averages": self._averages}
 
     def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor] = MappingProxyType({})) -> None:
-        """Goes on from a `state_dict`."""
+        """Restore a `state_dict`."""
         super().load_state_dict(state, tensors)
         self._averages = state["averages"]
 
 
 class ReplayTrainer(Trainer):
-    """Both from one backward: FREE, DEAT and M-DEAT (Algorithm 1, lines 4-10; Algorithm 3).
+    """Attack and update from one backward pass: FREE, DEAT and M-DEAT (Algorithm 1, lines 4-10; Algorithm 3).
 
     Args:
-        attack: A `PGD`, whose start, loss, eps and alpha the replays take.
-        carry: Whether the perturbation is carried from batch to batch, from zero, as FREE does (Shafahi et al. 2019).
-        lr_per_replay: Whether the learning rate moves with each replay, as in FREE's public code, and not once per
+        attack: A `PGD` on cross-entropy, whose start, eps and alpha the replays use.
+        carry: Whether the perturbation starts at zero and is carried from batch to batch (FREE, Shafahi et al. 2019).
+        lr_per_replay: Whether the learning rate moves with each replay, as in FREE's public code, instead of once per
             batch.
-        options: As `Trainer` has them.
+        options: As for `Trainer`.
     """
 
     def __init__(
@@ -141,11 +143,12 @@ class ReplayTrainer(Trainer):
     ) -> None:
         if not isinstance(attack, PGD) or attack.loss != "ce" or attack.tau is not None:
             raise DeatError(
-                "a replay trainer crafts with deat_rb.PGD on cross-entropy; its update shares that gradient"
+                "a replay trainer needs a deat_rb.PGD on cross-entropy without tau: the attack and the update share "
+                "one gradient"
             )
         super().__init__(attack, loss=surrogate(loss), **options)
         if self.steps < 1:
-            raise DeatError(f"steps = {self.steps} replays would learn nothing; a replay trainer needs 1 or more")
+            raise DeatError(f"steps = {self.steps}: a replay trainer needs 1 replay or more to train")
         if self.loss.needs_clean:
             raise DeatError(f"a replay trainer has one forward per replay, and the loss {self.loss.name} needs two")
         self.carry = carry
@@ -153,23 +156,23 @@ class ReplayTrainer(Trainer):
         self._carried: Tensor | None = None
 
     def initialize(self, images: Tensor, part: slice = slice(None)) -> Tensor:
-        """Where the first replay of ``images`` (N, C, H, W) begins (Algorithm 1, line 4).
+        """Return the first iterate of ``images`` (N, C, H, W) (Algorithm 1, line 4).
 
         Args:
-            images: A batch or, of a batch divided over processes, a part.
-            part: Which.
+            images: A batch, or this rank's part of it.
+            part: The rows of the global batch that ``images`` are.
         """
         if not self.carry:
-            begun: Tensor = self.crafter.initialize(images)
-            return begun
+            adv: Tensor = self.crafter.initialize(images)
+            return adv
         delta = torch.zeros_like(images)
         if self._carried is not None and self._carried.shape[1:] == images.shape[1:]:
-            kept = self._carried[part][: len(images)]
-            delta[: len(kept)] = kept
+            carried = self._carried[part][: len(images)]
+            delta[: len(carried)] = carried
         return (images + delta).clamp(0, 1)
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        """Crafts as the replays would if the weights held still."""
+        """Generate adversarial examples by the replays' steps, with fixed weights."""
         images = inputs.detach().to(self.device)
         self.crafter.enter_mode()
         adv: Tensor = self.crafter.craft(images, labels, adv=self.initialize(images))[0]
@@ -178,8 +181,9 @@ class ReplayTrainer(Trainer):
     def training_step(
         self, images: Tensor, labels: Tensor, optimizer: Optimizer, engine: Engine | None = None
     ) -> BatchStats:
-        """Replays one batch r times (Algorithm 1, lines 4-10)."""
+        """Replay one batch r times (Algorithm 1, lines 4-10)."""
         self.require_pixels()
+        require_autograd("training")
         engine = engine or Engine(images.device)
         threat = Linf(self.eps)
         adv, gradient = self.initialize(images, engine.rank_slice(len(images))), images
@@ -193,7 +197,7 @@ class ReplayTrainer(Trainer):
             gradient = engine.backward_and_step(loss, optimizer, adv)
             adv = threat.ascend(adv.detach(), images, gradient, self.crafter.alpha)
         if self.carry:
-            self._keep(engine.all_gather(adv - images))
+            self._carry_over(engine.all_gather(adv - images))
         return BatchStats(
             examples=len(images),
             loss=loss.detach().sum(),
@@ -205,18 +209,19 @@ class ReplayTrainer(Trainer):
             image_size=images[0].numel(),
         )
 
-    def _keep(self, delta: Tensor) -> None:
+    def _carry_over(self, delta: Tensor) -> None:
+        """Store the global batch's perturbation; a short batch replaces the first rows only."""
         if self._carried is None or self._carried.shape[1:] != delta.shape[1:] or len(self._carried) <= len(delta):
             self._carried = delta
         else:
             self._carried = torch.cat([delta, self._carried[len(delta) :]])
 
     def tensors(self) -> dict[str, Tensor]:
-        """FREE's perturbation."""
+        """Return FREE's perturbation, if it is carried."""
         return {} if self._carried is None else {"carried": self._carried}
 
     def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor] = MappingProxyType({})) -> None:
-        """Goes on from a `state_dict` and its `tensors`."""
+        """Restore a `state_dict` and its `tensors`."""
         super().load_state_dict(state, tensors)
         carried = tensors.get("carried")
         self._carried = None if carried is None else carried.to(self.device)

@@ -1,4 +1,4 @@
-"""What a trainer consists of: the bases of schedules, stopping rules and trainers."""
+"""Base classes of schedules, stopping rules, surrogate losses and trainers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -18,19 +18,16 @@ from deat_rb.training.engine import Engine
 from deat_rb.training.metrics import BatchStats, EpochStats
 from deat_rb.utils.errors import DeatError
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True)
 class SurrogateLoss:
-    """What a trainer descends on.
+    """The loss that a trainer minimizes.
 
     Attributes:
-        name: Its name in tables and configurations.
+        name: The name in tables and configurations.
         function: ``(adv_logits, labels)`` or, where ``needs_clean``, ``(adv_logits, labels, clean_logits)`` to the
             loss per example (N,).
-        needs_clean: Whether the clean images are forwarded too.
+        needs_clean: Whether the loss takes the clean images' logits.
     """
 
     name: str
@@ -39,17 +36,17 @@ class SurrogateLoss:
 
 
 class Schedule:
-    """A number of steps that may rise from epoch to epoch.
+    """Number of attack steps per epoch; the base class keeps it constant.
 
     Args:
-        steps: The steps of the first epoch.
-        max_steps: The most it will ever take; None for no bound.
+        steps: Steps of the first epoch.
+        max_steps: Upper bound; None for no bound.
 
     Attributes:
-        steps: The steps of the next epoch to run.
+        steps: Steps of the next epoch.
 
     Raises:
-        DeatError: If a number is negative or the bound lies below the start.
+        DeatError: If a number is negative or the bound is below the first epoch's steps.
     """
 
     guided = False
@@ -58,30 +55,30 @@ class Schedule:
         if not isinstance(steps, int) or steps < 0:
             raise DeatError(f"steps = {steps} is not a whole number of 0 or more")
         if max_steps is not None and max_steps < max(steps, 1):
-            raise DeatError(f"max_steps = {max_steps} is below {max(steps, 1)}, with which the schedule begins")
+            raise DeatError(f"max_steps = {max_steps} is below the first epoch's steps ({max(steps, 1)})")
         self.steps = steps
         self.max_steps = max_steps
 
     def update(self, stats: EpochStats) -> None:
-        """Takes in the epoch that has just ended and sets ``steps`` for the next one."""
+        """Set ``steps`` for the next epoch from the statistics of the epoch that has ended."""
 
     def alpha(self, alpha: float, eps: float) -> float:
-        """The step size of the next epoch, given the method's own."""
+        """Return the step size of the next epoch, given the method's own."""
         return alpha
 
     def total_steps(self, epochs: int) -> int | None:
-        """The sum of the steps of ``epochs`` epochs, or None where it depends on what training will see."""
+        """Return the sum of the steps of ``epochs`` epochs, or None if it depends on the training statistics."""
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on, as JSON values."""
+        """Return the state for `load_state_dict`, as JSON values."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a `state_dict`.
+        """Restore a `state_dict`.
 
         Raises:
-            ValueError: It is none of this schedule.
+            ValueError: If it does not belong to this schedule.
         """
         if not isinstance(state["steps"], int) or state["steps"] < 0:
             raise ValueError(f"steps = {state['steps']!r} is not a whole number of 0 or more")
@@ -93,23 +90,23 @@ class Schedule:
 
 
 class Constant(Schedule):
-    """The same number of steps in every epoch: FREE-r, PGD-N, U-FGSM, FAT, TRADES, MART."""
+    """Constant number of steps: FREE-r, PGD-N, U-FGSM, FAT, TRADES, MART."""
 
     def __init__(self, steps: int = 1) -> None:
         super().__init__(steps)
 
     def total_steps(self, epochs: int) -> int:
-        """``steps`` times ``epochs``."""
+        """Return ``steps`` times ``epochs``."""
         return self.steps * epochs
 
 
 @dataclass(frozen=True)
 class Stop:
-    """A rule's verdict.
+    """The decision of a stopping rule to end training.
 
     Attributes:
-        reason: One sentence for the metrics.
-        keep: The epoch whose weights are the result, from 1.
+        reason: One sentence, recorded in the metrics.
+        keep: The epoch (from 1) whose weights are the result.
     """
 
     reason: str
@@ -117,11 +114,11 @@ class Stop:
 
 
 class StoppingRule:
-    """Decides after each epoch whether training ends.
+    """Base of the rules that decide after each epoch whether training ends; this one never ends it.
 
     Attributes:
-        lookback: How many finished epochs' weights have to be kept, so that the one named by `Stop.keep` is there.
-        validation_steps: The steps of the PGD that has to be run on the rule's own batch after each epoch for
+        lookback: How many epochs' weights to keep, so that those of `Stop.keep` are available.
+        validation_steps: Steps of the PGD attack on the rule's own batch after each epoch, whose accuracy is
             ``stop_robust_acc``; 0 for a rule that needs none.
     """
 
@@ -129,36 +126,36 @@ class StoppingRule:
     validation_steps = 0
 
     def update(self, stats: EpochStats) -> Stop | None:
-        """Takes in the epoch that has just ended and says whether it was the last."""
+        """Return a `Stop` if the epoch that has ended is the last, else None."""
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on, as JSON values."""
+        """Return the state for `load_state_dict`, as JSON values."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a `state_dict`."""
+        """Restore a `state_dict`."""
 
 
 Batch = tuple[Tensor, Tensor]
 
 
 class TrainerBase(StatelessAttack):
-    """A method of adversarial training: an attack, a surrogate loss, a schedule and a rule that stops.
+    """A method of adversarial training: an attack, a surrogate loss, a step schedule and a stopping rule.
 
     Args:
-        attack: What crafts; the model trained is the one it attacks.
-        loss: What is learnt from.
-        schedule: How many steps the attack takes; by default as many as it has.
-        stopping: When training ends early, if ever.
-        name: What to call the method.
+        attack: Generates the adversarial examples; the model it attacks is the one that is trained.
+        loss: The surrogate loss.
+        schedule: The attack's steps per epoch; by default constant.
+        stopping: The stopping rule, if any.
+        name: The method's name.
 
     Attributes:
         crafter: The attack.
-        base_alpha: The attack's own step size, which a guided schedule may raise; None where it has none.
+        base_alpha: The attack's own step size, which a guided schedule may raise; None if it has none.
 
     Raises:
-        DeatError: If a schedule is to change the steps of an attack that has none.
+        DeatError: If ``attack`` is not an attack with an eps, or a schedule is given and the attack has no steps.
     """
 
     def __init__(
@@ -170,19 +167,25 @@ class TrainerBase(StatelessAttack):
         stopping: StoppingRule | None = None,
         name: str | None = None,
     ) -> None:
+        if isinstance(attack, TrainerBase):
+            raise DeatError(
+                f"attack: '{attack.attack}' is a trainer already (an attack is needed); use that trainer, or pass its "
+                "attack, trainer.crafter"
+            )
+        if not isinstance(attack, Attack):
+            what = attack.__name__ if isinstance(attack, type) else type(attack).__name__
+            raise DeatError(f"attack: {what} (an instance of torchattacks.attack.Attack, such as deat_rb.PGD(model))")
         super().__init__(name or type(self).__name__, attack.model)
         self.crafter = attack
         self.device = attack.device
         self.loss = loss
         if not isinstance(getattr(attack, "eps", None), int | float):
-            raise DeatError(
-                f"{attack.attack} has no eps, so that it cannot be trained with; wrap one attack with an eps"
-            )
+            raise DeatError(f"{attack.attack} has no eps, so it cannot be used for training; use an attack with an eps")
         has_steps = isinstance(getattr(attack, "steps", None), int)
         if schedule is not None and not has_steps:
             raise DeatError(
                 f"{attack.attack} has no steps, so a schedule cannot set them; "
-                "wrap an attack that has, such as torchattacks.PGD"
+                "use an attack that has, such as torchattacks.PGD"
             )
         self.schedule = schedule or Constant(attack.steps if has_steps else 1)
         self.stopping = stopping
@@ -192,7 +195,7 @@ class TrainerBase(StatelessAttack):
         self.apply_schedule()
 
     def set_replay_lr(self, rate: Callable[[float], float] | None) -> None:
-        """Is given the learning rate by the share of the present batch that is done, while `fit` runs."""
+        """Set the learning rate as a function of the fraction of the current batch that is done; `fit` calls this."""
         self._rate = rate
 
     @property
@@ -202,12 +205,12 @@ class TrainerBase(StatelessAttack):
 
     @property
     def alpha(self) -> float | None:
-        """The attack's step size at its present number of steps; None where it takes none."""
+        """The attack's step size in the current epoch; None if it takes no step."""
         return getattr(self.crafter, "alpha", None) if self.steps else None
 
     @property
     def steps(self) -> int:
-        """The steps r of the present epoch; setting them moves the schedule there."""
+        """The steps r of the current epoch; setting them sets the schedule."""
         return self.schedule.steps
 
     @steps.setter
@@ -218,82 +221,85 @@ class TrainerBase(StatelessAttack):
         self.apply_schedule()
 
     def reset_schedule(self) -> None:
-        """Forgets what an earlier `fit` has left in the schedule and the rule; steps set by hand since then stay."""
+        """Undo what an earlier `fit` changed in the schedule and the stopping rule; steps set since then stay."""
         if self._first is None:
             self._first = deepcopy(self.state_dict())
         else:
             self.load_state_dict(deepcopy(self._first))
 
     def apply_schedule(self) -> None:
-        """Gives the attack the steps and the step size that the schedule has for the next epoch."""
+        """Set the attack's steps and step size to those of the schedule for the next epoch."""
         if hasattr(self.crafter, "steps"):
             self.crafter.steps = self.schedule.steps
         if self.base_alpha is not None:
             self.crafter.alpha = self.schedule.alpha(self.base_alpha, self.eps)
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        """Crafts as training would now; `__call__` sees to it that nothing is learnt."""
+        """Generate adversarial examples with the current epoch's attack; `__call__` restores the model's state."""
         adv: Tensor = self.crafter(inputs, labels, *args, **kwargs)
         return adv.detach()
 
     def enter_mode(self) -> None:
-        """Nothing: the attack inside sets the mode it crafts in."""
+        """Do nothing: the wrapped attack sets the mode."""
 
     def set_model_training_mode(
         self, model_training: bool = False, batchnorm_training: bool = False, dropout_training: bool = False
     ) -> None:
-        """Sets the mode that crafting runs in, as torchattacks has it."""
+        """Set the model's mode during the attack, as in torchattacks."""
         for attack in self._attacks.values():
             attack.set_model_training_mode(model_training, batchnorm_training, dropout_training)
 
     def require_pixels(self) -> None:
-        """Refuses to train after `set_normalization_used`: a model that is trained takes images in [0, 1].
+        """Check that the model takes images in [0, 1].
 
         Raises:
-            DeatError: Always then.
+            DeatError: After `set_normalization_used`.
         """
         if self.normalization_used is not None or self.crafter.normalization_used is not None:
             raise DeatError(
-                "training takes images in [0, 1], so that eps is in pixel units: put the normalisation into the model, "
+                "training takes images in [0, 1], so that eps is in pixel units: put the normalization into the model, "
                 "as deat_rb.build_model does, in place of set_normalization_used"
             )
 
     def check_attack(self, images: Tensor) -> None:
-        """Looks, on some images, whether the attack can be trained with; the model is left as it was.
+        """Validate the attack on a few images before training; the model's state is preserved.
 
         Args:
             images: In [0, 1], (N, C, H, W), on the model's device.
 
         Raises:
-            DeatError: It cannot.
+            DeatError: If the attack cannot be used for training.
         """
 
     @abstractmethod
     def training_step(
         self, images: Tensor, labels: Tensor, optimizer: Optimizer, engine: Engine | None = None
     ) -> BatchStats:
-        """Learns from one batch.
+        """Train on one batch.
 
         Args:
             images: In [0, 1], (N, C, H, W), on the model's device.
             labels: (N,).
-            optimizer: Of the model's parameters.
-            engine: Precision and processes; by default fp32 where the model is.
+            optimizer: Optimizer of the model's parameters.
+            engine: Precision and distribution; by default fp32 on the images' device.
+
+        Returns:
+            The batch's statistics.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What the method carries from epoch to epoch beside the weights, as JSON values."""
+        """Return the method's state besides the weights, as JSON values."""
         return {
             "schedule": self.schedule.state_dict(),
             "stopping": self.stopping.state_dict() if self.stopping else None,
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that the method carries from batch to batch."""
+        """Return the method's state tensors."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor] = MappingProxyType({})) -> None:
-        """Goes on from a `state_dict` and its `tensors`."""
+        """Restore a `state_dict` and its `tensors`."""
         self.schedule.load_state_dict(state["schedule"])
         if self.stopping is not None:
             self.stopping.load_state_dict(state["stopping"])

@@ -11,7 +11,7 @@ from deat_rb.training.history import History
 
 
 class Trainer(TrainerBase):
-    """A method of adversarial training; see `deat_rb.training.base.TrainerBase`."""
+    """Adversarial training method with `fit`; see `deat_rb.training.base.TrainerBase`."""
 
     def fit(self, train_loader: Iterable[Batch], val_loader: Iterable[Batch] | None = None, **options: Any) -> History:
         """Train the model; options and result are those of `deat_rb.training.fit.fit`."""

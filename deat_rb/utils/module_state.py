@@ -1,17 +1,22 @@
-"""Calling never teaches (law 2): what a call to an attack may not change, and how it is given back."""
+"""Context managers that restore a model's modes, buffers, gradients and ``requires_grad`` flags."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from deat_rb.utils.errors import DeatError
+
+T = TypeVar("T", Tensor | None, nn.Parameter | None)
 
 
 @contextmanager
 def preserve_modes(model: nn.Module) -> Iterator[None]:
-    """Gives every module of ``model`` its own train or eval mode back, whatever happens in between."""
+    """Restore the train or eval mode of every module on exit."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -22,35 +27,68 @@ def preserve_modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen_parameters(model: nn.Module) -> Iterator[None]:
-    """Asks for no gradient of a parameter in between: what does not need one is not computed, compiled or not."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in learning:
+    """Disable parameter gradients inside the context, so that neither autograd nor a compiled graph computes them."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in learning:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[None]:
-    """Gives back buffers, modes, gradients and ``requires_grad`` as they were, whatever happens in between.
+    """Restore buffers, modes, gradients and ``requires_grad`` on exit, also after an exception.
 
-    Attacks that run in train mode move BatchNorm's running statistics, some of torchattacks' call ``backward()``, and
-    its own bookkeeping puts every module into the same mode.
+    Attacks in train mode update BatchNorm's running statistics, some of torchattacks' call ``backward()``, and its own
+    mode handling sets all modules to one mode. A buffer or parameter that ``forward`` assigns anew is restored by
+    module and name. What has not changed is not written, so that several threads can attack one model in eval mode.
     """
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    parameters = [(parameter, parameter.grad, parameter.requires_grad) for parameter in model.parameters()]
-    for parameter, _, _ in parameters:
-        parameter.grad = None
+    buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    parameters = [(module._parameters, dict(module._parameters)) for module in model.modules()]
+    flags = [(parameter, parameter.grad, parameter.requires_grad) for parameter in model.parameters()]
+    tensors = [*model.buffers(), *(gradient for _, gradient, _ in flags if gradient is not None)]
+    before = [tensor.detach().clone() for tensor in tensors]
     try:
         with preserve_modes(model):
             yield
     finally:
+        for current_buffers, saved_buffers in buffers:
+            _restore_entries(current_buffers, saved_buffers)
+        for current_parameters, saved_parameters in parameters:
+            _restore_entries(current_parameters, saved_parameters)
+        for parameter, gradient, required in flags:
+            if parameter.requires_grad != required:
+                parameter.requires_grad_(required)
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
         with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        for parameter, gradient, required in parameters:
-            parameter.requires_grad_(required)
-            parameter.grad = gradient
+            for tensor, value in zip(tensors, before, strict=True):
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
+
+
+def _restore_entries(current: dict[str, T], saved: dict[str, T]) -> None:
+    for name in [name for name in current if name not in saved]:
+        del current[name]
+    for name, tensor in saved.items():
+        if name not in current or current[name] is not tensor:
+            current[name] = tensor
+
+
+def require_autograd(purpose: str) -> None:
+    """Check that gradients can be computed here.
+
+    Args:
+        purpose: What needs them, for the message.
+
+    Raises:
+        DeatError: Inside `torch.inference_mode`.
+    """
+    if torch.is_inference_mode_enabled():
+        raise DeatError(
+            f"{purpose} needs gradients, which torch.inference_mode() disables: call it outside of inference_mode "
+            "(torch.no_grad() is fine; in Lightning, Trainer(inference_mode=False))"
+        )

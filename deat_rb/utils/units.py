@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 
 from deat_rb.utils.errors import DeatError
 
@@ -14,13 +13,17 @@ def parse_fraction(text: str | float) -> float:
     Raises:
         DeatError: It is neither a number nor a fraction of two numbers.
     """
-    if isinstance(text, bool) or not isinstance(text, Real | str):
-        raise DeatError(f"{text!r} is not a number; write a fraction such as 8/255 or a number such as 0.03")
     if not isinstance(text, str):
         try:
+            if isinstance(text, bool):
+                raise TypeError
             return float(text)
         except OverflowError:
             return math.inf
+        except (TypeError, ValueError, RuntimeError):  # the last one: a tensor of several values
+            raise DeatError(
+                f"{text!r} is not a number; write a fraction such as 8/255 or a number such as 0.03"
+            ) from None
     top, slash, bottom = text.strip().partition("/")
     try:
         value = float(top)

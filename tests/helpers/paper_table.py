@@ -1,142 +1,46 @@
-"""The methods' rows as the paper and the authors' code have them."""
+"""The paper's table of methods, with the values of the paper and of the authors' code."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from deat_rb.methods.schedules import AccuracyThreshold, EveryDEpochs, GradientMagnitude
+from deat_rb.methods.schedules import AccuracyThreshold as Accuracy
+from deat_rb.methods.schedules import EveryDEpochs
+from deat_rb.methods.schedules import GradientMagnitude as Guided
 from deat_rb.methods.stopping import GradientRatio, RobustnessDrop
 from deat_rb.training.base import Constant
 
-# name: trainer, steps of the first epoch, alpha in 255ths, start, crafting loss, tau, mode, surrogate,
-#       schedule and its numbers, stopping rule and its numbers, epochs of the fast setting
+D = {"every": 3, "max_steps": None}
+P = {"threshold": 0.4, "max_steps": None}
+DROP = {"drop": 0.2, "validation_steps": 5}
+RATIO = {"m": 2, "gamma": 1.5, "guard": 0.4}
+
+
+def at_most(steps: int) -> dict[str, Any]:
+    return {"max_steps": steps}
+
+
+# The paper: section 3 (FREE, PGD-7), 4.1 (DEAT), 4.2 (M-DEAT), 5.1 (alpha = 10/255 and 2/255, T of the fast setting),
+# 5.2 (TRADES, MART, FAT: 10 or 5 steps of 2/255, tau = 3, lambda = 6), 5.3 (M+U-FGSM: m = 2, gamma = 1.5).
+# The authors' code: starts, the mode of the model during the attack, the bounds 8, 7 and 10, U-FGSM's 15 epochs.
+#
+# Columns: trainer, steps of the first epoch, alpha in 255ths | start, loss of the attack, tau, mode | surrogate loss |
+# schedule and its values | stopping rule and its values | T of the fast setting
 TABLE: dict[str, tuple[Any, ...]] = {
-    "standard": ("Attack", 0, 2, "none", "ce", None, "train", "ce", Constant, {}, None, {}, 10),
-    "free-8": ("Replay, carried", 8, 8, "none", "ce", None, "train", "ce", Constant, {}, None, {}, 10),
-    "deat-3": (
-        "Replay",
-        1,
-        10,
-        "uniform",
-        "ce",
-        None,
-        "train",
-        "ce",
-        EveryDEpochs,
-        {"every": 3, "max_steps": None},
-        None,
-        {},
-        12,
-    ),
-    "deat-40%": (
-        "Replay",
-        1,
-        10,
-        "uniform",
-        "ce",
-        None,
-        "train",
-        "ce",
-        AccuracyThreshold,
-        {"threshold": 0.4, "max_steps": None},
-        None,
-        {},
-        11,
-    ),
-    "m-deat": (
-        "Replay",
-        1,
-        10,
-        "uniform",
-        "ce",
-        None,
-        "train",
-        "ce",
-        GradientMagnitude,
-        {"max_steps": 8},
-        None,
-        {},
-        11,
-    ),
-    "pgd-7": ("Attack", 7, 2, "uniform", "ce", None, "train", "ce", Constant, {}, None, {}, 10),
-    "m+pgd": (
-        "Attack",
-        1,
-        2,
-        "uniform",
-        "ce",
-        None,
-        "train",
-        "ce",
-        GradientMagnitude,
-        {"max_steps": 7},
-        None,
-        {},
-        10,
-    ),
-    "u-fgsm": (
-        "Attack",
-        1,
-        10,
-        "uniform",
-        "ce",
-        None,
-        "train",
-        "ce",
-        Constant,
-        {},
-        RobustnessDrop,
-        {"drop": 0.2, "validation_steps": 5},
-        15,
-    ),
-    "m+u-fgsm": (
-        "Attack",
-        1,
-        10,
-        "uniform",
-        "ce",
-        None,
-        "train",
-        "ce",
-        Constant,
-        {},
-        GradientRatio,
-        {"m": 2, "gamma": 1.5, "guard": 0.4},
-        15,
-    ),
-    "fat-5": ("Attack", 5, 2, "normal", "ce", 3, "eval", "ce", Constant, {}, None, {}, 10),
-    "trades": ("Attack", 10, 2, "normal", "kl", None, "train", "trades", Constant, {}, None, {}, 10),
-    "f+trades": ("Attack", 10, 2, "normal", "kl", 3, "eval", "trades", Constant, {}, None, {}, 10),
-    "m+trades": (
-        "Attack",
-        1,
-        2,
-        "normal",
-        "kl",
-        None,
-        "train",
-        "trades",
-        GradientMagnitude,
-        {"max_steps": 10},
-        None,
-        {},
-        10,
-    ),
-    "mart": ("Attack", 10, 2, "normal", "ce", None, "train", "mart", Constant, {}, None, {}, 10),
-    "f+mart": ("Attack", 10, 2, "normal", "kl", 3, "eval", "mart", Constant, {}, None, {}, 10),
-    "m+mart": (
-        "Attack",
-        1,
-        2,
-        "normal",
-        "ce",
-        None,
-        "train",
-        "mart",
-        GradientMagnitude,
-        {"max_steps": 10},
-        None,
-        {},
-        10,
-    ),
-}
+    "standard": ("attack",  0,  2, "none",    "ce", None, "train", "ce",     Constant, {}, None, {}, 10),
+    "free-8":   ("carried", 8,  8, "none",    "ce", None, "train", "ce",     Constant, {}, None, {}, 10),
+    "deat-3":   ("replay",  1, 10, "uniform", "ce", None, "train", "ce",     EveryDEpochs, D, None, {}, 12),
+    "deat-40%": ("replay",  1, 10, "uniform", "ce", None, "train", "ce",     Accuracy, P, None, {}, 11),
+    "m-deat":   ("replay",  1, 10, "uniform", "ce", None, "train", "ce",     Guided, at_most(8), None, {}, 11),
+    "pgd-7":    ("attack",  7,  2, "uniform", "ce", None, "train", "ce",     Constant, {}, None, {}, 10),
+    "m+pgd":    ("attack",  1,  2, "uniform", "ce", None, "train", "ce",     Guided, at_most(7), None, {}, 10),
+    "u-fgsm":   ("attack",  1, 10, "uniform", "ce", None, "train", "ce",     Constant, {}, RobustnessDrop, DROP, 15),
+    "m+u-fgsm": ("attack",  1, 10, "uniform", "ce", None, "train", "ce",     Constant, {}, GradientRatio, RATIO, 15),
+    "fat-5":    ("attack",  5,  2, "normal",  "ce", 3,    "eval",  "ce",     Constant, {}, None, {}, 10),
+    "trades":   ("attack", 10,  2, "normal",  "kl", None, "train", "trades", Constant, {}, None, {}, 10),
+    "f+trades": ("attack", 10,  2, "normal",  "kl", 3,    "eval",  "trades", Constant, {}, None, {}, 10),
+    "m+trades": ("attack",  1,  2, "normal",  "kl", None, "train", "trades", Guided, at_most(10), None, {}, 10),
+    "mart":     ("attack", 10,  2, "normal",  "ce", None, "train", "mart",   Constant, {}, None, {}, 10),
+    "f+mart":   ("attack", 10,  2, "normal",  "kl", 3,    "eval",  "mart",   Constant, {}, None, {}, 10),
+    "m+mart":   ("attack",  1,  2, "normal",  "ce", None, "train", "mart",   Guided, at_most(10), None, {}, 10),
+}  # fmt: skip

@@ -1,37 +1,113 @@
-"""The table of methods in words."""
+"""Methods in words."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 from paper_table import TABLE
 
-from deat_rb.methods.describe import describe, explain
+from deat_rb.methods import registry
+from deat_rb.methods.describe import describe, explain, markdown_table
+from deat_rb.methods.recipes import Recipe
 from deat_rb.methods.schedules import GradientMagnitude
+from deat_rb.utils.errors import DeatError
 
 
-def test_a_row_in_words() -> None:
+def test_describe_names_the_four_choices() -> None:
     row = describe("M+TRADE")
-    assert (row.name, row.loss, row.schedule, row.stop) == ("m+trades", "CE(clean) + 6 KL", "gradient magnitude", "-")
-    assert row.attack == "steps of 2/255 on KL, start 0.001 N(0,1): guided, at most 10"
+    assert (row.name, row.loss, row.stop) == ("m+trades", "CE(clean) + 6 KL", "-")
+    assert row.schedule == "gradient magnitude, at most 10"
+    assert row.attack == "steps of 2/255 on KL, start 0.001 N(0,1)"
     assert row.cost == "sum of (r + 1), times M"
     assert "Algorithm 4" in row.paper
-    assert describe("u-fgsm").stop == "PGD-5 drops by over 20 points"
-    assert describe("m+u-fgsm").stop == "l_X surges (m = 2, gamma 1.5)"
-    assert [describe(name).loss for name in ("pgd-7", "mart")] == ["CE", "MART, lambda 6"]
-    schedules = [describe(name).schedule for name in ("pgd-7", "deat-3", "deat-40%", "m-deat")]
-    assert schedules == ["constant", "every D epochs", "training accuracy", "gradient magnitude"]
 
 
-@pytest.mark.parametrize(
-    ("name", "cost"),
-    [("standard", "MT"), ("free-4", "rMT"), ("pgd-7", "(i + 1)MT"), ("u-fgsm", "2MT"), ("deat-3", "sum of r, times M")],
-)
-def test_costs_are_law_sixs(name: str, cost: str) -> None:
-    assert describe(name).cost == cost
+# fmt: off
+ATTACKS = [
+    ("standard", {}, "none"),
+    ("free-8",   {}, "8 replays, alpha = eps, delta carried from batch to batch"),
+    ("free-8",   {"steps": 4, "alpha": "4/255"}, "4 replays of 4/255, delta carried from batch to batch"),
+    ("free-8",   {"eps": "16/255"}, "8 replays, alpha = eps, delta carried from batch to batch"),
+    ("deat-3",   {}, "replays of 10/255, uniform start"),
+    ("pgd-7",    {}, "7 steps of 2/255, uniform start"),
+    ("pgd-7",    {"steps": 10}, "10 steps of 2/255, uniform start"),
+    ("pgd-7",    {"steps": 1}, "one step of 2/255, uniform start"),
+    ("pgd-7",    {"steps": 0}, "none"),
+    ("pgd-7",    {"eps": 16 / 255}, "7 steps of 4/255, uniform start"),
+    ("pgd-7",    {"eps": 16 / 255, "alpha": 1 / 255}, "7 steps of 1/255, uniform start"),
+    ("pgd-7",    {"attack_mode": "eval"}, "7 steps of 2/255, uniform start, in eval mode"),
+    ("u-fgsm",   {}, "one step of 10/255, uniform start"),
+    ("fat-5",    {}, "5 steps of 2/255, start 0.001 N(0,1), FAT's early stop with tau = 3"),
+    ("fat-5",    {"tau": 0}, "5 steps of 2/255, start 0.001 N(0,1), FAT's early stop with tau = 0"),
+    ("fat-5",    {"attack_mode": "train"},
+     "5 steps of 2/255, start 0.001 N(0,1), FAT's early stop with tau = 3, in train mode"),
+    ("m+mart",   {"alpha": 1 / 255}, "steps of 1/255 on CE, start 0.001 N(0,1)"),
+]
+OTHERS = [
+    ("loss",     "pgd-7",    {}, "CE"),
+    ("loss",     "trades",   {"beta": 1.5}, "CE(clean) + 1.5 KL"),
+    ("loss",     "trades",   {"beta": 0}, "CE(clean)"),
+    ("loss",     "mart",     {}, "MART, lambda 6"),
+    ("loss",     "mart",     {"beta": 0.0}, "MART, lambda 0"),
+    ("schedule", "pgd-7",    {}, "constant"),
+    ("schedule", "deat-3",   {}, "one more every 3 epochs"),
+    ("schedule", "deat-5",   {"max_steps": 4}, "one more every 5 epochs, at most 4"),
+    ("schedule", "deat-3",   {"every": 1}, "one more every epoch"),
+    ("schedule", "deat-20%", {"steps": 2}, "one more after training accuracy above 20 %, from 2"),
+    ("schedule", "m-deat",   {"max_steps": 4, "gamma": 1.2}, "gradient magnitude, at most 4, gamma 1.2"),
+    ("schedule", "m+pgd",    {"steps": 3}, "gradient magnitude, from 3, at most 7"),
+    ("stop",     "u-fgsm",   {}, "PGD-5 accuracy drops by over 20 points"),
+    ("stop",     "u-fgsm",   {"drop": 0.1}, "PGD-5 accuracy drops by over 10 points"),
+    ("stop",     "m+u-fgsm", {}, "l_X surges (m = 2, gamma 1.5)"),
+    ("stop",     "m+u-fgsm", {"gamma": 2.0, "m": 3}, "l_X surges (m = 3, gamma 2)"),
+    ("cost",     "standard", {}, "MT"),
+    ("cost",     "free-4",   {}, "4MT"),
+    ("cost",     "free-4",   {"steps": 1}, "MT"),
+    ("cost",     "pgd-7",    {}, "(7 + 1)MT"),
+    ("cost",     "pgd-7",    {"steps": 10}, "(10 + 1)MT"),
+    ("cost",     "u-fgsm",   {}, "2MT"),
+    ("cost",     "deat-3",   {}, "sum of r, times M"),
+    ("cost",     "fat-5",    {}, "at most (5 + 1)MT"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("name", "overrides", "text"), ATTACKS)
+def test_describe_states_the_attack_with_the_values_it_runs_with(
+    name: str, overrides: dict[str, Any], text: str
+) -> None:
+    assert describe(name, **overrides).attack == text
+
+
+@pytest.mark.parametrize(("column", "name", "overrides", "text"), OTHERS)
+def test_describe_states_the_values_of_an_override(
+    column: str, name: str, overrides: dict[str, Any], text: str
+) -> None:
+    assert getattr(describe(name, **overrides), column) == text
+
+
+def test_describe_refuses_what_create_refuses() -> None:
+    with pytest.raises(DeatError, match="the method pgd-7 has no beta to change"):
+        describe("pgd-7", beta=1.0)
+
+
+def test_describe_appends_overrides_to_the_summary_of_a_registered_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_registered", {"mine": Recipe(summary="an attack of 2 steps", steps=2)})
+    assert describe("mine").attack == "an attack of 2 steps"
+    assert describe("mine", steps=3).attack == "an attack of 2 steps; here steps = 3, alpha = 2/255"
+    assert describe("mine", eps=16 / 255).attack == "an attack of 2 steps"
+
+
+def test_markdown_table_has_a_row_per_method() -> None:
+    lines = markdown_table().splitlines()
+    assert len(lines) == 2 + len(TABLE)
+    assert lines[2] == "| `standard` | none | CE | constant | MT |"
+    assert lines[3].startswith("| `free-8` (`free-R`) | 8 replays, alpha = eps")
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_an_explanation_is_about_ten_lines_and_says_where_the_paper_has_it(name: str) -> None:
+def test_explain_gives_the_choices_the_cost_and_the_source(name: str) -> None:
     text = explain(name)
     lines = text.splitlines()
     assert 7 <= len(lines) <= 11
@@ -47,5 +123,5 @@ def test_an_explanation_is_about_ten_lines_and_says_where_the_paper_has_it(name:
 @pytest.mark.parametrize(
     ("name", "family"), [("free-8", "free-R"), ("deat-3", "deat-D"), ("deat-40%", "deat-P%"), ("m+pgd", "m+pgd")]
 )
-def test_a_row_says_how_the_names_of_its_family_are_written(name: str, family: str) -> None:
+def test_describe_gives_the_notation_of_a_family(name: str, family: str) -> None:
     assert describe(name).family == family

@@ -6,6 +6,7 @@ import math
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchattacks
@@ -26,7 +27,15 @@ from deat_rb.methods.trainers import AttackTrainer, ReplayTrainer
 from deat_rb.training import base as training_base
 from deat_rb.training.base import Schedule
 from deat_rb.training.metrics import EpochStats
+from deat_rb.training.trainer import Trainer
 from deat_rb.utils.errors import DeatError
+
+
+def mode_of_attack(trainer: Trainer, *, training: bool) -> bool:
+    """Whether the attack on a model in train or eval mode runs in train mode."""
+    trainer.model.train(training)
+    trainer.crafter.enter_mode()
+    return bool(trainer.model.training)
 
 
 @pytest.fixture(autouse=True)
@@ -38,22 +47,24 @@ def _nothing_stays_registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_a_row_has_the_papers_numbers(name: str) -> None:
+def test_create_builds_the_papers_row(name: str) -> None:
     kind, steps, alpha, start, craft, tau, mode, loss, schedule, numbers, stopping, stop_numbers, epochs = TABLE[name]
-    trainer = create(name, Plane())
+    model = Plane().train()
+    trainer = create(name, model)
     attack = trainer.crafter
     assert trainer.attack == name
     assert isinstance(attack, PGD)
     if isinstance(trainer, ReplayTrainer):
-        assert kind == ("Replay, carried" if trainer.carry else "Replay")
+        assert kind == ("carried" if trainer.carry else "replay")
     else:
         assert isinstance(trainer, AttackTrainer)
-        assert kind == "Attack"
+        assert kind == "attack"
     assert (trainer.steps, attack.steps) == (steps, steps)
     assert trainer.base_alpha == pytest.approx(alpha / 255)
     assert attack.eps == pytest.approx(8 / 255)
     assert (attack.start, attack.loss, attack.tau) == (start, craft, tau)
-    assert attack._model_training == (mode == "train")
+    attack.enter_mode()
+    assert model.training == (mode == "train")
     assert trainer.loss.name == loss
     assert type(trainer.schedule) is schedule
     assert {key: getattr(trainer.schedule, key) for key in numbers} == numbers
@@ -64,13 +75,13 @@ def test_a_row_has_the_papers_numbers(name: str) -> None:
     assert row.guided == (schedule is GradientMagnitude)
 
 
-def test_the_table_has_these_sixteen_methods_in_this_order() -> None:
+def test_known_methods_are_the_papers_in_its_order() -> None:
     assert known_methods() == list(TABLE)
     assert [row.name for row in method_table()] == list(TABLE)
 
 
 @pytest.mark.parametrize(("name", "largest"), [("m-deat", 8), ("m+pgd", 7), ("m+trades", 10), ("m+mart", 10)])
-def test_guided_rows_raise_alpha_to_eps_over_r_up_to_their_bound(name: str, largest: int) -> None:
+def test_alpha_of_guided_methods_is_at_least_eps_over_r(name: str, largest: int) -> None:
     trainer = create(name, Plane())
     base = 10 if name == "m-deat" else 2
     for steps in range(1, largest + 1):
@@ -84,7 +95,7 @@ def test_guided_rows_raise_alpha_to_eps_over_r_up_to_their_bound(name: str, larg
 @pytest.mark.parametrize(
     ("name", "clean", "missed"), [("trades", math.log(4 / 3), 1.0), ("mart", math.log(2) - math.log(0.5001), 0.25)]
 )
-def test_the_regularisers_weight_is_six(name: str, clean: float, missed: float) -> None:
+def test_beta_is_six_by_default(name: str, clean: float, missed: float) -> None:
     # Clean prediction (3/4, 1/4), adversarial (1/2, 1/2), label 0; KL = 3/4 ln 3 - ln 2.
     sure, unsure, label = torch.tensor([[math.log(3.0), 0.0]]), torch.zeros(1, 2), torch.tensor([0])
     kl = 0.75 * math.log(3) - math.log(2)
@@ -96,7 +107,7 @@ def test_the_regularisers_weight_is_six(name: str, clean: float, missed: float) 
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_every_row_takes_a_training_step(name: str, tiny_model: nn.Module) -> None:
+def test_training_step_updates_the_weights_of_every_method(name: str, tiny_model: nn.Module) -> None:
     trainer = create(name, tiny_model.train())
     images = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     before = {key: value.clone() for key, value in tiny_model.state_dict().items()}
@@ -128,12 +139,12 @@ def test_every_row_takes_a_training_step(name: str, tiny_model: nn.Module) -> No
         ("  M-DEAT ", "m-deat"),
     ],
 )
-def test_names_are_read_as_the_paper_writes_them(written: str, canonical: str) -> None:
+def test_recipe_reads_names_as_the_paper_writes_them(written: str, canonical: str) -> None:
     assert recipe(written)[0] == canonical
     assert create(written, Plane()).attack == canonical
 
 
-def test_the_number_in_a_name_is_the_rows() -> None:
+def test_recipe_takes_the_number_from_the_name() -> None:
     assert create("free-4", Plane()).steps == 4
     assert create("pgd-20", Plane()).steps == 20
     assert create("fat-10", Plane()).steps == 10
@@ -157,13 +168,13 @@ def test_the_number_in_a_name_is_the_rows() -> None:
         ("f-mart", "f+mart"),
     ],
 )
-def test_a_wrong_name_is_told_the_nearest(wrong: str, meant: str) -> None:
+def test_recipe_suggests_the_nearest_name(wrong: str, meant: str) -> None:
     with pytest.raises(DeatError, match=re.escape(f"there is no method '{wrong}': did you mean ")) as error:
         recipe(wrong)
     assert f"'{meant}'" in str(error.value)
 
 
-def test_a_name_near_none_is_told_all() -> None:
+def test_create_lists_all_names_when_none_is_near() -> None:
     with pytest.raises(DeatError, match=r"no method 'zzzzzzzz': known are standard, free-8, deat-3, .*, m\+mart$"):
         create("zzzzzzzz", Plane())
 
@@ -171,14 +182,14 @@ def test_a_name_near_none_is_told_all() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("free-0", "0 in the method 'free-0' makes no free-R; the paper has free-8"),
-        ("deat-0", "0 in the method 'deat-0' makes no deat-D; the paper has deat-3"),
-        ("deat-100%", "100 in the method 'deat-100%' makes no deat-P%; the paper has deat-40%"),
-        ("deat-0%", "0 in the method 'deat-0%' makes no deat-P%; the paper has deat-40%"),
-        ("pgd-1001", "1001 in the method 'pgd-1001' makes no pgd-N; the paper has pgd-7"),
+        ("free-0", "method 'free-0': 0 is out of range for free-R (1 to 1000); the paper has free-8"),
+        ("deat-0", "method 'deat-0': 0 is out of range for deat-D (1 to 1000); the paper has deat-3"),
+        ("deat-100%", "method 'deat-100%': 100 is out of range for deat-P% (1 to 99); the paper has deat-40%"),
+        ("deat-0%", "method 'deat-0%': 0 is out of range for deat-P% (1 to 99); the paper has deat-40%"),
+        ("pgd-1001", "method 'pgd-1001': 1001 is out of range for pgd-N (1 to 1000); the paper has pgd-7"),
     ],
 )
-def test_a_number_that_makes_no_method_is_named(wrong: str, message: str) -> None:
+def test_recipe_refuses_a_number_out_of_range(wrong: str, message: str) -> None:
     with pytest.raises(DeatError, match=f"^{re.escape(message)}$"):
         recipe(wrong)
 
@@ -186,16 +197,17 @@ def test_a_number_that_makes_no_method_is_named(wrong: str, message: str) -> Non
 # ------------------------------------------------------------------------------------------------ overrides
 
 
-def test_overrides_reach_their_places() -> None:
+def test_create_applies_overrides() -> None:
     guided = create("m+trades", Plane(), alpha=1 / 255, steps=2, max_steps=5, gamma=1.2, attack_mode="eval")
     assert isinstance(guided.schedule, GradientMagnitude)
     assert (guided.schedule.steps, guided.schedule.max_steps, guided.schedule.gamma) == (2, 5, 1.2)
     assert guided.base_alpha == 1 / 255
     assert guided.alpha == pytest.approx(4 / 255)  # eps / r
-    assert guided.crafter._model_training is False
+    assert mode_of_attack(guided, training=True) is False
 
     friendly = create("fat-5", Plane(), tau=1, attack_mode="train", steps=8)
-    assert (friendly.crafter.tau, friendly.crafter.steps, friendly.crafter._model_training) == (1, 8, True)
+    assert (friendly.crafter.tau, friendly.crafter.steps) == (1, 8)
+    assert mode_of_attack(friendly, training=False) is True
 
     every, above = create("deat-3", Plane(), every=2, max_steps=4), create("deat-40%", Plane(), threshold=0.3)
     assert isinstance(every.schedule, EveryDEpochs)
@@ -210,12 +222,12 @@ def test_overrides_reach_their_places() -> None:
     assert (dropped.drop, dropped.validation_steps) == (0.3, 5)
 
 
-def test_none_leaves_the_rows_own_value() -> None:
+def test_create_ignores_overrides_that_are_none() -> None:
     trainer = create("m+pgd", Plane(), alpha=None, steps=None, max_steps=None, gamma=None, tau=None, beta=None)
     assert (trainer.steps, trainer.schedule.max_steps) == (1, 7)
 
 
-def test_step_sizes_grow_with_eps_unless_they_are_given() -> None:
+def test_create_scales_alpha_with_eps_unless_given() -> None:
     for name in ("pgd-7", "fat-5", "mart"):
         assert create(name, Plane(), eps=4 / 255).base_alpha == pytest.approx(1 / 255)
     assert create("free-8", Plane(), eps=16 / 255).base_alpha == pytest.approx(16 / 255)
@@ -237,16 +249,27 @@ def test_step_sizes_grow_with_eps_unless_they_are_given() -> None:
         ("standard", {"steps": 3}, "the method standard has no steps to change"),
         ("pgd-7", {"steps": -2}, "steps = -2 is not a whole number of 0 or more"),
         ("pgd-7", {"eps": 8.0}, r"eps = 8 is outside \(0, 1\]"),
-        ("m+pgd", {"steps": 9}, "max_steps = 7 is below 9, with which the schedule begins"),
+        ("m+pgd", {"steps": 9}, r"max_steps = 7 is below the first epoch's steps \(9\)"),
         ("m+pgd", {"gamma": 0.0}, "gamma = 0 is not a positive number"),
         ("deat-40%", {"threshold": 40}, r"threshold = 40 is outside \(0, 1\)"),
-        ("free-8", {"steps": 0}, "steps = 0 replays would learn nothing"),
-        ("fat-5", {"tau": -1}, "tau = -1 is negative"),
+        ("free-8", {"steps": 0}, "steps = 0: a replay trainer needs 1 replay or more"),
+        ("fat-5", {"tau": -1}, "tau = -1 is not a whole number of 0 or more"),
+        ("pgd-7", {"eps": "8/0"}, "'8/0' divides by zero"),
+        ("pgd-7", {"eps": "eight"}, "'eight' is not a number; write a fraction such as 8/255"),
+        ("pgd-7", {"eps": None}, "None is not a number"),
+        ("pgd-7", {"alpha": "two"}, "'two' is not a number"),
+        ("pgd-7", {"steps": "7"}, "steps = '7' is not a whole number"),
+        ("pgd-7", {"steps": 7.5}, "steps = 7.5 is not a whole number"),
+        ("m+pgd", {"max_steps": "7"}, "max_steps = '7' is not a whole number"),
+        ("m+pgd", {"gamma": "1.0"}, "gamma = '1.0' is not a number"),
+        ("trades", {"beta": "6"}, "beta = '6' is not a number"),
+        ("fat-5", {"tau": "3"}, "tau = '3' is not a whole number"),
+        ("deat-3", {"every": 1.5}, "every = 1.5 is not a whole number"),
         ("trades", {"attack_mode": "test"}, "attack_mode = 'test' is neither 'train' nor 'eval'"),
         ("u-fgsm", {"drop": 20}, r"drop = 20 is outside \(0, 1\)"),
     ],
 )
-def test_what_a_method_has_not_or_cannot_be_is_refused(name: str, override: dict[str, Any], message: str) -> None:
+def test_create_refuses_invalid_overrides(name: str, override: dict[str, Any], message: str) -> None:
     with pytest.raises(DeatError, match=message):
         create(name, Plane(), **override)
 
@@ -254,26 +277,48 @@ def test_what_a_method_has_not_or_cannot_be_is_refused(name: str, override: dict
 # ------------------------------------------------------------------------------------------------ one's own
 
 
-def test_a_registered_row_is_a_method_like_the_others() -> None:
+@pytest.mark.parametrize(
+    "eps", ["4/255", " 4 / 255 ", "0.01568627450980392", np.float32(4 / 255), torch.tensor(4 / 255)]
+)
+def test_create_reads_eps_and_alpha_as_text(eps: Any) -> None:
+    trainer = create("pgd-7", Plane(), eps=eps, alpha="3/255")
+    assert (trainer.crafter.eps, trainer.base_alpha) == (pytest.approx(4 / 255), 3 / 255)
+
+
+def test_create_refuses_a_model_that_cannot_be_trained() -> None:
+    frozen = Plane().requires_grad_(False)
+    with torch.inference_mode():
+        created_in_inference_mode = Plane()
+    for model, message in [
+        (nn.Flatten(), "the model has no parameters, so there is nothing to train"),
+        (frozen, r"all parameters of the model are frozen \(requires_grad is False\)"),
+        (nn.Sequential(nn.Flatten(), nn.LazyLinear(2)), "the model has lazy layers without weights: forward one batch"),
+        (created_in_inference_mode, r"the model was created inside torch\.inference_mode\(\)"),
+        (lambda images: images, r"model: function \(a torch\.nn\.Module that returns logits\)"),
+        ("resnet18", r"model: str \(a torch\.nn\.Module"),
+    ]:
+        with pytest.raises(DeatError, match=message):
+            create("pgd-7", model)  # type: ignore[arg-type]  # what has another type is to be refused
+
+
+def test_register_method_adds_a_row() -> None:
     register_method("  Mine ", Recipe(steps=2, alpha=4 / 255))
     assert known_methods() == [*TABLE, "mine"]
     assert recipe("MINE")[0] == "mine"
     trainer = create("mine", Plane(), steps=3)
     assert (trainer.attack, trainer.steps, trainer.base_alpha) == ("mine", 3, 4 / 255)
     row = method_table()[-1]
-    assert (row.name, row.attack, row.loss, row.schedule, row.stop, row.cost, row.paper) == (
+    assert (row.name, row.attack, row.loss, row.schedule) == (
         "mine",
-        "PGD",
+        "2 steps of 4/255, uniform start",
         "CE",
         "constant",
-        "-",
-        "counted",
-        "-",
     )
+    assert (row.stop, row.cost, row.paper) == ("-", "(2 + 1)MT", "-")
     assert explain("mine").startswith("mine: constant")
 
 
-def test_a_row_may_have_a_loss_a_trainer_and_a_schedule_of_its_own() -> None:
+def test_register_method_takes_a_loss_and_a_trainer_of_ones_own() -> None:
     class Halves(AttackTrainer):
         pass
 
@@ -289,28 +334,28 @@ def test_a_row_may_have_a_loss_a_trainer_and_a_schedule_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("taken", ["trades", "M+TRADES", "pgd-7", "pgd-10", "Trade", "deat-55%"])
-def test_a_name_that_the_table_reads_cannot_be_taken(taken: str) -> None:
-    with pytest.raises(DeatError, match=re.escape(f"there is a method '{taken.lower()}' already; register yours")):
+def test_register_method_refuses_the_papers_names(taken: str) -> None:
+    with pytest.raises(DeatError, match=re.escape(f"the method '{taken.lower()}' exists already; register yours")):
         register_method(taken, Recipe())
 
 
-def test_a_name_is_registered_once() -> None:
+def test_register_method_refuses_a_second_row_of_one_name() -> None:
     register_method("mine", Recipe())
-    with pytest.raises(DeatError, match="there is a method 'mine' already"):
+    with pytest.raises(DeatError, match="the method 'mine' exists already"):
         register_method("Mine", Recipe())
 
 
 @pytest.mark.parametrize("name", ["x/y", "..", ".hidden", "", "two words", "ümlaut"])
-def test_a_name_that_makes_no_folder_is_refused(name: str) -> None:
-    with pytest.raises(DeatError, match=re.escape(f"'{name}' cannot be a method's name")):
+def test_register_method_refuses_names_unfit_for_a_directory(name: str) -> None:
+    with pytest.raises(DeatError, match=re.escape(f"method name: '{name}' (a letter or digit, then")):
         register_method(name, Recipe())
 
 
-def test_p_is_forty_where_nobody_says() -> None:
+def test_recipe_reads_deat_p_as_forty_percent() -> None:
     assert recipe("DEAT-P%")[0] == recipe("deat-%")[0] == "deat-40%"
 
 
-def test_a_row_may_have_any_attack_of_torchattacks(tiny_model: nn.Module) -> None:
+def test_register_method_takes_attacks_of_torchattacks(tiny_model: nn.Module) -> None:
     register_method("one", Recipe(attack=torchattacks.FFGSM, alpha=10 / 255))
     register_method("auto", Recipe(attack=torchattacks.APGD, steps=3, attack_options={"loss": "dlr"}))
     one, auto = create("one", tiny_model, eps=0.1, alpha=0.2), create("auto", tiny_model, steps=4)
@@ -324,11 +369,11 @@ def test_a_row_may_have_any_attack_of_torchattacks(tiny_model: nn.Module) -> Non
     with pytest.raises(DeatError, match="FFGSM has no steps, so a schedule cannot set them"):
         create("led", tiny_model)
     register_method("square", Recipe(attack=torchattacks.Square, attack_options={"queries": 5}))
-    with pytest.raises(DeatError, match="the attack of the method square cannot be made with the model, eps=, alpha="):
+    with pytest.raises(DeatError, match="the attack of the method square cannot be created with the model, eps="):
         create("square", tiny_model)
 
 
-def test_a_row_may_have_a_schedule_of_its_own() -> None:
+def test_register_method_takes_a_schedule_of_ones_own() -> None:
     class Doubling(Schedule):
         def update(self, stats: EpochStats) -> None:
             self.steps *= 2
@@ -352,7 +397,7 @@ class Point:
         return self.found
 
 
-def test_entry_points_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entry_points_are_methods_and_broken_ones_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     points = [
         Point("broken", ImportError("no module named elsewhere")),
         Point("Fine", Recipe(steps=2)),
@@ -364,7 +409,7 @@ def test_entry_points_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     assert create("pgd-7", Plane()).steps == 7
     with pytest.raises(DeatError, match="'broken' of the entry point elsewhere:ROW cannot be loaded: no module named"):
         recipe("broken")
-    with pytest.raises(DeatError, match=r"the entry point elsewhere:ROW of the method 'none' is no deat_rb\.Recipe"):
+    with pytest.raises(DeatError, match=r"the entry point elsewhere:ROW of the method 'none' is not a deat_rb\.me"):
         recipe("none")
     complaints: list[str] = []
     assert [row.name for row in method_table(complaints.append)] == [*TABLE, "fine"]

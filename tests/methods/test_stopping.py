@@ -158,7 +158,7 @@ def test_it_asks_for_its_validation_and_says_when_it_is_missing() -> None:
     assert RobustnessDrop().validation_steps == 5
     assert RobustnessDrop(steps=7).validation_steps == 7
     assert GradientRatio().validation_steps == 0
-    with pytest.raises(DeatError, match="epoch 3 has no stop_robust_acc, which the rule RobustnessDrop compares"):
+    with pytest.raises(DeatError, match="epoch 3 has no stop_robust_acc, which the rule RobustnessDrop needs"):
         RobustnessDrop().update(EpochStats(epoch=3))
 
 
@@ -199,7 +199,7 @@ def test_the_base_rule_never_stops() -> None:
 
 REFUSALS: list[tuple[Callable[[], StoppingRule], str]] = [
     (lambda: RobustnessDrop(20), r"^drop = 20 is outside \(0, 1\); 20 points are 0.2"),
-    (lambda: RobustnessDrop(0.2, steps=0), r"^steps = 0 of the validating PGD is below 1"),
+    (lambda: RobustnessDrop(0.2, steps=0), r"^steps = 0 of the stopping rule's PGD is below 1"),
     (lambda: GradientRatio(m=0), r"^m = 0 is not a number of epochs; Algorithm 5 has m = 2"),
     (lambda: GradientRatio(gamma=-1), r"^gamma = -1 is not a positive number"),
     (lambda: GradientRatio(gamma=math.nan), r"^gamma = nan is not"),

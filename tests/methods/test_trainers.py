@@ -191,7 +191,7 @@ def test_a_replay_trainer_refuses_what_it_cannot_share() -> None:
         deat_rb.methods.ReplayTrainer(deat_rb.PGD(model, loss="kl"))
     with pytest.raises(DeatError, match=r"deat_rb\.PGD on cross-entropy"):
         deat_rb.methods.ReplayTrainer(deat_rb.PGD(model, tau=2))
-    with pytest.raises(DeatError, match="steps = 0 replays would learn nothing"):
+    with pytest.raises(DeatError, match="steps = 0: a replay trainer needs 1 replay or more"):
         deat_rb.methods.ReplayTrainer(deat_rb.PGD(model, steps=0))
     with pytest.raises(DeatError, match="the loss trades needs two"):
         deat_rb.methods.ReplayTrainer(deat_rb.PGD(model), loss="trades")

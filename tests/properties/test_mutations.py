@@ -157,7 +157,7 @@ def test_the_adversarial_forward_before_the_clean_one(name: str, monkeypatch: py
 def test_crafting_in_the_other_mode(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def other(trainer: Trainer) -> None:
         assert isinstance(trainer.crafter, PGD)
-        training = not trainer.crafter._model_training
+        training = trainer.crafter.tau is not None  # friendly methods attack in eval mode, the others in train mode
         trainer.crafter.set_model_training_mode(training, training, training)
 
     change_trainers(monkeypatch, other)

@@ -1,18 +1,20 @@
-"""Calling never teaches (law 2): a call leaves weights, buffers, modes, gradients and requires_grad as found."""
+"""Calling a trainer never updates the model: weights, buffers, modes, gradients and requires_grad are preserved."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 import torchattacks
-from torch import nn
+from torch import Tensor, nn
 from training_problems import Snapshot, fails_at, images_and_labels, used
 
 import deat_rb
 from deat_rb.training.trainer import Trainer
+from deat_rb.utils.errors import DeatError
 from deat_rb.utils.module_state import preserve_modes, preserve_state
 
 METHODS = [
@@ -123,12 +125,12 @@ def test_crafting_in_train_mode_leaves_modules_alone_that_were_frozen_in_eval() 
     assert not torch.equal(*alone_and_together(used()))
 
 
-def test_untouched_undoes_what_an_attack_may_do() -> None:
+def test_preserve_state_restores_modes_buffers_gradients_and_flags() -> None:
     model = used()
     before = Snapshot(model)
-    kept = [parameter.grad for parameter in model.parameters()]
+    gradients = [parameter.grad for parameter in model.parameters()]
 
-    def wreak_havoc() -> None:
+    def change_everything() -> None:
         model.train()
         model[1].eval()
         torch.autograd.backward(model(images_and_labels()[0]).sum())
@@ -137,22 +139,21 @@ def test_untouched_undoes_what_an_attack_may_do() -> None:
         assert len(before.differences()) > 10
 
     with preserve_state(model):
-        assert all(parameter.grad is None for parameter in model.parameters())
-        wreak_havoc()
+        change_everything()
     assert before.differences() == []
 
     def raising() -> None:
         with preserve_state(model):
-            wreak_havoc()
+            change_everything()
             raise ValueError("on purpose")
 
     with pytest.raises(ValueError, match="on purpose"):
         raising()
     assert before.differences() == []
-    assert all(old is parameter.grad for old, parameter in zip(kept, model.parameters(), strict=True))
+    assert all(old is parameter.grad for old, parameter in zip(gradients, model.parameters(), strict=True))
 
 
-def test_modes_restored_gives_each_module_its_own() -> None:
+def test_preserve_modes_restores_the_mode_of_each_module() -> None:
     model = used()
     before = Snapshot(model)
 
@@ -164,3 +165,90 @@ def test_modes_restored_gives_each_module_its_own() -> None:
     with pytest.raises(ValueError, match="on purpose"):
         raising()
     assert before.differences() == []
+
+
+class Counting(nn.Module):
+    """Buffers that ``forward`` assigns anew, as a plain running mean does, creates and deletes."""
+
+    mean: Tensor
+    count: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("count", None)
+        self.register_buffer("first", torch.ones(1))
+        self.linear = nn.Linear(3, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * images.detach().mean(dim=(0, 2, 3))
+        self.count = torch.ones(()) if self.count is None else self.count + 1
+        if hasattr(self, "first"):
+            del self.first
+        self.register_buffer("last", images.detach()[-1])
+        logits: Tensor = self.linear(images.mean(dim=(2, 3)) - self.mean)
+        return logits
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["m+trades", "free-3", "pgd-2", "fat-2", "PGD"])
+def test_a_call_restores_buffers_that_forward_assigns_anew(name: str, training: bool) -> None:
+    model = nn.Sequential(Counting(), nn.BatchNorm1d(4)).train(training)
+    buffers = dict(model.named_buffers())
+    before = {key: buffer.clone() for key, buffer in buffers.items()}
+    trainer_of(name, model)(*images_and_labels())
+    after = dict(model.named_buffers())
+    assert list(after) == list(buffers)
+    for key, buffer in after.items():
+        assert buffer is buffers[key], key
+        assert torch.equal(buffer, before[key]), key
+    assert model[0].count is None
+
+
+def test_preserve_state_restores_a_parameter_that_was_replaced() -> None:
+    model = nn.Linear(2, 2)
+    weight = model.weight
+    with preserve_state(model):
+        model.weight = nn.Parameter(torch.zeros(2, 2))
+    assert model.weight is weight
+
+
+def test_preserve_state_writes_nothing_that_did_not_change() -> None:
+    model = used()
+    versions = [tensor._version for tensor in (*model.buffers(), *model.parameters())]
+    with preserve_state(model):
+        model.eval()
+        model(images_and_labels()[0])
+    assert [tensor._version for tensor in (*model.buffers(), *model.parameters())] == versions
+
+
+@pytest.mark.parametrize("name", ["pgd-7", "trades", "free-3", "fat-5", "PGD"])
+def test_three_threads_attack_one_model_in_eval_mode(name: str) -> None:
+    model = used().eval()
+    batches = [images_and_labels(40, seed=seed) for seed in range(3)]
+    trainer = trainer_of(name, model)
+    trainer.crafter.start = "none"
+    trainer.crafter.random_start = False  # torchattacks' name of it
+    alone = [trainer(*batch) for batch in batches]
+    before = Snapshot(model)
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(10):
+            for adv, expected in zip(pool.map(lambda batch: trainer(*batch), batches), alone, strict=True):
+                torch.testing.assert_close(adv, expected, rtol=0, atol=0)
+    assert before.differences() == []
+
+
+@pytest.mark.parametrize("name", ["pgd-2", "m+trades", "free-3", "PGD"])
+def test_attacks_and_training_name_inference_mode(name: str) -> None:
+    model = used()
+    trainer = trainer_of(name, model)
+    images, labels = images_and_labels()
+    with torch.no_grad():
+        trainer(images, labels)
+    with torch.inference_mode():
+        with pytest.raises(DeatError, match=r"needs gradients, which torch\.inference_mode\(\) disables"):
+            trainer(images, labels)
+        with pytest.raises(DeatError, match=r"training needs gradients, which torch\.inference_mode\(\) disables"):
+            trainer.training_step(images, labels, torch.optim.SGD(model.parameters(), lr=0.1))
+        inference_images, inference_labels = images.clone(), labels.clone()
+    trainer(inference_images, inference_labels)

@@ -1,0 +1,146 @@
+"""Configured methods: a row with the values of a run, and the trainer that is built from it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from deat_rb.methods.losses import surrogate
+from deat_rb.methods.recipes import CONSTANT, PAPER_EPS, Recipe, path_of, resolve
+from deat_rb.methods.registry import recipe
+from deat_rb.training.base import Schedule
+from deat_rb.training.trainer import Trainer
+from deat_rb.utils.errors import DeatError
+from deat_rb.utils.units import check_eps, parse_fraction
+
+WHOLE_NUMBERS = frozenset({"steps", "max_steps", "start", "every", "tau", "m"})
+"""Overrides that are counts."""
+
+NUMBERS = frozenset({"gamma", "beta", "threshold", "drop", "guard"})
+"""Overrides that are real numbers."""
+
+
+@dataclass(frozen=True)
+class ConfiguredMethod:
+    """A method with the values that it runs with.
+
+    Attributes:
+        name: The canonical name.
+        recipe: The row, its values replaced by the overrides; ``alpha`` is the step size at ``eps``.
+        eps: The Linf radius, in [0, 1] pixel units.
+    """
+
+    name: str
+    recipe: Recipe
+    eps: float
+
+
+def configure(name: str, *, eps: float | str = PAPER_EPS, **overrides: Any) -> ConfiguredMethod:
+    """Apply overrides to a method's row; arguments and errors as for `deat_rb.create`."""
+    canonical, row = recipe(name)
+    eps = check_eps(parse_fraction(eps))
+    values = {key: _number(key, value) for key, value in overrides.items() if value is not None}
+
+    attack_options, trainer_options = dict(row.attack_options), dict(row.trainer_options)
+    accepts = _parameters(row)
+    attack_keys = {"tau"} & set(attack_options)
+    if not row.replays:
+        attack_keys |= {"attack_mode"} & accepts
+    attack_options |= {key: values.pop(key) for key in attack_keys & set(values)}
+    alpha, steps = row.alpha * (eps / PAPER_EPS), row.steps
+    if steps > 0 or row.guided:
+        alpha = values.pop("alpha", alpha) if "alpha" in accepts else alpha
+        steps = values.pop("steps", steps) if "steps" in accepts else steps
+    if row.replays and "lr_per_replay" in values:
+        trainer_options["lr_per_replay"] = values.pop("lr_per_replay")
+    beta = values.pop("beta", row.beta) if row.loss in ("trades", "mart") else row.beta
+    schedule_options = {**row.schedule_options, **_take(resolve(row.schedule), values)}
+    stopping_options = {**row.stopping_options, **_take(resolve(row.stopping), values)}
+    if values:
+        raise DeatError(
+            f"the method {canonical} has no {', '.join(sorted(values))} to change; see deat-rb methods {canonical}"
+        )
+    row = replace(
+        row, steps=steps, alpha=alpha, beta=beta, attack_options=attack_options, trainer_options=trainer_options,
+        schedule_options=schedule_options, stopping_options=stopping_options,
+    )  # fmt: skip
+    return ConfiguredMethod(canonical, row, eps)
+
+
+def build(method: ConfiguredMethod, model: nn.Module) -> Trainer:
+    """Build the trainer of a configured method.
+
+    Raises:
+        DeatError: If the attack cannot be created with the row's values, or the model cannot be trained.
+    """
+    _check_trainable(model)
+    row = method.recipe
+    accepts = _parameters(row)
+    schedule: Schedule | None = None
+    if "steps" in accepts or path_of(row.schedule) != CONSTANT:
+        schedule_class = resolve(row.schedule)
+        first = "start" if "start" in inspect.signature(schedule_class).parameters else "steps"
+        schedule = schedule_class(**{first: row.steps, **row.schedule_options})
+    stopping = resolve(row.stopping)(**row.stopping_options) if row.stopping else None
+    loss = surrogate(row.loss, beta=row.beta)
+    sizes = {key: value for key, value in (("alpha", row.alpha), ("steps", row.steps)) if key in accepts}
+    try:
+        attack = resolve(row.attack)(model, eps=method.eps, **sizes, **row.attack_options)
+    except TypeError as error:
+        raise DeatError(
+            f"the attack of the method {method.name} cannot be created with the model, eps=, alpha= and steps= "
+            f"({error})"
+        ) from error
+    trainer: Trainer = resolve(row.trainer)(
+        attack, loss=loss, schedule=schedule, stopping=stopping, name=method.name, **row.trainer_options
+    )
+    return trainer
+
+
+def _check_trainable(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise DeatError(f"model: {type(model).__name__} (a torch.nn.Module that returns logits)")
+    parameters = list(model.parameters())
+    if not parameters:
+        raise DeatError("the model has no parameters, so there is nothing to train")
+    if any(isinstance(parameter, UninitializedParameter) for parameter in parameters):
+        raise DeatError("the model has lazy layers without weights: forward one batch through it before training")
+    if any(parameter.is_inference() for parameter in parameters):
+        raise DeatError("the model was created inside torch.inference_mode(), so it cannot be trained")
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise DeatError(
+            "all parameters of the model are frozen (requires_grad is False), so there is nothing to train: "
+            "unfreeze those to train"
+        )
+
+
+def _number(name: str, value: Any) -> Any:
+    """Check the type of an override, and read a step size written as a fraction."""
+    if name == "alpha":
+        return parse_fraction(value)
+    if name in WHOLE_NUMBERS and (isinstance(value, bool) or not isinstance(value, Integral)):
+        raise DeatError(f"{name} = {value!r} is not a whole number")
+    if name in NUMBERS and (isinstance(value, bool) or not isinstance(value, Real)):
+        raise DeatError(f"{name} = {value!r} is not a number")
+    return int(value) if name in WHOLE_NUMBERS else value
+
+
+def _take(factory: Callable[..., Any] | None, values: dict[str, Any]) -> dict[str, Any]:
+    """Remove from ``values`` the parameters of ``factory``, except for the steps, which are the attack's."""
+    if factory is None:
+        return {}
+    names = set(inspect.signature(factory).parameters) - {"steps", "start"}
+    return {key: values.pop(key) for key in list(values) if key in names}
+
+
+def _parameters(row: Recipe) -> set[str]:
+    """Return which of ``alpha``, ``steps`` and ``attack_mode`` the attack takes: torchattacks' APGD has no alpha."""
+    parameters = inspect.signature(resolve(row.attack)).parameters
+    anything = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    return {name for name in ("alpha", "steps", "attack_mode") if anything or name in parameters}
