@@ -13,7 +13,6 @@ from torch.nn.parameter import UninitializedParameter
 
 from deat_rb.methods.losses import surrogate
 from deat_rb.methods.recipes import CONSTANT, PAPER_EPS, Recipe, path_of, resolve
-from deat_rb.methods.registry import recipe
 from deat_rb.training.base import Schedule
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils.errors import DeatError
@@ -41,9 +40,8 @@ class ConfiguredMethod:
     eps: float
 
 
-def configure(name: str, *, eps: float | str = PAPER_EPS, **overrides: Any) -> ConfiguredMethod:
-    """Apply overrides to a method's row; arguments and errors as for `deat_rb.create`."""
-    canonical, row = recipe(name)
+def configure(canonical: str, row: Recipe, /, *, eps: float | str = PAPER_EPS, **overrides: Any) -> ConfiguredMethod:
+    """Apply overrides to the row of a method; overrides and errors as for `deat_rb.create`."""
     eps = check_eps(parse_fraction(eps))
     values = {key: _number(key, value) for key, value in overrides.items() if value is not None}
 

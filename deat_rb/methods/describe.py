@@ -64,7 +64,7 @@ def describe(name: str, *, eps: float | str = PAPER_EPS, **overrides: Any) -> Me
         return _describe(*recipe(name), PAPER_EPS)  # without torch
     from deat_rb.methods.build import configure
 
-    return describe_configured(configure(name, eps=eps, **overrides))
+    return describe_configured(configure(*recipe(name), eps=eps, **overrides))
 
 
 def describe_configured(method: ConfiguredMethod) -> MethodRow:

@@ -134,4 +134,4 @@ def create(name: str, model: nn.Module, *, eps: float | str = PAPER_EPS, **overr
     """
     from deat_rb.methods.build import build, configure
 
-    return build(configure(name, eps=eps, **overrides), model)
+    return build(configure(*recipe(name), eps=eps, **overrides), model)
