@@ -98,7 +98,7 @@ def evaluate(
 
     from deat_rb.attacks.names import parse_attacks
     from deat_rb.attacks.threat_models import check_norm, check_radius
-    from deat_rb.cli.progress import EvaluationProgress
+    from deat_rb.cli.evaluation_progress import EvaluationProgress
     from deat_rb.evaluation.evaluate import check_options, evaluate
     from deat_rb.evaluation.tables import are_comparable, means
     from deat_rb.loading import open_target

@@ -97,7 +97,7 @@ def verify(
 
     Says what is wrong and where, and exits with status 1 if anything is.
     """
-    from deat_rb.cli.progress import EvaluationProgress
+    from deat_rb.cli.evaluation_progress import EvaluationProgress
     from deat_rb.leaderboard.verify import verify as verify_board
     from deat_rb.utils.devices import resolve_device
     from deat_rb.utils.errors import DeatError

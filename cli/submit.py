@@ -63,7 +63,7 @@ def submit(
     """
     from rich.console import Console
 
-    from deat_rb.cli.progress import EvaluationProgress
+    from deat_rb.cli.evaluation_progress import EvaluationProgress
     from deat_rb.leaderboard.board import Board
     from deat_rb.leaderboard.ranking import rank
     from deat_rb.leaderboard.submission import SubmissionMetadata

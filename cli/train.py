@@ -44,7 +44,7 @@ def train(
     Without options: M+TRADES on the embedded digits, a few minutes on a laptop. Images are in [0, 1], and so are --eps
     and --alpha. The run directory holds configuration, metrics, weights and curves.
     """
-    from deat_rb.cli.progress import TrainingProgress, print_plan, print_result, print_seeds
+    from deat_rb.cli.training_progress import TrainingProgress, print_plan, print_result, print_seeds
     from deat_rb.models.names import check_trust
     from deat_rb.runs.directory import check_free, check_name
     from deat_rb.runs.options import make_options, read_options
@@ -85,7 +85,7 @@ def train(
         print_plan(planned)
     if dry_run:
         return
-    with TrainingProgress() as progress:
+    with TrainingProgress(seeds=seeds or ()) as progress:
         where: dict[str, Any] = {"output": output, "name": name, "callbacks": [progress]}
         results = train_seeds(options, seeds, **where) if seeds else [run_training(planned, **where)]
     if not is_main():

@@ -1,1 +1,1 @@
-"""What `deat-rb train` does and leaves behind: configuration, plan, run directory, curves and trackers."""
+"""Runs of `deat-rb train`: options, configuration, plan, run directory, curves and trackers."""

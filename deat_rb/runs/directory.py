@@ -1,11 +1,11 @@
-"""A run directory: what a training run leaves behind.
+"""Run directory: the files of a training run.
 
-config.json          everything that decides the run; `deat-rb train --config` runs it again. Where it was
-                     prolonged, config-N-epochs.json is what it was before
+config.json          everything that determines the run; `deat-rb train --config` repeats it. If the run was
+                     extended, config-N-epochs.json is the configuration before
 metrics.jsonl        a row of `EpochStats` per epoch
-last.safetensors     the newest weights, and last.json about them
-best.safetensors     those most robust on validation, and best.json
-checkpoints/         what an interrupted run is continued from, the newest two
+last.safetensors     the newest weights, with their metrics in last.json
+best.safetensors     the weights most robust on validation, with best.json
+checkpoints/         the newest two, for --resume
 curves.png           the metrics as a picture
 eval.json            the last evaluation
 """
@@ -50,10 +50,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+%-]*")
 
 
 def check_name(name: str) -> str:
-    """Gives back a run's name that is a plain file name.
+    """Return a run's name after checking that it is a plain file name.
 
     Raises:
-        DeatError: If it is not, for instance with ``/`` or ``..`` in it.
+        DeatError: It is not, for instance because of ``/`` or ``..`` in it.
     """
     if not _NAME.fullmatch(name) or ".." in name:
         raise DeatError(f"'{name}' cannot be a run's name; use letters, digits and . _ + % - in it, no path")
@@ -61,10 +61,10 @@ def check_name(name: str) -> str:
 
 
 def check_free(path: Path) -> None:
-    """Looks whether a run can be made there.
+    """Check that a run directory can be created at a path.
 
     Raises:
-        DeatError: If the name cannot be a run's or is taken.
+        DeatError: The name is not admissible or taken.
     """
     check_name(path.name)
     if path.exists():
@@ -72,11 +72,11 @@ def check_free(path: Path) -> None:
 
 
 class RunDirectory:
-    """One run's files.
+    """The files of a run.
 
     Attributes:
         path: The folder.
-        config: What decided the run.
+        config: The run's configuration.
     """
 
     def __init__(self, path: Path, config: RunConfig) -> None:
@@ -85,32 +85,32 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: Path, config: RunConfig) -> RunDirectory:
-        """Makes the folder, which must not exist, with its ``config.json``.
+        """Create the folder, which must not exist, with its ``config.json``.
 
         Raises:
-            DeatError: If the name is taken or the folder cannot be made.
+            DeatError: The name is taken or the folder cannot be created.
         """
         check_free(path)
-        # Under another name until it is a run, so that a kill in between leaves the name free.
-        begun = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        # Under a temporary name until complete, so that a kill in between leaves the name free.
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
-            begun.mkdir(parents=True)
-            write_json(begun / CONFIG, config.model_dump(mode="json"))
-            begun.rename(path)
+            temporary.mkdir(parents=True)
+            write_json(temporary / CONFIG, config.model_dump(mode="json"))
+            temporary.rename(path)
         except OSError as error:
             raise DeatError(
-                f"the run directory {path} cannot be made ({error.strerror}); choose another --output"
+                f"the run directory {path} cannot be created ({error.strerror}); choose another --output"
             ) from None
         finally:
-            shutil.rmtree(begun, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         return cls(path, config)
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
-        """Opens a run that is there.
+        """Open an existing run.
 
         Raises:
-            DeatError: If the folder is no run directory or its ``config.json`` is damaged.
+            DeatError: The folder is no run directory or its ``config.json`` is damaged.
         """
         path = Path(path)
         if not (path / CONFIG).is_file():
@@ -123,18 +123,18 @@ class RunDirectory:
             ) from None
 
     def refuse_links(self) -> None:
-        """Looks whether training here could write or read anything that lies elsewhere.
+        """Check that nothing in the folder leads training to read or write elsewhere.
 
         Raises:
-            DeatError: If a link or a special file is in the folder, which a run never puts there.
+            DeatError: There is a link or a special file, which a run never creates.
         """
         for folder in (self.path, self.checkpoints):
             for path in sorted(folder.iterdir()) if folder.is_dir() else ():
                 if path.is_symlink() or not (path.is_file() or path.is_dir()):
-                    raise DeatError(f"{path} is a link or a special file, of which a run has none; remove it")
+                    raise DeatError(f"{path} is a link or a special file, which no run creates; remove it")
 
-    def reconfigured(self, config: RunConfig) -> RunDirectory:
-        """Records another configuration; of one with fewer epochs a copy stays, as ``config-N-epochs.json``."""
+    def reconfigure(self, config: RunConfig) -> RunDirectory:
+        """Write another configuration; keep the old one of N epochs as ``config-N-epochs.json``."""
         if config.optim.epochs != self.config.optim.epochs:
             write_json(
                 self.path / f"config-{self.config.optim.epochs}-epochs.json", self.config.model_dump(mode="json")
@@ -149,7 +149,7 @@ class RunDirectory:
 
     @property
     def model_spec(self) -> ModelSpec:
-        """The network."""
+        """The network's specification."""
         return self.config.network
 
     @property
@@ -157,7 +157,7 @@ class RunDirectory:
         """The weights that are the run's result.
 
         Raises:
-            DeatError: If the run has written none yet.
+            DeatError: The run has written none yet.
         """
         path = self.path / f"{self.config.optim.select}.safetensors"
         if not path.is_file():
@@ -165,7 +165,7 @@ class RunDirectory:
         return path
 
     def checkpoint(self, which: str) -> dict[str, Any]:
-        """What is known of the ``best`` or ``last`` weights: epoch, figures, SHA-256."""
+        """Return epoch, metrics and SHA-256 of the ``best`` or ``last`` weights."""
         content = read_json(self.path / f"{which}.json")
         if not isinstance(content, dict):
             raise DeatError(f"{self.path / which}.json is not a JSON object; the run is damaged")
@@ -189,21 +189,21 @@ class RunDirectory:
         )
 
     def save_weights(self, which: str, state: Mapping[str, Tensor], row: EpochStats) -> None:
-        """Writes weights and what is known of them, atomically."""
+        """Write weights and their metrics, atomically."""
         tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
         save_tensors(self.path / f"{which}.safetensors", tensors)
         write_json(self.path / f"{which}.json", {**asdict(row), "sha256": sha256_tensors(tensors)})
 
     def discard_weights(self, which: str) -> None:
-        """Removes weights, of which there are none any more, and what is known of them."""
+        """Remove weights and their metrics."""
         for suffix in (".safetensors", ".json"):
             (self.path / f"{which}{suffix}").unlink(missing_ok=True)
 
     def append(self, row: EpochStats) -> None:
-        """Adds an epoch to ``metrics.jsonl``, on the disk before this returns.
+        """Append an epoch to ``metrics.jsonl`` and sync it to the disk.
 
         Raises:
-            UnwritableError: If it cannot be written; then the file is as it was.
+            UnwritableError: It cannot be written; the file is as before.
         """
         path = self.path / METRICS
         line = (json.dumps(asdict(row), allow_nan=False) + "\n").encode()
@@ -220,32 +220,32 @@ class RunDirectory:
             raise UnwritableError(f"{path} cannot be written ({error.strerror})") from None
 
     def discard_unfinished(self) -> None:
-        """Removes what a killed process had not finished writing."""
+        """Remove files that a killed process had not finished."""
         for folder in (self.path, self.checkpoints):
             for path in folder.glob(".*.tmp"):
                 path.unlink(missing_ok=True)
 
     def truncate(self, epochs: int) -> list[EpochStats]:
-        """Forgets the metrics of all but the first epochs, and gives those.
+        """Remove the metrics of all but the first ``epochs`` epochs, and return those.
 
         Raises:
-            DeatError: If there are fewer.
+            DeatError: There are fewer.
         """
         path = self.path / METRICS
         lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
         if len(lines) < epochs:
             raise DeatError(
-                f"{path} has {len(lines)} epochs where the run is {epochs} on; it is damaged, start it anew"
+                f"{path} has {len(lines)} epochs where the checkpoint has {epochs}: the run is damaged, start a new one"
             )
         if len(lines) > epochs:
             atomic_write(path, b"".join(lines[:epochs]))
         return self.rows()
 
     def rows(self) -> list[EpochStats]:
-        """The epochs so far.
+        """Return the metrics of the epochs so far.
 
         Raises:
-            DeatError: If a line is not an epoch's figures.
+            DeatError: A line does not hold an epoch's metrics.
         """
         path = self.path / METRICS
         if not path.is_file():
@@ -256,7 +256,7 @@ class RunDirectory:
                 rows.append(_ROW.validate_json(line, strict=True))
             except ValidationError as error:
                 raise DeatError(
-                    f"{path}, line {number}, is not an epoch's figures ({describe_validation_error(error)}); "
+                    f"{path}, line {number}, does not hold an epoch's metrics ({describe_validation_error(error)}); "
                     "the run is damaged"
                 ) from None
         return rows

@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""Plots of a run's metrics."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ BLUE, ORANGE, GREEN, GREY = "#2563a8", "#d9822b", "#2e8b57", "#8a8f98"
 
 
 def plot_curves(rows: Sequence[EpochStats], path: Path, *, title: str) -> None:
-    """Draws a run's curves: accuracy, loss, l_X with the steps, and the passes spent.
+    """Plot a run's accuracy, loss, gradient magnitude with the steps, and backward passes.
 
     Args:
         rows: The run's epochs.
         path: The PNG to write, atomically.
-        title: Above the picture.
+        title: The figure's title.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -47,7 +47,7 @@ def plot_curves(rows: Sequence[EpochStats], path: Path, *, title: str) -> None:
     _line(rate, epochs, [row.lr for row in rows], "learning rate", GREY, marker="")
     rate.set(ylabel="learning rate at the epoch's end", ylim=(0, None))
 
-    _line(magnitude, epochs, [row.l_x for row in rows], "l_X", GREEN)
+    _line(magnitude, epochs, [row.l_x for row in rows], "gradient magnitude", GREEN)
     magnitude.set(ylabel="gradient magnitude l_X")
     steps = magnitude.twinx()
     steps.step(epochs, [row.steps for row in rows], where="mid", color=ORANGE, alpha=0.8)

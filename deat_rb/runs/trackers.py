@@ -1,4 +1,4 @@
-"""Experiment trackers: TensorBoard and the others that Accelerate knows. ``metrics.jsonl`` is always there beside."""
+"""Experiment trackers: TensorBoard and the others that Accelerate supports, beside ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Looks whether trackers can be used here.
+    """Check that trackers can be used.
 
     Raises:
-        DeatError: If one does not exist or its package is not installed.
+        DeatError: One does not exist or its package is not installed.
     """
     if not names:
         return

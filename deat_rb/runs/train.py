@@ -119,7 +119,7 @@ def resume(
         resolved = planned.config.flat()
         now = longer.but(**{name: resolved[name] for name in MAY_CHANGE if changes.get(name) is not None})
         if now != config:
-            ranks.on_main(lambda: run.reconfigured(now).path)
+            ranks.on_main(lambda: run.reconfigure(now).path)
         run = RunDirectory(run.path, now)
         return run, _fit(planned, run, callbacks, resume=True)
 

@@ -8,14 +8,14 @@ import itertools
 import pytest
 from rich.console import Console
 
-from deat_rb.cli.progress import EvaluationProgress
+from deat_rb.cli.evaluation_progress import EvaluationProgress
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten seconds pass whenever somebody looks."""
     ticks = itertools.count(0, 10)
-    monkeypatch.setattr("deat_rb.cli.progress.monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr("deat_rb.cli.evaluation_progress.monotonic", lambda: float(next(ticks)))
 
 
 def lines(*calls: tuple[str, int, int, int], n_examples: int = 400) -> list[str]:

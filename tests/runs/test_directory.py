@@ -1,4 +1,4 @@
-"""Run directories: their names, what is written, and what damaged ones say."""
+"""Run directories: names, files, locks and damage."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 @pytest.mark.parametrize("name", ["a", "deat-40%", "m+trades-digits-wrn-10-2-s0", "v1.2_b"])
-def test_names(name: str) -> None:
+def test_check_name_accepts_file_names(name: str) -> None:
     assert check_name(name) == name
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", "../a", "a..b", "", ".hidden", "-flag", "a b", "a\n", "ü", "C:\\x"])
-def test_names_that_are_no_names(name: str) -> None:
+def test_check_name_refuses_paths_and_odd_characters(name: str) -> None:
     with pytest.raises(DeatError, match="cannot be a run's name; use letters, digits"):
         check_name(name)
 
 
-def test_a_taken_name_is_refused_and_nothing_overwritten(run: RunDirectory) -> None:
+def test_create_refuses_a_taken_name_and_overwrites_nothing(run: RunDirectory) -> None:
     before = (run.path / "config.json").read_bytes()
     with pytest.raises(DeatError, match=f"there is a run at {run.path} already; choose another --name or --output"):
         RunDirectory.create(run.path, run_config(seed=9))
     assert (run.path / "config.json").read_bytes() == before
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_create_where_the_folder_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DeatError, match=r"cannot be made .*choose another --output"):
+    with pytest.raises(DeatError, match=r"cannot be created .*choose another --output"):
         RunDirectory.create(tmp_path / "file" / "run", run_config())
 
 
-def test_a_run_that_cannot_be_written_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_create_leaves_no_folder_if_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, content: object) -> None:
         raise DeatError(f"{path} cannot be written: the disk is full")
 
@@ -60,7 +60,7 @@ def test_a_run_that_cannot_be_written_leaves_no_folder(tmp_path: Path, monkeypat
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_killed_while_it_is_made_leaves_its_name_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_create_killed_half_way_leaves_the_name_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def work() -> None:
         monkeypatch.setattr(
             "deat_rb.runs.directory.write_json", lambda path, content: os.kill(os.getpid(), signal.SIGKILL)
@@ -71,7 +71,7 @@ def test_a_run_killed_while_it_is_made_leaves_its_name_free(tmp_path: Path, monk
     assert RunDirectory.create(tmp_path / "run", run_config()).config == run_config()
 
 
-def test_the_second_process_on_a_run_is_refused(run: RunDirectory) -> None:
+def test_locked_refuses_a_second_process(run: RunDirectory) -> None:
     def refused() -> None:
         with pytest.raises(DeatError, match=f"another process is training in {run.path}; wait for it"), run.locked():
             pass
@@ -85,7 +85,7 @@ def test_the_second_process_on_a_run_is_refused(run: RunDirectory) -> None:
     assert in_a_child(held)
 
 
-def test_a_lock_that_is_a_link_leaves_its_target_alone(run: RunDirectory, tmp_path: Path) -> None:
+def test_locked_does_not_follow_a_link(run: RunDirectory, tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.write_text("mine")
     (run.path / ".lock").symlink_to(precious)
@@ -95,24 +95,24 @@ def test_a_lock_that_is_a_link_leaves_its_target_alone(run: RunDirectory, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "checkpoints/00000001.safetensors", "fifo"])
-def test_links_and_special_files_are_refused(name: str, run: RunDirectory, tmp_path: Path) -> None:
+def test_refuse_links_refuses_links_and_special_files(name: str, run: RunDirectory, tmp_path: Path) -> None:
     run.refuse_links()
     (run.path / name).parent.mkdir(exist_ok=True)
     if name == "fifo":
         os.mkfifo(run.path / name)
     else:
         (run.path / name).symlink_to(tmp_path)
-    with pytest.raises(DeatError, match=f"{run.path / name} is a link or a special file, of which a run has none"):
+    with pytest.raises(DeatError, match=f"{run.path / name} is a link or a special file, which no run creates"):
         run.refuse_links()
 
 
-def test_metrics_that_cannot_be_written_are_one_sentence(run: RunDirectory) -> None:
+def test_append_that_cannot_be_written_is_an_error(run: RunDirectory) -> None:
     (run.path / "metrics.jsonl").mkdir()
     with pytest.raises(DeatError, match=r"metrics\.jsonl"):
         run.append(ROW)
 
 
-def test_a_run_opens_with_the_same_configuration(run: RunDirectory) -> None:
+def test_open_reads_the_configuration(run: RunDirectory) -> None:
     again = RunDirectory.open(str(run.path))
     assert again.config == run.config
     assert again.model_spec.mean == (0.4, 0.5, 0.6)
@@ -132,20 +132,20 @@ DAMAGED: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_a_damaged_configuration_is_refused(case: str, run: RunDirectory) -> None:
+def test_open_refuses_a_damaged_configuration(case: str, run: RunDirectory) -> None:
     text, message = DAMAGED[case]
     (run.path / "config.json").write_text(text)
     with pytest.raises(DeatError, match=message):
         RunDirectory.open(run.path)
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_open_refuses_what_is_no_run(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(DeatError, match=f"{path} is not a run directory: it has no config.json"):
             RunDirectory.open(path)
 
 
-def test_metrics_come_back_as_they_were(run: RunDirectory) -> None:
+def test_append_and_rows_round_trip(run: RunDirectory) -> None:
     assert run.rows() == []
     second = EpochStats(epoch=2, steps=3, stopped="because", val_acc=None)
     run.append(ROW)
@@ -157,15 +157,15 @@ def test_metrics_come_back_as_they_were(run: RunDirectory) -> None:
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", "7", "<html>", '{"epoch": "2"}'])
-def test_damaged_metrics_are_refused(line: str, run: RunDirectory) -> None:
+def test_rows_refuses_damaged_metrics(line: str, run: RunDirectory) -> None:
     run.append(ROW)
     with open(run.path / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(line + "\n")
-    with pytest.raises(DeatError, match=r"metrics\.jsonl, line 2, is not an epoch's figures .*; the run is damaged"):
+    with pytest.raises(DeatError, match=r"line 2, does not hold an epoch's metrics .*; the run is damaged"):
         run.rows()
 
 
-def test_saved_weights_give_the_same_logits(run: RunDirectory) -> None:
+def test_save_weights_give_the_same_logits_when_loaded(run: RunDirectory) -> None:
     images, _ = images_and_labels()
     model = normalized()
     model(images)  # moves BatchNorm
@@ -178,7 +178,7 @@ def test_saved_weights_give_the_same_logits(run: RunDirectory) -> None:
     assert (about["epoch"], about["val_robust_acc"], len(about["sha256"])) == (1, 0.5, 64)
 
 
-def test_the_selected_weights_are_the_result(tmp_path: Path) -> None:
+def test_selected_weights_path_is_that_of_the_selected_epoch(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "run", run_config(select="best"))
     with pytest.raises(DeatError, match=r"no best\.safetensors; it ended before its first epoch did"):
         deat_rb.load_model(run.path, trust_code=True)
@@ -193,7 +193,7 @@ def test_the_selected_weights_are_the_result(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["[]", "7", "{"])
-def test_a_damaged_checkpoint_note_is_refused(content: Any, run: RunDirectory) -> None:
+def test_checkpoint_refuses_a_damaged_file(content: Any, run: RunDirectory) -> None:
     (run.path / "best.json").write_text(content)
     with pytest.raises(DeatError, match=r"best\.json"):
         run.checkpoint("best")

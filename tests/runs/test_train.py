@@ -22,7 +22,7 @@ from deat_rb.training.metrics import EpochAccumulator, EpochStats
 from deat_rb.utils.errors import DeatError
 
 
-def test_a_run_of_the_default_network_s_kind_leaves_everything_behind(tmp_path: Path) -> None:
+def test_train_writes_all_files_of_a_run(tmp_path: Path) -> None:
     options = {"method": "m+trades", "arch": "wrn-10-1", "train_size": 200, "batch_size": 32, "epochs": 2, "eps": 0.15}
     run, history = train({**options, "precision": "fp32"}, output=tmp_path)
     assert run.path.name == "m+trades-digits-wrn-10-1-s0"
@@ -38,7 +38,7 @@ def test_a_run_of_the_default_network_s_kind_leaves_everything_behind(tmp_path: 
     assert all(row.val_robust_acc is not None and row.lipschitz and row.seconds > 0 for row in history.rows)
 
 
-def test_config_json_runs_it_again_bit_for_bit(tmp_path: Path) -> None:
+def test_train_repeats_a_config_json_bit_for_bit(tmp_path: Path) -> None:
     """A part of the training images, the part held out and their order come from the seed and the sizes."""
     first, _ = train({**SMALL, "method": "m-deat", "seed": 5}, output=tmp_path / "a")
     options = read_options(first.path / "config.json")
@@ -49,7 +49,7 @@ def test_config_json_runs_it_again_bit_for_bit(tmp_path: Path) -> None:
     assert not identical(first, other)
 
 
-def test_a_run_on_all_images_runs_again_on_as_many(tmp_path: Path) -> None:
+def test_plan_of_a_config_json_uses_as_many_images(tmp_path: Path) -> None:
     first = planned(train_size=None, batch_size=50)
     assert len(first.train) + len(first.val) == len(first.data.train)
     path = tmp_path / "config.json"
@@ -58,7 +58,7 @@ def test_a_run_on_all_images_runs_again_on_as_many(tmp_path: Path) -> None:
     assert (len(again.train), len(again.val)) == (len(first.train), len(first.val))
 
 
-def test_training_starts_from_given_weights(tmp_path: Path) -> None:
+def test_plan_initializes_from_given_weights(tmp_path: Path) -> None:
     first, _ = train(SMALL, output=tmp_path, name="first")
     weights = first.path / "last.safetensors"
     begun = planned(init_from=str(weights), seed=9).trainer.model.state_dict()
@@ -67,7 +67,7 @@ def test_training_starts_from_given_weights(tmp_path: Path) -> None:
         planned(init_from="nowhere.pt")
 
 
-def test_training_never_sees_a_test_image(tmp_path: Path) -> None:
+def test_train_never_uses_a_test_image(tmp_path: Path) -> None:
     """Law 7: the run goes through although its test images cannot be looked at."""
 
     class Forbidden:
@@ -81,7 +81,7 @@ def test_training_never_sees_a_test_image(tmp_path: Path) -> None:
     assert run.selected_weights_path.is_file()
 
 
-def test_what_is_held_out_is_not_trained_on() -> None:
+def test_plan_validation_images_are_not_trained_on() -> None:
     ready = planned(train_size=None, batch_size=50)
 
     def rows(data: LabeledImages) -> set[bytes]:
@@ -103,7 +103,7 @@ def test_what_is_held_out_is_not_trained_on() -> None:
         ("mart", {"backward passes": 44, "forward passes": 48, "updates": 4}),
     ],
 )
-def test_the_plan_s_costs_are_what_a_run_then_counts(method: str, costs: dict[str, int], tmp_path: Path) -> None:
+def test_costs_are_what_a_run_counts(method: str, costs: dict[str, int], tmp_path: Path) -> None:
     ready = planned(method=method)
     assert ready.batches == 2
     assert ready.costs() == costs
@@ -113,7 +113,7 @@ def test_the_plan_s_costs_are_what_a_run_then_counts(method: str, costs: dict[st
 
 
 @pytest.mark.parametrize("method", ["m-deat", "deat-40%", "m+pgd", "u-fgsm", "m+u-fgsm", "fat-2", "f+mart"])
-def test_costs_that_depend_on_the_run_are_not_promised(method: str) -> None:
+def test_costs_are_none_where_they_depend_on_the_run(method: str) -> None:
     ready = planned(method=method)
     assert ready.costs() is None
     assert dict(ready.lines())["cost"].startswith("depends on the run")
@@ -136,7 +136,7 @@ class Own(deat_rb.PGD):
 OWN: dict[str, type[deat_rb.PGD]] = {"own": Own, "idle": Idle}
 
 
-def test_own_attacks_have_costs_that_are_not_promised_and_are_refused_before_anything_is_written(
+def test_plan_of_own_attacks_has_no_costs_and_refuses_one_without_gradient(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "_registered", {name: Recipe(attack=attack) for name, attack in OWN.items()})
@@ -146,7 +146,7 @@ def test_own_attacks_have_costs_that_are_not_promised_and_are_refused_before_any
     assert not (tmp_path / "runs").exists()
 
 
-def test_peak_memory_is_measured_anew_in_each_epoch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_train_resets_peak_memory_in_each_epoch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     begun: list[str] = []
     monkeypatch.setattr(
         "deat_rb.training.engine.Engine.reset_peak_memory", lambda engine: begun.append(engine.device.type)
@@ -155,7 +155,7 @@ def test_peak_memory_is_measured_anew_in_each_epoch(monkeypatch: pytest.MonkeyPa
     assert begun == ["cpu", "cpu"]
 
 
-def test_the_plan_in_words() -> None:
+def test_lines_state_the_plan() -> None:
     lines = dict(planned(method="DEAT-3", epochs=None, eps=8 / 255).lines())
     assert lines["method"].startswith("deat-3 (section 4.1")
     assert "eps = 8/255, alpha = 10/255" in lines["attack"]
@@ -190,13 +190,13 @@ def test_the_plan_in_words() -> None:
         ({"image_size": 28, "arch": "wrn-10-1"}, "28"),
     ],
 )
-def test_bad_options_write_nothing(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_train_with_a_bad_option_writes_nothing(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(DeatError, match=message):
         train({**SMALL, **changes}, output=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 
-def test_bad_names_write_nothing_and_a_taken_one_is_kept(tmp_path: Path) -> None:
+def test_train_refuses_bad_and_taken_names(tmp_path: Path) -> None:
     for name in ("a/b", "..", "../../a"):
         with pytest.raises(DeatError, match="cannot be a run's name"):
             train(SMALL, output=tmp_path / "runs", name=name)
@@ -208,11 +208,11 @@ def test_bad_names_write_nothing_and_a_taken_one_is_kept(tmp_path: Path) -> None
     assert (run.path / "metrics.jsonl").read_bytes() == before
 
 
-def test_default_names_are_file_names() -> None:
+def test_default_name_is_a_file_name() -> None:
     assert default_name(planned(method="DEAT-40%", seed=3).config) == "deat-40%-digits-training_problems-network-s3"
 
 
-def test_an_interrupted_run_keeps_its_curves_and_loads(tmp_path: Path) -> None:
+def test_train_interrupted_has_curves_and_loads(tmp_path: Path) -> None:
     class Interrupts(Callback):
         def on_batch_end(self, sums: EpochAccumulator) -> None:
             if self.epoch == 2:
@@ -227,13 +227,13 @@ def test_an_interrupted_run_keeps_its_curves_and_loads(tmp_path: Path) -> None:
     deat_rb.load_model(tmp_path / "cut", trust_code=True)
 
 
-def test_global_generators_are_given_back(tmp_path: Path) -> None:
+def test_train_restores_the_global_generators(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     train({**SMALL, "epochs": 1}, output=tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_curves_of_a_single_epoch_without_validation(tmp_path: Path) -> None:
+def test_plot_curves_of_one_epoch_without_validation(tmp_path: Path) -> None:
     """A picture of 1100 x 704 pixels, as the PNG's header says."""
     path = tmp_path / "curves.png"
     plot_curves([EpochStats(epoch=1, steps=0, loss=1.0, train_acc=0.5)], path, title="one")

@@ -1,4 +1,4 @@
-"""What `deat-rb train --resume` takes over from a run, what may be otherwise, and what it refuses by name."""
+"""Resuming a run: what is kept, what may change, and what is refused."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 from children import in_a_child
-from click.testing import CliRunner
 from resumed_runs import Stops
 from small_runs import SMALL, identical
 
-from deat_rb.cli import main
 from deat_rb.data.datasets import load_data
 from deat_rb.methods.stopping import RobustnessDrop
 from deat_rb.runs import plan
@@ -30,7 +28,7 @@ from deat_rb.utils.errors import DeatError, Interrupted
 
 @pytest.fixture(autouse=True)
 def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing one takes longer than all of such a run."""
+    """Drawing the curves would take longer than the rest of such a run."""
     monkeypatch.setattr("deat_rb.runs.train.plot_curves", lambda rows, path, title: None)
 
 
@@ -44,7 +42,7 @@ def stopped_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stopped(stopped_once: Path, tmp_path: Path) -> Path:
-    """A run of 2 epochs under a cyclic learning rate, interrupted after the first batch of the second."""
+    """A run of 2 epochs with a cyclic learning rate, interrupted after the first batch of the second."""
     shutil.copytree(stopped_once, tmp_path / "run")
     return tmp_path / "run"
 
@@ -76,7 +74,7 @@ def everything(folder: Path) -> dict[Path, bytes]:
         ({"select": "best"}, "select"),
     ],
 )
-def test_a_configuration_that_was_edited_is_refused_by_name(change: dict[str, Any], named: str, stopped: Path) -> None:
+def test_resume_refuses_an_edited_configuration(change: dict[str, Any], named: str, stopped: Path) -> None:
     edit(stopped, **change)
     before = everything(stopped)
     with pytest.raises(DeatError, match=f"config.json was changed after the run had begun, in {named}; put back"):
@@ -101,21 +99,21 @@ def test_a_configuration_that_was_edited_is_refused_by_name(change: dict[str, An
         ({"init_from": "w.pt"}, "--init-from = .*w.pt differs from the run's None"),
     ],
 )
-def test_an_option_that_changes_the_run_is_refused_by_name(change: dict[str, Any], message: str, stopped: Path) -> None:
+def test_resume_refuses_an_option_that_changes_the_run(change: dict[str, Any], message: str, stopped: Path) -> None:
     before = everything(stopped)
     with pytest.raises(DeatError, match=message):
         resume(stopped, change, trust_code=True)
     assert everything(stopped) == before
 
 
-def test_a_run_shorter_than_it_was_to_be_is_no_matter_of_cycles(tmp_path: Path) -> None:
+def test_resume_refuses_fewer_epochs(tmp_path: Path) -> None:
     run, _ = train({**SMALL, "lr_schedule": "flat"}, output=tmp_path)
     with pytest.raises(DeatError) as refusal:
         resume(run.path, {"epochs": 1}, trust_code=True)
     assert str(refusal.value) == "--epochs = 1 is less than the run's 2; start a new run for it"
 
 
-def test_options_as_they_were_and_another_place_of_data_and_device_are_accepted(stopped: Path, tmp_path: Path) -> None:
+def test_resume_accepts_unchanged_options_and_another_device(stopped: Path, tmp_path: Path) -> None:
     edit(stopped, device="auto")
     changes = {"method": "PGD-1", "lr": 0.1, "epochs": 2, "on_nonfinite": "skip", "device": "cpu"}
     run, history = resume(stopped, changes, trust_code=True)
@@ -126,7 +124,7 @@ def test_options_as_they_were_and_another_place_of_data_and_device_are_accepted(
     assert identical(run, whole)
 
 
-def test_other_versions_are_told_and_used(stopped: Path) -> None:
+def test_resume_warns_of_other_versions(stopped: Path) -> None:
     versions = json.loads((stopped / "config.json").read_text())["versions"]
     edit(stopped, versions={**versions, "torch": "1.0"})
     callback = Stops(10**6)
@@ -135,7 +133,7 @@ def test_other_versions_are_told_and_used(stopped: Path) -> None:
     assert len(history.rows) == 2
 
 
-def test_data_that_have_changed_are_refused_as_data(image_folder: Path, tmp_path: Path) -> None:
+def test_resume_refuses_changed_data(image_folder: Path, tmp_path: Path) -> None:
     """Also where there are now too few of them, or others' classes, for the rest of the configuration."""
     data = tmp_path / "data"
     shutil.copytree(image_folder, data)
@@ -152,7 +150,7 @@ def test_data_that_have_changed_are_refused_as_data(image_folder: Path, tmp_path
             resume(run.path, {"epochs": 3}, trust_code=True)
 
 
-def test_a_folder_may_lie_elsewhere_and_that_is_recorded(image_folder: Path, tmp_path: Path) -> None:
+def test_resume_accepts_and_records_a_moved_folder(image_folder: Path, tmp_path: Path) -> None:
     there, here = tmp_path / "there", tmp_path / "here"
     shutil.copytree(image_folder, there)
     options = {**SMALL, "dataset": "folder", "data_dir": str(there), "train_size": 40, "val_size": 8, "batch_size": 20}
@@ -164,7 +162,7 @@ def test_a_folder_may_lie_elsewhere_and_that_is_recorded(image_folder: Path, tmp
     resume(run.path, {}, trust_code=True)
 
 
-def test_the_weights_it_began_with_are_not_needed_again(tmp_path: Path) -> None:
+def test_resume_does_not_need_the_initial_weights(tmp_path: Path) -> None:
     weights = train({**SMALL, "epochs": 1}, output=tmp_path, name="first")[0].path / "last.safetensors"
     begun = {**SMALL, "init_from": str(weights)}
     whole, _ = train(begun, output=tmp_path, name="whole")
@@ -175,7 +173,7 @@ def test_the_weights_it_began_with_are_not_needed_again(tmp_path: Path) -> None:
     assert identical(run, whole)
 
 
-def test_the_beginning_is_a_checkpoint(tmp_path: Path) -> None:
+def test_train_writes_a_checkpoint_before_the_first_batch(tmp_path: Path) -> None:
     """So that what a run began with is known from then on, and a configuration edited in the first epoch is noticed."""
 
     class Dies(Callback):
@@ -190,7 +188,7 @@ def test_the_beginning_is_a_checkpoint(tmp_path: Path) -> None:
         resume(tmp_path / "run", {}, trust_code=True)
 
 
-def test_how_a_run_is_carried_out_is_remembered_unless_given_anew(tmp_path: Path) -> None:
+def test_resume_keeps_runtime_options_unless_given_again(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     with pytest.raises(Interrupted):
         train({**SMALL, "save_every": 7, "track": ["tensorboard"]}, output=tmp_path, name="run", callbacks=[Stops(3)])
@@ -216,7 +214,7 @@ def steps_told(run: RunDirectory) -> list[int]:
     return sorted(told)
 
 
-def test_under_milestones_more_epochs_go_on_with_the_rate_as_it_was(tmp_path: Path) -> None:
+def test_resume_with_more_epochs_keeps_the_milestones(tmp_path: Path) -> None:
     """Of 4 epochs at 0.1 the third has 0.01 (after 1/2) and the last batch 0.001 (after 4/5)."""
     options = {**SMALL, "lr_schedule": "multistep", "epochs": 4}
     run, history = train(options, output=tmp_path, name="run")
@@ -235,7 +233,7 @@ def test_under_milestones_more_epochs_go_on_with_the_rate_as_it_was(tmp_path: Pa
     assert identical(run, again)
 
 
-def test_a_run_prolonged_and_killed_before_the_next_checkpoint_goes_on(tmp_path: Path) -> None:
+def test_resume_after_a_kill_before_the_first_checkpoint_of_an_extension(tmp_path: Path) -> None:
     run, _ = train({**SMALL, "lr_schedule": "multistep"}, output=tmp_path, name="run")
     edit(run.path, epochs=3, lr_epochs=2)
     callback = Stops(10**6)
@@ -245,7 +243,7 @@ def test_a_run_prolonged_and_killed_before_the_next_checkpoint_goes_on(tmp_path:
         resume(run.path, {}, trust_code=True)
 
 
-def test_a_run_that_its_rule_has_ended_is_not_prolonged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_does_not_extend_a_run_ended_by_a_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(rule: RobustnessDrop, stats: EpochStats) -> Stop:
         return Stop("the test says so", keep=stats.epoch)
 
@@ -259,7 +257,7 @@ def test_a_run_that_its_rule_has_ended_is_not_prolonged(tmp_path: Path, monkeypa
     assert len(resume(run.path, {}, trust_code=True)[1].rows) == 1
 
 
-def test_a_configuration_is_held_against_the_newest_checkpoint_that_is_whole(stopped: Path) -> None:
+def test_resume_compares_the_configuration_with_the_newest_intact_checkpoint(stopped: Path) -> None:
     """The bit that was flipped is in the configuration that the checkpoint holds."""
     newest = sorted((stopped / "checkpoints").iterdir())[-1]
     content = newest.read_bytes()
@@ -271,12 +269,12 @@ def test_a_configuration_is_held_against_the_newest_checkpoint_that_is_whole(sto
     assert f"{newest} is damaged (its checksum does not match); the one before it is used" in callback.warnings[0]
 
 
-def test_milestones_are_a_multistep_rate_s() -> None:
+def test_plan_refuses_lr_epochs_of_a_cyclic_schedule() -> None:
     with pytest.raises(DeatError, match=r"--lr-epochs = 3 applies to the multistep schedule only, not to cyclic"):
         plan.plan(make_options({**SMALL, "lr_epochs": 3}))
 
 
-def test_a_link_in_a_run_is_refused_before_anything_is_read_or_written(stopped: Path, tmp_path: Path) -> None:
+def test_resume_refuses_a_link_before_reading_or_writing(stopped: Path, tmp_path: Path) -> None:
     (stopped / "metrics.jsonl").rename(tmp_path / "metrics.jsonl")
     (stopped / "metrics.jsonl").symlink_to(tmp_path / "metrics.jsonl")
     before = everything(tmp_path)
@@ -285,7 +283,7 @@ def test_a_link_in_a_run_is_refused_before_anything_is_read_or_written(stopped: 
     assert everything(tmp_path) == before
 
 
-def test_two_processes_on_one_run(stopped: Path) -> None:
+def test_resume_refuses_a_second_process_before_loading_data(stopped: Path) -> None:
     """The second is refused before it loads data, whatever becomes of the first one's files meanwhile."""
 
     def second() -> None:
@@ -297,7 +295,7 @@ def test_two_processes_on_one_run(stopped: Path) -> None:
     assert len(resume(stopped, {}, trust_code=True)[1].rows) == 2
 
 
-def test_all_processes_hear_that_another_one_is_training(stopped: Path) -> None:
+def test_exclusive_raises_on_all_ranks(stopped: Path) -> None:
     """The lock is process 0's, and its refusal has to come to all of them."""
 
     class Second(World):
@@ -312,7 +310,7 @@ def test_all_processes_hear_that_another_one_is_training(stopped: Path) -> None:
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_ctrl_c_outside_of_an_epoch_says_what_is_kept(
+def test_resume_interrupted_outside_an_epoch_says_what_is_kept(
     begun: bool, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object, **__: object) -> None:
@@ -326,7 +324,7 @@ def test_ctrl_c_outside_of_an_epoch_says_what_is_kept(
     )
 
 
-def test_a_full_disk_is_not_masked_by_what_comes_after(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_on_a_full_disk_reports_the_disk(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device", str(path))
 
@@ -340,7 +338,7 @@ def test_a_full_disk_is_not_masked_by_what_comes_after(stopped: Path, monkeypatc
     ]
 
 
-def test_refusals_come_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_refuses_devices_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DeatError, match="--sync-bn needs GPUs"):
         train({**SMALL, "sync_bn": True}, output=tmp_path / "runs")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -349,21 +347,7 @@ def test_refusals_come_before_anything_is_written(tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "runs").exists()
 
 
-def command(*arguments: object) -> str:
-    result = CliRunner().invoke(main, ["train", *map(str, arguments)])
-    assert result.exit_code == 2, result.output
-    return result.stderr.splitlines()[-1]
-
-
-def test_flags_that_exclude_each_other(stopped: Path) -> None:
-    assert command("--seeds", "1,2", "--seed", 3) == "Error: --seed 3 and --seeds 1,2 exclude each other; give one"
-    for flags in (["--name", "x"], ["--seeds", "1,2"], ["--dry-run"], ["--config", stopped / "config.json"]):
-        assert "--resume continues a run as it is: leave out" in command("--resume", stopped, *flags)
-    assert "needs --trust-code" in command("--resume", stopped) or "trust" in command("--resume", stopped)
-    assert command("--resume", stopped.parent).endswith("is not a run directory: it has no config.json")
-
-
-def test_ranks_load_data_one_machine_s_first_process_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_loads_data_on_the_first_rank_of_a_machine_first(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
     class Watched(World):

@@ -1,0 +1,219 @@
+"""Progress of training: a bar on a terminal, a line a minute elsewhere, and the summary of plans and runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from time import monotonic
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from deat_rb.training.callbacks import Callback
+from deat_rb.training.history import History
+from deat_rb.training.metrics import EpochAccumulator, EpochStats
+from deat_rb.training.state import TrainingState
+from deat_rb.utils.distributed import is_main
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from deat_rb.runs.directory import RunDirectory
+    from deat_rb.runs.plan import TrainingPlan
+
+
+REFRESH_EVERY = 0.5
+"""Seconds between two updates of the bar; each waits for the device."""
+
+LINE_EVERY = 60.0
+"""Seconds between two lines within an epoch where there is no terminal."""
+
+BAR_WIDTH = 20
+
+
+class TrainingProgress(Callback, AbstractContextManager["TrainingProgress"]):
+    """Shows metrics and the time left.
+
+    On a terminal there is a bar; elsewhere, as in a log file, there is a line a minute. Each epoch ends with a line.
+
+    Args:
+        console: Where to show it; by default stderr.
+        seeds: The seeds of the runs that follow each other, if there are several; the time left is that of all.
+    """
+
+    def __init__(self, console: Console | None = None, seeds: Sequence[int] = ()) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self.console = console or Console(stderr=True, quiet=not is_main())
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(BAR_WIDTH),
+            TextColumn("{task.fields[metrics]}", markup=False),
+            TextColumn("{task.fields[left]}", markup=False),
+            console=self.console,
+            transient=True,
+        )
+        self._task = self._bar.add_task("loading", total=None, metrics="", left="")
+        self._seeds = seeds
+        self._run = 0
+        self._label = ""
+        self._validated = ""
+        self._started = self._epoch_started = self._shown = monotonic()
+        self._epoch = self._epochs = self._batches = self._done = 0
+        self._state: TrainingState | None = None
+        self._resumed_from: int | None = None
+
+    def __enter__(self) -> Self:
+        if self.console.is_interactive:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.console.is_interactive:
+            self._bar.stop()
+
+    def on_fit_start(self, state: TrainingState) -> None:
+        """Note which of the runs this is."""
+        self._state = state
+        self._run += 1
+        self._validated = ""
+        self._label = f"seed {state.seed}, " if self._seeds else ""
+
+    def on_epoch_start(self, epoch: int, epochs: int, batches: int, steps: int) -> None:
+        """Set the bar to the number of batches of all epochs."""
+        self._epoch_started = monotonic()
+        self._epoch, self._epochs, self._batches = epoch, epochs, batches
+        self._done = (epoch - 1) * batches + (self._state.batch if self._state else 0)
+        if self._resumed_from is None:
+            self._resumed_from, self._started = self._done, self._epoch_started
+        self._update(f"{self._label}epoch {epoch}/{epochs}, steps {steps}", [])
+
+    def on_batch_end(self, sums: EpochAccumulator) -> None:
+        """Show the epoch's metrics so far, from time to time."""
+        now = monotonic()
+        if now - self._shown < (REFRESH_EVERY if self.console.is_interactive else LINE_EVERY):
+            return
+        self._shown = now
+        so_far = sums.read()
+        self._done = (self._epoch - 1) * self._batches + sums.batches
+        metrics = [
+            f"loss {so_far['loss'] / sums.examples:.3f}",
+            f"train {so_far['correct'] / sums.examples:.1%}",
+            *([self._validated] if self._validated else []),
+            f"grad. magnitude {so_far['l_x']:.4g}",
+            f"{sums.examples / (now - self._epoch_started):.0f} images/s",
+        ]
+        if self.console.is_interactive:
+            self._update(None, metrics)
+        else:
+            where = f"{self._label}epoch {self._epoch}/{self._epochs}, batch {sums.batches}/{self._batches}"
+            self._print(f"{where}: {', '.join([*metrics, *self._left()])}")
+
+    def on_validation_start(self) -> None:
+        """Show that the epoch is being validated."""
+        self._update(f"{self._label}epoch {self._epoch}/{self._epochs}, validating", [])
+
+    def on_warning(self, message: str) -> None:
+        """Print the message."""
+        self._print(f"warning: {message}")
+
+    def on_epoch_end(self, row: EpochStats) -> None:
+        """Print the epoch's line."""
+        if row.val_acc is not None and row.val_robust_acc is not None:
+            self._validated = f"validation {row.val_acc:.1%}, PGD-20 {row.val_robust_acc:.1%}"
+        self._done = row.epoch * self._batches
+        self._shown = monotonic()
+        metrics = [
+            f"steps {row.steps}",
+            f"loss {row.loss:.3f}",
+            f"train {row.train_acc:.1%}",
+            *([self._validated] if self._validated else []),
+            f"grad. magnitude {row.l_x:.4g}",
+            f"{row.images_per_second:.0f} images/s",
+            *self._left(),
+        ]
+        self._print(f"{self._label}epoch {row.epoch}/{self._epochs}: {', '.join(metrics)}")
+        if row.stopped:
+            self._print(f"{self._label}stopped: {row.stopped}")
+
+    def _left(self) -> list[str]:
+        """Return the time left in words, of all runs that are to come, once there is something to judge by."""
+        runs = max(len(self._seeds), 1)
+        total = runs * self._epochs * self._batches
+        done = (max(self._run, 1) - 1) * self._epochs * self._batches + self._done
+        fresh = done - (self._resumed_from or 0)
+        if fresh <= 0:
+            return []
+        left = (monotonic() - self._started) / fresh * (total - done)
+        return [f"about {duration(left)} left"]
+
+    def _update(self, description: str | None, metrics: Sequence[str]) -> None:
+        """Update the bar; as many of the metrics are shown as there is room for."""
+        description = description or self._bar.tasks[0].description
+        left = "".join(self._left()).removeprefix("about ")
+        room = self.console.width - len(description) - BAR_WIDTH - len(left) - 3
+        shown = list(metrics)
+        while shown and len(", ".join(shown)) > room:
+            shown.pop()
+        self._bar.update(
+            self._task,
+            description=description,
+            total=self._epochs * self._batches,
+            completed=self._done,
+            metrics=", ".join(shown),
+            left=left,
+        )
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words, such as ``45 s``, ``12 min`` or ``3 h 20 min``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def print_plan(planned: TrainingPlan) -> None:
+    """Print a plan."""
+    for name, text in planned.lines():
+        print(f"{name:<10} {text}")
+
+
+def print_seeds(results: Sequence[tuple[RunDirectory, History]]) -> None:
+    """Print mean and standard deviation over the runs of several seeds."""
+    from deat_rb.runs.train import mean_and_std
+
+    selected = [_selected(history) for _, history in results]
+    columns = {
+        "validation natural, %": [100 * row.val_acc for row in selected if row.val_acc is not None],
+        "validation PGD-20, %": [100 * row.val_robust_acc for row in selected if row.val_robust_acc is not None],
+        "backward passes": [history.backwards for _, history in results],
+        "epochs": [float(len(history.rows)) for _, history in results],
+        "training seconds": [sum(row.seconds for row in history.rows) for _, history in results],
+    }
+    print(f"{len(results)} seeds, mean and standard deviation:")
+    for name, values in columns.items():
+        if values:
+            mean, std = mean_and_std(values)
+            print(f"  {name:<22} {mean:,.2f} ± {std:,.2f}")
+    print("next       deat-rb eval " + " ".join(str(run.path) for run, _ in results))
+
+
+def print_result(run: RunDirectory, history: History) -> None:
+    """Print a run's result, and the command that evaluates it."""
+    selected = _selected(history)
+    print(f"result     epoch {selected.epoch} of {run.path}")
+    if selected.val_acc is not None and selected.val_robust_acc is not None:
+        print(f"validation natural {selected.val_acc:.2%}, PGD-20 {selected.val_robust_acc:.2%}")
+    seconds = sum(row.seconds for row in history.rows)
+    print(f"cost       {history.backwards:,.0f} backward passes, {seconds:.0f} s of training")
+    print(f"next       deat-rb eval {run.path}")
+
+
+def _selected(history: History) -> EpochStats:
+    return next(row for row in history.rows if row.epoch == history.selected)

@@ -1,0 +1,89 @@
+"""`deat-rb train`: its help and its flags."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from training_problems import run_config
+
+from deat_rb.cli import main
+from deat_rb.runs.options import train_options
+
+
+@pytest.fixture(scope="module")
+def help_text() -> str:
+    result = CliRunner().invoke(main, ["train", "--help"], terminal_width=120)
+    assert result.exit_code == 0, result.output
+    return " ".join(result.output.split())
+
+
+def test_help_has_the_groups_in_order(help_text: str) -> None:
+    titles = ["Data:", "Model:", "Method:", "Optimization:", "Runtime:", "Output:"]
+    places = [help_text.index(f" {title} --") for title in titles]
+    assert places == sorted(places)
+
+
+def test_help_has_each_option_with_choices_default_and_sentence(help_text: str) -> None:
+    for each in train_options():
+        assert f" {each.flag} " in help_text
+        assert " ".join(each.help.split()) in help_text
+        if each.choices:
+            assert f"{each.flag} [{'|'.join(each.choices)}]" in help_text
+        if each.default:
+            assert f"[default: {each.default}" in help_text
+        else:
+            assert each.kind in ("flag", "off", "many") or each.name in ("data_dir", "init_from")
+    assert "[default: setting's: 0.1 fast, 0.05 standard; x>0]" in help_text
+    assert "--no-stop" not in help_text
+
+
+def test_help_does_not_import_torch() -> None:
+    program = "import sys; from deat_rb.cli import main; main(['train', '--help'], standalone_mode=False);"
+    done = subprocess.run(
+        [sys.executable, "-c", program + "print('torch' in sys.modules)"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def refusal(*arguments: object) -> str:
+    result = CliRunner().invoke(main, ["train", *map(str, arguments)])
+    assert result.exit_code == 2, result.output
+    return result.stderr.splitlines()[-1].removeprefix("Error: ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--setting", "quick"], "Invalid value for '--setting': 'quick' is not one of 'fast', 'standard'."),
+        (["--dataset", "mnist"], "'mnist' is not one of 'digits', 'cifar10', 'cifar100', 'folder'."),
+        (["--eps", "much"], "--eps = 'much' cannot be used: 'much' is not a number; write a fraction such as 8/255"),
+        (["--epochs", "0"], "--epochs = '0' cannot be used: it should be greater than or equal to 1"),
+        (["--memory-limit", "8X"], "--memory-limit = '8X' cannot be used: '8X' is not a size"),
+        (["--seeds", "1,1"], "'1,1' is not a list of different integers"),
+        (["--seeds", "1,2", "--seed", "3"], "--seed 3 and --seeds 1,2 exclude each other; give one"),
+    ],
+)
+def test_train_refuses(flags: list[str], sentence: str) -> None:
+    assert sentence in refusal(*flags)
+
+
+def test_resume_refuses_flags_of_a_new_run(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    config = tmp_path / "run" / "config.json"
+    config.write_text(run_config().model_dump_json())
+    for flags in (["--name", "x"], ["--seeds", "1,2"], ["--dry-run"], ["--config", config]):
+        assert "--resume continues a run as it is: leave out" in refusal("--resume", config.parent, *flags)
+    assert "--trust-code" in refusal("--resume", config.parent)
+    assert refusal("--resume", tmp_path).endswith("is not a run directory: it has no config.json")
+
+
+def test_no_stop_is_another_spelling_of_no_early_stopping() -> None:
+    command = main.commands.get("train") or main.get_command(main.make_context("deat-rb", ["train"]), "train")
+    assert command is not None
+    for flag in ("--no-stop", "--no-early-stopping"):
+        assert command.make_context("train", [flag]).params["early_stopping"] is False
+    assert command.make_context("train", []).params["early_stopping"] is None
