@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from deat_rb.utils import import_hooks
 from deat_rb.utils.lazy import attach
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from deat_rb.robustbench.register import register
     from deat_rb.runs.train import train
     from deat_rb.utils.errors import DeatError
+
+import_hooks.install()
 
 __version__ = "0.1.0"
 

@@ -23,6 +23,17 @@ torch.set_num_threads(1)
 COLOURS = {"blue": (40, 60, 200), "green": (40, 200, 60), "grey": (128, 128, 128), "red": (200, 60, 40)}
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Stop at once where robustbench is damaged, rather than fail in every test that needs it."""
+    from deat_rb.utils.compat import check_installation
+    from deat_rb.utils.errors import DeatError
+
+    try:
+        check_installation()
+    except DeatError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

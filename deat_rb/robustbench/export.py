@@ -123,7 +123,7 @@ def export(
 
 def _dataset(trained_on: str, as_dataset: str | None, spec: ModelSpec) -> str:
     if as_dataset is None and trained_on not in compat.DATASETS:
-        raise DeatError(f"RobustBench has no data set '{trained_on}': say with as_dataset which of "
+        raise DeatError(f"RobustBench has no dataset '{trained_on}': say with as_dataset which of "
                         f"{', '.join(compat.DATASETS)} it stands for")  # fmt: skip
     dataset = as_dataset or trained_on
     compat.check_dataset(dataset)

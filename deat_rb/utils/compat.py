@@ -1,8 +1,8 @@
-"""What robustbench needs before it can be imported and driven, and the only place for it.
+"""Everything that RobustBench needs before it can be imported and run; nothing else in the package knows its faults.
 
-As released (robustbench 1.1.1 with pyautoattack 0.2.0), ``import robustbench`` fails, and where it does not,
-`robustbench.benchmark` raises a TypeError. Each work-around here has a test in ``tests/test_compat.py`` that also shows
-the problem, so that it can go once upstream is fixed.
+As released, robustbench 1.1.1 with pyautoattack 0.2.0 imports a package ``autoattack`` that nobody installs, its
+`benchmark` raises a TypeError, and torchattacks' wheel may have overwritten it. ``tests/utils/test_compat.py`` shows
+each fault beside its workaround, so that the workaround can go once upstream is fixed.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import sysconfig
 import warnings
+from base64 import urlsafe_b64encode
 from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec
+from hashlib import sha256
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,25 +28,28 @@ from deat_rb.utils.errors import DeatError, did_you_mean
 ARCHITECTURES = "robustbench.model_zoo.architectures"
 
 LIGHT = ("wide_resnet", "resnet")
+"""The modules of architectures that need nothing but torch."""
 
 DATASETS = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
-"""The data sets of robustbench's closed enum, with their number of classes."""
+"""RobustBench's datasets, with their number of classes."""
 
 
 def robustbench() -> ModuleType:
-    """Imports robustbench and returns it.
-
-    Once this module has been imported, ``import robustbench`` works as well. What it lacks then is that the package
-    ``robustbench.model_zoo.architectures`` knows the modules that `architectures` has loaded before it.
+    """Import robustbench and return it, with the modules that `architectures` loaded as attributes of their package.
 
     Raises:
-        DeatError: Something it needs is missing.
+        DeatError: Something that it needs is missing, or its files were overwritten.
     """
+    check_installation()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             package = importlib.import_module("robustbench")
     except ImportError as error:
+        if error.name == "autoattack" and error.path:
+            raise DeatError(
+                f"{error.path} hides the package autoattack, which robustbench imports: rename it"
+            ) from error
         raise DeatError(f"robustbench cannot be imported ({error}): pip install robustbench pyautoattack "
                         "'setuptools<82', whose pkg_resources it needs") from error  # fmt: skip
     for name in LIGHT:
@@ -51,12 +57,78 @@ def robustbench() -> ModuleType:
     return package
 
 
-def architectures() -> tuple[ModuleType, ModuleType]:
-    """Loads robustbench's modules ``wide_resnet`` and ``resnet`` without the rest of its zoo.
+def check_installation() -> None:
+    """Raise if the files of robustbench are not those of its release.
 
-    They need nothing but torch, while importing their package brings timm, torchvision and pandas and takes two to
-    three seconds. They stand under their own names in ``sys.modules``, so that a later import of robustbench finds
-    these very classes, and a pickled model is found from any process that has imported this package.
+    The wheel of torchattacks 3.5.1 contains a package ``robustbench`` of 2022; whichever was unpacked last is there.
+    Files that a user has edited, and source checkouts, are left alone.
+
+    Raises:
+        DeatError: robustbench is not installed, or its files were overwritten or removed.
+    """
+    spec = importlib.util.find_spec("robustbench")
+    if spec is None or spec.origin is None:
+        raise DeatError("robustbench is not installed: pip install robustbench")
+    folder = Path(spec.origin).parents[1].resolve()
+    own, foreign = (_distribution_in(folder, name) for name in ("robustbench", "torchattacks"))
+    unwanted = _recorded_hashes(foreign)
+    if own is None:
+        if _hash_of(folder / "robustbench" / "eval.py") == unwanted.get("robustbench/eval.py", ""):
+            raise DeatError(f"{folder / 'robustbench'} is a copy of 2022 from the wheel of torchattacks, and "
+                            "RobustBench itself is not installed: pip install robustbench")  # fmt: skip
+        return
+    changed = [
+        name
+        for name, expected in _recorded_hashes(own).items()
+        if (found := _hash_of(folder / name)) != expected and found in (None, unwanted.get(name))
+    ]
+    if changed:
+        raise DeatError(f"robustbench {own.version} is damaged: {len(changed)} of its files, such as {changed[0]}, "
+                        "were removed or overwritten by a copy of 2022 that the wheel of torchattacks contains; "
+                        f"mend it by {_reinstall_command(own, folder)}")  # fmt: skip
+
+
+def _distribution_in(folder: Path, name: str) -> metadata.Distribution | None:
+    """Return the distribution whose metadata lies in a folder of ``sys.path``."""
+    return next(iter(metadata.distributions(name=name, path=[str(folder)])), None)
+
+
+def _recorded_hashes(distribution: metadata.Distribution | None) -> dict[str, str]:
+    """Return the SHA-256 of each Python file of the package robustbench that a distribution's RECORD lists."""
+    return {
+        str(file): file.hash.value
+        for file in (distribution and distribution.files) or ()
+        if file.parts[0] == "robustbench" and file.suffix == ".py" and file.hash and file.hash.mode == "sha256"
+    }
+
+
+def _hash_of(file: Path) -> str | None:
+    """Return a file's SHA-256 as RECORD spells it, None if there is no such file."""
+    if not file.is_file():
+        return None
+    return urlsafe_b64encode(sha256(file.read_bytes()).digest()).rstrip(b"=").decode()
+
+
+def _reinstall_command(distribution: metadata.Distribution, folder: Path) -> str:
+    """Return the command that unpacks a distribution again into its folder, for the installer that put it there."""
+    elsewhere = folder not in {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib")}
+    by_uv = (distribution.read_text("INSTALLER") or "").strip() == "uv"
+    pip = f"{sys.executable} -m pip install --force-reinstall"
+    command = f"uv pip install --python {sys.executable} --reinstall" if by_uv else pip
+    upgrade = "--upgrade " if elsewhere and not by_uv else ""  # without it pip leaves a folder that exists as it is
+    target = f"--target {folder} " if elsewhere else ""
+    return f"{command} --no-deps {upgrade}{target}robustbench=={distribution.version}"
+
+
+def architectures() -> tuple[ModuleType, ModuleType]:
+    """Load robustbench's modules ``wide_resnet`` and ``resnet`` without the rest of its zoo.
+
+    They need nothing but torch, while importing their package takes timm, torchvision, pandas and two to three seconds.
+    They get their own names in ``sys.modules``, so that a later import of robustbench finds these very classes, and a
+    pickled model is found from any process that has imported this package.
+
+    Raises:
+        DeatError: robustbench is not installed or damaged.
     """
     spec = importlib.util.find_spec("robustbench")
     if spec is None or not spec.submodule_search_locations:
@@ -69,8 +141,9 @@ def architectures() -> tuple[ModuleType, ModuleType]:
 def _load_alone(name: str, file: Path) -> ModuleType:
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)
-        if spec is None or spec.loader is None:
-            raise DeatError(f"robustbench has no module {name}: reinstall it")
+        if spec is None or spec.loader is None or not file.is_file():
+            check_installation()
+            raise DeatError(f"robustbench has no module {name}: install robustbench 1.1.1 or newer")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         sys.modules[name] = module
@@ -83,7 +156,7 @@ class AutoAttack:
     Targeted attacks take K - 1 targets where there are fewer than ten classes.
 
     Attributes:
-        suite: pyautoattack's own object.
+        suite: The `pyautoattack.AutoAttack` that runs.
     """
 
     def __init__(
@@ -116,13 +189,13 @@ class AutoAttack:
         return_labels: bool = False,
         state_path: Path | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attacks images (N, C, H, W) with labels (N,) in batches of ``bs``.
+        """Attack images (N, C, H, W) with labels (N,) in batches of ``bs``.
 
         Returns:
-            The adversarial images, and with ``return_labels`` what the model takes them for, (N,).
+            The adversarial images, and with ``return_labels`` the model's predictions for them, (N,).
 
         Raises:
-            DeatError: There are fewer than 4 classes, or a state file is asked for.
+            DeatError: There are fewer than 4 classes, or ``state_path`` is given.
         """
         if state_path is not None:
             raise DeatError("AutoAttack's state files cannot be resumed, and robustbench crashes over them at the end "
@@ -139,26 +212,10 @@ class AutoAttack:
 
 
 def check_dataset(dataset: str) -> None:
-    """Refuses a data set that robustbench's closed enum does not have.
+    """Raise if RobustBench has no such dataset: its enum is closed.
 
     Raises:
-        DeatError: It has no such data set.
+        DeatError: RobustBench has no such dataset.
     """
     if dataset not in DATASETS:
-        raise DeatError(f"RobustBench has no data set '{dataset}': {did_you_mean(dataset, DATASETS)}")
-
-
-def _offer_autoattack() -> None:
-    """Lets ``import autoattack``, which robustbench does, find `AutoAttack`, unless upstream's is installed.
-
-    It stays, as pickling a model, too, imports the package of the network's class.
-    """
-    if "autoattack" in sys.modules or importlib.util.find_spec("autoattack") is not None:
-        return
-    module: Any = importlib.util.module_from_spec(ModuleSpec("autoattack", None))
-    module.AutoAttack = AutoAttack
-    module.state = importlib.import_module("pyautoattack.state")
-    sys.modules.update({"autoattack": module, "autoattack.state": module.state})
-
-
-_offer_autoattack()
+        raise DeatError(f"RobustBench has no dataset '{dataset}': {did_you_mean(dataset, DATASETS)}")

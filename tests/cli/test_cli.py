@@ -265,7 +265,7 @@ def test_export_takes_its_figures_from_eval(digits_run: Path, tmp_path: Path) ->
 def test_export_refuses(digits_run: Path, tmp_path: Path) -> None:
     assert refusal("export", digits_run) == "Missing option '--model-name'."
     name = ["--model-name", "Wang2021Gradient", "--output", tmp_path / "out"]
-    assert "RobustBench has no data set 'digits'" in refusal("export", digits_run, *name)
+    assert "RobustBench has no dataset 'digits'" in refusal("export", digits_run, *name)
     assert refusal("export", tmp_path, *name, "--as-dataset", "cifar10").endswith("it has no config.json")
     assert not (tmp_path / "out").exists()
 

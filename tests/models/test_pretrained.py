@@ -47,7 +47,7 @@ def test_load_zoo_model_from_its_file(zoo: tuple[Path, nn.Module], tmp_path: Pat
     ("name", "dataset", "sentence"),
     [
         ("Wong2020Fsat", "cifar10", "RobustBench has no Linf model 'Wong2020Fsat' of cifar10: did you mean"),
-        ("Wong2020Fast", "digits", "RobustBench has no data set 'digits'"),
+        ("Wong2020Fast", "digits", "RobustBench has no dataset 'digits'"),
         ("Diffenderfer2021Winning_LRR_CARD_Deck", "cifar10", "has no Linf model"),
         ("Chen2020Adversarial", "cifar10", "consists of several files"),
     ],

@@ -167,7 +167,7 @@ def test_pull_request_is_python_that_robustbench_can_use(
 
 def test_other_data_stand_for_a_data_set_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = opened(Run(tmp_path / "run", dataset="folder"), monkeypatch)
-    with pytest.raises(DeatError, match="no data set 'folder': say with as_dataset which of cifar10, cifar100"):
+    with pytest.raises(DeatError, match="no dataset 'folder': say with as_dataset which of cifar10, cifar100"):
         export(run.path, model_name="Wang2021Gradient", output=tmp_path / "out")
     paths = export(
         run.path, model_name="Wang2021Gradient", output=tmp_path / "out", as_dataset="cifar10", footnote="Mine."
@@ -182,7 +182,7 @@ def test_other_data_stand_for_a_data_set_and_say_so(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("arch", "num_classes", "as_dataset", "sentence"),
     [("wrn-10-1", 7, "cifar10", "7 classes cannot stand for cifar10, which has 10"),
-     ("wrn-10-1", 10, "cifar", "RobustBench has no data set 'cifar': did you mean"),
+     ("wrn-10-1", 10, "cifar", "RobustBench has no dataset 'cifar': did you mean"),
      ("wrn-10-1", 1000, "imagenet", "224x224"),
      ("torchvision:squeezenet1_1", 10, "cifar10", "'torchvision:squeezenet1_1' is not one of RobustBench's")],
 )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import inspect
 import subprocess
 import sys
@@ -65,6 +67,120 @@ print(AutoAttack is not compat.AutoAttack)
     assert result.stdout.strip() == "True", result.stderr
 
 
+def test_robustbench_names_a_file_that_hides_autoattack(tmp_path: Path) -> None:
+    (tmp_path / "autoattack.py").write_text("")
+    result = python(f"""
+import sys; sys.path.insert(0, {str(tmp_path)!r})
+from deat_rb.utils import compat
+try:
+    compat.robustbench()
+except Exception as error:
+    print(error)
+""")
+    hidden = f"{tmp_path}/autoattack.py hides the package autoattack, which robustbench imports: rename it"
+    assert result.stdout.strip() == hidden, result.stderr
+
+
+def record(folder: Path, name: str, files: dict[str, str], installer: str = "pip") -> None:
+    """Write the metadata of a distribution that was installed with these files."""
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir(parents=True)
+    lines = []
+    for file, content in files.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content.encode()).digest()).rstrip(b"=").decode()
+        lines.append(f"{file},sha256={digest},{len(content)}")
+    (info / "RECORD").write_text("\n".join(lines) + "\n")
+    (info / "METADATA").write_text(f"Name: {name}\nVersion: 1.0\n")
+    (info / "INSTALLER").write_text(installer + "\n")
+
+
+NEW = {"robustbench/__init__.py": "", "robustbench/eval.py": "new = 1", "robustbench/only_new.py": "new = 2"}
+OLD = {"robustbench/__init__.py": "", "robustbench/eval.py": "old = 1", "torchattacks/__init__.py": ""}
+
+
+def unpack(folder: Path, files: dict[str, str]) -> None:
+    for file, content in files.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(content)
+
+
+def check_installation_in(folder: Path) -> str:
+    """Run `compat.check_installation` with a folder first on the path; return its message, "fine" without one."""
+    result = python(f"""
+import sys
+from deat_rb.utils import compat
+sys.path.insert(0, {str(folder)!r})
+try:
+    compat.check_installation()
+    print("fine")
+except compat.DeatError as error:
+    print(error)
+""")
+    assert result.stderr == ""
+    return result.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("installer", "command"),
+    [
+        ("pip", "{python} -m pip install --force-reinstall --no-deps --upgrade --target {folder} robustbench==1.0"),
+        ("uv", "uv pip install --python {python} --reinstall --no-deps --target {folder} robustbench==1.0"),
+    ],
+)
+def test_check_installation_names_the_command_that_mends_an_overwritten_robustbench(
+    installer: str, command: str, tmp_path: Path
+) -> None:
+    record(tmp_path, "robustbench", NEW, installer)
+    record(tmp_path, "torchattacks", OLD, installer)
+    unpack(tmp_path, OLD)
+    unpack(tmp_path, NEW)
+    assert check_installation_in(tmp_path) == "fine"
+    unpack(tmp_path, OLD)
+    message = check_installation_in(tmp_path)
+    assert message.startswith("robustbench 1.0 is damaged: 1 of its files, such as robustbench/eval.py, were ")
+    assert message.endswith("mend it by " + command.format(python=sys.executable, folder=tmp_path))
+
+
+def test_check_installation_finds_files_that_torchattacks_took_with_it(tmp_path: Path) -> None:
+    """Removing or upgrading torchattacks removes every file that its RECORD lists."""
+    record(tmp_path, "robustbench", NEW)
+    unpack(tmp_path, NEW)
+    for file in OLD:
+        (tmp_path / file).unlink(missing_ok=True)
+    (tmp_path / "robustbench" / "__init__.py").write_text("")
+    assert "1 of its files, such as robustbench/eval.py, were removed" in check_installation_in(tmp_path)
+
+
+def test_check_installation_without_robustbench_itself(tmp_path: Path) -> None:
+    record(tmp_path, "torchattacks", OLD)
+    unpack(tmp_path, OLD)
+    assert "is a copy of 2022 from the wheel of torchattacks, and RobustBench itself is not" in check_installation_in(
+        tmp_path
+    )
+
+
+def test_check_installation_leaves_edited_files_and_checkouts_alone(tmp_path: Path) -> None:
+    record(tmp_path, "torchattacks", OLD)
+    unpack(tmp_path, {**NEW, "robustbench/eval.py": "mine = 1"})
+    assert check_installation_in(tmp_path) == "fine"
+    record(tmp_path, "robustbench", NEW)
+    assert check_installation_in(tmp_path) == "fine"
+
+
+def test_robustbench_checks_its_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged() -> None:
+        raise DeatError("damaged")
+
+    monkeypatch.setattr(compat, "check_installation", damaged)
+    with pytest.raises(DeatError, match="damaged"):
+        compat.robustbench()
+
+
+def test_torchattacks_wheel_contains_another_robustbench_upstream() -> None:
+    files = [str(file) for file in metadata.distribution("torchattacks").files or ()]
+    assert "robustbench/eval.py" in files
+
+
 def test_pkg_resources_is_needed_upstream() -> None:
     result = python("""
 import sys; sys.modules["pkg_resources"] = None
@@ -115,15 +231,6 @@ def test_robustbench_installs_a_package_named_tests_upstream() -> None:
     result = python("import tests; print(tests.__file__)")
     distribution = metadata.distribution("robustbench")
     assert Path(result.stdout.strip()) == Path(str(distribution.locate_file("tests/__init__.py")))
-
-
-def test_nothing_here_imports_a_package_named_tests() -> None:
-    """`pythonpath = ["tests"]` and importlib mode: our helpers are top-level modules, so nothing is shadowed."""
-    sources = [path.read_text() for path in Path(__file__).parents[1].rglob("*.py")]
-    assert len(sources) > 3
-    assert not [
-        text for text in sources for line in text.splitlines() if line.startswith(("from tests", "import tests"))
-    ]
 
 
 @pytest.fixture
@@ -240,7 +347,7 @@ def test_benchmark_of_a_user_with_an_alias(
 
 @pytest.mark.parametrize("name", ["digits", "CIFAR", ""])
 def test_closed_enum_of_data_sets(name: str, model: nn.Module, labels: torch.Tensor) -> None:
-    with pytest.raises(DeatError, match=f"RobustBench has no data set '{name}': (did you mean|known are cifar10)"):
+    with pytest.raises(DeatError, match=f"RobustBench has no dataset '{name}': (did you mean|known are cifar10)"):
         robustbench_benchmark.benchmark(model, IMAGES, labels, eps=0.1, batch_size=6, dataset=name)
 
 

@@ -1,0 +1,70 @@
+"""Import hooks that ``import deat_rb`` installs: AutoAttack for robustbench, and the command in a checkout.
+
+Both only answer for a name that no installed package has, and cost nothing until that name is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+class CommandFinder:
+    """Finds ``deat_rb.cli`` in a checkout, where it lies in ``cli/`` beside the package ``deat_rb/``.
+
+    An installed package has it at its place. In a checkout, ``python -m deat_rb`` imports the package of the current
+    directory, installed or not.
+    """
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Return the spec of ``deat_rb.cli``; None for other names and without a checkout."""
+        file = CHECKOUT / "cli" / "__init__.py"
+        if name != "deat_rb.cli" or not file.is_file():
+            return None
+        return importlib.util.spec_from_file_location(name, file, submodule_search_locations=[str(file.parent)])
+
+
+class AutoAttackFinder:
+    """Lets ``import autoattack``, which robustbench does, find `deat_rb.utils.compat.AutoAttack`.
+
+    Upstream's package is preferred where it is installed; a folder ``autoattack/`` without an ``__init__.py``, which
+    Python would import as a namespace package, is not taken for it.
+    """
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Return the spec of our ``autoattack``; None for other names and with upstream's."""
+        loader: Any = self
+        return ModuleSpec(name, loader) if name == "autoattack" and not self.find_upstream() else None
+
+    def find_upstream(self) -> ModuleSpec | None:
+        """Return the spec that other finders have for ``autoattack``, unless it is a namespace package."""
+        for finder in sys.meta_path:
+            find = getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = find("autoattack", None) if find and not isinstance(finder, type(self)) else None
+            if spec is not None:
+                return spec if spec.origin is not None else None
+        return None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Let Python create the module."""
+
+    def exec_module(self, module: Any) -> None:
+        """Fill the module with what robustbench imports from it."""
+        from deat_rb.utils.compat import AutoAttack
+
+        module.AutoAttack = AutoAttack
+        module.state = sys.modules["autoattack.state"] = importlib.import_module("pyautoattack.state")
+
+
+def install() -> None:
+    """Add the finders to ``sys.meta_path``, once."""
+    if not any(isinstance(finder, AutoAttackFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, AutoAttackFinder())
+        sys.meta_path.append(CommandFinder())
