@@ -190,7 +190,7 @@ class Loop:
     def _metrics(self, steps: int, alpha: float | None) -> EpochStats:
         """Return the metrics of the epoch's batches; this waits for the device."""
         state = self.state
-        sums = state.sums.over(state.world)
+        sums = state.sums.all_reduce(state.world)
         totals = sums.read()
         return EpochStats(
             epoch=state.epoch,

@@ -67,18 +67,18 @@ class EpochAccumulator:
         """Return the sums as floats; this waits for the device."""
         return {name: float(value) for name, value in self._sums.items()}
 
-    def over(self, world: World) -> EpochAccumulator:
+    def all_reduce(self, world: World) -> EpochAccumulator:
         """Return the sums over all ranks."""
-        return self if world.size == 1 else EpochAccumulator.of(world.all_gather(self.facts()))
+        return self if world.size == 1 else EpochAccumulator.merge(world.all_gather(self.state_dict()))
 
-    def facts(self) -> dict[str, float]:
-        """Return the sums as JSON values, from which `of` restores them exactly."""
+    def state_dict(self) -> dict[str, float]:
+        """Return the sums as JSON values, from which `merge` restores them exactly."""
         counts = {name: getattr(self, name) for name in ("examples", "updates", "batches", "image_size")}
         return counts | self.read()
 
     @classmethod
-    def of(cls, parts: Sequence[Mapping[str, float]]) -> EpochAccumulator:
-        """Return the sum of the `facts` of several ranks, which have had the same batches."""
+    def merge(cls, parts: Sequence[Mapping[str, float]]) -> EpochAccumulator:
+        """Return the sum of the `state_dict`s of several ranks, which have had the same batches."""
         sums = cls()
         sums.updates, sums.batches, sums.image_size = (
             int(parts[0][name]) for name in ("updates", "batches", "image_size")
@@ -88,13 +88,13 @@ class EpochAccumulator:
         return sums
 
     @classmethod
-    def share_of(cls, parts: Sequence[Mapping[str, float]], world: World) -> EpochAccumulator:
-        """Return the sums that a rank resumes with, given the `facts` of the ranks that wrote a checkpoint.
+    def resume_share(cls, parts: Sequence[Mapping[str, float]], world: World) -> EpochAccumulator:
+        """Return the sums that a rank resumes with, given the `state_dict`s of the ranks that wrote a checkpoint.
 
         With as many ranks as then, each gets its own back; otherwise they are divided among the ranks.
         """
         own = parts[world.rank :: world.size]
-        return cls.of(own or [{**parts[0], "examples": 0, **cls().read()}])
+        return cls.merge(own or [{**parts[0], "examples": 0, **cls().read()}])
 
 
 @dataclass

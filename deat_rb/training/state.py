@@ -175,7 +175,7 @@ def save(state: TrainingState, config: dict[str, Any]) -> Checkpoint:
         spent=state.seconds,
         lr=state.optimizer.param_groups[0]["lr"],
         skipped=state.skipped,
-        sums=state.world.all_gather(state.sums.facts()),
+        sums=state.world.all_gather(state.sums.state_dict()),
         trainer=state.trainer.state_dict(),
         scaler=state.engine.scaler.state_dict(),
         settled=state.settled.row.epoch if state.settled else None,
@@ -222,7 +222,7 @@ def restore(state: TrainingState, checkpoint: Checkpoint, saved: SavedState) -> 
         set_rate(state.optimizer, saved.lr)
         state.trainer.load_state_dict(saved.trainer, checkpoint.take("trainer"))
         state.engine.scaler.load_state_dict(saved.scaler)
-        state.sums = EpochAccumulator.share_of(saved.sums, state.world)
+        state.sums = EpochAccumulator.resume_share(saved.sums, state.world)
         rows = {row.epoch: row for row in state.history.rows}
         if saved.settled is not None:
             state.settled = EpochWeights(rows[saved.settled], checkpoint.take_like("settled", expected))

@@ -1,4 +1,4 @@
-"""Children forked from the process of the tests, which has imported everything: a run costs no more than itself."""
+"""Forked child processes, which have everything imported."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import traceback
 from collections.abc import Callable
 
 
-def in_a_child(work: Callable[[], None], kill_after: float | None = None) -> bool:
-    """Forks, works there, and says whether the work was done; the child is killed after so many seconds."""
+def run_in_child(work: Callable[[], None], kill_after: float | None = None) -> bool:
+    """Run ``work`` in a fork, killed after ``kill_after`` seconds, and return whether it finished."""
     child = os.fork()
     if child == 0:
         status = 1

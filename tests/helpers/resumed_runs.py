@@ -1,4 +1,4 @@
-"""Small runs that are interrupted and resumed, and what to compare of them."""
+"""Small runs to interrupt and resume, and the parts of a run to compare."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EPOCHS, BATCHES = 3, 4
 
 
 class Stops(Callback):
-    """Sends this process a signal once so many batches are done."""
+    """Send this process a signal after ``after`` batches."""
 
     def __init__(self, after: int, number: signal.Signals = signal.SIGTERM) -> None:
         self.left = after
@@ -46,7 +46,7 @@ class Stops(Callback):
 def train(method: str, run: RunDirectory, callback: Callback | None = None, **options: Any) -> History:
     images, labels = images_and_labels(22)
     data = ImageSet((255 * images).round().to(torch.uint8), labels)
-    # Four batches, the last of them short.
+    # Four batches, the last one short.
     train_loader = Batches(data, 6, shuffle=True, augment=True, memory_format=torch.channels_last)
     model = normalized()
     if method == "torchattacks.PGD":
@@ -66,7 +66,7 @@ def train(method: str, run: RunDirectory, callback: Callback | None = None, **op
 
 
 def outcome(run: RunDirectory) -> tuple[bytes, bytes, list[dict[str, Any]]]:
-    """The weights and all figures but times and memory."""
+    """Return the files of weights and all metrics except times and memory."""
     rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-    figures = [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
-    return (run.path / "last.safetensors").read_bytes(), (run.path / "best.safetensors").read_bytes(), figures
+    metrics = [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+    return (run.path / "last.safetensors").read_bytes(), (run.path / "best.safetensors").read_bytes(), metrics

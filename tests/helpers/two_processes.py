@@ -1,4 +1,4 @@
-"""What tests/utils/test_distributed.py has torchrun start: a small run in float64, whose weights process 0 writes."""
+"""Script for tests/utils/test_distributed.py to start with torchrun: a small float64 run; rank 0 writes the weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EPS = 8 / 255
 
 
 def small_model() -> nn.Module:
-    """Convolution, BatchNorm and a linear layer on 3x8x8 images of 4 classes, in float64, BatchNorm in eval."""
+    """Return a float64 network with a BatchNorm in eval mode, for 3x8x8 images of 4 classes."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 4)
@@ -30,7 +30,7 @@ def small_model() -> nn.Module:
 
 
 def data() -> list[tuple[Tensor, Tensor]]:
-    """Five batches of 7, 7, 7, 7 and 4 examples."""
+    """Return five batches, of 7, 7, 7, 7 and 4 examples."""
     generator = torch.Generator().manual_seed(1)
     return [
         (torch.rand(size, 3, 8, 8, generator=generator, dtype=torch.float64), torch.arange(size) % 4)
@@ -39,34 +39,34 @@ def data() -> list[tuple[Tensor, Tensor]]:
 
 
 def train(method: str) -> tuple[dict[str, Tensor], list[float]]:
-    """The weights after an epoch of five batches, and l_X and the passes."""
+    """Return the weights and the metrics after an epoch of five batches."""
     model = small_model()
     trainer = deat_rb.create(method, model, eps=EPS)
     if method.startswith("m"):
         trainer.steps = 2
     history = trainer.fit(data(), epochs=1, lr=0.1, lr_schedule="flat")
     row = history.rows[0]
-    figures = [row.l_x, row.loss, row.train_acc, row.backwards, row.forwards, float(row.updates), float(row.examples)]
-    return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, figures
+    metrics = [row.l_x, row.loss, row.train_acc, row.backwards, row.forwards, float(row.updates), float(row.examples)]
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, metrics
 
 
-def left(folder: str, groups: list[weakref.ref[object]]) -> None:
-    """Writes whether nothing has held the group of all processes, whose threads would abort a process that ends."""
+def write_freed(folder: str, groups: list[weakref.ref[object]]) -> None:
+    """Write whether the process group was freed; its threads would abort a process that exits."""
     Path(folder, f"left-{os.environ['RANK']}").write_text(str([group() is None for group in groups]))
 
 
 def main() -> None:
-    """Trains by each method named, and writes ``<folder>/<method>.safetensors`` with the weights and the figures."""
+    """Train with each method and write weights and metrics to ``<folder>/<method>.safetensors``."""
     folder, methods = sys.argv[1], sys.argv[2:]
     groups: list[weakref.ref[object]] = []
-    atexit.register(left, folder, groups)  # to be called after what `world` registers
+    atexit.register(write_freed, folder, groups)  # registered first, so that it runs after what `world` registers
     distributed.world(cpu=True)
     groups.append(weakref.ref(dist.group.WORLD))
     for method in methods:
-        weights, figures = train(method)
+        weights, metrics = train(method)
         if distributed.is_main():
             save_file(
-                {**weights, "figures": torch.tensor(figures, dtype=torch.float64)}, f"{folder}/{method}.safetensors"
+                {**weights, "metrics": torch.tensor(metrics, dtype=torch.float64)}, f"{folder}/{method}.safetensors"
             )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from children import in_a_child
+from children import run_in_child
 from training_problems import images_and_labels, normalized, run_config
 
 import deat_rb
@@ -67,7 +67,7 @@ def test_create_killed_half_way_leaves_the_name_free(tmp_path: Path, monkeypatch
         )
         RunDirectory.create(tmp_path / "run", run_config())
 
-    assert not in_a_child(work)
+    assert not run_in_child(work)
     assert RunDirectory.create(tmp_path / "run", run_config()).config == run_config()
 
 
@@ -81,8 +81,8 @@ def test_locked_refuses_a_second_process(run: RunDirectory) -> None:
             pass
 
     with run.locked():
-        assert in_a_child(refused)
-    assert in_a_child(held)
+        assert run_in_child(refused)
+    assert run_in_child(held)
 
 
 def test_locked_does_not_follow_a_link(run: RunDirectory, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from children import in_a_child
+from children import run_in_child
 from resumed_runs import Stops
 from small_runs import SMALL, identical
 
@@ -291,7 +291,7 @@ def test_resume_refuses_a_second_process_before_loading_data(stopped: Path) -> N
             resume(stopped, {}, trust_code=True)
 
     with RunDirectory.open(stopped).locked():
-        assert in_a_child(second)
+        assert run_in_child(second)
     assert len(resume(stopped, {}, trust_code=True)[1].rows) == 2
 
 

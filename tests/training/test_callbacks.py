@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fits import fitted
-from training_problems import images_and_labels, loader, normalized, run_config
+from training_problems import images_and_labels, loader, made, normalized, run_config
 
 import deat_rb
 import deat_rb.methods
 from deat_rb.runs.directory import RunDirectory
-from deat_rb.training.callbacks import Callback
+from deat_rb.training.callbacks import Action, Callback
+from deat_rb.training.history import History
 from deat_rb.training.metrics import EpochAccumulator, EpochStats
+from deat_rb.training.state import TrainingState
+from deat_rb.utils.distributed import World
 from deat_rb.utils.errors import Interrupted
 
 
@@ -70,3 +75,63 @@ def test_callbacks_keyboard_interrupt_reports_what_was_saved(tmp_path: Path) -> 
     with pytest.raises(Interrupted, match="keeps 0 of 3 epochs"):
         deat_rb.create("pgd-1", normalized()).fit(loader(), epochs=3, run=run, callbacks=[Interrupts(1)])
     assert sorted(path.name for path in run.path.iterdir()) == ["checkpoints", "config.json"]
+
+
+class Everything(Callback):
+    """Record each hook that is called."""
+
+    def __init__(self, name: str, calls: list[str]) -> None:
+        for hook in (each for each in vars(Callback) if not each.startswith("_")):
+            self.__dict__[hook] = partial(self.record, f"{name}.{hook}", calls, getattr(self, hook))
+
+    def record(self, name: str, calls: list[str], hook: Any, *args: Any) -> Any:
+        calls.append(name)
+        return hook(*args)
+
+
+def test_callbacks_of_a_list_are_called_in_its_order() -> None:
+    calls: list[str] = []
+    deat_rb.create("pgd-1", made()).fit(
+        loader(1), [images_and_labels()], epochs=1, callbacks=[Everything("a", calls), Everything("b", calls)]
+    )
+    hooks = [
+        "on_fit_start", "on_epoch_start", "on_batch_start", "on_step_end", "on_batch_end", "requested_action",
+        "on_train_epoch_end", "on_validation_start", "on_validation_end", "on_epoch_end", "on_fit_end",
+    ]  # fmt: skip
+    assert calls == [f"{name}.{hook}" for hook in hooks for name in ("a", "b")]
+
+
+def test_callbacks_may_stop_training() -> None:
+    class Budget(Callback):
+        """Stop after three batches."""
+
+        batches = 0
+
+        def on_batch_end(self, sums: EpochAccumulator) -> None:
+            self.batches += 1
+
+        def requested_action(self) -> Action:
+            return Action.STOP if self.batches == 3 else Action.CONTINUE
+
+    with pytest.raises(Interrupted, match="1 of 3 epochs were trained"):
+        deat_rb.create("pgd-1", made()).fit(loader(2), epochs=3, callbacks=[Budget()])
+
+
+def test_callbacks_see_the_state_and_the_selected_weights() -> None:
+    class Reads(Callback):
+        def on_fit_start(self, state: TrainingState) -> None:
+            self.state = state
+
+        def on_fit_end(self, history: History) -> None:
+            self.end = (history.selected, self.state.epoch, self.state.batches, len(self.state.history.rows))
+
+    reads = Reads()
+    history = deat_rb.create("pgd-1", made()).fit(loader(2), epochs=2, callbacks=[reads])
+    assert reads.end == (history.selected, 3, 2, 2) == (2, 3, 2, 2)
+
+
+def test_callbacks_of_other_ranks_are_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deat_rb.training.fit.world", lambda cpu: World(rank=1, size=1))
+    calls: list[str] = []
+    deat_rb.create("pgd-1", made()).fit(loader(1), epochs=1, callbacks=[Everything("a", calls)])
+    assert calls == []

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from children import in_a_child
+from children import run_in_child
 from resumed_runs import BATCHES, EPOCHS, Stops, outcome, train
 from training_problems import normalized, run_config
 
@@ -134,7 +134,7 @@ def test_checkpointing_on_a_full_disk_loses_nothing(tmp_path: Path) -> None:
         with pytest.raises(DeatError, match=f"metrics.jsonl cannot be written .No space left on device.; {kept}"):
             train("m-deat", run, FillsUp())
 
-    assert in_a_child(work)
+    assert run_in_child(work)
     assert len(run.rows()) == 1
     train("m-deat", run, resume=True)
     train("m-deat", whole)

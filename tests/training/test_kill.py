@@ -1,4 +1,4 @@
-"""SIGKILL at any moment, a checkpoint's writing included, loses nothing."""
+"""SIGKILL at any moment, within writing a checkpoint too, loses nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from children import in_a_child
+from children import run_in_child
 from resumed_runs import outcome, train
 from training_problems import run_config
 
@@ -24,11 +24,11 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its runs"
 
 MOMENTS = ("before the file", "within the file", "before its new name", "after its new name")
 KILLS = 7
-"""For each method: 21 over the three; the run that has the last of them then goes on to its end."""
+"""Kills per method; after the last one the run trains to its end."""
 
 
-def dies_in_a_checkpoint(number: int, moment: str) -> None:
-    """Lets this process kill itself while it writes its n-th checkpoint: it is a child, and is not to live on."""
+def kill_within_checkpoint(number: int, moment: str) -> None:
+    """Make this (child) process kill itself while it writes its ``number``-th checkpoint."""
     write, written, put_in_place, done = checkpoint.write, files._write_synced, os.replace, 0
 
     def killed_write(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -63,11 +63,11 @@ def die() -> NoReturn:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["m+trades", "free-3", "m-deat"])
-def test_a_run_killed_again_and_again_is_the_run_that_was_not(
+def test_resume_after_repeated_kills_equals_the_uninterrupted_run(
     method: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """A quarter and more of the kills fall inside a checkpoint's writing, the others anywhere in the run's time."""
-    for name in ("whole", "again"):  # the first time here and not in each child torch prepares its kernels
+    """At least a quarter of the kills are within writing a checkpoint, the others at any time."""
+    for name in ("whole", "again"):  # let torch prepare its kernels here, not in each child
         whole = RunDirectory.create(tmp_path / name, run_config())
         began = time.monotonic()
         train(method, whole, save_every=0)
@@ -88,10 +88,10 @@ def test_a_run_killed_again_and_again_is_the_run_that_was_not(
 
             def work(run: RunDirectory = run, writing: bool = writing, nth: int = nth, moment: str = moment) -> None:
                 if writing:
-                    dies_in_a_checkpoint(nth, moment)
+                    kill_within_checkpoint(nth, moment)
                 train(method, run, resume=True, save_every=0)
 
-            done = in_a_child(work, after if killing and not writing else None)
+            done = run_in_child(work, after if killing and not writing else None)
             kills += not done
             inside += writing and not done
         assert outcome(run) == expected

@@ -1,4 +1,4 @@
-"""Two processes train what one would."""
+"""Data-parallel training: two ranks train what one would."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from deat_rb.training.metrics import BatchStats, EpochAccumulator
 from deat_rb.utils import seeding
 from deat_rb.utils.distributed import World, is_peer_failure, share
 from deat_rb.utils.errors import DeatError
@@ -31,7 +30,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
 
 
 @given(st.integers(0, 300), st.integers(1, 9))
-def test_shares_are_a_partition(count: int, size: int) -> None:
+def test_share_is_a_partition(count: int, size: int) -> None:
     parts = [share(count, rank, size) for rank in range(size)]
     assert [i for part in parts for i in range(count)[part]] == list(range(count))
     lengths = [part.stop - part.start for part in parts]
@@ -39,7 +38,7 @@ def test_shares_are_a_partition(count: int, size: int) -> None:
 
 
 @given(st.integers(2, 12), st.integers(1, 4), st.booleans())
-def test_noise_for_the_shares_is_that_of_the_whole(count: int, size: int, normal: bool) -> None:
+def test_global_batch_noise_of_the_shares_is_that_of_the_batch(count: int, size: int, normal: bool) -> None:
     draw = seeding.normal_like if normal else seeding.uniform_like
     images = torch.zeros(count, 3, 4, 4)
     torch.manual_seed(5)
@@ -52,7 +51,7 @@ def test_noise_for_the_shares_is_that_of_the_whole(count: int, size: int, normal
     assert torch.equal(torch.cat(parts), whole)
 
 
-def test_a_world_of_one_is_the_identity() -> None:
+def test_world_of_one_rank_is_the_identity() -> None:
     world, tensor = World(), torch.ones(3)
     assert world.is_main
     assert (world.share(7), world.max_over_ranks(2)) == (slice(0, 7), 2)
@@ -63,38 +62,7 @@ def test_a_world_of_one_is_the_identity() -> None:
         world.on_main(lambda: (_ for _ in ()).throw(DeatError("no")))
 
 
-def test_figures_are_summed_on_the_cpu_and_go_on_to_the_last_digit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NCCL refuses tensors of the CPU, and a loss in single precision depends on the order it is summed in."""
-    losses = [[1e8, 3.0, 0.1, 5e7], [7.7, 2e7, 0.3, 1.0]]
-
-    def of(rank: int, batches: slice, sums: EpochAccumulator | None = None) -> EpochAccumulator:
-        sums = sums or EpochAccumulator()
-        for loss in losses[rank][batches]:
-            sums.add(BatchStats(4, torch.tensor(loss), torch.tensor(3), torch.tensor(loss / 3), 2, 2, 1, 192), 0.5)
-        return sums
-
-    def gathered(values: list[Any], value: Any, group: Any) -> None:
-        values[:] = together
-
-    monkeypatch.setattr(dist, "all_gather_object", gathered)
-    monkeypatch.setattr(dist, "all_reduce", None)
-    together = [of(rank, slice(None)).facts() for rank in (0, 1)]
-    whole = of(0, slice(None)).over(World(0, 2)).facts()
-    assert (whole["examples"], whole["batches"], whole["correct"], whole["forwards"]) == (32, 4, 24, 8)
-
-    parts = [of(rank, slice(2)).facts() for rank in (0, 1)]
-    continued = [of(rank, slice(2, 4), EpochAccumulator.share_of(parts, World(rank, 2))) for rank in (0, 1)]
-    together = [sums.facts() for sums in continued]
-    assert continued[0].over(World(0, 2)).facts() == whole
-    # By another number of processes, what there was is still summed once.
-    for size in (1, 3):
-        shares = [EpochAccumulator.share_of(parts, World(rank, size)).facts() for rank in range(size)]
-        assert sum(share["examples"] for share in shares) == 16
-        assert sum(share["loss"] for share in shares) == pytest.approx(sum(part["loss"] for part in parts))
-        assert {share["batches"] for share in shares} == {2}
-
-
-def test_what_all_processes_have_alike_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_average_of_equal_tensors_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(3))
     tensor = torch.rand(1000)
     before = tensor.clone()
@@ -103,7 +71,7 @@ def test_what_all_processes_have_alike_stays_what_it_is(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(("local_rank", "order"), [("0", ["acts", "gathers"]), ("1", ["gathers", "acts"])])
-def test_the_first_process_of_a_machine_goes_before_the_others_there(
+def test_local_main_first_runs_before_the_other_ranks_of_a_machine(
     local_rank: str, order: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
@@ -124,7 +92,7 @@ def test_the_first_process_of_a_machine_goes_before_the_others_there(
     assert done.count("acts") == 2 - int(local_rank)
 
 
-def test_nothing_holds_a_group_that_is_destroyed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leave_frees_the_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     class Group:
         pass
 
@@ -143,25 +111,25 @@ def test_nothing_holds_a_group_that_is_destroyed(monkeypatch: pytest.MonkeyPatch
     assert seen == [True]
 
 
-def test_only_errors_of_communication_are_another_process_s() -> None:
+def test_is_peer_failure_only_for_communication_errors() -> None:
     two = World(0, 2)
     assert is_peer_failure(RuntimeError("[../gloo/transport/tcp/pair.cc:538] Connection closed by peer"), two)
     assert not is_peer_failure(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), two)
     assert not is_peer_failure(RuntimeError("Connection closed by peer"), World())
 
 
-def test_weights_and_figures_are_those_of_one_process(tmp_path: Path) -> None:
+def test_fit_on_two_ranks_equals_one_rank(tmp_path: Path) -> None:
     """In float64 with BatchNorm in eval, after five batches, the last of them short."""
     methods = list(METHODS)
     script = Path(two_processes.__file__)
     subprocess.run([*TORCHRUN, str(script), str(tmp_path), *methods], env=ENVIRONMENT, check=True, timeout=300)
     assert [(tmp_path / f"left-{rank}").read_text() for rank in (0, 1)] == ["[True]"] * 2
     for method in methods:
-        weights, figures = two_processes.train(method)
-        found = load_file(tmp_path / f"{method}.safetensors")
+        weights, metrics = two_processes.train(method)
+        stored = load_file(tmp_path / f"{method}.safetensors")
         for name, tensor in weights.items():
-            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-8)
-        torch.testing.assert_close(found["figures"], torch.tensor(figures, dtype=torch.float64), rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(stored[name], tensor, rtol=0, atol=1e-8)
+        torch.testing.assert_close(stored["metrics"], torch.tensor(metrics, dtype=torch.float64), rtol=1e-6, atol=1e-9)
 
 
 def deat(*arguments: str, processes: int, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -180,11 +148,11 @@ def rows(run: Path) -> list[dict[str, Any]]:
 SMALL = ("--train-size", "170", "--batch-size", "32", "--val-size", "20", "--lr-schedule", "flat", "--lr", "0.05")
 
 
-def test_a_digits_run_has_the_steps_and_counts_of_one_process_and_goes_on_with_any_number(tmp_path: Path) -> None:
+def test_train_resumes_with_another_number_of_ranks(tmp_path: Path) -> None:
     """2 processes for two epochs, 1 for the third, 2 for the fourth; beside 1 for four."""
     run, alone = tmp_path / "runs" / "two", tmp_path / "runs" / "one"
     out = deat("train", "--method", "m+pgd", *SMALL, "--epochs", "2", "--name", "two", processes=2, folder=tmp_path)
-    assert out.stdout.count("result     epoch 2") == 1  # process 0 alone talks
+    assert out.stdout.count("result     epoch 2") == 1  # rank 0 alone prints
     deat("train", "--method", "m+pgd", *SMALL, "--epochs", "4", "--name", "one", processes=1, folder=tmp_path)
     deat("train", "--resume", str(run), "--epochs", "3", processes=1, folder=tmp_path)
     deat("train", "--resume", str(run), "--epochs", "4", processes=2, folder=tmp_path)
@@ -196,7 +164,7 @@ def test_a_digits_run_has_the_steps_and_counts_of_one_process_and_goes_on_with_a
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.1)
 
 
-def test_sigterm_leaves_a_checkpoint_and_a_dead_process_ends_the_other_with_a_sentence(tmp_path: Path) -> None:
+def test_train_on_two_ranks_survives_sigterm_and_a_killed_rank(tmp_path: Path) -> None:
     command = [*TORCHRUN, "-m", "deat_rb", "train", "--method", "pgd-3", *SMALL, "--epochs", "60", "--name", "run"]
     run = tmp_path / "runs" / "run"
     with open(tmp_path / "log", "w") as log:
@@ -214,9 +182,9 @@ def test_sigterm_leaves_a_checkpoint_and_a_dead_process_ends_the_other_with_a_se
         wait_for(run, before + 1, second)
         os.kill(rank_1_of(second.pid), signal.SIGKILL)
         second.wait(timeout=120)
-    said = (tmp_path / "log").read_text()
-    assert "lost contact with another of the 2 ranks, so this one ends too; runs/run keeps" in said
-    assert "loop.py" not in said  # torchrun shows a traceback of its own
+    text = (tmp_path / "log").read_text()
+    assert "lost contact with another of the 2 ranks, so this one ends too; runs/run keeps" in text
+    assert "loop.py" not in text  # the one traceback is torchrun's
     assert len(rows(run)) > before
 
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from children import in_a_child
+from children import run_in_child
 
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.locks import exclusive_lock
@@ -32,7 +32,7 @@ def test_exclusive_lock_is_freed_when_its_holder_is_killed_though_a_forked_worke
             os.write(writer, worker.to_bytes(4, "big"))
             os.kill(os.getpid(), signal.SIGKILL)
 
-    assert not in_a_child(work)
+    assert not run_in_child(work)
     worker = int.from_bytes(os.read(reader, 4), "big")
     try:
         with exclusive_lock(tmp_path / "lock", busy="taken"):
