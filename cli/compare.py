@@ -9,13 +9,13 @@ import click
 
 @click.command("compare")
 @click.argument("runs", metavar="RUN RUN ...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Output as JSON.")
 def compare(runs: tuple[Path, ...], as_json: bool) -> None:
-    """Put evaluations side by side, and test whether they differ.
+    """Compare evaluations and test whether they differ.
 
-    A RUN is a run directory that has been evaluated, or the eval.json of an evaluation. All must be of the same images
-    within the same eps. Each is compared with the first, example by example, by McNemar's exact test; the p-values are
-    not corrected for their number.
+    A RUN is an evaluated run directory or the eval.json of an evaluation. All must be of the same images and eps. Each
+    is compared with the first by McNemar's exact test on paired examples; p-values are not corrected for multiple
+    comparisons.
     """
     from rich.console import Console
 

@@ -32,38 +32,45 @@ def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> N
 @click.command("eval")
 @click.argument("targets", metavar="RUN|CHECKPOINT|NAME...", nargs=-1, required=True)
 @click.option("--attacks", type=attack_names, default="fgsm,pgd-100,cw-20", show_default=True, metavar="A,B,...",
-              help="natural, noise-gaussian, noise-uniform, fgsm, pgd-N, cw-N, pgd-NxR with R starts, autoattack, "
-              "autoattack-rand, autoattack-plus, square, torchattacks.NAME(argument=value, ...).")  # fmt: skip
-@click.option("--autoattack", is_flag=True, help="AutoAttack's standard version as well.")
-@click.option("--norm", default="Linf", show_default=True, metavar="NORM", help="Linf or L2.")
+              help="Attacks: natural, noise-gaussian, noise-uniform, fgsm, pgd-N, cw-N, pgd-NxR (R restarts), "
+              "autoattack, autoattack-rand, autoattack-plus, square, torchattacks.NAME(key=value, ...).")  # fmt: skip
+@click.option("--autoattack", is_flag=True, help="Also run AutoAttack's standard version.")
+@click.option("--norm", default="Linf", show_default=True, metavar="[Linf|L2]", help="Norm of the threat model.")
 @click.option("--eps", type=fraction_list, metavar="SIZE[,SIZE...]",
-              help="The radius; by default the run's own, 8/255 for others, 0.5 in L2. Several make a curve, "
-              "eval-eps.png; the report is then of that default, or of the last if it is not among them.")  # fmt: skip
-@click.option("--n-examples", type=int, metavar="N", help="How many test images; by default all.")
-@click.option("--batch-size", type=int, default=128, show_default=True, metavar="N")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of everything random.")
-@click.option("--precision", default="fp32", show_default=True, metavar="NAME",
-              help="fp32, or bf16 for a quicker look: its figures are upper bounds.")  # fmt: skip
-@click.option("--device", default="auto", show_default=True, metavar="NAME", help="cpu, cuda, cuda:1, mps, ...")
-@click.option("--checks", default="quick", show_default=True, metavar="LEVEL",
-              help="How much is looked at that would make the figures suspect: none, quick or full.")  # fmt: skip
-@click.option("--strict", is_flag=True, help="Exit with status 1 if a check warns or fails.")
-@click.option("--json", "json_path", type=json_file, metavar="FILE", help="Write the report here, too.")
-@click.option("--page/--no-page", default=True, help="Write report.html beside the report, or not.")
-@click.option("--resume/--no-resume", default=None,
-              help="Continue the evaluation that was interrupted, or start anew; by default it is continued if there "
-              "is one, and refused if that is another than this.")  # fmt: skip
-@click.option("--arch", metavar="NAME", help="A checkpoint's network, as for train.")
+              help="Perturbation radius; by default the run's own, 8/255 for others, 0.5 in L2. Several radii give a "
+              "sweep with the plot eval-eps.png; the report is then about the default, or the last if it is not among "
+              "them.")  # fmt: skip
+@click.option("--n-examples", type=int, metavar="N", help="Number of test images; by default all.")
+@click.option("--batch-size", type=int, default=128, show_default=True, metavar="N", help="Images per batch.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Random seed.")
+@click.option("--precision", default="fp32", show_default=True, metavar="[fp32|bf16]",
+              help="Precision of the attacks; bf16 is faster, and its robust accuracies are upper bounds.")  # fmt: skip
 @click.option(
-    "--dataset", metavar="NAME", help="What all but runs are evaluated on: digits, cifar10, cifar100, folder."
+    "--device", default="auto", show_default=True, metavar="NAME", help="Device: auto, cpu, cuda, cuda:1, mps, ..."
 )
-@click.option("--data-dir", type=click.Path(path_type=Path), metavar="DIR", help="Where the data are.")
-@click.option("--image-size", type=int, metavar="N", help="To which a folder's images are resized.")
-@click.option("--num-classes", type=int, metavar="N", help="A checkpoint's logits, if more than the data's classes.")
+@click.option("--checks", default="quick", show_default=True, metavar="[none|quick|full]",
+              help="Level of sanity checking.")  # fmt: skip
+@click.option("--strict", is_flag=True, help="Exit with status 1 if a check warns or fails.")
+@click.option("--json", "json_path", type=json_file, metavar="FILE", help="Also write the report to this file.")
+@click.option("--page/--no-page", default=True, help="Write report.html beside the report.")
+@click.option("--resume/--no-resume", default=None,
+              help="Resume an interrupted evaluation, or discard it; by default it is resumed if there is one, and "
+              "refused if its settings differ.")  # fmt: skip
+@click.option("--arch", metavar="NAME", help="Architecture of a checkpoint, as for train.")
+@click.option(
+    "--dataset",
+    metavar="NAME",
+    help="Evaluation dataset (taken from the run for run directories): digits, cifar10, cifar100, folder.",
+)
+@click.option("--data-dir", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the dataset.")
+@click.option("--image-size", type=int, metavar="N", help="Resize folder images to N x N pixels.")
+@click.option(
+    "--num-classes", type=int, metavar="N", help="Number of logits of a checkpoint, if more than the classes."
+)
 @click.option("--model-dir", type=click.Path(path_type=Path), metavar="DIR",
-              help="Where the weights of RobustBench's zoo are.  [default: models]")  # fmt: skip
+              help="Folder with the weights of RobustBench's zoo.  [default: models]")  # fmt: skip
 @click.option("--trust-code", is_flag=True,
-              help="Let a run build its network by the package.module:factory that it names.")  # fmt: skip
+              help="Allow a run to call the package.module:factory that builds its network.")  # fmt: skip
 @click.option("--schema", is_flag=True, is_eager=True, expose_value=False, callback=_print_schema,
               help="Print the JSON schema of eval.json.")  # fmt: skip
 def evaluate(
@@ -86,13 +93,13 @@ def evaluate(
 ) -> None:
     """Attack a trained network and report its robust accuracy.
 
-    A run knows its network, its data and its eps, and keeps the report as eval.json. A checkpoint is any state dict;
-    say with --arch and --dataset what it is. One without mean and std takes images in [0, 1] as they are. Other
-    networks have names: robustbench:NAME, torchvision:NAME, timm:NAME or package.module:function. Of several
-    runs, such as one method's seeds, the mean and the standard deviation are reported as well.
+    A run directory contains its network, dataset and eps, and stores the report as eval.json. A checkpoint is any state
+    dict; describe it with --arch and --dataset. One without mean and std takes images in [0, 1] without normalization.
+    Other networks have names: robustbench:NAME, torchvision:NAME, timm:NAME or package.module:function. For several
+    runs, such as the seeds of one method, the mean and the standard deviation are reported as well.
 
-    An evaluation that is interrupted is continued by the same command, if it has a run or --json to be kept beside;
-    another command is refused there until that one has ended, unless it says --no-resume.
+    An interrupted evaluation of a run or with --json is resumed by the same command; other settings are refused there
+    until it has finished, unless with --no-resume.
     """
     from rich.console import Console
 
@@ -110,17 +117,17 @@ def evaluate(
     check_options(precision=precision, checks=checks)
     radii = None if eps is None else tuple(check_radius(radius, "--eps", norm=norm) for radius in eps)
     if strict and checks == "none":
-        raise DeatError("--strict is about the checks, of which --checks none makes none: leave one of them out")
+        raise DeatError("--strict needs checks: leave out --checks none")
     where = resolve_device(device)
     if json_path is not None and len(targets) > 1:
         raise DeatError(
-            f"--json {json_path} holds one report, and {len(targets)} are asked for; each run keeps its own"
+            f"--json {json_path} holds one report, not {len(targets)}: leave it out; each run stores its own"
         )
-    subjects = [open_target(target, norm=norm, **description) for target in targets]
+    opened = [open_target(target, norm=norm, **description) for target in targets]
     console = Console()
     command = {"command": shlex.join(("deat-rb", *sys.argv[1:]))}
     reports = []
-    for target in subjects:
+    for target in opened:
         images, labels = target.examples(n_examples)
         own = target.eps if norm == "Linf" else 0.5
         places = [place for place in (target.run, json_path) if place is not None]
@@ -140,21 +147,21 @@ def evaluate(
     if len(reports) > 1 and are_comparable(reports):
         console.print(means(reports))
     elif len(reports) > 1:
-        note = "no mean is taken, as these are not evaluations of the same images within the same eps"
+        note = "no mean is reported, as the evaluations differ in images, norm, eps or precision"
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     if strict and any(check.status != "pass" for report in reports for check in report.checks):
         raise click.exceptions.Exit(1)
 
 
 def _state(target: EvalTarget, json_path: Path | None) -> Path | None:
-    """Where an unfinished evaluation is kept."""
+    """Return the folder of an unfinished evaluation."""
     if target.run is not None:
         return target.run / "eval-state"
     return None if json_path is None else json_path.with_name(f"{json_path.stem}-state")
 
 
 def _print(report: Report, target: EvalTarget, console: Console) -> None:
-    from deat_rb.evaluation.report import LEFT_OUT
+    from deat_rb.evaluation.report import SKIPPED
     from deat_rb.evaluation.tables import sweep_table
 
     console.print(report.table())
@@ -174,10 +181,10 @@ def _print(report: Report, target: EvalTarget, console: Console) -> None:
     for check in report.checks:
         if check.status != "pass":
             say(f"{check.status}: {check.name}: {check.sentence}")
-    made = [check for check in report.checks if check.name != LEFT_OUT]
-    if made:
-        left_out = "".join(f", {check.figure:.0f} left out" for check in report.checks if check.name == LEFT_OUT)
-        say(f"checks: {sum(check.status == 'pass' for check in made)} of {len(made)} pass{left_out}")
+    done = [check for check in report.checks if check.name != SKIPPED]
+    if done:
+        skipped = "".join(f", {check.figure:.0f} skipped" for check in report.checks if check.name == SKIPPED)
+        say(f"checks: {sum(check.status == 'pass' for check in done)} of {len(done)} pass{skipped}")
 
 
 def _write(
@@ -189,7 +196,7 @@ def _write(
     report: Report,
     **examples: Any,
 ) -> None:
-    """Writes the report with its picture and its page; of a place that is written all of them are, or none."""
+    """Write the report, its plot and its page to each of ``places``, all files of a place or none."""
     from deat_rb.evaluation.html_report import predictions_of, render_page
     from deat_rb.evaluation.plots import draw_sweep
     from deat_rb.evaluation.report import json_file

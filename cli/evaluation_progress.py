@@ -15,13 +15,13 @@ LINE_EVERY = 30.0
 
 
 class EvaluationProgress(AbstractContextManager["EvaluationProgress"]):
-    """Shows the attack, how many images are done, the accuracy so far and the time left, on stderr.
+    """Progress of an evaluation on stderr: attack, images done, accuracy so far and time left.
 
-    It is called as `deat_rb.evaluate` calls its ``progress``.
+    It is a ``progress`` object of `deat_rb.evaluate`.
 
     Args:
-        n_examples: N, how many images are evaluated.
-        console: Where to show it.
+        n_examples: N, number of evaluated images.
+        console: Where to print.
     """
 
     def __init__(self, n_examples: int, console: Console | None = None) -> None:
@@ -41,14 +41,14 @@ class EvaluationProgress(AbstractContextManager["EvaluationProgress"]):
         )
         self._task = self._bar.add_task("loading", total=None, accuracy="")
         self._attack = self._accuracy = ""
-        self._kept = 0.0
-        self._began = self._said = monotonic()
-        self._last = self._began
+        self._resumed = 0.0
+        self._start = self._last_line = monotonic()
+        self._last = self._start
 
     def __enter__(self) -> Self:
         if self.console.is_interactive:
             self._bar.start()
-        self._began = self._said = self._last = monotonic()
+        self._start = self._last_line = self._last = monotonic()
         return self
 
     def __exit__(
@@ -58,66 +58,66 @@ class EvaluationProgress(AbstractContextManager["EvaluationProgress"]):
             self._bar.stop()
 
     def __call__(self, attack: str, done: int, total: int, correct: int) -> None:
-        """Takes note of a batch.
+        """Show a finished batch.
 
         Args:
-            attack: Its name.
-            done: Examples that it has attacked.
-            total: Examples that it attacks.
-            correct: Of those done, or for the parts of an attack of all examples, how many are correct.
+            attack: Name of the attack.
+            done: Number of examples attacked so far.
+            total: Number of examples to attack.
+            correct: Number of correct ones of those done, or for stages of an attack of all examples.
         """
-        self._attend(attack, total)
+        self._switch_to(attack, total)
         self._last = monotonic()
         share = correct / (self.n_examples if "/" in attack.partition("(")[0] else done)
         self._accuracy = f"{100 * share:.2f} % correct"
         if self.console.is_interactive:
             self._bar.update(self._task, completed=done, total=total, accuracy=self._accuracy)
         elif done == total:
-            self._say(f"{attack}: {total} images, {self._accuracy}, {self._last - self._began:.1f} s")
-        elif self._last - self._said >= LINE_EVERY:
-            self._say(f"{attack}: {done} of {total} images, {self._accuracy} so far, {self._left(done / total)}")
+            self._print(f"{attack}: {total} images, {self._accuracy}, {self._last - self._start:.1f} s")
+        elif self._last - self._last_line >= LINE_EVERY:
+            self._print(f"{attack}: {done} of {total} images, {self._accuracy} so far, {self._left(done / total)}")
 
     def within(self, attack: str, batch: int, batches: int, share: float) -> None:
-        """Takes note of how far the attack on a batch is.
+        """Show progress within a batch.
 
         Args:
-            attack: Its name.
-            batch: Which batch, from 1 on.
-            batches: Of how many.
-            share: The share of its passes that is done at most, in [0, 1].
+            attack: Name of the attack.
+            batch: Number of the batch, from 1 on.
+            batches: Number of batches.
+            share: Fraction of the batch's forward passes that is done, in [0, 1].
         """
-        self._attend(attack, None, (batch - 1) / batches)
+        self._switch_to(attack, None, (batch - 1) / batches)
         self._last = monotonic()
         so_far = f"{self._accuracy} so far, " if self._accuracy else ""
         if self.console.is_interactive:
             shown = f"batch {batch}/{batches} at {share:.0%}{', ' * bool(so_far)}{self._accuracy}"
             self._bar.update(self._task, accuracy=shown)
-        elif self._last - self._said >= LINE_EVERY:
-            self._say(f"{attack}: batch {batch} of {batches} at {share:.0%}, {so_far}"
+        elif self._last - self._last_line >= LINE_EVERY:
+            self._print(f"{attack}: batch {batch} of {batches} at {share:.0%}, {so_far}"
                       f"{self._left((batch - 1 + share) / batches)}")  # fmt: skip
 
     def say(self, sentence: str) -> None:
-        """Prints a sentence."""
-        self._say(sentence)
+        """Print a sentence."""
+        self._print(sentence)
 
     def checking(self, check: str, done: int, total: int) -> None:
-        """Shows which of the checks is being made."""
-        self._attend("checks", total)
+        """Show the check that is running."""
+        self._switch_to("checks", total)
         if self.console.is_interactive:
             self._bar.update(self._task, completed=done, total=total, accuracy=check)
 
-    def _attend(self, attack: str, total: int | None, done: float = 0.0) -> None:
-        """Begins the clock of an attack that is new, of which the share ``done`` was found as it had been kept."""
+    def _switch_to(self, attack: str, total: int | None, done: float = 0.0) -> None:
+        """Start the clock of a new attack, of which the fraction ``done`` was resumed."""
         if attack != self._attack:
-            self._attack, self._accuracy, self._kept = attack, "", done
-            self._began = self._said = self._last
+            self._attack, self._accuracy, self._resumed = attack, "", done
+            self._start = self._last_line = self._last
             if self.console.is_interactive:
                 self._bar.reset(self._task, description=attack, total=total, accuracy="")
 
     def _left(self, done: float) -> str:
-        spent, share = self._last - self._began, done - self._kept
+        spent, share = self._last - self._start, done - self._resumed
         return f"{spent * (1 - done) / share:.0f} s left" if share > 0 else f"{spent:.0f} s spent"
 
-    def _say(self, line: str) -> None:
-        self._said = self._last
+    def _print(self, line: str) -> None:
+        self._last_line = self._last
         self.console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -1,4 +1,4 @@
-"""Evaluations of the same examples beside each other, and whether they differ by more than chance."""
+"""Paired comparison of evaluations on the same examples, with McNemar's exact test."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ SAME = {"norm": "norm", "eps": "eps", "n_examples": "number of examples", "num_c
 
 
 class Difference(BaseModel):
-    """Two evaluations under one attack, example by example.
+    """Paired difference of two evaluations under one attack.
 
     Attributes:
-        attack: Its name, or ``worst case``: of all attacks that all compared evaluations have.
-        first: The evaluation that is compared with.
-        second: The other one.
+        attack: Name of the attack, or ``worst case`` over the attacks that all compared evaluations have.
+        first: Name of the reference evaluation.
+        second: Name of the other evaluation.
         n_examples: N.
-        points: By how many percentage points ``second`` is more accurate.
-        only_first: Examples that are correct in ``first`` alone.
-        only_second: Examples that are correct in ``second`` alone.
-        p_value: McNemar's, exact and two-sided.
+        points: Accuracy of ``second`` minus that of ``first``, in percentage points.
+        only_first: Number of examples that are correct only in ``first``.
+        only_second: Number of examples that are correct only in ``second``.
+        p_value: Of McNemar's exact two-sided test.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,12 +54,12 @@ class Comparison(BaseModel):
     """Several evaluations of the same examples.
 
     Attributes:
-        norm: Of all of them.
-        eps: Likewise.
-        n_examples: Likewise.
-        accuracy: By evaluation and attack, in [0, 1]; ``worst case`` is of the attacks that all of them have.
+        norm: Norm of the threat model.
+        eps: Radius, in [0, 1] pixel units.
+        n_examples: N.
+        accuracy: In [0, 1], by evaluation and attack; ``worst case`` is over the attacks that all of them have.
         differences: Of every further evaluation from the first one, by attack.
-        notes: What a reader of the differences should know.
+        notes: Remarks for the reader.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,7 +72,7 @@ class Comparison(BaseModel):
     notes: tuple[str, ...] = ()
 
     def table(self) -> Table:
-        """Lays the accuracies out side by side."""
+        """Return the accuracies as a rich table."""
         from rich.markup import escape
         from rich.table import Table
 
@@ -87,14 +87,14 @@ class Comparison(BaseModel):
         return table
 
     def difference_table(self) -> Table:
-        """Lays the differences out, with their p-values."""
+        """Return the differences and their p-values as a rich table."""
         from rich.markup import escape
         from rich.table import Table
 
         table = Table(title=f"paired differences from {escape(self.differences[0].first)} (McNemar, exact)")
         table.add_column("run")
         table.add_column("attack")
-        for column in ("difference", "alone", "first alone", "p"):
+        for column in ("difference", "only this run correct", "only the first correct", "p"):
             table.add_column(column, justify="right")
         for each in self.differences:
             table.add_row(escape(each.second), escape(each.attack), f"{each.points:+.2f} points", str(each.only_second),
@@ -103,13 +103,13 @@ class Comparison(BaseModel):
 
 
 def compare(reports: Sequence[tuple[str, Report]]) -> Comparison:
-    """Compares evaluations of the same examples, each with the first.
+    """Compare evaluations of the same examples, each with the first.
 
     Args:
-        reports: Two or more, with what to call them; their verdicts are needed.
+        reports: Two or more (name, report), with verdicts.
 
     Raises:
-        DeatError: If they are not of the same examples within the same radius, or verdicts are missing.
+        DeatError: They are not of the same examples within the same radius, or verdicts are missing.
     """
     if len(reports) < 2:
         raise DeatError(f"{len(reports)} evaluation cannot be compared; give two or more")
@@ -117,7 +117,7 @@ def compare(reports: Sequence[tuple[str, Report]]) -> Comparison:
     first = reports[0][1]
     for name, (_, report) in zip(names, reports, strict=True):
         if not report.verdicts:
-            raise DeatError(f"{name} has no verdicts on its examples beside its eval.json; evaluate it again")
+            raise DeatError(f"the verdicts of {name} are missing beside its eval.json; evaluate it again")
         _check_same(names[0], first, name, report)
     shared = [attack for attack in first.results if all(attack in report.results for _, report in reports)]
     verdicts = {
@@ -136,7 +136,7 @@ def compare(reports: Sequence[tuple[str, Report]]) -> Comparison:
     ]
     notes = [
         f"{name} was attacked in {report.precision}: its robust accuracies are upper bounds, and its differences from "
-        "others are not the networks' alone"
+        "others are partly due to the precision"
         for name, (_, report) in zip(names, reports, strict=True)
         if report.precision != "fp32"
     ]
@@ -145,40 +145,40 @@ def compare(reports: Sequence[tuple[str, Report]]) -> Comparison:
 
 
 def load_reports(paths: Sequence[str | Path]) -> list[tuple[str, Report]]:
-    """Reads the reports of run directories or ``.json`` files, each with what to call it.
+    """Load the reports of run directories or ``.json`` files, each with a name.
 
     Raises:
-        DeatError: If there is none, or it is damaged.
+        DeatError: A report is missing or damaged.
     """
     reports = []
     for path in map(Path, paths):
         if path.is_dir() and not (path / "eval.json").is_file():
-            raise DeatError(f"{path} has not been evaluated: run deat-rb eval {path} first")
+            raise DeatError(f"{path} has no evaluation: run deat-rb eval {path} first")
         report = Report.load(path)
         reports.append((replace_invisible(str(path) if path.suffix == ".json" else path.absolute().name), report))
     return reports
 
 
 def _names(names: Sequence[str]) -> list[str]:
-    """Makes names differ: the second ``a`` becomes ``a (2)``."""
+    """Make names unique: the second ``a`` becomes ``a (2)``."""
     return [f"{name} ({names[:place].count(name) + 1})" if name in names[:place] else name
             for place, name in enumerate(names)]  # fmt: skip
 
 
 def _check_same(first_name: str, first: Report, name: str, report: Report) -> None:
-    for field, what in SAME.items():
+    for field, label in SAME.items():
         if getattr(first, field) != getattr(report, field):
             raise DeatError(
-                f"{first_name} and {name} cannot be compared: their {what} is {getattr(first, field)} and "
-                f"{getattr(report, field)}; evaluate them alike"
+                f"{first_name} and {name} cannot be compared: their {label} is {getattr(first, field)} and "
+                f"{getattr(report, field)}; re-evaluate with identical settings"
             )
-    known = [(each.examples_sha256, each.provenance.get("data_sha256", "")) for each in (first, report)]
-    for one, other in zip(*known, strict=True):
+    digests = [(each.examples_sha256, each.provenance.get("data_sha256", "")) for each in (first, report)]
+    for one, other in zip(*digests, strict=True):
         if one and other:
             if one != other:
                 raise DeatError(f"{first_name} and {name} cannot be compared: they were evaluated on different images")
             return
-    raise DeatError(f"{first_name} and {name} do not both say on which images they were evaluated; evaluate them again")
+    raise DeatError(f"{first_name} and {name} do not both record their test images; evaluate them again")
 
 
 def _with_worst(verdicts: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,9 +19,10 @@ from deat_rb.attacks.names import SQUARE_TILES, parse_attacks, split_names
 from deat_rb.attacks.registry import build_attack
 from deat_rb.attacks.threat_models import check_norm, check_radius
 from deat_rb.attacks.types import Attack, AttackContext
-from deat_rb.evaluation.frozen_model import PreparedModel, prepared_for_eval
+from deat_rb.data.images import LabeledImages
+from deat_rb.evaluation.frozen_model import PreparedModel, prepared_for_eval, sha256_examples
 from deat_rb.evaluation.report import AttackResult, Check, CurvePoint, Norm, Report
-from deat_rb.evaluation.resume import ResumeStore, opened
+from deat_rb.evaluation.resume import ResumeStore, open_store
 from deat_rb.evaluation.runner import NATURAL, AttackOutcome, AttackRunner, Progress
 from deat_rb.evaluation.statistics import wilson
 from deat_rb.training.validation import validate
@@ -39,17 +41,17 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 CHECKS = ("none", "quick", "full")
 
 KEPT_BYTES = 2 * 2**30
-"""Adversarial images are kept by default as long as those of all attacks together take no more."""
+"""Adversarial images are kept by default if those of all attacks together take no more memory than this."""
 
 UPPER_BOUND = (
-    "the attacks crafted in bf16: what they broke was confirmed in fp32, but what they missed was not looked for "
-    "there, so robust accuracies are upper bounds"
+    "the attacks ran in bf16: what they misclassified was confirmed in fp32, but fp32 attacks may find more, so robust "
+    "accuracies are upper bounds"
 )
 
 
 def evaluate(
     model: nn.Module,
-    images: Tensor,
+    images: Tensor | LabeledImages,
     labels: Tensor,
     *,
     attacks: str | Sequence[str] = ("fgsm", "pgd-100", "cw-20"),
@@ -69,49 +71,50 @@ def evaluate(
     provenance: Mapping[str, str] | None = None,
     finish: Callable[[Report], None] | None = None,
 ) -> Report:
-    """Measures accuracy without an attack and under each of ``attacks``.
+    """Measure accuracy without an attack and under each of ``attacks``.
 
-    The model is evaluated in eval mode; modes, parameters, gradients, buffers and torch's random state are
-    afterwards what they were. Only what is correctly classified is attacked.
+    The model is evaluated in eval mode; its modes, parameters, gradients and buffers, the images and torch's random
+    state are unchanged afterwards. Only correctly classified examples are attacked.
 
     Args:
         model: Takes images in [0, 1], shape (N, C, H, W), and returns logits (N, K).
-        images: In [0, 1], (N, C, H, W), wherever they are: batches are moved to the device.
+        images: In [0, 1], (N, C, H, W), on any device; batches are moved to ``device``. Images in files, as
+            `load_data` leaves them under a memory limit, are decoded batch by batch.
         labels: (N,), int64.
         attacks: See `parse_attacks`. ``noise-gaussian`` and ``noise-uniform`` are of size ``eps``; ``fgsm`` is one step
             of ``eps`` without a random start; ``pgd-N`` takes N steps of eps / 4 on the cross-entropy from a uniform
-            start, ``cw-N`` on the margin max_{k != y} z_k - z_y, and ``pgd-NxR`` starts R times; ``autoattack`` is
+            start, ``cw-N`` on the margin max_{k != y} z_k - z_y, and ``pgd-NxR`` restarts R times; ``autoattack`` is
             AutoAttack's standard version, ``autoattack-plus`` and ``autoattack-rand`` are the other two, and ``square``
-            is its black-box part alone; ``torchattacks.NAME(...)`` is that attack, within ``eps`` unless told its own.
-        eps: The radius, in [0, 1] pixel units, as a number or a text such as ``8/255``; several make a sweep.
-        main_eps: Of a sweep, the radius that the report is about; by default, and if it is not one of them, the last.
+            is its black-box part alone; ``torchattacks.NAME(...)`` is that attack, with ``eps`` unless it is given.
+        eps: Radius, in [0, 1] pixel units, as a number or a text such as ``8/255``; several make a sweep.
+        main_eps: The radius of a sweep that the report is about; by default, and if it is not one of them, the last.
         norm: ``Linf`` or ``L2``.
         batch_size: How many examples are attacked together.
-        seed: Fixes everything random, batch by batch.
+        seed: Seed of all random numbers, derived per batch.
         device: Where to run; by default where the model is.
-        precision: ``fp32``, or ``bf16`` for a quicker look, whose robust accuracies are upper bounds.
-        channels_last: On a CPU, lays the convolutions' weights out so while they are evaluated, where the model takes
-            it. That is quicker and rounds otherwise, by some 1e-7 of the logits; without it they are left as they are.
+        precision: ``fp32``, or ``bf16`` for a faster evaluation, whose robust accuracies are upper bounds.
+        channels_last: On a CPU, use the channels_last memory format for convolutions if the model supports it. That is
+            faster and changes logits by rounding, about 1e-7 of their size.
         keep_adversarial: Whether the report keeps the adversarial images of the main radius; by default if those of
             all attacks take no more than 2 GiB.
-        checks: ``none``, ``quick`` or ``full``: how much is looked at that would make the figures suspect.
-        state: A folder in which every batch is kept until the evaluation has ended, so that it can be continued.
-        resume: True to continue what is in ``state``, False to start anew; by default it is continued if there is
-            something. What is of another evaluation is refused.
-        progress: Told ``(attack, done, total, robust)`` after every batch, ``robust`` being how many are correct
-            so far. The parts of an attack are named as in ``autoattack/square``, and for them it is of all examples;
+        checks: Level of sanity checks: ``none``, ``quick`` or ``full``.
+        state: Folder in which the result of every batch is stored until the evaluation has finished, so that it can be
+            resumed.
+        resume: True to require an unfinished evaluation in ``state``, False to discard it; by default it is resumed if
+            there is one. One with other settings is refused.
+        progress: Called as ``(attack, done, total, robust)`` after every batch, ``robust`` being how many are correct
+            so far. Stages of an attack are named as in ``autoattack/square``, and for them it is of all examples;
             those of a sweep as in ``fgsm (eps 4/255)``.
-            If it has a method ``within``, that is told ``(attack, batch, batches, share)`` while a batch is attacked.
-        provenance: Where model and data came from, for the report; what cannot be seen or written becomes U+FFFD.
-        finish: Given the report, to write it, while what is in ``state`` is still there: where it raises, nothing is
-            lost.
+            Its method ``within``, if any, is called as ``(attack, batch, batches, fraction)`` during a batch.
+        provenance: Source of model and data, for the report; invisible characters become U+FFFD.
+        finish: Called with the report, to write it, before ``state`` is removed: if it raises, nothing is lost.
 
     Returns:
         The report, with `Report.verdicts` and `Report.adversarial`.
 
     Raises:
-        DeatError: If images, labels, eps or a name cannot be used, or ``state`` holds another evaluation.
-        Interrupted: On Ctrl-C; it says what is kept.
+        DeatError: Images, labels, eps or a name cannot be used, or ``state`` holds a different evaluation.
+        Interrupted: On Ctrl-C; its message says what is stored.
     """
     names = parse_attacks(attacks)
     norm = check_norm(norm)
@@ -123,86 +126,85 @@ def evaluate(
     with ExitStack() as stack:
         with prepared_for_eval(
             model, images, labels, batch_size=batch_size, device=device, channels_last=channels_last
-        ) as held:
+        ) as prepared:
             _check_square(names, norm, images)
             keep = keep_adversarial
             if keep is None:
-                keep = 4 * images.numel() * (len(names) - 1) <= KEPT_BYTES
-            context = AttackContext(norm, main, seed, held.num_classes, held.device)
+                keep = 4 * len(images) * math.prod(images.shape[-3:]) * (len(names) - 1) <= KEPT_BYTES
+            context = AttackContext(norm, main, seed, prepared.num_classes, prepared.device)
             plans = {radius: _attacks(names, replace(context, eps=radius)) for radius in sorted({*radii, main})}
-            facts = _facts(model, images, labels)
+            digests = _digests(model, images, labels)
             settings = {
                 "norm": norm,
                 "eps": ", ".join(map(_exactly, radii)),
                 "main eps": _exactly(main),
                 "attacks": ", ".join(names),
                 "seed": str(seed),
-                "batch size": str(held.batch_size),
+                "batch size": str(prepared.batch_size),
                 "precision": precision,
-                "layout": "channels_last" if held.channels_last else "own",
-                "device": _device_name(held.device),
+                "layout": "channels_last" if prepared.channels_last else "own",
+                "device": _device_name(prepared.device),
                 "adversarial images": "kept" if keep else "not kept",
             }
-            journal = stack.enter_context(opened(state, {**facts, **settings, **versions()}, resume))
-            stack.enter_context(_explained(journal, held))
-            if journal.said and hasattr(progress, "say"):
-                cast(Any, progress).say(journal.said)
-            attacker = AttackRunner(held, context, journal, keep, PRECISIONS[precision], progress, len(plans) > 1)
-            found, curve = _run(attacker, plans, main)
+            store = stack.enter_context(open_store(state, {**digests, **settings, **versions()}, resume))
+            stack.enter_context(_explained(store, prepared))
+            if store.message and hasattr(progress, "say"):
+                cast(Any, progress).say(store.message)
+            runner = AttackRunner(prepared, context, store, keep, PRECISIONS[precision], progress, len(plans) > 1)
+            outcomes, curve = _run(runner, plans, main)
         report = Report.of(
-            [each.result(attack) for attack, each in found.items()],
-            {attack.name: each.correct for attack, each in found.items()},
+            [outcome.result(attack) for attack, outcome in outcomes.items()],
+            {attack.name: outcome.correct for attack, outcome in outcomes.items()},
             norm=cast(Norm, norm),
             eps=main,
-            num_classes=held.num_classes,
+            num_classes=prepared.num_classes,
             seed=seed,
-            batch_size=held.batch_size,
+            batch_size=prepared.batch_size,
             precision=precision,
             layout=cast(Any, settings["layout"]),
             device=settings["device"],
             versions=versions(),
             curve=curve if len(plans) > 1 else (),
-            model_sha256=facts["weights"],
-            examples_sha256=facts["examples"],
+            model_sha256=digests["weights"],
+            examples_sha256=digests["examples"],
             notes=(UPPER_BOUND,) if precision != "fp32" else (),
             provenance={name: replace_invisible(str(each)) for name, each in (provenance or {}).items()},
         )
         report._adversarial.update(
-            {attack.name: each.adversarial for attack, each in found.items() if each.adversarial is not None}
+            {attack.name: each.adversarial for attack, each in outcomes.items() if each.adversarial is not None}
         )
         if checks != "none":
-            made = _checked(model, images, labels, report, checks, device, progress)
-            report = report.model_copy(update={"checks": made})
+            done = _run_checks(model, images, labels, report, checks, device, progress)
+            report = report.model_copy(update={"checks": done})
         if finish is not None:
-            _finish(finish, report, journal)
+            _finish(finish, report, store)
     return report
 
 
-def _finish(finish: Callable[[Report], None], report: Report, journal: ResumeStore) -> None:
-    """Hands the report over; where it cannot be taken, says what is kept."""
+def _finish(finish: Callable[[Report], None], report: Report, store: ResumeStore) -> None:
+    """Call ``finish``; if it fails, say what is stored."""
     try:
         finish(report)
     except DeatError as error:
-        raise DeatError(f"{error}; {journal.kept}" if journal.kept else str(error)) from error
+        raise DeatError(f"{error}; {store.status}" if store.status else str(error)) from error
 
 
 def _run(
-    attacker: AttackRunner, plans: Mapping[float, Mapping[str, Attack]], main: float
+    runner: AttackRunner, plans: Mapping[float, Mapping[str, Attack]], main: float
 ) -> tuple[dict[Attack, AttackOutcome], tuple[CurvePoint, ...]]:
-    """Runs the natural pass once, and the attacks at every radius."""
-    everyone = torch.ones(len(attacker.held), dtype=torch.bool)
-    natural = attacker.run(NATURAL, everyone)
+    """Run the natural pass once, and the attacks at every radius."""
+    natural = runner.run(NATURAL, torch.ones(len(runner.prepared), dtype=torch.bool))
     results: dict[Attack, AttackOutcome] = {NATURAL: natural}
     curve = []
     for radius, attacks in plans.items():
-        here = replace(attacker, context=replace(attacker.context, eps=radius), keep=attacker.keep and radius == main)
+        at_radius = replace(runner, context=replace(runner.context, eps=radius), keep=runner.keep and radius == main)
         verdicts = {"natural": natural.correct}
         for name, attack in attacks.items():
-            # Within a radius of 0 there is nothing but the image; only as the report's own is that tried out.
-            found = here.run(attack, natural.correct) if radius > 0 or radius == main else natural
-            verdicts[name] = found.correct
+            # At a radius of 0 there is only the clean image; attacks run there only if it is the report's own radius.
+            outcome = at_radius.run(attack, natural.correct) if radius > 0 or radius == main else natural
+            verdicts[name] = outcome.correct
             if radius == main:
-                results[attack] = found
+                results[attack] = outcome
         curve.append(CurvePoint.of(radius, verdicts))
     return results, tuple(curve)
 
@@ -212,23 +214,24 @@ def _attacks(names: Sequence[str], context: AttackContext) -> dict[str, Attack]:
 
 
 def _exactly(radius: float) -> str:
-    """Writes a radius so that no other is written alike."""
+    """Write a radius unambiguously, as a fraction where that is exact."""
     short = format_fraction(radius)
     return short if "/" in short or float(short) == radius else repr(radius)
 
 
-def _check_square(names: Sequence[str], norm: str, images: Tensor) -> None:
-    """Square in L2 begins with tiles of a fifth of the image's height."""
+def _check_square(names: Sequence[str], norm: str, images: Tensor | LabeledImages) -> None:
+    """Refuse images that are too small for Square in L2, whose tiles are a fifth of the image."""
     squares = [name for name in names if name in ("square", "autoattack", "autoattack-plus")]
-    if norm == "L2" and squares and min(images.shape[-2:]) < SQUARE_TILES:
-        raise DeatError(f"{squares[0]} in L2 needs images of 5x5 and more, and these are of {images.shape[-2]}x"
-                        f"{images.shape[-1]}: choose other attacks, such as pgd-100")  # fmt: skip
+    height, width = images.shape[-2:]
+    if norm == "L2" and squares and min(height, width) < SQUARE_TILES:
+        raise DeatError(f"{squares[0]} in L2 needs images of at least 5x5 pixels, not {height}x{width}: choose other "
+                        "attacks, such as pgd-100")  # fmt: skip
 
 
 def _radii(eps: Eps, main_eps: str | float | None, norm: str) -> tuple[tuple[float, ...], float]:
-    """Reads the radii, and says which of them the report is about."""
-    given = eps.split(",") if isinstance(eps, str) else eps if isinstance(eps, Sequence) else (eps,)
-    radii = tuple(dict.fromkeys(check_radius(each, norm=norm) for each in given))
+    """Parse the radii; return them and the one that the report is about."""
+    values = eps.split(",") if isinstance(eps, str) else eps if isinstance(eps, Sequence) else (eps,)
+    radii = tuple(dict.fromkeys(check_radius(each, norm=norm) for each in values))
     if not radii:
         raise DeatError("eps is an empty list; give one or more radii such as 8/255")
     if main_eps is None:
@@ -239,22 +242,20 @@ def _radii(eps: Eps, main_eps: str | float | None, norm: str) -> tuple[tuple[flo
 
 
 def check_options(*, precision: str, checks: str) -> None:
-    """Checks what `evaluate` takes one of a few words for.
+    """Check the precision and the level of checks.
 
     Raises:
-        DeatError: There is no such precision or level of checks.
+        DeatError: There is no such precision or level.
     """
     if str(precision) not in PRECISIONS:
-        raise DeatError(
-            f"there is no precision '{precision}' to evaluate in: {did_you_mean(str(precision), PRECISIONS)}"
-        )
+        raise DeatError(f"unknown evaluation precision '{precision}': {did_you_mean(str(precision), PRECISIONS)}")
     if str(checks) not in CHECKS:
-        raise DeatError(f"there is no level of checks '{checks}': {did_you_mean(str(checks), CHECKS)}")
+        raise DeatError(f"unknown level of checks '{checks}': {did_you_mean(str(checks), CHECKS)}")
 
 
-def _checked(
+def _run_checks(
     model: nn.Module,
-    images: Tensor,
+    images: Tensor | LabeledImages,
     labels: Tensor,
     report: Report,
     level: str,
@@ -279,26 +280,26 @@ def _checked(
 
 
 @contextmanager
-def _explained(journal: ResumeStore, held: PreparedModel) -> Iterator[None]:
-    """Lets Ctrl-C say what is kept, and a full accelerator what helps."""
+def _explained(store: ResumeStore, prepared: PreparedModel) -> Iterator[None]:
+    """Add what is stored to Ctrl-C's message, and a remedy to an out-of-memory error."""
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted(journal.kept) from None
+        raise Interrupted(store.status) from None
     except torch.OutOfMemoryError as error:
-        anew = " and start anew by --no-resume" if journal.kept else ""
-        raise DeatError(f"{_device_name(held.device)} has too little memory for batches of {held.batch_size} images: "
-                        f"give a smaller --batch-size{anew}") from error  # fmt: skip
+        restart = " and start over with --no-resume" if store.status else ""
+        raise DeatError(f"{_device_name(prepared.device)} has too little memory for batches of {prepared.batch_size} "
+                        f"images: give a smaller --batch-size{restart}") from error  # fmt: skip
 
 
-def _facts(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, str]:
-    """What the evaluation is of: SHA-256 of the weights, the network's description and the examples."""
+def _digests(model: nn.Module, images: Tensor | LabeledImages, labels: Tensor) -> dict[str, str]:
+    """Return SHA-256 digests of the weights, the network's repr and the examples."""
     weights = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     description = re.sub(r" at 0x[0-9a-f]+", "", repr(model))
     return {
         "weights": sha256_tensors(weights),
         "network": sha256(description.encode()).hexdigest(),
-        "examples": sha256_tensors({"images": images, "labels": labels}),
+        "examples": sha256_examples(images, labels),
     }
 
 

@@ -1,7 +1,8 @@
-"""A model held still while it is evaluated, and the examples that every attack sees."""
+"""A model prepared for evaluation (eval mode, frozen parameters, on the device) and its evaluation examples."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Integral
@@ -9,32 +10,39 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
-from deat_rb.data.check import check_batch
+from deat_rb.data.check import _check_labels, check_batch
+from deat_rb.data.images import LabeledImages
 from deat_rb.models.check import ADVICE, trial_logits
 from deat_rb.utils.devices import resolve_device
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.module_state import preserve_state
+from deat_rb.utils.safe_load import sha256_tensors
 
 SIZES = f"{ADVICE}; RobustBench's architectures are for 32x32"
 
+INFERENCE_MODE = (
+    "evaluation needs gradients, which torch.inference_mode() disables for good: leave inference_mode() (such as "
+    "Lightning's test_step), or use torch.no_grad() there"
+)
+
 
 class PreparedModel:
-    """The model, its examples and where they meet.
+    """A model in eval mode with frozen parameters, and the examples it is evaluated on.
 
     Attributes:
-        model: In eval mode, its parameters frozen, on the device.
-        images: In [0, 1], (N, C, H, W), wherever they are.
+        model: On ``device``.
+        images: In [0, 1], (N, C, H, W), on any device; or images in files, of which only batches are decoded.
         labels: (N,).
         batch_size: How many examples are attacked together.
-        device: Where the batches go.
+        device: Where batches are moved.
         num_classes: K.
-        channels_last: Whether the model's convolutions are laid out so.
+        channels_last: Whether the model's convolutions are in channels_last memory format.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        images: Tensor,
+        images: Tensor | LabeledImages,
         labels: Tensor,
         *,
         batch_size: int,
@@ -54,55 +62,84 @@ class PreparedModel:
         return len(self.images)
 
     def batches(self, pool: Tensor) -> tuple[Tensor, ...]:
-        """Divides examples, of which ``pool`` has the numbers, into batches in their order."""
+        """Split the indices ``pool`` into batches, in their order."""
         return torch.split(pool, self.batch_size) if len(pool) else ()
 
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Gives images and labels of some examples, on the device."""
-        if len(rows) and int(rows[-1] - rows[0]) == len(rows) - 1:
-            window = slice(int(rows[0]), int(rows[-1]) + 1)
-            return self.images[window].to(self.device), self.labels[window].to(self.device)
-        images, labels = self.images[rows.to(self.images.device)], self.labels[rows.to(self.labels.device)]
-        return images.to(self.device), labels.to(self.device)
+        """Return copies of the images and labels at the indices ``rows``, on the device."""
+        return select_images(self.images, rows).to(self.device), self.labels[rows.to(self.labels.device)].to(
+            self.device
+        )
+
+    def all_images(self) -> Tensor:
+        """Return a copy of all images, (N, C, H, W) on the CPU."""
+        return select_images(self.images, torch.arange(len(self))).cpu()
+
+    def predict(self, images: Tensor | LabeledImages | None = None) -> Tensor:
+        """Return the predicted classes (N,), on the CPU, of the examples or of other images (N, C, H, W)."""
+        source = self.images if images is None else images
+        with torch.no_grad():
+            parts = [
+                self.model(select_images(source, rows).to(self.device)).argmax(dim=1).cpu()
+                for rows in self.batches(torch.arange(len(source)))
+            ]
+        return torch.cat(parts)
 
 
 @contextmanager
 def prepared_for_eval(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
+    images: Tensor | LabeledImages,
+    labels: Tensor | None = None,
     *,
-    batch_size: int,
-    device: torch.device | str | None,
+    batch_size: int = 128,
+    device: torch.device | str | None = None,
     channels_last: bool = False,
 ) -> Iterator[PreparedModel]:
-    """Checks the input and holds the model still: eval mode, on the device, parameters frozen; then gives it back.
+    """Check the input, put the model into eval mode on the device with frozen parameters, and restore it afterwards.
 
-    Frozen parameters keep FAB's ``backward()`` from their gradients, and compiled models from computing them.
-    With ``channels_last``, on a CPU, convolutions are laid out so where the model takes it.
+    Frozen parameters keep FAB's ``backward()`` from accumulating gradients, and compiled models from computing them.
+
+    Args:
+        model: Any module that returns logits (N, K).
+        images: In [0, 1], (N, C, H, W).
+        labels: (N,); None where only predictions are needed.
+        batch_size: How many examples are forwarded together.
+        device: Where to run; by default where the model is.
+        channels_last: On a CPU, use the channels_last memory format for convolutions if the model supports it.
 
     Raises:
-        DeatError: Something cannot be used.
+        DeatError: The model, the images or the labels cannot be used.
     """
     if not isinstance(model, nn.Module):
         raise DeatError(f"the model is a {type(model).__name__}, where a torch.nn.Module is needed")
+    if torch.is_inference_mode_enabled():
+        raise DeatError(INFERENCE_MODE)
     if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
         raise DeatError(f"batch_size = {batch_size!r} is not positive; give a number of images such as 128")
-    check_batch(images, labels)
-    images = images.detach()
+    if labels is None:
+        labels = torch.zeros(len(images), dtype=torch.int64)
+    _check_examples(images, labels)
+    if isinstance(images, Tensor):
+        images = images.detach()
+    first = select_images(images, torch.arange(min(2, len(images))))
     tensors = (*model.parameters(), *model.buffers())
-    home = tensors[0].device if tensors else images.device
+    home = tensors[0].device if tensors else first.device
     target = resolve_device(str(device)) if device is not None else home
     with preserve_state(model):
-        model.eval().requires_grad_(False)
+        model.eval()
+        for parameter in model.parameters():  # ScriptModules have no requires_grad_()
+            parameter.requires_grad_(False)
         if target != home:
             model.to(target)
         try:
-            trial = images[:2].to(target)
+            trial = first.to(target)
             logits = trial_logits(model, trial, advice=SIZES)
             num_classes = logits.shape[1]
-            check_batch(images, labels, num_classes)
-            with _laid_out(model, trial, logits, wanted=channels_last and target.type == "cpu") as laid_out:
+            _check_examples(images, labels, num_classes)
+            with _memory_format(
+                model, trial, logits, wanted=channels_last and target.type == "cpu"
+            ) as is_channels_last:
                 yield PreparedModel(
                     model,
                     images,
@@ -110,19 +147,47 @@ def prepared_for_eval(
                     batch_size=int(batch_size),
                     device=target,
                     num_classes=num_classes,
-                    channels_last=laid_out,
+                    channels_last=is_channels_last,
                 )
         finally:
             if target != home:
                 model.to(home)
 
 
-@contextmanager
-def _laid_out(model: nn.Module, images: Tensor, logits: Tensor, *, wanted: bool) -> Iterator[bool]:
-    """Lays the weights of convolutions out in channels_last for a while; says whether they are.
+def _check_examples(images: Tensor | LabeledImages, labels: Tensor, num_classes: int | None = None) -> None:
+    if isinstance(images, LabeledImages):
+        _check_labels(labels, len(images), num_classes)  # decoded images are in [0, 1]
+    else:
+        check_batch(images, labels, num_classes)
 
-    They stay as they are where the model then fails, as one does that flattens by ``view``, or gives others than its
-    ``logits`` of the ``images``.
+
+def select_images(images: Tensor | LabeledImages, rows: Tensor) -> Tensor:
+    """Return a float copy of the images at the indices ``rows``, (n, C, H, W), decoded where they are in files."""
+    if not isinstance(images, Tensor):
+        return images.select(rows).tensors()[0]
+    if len(rows) and int(rows[-1] - rows[0]) == len(rows) - 1:
+        return images[int(rows[0]) : int(rows[-1]) + 1].clone()
+    return images[rows.to(images.device)]
+
+
+def sha256_examples(images: Tensor | LabeledImages, labels: Tensor) -> str:
+    """Return the SHA-256 of float images and labels, the same for images in memory and in files."""
+    if isinstance(images, Tensor):
+        return sha256_tensors({"images": images, "labels": labels})
+    digest = hashlib.sha256(f"images\0torch.float32\0{(len(images), *images.shape)}\0".encode())
+    for chunk in images.chunks():
+        digest.update(chunk.to(torch.float32).div_(255).contiguous().numpy().tobytes())
+    values = labels.detach().cpu().contiguous()
+    digest.update(f"labels\0{values.dtype}\0{tuple(values.shape)}\0".encode())
+    digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _memory_format(model: nn.Module, images: Tensor, logits: Tensor, *, wanted: bool) -> Iterator[bool]:
+    """Use the channels_last memory format for convolutions; yield whether it is used.
+
+    It is not used where the model then fails, as models do that flatten by ``view``, or returns other ``logits``.
     """
     own = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers()) if tensor.ndim == 4]
     if not wanted or all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor, _ in own):
@@ -131,14 +196,14 @@ def _laid_out(model: nn.Module, images: Tensor, logits: Tensor, *, wanted: bool)
     try:
         for tensor, data in own:
             tensor.data = data.contiguous(memory_format=torch.channels_last)
-        takes_it = True
+        supported = True
         try:
             torch.testing.assert_close(trial_logits(model, images), logits)
         except (AssertionError, DeatError):
-            takes_it = False
+            supported = False
             for tensor, data in own:
                 tensor.data = data
-        yield takes_it
+        yield supported
     finally:
         for tensor, data in own:
             tensor.data = data

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation."""
+"""Plot of an eps sweep."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def draw_sweep(report: Report, *, title: str) -> bytes:
-    """Draws accuracy against eps: a line for each attack and the worst case, and the report's own radius.
+    """Plot accuracy against eps: one line per attack and one for the worst case; the report's radius is marked.
 
     Args:
-        report: Of a sweep.
-        title: Above the picture.
+        report: Report of a sweep.
+        title: Title of the plot.
 
     Returns:
-        A PNG.
+        The plot as PNG.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
@@ -57,7 +57,7 @@ def draw_sweep(report: Report, *, title: str) -> bytes:
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(alpha=0.25)
     for text in axes.legend(fontsize="small").get_texts():
-        text.set_parse_math(False)  # a dollar in a name is a dollar
+        text.set_parse_math(False)  # names may contain dollars
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     return picture.getvalue()

@@ -1,4 +1,4 @@
-"""What an evaluation found: figures, intervals and costs as JSON, and the verdict on every example beside them."""
+"""Records of an evaluation: accuracies, intervals and costs as JSON, with the verdict on every example beside them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, field_validator
 from torch import Tensor
 
 from deat_rb.evaluation.statistics import wilson
@@ -23,29 +23,43 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 2
 
-LEFT_OUT = "left out"
-"""The name of the last check, which says which were not made."""
+SKIPPED = "skipped"
+"""Name of the last check, which lists the checks that were not made."""
+
+RENAMED = {
+    "normalisation inside": "normalization inside",
+    "no blind pixels": "gradients reach all pixels",
+    "gradients true": "gradients match finite differences",
+    "adversarial images admissible": "adversarial images within eps",
+    "verdicts verified": "verdicts reproduced",
+    "eps 0 is clean": "no change at eps 0",
+    "more steps change little": "PGD converged",
+    "accuracy falls with eps": "accuracy decreases with eps",
+    "larger balls find no more": "larger eps finds no more",
+    "left out": SKIPPED,
+}
+"""Names of checks in reports and leaderboard entries written before, and today's."""
 
 Norm = Literal["Linf", "L2"]
 
 
 class AttackResult(BaseModel):
-    """One attack's figures.
+    """Result of one attack.
 
     Attributes:
         name: The attack, as `deat_rb.evaluation.evaluate.parse_attacks` spells it.
-        n_correct: Examples that are still classified correctly.
-        n_examples: Out of so many.
-        accuracy: Their share, in [0, 1].
-        low: Lower end of its 95 % Wilson interval.
+        n_correct: Number of examples that are still classified correctly.
+        n_examples: Number of examples.
+        accuracy: ``n_correct / n_examples``.
+        low: Lower end of the accuracy's 95 % Wilson interval.
         high: Upper end of it.
         seconds: Wall time.
         forwards: Images forwarded.
         backwards: Images for which a gradient was computed.
-        inadmissible: Images that the attack made and that are not finite, in [0, 1] and within eps: they broke nothing.
+        inadmissible: Adversarial images that are not finite, in [0, 1] and within eps; they do not count.
         parameters: The attack's settings; sizes in [0, 1] pixel units.
-        parts: Of an attack of several parts, how many examples each of them left correct, in their order.
-        notes: What a reader of the figure should know.
+        parts: For an attack of several stages, the number of correct examples after each, in their order.
+        notes: Remarks for the reader.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,7 +80,7 @@ class AttackResult(BaseModel):
 
     @classmethod
     def of(cls, name: str, correct: Tensor, **rest: Any) -> AttackResult:
-        """Counts verdicts (N,) bool; ``rest`` are the other fields."""
+        """Count verdicts, (N,) bool; ``rest`` are the other fields."""
         n_correct, n_examples = int(correct.sum()), len(correct)
         low, high = wilson(n_correct, n_examples)
         return cls(
@@ -81,13 +95,13 @@ class AttackResult(BaseModel):
 
 
 class Check(BaseModel):
-    """One reason to believe an evaluation, or to doubt it.
+    """Result of one sanity check.
 
     Attributes:
-        name: What was looked at, in a few words.
+        name: What is checked.
         status: ``pass``, ``warn`` or ``fail``.
-        figure: What was measured, in the unit that the sentence names; None where it could not be.
-        sentence: What the figure means.
+        figure: The measured value, in the unit that the sentence names; None if it could not be measured.
+        sentence: What the value means.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -97,15 +111,20 @@ class Check(BaseModel):
     figure: float | None
     sentence: str
 
+    @field_validator("name")
+    @classmethod
+    def _today_s_name(cls, name: str) -> str:
+        return RENAMED.get(name, name)
+
 
 class CurvePoint(BaseModel):
-    """What one radius of a sweep left.
+    """Accuracies at one radius of a sweep.
 
     Attributes:
         eps: The radius, in [0, 1] pixel units.
-        n_correct: By attack, how many examples it left correctly classified.
-        accuracy: Their share, in [0, 1].
-        worst_case: The share that every attack left so.
+        n_correct: Number of correctly classified examples, by attack.
+        accuracy: Accuracy in [0, 1], by attack.
+        worst_case: Fraction of examples that are correct under every attack.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -117,7 +136,7 @@ class CurvePoint(BaseModel):
 
     @classmethod
     def of(cls, eps: float, verdicts: Mapping[str, Tensor]) -> CurvePoint:
-        """Counts verdicts, each (N,) bool."""
+        """Count verdicts, each (N,) bool."""
         return cls(
             eps=eps,
             n_correct={name: int(correct.sum()) for name, correct in verdicts.items()},
@@ -127,35 +146,34 @@ class CurvePoint(BaseModel):
 
 
 def worst_of(verdicts: Mapping[str, Tensor]) -> Tensor:
-    """Says which examples every attack left correct, (N,) bool."""
+    """Return which examples are correct under every attack, (N,) bool."""
     return torch.stack(list(verdicts.values())).all(dim=0)
 
 
 class Report(BaseModel):
-    """An evaluation. What decides a figure is in it; `verdicts` are in a file of their own.
+    """Report of an evaluation: settings and accuracies; `verdicts` are stored in a separate file.
 
     Attributes:
-        schema_version: Of this record.
-        norm: In which eps is a radius.
-        eps: The radius, in [0, 1] pixel units.
-        n_examples: N; every attack saw the same ones.
+        schema_version: Version of this record.
+        norm: Norm of the threat model.
+        eps: Radius, in [0, 1] pixel units.
+        n_examples: N; the same examples for every attack.
         num_classes: K.
-        seed: Of every random start.
-        batch_size: On which AutoAttack's random parts depend.
-        precision: ``fp32``, or ``bf16``: then the attacks crafted in it, and every figure but the natural one is an
-            upper bound.
-        layout: Of the convolutions' weights: the model's own, or channels_last, which is quicker on a CPU and rounds
-            otherwise.
+        seed: Seed of all random numbers.
+        batch_size: AutoAttack's random stages depend on it.
+        precision: Of the attacks: ``fp32``; with ``bf16`` all accuracies but the natural one are upper bounds.
+        layout: Memory format of the convolutions: the model's own, or channels_last, which is faster on a CPU and
+            rounds differently.
         device: Where it ran.
-        versions: Of Python and of the packages that took part.
-        results: One per attack, by name, ``natural`` first.
-        worst_case: An example counts as correct if every attack of this report left it so.
-        curve: Of a sweep, one point for each eps, from the smallest on.
-        model_sha256: Of the names, types, shapes and values of the model's weights and buffers.
-        examples_sha256: Of the images and the labels, as they were given.
-        notes: What a reader of all figures should know.
-        checks: What makes the figures believable or suspect.
-        provenance: Where model and data came from, as far as the caller knows.
+        versions: Versions of Python and of the packages involved.
+        results: Results by attack, ``natural`` first.
+        worst_case: An example counts as correct if it is correct under every attack of this report.
+        curve: For a sweep, one point per eps in increasing order.
+        model_sha256: SHA-256 of the names, types, shapes and values of the model's weights and buffers.
+        examples_sha256: SHA-256 of the images and labels.
+        notes: Remarks that hold for all results.
+        checks: Results of the sanity checks.
+        provenance: Source of the model and the data.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -184,7 +202,7 @@ class Report(BaseModel):
 
     @classmethod
     def of(cls, results: Sequence[AttackResult], verdicts: dict[str, Tensor], **rest: Any) -> Report:
-        """Puts results and their verdicts, each (N,) bool, together; ``rest`` are the other fields."""
+        """Combine results and their verdicts, each (N,) bool; ``rest`` are the other fields."""
         worst = worst_of(verdicts)
         worst_case = AttackResult.of(
             "worst case",
@@ -202,34 +220,34 @@ class Report(BaseModel):
 
     @property
     def verdicts(self) -> dict[str, Tensor]:
-        """By attack, (N,) bool on the CPU: which examples it left correctly classified.
+        """Which examples are classified correctly, by attack: (N,) bool on the CPU.
 
-        Empty where a report was loaded without the file that holds them.
+        Empty if the report was loaded without the file that holds them.
         """
         return dict(self._verdicts)
 
     @property
     def adversarial(self) -> dict[str, Tensor]:
-        """By attack, float32 (N, C, H, W) on the CPU: what it made of the images.
+        """Adversarial images by attack: float32 (N, C, H, W) on the CPU.
 
-        A verdict is the model's on these images, each of which is in [0, 1] and within eps: an example that was wrong
-        before, or of which the attack made nothing admissible, is there as it was. Without ``natural``; empty in a
-        report that was loaded, and where `evaluate` did not keep them.
+        Verdicts are the model's predictions on these images, each of which is in [0, 1] and within eps. An example that
+        was misclassified before, or whose adversarial image is inadmissible, has its clean image here. Empty in a
+        loaded report, and where `evaluate` did not keep them.
         """
         return dict(self._adversarial)
 
     def save(self, path: str | Path, beside: Mapping[Path, bytes] | None = None) -> Path:
-        """Writes the report, and the verdicts beside it as ``<stem>-verdicts.safetensors``: all of it or nothing.
+        """Write the report and, as ``<stem>-verdicts.safetensors``, the verdicts: all files or none.
 
         Args:
-            path: A ``.json`` file, or a folder in which it will be ``eval.json``.
-            beside: What else is to be written with it, by file.
+            path: A ``.json`` file, or a folder, in which it becomes ``eval.json``.
+            beside: Contents of other files to write with it.
 
         Returns:
             The JSON file.
 
         Raises:
-            DeatError: If something cannot be written. Nothing has been then.
+            DeatError: A file cannot be written; then none is.
         """
         import safetensors.torch
 
@@ -244,10 +262,10 @@ class Report(BaseModel):
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
-        """Reads what `save` wrote.
+        """Load a report that `save` wrote.
 
         Raises:
-            DeatError: If it is no report, or the verdicts beside it are another report's.
+            DeatError: It is not a report, or the verdicts beside it belong to a different report.
         """
         file = json_file(path)
         content = read_json(file)
@@ -269,16 +287,16 @@ class Report(BaseModel):
             verdicts = load_tensors(_verdict_file(file))
             expected = {name: (torch.bool, (each.n_examples,), each.n_correct) for name, each in report.results.items()}
             if {name: (each.dtype, each.shape, int(each.sum())) for name, each in verdicts.items()} != expected:
-                raise DeatError(f"{_verdict_file(file)} holds another report's verdicts than {file}; evaluate again")
+                raise DeatError(f"{_verdict_file(file)} does not belong to {file}; evaluate again")
             report._verdicts.update({name: verdicts[name] for name in report.results})
             if int(worst_of(report._verdicts).sum()) != report.worst_case.n_correct:
-                raise DeatError(f"{file} has another worst case than its verdicts; evaluate again")
+                raise DeatError(f"the worst case of {file} does not match its verdicts; evaluate again")
         return report
 
     def _contradiction(self) -> str:
-        """What in it cannot be; empty where nothing is wrong."""
+        """Return a sentence about inconsistent fields; empty if there are none."""
         if "natural" not in self.results:
-            return "has no accuracy without an attack"
+            return "has no natural accuracy"
         for name, each in (*self.results.items(), (self.worst_case.name, self.worst_case)):
             if name != each.name:
                 return f"has the result of {each.name} under {name}"
@@ -289,7 +307,7 @@ class Report(BaseModel):
         return ""
 
     def table(self) -> Table:
-        """Lays the figures out for a terminal."""
+        """Return the accuracies as a rich table."""
         from rich.markup import escape
         from rich.table import Table
 
@@ -313,13 +331,13 @@ class Report(BaseModel):
 
 
 def json_schema(record: type[BaseModel] = Report) -> str:
-    """The JSON schema of ``eval.json`` or of another record, as text."""
+    """Return the JSON schema of ``eval.json``, or of another record, as text."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **record.model_json_schema()}
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
 def json_file(path: str | Path) -> Path:
-    """Where a report is that is in a folder, or is to be written there."""
+    """Return the path of a report: a ``.json`` file itself, or ``eval.json`` in a folder."""
     path = Path(path)
     return path if path.suffix == ".json" else path / "eval.json"
 

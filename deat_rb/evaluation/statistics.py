@@ -1,45 +1,30 @@
-"""Wilson's interval and McNemar's test."""
+"""Wilson's interval and McNemar's test, by scipy, which is imported on first use because that takes seconds."""
 
 from __future__ import annotations
 
-import math
-from math import comb
-from statistics import NormalDist
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 def wilson(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927).
+    """Return Wilson's score interval of a proportion (Wilson 1927), its lower and upper end in [0, 1].
 
     Args:
-        correct: How many successes.
-        total: Out of how many, at least 1.
-        confidence: The interval's coverage.
-
-    Returns:
-        Its lower and its upper end, in [0, 1].
+        correct: Number of successes.
+        total: Number of trials, at least 1.
+        confidence: Coverage of the interval.
     """
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share = correct / total
-    scale = 1 + z**2 / total
-    centre = (share + z**2 / (2 * total)) / scale
-    half = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2)) / scale
-    return max(0.0, centre - half), min(1.0, centre + half)
+    from scipy.stats import binomtest
+
+    interval = binomtest(correct, total).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """McNemar's exact two-sided test: how likely so uneven a division is if either side is equally likely.
+    """Return the p-value of McNemar's exact two-sided test: twice the smaller binomial tail at p = 1/2, at most 1.
 
     Args:
-        only_first: Examples that are correct in the first evaluation alone.
-        only_second: Examples that are correct in the second alone.
-
-    Returns:
-        The p-value: twice the lower tail of the binomial distribution with p = 1/2, at most 1.
+        only_first: Number of examples that are correct in the first evaluation only.
+        only_second: Number of examples that are correct in the second only.
     """
+    from scipy.stats import binomtest
+
     total = only_first + only_second
-    tail = sum(comb(total, count) for count in range(min(only_first, only_second) + 1))
-    return min(1.0, 2 * tail / (1 << total))
+    return float(binomtest(only_first, total).pvalue) if total else 1.0

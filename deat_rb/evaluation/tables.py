@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def sweep_table(report: Report) -> Table:
-    """Lays out a sweep: a row for each attack, a column for each eps."""
+    """Return a sweep as a table: one row per attack, one column per eps."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -29,12 +29,12 @@ def sweep_table(report: Report) -> Table:
 
 
 def are_comparable(reports: Sequence[Report]) -> bool:
-    """Says whether reports are of the same examples within the same radius, so that they have a mean."""
+    """Return whether reports are comparable: same examples, norm, eps and precision."""
     return len({(report.norm, report.eps, report.precision, report.examples_sha256) for report in reports}) == 1
 
 
 def means(reports: Sequence[Report]) -> Table:
-    """Lays out each attack's mean accuracy over several reports, and the sample standard deviation."""
+    """Return each attack's mean accuracy over several reports, and the sample standard deviation, as a table."""
     from rich.markup import escape
     from rich.table import Table
 

@@ -49,23 +49,23 @@ def verdict_of_checks(monkeypatch: pytest.MonkeyPatch) -> list[Check]:
 
 @pytest.mark.parametrize(("status", "strict", "code"), [("pass", True, 0), ("warn", False, 0), ("warn", True, 1),
                                                        ("fail", True, 1)])  # fmt: skip
-def test_checks_and_strict(
+def test_eval_strict_exits_with_1_if_a_check_does_not_pass(
     status: str, strict: bool, code: int, described: list[object], verdict_of_checks: list[Check], tmp_path: Path
 ) -> None:
     verdict_of_checks.append(Check(name="well", status="pass", figure=0.0, sentence="It is."))
     odd = {"name": "odd", "status": status, "figure": 3.5, "sentence": "3.5 [of] 4."}
     verdict_of_checks.append(Check.model_validate(odd))
-    verdict_of_checks.append(Check(name="left out", status="pass", figure=5.0, sentence="Five were."))
+    verdict_of_checks.append(Check(name="skipped", status="pass", figure=5.0, sentence="Five were."))
     result = run("eval", *described, "--attacks", "fgsm", "--no-page", *(["--strict"] if strict else []))
     assert result.exit_code == code, result.output
     lines = result.stdout.splitlines()
     assert (f"{status}: odd: 3.5 [of] 4." in lines) == (status != "pass")
     assert "well: It is." not in result.stdout
-    assert f"checks: {1 + (status == 'pass')} of 2 pass, 5 left out" in lines
-    assert [check.name for check in Report.load(tmp_path / "report.json").checks] == ["well", "odd", "left out"]
+    assert f"checks: {1 + (status == 'pass')} of 2 pass, 5 skipped" in lines
+    assert [check.name for check in Report.load(tmp_path / "report.json").checks] == ["well", "odd", "skipped"]
 
 
-def test_sweep_is_printed_and_drawn(described: list[object], tmp_path: Path) -> None:
+def test_eval_prints_and_plots_a_sweep(described: list[object], tmp_path: Path) -> None:
     result = run("eval", *described, "--attacks", "fgsm,torchattacks.PGD(steps=2,alpha=2/255)", "--eps",
                  "0,8/255,4/255", "--checks", "none", "--no-page")  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -81,7 +81,7 @@ def test_sweep_is_printed_and_drawn(described: list[object], tmp_path: Path) -> 
     assert report.provenance["command"].startswith("deat-rb")
 
 
-def test_all_is_written_or_nothing_and_nothing_is_lost(described: list[object], tmp_path: Path) -> None:
+def test_eval_writes_all_files_or_none(described: list[object], tmp_path: Path) -> None:
     flags = ["eval", *described, "--attacks", "fgsm", "--checks", "none"]
     assert run(*flags, "--seed", 1).exit_code == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
@@ -91,7 +91,7 @@ def test_all_is_written_or_nothing_and_nothing_is_lost(described: list[object], 
     refused = run(*flags)
     assert refused.exit_code == 2
     assert "report.html: Is a directory" in refused.stderr
-    assert "batches are in" in refused.stderr
+    assert "batches are stored in" in refused.stderr
     assert all((tmp_path / name).read_bytes() == was for name, was in before.items() if name != "report.html")
     (tmp_path / "report.html").rmdir()
     assert run(*flags, "--resume").exit_code == 0
@@ -100,7 +100,7 @@ def test_all_is_written_or_nothing_and_nothing_is_lost(described: list[object], 
     assert not (tmp_path / "report-state").exists()
 
 
-def test_names_are_not_read_as_markup(described: list[object]) -> None:
+def test_eval_escapes_markup(described: list[object]) -> None:
     """Rich takes [/] for the end of a style, and ends with an error where none was begun."""
     result = run("eval", *described, "--attacks", "torchattacks.UPGD(steps=1,loss='[/]')", "--checks", "none",
                  "--no-page")  # fmt: skip
@@ -108,7 +108,7 @@ def test_names_are_not_read_as_markup(described: list[object]) -> None:
     assert "torchattacks.UPGD(steps=1, loss='[/]') cannot be run here" in result.stderr
 
 
-def test_several_have_a_mean_if_it_means_something(tmp_path: Path) -> None:
+def test_eval_reports_the_mean_of_comparable_runs(tmp_path: Path) -> None:
     options = {"method": "standard", "arch": "wrn-10-1", "train_size": 20, "val_size": 10, "batch_size": 10,
                "epochs": 1, "device": "cpu", "precision": "fp32"}  # fmt: skip
     runs = [train(options | {"eps": eps}, output=tmp_path, name=name)[0].path for name, eps in (("a", 0.1), ("b", 0.2))]
@@ -119,17 +119,15 @@ def test_several_have_a_mean_if_it_means_something(tmp_path: Path) -> None:
     assert {path.name for path in runs[0].glob("*e*l*")} & {"report.html", "eval-eps.png", "eval.json"} == {"eval.json"}
     assert unlike.exit_code == 0, unlike.output
     assert "±" not in unlike.stdout
-    assert (
-        "note: no mean is taken, as these are not evaluations of the same images within the same eps" in unlike.stdout
-    )
+    assert "note: no mean is reported, as the evaluations differ in images, norm, eps or precision" in unlike.stdout
     assert "±" in run("eval", *runs, *flags, "--eps", "0.1").stdout
 
 
-def test_l2_and_bf16(described: list[object], tmp_path: Path) -> None:
+def test_eval_l2_and_bf16(described: list[object], tmp_path: Path) -> None:
     result = run("eval", *described, "--attacks", "pgd-2", "--norm", "L2", "--precision", "bf16", "--checks", "none",
                  "--no-page")  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "note: the attacks crafted in bf16" in result.stdout
+    assert "note: the attacks ran in bf16" in result.stdout
     report = Report.load(tmp_path / "report.json")
     assert (report.norm, report.eps, report.precision) == ("L2", 0.5, "bf16")
 
@@ -138,23 +136,23 @@ def test_l2_and_bf16(described: list[object], tmp_path: Path) -> None:
     ("flags", "sentence"),
     [
         (["--norm", "L1"], "there is no norm 'L1'"),
-        (["--precision", "fp16"], "there is no precision 'fp16' to evaluate in: did you mean"),
-        (["--checks", "some"], "there is no level of checks 'some'"),
+        (["--precision", "fp16"], "unknown evaluation precision 'fp16': did you mean"),
+        (["--checks", "some"], "unknown level of checks 'some'"),
         (["--eps", "1/255,x"], "'x' is not a number"),
         (["--attacks", "torchattacks.PDG(steps=3),fgsm"], "torchattacks.PDG does not exist: did you mean 'PGD'"),
         (["--resume"], "there is no unfinished evaluation in"),
-        (["--strict", "--checks", "none"], "--strict is about the checks, of which --checks none makes none"),
+        (["--strict", "--checks", "none"], "--strict needs checks: leave out --checks none"),
         (["--model-dir", "zoo"], "--model-dir zoo is for robustbench:NAME"),
     ],
 )
-def test_refusals(flags: list[str], sentence: str, described: list[object]) -> None:
+def test_eval_refuses_bad_options(flags: list[str], sentence: str, described: list[object]) -> None:
     result = run("eval", *described, *flags)
     assert result.exit_code == 2
     assert sentence in result.stderr
     assert "Traceback" not in result.output
 
 
-def test_schema_is_the_documented_one() -> None:
+def test_eval_schema_is_the_documented_one() -> None:
     result = run("eval", "--schema")
     assert result.exit_code == 0
     assert result.stdout == json_schema() == DOCUMENTED.read_text(encoding="utf-8")
@@ -191,7 +189,7 @@ def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "their_networks"
 
 
-def test_a_function_of_a_module(foreign: str, tmp_path: Path) -> None:
+def test_eval_of_a_function_in_a_module(foreign: str, tmp_path: Path) -> None:
     target = f"{foreign}:trained"
     result = run("eval", target, "--dataset", "digits", "--attacks", "natural", "--n-examples", 5, "--checks", "none",
                  "--device", "cpu")  # fmt: skip
@@ -212,12 +210,12 @@ def test_a_function_of_a_module(foreign: str, tmp_path: Path) -> None:
         ("robustbench:", {"dataset": "cifar10"}, "RobustBench has no Linf model ''"),
     ],
 )
-def test_refusals_of_names(target: str, options: dict[str, Any], sentence: str, foreign: str) -> None:
+def test_open_target_refuses_names(target: str, options: dict[str, Any], sentence: str, foreign: str) -> None:
     with pytest.raises(DeatError, match=sentence):
         open_target(target, **options)
 
 
-def test_a_run_that_names_code_runs_none_without_leave(foreign: str, tmp_path: Path) -> None:
+def test_eval_runs_no_code_without_trust_code(foreign: str, tmp_path: Path) -> None:
     options = {"method": "standard", "arch": f"{foreign}:build", "train_size": 20, "val_size": 10, "batch_size": 10,
                "epochs": 1, "device": "cpu", "precision": "fp32"}  # fmt: skip
     path = train(options, output=tmp_path, name="theirs")[0].path
@@ -236,7 +234,7 @@ def test_a_run_that_names_code_runs_none_without_leave(foreign: str, tmp_path: P
     assert not load_model(path, trust_code=True).training
 
 
-def test_an_export_says_its_network_itself(tmp_path: Path) -> None:
+def test_open_target_of_an_export_knows_its_architecture(tmp_path: Path) -> None:
     from deat_rb.robustbench.export import export
 
     options = {"method": "standard", "arch": "wrn-10-1", "train_size": 20, "val_size": 10, "batch_size": 10,

@@ -27,12 +27,12 @@ def lines(*calls: tuple[str, int, int, int], n_examples: int = 400) -> list[str]
 
 
 @pytest.mark.usefixtures("clock")
-def test_an_attack_ends_with_a_line() -> None:
+def test_evaluation_progress_prints_a_line_per_attack() -> None:
     assert lines(("natural", 400, 400, 300)) == ["natural: 400 images, 75.00 % correct, 10.0 s"]
 
 
 @pytest.mark.usefixtures("clock")
-def test_a_long_attack_says_every_half_minute_how_far_it_is() -> None:
+def test_evaluation_progress_prints_every_half_minute() -> None:
     calls = [("pgd-100", done, 400, done // 2) for done in (80, 160, 240, 320, 400)]
     # 240 images took 30 s, so 160 more take 20 s.
     assert lines(*calls) == [
@@ -42,20 +42,20 @@ def test_a_long_attack_says_every_half_minute_how_far_it_is() -> None:
 
 
 @pytest.mark.usefixtures("clock")
-def test_each_attack_has_its_own_time() -> None:
+def test_evaluation_progress_times_each_attack() -> None:
     assert lines(("natural", 400, 400, 300), ("fgsm", 400, 400, 100)) == [
         "natural: 400 images, 75.00 % correct, 10.0 s",
         "fgsm: 400 images, 25.00 % correct, 10.0 s",
     ]
 
 
-def test_autoattack_counts_the_correct_among_all_examples() -> None:
+def test_evaluation_progress_of_stages_is_of_all_examples() -> None:
     # The part attacks the 50 of 400 that are left, and 40 stay.
     assert "autoattack/square: 50 images, 10.00 % correct" in lines(("autoattack/square", 50, 50, 40))[0]
 
 
 @pytest.mark.usefixtures("clock")
-def test_a_long_batch_says_how_far_it_is() -> None:
+def test_evaluation_progress_within_a_batch() -> None:
     out = io.StringIO()
     with EvaluationProgress(400, Console(file=out, width=40)) as show:
         for share in (0.0, 0.2, 0.4, 0.6):
@@ -74,7 +74,7 @@ def test_a_long_batch_says_how_far_it_is() -> None:
 
 
 @pytest.mark.usefixtures("clock")
-def test_time_left_after_a_resumption_is_of_what_was_done_since() -> None:
+def test_evaluation_progress_time_left_after_resuming() -> None:
     out = io.StringIO()
     with EvaluationProgress(400, Console(file=out, width=40)) as show:
         for share in (0.0, 0.25, 0.5):
@@ -82,7 +82,7 @@ def test_time_left_after_a_resumption_is_of_what_was_done_since() -> None:
     assert out.getvalue().splitlines() == ["pgd-100: batch 3 of 4 at 50%, 90 s left"]
 
 
-def test_a_terminal_gets_a_bar() -> None:
+def test_evaluation_progress_shows_a_bar_on_a_terminal() -> None:
     out = io.StringIO()
     console = Console(file=out, width=100, force_terminal=True, force_interactive=True)
     with EvaluationProgress(8, console) as show:
@@ -94,7 +94,7 @@ def test_a_terminal_gets_a_bar() -> None:
 
 
 @pytest.mark.parametrize("interactive", [False, True])
-def test_names_are_not_read_as_markup(interactive: bool) -> None:
+def test_evaluation_progress_escapes_markup(interactive: bool) -> None:
     out = io.StringIO()
     console = Console(file=out, width=100, force_terminal=interactive, force_interactive=interactive)
     with EvaluationProgress(8, console) as show:
@@ -105,7 +105,7 @@ def test_names_are_not_read_as_markup(interactive: bool) -> None:
     assert "runs/[red]x" in out.getvalue()
 
 
-def test_the_bar_goes_away_when_interrupted() -> None:
+def test_evaluation_progress_removes_the_bar_when_interrupted() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, force_interactive=True)
     show = EvaluationProgress(8, console)
     with pytest.raises(KeyboardInterrupt), show:

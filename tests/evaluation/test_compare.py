@@ -54,7 +54,7 @@ def test_mcnemar_by_hand() -> None:
     assert mcnemar(1, 4) == 2 * 6 / 32
 
 
-def test_differences_are_counted_example_by_example() -> None:
+def test_compare_counts_paired_differences() -> None:
     one = report_of(natural="11111111", fgsm="11111000", pgd="11110000")
     two = report_of(natural="11111111", fgsm="10000111", pgd="00001111")
     found = compare([("one", one), ("two", two)])
@@ -70,7 +70,7 @@ def test_differences_are_counted_example_by_example() -> None:
     assert by_attack["natural"].p_value == 1.0
 
 
-def test_the_worst_case_is_of_the_attacks_that_all_have() -> None:
+def test_compare_worst_case_is_over_common_attacks() -> None:
     one = report_of(natural="1111", fgsm="1110", pgd="1100", cw="0000")
     two = report_of(natural="1111", fgsm="1111", pgd="1111")
     three = report_of(natural="1111", fgsm="1111", pgd="0111")
@@ -80,7 +80,7 @@ def test_the_worst_case_is_of_the_attacks_that_all_have() -> None:
     assert {each.first for each in found.differences} == {"one"}
 
 
-def test_names_are_made_different() -> None:
+def test_compare_makes_names_unique() -> None:
     report = report_of(natural="11")
     assert list(compare([("a", report), ("a", report), ("b", report), ("a", report)]).accuracy) == [
         "a", "a (2)", "b", "a (3)",
@@ -90,20 +90,20 @@ def test_names_are_made_different() -> None:
 @pytest.mark.parametrize(
     ("changed", "correct", "message"),
     [
-        ({"eps": 4 / 255}, "1111", "their eps is 0.0313.* and 0.0156.*; evaluate them alike$"),
+        ({"eps": 4 / 255}, "1111", "their eps is 0.0313.* and 0.0156.*; re-evaluate with identical settings$"),
         ({"norm": "L2"}, "1111", "their norm is Linf and L2"),
         ({"num_classes": 100}, "1111", "their number of classes is 10 and 100"),
         ({}, "111", "their number of examples is 4 and 3"),
         ({"provenance": {"data_sha256": "def"}}, "1111", "they were evaluated on different images$"),
-        ({"provenance": {}}, "1111", "a and b do not both say on which images they were evaluated"),
+        ({"provenance": {}}, "1111", "a and b do not both record their test images"),
     ],
 )
-def test_what_is_not_of_the_same_examples_is_refused(changed: dict[str, Any], correct: str, message: str) -> None:
+def test_compare_refuses_other_settings_or_examples(changed: dict[str, Any], correct: str, message: str) -> None:
     with pytest.raises(DeatError, match=message):
         compare([("a", report_of(natural="1111")), ("b", report_of(changed, natural=correct))])
 
 
-def test_the_examples_themselves_decide_where_they_are_known() -> None:
+def test_compare_prefers_the_digest_of_the_examples() -> None:
     """Runs on the same data can have been evaluated on other examples of it, and the other way round."""
     same, other = ({"examples_sha256": digest, "provenance": {"data_sha256": digest}} for digest in ("12", "34"))
     are_comparable = {**other, "examples_sha256": "12"}
@@ -112,7 +112,7 @@ def test_the_examples_themselves_decide_where_they_are_known() -> None:
         compare([("a", report_of(same, natural="11")), ("b", report_of(other, natural="11"))])
 
 
-def test_upper_bounds_are_called_so(tmp_path: Path) -> None:
+def test_compare_notes_bf16_upper_bounds(tmp_path: Path) -> None:
     for name, precision in (("[a]", "fp32"), ("[b]", "bf16")):
         (tmp_path / name).mkdir()
         report_of({"precision": precision}, natural="11", fgsm="10").save(tmp_path / name)
@@ -121,18 +121,18 @@ def test_upper_bounds_are_called_so(tmp_path: Path) -> None:
     assert "note: [b] was attacked in bf16: its robust accuracies are upper bounds" in result.stdout
 
 
-def test_one_is_not_enough() -> None:
+def test_compare_needs_two_reports() -> None:
     with pytest.raises(DeatError, match=r"^1 evaluation cannot be compared; give two or more$"):
         compare([("a", report_of(natural="11"))])
 
 
-def test_verdicts_are_needed(runs: list[Path]) -> None:
+def test_compare_needs_verdicts(runs: list[Path]) -> None:
     (runs[1] / "eval-verdicts.safetensors").unlink()
-    with pytest.raises(DeatError, match=r"^two has no verdicts on its examples beside its eval\.json"):
+    with pytest.raises(DeatError, match=r"^the verdicts of two are missing beside its eval\.json"):
         compare(load_reports(runs))
 
 
-def test_the_command_shows_both_tables(runs: list[Path]) -> None:
+def test_compare_command_prints_both_tables(runs: list[Path]) -> None:
     result = run(*runs)
     assert result.exit_code == 0, result.output
     rows = [line.replace("│", " ").split() for line in result.output.splitlines()]
@@ -142,7 +142,7 @@ def test_the_command_shows_both_tables(runs: list[Path]) -> None:
     assert ["two", "fgsm", "-25.00", "points", "1", "3", "0.62"] in rows
 
 
-def test_the_command_writes_json(runs: list[Path]) -> None:
+def test_compare_command_prints_json(runs: list[Path]) -> None:
     content = json.loads(run(*runs, "--json").output)
     assert content["accuracy"]["two"]["cw"] == 0.25
     assert content["differences"][1] == {
@@ -151,11 +151,11 @@ def test_the_command_writes_json(runs: list[Path]) -> None:
     }  # fmt: skip
 
 
-def test_reports_can_be_given_as_files(runs: list[Path]) -> None:
+def test_load_reports_accepts_files(runs: list[Path]) -> None:
     assert [name for name, _ in load_reports([runs[0] / "eval.json", runs[1]])] == [str(runs[0] / "eval.json"), "two"]
 
 
-def test_a_name_that_is_no_utf8_becomes_text(tmp_path: Path) -> None:
+def test_compare_command_accepts_names_that_are_not_utf8(tmp_path: Path) -> None:
     run_path = tmp_path / "a\udcff"
     run_path.mkdir()
     report_of(natural="11").save(run_path)
@@ -163,11 +163,11 @@ def test_a_name_that_is_no_utf8_becomes_text(tmp_path: Path) -> None:
     assert list(content["accuracy"]) == ["a\ufffd", "a\ufffd (2)"]
 
 
-def test_the_command_refuses_in_one_sentence(runs: list[Path], tmp_path: Path) -> None:
+def test_compare_command_refuses_in_one_sentence(runs: list[Path], tmp_path: Path) -> None:
     (tmp_path / "three").mkdir()
     for arguments, message in (
         ([runs[0]], "1 evaluation cannot be compared; give two or more"),
-        ([runs[0], tmp_path / "three"], f"{tmp_path / 'three'} has not been evaluated"),
+        ([runs[0], tmp_path / "three"], f"{tmp_path / 'three'} has no evaluation"),
         ([runs[0], tmp_path / "four.json"], f"{tmp_path / 'four.json'} does not exist"),
     ):
         result = run(*arguments)
@@ -176,7 +176,7 @@ def test_the_command_refuses_in_one_sentence(runs: list[Path], tmp_path: Path) -
         assert "Traceback" not in result.stderr
 
 
-def test_a_name_is_not_read_as_markup(tmp_path: Path) -> None:
+def test_compare_tables_escape_markup(tmp_path: Path) -> None:
     for name in ("[red]a", "[/b]"):
         report_of(natural="11").save(tmp_path / f"{len(name)}.json")
     found = compare([("[red]a", report_of(natural="11")), ("[/b]", report_of(natural="11"))])

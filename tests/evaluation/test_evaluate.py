@@ -32,7 +32,7 @@ def batch(network: nn.Sequential) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("attack", ["fgsm", "pgd-12", "cw-12", "autoattack"])
-def test_linear_model_breaks_exactly_where_paper_says(attack: str) -> None:
+def test_evaluate_linear_model_in_linf(attack: str) -> None:
     images, labels, robust = plane_images()
     report = evaluate(Plane(), images, labels, attacks=attack, eps=0.1, batch_size=3)
     assert report.verdicts["natural"].tolist() == [True] * 5 + [False] + [True] * 2
@@ -40,7 +40,7 @@ def test_linear_model_breaks_exactly_where_paper_says(attack: str) -> None:
     assert report.results[attack].n_correct == 3
 
 
-def test_one_small_step_finds_less_than_many() -> None:
+def test_evaluate_pgd_one_step_is_weaker_than_many() -> None:
     images, labels, robust = plane_images()
     report = evaluate(Plane(), images, labels, attacks=("pgd-1", "pgd-12"), eps=0.1)
     # A start anywhere in the ball and one step of eps / 4 reaches the corner of no example but by luck.
@@ -48,7 +48,9 @@ def test_one_small_step_finds_less_than_many() -> None:
 
 
 @pytest.mark.parametrize("name", ["pgd-10", "cw-10"])
-def test_leaving_early_changes_no_verdict(network: nn.Sequential, batch: tuple[Tensor, Tensor], name: str) -> None:
+def test_evaluate_early_stopping_changes_no_verdict(
+    network: nn.Sequential, batch: tuple[Tensor, Tensor], name: str
+) -> None:
     images, labels = batch
     eps = 0.04
     report = evaluate(network, images, labels, attacks=name, eps=eps, batch_size=48, seed=7)
@@ -61,7 +63,9 @@ def test_leaving_early_changes_no_verdict(network: nn.Sequential, batch: tuple[T
     assert (attacked == 11).any()
 
 
-def test_verdicts_do_not_depend_on_who_else_is_correct(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
+def test_evaluate_verdicts_do_not_depend_on_other_examples(
+    network: nn.Sequential, batch: tuple[Tensor, Tensor]
+) -> None:
     images, labels = batch
     other = labels.clone()
     other[1] = (other[1] + 1) % 5  # one more that is wrong without an attack, and so is not attacked
@@ -71,7 +75,7 @@ def test_verdicts_do_not_depend_on_who_else_is_correct(network: nn.Sequential, b
     assert torch.equal(before[rest], after[rest])
 
 
-def test_report_accounts(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
+def test_evaluate_report_counts_examples_and_passes(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
     images, labels = batch
     calls: list[tuple[str, int, int, int]] = []
     report = evaluate(
@@ -110,7 +114,7 @@ def test_report_accounts(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -
     assert calls[-1] == ("pgd-4", 48, 48, report.results["pgd-4"].n_correct)
 
 
-def test_step_is_two_255ths_at_eight() -> None:
+def test_evaluate_step_size_is_2_255_at_eps_8_255() -> None:
     images, labels, _ = plane_images()
     report = evaluate(Plane(), images, labels, attacks=("pgd-1", "cw-1"))
     assert report.results["pgd-1"].parameters["alpha"] == 2 / 255
@@ -118,7 +122,7 @@ def test_step_is_two_255ths_at_eight() -> None:
     assert report.results["cw-1"].parameters["loss"] == "margin"
 
 
-def test_validate_is_the_same_attack(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
+def test_validate_equals_evaluate(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
     report = evaluate(network, *batch, attacks="pgd-6", eps=0.04, batch_size=16, seed=4)
     assert validate(network, *batch, eps=0.04, steps=6, batch_size=16, seed=4)[:2] == (
         report.results["natural"].accuracy,
@@ -147,7 +151,7 @@ class Fragile(nn.Module):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_evaluating_changes_nothing(batch: tuple[Tensor, Tensor], network: nn.Sequential, fails: bool) -> None:
+def test_evaluate_leaves_the_model_unchanged(batch: tuple[Tensor, Tensor], network: nn.Sequential, fails: bool) -> None:
     model = nn.Sequential(copy.deepcopy(network), nn.BatchNorm1d(5), nn.Dropout(0.5))
     images, labels = batch
     model.train()
@@ -174,7 +178,7 @@ def test_evaluating_changes_nothing(batch: tuple[Tensor, Tensor], network: nn.Se
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-def test_model_is_evaluated_in_eval_mode(batch: tuple[Tensor, Tensor], network: nn.Sequential) -> None:
+def test_evaluate_uses_eval_mode(batch: tuple[Tensor, Tensor], network: nn.Sequential) -> None:
     images, labels = batch
     expected = evaluate(network, images, labels, attacks="pgd-3", eps=0.04).verdicts
     network.train()
@@ -209,7 +213,7 @@ def test_parse_attacks(given: str | tuple[str, ...], names: tuple[str, ...]) -> 
         ("pgd--5", "no attack 'pgd--5'"),
     ],
 )
-def test_unknown_attacks_are_refused(given: str, message: str) -> None:
+def test_parse_attacks_refuses_unknown_names(given: str, message: str) -> None:
     with pytest.raises(DeatError, match=message):
         parse_attacks(given)
 
@@ -228,8 +232,8 @@ def bad_input() -> Iterator[tuple[str, dict[str, object], str]]:
     yield "one of several eps", {"eps": (0.1, 2)}, "eps = 2 is outside"
     yield "eps in L2", {"eps": float("inf"), "norm": "L2"}, "eps = inf is no length"
     yield "norm", {"norm": "L1"}, "there is no norm 'L1'"
-    yield "precision", {"precision": "fp16"}, "there is no precision 'fp16' to evaluate in"
-    yield "checks", {"checks": "all"}, "there is no level of checks 'all': "
+    yield "precision", {"precision": "fp16"}, "unknown evaluation precision 'fp16'"
+    yield "checks", {"checks": "all"}, "unknown level of checks 'all': "
     yield "seed", {"seed": -1}, "seed = -1 is not possible"
     yield "attack of another kind", {"attacks": [3]}, "an attack is named by a text such as 'pgd-100', not by a int"
     yield "eps nan", {"eps": float("nan")}, "eps = nan"
@@ -241,8 +245,8 @@ def bad_input() -> Iterator[tuple[str, dict[str, object], str]]:
     yield "no radius", {"eps": None}, "None is not a number; write a fraction such as 8/255"
     yield "eps yes", {"eps": True}, "True is not a number"
     yield "eps of tensors", {"eps": [torch.tensor(0.1)]}, r"tensor\(0.1000\) is not a number"
-    yield "no precision", {"precision": None}, "there is no precision 'None'"
-    yield "checks yes", {"checks": True}, "there is no level of checks 'True'"
+    yield "no precision", {"precision": None}, "unknown evaluation precision 'None'"
+    yield "checks yes", {"checks": True}, "unknown level of checks 'True'"
     yield "no attacks", {"attacks": None}, "attacks = None is no list of names"
     yield "channels", {"images": images.repeat(1, 3, 1, 1)}, r"does not take torch.float32 images of 3x2x2 on cpu"
     yield "double", {"images": images.double()}, "does not take torch.float64 images"
@@ -255,14 +259,14 @@ def bad_input() -> Iterator[tuple[str, dict[str, object], str]]:
 
 
 @pytest.mark.parametrize(("change", "message"), [case[1:] for case in bad_input()], ids=[c[0] for c in bad_input()])
-def test_bad_input_is_refused(change: dict[str, object], message: str) -> None:
+def test_evaluate_refuses_bad_input(change: dict[str, object], message: str) -> None:
     images, labels, _ = plane_images()
     arguments: dict[str, object] = {"images": images, "labels": labels, "eps": 0.1} | change
     with pytest.raises(DeatError, match=message):
         evaluate(Plane(), **arguments)  # type: ignore[arg-type]  # one wrong argument after the other
 
 
-def test_numpys_numbers_are_numbers() -> None:
+def test_evaluate_accepts_numpy_numbers() -> None:
     images, labels, robust = plane_images()
     numbers: dict[str, Any] = {"eps": np.float32(0.1), "batch_size": np.int64(3), "seed": np.int64(1)}
     report = evaluate(Plane(), images, labels, attacks="fgsm", **numbers)
@@ -270,14 +274,14 @@ def test_numpys_numbers_are_numbers() -> None:
     assert report.verdicts["fgsm"].tolist() == robust.tolist()
 
 
-def test_something_else_than_a_model_is_refused() -> None:
+def test_evaluate_refuses_objects_that_are_no_module() -> None:
     images, labels, _ = plane_images()
     for model in (None, "runs/a", lambda images: images.flatten(1)):
         with pytest.raises(DeatError, match=r"the model is a \w+, where a torch.nn.Module is needed"):
             evaluate(model, images, labels)  # type: ignore[arg-type]  # that is what is tried
 
 
-def test_provenance_is_text(tmp_path: Path) -> None:
+def test_evaluate_converts_provenance_to_text(tmp_path: Path) -> None:
     images, labels, _ = plane_images()
     known: dict[str, Any] = {"run": "a\udcff", "epoch": 3}
     report = evaluate(Plane(), images, labels, attacks="natural", eps=0.1, provenance=known)
@@ -285,7 +289,7 @@ def test_provenance_is_text(tmp_path: Path) -> None:
     assert report.provenance == {"run": "a\ufffd", "epoch": "3"}
 
 
-def test_images_that_ask_for_a_gradient_get_none() -> None:
+def test_evaluate_ignores_requires_grad_of_images() -> None:
     images, labels, robust = plane_images()
     report = evaluate(Plane(), images.requires_grad_(), labels, attacks="fgsm,pgd-2,square", eps=0.1)
     assert report.verdicts["fgsm"].tolist() == robust.tolist()
@@ -302,7 +306,7 @@ class Large(Plane):
         return super().forward(images)
 
 
-def test_too_large_batches_are_explained(tmp_path: Path) -> None:
+def test_evaluate_explains_out_of_memory(tmp_path: Path) -> None:
     images, labels, _ = plane_images()
     with pytest.raises(DeatError, match=r"^cpu has too little memory for batches of 3 images: give a smaller --batch"):
         evaluate(Large(), images, labels, attacks="fgsm", eps=0.1, batch_size=3, state=tmp_path / "state")
@@ -334,18 +338,18 @@ class Diverged(Plane):
     [
         (Detached(), "without a gradient"),
         (Split(), r"shape \(8, 2\) for 2 images"),
-        (Diverged(), "NaN on images 0 to 7"),
+        (Diverged(), "NaN for images 0 to 7"),
         (Decided(), "returns torch.bool values, where logits of a floating-point type are needed"),
     ],
 )
-def test_unusable_models_are_refused(model: nn.Module, message: str) -> None:
+def test_evaluate_refuses_unusable_models(model: nn.Module, message: str) -> None:
     images, labels, _ = plane_images()
     with pytest.raises(DeatError, match=message):
         evaluate(model, images, labels, attacks="fgsm", eps=0.1)
 
 
 @pytest.mark.gpu
-def test_device_is_visited_and_left() -> None:
+def test_evaluate_moves_the_model_to_the_device_and_back() -> None:
     images, labels, robust = plane_images()
     model = Plane()
     report = evaluate(model, images, labels, attacks="fgsm,pgd-12,autoattack", eps=0.1, device="cuda")

@@ -95,7 +95,7 @@ def picture(source: str | None) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
 
 
-def test_figures_are_in_the_table(tmp_path: Path) -> None:
+def test_render_page_shows_accuracies(tmp_path: Path) -> None:
     text = page(tmp_path).text
     assert "natural 83.33 % 43.65 to 96.99 5 / 6 1,234 7 1.5" in text
     assert "fgsm 50.00 % 18.76 to 81.24 3 / 6" in text
@@ -104,44 +104,44 @@ def test_figures_are_in_the_table(tmp_path: Path) -> None:
     assert "pgd: a note" in text
 
 
-def test_classes_come_with_the_least_robust_first(tmp_path: Path) -> None:
+def test_render_page_sorts_classes_by_robustness(tmp_path: Path) -> None:
     text = page(tmp_path).text
     # ant: 2 of 2 clean, both broken; bee: 1 of 2 withstands; cat: one is wrong from the start and one withstands.
     assert "ant 100.00 % 0.00 % 2 bee 100.00 % 50.00 % 2 cat 50.00 % 50.00 % 2" in text
 
 
-def test_pairs_count_what_the_first_breaking_attack_made(tmp_path: Path) -> None:
+def test_render_page_counts_confusions_under_the_first_successful_attack(tmp_path: Path) -> None:
     text = page(tmp_path).text
     assert (
-        "class taken for attacked of the class clean ant cat 2 100.00 % 0 bee cat 1 50.00 % 0 cat ant 1 50.00 % 1"
-        in text
+        "true class predicted count under attack % of class count on clean images "
+        "ant cat 2 100.00 % 0 bee cat 1 50.00 % 0 cat ant 1 50.00 % 1" in text
     )
 
 
-def test_pictures_are_of_the_images(tmp_path: Path) -> None:
+def test_render_page_shows_example_images(tmp_path: Path) -> None:
     document = page(tmp_path)
     pictures = [picture(attributes["src"]) for attributes in document.all("img")]
     assert len(pictures) == 3 * 5, "three are broken, two withstand"
     first = [np.unique(each).tolist() for each in pictures[:3]]
     # Image 0 is 0.3; fgsm added eps = 0.25: amplified the perturbation is white.
     assert first == [[76], [255], [140]]
-    assert "ant : taken for ant, under attack for cat (fgsm, image 0)" in document.text
+    assert "ant : predicted ant, under attack cat (fgsm, image 0)" in document.text
     # Image 1 is 0.36, and pgd took eps / 2 away: amplified that is half of the way from grey to black.
     assert [np.unique(each).tolist() for each in pictures[3:6]] == [[92], [64], [60]]
-    assert "bee : taken for bee, under attack for cat (pgd, image 1)" in document.text
+    assert "bee : predicted bee, under attack cat (pgd, image 1)" in document.text
     # Image 2 withstands; the strongest attack's attempt is shown.
     assert [np.unique(each).tolist() for each in pictures[-3:]] == [[107], [255], [171]]
 
 
-def test_without_predictions_it_says_which_are_broken(tmp_path: Path) -> None:
+def test_render_page_without_predictions(tmp_path: Path) -> None:
     report, images, labels, _ = example_report()
     write_page(report, tmp_path / "a.html", images=images, labels=labels, classes=())
     document = Document((tmp_path / "a.html").read_text())
-    assert "0 : broken (fgsm, image 0)" in document.text
-    assert "Worst-confused" not in document.text
+    assert "0 : misclassified (fgsm, image 0)" in document.text
+    assert "Most frequent confusions" not in document.text
 
 
-def test_a_loaded_report_has_a_page_without_examples(tmp_path: Path) -> None:
+def test_render_page_of_a_loaded_report_has_no_examples(tmp_path: Path) -> None:
     report, images, labels, _ = example_report()
     loaded = Report.load(report.save(tmp_path))
     write_page(loaded, tmp_path / "a.html", images=images, labels=labels, classes=("a", "b", "c"))
@@ -151,26 +151,27 @@ def test_a_loaded_report_has_a_page_without_examples(tmp_path: Path) -> None:
     assert "Accuracy per class" in document.text
 
 
-def test_a_report_of_nothing_but_the_natural_accuracy_has_a_page(tmp_path: Path) -> None:
+def test_render_page_of_natural_accuracy_only(tmp_path: Path) -> None:
     images, labels = images_and_labels(4)
     report = evaluate(used(), images, labels, attacks="natural", eps=0.1)
     write_page(report, tmp_path / "a.html", images=images, labels=labels, classes=())
     assert "without an attack" in Document((tmp_path / "a.html").read_text()).text
 
 
-def test_checks_are_shown_the_worst_first(tmp_path: Path) -> None:
+def test_render_page_shows_failed_checks_first(tmp_path: Path) -> None:
     checks = (
         Check(name="fine", status="pass", figure=0.0, sentence="All is well."),
         Check(name="so so", status="warn", figure=1.0, sentence="It is not quite so."),
         Check(name="broken", status="fail", figure=None, sentence="It is bad."),
-        Check(name="left out", status="pass", figure=2.0, sentence="Two were not made."),
+        Check(name="skipped", status="pass", figure=2.0, sentence="Two were not made."),
     )
     text = page(tmp_path, checks=checks).text
-    assert "1 of 3 1 fail, 1 warn, 2 left out" in text
-    assert "✕ fail broken It is bad. ! warn so so It is not quite so. ✓ pass fine All is well." in text
+    assert "1 of 3 1 fail, 1 warn, 2 skipped" in text
+    assert "✕ fail broken It is bad. ! warn so so It is not quite so. 2 checks without objection" in text
+    assert "✓ pass fine All is well." in text
 
 
-def test_a_sweep_has_a_curve(tmp_path: Path) -> None:
+def test_render_page_draws_a_sweep(tmp_path: Path) -> None:
     curve = tuple(
         CurvePoint(eps=eps, n_correct={}, accuracy={"natural": 1.0, "fgsm": a, "pgd": b}, worst_case=b)
         for eps, a, b in ((0.0, 1.0, 1.0), (0.1, 0.75, 0.5), (0.2, 0.5, 0.0))
@@ -185,15 +186,15 @@ def test_a_sweep_has_a_curve(tmp_path: Path) -> None:
     assert page(tmp_path, curve=()).all("polyline") == []
 
 
-def test_a_sweep_of_many_attacks_says_what_it_does_not_draw(tmp_path: Path) -> None:
+def test_render_page_says_which_attacks_are_not_drawn(tmp_path: Path) -> None:
     accuracy = {f"pgd-{steps}": 0.5 for steps in range(1, 9)}
     curve = tuple(CurvePoint(eps=eps, n_correct={}, accuracy=accuracy, worst_case=0.5) for eps in (0.0, 0.1))
     document = page(tmp_path, curve=curve)
     assert len(document.all("polyline")) == 7, "six and the worst case"
-    assert "2 more attacks are not drawn; the worst case is of all of them." in document.text
+    assert "2 more attacks are not drawn; the worst case covers all of them." in document.text
 
 
-def test_nothing_is_fetched_and_nothing_runs(tmp_path: Path) -> None:
+def test_render_page_has_no_scripts_or_external_resources(tmp_path: Path) -> None:
     document = page(tmp_path)
     html = (tmp_path / "report.html").read_text()
     assert not {tag for tag, _ in document.tags} & {"script", "link", "iframe", "object", "embed", "a", "form", "base"}
@@ -206,7 +207,7 @@ def test_nothing_is_fetched_and_nothing_runs(tmp_path: Path) -> None:
     assert policy["content"] == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def test_names_are_text_whatever_they_hold(tmp_path: Path) -> None:
+def test_render_page_escapes_names(tmp_path: Path) -> None:
     checks = (Check(name=NASTY, status="warn", figure=0.0, sentence=NASTY),)
     document = page(
         tmp_path,
@@ -222,7 +223,7 @@ def test_names_are_text_whatever_they_hold(tmp_path: Path) -> None:
     assert document.text.count(NASTY) > 20
 
 
-def test_it_adapts_to_darkness_phones_and_paper(tmp_path: Path) -> None:
+def test_render_page_has_dark_mobile_and_print_styles(tmp_path: Path) -> None:
     document = page(tmp_path)
     html = (tmp_path / "report.html").read_text()
     for query in ("prefers-color-scheme: dark", "max-width: 34rem", "media print"):
@@ -231,7 +232,7 @@ def test_it_adapts_to_darkness_phones_and_paper(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
-def test_images_of_any_number_of_channels_are_shown(channels: int, tmp_path: Path) -> None:
+def test_render_page_shows_images_of_any_number_of_channels(channels: int, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(channels * 400 * 8, 2))
     images = torch.rand(3, channels, 400, 8)
     with torch.no_grad():
@@ -242,7 +243,7 @@ def test_images_of_any_number_of_channels_are_shown(channels: int, tmp_path: Pat
     assert {each.shape for each in pictures} == {(160, 3, 3)}, "a large one is made smaller"
 
 
-def test_predictions_are_the_models_and_leave_it_alone() -> None:
+def test_predictions_of_leaves_the_model_unchanged() -> None:
     model = used()
     images, labels = images_and_labels(8)
     report = evaluate(model, images, labels, attacks="fgsm,pgd-2", eps=0.2)
@@ -253,9 +254,9 @@ def test_predictions_are_the_models_and_leave_it_alone() -> None:
         assert torch.equal(found[name] == labels, correct)
 
 
-def test_other_images_are_refused(tmp_path: Path) -> None:
+def test_write_page_refuses_other_images(tmp_path: Path) -> None:
     report, images, labels, _ = example_report()
-    with pytest.raises(DeatError, match="the report is of 6 examples, and 5 images with 5 labels"):
+    with pytest.raises(DeatError, match="the report covers 6 examples, not 5 images with 5 labels"):
         write_page(report, tmp_path / "a.html", images=images[:5], labels=labels[:5], classes=())
     with pytest.raises(DeatError, match="cannot write"):
         write_page(report, tmp_path / "no" / "a.html", images=images, labels=labels, classes=())

@@ -34,10 +34,12 @@ def batch(network: nn.Sequential) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("attack", ["square", "autoattack", "fgsm,autoattack-plus"])
-def test_square_in_l2_refuses_tiny_images(attack: str) -> None:
+def test_evaluate_square_in_l2_refuses_tiny_images(attack: str) -> None:
     images, labels = torch.rand(4, 3, 4, 8), torch.tensor([0, 1, 2, 0])
     network = nn.Sequential(nn.Flatten(), nn.Linear(96, 3))
-    with pytest.raises(DeatError, match=r"(square|autoattack|autoattack-plus) in L2 needs images of 5x5 .* of 4x8"):
+    with pytest.raises(
+        DeatError, match=r"(square|autoattack|autoattack-plus) in L2 needs images of at least 5x5 .* 4x8"
+    ):
         evaluate(network, images, labels, attacks=attack, eps=0.5, norm="L2")
 
 
@@ -57,7 +59,7 @@ def test_square_in_l2_refuses_tiny_images(attack: str) -> None:
         ("torchattacks.PGDL2(alpha=0.05, steps=20)", 0.17, [1, 3]),
     ],
 )
-def test_linear_model_in_l2(attack: str, eps: float, robust: list[int]) -> None:
+def test_evaluate_linear_model_in_l2(attack: str, eps: float, robust: list[int]) -> None:
     images, labels, _ = plane_images()
     report = evaluate(Plane(), images, labels, attacks=attack, eps=eps, norm="L2", batch_size=3)
     name = list(report.results)[1]
@@ -78,7 +80,7 @@ def test_l2_projection_and_step() -> None:
     assert step.flatten(1).tolist() == [pytest.approx([0.3, 0.4]), [0, 0], [0, -0.5]]
 
 
-def test_what_l2_contains() -> None:
+def test_l2_contains() -> None:
     images = torch.full((5, 1, 2, 2), 0.5)
     adv = images.clone()
     adv[0] += 0.1  # length 0.2
@@ -99,11 +101,11 @@ def test_l2_start_is_inside_and_of_all_lengths() -> None:
 
 
 @pytest.mark.parametrize("value", [0, "0", 3.5, "1/2", 1])
-def test_radii(value: float | str) -> None:
+def test_check_radius(value: float | str) -> None:
     assert check_radius(value, norm="L2") == {0: 0, "0": 0, 3.5: 3.5, "1/2": 0.5, 1: 1}[value]
 
 
-def test_norms() -> None:
+def test_check_norm() -> None:
     assert threat_model("L2", 0.5) == L2(0.5)
     assert (check_norm("linf"), check_norm("l2"), check_norm("Linf")) == ("Linf", "L2", "Linf")
     with pytest.raises(DeatError, match="there is no norm 'L1' here: known are Linf, L2"):
@@ -144,7 +146,7 @@ def test_noise_in_l2_is_about_as_long_as_eps(kind: str) -> None:
 # Restarts.
 
 
-def test_restarts_only_ever_break_more(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
+def test_evaluate_restarts_only_lower_accuracy(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
     report = evaluate(network, *batch, attacks="pgd-1,pgd-1x2,pgd-1x6", eps=0.04, batch_size=20)
     once, twice, often = (report.verdicts[name] for name in ("pgd-1", "pgd-1x2", "pgd-1x6"))
     assert not (often & ~twice).any()
@@ -160,7 +162,9 @@ def test_restarts_only_ever_break_more(network: nn.Sequential, batch: tuple[Tens
 # torchattacks by name.
 
 
-def test_torchattacks_by_name_is_torchattacks(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
+def test_evaluate_torchattacks_by_name_equals_torchattacks(
+    network: nn.Sequential, batch: tuple[Tensor, Tensor]
+) -> None:
     images, labels = batch
     name = "torchattacks.MIFGSM(steps=3, alpha=4/255)"
     report = evaluate(network, images, labels, attacks=name, eps="6/255", batch_size=20)
@@ -176,7 +180,7 @@ def test_torchattacks_by_name_is_torchattacks(network: nn.Sequential, batch: tup
     assert report.results[name].backwards == 3 * 48
 
 
-def test_torchattacks_random_starts_are_seeded_and_leave_the_generators_alone(
+def test_evaluate_torchattacks_seeds_and_restores_torch_generators(
     network: nn.Sequential, batch: tuple[Tensor, Tensor]
 ) -> None:
     name = "torchattacks.PGD(steps=1)"
@@ -194,7 +198,7 @@ def test_torchattacks_random_starts_are_seeded_and_leave_the_generators_alone(
     assert torch.equal(first[attacked], theirs[attacked])
 
 
-def test_torchattacks_that_draw_from_numpy_are_seeded_too(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
+def test_evaluate_torchattacks_seeds_numpy(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
     name = "torchattacks.Pixle(restarts=1, max_iterations=2)"
     images, labels = batch[0][1:4], batch[1][1:4]
     before = np.random.get_state()
@@ -213,7 +217,7 @@ def test_torchattacks_that_draw_from_numpy_are_seeded_too(network: nn.Sequential
     "name", ["torchattacks.CW(steps=2)", "torchattacks.PIFGSM(num_iter_set=2)", "torchattacks.FAB(steps=2)",
              "torchattacks.APGDT(steps=2)", "torchattacks.GN", "torchattacks.AutoAttack(version='rand')"],
 )  # fmt: skip
-def test_torchattacks_of_other_kinds_run(
+def test_evaluate_torchattacks_other_attacks(
     name: str, network: nn.Sequential, batch: tuple[Tensor, Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:
     images, labels = batch[0][:8], batch[1][:8]
@@ -224,7 +228,7 @@ def test_torchattacks_of_other_kinds_run(
     assert capsys.readouterr().out == ""
 
 
-def test_images_outside_of_the_ball_break_nothing(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
+def test_evaluate_images_outside_the_ball_do_not_count(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
     name = "torchattacks.FGSM(eps=0.5)"
     report = evaluate(network, *batch, attacks=name, eps=0.01)
     found = report.results[name]
@@ -234,7 +238,7 @@ def test_images_outside_of_the_ball_break_nothing(network: nn.Sequential, batch:
     assert torch.equal(report.adversarial[name], batch[0])
 
 
-def test_torchattacks_that_cannot_run_is_refused(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
+def test_evaluate_torchattacks_refuses_attacks_that_fail(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
     with pytest.raises(DeatError, match=r"torchattacks.PGD\(steps='many'\) cannot be run here \(TypeError: "):
         evaluate(network, *batch, attacks="torchattacks.PGD(steps='many')")
 
@@ -242,7 +246,7 @@ def test_torchattacks_that_cannot_run_is_refused(network: nn.Sequential, batch: 
 # A radius of 0, and several.
 
 
-def test_within_a_radius_of_zero_nothing_breaks(
+def test_evaluate_at_eps_0_changes_nothing(
     network: nn.Sequential, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shorten(monkeypatch, iterations=2, queries=2)
@@ -255,7 +259,7 @@ def test_within_a_radius_of_zero_nothing_breaks(
         assert report.results["pgd-2"].forwards > 40, "that is tried out, not assumed"
 
 
-def test_sweep(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
+def test_evaluate_sweep(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
     images, labels = batch
     report = evaluate(network, images, labels, attacks="fgsm,pgd-4", eps="0.04,0,2/255", batch_size=20)
     assert report.eps == 2 / 255, "the last one"
@@ -284,7 +288,7 @@ def _renamed(point: CurvePoint, name: str) -> CurvePoint:
 # bf16.
 
 
-def test_verdicts_on_what_bf16_crafted_are_fp32_s(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
+def test_evaluate_bf16_verdicts_are_in_fp32(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
     images, labels = batch
     report = evaluate(network, images, labels, attacks="fgsm,pgd-5", eps=0.04, precision="bf16")
     assert report.precision == "bf16"
@@ -297,7 +301,7 @@ def test_verdicts_on_what_bf16_crafted_are_fp32_s(network: nn.Sequential, batch:
     assert evaluate(network, images, labels, attacks="fgsm").notes == ()
 
 
-def test_what_only_bf16_takes_for_broken_is_not() -> None:
+def test_evaluate_bf16_misclassification_is_confirmed_in_fp32() -> None:
     # The margin of class 1 is 1e-4, 4 * 2.5e-5, which bf16 rounds away: there the classes tie, and 0 is the first.
     images = torch.tensor([0.5, 0.5, 0.5, 0.5 + 2.5e-5]).view(1, 1, 2, 2)
     with torch.autocast("cpu", torch.bfloat16):
@@ -311,7 +315,7 @@ def test_what_only_bf16_takes_for_broken_is_not() -> None:
 # What is kept and looked at.
 
 
-def test_adversarial_images_are_what_the_verdicts_are_of(
+def test_evaluate_adversarial_images_have_the_verdicts(
     network: nn.Sequential, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shorten(monkeypatch, iterations=3, queries=20)
@@ -330,7 +334,7 @@ def test_adversarial_images_are_what_the_verdicts_are_of(
     assert evaluate(network, images, labels, attacks="fgsm", keep_adversarial=False).adversarial == {}
 
 
-def test_hashes_are_of_weights_and_examples(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
+def test_evaluate_records_digests_of_weights_and_examples(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
     images, labels = batch
     first = evaluate(network, images, labels, attacks=())
     again = evaluate(small_network(), images.clone(), labels, attacks=())
@@ -342,7 +346,7 @@ def test_hashes_are_of_weights_and_examples(network: nn.Sequential, batch: tuple
     assert changed.examples_sha256 != first.examples_sha256
 
 
-def test_checks_are_asked_for_and_land_in_the_report(
+def test_evaluate_checks_are_in_the_report(
     network: nn.Sequential, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, Any] = {}
@@ -378,7 +382,7 @@ class Watching:
         self.shares.append((attack, batch, batches, share))
 
 
-def test_progress_within_a_batch(
+def test_evaluate_progress_within_a_batch(
     network: nn.Sequential, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("deat_rb.evaluation.runner.WITHIN_EVERY", 0.0)
@@ -439,7 +443,7 @@ class LaidOut(nn.Module):
     ("make", "wanted", "layout"),
     [(small_network, True, "channels_last"), (small_network, False, "own"), (Flat, True, "own"), (Plane, True, "own")],
 )
-def test_layout(make: type[nn.Module], wanted: bool, layout: str) -> None:
+def test_evaluate_memory_format(make: type[nn.Module], wanted: bool, layout: str) -> None:
     model = make().eval()
     images = torch.rand(6, 1, 2, 2) if make is Plane else torch.rand(6, 3, 8, 8)
     before = [(p.data_ptr(), p.stride(), p.clone()) for p in model.parameters()]
@@ -450,7 +454,7 @@ def test_layout(make: type[nn.Module], wanted: bool, layout: str) -> None:
     assert all(a[:2] == b[:2] and torch.equal(a[2], b[2]) for a, b in zip(after, before, strict=True))
 
 
-def test_what_runs_in_channels_last(batch: tuple[Tensor, Tensor]) -> None:
+def test_evaluate_runs_in_channels_last(batch: tuple[Tensor, Tensor]) -> None:
     model = LaidOut(small_network())
     evaluate(model, *batch, attacks=())
     assert model.seen == {False, True}, "the first look is at the model as it is"
@@ -459,7 +463,7 @@ def test_what_runs_in_channels_last(batch: tuple[Tensor, Tensor]) -> None:
     assert model.seen == {False}
 
 
-def test_a_model_that_draws_is_the_same_in_every_evaluation(batch: tuple[Tensor, Tensor]) -> None:
+def test_evaluate_seeds_models_that_draw_random_numbers(batch: tuple[Tensor, Tensor]) -> None:
     model, found = Noisy(), []
     for outside in (1, 2):
         with seeding.preserved():

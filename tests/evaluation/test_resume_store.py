@@ -25,9 +25,9 @@ from deat_rb.cli import main
 from deat_rb.data.datasets import load_data
 from deat_rb.evaluation.evaluate import evaluate
 from deat_rb.evaluation.report import Report
-from deat_rb.evaluation.resume import ResumeStore, opened
+from deat_rb.evaluation.resume import ResumeStore, open_store
 from deat_rb.models.spec import build_model
-from deat_rb.utils import files, safe_load
+from deat_rb.utils import files
 from deat_rb.utils.errors import DeatError, Interrupted
 
 ATTACKS = "fgsm,pgd-6x2,autoattack,torchattacks.PGD(steps=2)"
@@ -70,7 +70,7 @@ def same(left: Report, right: Report) -> bool:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its evaluations")
 @pytest.mark.parametrize("write", [2, 12, 30])
-def test_killed_while_it_writes_and_continued(
+def test_evaluate_resumes_after_a_kill_while_writing(
     network: nn.Sequential, batch: tuple[Tensor, Tensor], tmp_path: Path, write: int
 ) -> None:
     counted = Forwards(network)
@@ -139,11 +139,13 @@ def interrupted(network: nn.Module, batch: tuple[Tensor, Tensor], folder: Path) 
     return interrupt.value.kept
 
 
-def test_ctrl_c_says_what_is_kept(network: nn.Sequential, batch: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+def test_evaluate_ctrl_c_says_what_is_stored(
+    network: nn.Sequential, batch: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
     kept = interrupted(network, batch, tmp_path / "state")
     count = len(list((tmp_path / "state").glob("*.safetensors")))
     assert count > 3
-    assert kept == f"{count} batches are in {tmp_path / 'state'}; the same command with --resume continues"
+    assert kept == f"{count} batches are stored in {tmp_path / 'state'}; the same command with --resume continues"
     with pytest.raises(Interrupted) as interrupt:
         run(Stops(network, 20), batch)
     assert interrupt.value.kept == ""
@@ -161,13 +163,15 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("changes", "named"), CHANGES.values(), ids=CHANGES)
-def test_another_evaluation_is_refused_unless_to_be_begun_anew(
+def test_evaluate_refuses_to_resume_other_settings(
     changes: dict[str, Any], named: str, network: nn.Sequential, batch: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
     interrupted(network, batch, tmp_path / "state")
     before = sorted((tmp_path / "state").iterdir())
     for resume in (True, None):
-        with pytest.raises(DeatError, match=re.escape(f"is another's ({named}") + ".* or start anew by --no-resume$"):
+        with pytest.raises(
+            DeatError, match=re.escape(f"of a different evaluation ({named}") + ".* or start over with --no-resume$"
+        ):
             run(network, batch, state=tmp_path / "state", resume=resume, **changes)
         assert sorted((tmp_path / "state").iterdir()) == before
     changes = {"attacks": "fgsm"} | changes
@@ -175,32 +179,32 @@ def test_another_evaluation_is_refused_unless_to_be_begun_anew(
     assert same(anew, run(network, batch, **changes))
 
 
-def test_other_weights_and_examples_are_refused(
+def test_evaluate_refuses_to_resume_other_weights_or_examples(
     network: nn.Sequential, batch: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
     interrupted(network, batch, tmp_path / "state")
     other = small_network()
     other.get_parameter("0.bias").data.add_(1e-3)
-    with pytest.raises(DeatError, match=r"another's \(weights: [0-9a-f]{64}, now [0-9a-f]{64}\)"):
+    with pytest.raises(DeatError, match=r"a different evaluation \(weights: [0-9a-f]{64}, now [0-9a-f]{64}\)"):
         run(other, batch, state=tmp_path / "state", resume=True)
-    with pytest.raises(DeatError, match=r"another's \(network: "):
+    with pytest.raises(DeatError, match=r"a different evaluation \(network: "):
         run(nn.Sequential(*network, nn.Identity()), batch, state=tmp_path / "state", resume=True)
     images, labels = batch
-    with pytest.raises(DeatError, match=r"another's \(examples: "):
+    with pytest.raises(DeatError, match=r"a different evaluation \(examples: "):
         run(network, (images, labels.roll(1)), state=tmp_path / "state", resume=True)
 
 
-def test_other_versions_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), opened(tmp_path / "state", {"torch": "2.6"}, None):
+def test_open_store_refuses_other_versions(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), open_store(tmp_path / "state", {"torch": "2.6"}, None):
         _ = 1 / 0
     with (
-        pytest.raises(DeatError, match=r"another's \(torch: 2.6, now 2.7\)"),
-        opened(tmp_path / "state", {"torch": "2.7"}, True),
+        pytest.raises(DeatError, match=r"a different evaluation \(torch: 2.6, now 2.7\)"),
+        open_store(tmp_path / "state", {"torch": "2.7"}, True),
     ):
         pass
 
 
-def test_starting_anew(network: nn.Sequential, batch: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+def test_evaluate_no_resume_starts_over(network: nn.Sequential, batch: tuple[Tensor, Tensor], tmp_path: Path) -> None:
     interrupted(network, batch, tmp_path / "state")
     counted = Forwards(network)
     run(counted, batch, attacks="fgsm", eps=0.04)
@@ -210,7 +214,7 @@ def test_starting_anew(network: nn.Sequential, batch: tuple[Tensor, Tensor], tmp
 
 
 @pytest.mark.parametrize("error", [DeatError("cannot write eval.json"), KeyboardInterrupt()])
-def test_a_report_that_cannot_be_written_is_not_lost(
+def test_evaluate_keeps_batches_when_finish_fails(
     error: BaseException, network: nn.Sequential, batch: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
     def fail(report: Report) -> None:
@@ -218,7 +222,9 @@ def test_a_report_that_cannot_be_written_is_not_lost(
         raise error
 
     options: dict[str, Any] = {"state": tmp_path / "state", "provenance": {"run": "a"}}
-    with pytest.raises((DeatError, Interrupted), match=r"[0-9]+ batches are in .*; the same command with --resume"):
+    with pytest.raises(
+        (DeatError, Interrupted), match=r"[0-9]+ batches are stored in .*; the same command with --resume"
+    ):
         run(network, batch, finish=fail, **options)
     counted, reports = Forwards(network), list[Report]()
     again = run(counted, batch, finish=reports.append, **options)
@@ -228,7 +234,7 @@ def test_a_report_that_cannot_be_written_is_not_lost(
     assert not (tmp_path / "state").exists()
 
 
-def test_checks_that_are_interrupted_lose_nothing(
+def test_evaluate_keeps_batches_when_checks_are_interrupted(
     network: nn.Sequential, batch: tuple[Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object, **__: object) -> None:
@@ -240,7 +246,7 @@ def test_checks_that_are_interrupted_lose_nothing(
     assert "the same command with --resume continues" in interrupted.value.kept
 
 
-def test_an_attack_that_cannot_run_at_all_leaves_nothing(
+def test_evaluate_removes_the_store_when_no_attack_ran(
     network: nn.Sequential, batch: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
     bad = "torchattacks.PGD(steps='many')"
@@ -252,71 +258,65 @@ def test_an_attack_that_cannot_run_at_all_leaves_nothing(
     assert (tmp_path / "state").exists(), "what FGSM found may have taken long"
 
 
-def test_damage_is_refused(network: nn.Sequential, batch: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+def test_resume_store_refuses_damaged_files(
+    network: nn.Sequential, batch: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
     folder = tmp_path / "state"
     interrupted(network, batch, folder)
-    (folder / "00002.safetensors").write_bytes((folder / "00001.safetensors").read_bytes())
-    with pytest.raises(DeatError, match=r"00002.safetensors is damaged, or not of eps 0.04, natural, all, batch 1;"):
-        run(network, batch, state=folder)
-    for damaged in (b"", b"\0" * 100, (folder / "00001.safetensors").read_bytes()[:-1]):
-        (folder / "00002.safetensors").write_bytes(damaged)
-        with pytest.raises(DeatError, match=r"00002.safetensors .*damaged; start anew by --no-resume"):
+    file = min(folder.glob("*.safetensors"))
+    whole = file.read_bytes()
+    for damaged in (b"", b"\0" * 100, whole[:-1]):
+        file.write_bytes(damaged)
+        with pytest.raises(DeatError, match=rf"{file.name} .*damaged; start over with --no-resume"):
             run(network, batch, state=folder)
-    safe_load.save_tensors(folder / "00002.safetensors", {"broken": torch.ones(2)})
-    with pytest.raises(DeatError, match="start anew by --no-resume"):
-        run(network, batch, state=folder)
+    file.write_bytes(whole)
     (folder / "evaluation.json").write_text("{")
-    with pytest.raises(DeatError, match="its description is damaged"):
+    with pytest.raises(DeatError, match="its settings are damaged"):
         run(network, batch, state=folder, resume=True)
 
 
-def test_not_one_bit_may_be_another(tmp_path: Path) -> None:
-    """A verdict is one bit: a batch with one flipped would be believed."""
-    journal = ResumeStore(tmp_path)
-    journal.find("a")
-    journal.keep("a", {"broken": torch.tensor([True, False]), "seconds": torch.tensor(1.5)})
-    file = tmp_path / "00001.safetensors"
-    whole = file.read_bytes()
-    for place in range(len(whole)):
-        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(DeatError, match=r"start anew by --no-resume$"):
-            ResumeStore(tmp_path).find("a")
-    file.write_bytes(whole)
-    assert (ResumeStore(tmp_path).find("a") or {})["broken"].tolist() == [True, False]
-    with pytest.raises(DeatError, match=r"is damaged, or not of b; start anew by --no-resume$"):
-        ResumeStore(tmp_path).find("b")
+def test_resume_store_keeps_batches_apart(tmp_path: Path) -> None:
+    store = ResumeStore(tmp_path)
+    for number in range(3):
+        store.save(f"batch {number}", {"misclassified": torch.tensor([number == 1])})
+    loaded = [(ResumeStore(tmp_path).load(f"batch {number}") or {})["misclassified"].tolist() for number in range(3)]
+    assert loaded == [[False], [True], [False]]
+    assert ResumeStore(tmp_path).load("batch 3") is None
 
 
-def test_a_full_disk_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_store_says_what_is_stored_when_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    journal, found = ResumeStore(tmp_path), {"broken": torch.tensor([True])}
-    journal.find("a")
-    journal.keep("a", found)
-    journal.find("b")
+    store, result = ResumeStore(tmp_path), {"misclassified": torch.tensor([True])}
+    store.save("a", result)
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DeatError, match=r"00002.* No space left on device; 1 batch is in .*--resume continues$"):
-        journal.keep("b", found)
+    with pytest.raises(DeatError, match=r"No space left on device; 1 batch is stored in .*--resume continues$"):
+        store.save("b", result)
 
 
-def test_a_folder_of_something_else_is_left_alone(
+def test_open_store_refuses_folders_with_other_files(
     network: nn.Sequential, batch: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
     (tmp_path / "last.safetensors").write_bytes(b"precious")
-    with pytest.raises(DeatError, match=r"which holds last.safetensors: give a folder of its own"):
+    with pytest.raises(DeatError, match=r"as it holds last.safetensors: give another folder"):
         run(network, batch, state=tmp_path)
     with pytest.raises(DeatError, match=r"there is no unfinished evaluation in .*: leave out --resume"):
         run(network, batch, state=tmp_path / "state", resume=True)
-    with pytest.raises(DeatError, match="nowhere to continue from"):
+    with pytest.raises(DeatError, match="--resume needs a run directory or --json"):
         run(network, batch, resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["last.safetensors"]
 
 
-def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
-    with opened(tmp_path / "state", {}, None) as journal:
+def test_open_store_is_exclusive(tmp_path: Path) -> None:
+    with open_store(tmp_path / "state", {}, None) as journal:
         assert isinstance(journal, ResumeStore)
-        with pytest.raises(DeatError, match="another process is evaluating in"), opened(tmp_path / "state", {}, None):
+        with (
+            pytest.raises(DeatError, match="another process is evaluating in"),
+            open_store(tmp_path / "state", {}, None),
+        ):
             pass
 
 
@@ -330,7 +330,7 @@ def command(folder: Path, attacks: str) -> list[str]:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends a signal that Windows does not have")
-def test_sigkill_and_the_same_command_again(tmp_path: Path) -> None:
+def test_eval_command_resumes_after_sigkill(tmp_path: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build_model("wrn-10-1", num_classes=10).eval()
@@ -345,10 +345,10 @@ def test_sigkill_and_the_same_command_again(tmp_path: Path) -> None:
     kept = len(list(state.glob("*.safetensors")))
     refused = CliRunner().invoke(main, [*command(tmp_path, "pgd-61"), "--resume"])
     assert refused.exit_code == 2
-    assert "another's (attacks: natural, pgd-60, now natural, pgd-61)" in refused.output
+    assert "a different evaluation (attacks: natural, pgd-60, now natural, pgd-61)" in refused.output
     again = CliRunner().invoke(main, [*command(tmp_path, "pgd-60"), "--resume"])
     assert again.exit_code == 0, again.output
-    assert f"continued from {kept} batches in {state}" in again.stderr
+    assert f"resuming from {kept} batches in {state}" in again.stderr
     assert not state.exists()
     report = Report.load(tmp_path / "report.json")
     images, labels = load_data("digits").test.first(60).tensors()

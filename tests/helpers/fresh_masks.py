@@ -154,11 +154,11 @@ def flagged(report: Report) -> dict[str, str]:
 
 
 MASKED = [
-    ("rippled", "quick", "gradients true", 0.4),
-    ("turned", "quick", "gradients true", 0.4),
+    ("rippled", "quick", "gradients match finite differences", 0.4),
+    ("turned", "quick", "gradients match finite differences", 0.4),
     ("modest", "quick", "chance at eps 1/2", 0.4),
-    ("homely", "quick", "larger balls find no more", 0.4),
+    ("homely", "quick", "larger eps finds no more", 0.4),
     ("homely", "full", "Square finds no more", 0.4),
-    ("blind part", "quick", "no blind pixels", 0.15),
+    ("blind part", "quick", "gradients reach all pixels", 0.15),
 ]
 """Mask, level, the check that fails, and by how much more than the honest network PGD-20 leaves of it."""

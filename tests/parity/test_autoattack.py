@@ -20,7 +20,7 @@ def problem(classes: int, eps: float) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 @pytest.mark.slow
-def test_the_whole_standard_version() -> None:
+def test_autoattack_standard_equals_pyautoattack() -> None:
     model, images, labels = problem(4, 0.15)
     images, labels = images[:9], labels[:9]
     report = evaluate(model, images, labels, attacks="autoattack", eps=0.15, batch_size=4, seed=SEED)
@@ -42,7 +42,7 @@ def test_the_whole_standard_version() -> None:
         ("plus", "Linf", 2, 0.3, 60),
     ],
 )
-def test_every_version_norm_and_number_of_classes(
+def test_autoattack_versions_norms_and_classes_equal_pyautoattack(
     version: str, norm: str, classes: int, eps: float, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shorten(monkeypatch, iterations=5, queries=40)
@@ -59,7 +59,7 @@ def test_every_version_norm_and_number_of_classes(
         assert torch.equal(model(report.adversarial[name]).argmax(dim=1) == labels, expected)
 
 
-def test_another_seed_gives_other_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_square_depends_on_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     shorten(monkeypatch, iterations=2, queries=3)
     model, images, labels = problem(10, 0.15)
     first, second, again = (

@@ -1,4 +1,4 @@
-"""Checks of what the attacks found: against the stored images, against each other and against what must be."""
+"""Checks of the attacks' results: against the stored images, against each other and against theory."""
 
 from __future__ import annotations
 
@@ -18,41 +18,43 @@ from deat_rb.evaluation.checks.context import (
     size,
 )
 from deat_rb.evaluation.checks.probes import margins
+from deat_rb.evaluation.frozen_model import select_images
 from deat_rb.evaluation.report import Report
 
 ROUNDING = 1e-6
 
 
 def admissible(context: CheckContext) -> Outcome | None:
-    """The adversarial images are in the threat model."""
+    """Check that the adversarial images are in the threat model."""
     if not context.report.adversarial:
         return None
     excess, outside, total = 0.0, 0, 0
+    images = select_images(context.images, torch.arange(len(context.images)))
     for adv in context.report.adversarial.values():
-        too_far = context.probe.distances(adv, context.images.to(adv)) - context.probe.eps
-        too_bright = (adv.flatten(1) - 0.5).abs().amax(dim=1) - 0.5
-        over = torch.maximum(too_far, too_bright).nan_to_num(nan=1.0, posinf=1.0).clamp(0, 1)
+        too_far = context.probe.distances(adv, images.to(adv)) - context.probe.eps
+        out_of_range = (adv.flatten(1) - 0.5).abs().amax(dim=1) - 0.5
+        over = torch.maximum(too_far, out_of_range).nan_to_num(nan=1.0, posinf=1.0).clamp(0, 1)
         excess = max(excess, float(over.max()))
         outside += int((over > ROUNDING).sum())
         total += len(adv)
     return outcome(
         "fail" if outside else "pass",
         excess,
-        f"{outside} of {total} adversarial images are not finite, not in [0, 1] or over eps + 1e-6 away (eps is "
-        f"exceeded by {excess:.1g} at most)",
-        "what they break does not count",
+        f"{outside} of {total} adversarial images are not finite, not in [0, 1] or further than eps + 1e-6 away (eps "
+        f"is exceeded by at most {excess:.1g})",
+        "such images do not count as adversarial examples",
     )
 
 
-def verified(context: CheckContext) -> Outcome | None:
-    """The stored images have the verdicts that were counted."""
+def reproduced(context: CheckContext) -> Outcome | None:
+    """Check that the model's predictions on the stored images give the counted verdicts."""
     differing = total = 0
     for name in context.report.adversarial.keys() & context.report.verdicts.keys():
         adv, correct = context.report.adversarial[name], context.report.verdicts[name]
         count = len(adv) if context.level == "full" else min(len(adv), EXAMPLES[context.level])
         logits = context.probe.logits(adv[:count].to(context.probe.images))
         ahead = margins(logits, context.labels[:count].to(logits.device))
-        # At the boundary another batch, which rounds differently, may rightly give the other verdict.
+        # At the decision boundary a different batch size, which rounds differently, may change the prediction.
         clear = ahead.abs() > 1e-4 * size(logits)
         differing += int((((ahead > 0) != correct[:count].to(ahead.device)) & clear).sum())
         total += count
@@ -62,13 +64,13 @@ def verified(context: CheckContext) -> Outcome | None:
     return outcome(
         graded(share, 0, 0.2),
         share,
-        f"{differing} of {total} verdicts ({share:.1f} %) are not the model's on the stored images",
-        "the predictions that were counted cannot be had again",
+        f"{differing} of {total} verdicts ({share:.1f} %) differ from the model's predictions on the stored images",
+        "the reported accuracies cannot be reproduced",
     )
 
 
-def zero_is_clean(context: CheckContext) -> Outcome:
-    """An attack with eps = 0 breaks nothing."""
+def no_change_at_zero(context: CheckContext) -> Outcome:
+    """Check that an attack with eps = 0 changes nothing."""
     probe = context.probe
     everyone = torch.arange(len(probe.images), device=probe.labels.device)
     points = [percent(probe.clean_correct) - percent(~probe.pgd(everyone, eps=0.0, steps=1))]
@@ -78,25 +80,30 @@ def zero_is_clean(context: CheckContext) -> Outcome:
     return outcome(
         "fail" if abs(largest) > at_least_one(0, len(everyone)) else "pass",
         largest,
-        f"An attack with eps = 0 takes {largest:.1f} points off the clean accuracy",
-        "where nothing is perturbed something else decides, such as chance",
+        f"Accuracy under an attack with eps = 0 is {largest:.1f} points below the clean accuracy",
+        "predictions change without any perturbation, for instance at random",
     )
 
 
 def clean_highest(context: CheckContext) -> Outcome:
-    """No attack helps."""
+    """Check that no accuracy under an attack exceeds the clean one."""
     results = context.report.results
     gain = 100 * (max(result.accuracy for result in results.values()) - results["natural"].accuracy)
     return outcome(
         graded(gain, 0, 0),
         gain,
-        f"The highest accuracy under an attack is {gain:.1f} points above that without",
-        "an attack that makes more correct is none",
+        f"The highest accuracy under an attack is {gain:.1f} points above the clean accuracy",
+        "no attack should increase accuracy",
     )
 
 
+def _compared(points: float) -> str:
+    """Return a signed difference in percentage points as words: ``47.0 points below``."""
+    return f"{abs(points):.1f} points {'above' if points > 0 else 'below'}"
+
+
 def noise_below_fgsm(context: CheckContext) -> Outcome | None:
-    """A step along the gradient does more than one at random."""
+    """Check that a gradient step is stronger than noise."""
     probe = context.probe
     if probe.gradient is None:
         return None
@@ -106,31 +113,32 @@ def noise_below_fgsm(context: CheckContext) -> Outcome | None:
     return outcome(
         graded(lead, at_least_one(0.5, len(probe.images)), 5),
         lead,
-        f"FGSM leaves {lead:+z.1f} points compared with noise of the same size",
-        "a step along the gradient ought to do more than one at random, so the gradient is of little use",
+        f"Accuracy under FGSM is {_compared(lead)} that under noise of the same size",
+        "a step along the gradient should be stronger than a random one, so the gradient is of little use",
     )
 
 
 def pgd_below_fgsm(context: CheckContext) -> Outcome | None:
-    """Many steps do more than one."""
+    """Check that many steps are stronger than one."""
     results, (name, steps) = context.report.results, context.pgd
     if name and "fgsm" in results:
         above, count = 100 * (results[name].accuracy - results["fgsm"].accuracy), context.report.n_examples
     elif context.attacks_allowed:
         name, count = f"pgd-{steps}", len(context.probe.images)
-        above = context.pgd_leaves(eps=context.probe.eps, steps=steps, count=count) - percent(context.after_fgsm)
+        above = context.accuracy_under_pgd(eps=context.probe.eps, steps=steps, count=count)
+        above -= percent(context.after_fgsm)
     else:
         return None
     return outcome(
         graded(above, at_least_one(0.5, count), 2),
         above,
-        f"{name} leaves {above:+z.1f} points compared with FGSM",
-        "many small steps ought to do more than one large one, unless the gradient misleads",
+        f"Accuracy under {name} is {_compared(above)} that under FGSM",
+        "many small steps should be stronger than one large step, unless the gradients are misleading",
     )
 
 
 def converged(context: CheckContext) -> Outcome | None:
-    """Twice the steps from another start break few of the examples that all white-box attacks left.
+    """Check that twice the steps from another start find few more adversarial examples.
 
     Thirty small networks trained with PGD (ten seeds, three instruction sets) had 0 to 3 points at 200 examples, so
     that the bound of 4 is six examples above the usual 1: rounding does not cross it.
@@ -143,25 +151,25 @@ def converged(context: CheckContext) -> Outcome | None:
         left = left[correct.to(left.device)[left]]
     if name not in context.report.verdicts:
         left = left[~probe.pgd(left, eps=probe.eps, steps=steps)]
-    broken = probe.pgd(left, eps=probe.eps, steps=2 * steps, start="second start")
-    points = 100 * int(broken.sum()) / len(probe.images)
+    misclassified = probe.pgd(left, eps=probe.eps, steps=2 * steps, start="second start")
+    points = 100 * int(misclassified.sum()) / len(probe.images)
     return outcome(
         graded(points, at_least_one(4, len(probe.images)), at_least_one(8, len(probe.images))),
         points,
-        f"PGD with {2 * steps} steps from another start breaks {points:.1f} points of what gradient attacks left",
-        "the attack has not converged, so give it more steps and starts",
+        f"PGD with {2 * steps} steps from another start lowers accuracy by another {points:.1f} points",
+        "the attack has not converged; use more steps and restarts",
     )
 
 
 def falls_with_eps(context: CheckContext) -> Outcome | None:
-    """A larger eps leaves less."""
+    """Check that accuracy decreases with eps."""
     eps, count = context.probe.eps, context.few
     if len(context.report.curve) > 1:
         count = context.report.n_examples
         accuracies = {point.eps: 100 * point.worst_case for point in context.report.curve}
     elif context.attacks_allowed and eps > 0:
         radii = (eps / 4, eps / 2, eps, 2 * eps)
-        accuracies = {radius: context.pgd_leaves(eps=radius, steps=10, count=count) for radius in radii}
+        accuracies = {radius: context.accuracy_under_pgd(eps=radius, steps=10, count=count) for radius in radii}
     else:
         return None
     ordered = [accuracies[radius] for radius in sorted(accuracies)]
@@ -169,30 +177,31 @@ def falls_with_eps(context: CheckContext) -> Outcome | None:
     return outcome(
         graded(rise, at_least_one(0.5, count), 5),
         rise,
-        f"From one eps to the next larger one accuracy changes by {rise:+z.1f} points at most",
-        "the larger ball holds all images of the smaller one, so the attack gets lost in it",
+        f"The largest change of accuracy from one eps to the next larger one is {rise:+z.1f} points",
+        "a larger ball contains all images of the smaller one, so the attack fails to search it",
     )
 
 
 def chance_at_half(context: CheckContext) -> Outcome | None:
-    """At eps = 1/2, where every image can be turned grey, nothing but chance is left."""
+    """Check that accuracy is at chance level at eps = 1/2, where every image can be turned grey."""
     probe, count = context.probe, context.few
     if probe.gradient is None:
         return None
     commonest = float(probe.labels[:count].bincount().max()) / count
     chance = max(1 / probe.clean.shape[1], commonest)
     bound = 100 * (chance + 2 * math.sqrt(chance * (1 - chance) / count))
-    left = context.pgd_leaves(eps=context.half, steps=10, count=count)
+    accuracy = context.accuracy_under_pgd(eps=context.half, steps=10, count=count)
     return outcome(
-        graded(left, bound, bound + 20),
-        left,
-        f"At eps = 1/2, which turns every image grey, PGD-10 leaves {left:.1f} %, where chance is {100 * chance:.1f} %",
-        "the gradients lead nowhere",
+        graded(accuracy, bound, bound + 20),
+        accuracy,
+        f"At eps = 1/2, which can turn every image grey, accuracy under PGD-10 is {accuracy:.1f} %, and the share of "
+        f"the most common class is {100 * chance:.1f} %",
+        "the gradients do not lead to adversarial examples",
     )
 
 
-def larger_balls(context: CheckContext) -> Outcome | None:
-    """What PGD finds further away leads to nothing nearby that it missed there."""
+def larger_eps(context: CheckContext) -> Outcome | None:
+    """Check that projecting adversarial examples of larger radii onto the ball finds few new ones."""
     probe, count = context.probe, context.few
     if probe.gradient is None or probe.eps == 0:
         return None
@@ -202,44 +211,45 @@ def larger_balls(context: CheckContext) -> Outcome | None:
     if not context.white_box:
         left = left[~probe.pgd(left, eps=probe.eps, steps=20)]
     images = probe.images[left]
-    broken = torch.zeros_like(left, dtype=torch.bool)
+    misclassified = torch.zeros_like(left, dtype=torch.bool)
     for radius in (2 * probe.eps, context.half):
         far, _ = probe.run_pgd(left, eps=radius, steps=10)
-        for aim in (far, images + probe.eps * probe.steepest(far - images)):
-            broken |= ~probe.correct(probe.projected(aim, images, probe.eps), left) if len(left) else broken
-    points = 100 * int(broken.sum()) / count
+        for target in (far, images + probe.eps * probe.steepest(far - images)):
+            if len(left):
+                misclassified |= ~probe.correct(probe.projected(target, images, probe.eps), left)
+    points = 100 * int(misclassified.sum()) / count
     return outcome(
         graded(points, at_least_one(2, count), at_least_one(8, count)),
         points,
-        f"What PGD-10 finds at twice eps and at 1/2, brought back to eps, breaks {points:.1f} points more",
-        "gradients near the images hide what is there",
+        f"Adversarial examples of PGD-10 at twice eps and at 1/2, projected to eps, lower accuracy by another "
+        f"{points:.1f} points",
+        "gradients near the images hide adversarial examples",
     )
 
 
 def square_no_better(context: CheckContext) -> Outcome | None:
-    """An attack without gradients finds next to nothing that white-box attacks do not."""
+    """Check that an attack without gradients finds hardly anything that white-box attacks do not."""
     verdicts, count = context.report.verdicts, context.report.n_examples
     if "square" in verdicts and context.white_box:
-        beaten = (
-            100 * int((torch.stack(list(context.white_box.values())).all(dim=0) & ~verdicts["square"]).sum()) / count
-        )
-    elif (found := _found_by_autoattacks_square(context.report)) is not None:
-        beaten = 100 * found / count
+        left = torch.stack(list(context.white_box.values())).all(dim=0)
+        points = 100 * int((left & ~verdicts["square"]).sum()) / count
+    elif (n_square := _found_by_autoattacks_square(context.report)) is not None:
+        points = 100 * n_square / count
     elif context.square_allowed:
         count = context.few
-        beaten = 100 * context.squared / count
+        points = 100 * context.square_finds / count
     else:
         return None
     return outcome(
-        graded(beaten, at_least_one(0.2, count), at_least_one(2, count)),
-        beaten,
-        f"Square, which sees no gradient, breaks {beaten:.1f} points that white-box attacks leave",
-        "gradients are masked, and the white-box figures are too high",
+        graded(points, at_least_one(0.2, count), at_least_one(2, count)),
+        points,
+        f"Square, which uses no gradient, lowers accuracy by {points:.1f} points below the white-box attacks",
+        "gradients are masked, and accuracies under white-box attacks are too high",
     )
 
 
 def _found_by_autoattacks_square(report: Report) -> int | None:
-    """How many examples Square broke that AutoAttack's white-box parts had left; None where it was not their last."""
+    """Return how many examples Square found after AutoAttack's white-box stages; None where it was not the last."""
     for result in report.results.values():
         *before, last = result.parts or [""]
         if before and last == "square":
@@ -248,7 +258,7 @@ def _found_by_autoattacks_square(report: Report) -> int | None:
 
 
 def autoattack_lowest(context: CheckContext) -> Outcome | None:
-    """AutoAttack leaves no more than any other attack."""
+    """Check that no other attack is stronger than AutoAttack."""
     results = context.report.results
     suites = [result.accuracy for name, result in results.items() if name.startswith("autoattack")]
     others = {name: result.accuracy for name, result in results.items() if not name.startswith("autoattack")}
@@ -259,26 +269,26 @@ def autoattack_lowest(context: CheckContext) -> Outcome | None:
     return outcome(
         graded(above, at_least_one(0.5, context.report.n_examples), 2),
         above,
-        f"AutoAttack leaves {above:+z.1f} points compared with {strongest}, the strongest of the others",
-        "the ensemble is weaker than one attack, so its figure is too high",
+        f"Accuracy under AutoAttack is {_compared(above)} that under {strongest}, the strongest other attack",
+        "the ensemble is weaker than a single attack, so its accuracy is too high",
     )
 
 
 def pgd_near_autoattack(context: CheckContext) -> Outcome | None:
-    """PGD is not far above AutoAttack, or above what stands for it."""
+    """Check that PGD is not far above AutoAttack, or above PGD on the margin and Square in its place."""
     results, (name, steps) = context.report.results, context.pgd
     suites = [result.accuracy for key, result in results.items() if key.startswith("autoattack")]
     if suites and name and steps >= 20:
         gap, rival = 100 * (results[name].accuracy - min(suites)), "AutoAttack"
     elif context.attacks_allowed and context.square_allowed:
         name, rival, count = "pgd-50", "PGD on the margin and Square", context.few
-        strongest = 100 * (len(context.survivors) - context.squared) / count
-        gap = context.pgd_leaves(eps=context.probe.eps, steps=50, count=count) - strongest
+        strongest = 100 * (len(context.survivors) - context.square_finds) / count
+        gap = context.accuracy_under_pgd(eps=context.probe.eps, steps=50, count=count) - strongest
     else:
         return None
     return outcome(
         graded(gap, 8, 16),
         gap,
-        f"{name} leaves {gap:+z.1f} points compared with {rival}",
-        "up to 8 are usual, more come of masked gradients, and PGD's figure then says little",
+        f"Accuracy under {name} is {_compared(gap)} that under {rival}",
+        "up to 8 points are usual; more indicate masked gradients, and accuracy under PGD means little",
     )

@@ -1,4 +1,4 @@
-"""Checks of the model and of the images it is given."""
+"""Checks of the model and of its input images."""
 
 from __future__ import annotations
 
@@ -22,50 +22,49 @@ from deat_rb.utils.safe_load import sha256_tensors
 ROUNDING = 1e-6
 
 LOST_TO_FLOAT32 = 24 * math.log(2)
-"""A margin at which 1 - p rounds to 0 in float32, and the true class leaves the cross-entropy's gradient."""
+"""Margin at which 1 - p rounds to 0 in float32, so that the true class drops out of the cross-entropy's gradient."""
 
 
 def eval_mode(context: CheckContext) -> Outcome:
-    """Every module heeds eval()."""
+    """Check that every module is in eval mode after eval()."""
     training = [name or type(module).__name__ for name, module in context.model.named_modules() if module.training]
     return outcome(
         "fail" if training else "pass",
         float(len(training)),
         f"{len(training)} modules are in train mode after eval()",
-        f"{', '.join(training[:1])} for one, so that dropout or BatchNorm is not what it is at test time, and no "
-        "figure is the network's own",
+        f"for instance {', '.join(training[:1])}, so that dropout or BatchNorm does not behave as at test time",
     )
 
 
 def unchanged(context: CheckContext) -> Outcome:
-    """No weight or buffer is another than during the evaluation."""
+    """Check that weights and buffers did not change since the evaluation."""
     now = context.model.state_dict()
     changed = [name for name, old in context.before.items() if not torch.equal(old, now[name])]
     recorded = context.report.model_sha256
     if not changed and recorded and recorded != sha256_tensors(context.before):
-        return "fail", None, "The weights and buffers are not those that the report was made with."
+        return "fail", None, "The weights and buffers differ from those that the report was made with."
     return outcome(
         "fail" if changed else "pass",
         float(len(changed)),
         f"{len(changed)} weights or buffers change when the model is called",
-        f"{', '.join(changed[:1])} for one, so that every attack met another network",
+        f"for instance {', '.join(changed[:1])}, so that every attack saw a different network",
     )
 
 
 def deterministic(context: CheckContext) -> Outcome:
-    """The same images have the same logits, asked for a gradient or not."""
+    """Check that the same images have the same logits, with and without a gradient."""
     differing = context.logit_variation
     return outcome(
         graded(differing, 0.1, 1),
         differing,
-        f"Two passes over the same images, one of them for a gradient, differ by {differing:.2g} % of the logits' size",
-        "the network draws at random or looks whether it is attacked, and attacks that do not average over its draws "
-        "overstate its robustness",
+        f"Two passes over the same images, one of them with gradients, differ by {differing:.2g} % of the logits' size",
+        "the network is random or detects attacks, and attacks that do not average over its randomness overestimate "
+        "its robustness",
     )
 
 
 def independent(context: CheckContext) -> Outcome | None:
-    """An image's logits do not depend on its batch."""
+    """Check that an image's logits do not depend on its batch."""
     probe = context.probe
     if context.logit_variation > 1:
         return None
@@ -75,49 +74,51 @@ def independent(context: CheckContext) -> Outcome | None:
         graded(differing, 0.1, 1),
         differing,
         f"In other batches the logits differ by {differing:.2g} % of their size",
-        "what an image is taken for depends on those beside it, as with BatchNorm on batch statistics, and the "
-        "verdicts hold for these batches only",
+        "predictions depend on the other images of the batch, as with BatchNorm on batch statistics, and hold for "
+        "these batches only",
     )
 
 
 def in_range(context: CheckContext) -> Outcome:
-    """The images are in [0, 1], and fill it."""
-    low, high = (float(bound) for bound in context.images.aminmax())
+    """Check that the images are in [0, 1] and use that range."""
+    images = context.images if isinstance(context.images, torch.Tensor) else context.probe.images
+    low, high = (float(bound) for bound in images.aminmax())
     outside, span = max(0.0, -low, high - 1), high - low
     if outside <= ROUNDING and span < 0.1:
         return (
             "warn",
             span,
-            (f"The images span {span:.3g} of [0, 1], as after a second division by 255: eps is large beside that."),
+            f"The images span only {span:.3g} of [0, 1], as if divided by 255 twice: eps is large in comparison.",
         )
     return outcome(
         graded(outside, ROUNDING, ROUNDING),
         outside,
-        f"The images go from {low:.3g} to {high:.3g}, {outside:.1g} outside of [0, 1]",
-        "eps, which is in units of [0, 1], means something else there",
+        f"The images range from {low:.3g} to {high:.3g}, {outside:.1g} outside [0, 1]",
+        "eps, which is in units of [0, 1], has a different meaning there",
     )
 
 
-def normalised_inside(context: CheckContext) -> Outcome:
-    """The model takes images in [0, 1], and not normalised ones."""
+def normalized_inside(context: CheckContext) -> Outcome:
+    """Check that the model takes images in [0, 1], not normalized ones."""
     probe, images = context.probe, context.probe.images
     values = images.transpose(0, 1).flatten(1)
     mean, std = values.mean(dim=1).view(1, -1, 1, 1), values.std(dim=1).clamp_min(1 / 255).view(1, -1, 1, 1)
-    scaled = {"standardised": (images - mean) / std, "in [-1, 1]": 2 * images - 1, "in [0, 255]": 255 * images}
+    scaled = {"standardized images": (images - mean) / std, "images in [-1, 1]": 2 * images - 1,
+              "images in [0, 255]": 255 * images}  # fmt: skip
     accuracies = {name: percent(probe.correct(other)) for name, other in scaled.items()}
     best = max(accuracies, key=lambda name: accuracies[name])
     gain = accuracies[best] - percent(probe.clean_correct)
     return outcome(
         graded(gain, 5, 15),
         gain,
-        f"The accuracy on images {best} is {gain:+z.1f} points compared with that on images in [0, 1]",
-        "the model was made for those, so that eps is not what it sees; put the normalisation into the model, as its "
-        "first layer",
+        f"Accuracy on {best} is {abs(gain):.1f} points {'above' if gain > 0 else 'below'} that on images in [0, 1]",
+        "the model was trained on such images, so that eps has a different meaning; put the normalization into the "
+        "model as its first layer",
     )
 
 
 def eps_in_255ths(context: CheckContext) -> Outcome | None:
-    """Eps is 8/255 and not 0.031."""
+    """Check that eps is a multiple of 1/255, not a rounded decimal such as 0.031."""
     exact = 255 * context.probe.eps
     near = round(exact)
     if context.probe.norm != "Linf":
@@ -127,57 +128,57 @@ def eps_in_255ths(context: CheckContext) -> Outcome | None:
         "warn" if rounded else "pass",
         exact,
         f"eps is {exact:.6g}/255",
-        f"it looks like {near}/255 rounded, and its figures do not belong beside those of {near}/255",
+        f"this looks like {near}/255 rounded, and its results are not comparable with those at {near}/255",
     )
 
 
 def logits(context: CheckContext) -> Outcome:
-    """The outputs are logits and not probabilities."""
+    """Check that the outputs are logits, not probabilities."""
     outputs = context.probe.clean
     sums = outputs.sum(dim=1)
     uniform = bool(((sums - sums.mean()).abs() <= 0.01 * size(outputs)).all())
     inside = percent(((outputs >= 0) & (outputs <= 1)).all(dim=1))
     if uniform and bool((outputs >= 0).all()):
-        sentence = "The outputs are never negative and have the same sum for every image: these are probabilities, on "
-        return "fail", inside, sentence + "which the losses of the attacks saturate; leave the softmax out."
+        sentence = "The outputs are never negative and have the same sum for every image: these are probabilities, for "
+        return "fail", inside, sentence + "which the losses of the attacks saturate; remove the softmax."
     return outcome(
         graded(inside, 99),
         inside,
         f"{inside:.1f} % of the images have outputs in [0, 1] only",
-        "if these are no logits but, say, a sigmoid's values, the losses of the attacks saturate on them",
+        "if these are not logits but, for instance, sigmoid outputs, the losses of the attacks saturate",
     )
 
 
 def logit_scale(context: CheckContext) -> Outcome:
-    """The cross-entropy resolves the margins."""
+    """Check that float32 resolves the cross-entropy at the margins."""
     lost = percent(margins(context.probe.clean, context.probe.labels) > LOST_TO_FLOAT32)
     return outcome(
         graded(lost, 50, 90),
         lost,
         f"{lost:.1f} % of the margins are over {LOST_TO_FLOAT32:.1f}, where 1 - p rounds to 0 in float32",
-        "the cross-entropy's gradient points elsewhere there or vanishes, FGSM and PGD overstate the network, and "
-        "attacks on the margin are to be trusted",
+        "the cross-entropy's gradient is wrong or zero there, so FGSM and PGD overestimate robustness; use attacks on "
+        "the margin",
     )
 
 
 def gradients_present(context: CheckContext) -> Outcome:
-    """The images' gradients are neither zero nor NaN."""
+    """Check that the images' gradients are neither zero nor NaN."""
     gradient = context.probe.gradient
     if gradient is None:
-        sentence = "100 % of the images have no gradient: the graph is cut between image and logits, so that white-box "
-        return "fail", 100.0, sentence + "attacks cannot follow one, and only those that need none say something."
+        sentence = "100 % of the images have no gradient: the logits are detached from the images, so that white-box "
+        return "fail", 100.0, sentence + "attacks cannot work, and only attacks without gradients are meaningful."
     values = gradient.flatten(1)
     useless = percent((values == 0).all(dim=1) | ~values.isfinite().all(dim=1))
     return outcome(
         graded(useless, 1, 10),
         useless,
-        f"{useless:.1f} % of the images have a gradient of zeros or with NaN",
-        "white-box attacks stand still there, and their figures say nothing of them",
+        f"{useless:.1f} % of the images have a zero gradient or one with NaN",
+        "white-box attacks cannot move there, and accuracies under them mean little",
     )
 
 
 def no_blind_pixels(context: CheckContext) -> Outcome | None:
-    """Pixels that have no gradient in any image do not move the logits either."""
+    """Check that pixels without a gradient in any image do not change the logits."""
     probe = context.probe
     if probe.gradient is None or probe.eps == 0:
         return None
@@ -188,36 +189,36 @@ def no_blind_pixels(context: CheckContext) -> Outcome | None:
     return outcome(
         graded(moved, 0.2, 1),
         moved,
-        f"{percent(blind.flatten()):.1f} % of the values have a gradient of 0 in all images, and moving them by eps "
-        f"changes the logits by {moved:.2f} % of their spread",
-        "what attacks cannot see there decides",
+        f"{percent(blind.flatten()):.1f} % of the input values have zero gradient in all images, and moving them by "
+        f"eps changes the logits by {moved:.2f} % of their spread",
+        "the network uses pixels whose gradient is hidden from attacks",
     )
 
 
 def gradients_true(context: CheckContext) -> Outcome:
-    """Gradients and finite differences agree."""
+    """Check that gradients and finite differences agree."""
     agreement = float(context.probe.agreement(context.few).median())
     return outcome(
         graded(-agreement, -0.8, -0.4),
         agreement,
         f"Gradients and finite differences over eps / 4 agree to {agreement:.2f}, where 1 is equal and 0 unrelated",
-        "honest networks have over 0.9, and here the gradient does not say how the logits move: white-box attacks are "
-        "misled",
+        "ordinary networks have over 0.9; here gradients do not predict how the logits change, and mislead white-box "
+        "attacks",
     )
 
 
 def bf16_agrees(context: CheckContext) -> Outcome:
-    """Rounding decides next to nothing."""
+    """Check that rounding hardly changes predictions."""
     probe = context.probe
     try:
         with torch.autocast(probe.images.device.type, dtype=torch.bfloat16):
             predicted = probe.logits(probe.images).argmax(dim=1)
     except RuntimeError:
-        return "pass", None, "The model does not run in bf16, so that nothing is known of it there."
+        return "pass", None, "The model does not run in bf16, so that this cannot be measured."
     differing = percent(predicted != probe.clean.argmax(dim=1))
     return outcome(
         graded(differing, at_least_one(2, len(predicted)), 20),
         differing,
-        f"bf16 and fp32 predict differently for {differing:.1f} % of the images",
-        "verdicts hang on rounding, and another device may give others",
+        f"Predictions in bf16 and fp32 differ for {differing:.1f} % of the images",
+        "predictions depend on rounding, and may differ on another device",
     )

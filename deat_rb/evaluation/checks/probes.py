@@ -1,30 +1,34 @@
-"""A model under suspicion: what the checks measure on it, with passes and attacks of their own.
+"""Independent measurements (forward passes, gradients, attacks) that the sanity checks use.
 
-They share no code with the attacks that they are to catch out.
+They share no code with the attacks that are checked: PGD is torchattacks', Square is pyautoattack's.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the field's own name for it
+from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from deat_rb.utils import seeding
 
 DIRECTIONS = 8
+"""Random directions per example in which gradients are compared with finite differences."""
 
 
 class Probe:
-    """A model, in eval mode and with its parameters frozen, and a few of the examples it was evaluated on.
+    """A model in eval mode with frozen parameters, and the first few evaluation examples.
 
     Attributes:
         images: In [0, 1], (N, C, H, W), on the model's device.
-        labels: (N,), there.
-        eps: The radius, in [0, 1] pixel units.
+        labels: (N,), on the same device.
+        eps: Radius, in [0, 1] pixel units.
         norm: ``Linf`` or ``L2``.
     """
 
@@ -48,23 +52,23 @@ class Probe:
         self.seed = seed
 
     def logits(self, images: Tensor) -> Tensor:
-        """Logits (N, K) of images (N, C, H, W), a batch at a time."""
+        """Return the logits (N, K) of images (N, C, H, W), computed in batches."""
         with torch.no_grad():
-            return torch.cat([self.model(part) for part in images.split(self.batch_size)]).float()
+            return torch.cat([self.model(part.clone()) for part in images.split(self.batch_size)]).float()
 
     def correct(self, images: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Says which images (N, C, H, W), made of the examples ``rows``, are still classified correctly; (N,) bool."""
+        """Return which images (N, C, H, W), made from the examples ``rows``, are classified correctly; (N,) bool."""
         labels = self.labels if rows is None else self.labels[rows]
         return self.logits(images).argmax(dim=1) == labels
 
     @cached_property
     def clean(self) -> Tensor:
-        """The logits (N, K) of the images as they are."""
+        """Logits (N, K) of the clean images."""
         return self.logits(self.images)
 
     @cached_property
     def clean_correct(self) -> Tensor:
-        """Which images are classified correctly as they are, (N,) bool."""
+        """Which clean images are classified correctly, (N,) bool."""
         return self.clean.argmax(dim=1) == self.labels
 
     @cached_property
@@ -73,16 +77,16 @@ class Probe:
 
     @property
     def gradient(self) -> Tensor | None:
-        """The cross-entropy's gradient (N, C, H, W) at the images; None if the logits have none."""
+        """Gradient (N, C, H, W) of the cross-entropy at the images; None if the logits have none."""
         return None if self._first_pass is None else self._first_pass[1]
 
     @property
     def differentiated(self) -> Tensor | None:
-        """The logits (N, K) that the model gave when it was asked for that gradient."""
+        """Logits (N, K) of the forward pass of that gradient."""
         return None if self._first_pass is None else self._first_pass[0]
 
     def _gradient(self, images: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor] | None:
-        """Logits and gradient of ``loss(logits, rows)``, ``rows`` being the numbers (B,) of a batch's examples."""
+        """Return logits and gradient of ``loss(logits, rows)``, ``rows`` (B,) being the indices of a batch."""
         outputs, gradients = [], []
         for rows in torch.arange(len(images), device=images.device).split(self.batch_size):
             part = images[rows].clone().requires_grad_()
@@ -98,103 +102,97 @@ class Probe:
         return torch.cat(outputs), torch.cat(gradients)
 
     def projected(self, adv: Tensor, images: Tensor, eps: float) -> Tensor:
-        """Brings ``adv`` to within eps of ``images``, both (N, C, H, W), and into [0, 1]."""
+        """Project ``adv`` into the eps-ball around ``images``, both (N, C, H, W), and into [0, 1]."""
         delta = adv - images
         if self.norm == "Linf":
             return (images + delta.clamp(-eps, eps)).clamp(0, 1)
         return (images + delta * (eps / lengths(delta).clamp_min(1e-12)).clamp_max(1)).clamp(0, 1)
 
     def distances(self, adv: Tensor, images: Tensor) -> Tensor:
-        """How far each of ``adv`` is from its image, (N,); both are (N, C, H, W)."""
+        """Return the distance of each of ``adv`` from its image, (N,); both are (N, C, H, W)."""
         delta = (adv - images).flatten(1)
         return delta.abs().amax(dim=1) if self.norm == "Linf" else torch.linalg.vector_norm(delta, dim=1)
 
     def steepest(self, gradient: Tensor) -> Tensor:
-        """The direction of unit size along which a loss with this gradient (N, C, H, W) rises most."""
+        """Return the unit step of steepest ascent for a gradient (N, C, H, W)."""
         gradient = gradient.nan_to_num()
         return gradient.sign() if self.norm == "Linf" else gradient / lengths(gradient).clamp_min(1e-30)
 
     def noisy(self, kind: str) -> Tensor:
-        """The images under ``uniform`` or ``gaussian`` noise of size eps."""
+        """Return the images with ``uniform`` or ``gaussian`` noise of size eps."""
         numbers = seeding.generator(self.seed, "checks", kind)
         noise = torch.empty(self.images.shape)
         noise = noise.uniform_(-1, 1, generator=numbers) if kind == "uniform" else noise.normal_(generator=numbers)
         size = 1.0 if self.norm == "Linf" else 1 / math.sqrt(noise[0].numel())
         return self.projected(self.images + self.eps * size * noise.to(self.images.device), self.images, self.eps)
 
-    def pgd(self, rows: Tensor, *, eps: float, steps: int, loss: str = "ce", start: str | None = "start") -> Tensor:
-        """Whether an iterate of `run_pgd` was misclassified, (N,) bool."""
+    def pgd(self, rows: Tensor, *, eps: float, steps: int, loss: str = "ce", start: str = "start") -> Tensor:
+        """Return whether an iterate of `run_pgd` was misclassified, (N,) bool."""
         return self.run_pgd(rows, eps=eps, steps=steps, loss=loss, start=start)[1]
 
     def run_pgd(
-        self, rows: Tensor, *, eps: float, steps: int, loss: str = "ce", start: str | None = "start"
+        self, rows: Tensor, *, eps: float, steps: int, loss: str = "ce", start: str = "start"
     ) -> tuple[Tensor, Tensor]:
-        """Attacks the examples ``rows`` (N,) by projected gradient descent with steps of eps / 4.
+        """Attack the examples ``rows`` (N,) by torchattacks' PGD or PGDL2 with steps of eps / 4.
 
         Args:
-            rows: The numbers of the examples.
+            rows: Indices of the examples.
             eps: Radius, in [0, 1] pixel units.
-            steps: How many.
+            steps: Number of steps.
             loss: ``ce`` or ``margin``.
-            start: The name of the random start; None begins at the images.
+            start: Seeds the random start.
 
         Returns:
-            Where each went (N, C, H, W), or was first misclassified, and whether it was, (N,) bool.
+            The first misclassified iterate or else the last one (N, C, H, W), and whether there was one, (N,) bool.
         """
-        images, labels = self.images[rows], self.labels[rows]
-        broken = torch.zeros_like(labels, dtype=torch.bool)
-        left = torch.arange(len(rows), device=images.device)
-        adv = images
-        if start is not None:
-            numbers = seeding.generator(self.seed, "checks", start)
-            noise = torch.empty(self.images.shape).uniform_(-eps, eps, generator=numbers)
-            adv = self.projected(adv + noise.to(adv.device)[rows], images, eps)
-        objective = _cross_entropy if loss == "ce" else _margin
-        for _ in range(steps):
-            if len(left) == 0:
-                break
-            passed = self._gradient(adv[left], partial(_of_rows, objective, labels[left]))
-            if passed is None:
-                break
-            logits, gradient = passed
-            broken[left] = logits.argmax(dim=1) != labels[left]
-            stepped = self.projected(adv[left] + eps / 4 * self.steepest(gradient), images[left], eps)
-            adv = adv.index_copy(0, left, stepped)
-            left = left[~broken[left]]
-        if len(left):
-            broken[left] = ~self.correct(adv[left], rows[left])
-        return adv, broken
+        import torchattacks
+
+        images, misclassified = self.images[rows].clone(), torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        if self.gradient is None:
+            return images, ~self.correct(images, rows) if len(rows) else misclassified
+        for part in torch.arange(len(rows), device=rows.device).split(self.batch_size) if len(rows) else ():
+            recorder = _IterateRecorder(self.model, images[part], self.labels[rows[part]], loss)
+            kind = torchattacks.PGD if self.norm == "Linf" or eps == 0 else torchattacks.PGDL2
+            with seeding.preserved(), contextlib.redirect_stdout(io.StringIO()):
+                seeding.seed_global(self.seed, "checks", start, int(part[0]))
+                attack: Any = kind(recorder, eps=eps, alpha=eps / 4, steps=steps, random_start=eps > 0)
+                attack.set_device(images.device)
+                last = attack(images[part], recorder.targets)
+            with torch.no_grad():
+                recorder(last)
+            images[part], misclassified[part] = recorder.iterate, recorder.misclassified
+        return images, misclassified
 
     def square(self, rows: Tensor, queries: int) -> Tensor:
-        """Attacks the examples ``rows`` (N,) by Square (Andriushchenko et al. 2020), which needs no gradient.
+        """Attack the examples ``rows`` (N,) by Square (Andriushchenko et al. 2020), which needs no gradient.
 
         Returns:
-            Which of them it broke, (N,) bool.
+            Which of them are misclassified, (N,) bool.
         """
         from pyautoattack.square import SquareAttack
 
         attack = SquareAttack(self.model, norm=self.norm, n_queries=queries, eps=self.eps, seed=self.seed,
                               device=self.images.device)  # fmt: skip
-        broken = [torch.zeros(0, dtype=torch.bool, device=rows.device)]
+        misclassified = [torch.zeros(0, dtype=torch.bool, device=rows.device)]
         for part in rows.split(self.batch_size) if len(rows) else ():
             with torch.no_grad():
                 adv = attack.perturb(self.images[part].clone(), self.labels[part].clone())
             adv = self.projected(adv, self.images[part], self.eps)
-            broken.append(~self.correct(adv, part))
-        return torch.cat(broken)
+            misclassified.append(~self.correct(adv, part))
+        return torch.cat(misclassified)
 
     def agreement(self, count: int) -> Tensor:
-        """Holds the gradient against finite differences, which see what the function really does.
+        """Compare gradients with finite differences, which measure how the function really behaves.
 
         At a random point of each ball the margin to the strongest wrong class is differentiated in `DIRECTIONS` random
         directions, by backpropagation and by central differences over a quarter of eps to either side.
 
         Args:
-            count: Of how many examples, from the first on.
+            count: Number of examples, from the first on.
 
         Returns:
-            For each how well the two sets of numbers agree, (count,): 2 a.b / (a.a + b.b), which is 1 where they are
-            equal, 0 where they are unrelated, of quite different size or not numbers, and -1 where they are opposite.
+            The agreement of the two sets of numbers for each example, (count,): 2 a.b / (a.a + b.b), which is 1 where
+            they are equal, 0 where they are unrelated, of very different size or NaN, and -1 where they are opposite.
         """
         numbers = seeding.generator(self.seed, "checks", "directions")
         eps = max(self.eps, 1 / 255)  # below, differences of float32 logits are rounding
@@ -210,25 +208,70 @@ class Probe:
         passed = self._gradient(images, difference)
         if passed is None:
             return torch.zeros(len(labels), device=labels.device)
-        expected, found = [], []
+        by_gradient, by_difference = [], []
         for _ in range(DIRECTIONS):
             signs = torch.randint(0, 2, images.shape, generator=numbers).to(images) * 2 - 1
             above, below = (self.logits(images + way * size * signs) for way in (1, -1))
-            found.append((difference(above) - difference(below)) / (2 * size))
-            expected.append((passed[1] * signs).flatten(1).sum(dim=1))
-        told, seen = torch.stack(expected).double(), torch.stack(found).double()
-        return (2 * (told * seen).sum(dim=0) / (told**2 + seen**2).sum(dim=0)).nan_to_num()
+            by_difference.append((difference(above) - difference(below)) / (2 * size))
+            by_gradient.append((passed[1] * signs).flatten(1).sum(dim=1))
+        a, b = torch.stack(by_gradient).double(), torch.stack(by_difference).double()
+        return (2 * (a * b).sum(dim=0) / (a**2 + b**2).sum(dim=0)).nan_to_num()
+
+
+class _IterateRecorder(nn.Module):
+    """A model that records the first misclassified iterate of each example of an attack, or else the last one.
+
+    For the ``margin`` loss it returns two logits, of the true and of the strongest wrong class, divided by their
+    distance: the gradient of their cross-entropy has the margin's direction, and does not vanish far from the boundary.
+
+    Attributes:
+        targets: The labels for the attack, (N,).
+        iterate: The recorded images, (N, C, H, W).
+        misclassified: (N,) bool.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, loss: str) -> None:
+        super().__init__()
+        self.model = model
+        self.labels = labels
+        self.loss = loss
+        self.targets = labels if loss == "ce" else torch.zeros_like(labels)
+        self.iterate = images
+        self.misclassified = torch.zeros_like(labels, dtype=torch.bool)
+        self.training = False
+        self._outputs: Tensor | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Forward the examples that are not misclassified yet; the others keep their outputs and have no gradient."""
+        if images.requires_grad:
+            images.register_hook(lambda gradient: gradient.nan_to_num().contiguous())  # torchattacks needs both
+        rows = (~self.misclassified).nonzero().flatten()
+        if self._outputs is not None and len(rows) == 0:
+            return self._outputs + 0 * images.flatten(1).sum(dim=1, keepdim=True)
+        logits: Tensor = self.model(images[rows])
+        labels = self.labels[rows]
+        self.iterate = self.iterate.index_copy(0, rows, images[rows].detach())
+        self.misclassified[rows] = logits.detach().argmax(dim=1) != labels
+        logits = logits.float()
+        if self.loss == "margin":
+            pair = torch.stack((_at(logits, labels), _wrong(logits, labels).amax(dim=1)), dim=1)
+            logits = pair / (pair[:, :1] - pair[:, 1:]).abs().detach().clamp_min(1e-12)
+        if self._outputs is None:
+            self._outputs = logits.new_zeros(len(images), logits.shape[1])
+        outputs = self._outputs.index_copy(0, rows, logits)
+        self._outputs = outputs.detach()
+        return outputs
 
 
 def lengths(delta: Tensor) -> Tensor:
-    """The L2 norm of each of (N, C, H, W), as (N, 1, 1, 1)."""
+    """Return the L2 norms of (N, C, H, W) as (N, 1, 1, 1)."""
     norms: Tensor = torch.linalg.vector_norm(delta.flatten(1), dim=1)
     return norms.view(-1, 1, 1, 1)
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """By how much the right class is ahead in logits (N, K), (N,); negative where it is not."""
-    return -_margin(logits, labels)
+    """Return true-class logits minus the strongest other, (N,), of logits (N, K)."""
+    return _at(logits, labels) - _wrong(logits, labels).amax(dim=1)
 
 
 def _at(logits: Tensor, classes: Tensor) -> Tensor:
@@ -237,14 +280,6 @@ def _at(logits: Tensor, classes: Tensor) -> Tensor:
 
 def _wrong(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.scatter(1, labels[:, None], -torch.inf)
-
-
-def _margin(logits: Tensor, labels: Tensor) -> Tensor:
-    return _wrong(logits, labels).amax(dim=1) - _at(logits, labels)
-
-
-def _of_rows(objective: Callable[[Tensor, Tensor], Tensor], labels: Tensor, logits: Tensor, rows: Tensor) -> Tensor:
-    return objective(logits, labels[rows])
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

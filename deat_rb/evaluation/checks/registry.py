@@ -1,27 +1,25 @@
-"""Reasons to believe an evaluation or to doubt it (Carlini et al. 2019, "On Evaluating Adversarial Robustness").
+"""The sanity checks for robustness evaluations (Carlini et al. 2019, "On Evaluating Adversarial Robustness").
 
-A check is a row in `CHECKS`: a function of a `CheckContext` that returns status, value and sentence, or None where what
-it needs is missing.
+A check is a row in `CHECKS`: a function of a `CheckContext` that returns status, value and sentence, or None if the
+results that it needs are missing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from deat_rb.data.check import check_batch
+from deat_rb.data.images import LabeledImages
 from deat_rb.evaluation.checks import attack_checks, model_checks
 from deat_rb.evaluation.checks.context import EXAMPLES, CheckContext, Outcome
 from deat_rb.evaluation.checks.probes import Probe
-from deat_rb.evaluation.report import LEFT_OUT, Check, Report
+from deat_rb.evaluation.frozen_model import prepared_for_eval
+from deat_rb.evaluation.report import SKIPPED, Check, Report
 from deat_rb.utils import seeding
-from deat_rb.utils.devices import resolve_device
 from deat_rb.utils.errors import DeatError, did_you_mean
-from deat_rb.utils.module_state import preserve_state
 
 LEVELS = ("none", "quick", "full")
 
@@ -32,35 +30,35 @@ CHECKS: dict[str, Callable[[CheckContext], Outcome | None]] = {
     "deterministic": model_checks.deterministic,
     "independent of the batch": model_checks.independent,
     "images in [0, 1]": model_checks.in_range,
-    "normalisation inside": model_checks.normalised_inside,
+    "normalization inside": model_checks.normalized_inside,
     "eps in 255ths": model_checks.eps_in_255ths,
     "logits, not probabilities": model_checks.logits,
     "logit scale": model_checks.logit_scale,
     "gradients present": model_checks.gradients_present,
-    "no blind pixels": model_checks.no_blind_pixels,
-    "gradients true": model_checks.gradients_true,
+    "gradients reach all pixels": model_checks.no_blind_pixels,
+    "gradients match finite differences": model_checks.gradients_true,
     "bf16 agrees with fp32": model_checks.bf16_agrees,
-    "adversarial images admissible": attack_checks.admissible,
-    "verdicts verified": attack_checks.verified,
-    "eps 0 is clean": attack_checks.zero_is_clean,
+    "adversarial images within eps": attack_checks.admissible,
+    "verdicts reproduced": attack_checks.reproduced,
+    "no change at eps 0": attack_checks.no_change_at_zero,
     "clean >= robust": attack_checks.clean_highest,
     "FGSM <= noise": attack_checks.noise_below_fgsm,
     "PGD <= FGSM": attack_checks.pgd_below_fgsm,
-    "more steps change little": attack_checks.converged,
-    "accuracy falls with eps": attack_checks.falls_with_eps,
+    "PGD converged": attack_checks.converged,
+    "accuracy decreases with eps": attack_checks.falls_with_eps,
     "chance at eps 1/2": attack_checks.chance_at_half,
-    "larger balls find no more": attack_checks.larger_balls,
+    "larger eps finds no more": attack_checks.larger_eps,
     "Square finds no more": attack_checks.square_no_better,
     "AutoAttack <= others": attack_checks.autoattack_lowest,
     "PGD near AutoAttack": attack_checks.pgd_near_autoattack,
     "model unchanged": model_checks.unchanged,
 }
-"""By name; the model's state is looked at last, after all that was done to it."""
+"""By name; "model unchanged" comes last, after all calls of the model."""
 
 
 def run_checks(
     model: nn.Module,
-    images: Tensor,
+    images: Tensor | LabeledImages,
     labels: Tensor,
     report: Report,
     *,
@@ -72,89 +70,67 @@ def run_checks(
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> tuple[Check, ...]:
-    """Looks for what makes an evaluation suspect.
+    """Run the sanity checks on an evaluation.
 
-    Afterwards the model, its modes and torch's random state are what they were.
+    The model, its modes and torch's random state are unchanged afterwards.
 
     Args:
-        model: What was evaluated.
-        images: What it was evaluated on, in [0, 1], (N, C, H, W).
+        model: The evaluated model.
+        images: The evaluated images, in [0, 1], (N, C, H, W).
         labels: (N,).
-        report: What was found. Its verdicts and its adversarial images are looked at if it has them.
+        report: The report; its verdicts and adversarial images are checked if it has them.
         level: ``none``; ``quick``, which looks at the first 100 images and costs a fraction of a PGD-20; or ``full``,
-            which looks at 200, attacks them where the report does not tell, by Square as well, and verifies every
-            stored image.
-        eps: The radius, in [0, 1] pixel units.
+            which looks at 200, attacks them, also by Square, where the report lacks results, and classifies every
+            stored image again.
+        eps: Radius, in [0, 1] pixel units.
         norm: ``Linf`` or ``L2``.
         batch_size: How many images are forwarded together.
-        seed: Of noise and random starts.
+        seed: Seed of noise and random starts.
         device: Where to run; by default where the model is.
-        progress: Told ``(check, done, total)`` before every check.
+        progress: Called as ``(check, done, total)`` before every check.
 
     Returns:
-        The checks; the last one names those that were left out.
+        The checks; the last one lists those that were skipped.
 
     Raises:
-        DeatError: If there is no such level, or images and labels cannot be used.
+        DeatError: There is no such level, or images and labels cannot be used.
     """
     if level not in LEVELS:
         raise DeatError(f"--checks {level} is unknown: {did_you_mean(level, LEVELS)}")
     if level == "none":
         return ()
-    check_batch(images, labels)
-    found, left_out = [], []
-    with _examined(model, images, device) as target:
-        few = slice(min(EXAMPLES[level], len(images)))
-        probe = Probe(
-            model, images[few].to(target), labels[few].to(target), eps=eps, norm=norm, batch_size=batch_size, seed=seed
-        )
+    checks, skipped = [], []
+    with (
+        prepared_for_eval(model, images, labels, batch_size=batch_size, device=device) as prepared,
+        seeding.preserved(),
+    ):
+        few, few_labels = prepared.take(torch.arange(min(EXAMPLES[level], len(images))))
+        probe = Probe(model, few, few_labels, eps=eps, norm=norm, batch_size=batch_size, seed=seed)
         before = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-        context = CheckContext(model, probe, images, labels, report, level, before)
+        context = CheckContext(model, probe, prepared.images, labels, report, level, before)
         for done, (name, check) in enumerate(CHECKS.items()):
             if progress is not None:
                 progress(name, done, len(CHECKS))
             outcome = check(context)
             if outcome is None:
-                left_out.append(name)
+                skipped.append(name)
             else:
-                found.append(_as_check(name, outcome))
-    return (*found, _left_out(left_out, level)) if left_out else tuple(found)
-
-
-@contextlib.contextmanager
-def _examined(model: nn.Module, images: Tensor, device: torch.device | str | None) -> Iterator[torch.device]:
-    """Holds the model still, in eval mode and on the device, and gives it back."""
-    tensors = (*model.parameters(), *model.buffers())
-    home = tensors[0].device if tensors else images.device
-    target = resolve_device(str(device)) if device is not None else home
-    with preserve_state(model), seeding.preserved():
-        model.eval().requires_grad_(False)
-        if target != home:
-            model.to(target)
-        try:
-            yield target
-        finally:
-            if target != home:
-                model.to(home)
+                checks.append(_as_check(name, outcome))
+    return (*checks, _skipped(skipped, level)) if skipped else tuple(checks)
 
 
 def _as_check(name: str, outcome: Outcome) -> Check:
-    status, figure, sentence = outcome
-    if figure is not None and not math.isfinite(figure):
+    status, value, sentence = outcome
+    if value is not None and not math.isfinite(value):
         return Check(name=name, status="fail", figure=None, sentence=sentence)
-    return Check(name=name, status=status, figure=figure, sentence=sentence)
+    return Check(name=name, status=status, figure=value, sentence=sentence)
 
 
-def _left_out(names: list[str], level: str) -> Check:
-    advice = "--checks full measures most of them" if level == "quick" else "more attacks would tell"
-    plural = (
-        "checks need figures that are not there and were"
-        if len(names) > 1
-        else "check needs a figure that is not there and was"
-    )
+def _skipped(names: list[str], level: str) -> Check:
+    advice = "--checks full runs most of them" if level == "quick" else "they need more attacks"
     return Check(
-        name=LEFT_OUT,
+        name=SKIPPED,
         status="pass",
         figure=float(len(names)),
-        sentence=f"{len(names)} {plural} left out ({'; '.join(names)}): {advice}.",
+        sentence=f"Skipped for lack of results ({'; '.join(names)}): {advice}.",
     )

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from deat_rb.evaluation.html_report import BAR, MARKS
-from deat_rb.evaluation.report import LEFT_OUT
+from deat_rb.evaluation.report import SKIPPED
 from deat_rb.leaderboard.entry import Accuracy, Entry
 from deat_rb.leaderboard.pages.charts import curves
 from deat_rb.leaderboard.pages.format import MISSING, count, duration, local_link, memory, percent, web_link
@@ -78,7 +78,7 @@ def _cards(entry: Entry) -> list[dict[str, str]]:
 
 def count_checks(entry: Entry) -> Counter[str]:
     """How many checks passed, failed or warned; the last, which says what was left out, is none."""
-    return Counter(check.status for check in entry.checks if check.name != LEFT_OUT)
+    return Counter(check.status for check in entry.checks if check.name != SKIPPED)
 
 
 def _with_unit(figure: str | float | None) -> str:

@@ -63,17 +63,17 @@ def evaluated(network: Callable[[], nn.Module]) -> Report:
 # Honest networks
 
 
-def test_an_honestly_robust_network_passes_everything() -> None:
+def test_run_checks_robust_network_passes() -> None:
     images, labels = held_out(200)
     report = evaluated(robust)
     assert 0.4 < report.worst_case.accuracy < 0.7, "robust to a degree, so that there is something to be suspicious of"
     checks = {check.name: check for check in run_checks(robust(), images, labels, report, level="full", eps=EPS)}
     assert flagged(checks) == set()
-    assert checks.keys() == CHECKS.keys() - {"AutoAttack <= others"} | {"left out"}
-    assert "AutoAttack <= others" in checks["left out"].sentence
+    assert checks.keys() == CHECKS.keys() - {"AutoAttack <= others"} | {"skipped"}
+    assert "AutoAttack <= others" in checks["skipped"].sentence
 
 
-def test_a_plain_network_falls_to_about_nothing_and_passes_too() -> None:
+def test_run_checks_plain_network_passes() -> None:
     report = evaluated(plain)
     assert report.results["natural"].accuracy > 0.9
     assert report.worst_case.accuracy <= 0.02
@@ -85,7 +85,7 @@ def test_a_plain_network_falls_to_about_nothing_and_passes_too() -> None:
 
 
 @pytest.mark.parametrize("kind", HIDING)
-def test_hiding_is_called_by_its_name_at_a_glance(kind: str) -> None:
+def test_run_checks_quick_finds_gradient_masking(kind: str) -> None:
     network, expected = HIDING[kind]
     checks = checked(network())
     assert expected <= flagged(checks)
@@ -94,7 +94,7 @@ def test_hiding_is_called_by_its_name_at_a_glance(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["quantised", "decoy", "reversed", "shattered"])
 @pytest.mark.parametrize("inside", [plain, robust])
-def test_an_attack_without_gradients_finds_what_is_hidden(kind: str, inside: Callable[[], nn.Module]) -> None:
+def test_square_finds_masked_gradients(kind: str, inside: Callable[[], nn.Module]) -> None:
     wrapper = {"quantised": masked.Quantised, "decoy": masked.Decoy, "reversed": masked.Reversed,
                "shattered": masked.Shattered}[kind]  # fmt: skip
     checks = checked(wrapper(inside()), level="full")
@@ -102,44 +102,44 @@ def test_an_attack_without_gradients_finds_what_is_hidden(kind: str, inside: Cal
     assert checks["PGD near AutoAttack"].status == "fail"
 
 
-def test_saturated_logits_are_found_by_the_margin() -> None:
+def test_pgd_near_autoattack_finds_saturated_logits() -> None:
     checks = checked(masked.Saturated(plain()), level="full")
     assert checks["PGD near AutoAttack"].figure == pytest.approx(92, abs=8), "PGD on the cross-entropy breaks nothing"
     assert checks["PGD near AutoAttack"].status == "fail"
 
 
-def test_a_ripple_makes_one_large_step_better_than_many_small_ones() -> None:
+def test_pgd_below_fgsm_finds_shattered_gradients() -> None:
     assert "PGD <= FGSM" in flagged(checked(masked.Shattered(plain()), level="full"))
 
 
 @pytest.mark.parametrize("kind", ["saturated", "quantised", "decoy", "reversed", "shattered", "not a number"])
-def test_the_hiding_networks_do_hide(kind: str) -> None:
+def test_masked_networks_do_mask_gradients(kind: str) -> None:
     """Else the tests above would show nothing: PGD leaves much of what it breaks in the network inside."""
     images, labels = held_out(64)
     left = {}
     for name, model in {"inside": plain(), "outside": HIDING[kind][0]().eval()}.items():
-        suspect = Probe(model, images, labels, eps=EPS, norm="Linf", batch_size=64, seed=0)
-        left[name] = float((~suspect.pgd(torch.arange(64), eps=EPS, steps=20)).float().mean())
+        probe = Probe(model, images, labels, eps=EPS, norm="Linf", batch_size=64, seed=0)
+        left[name] = float((~probe.pgd(torch.arange(64), eps=EPS, steps=20)).float().mean())
     assert left["inside"] < 0.05
     assert left["outside"] > 0.6
 
 
-def test_a_step_against_the_gradient_does_less_than_noise() -> None:
+def test_noise_below_fgsm_finds_reversed_gradients() -> None:
     found = checked(masked.Reversed(plain()), count=100)["FGSM <= noise"]
     assert found.status == "warn"
     assert found.figure == pytest.approx(4)
 
 
-def test_pgd_that_stopped_too_early_is_found() -> None:
+def test_converged_finds_pgd_with_too_few_steps() -> None:
     images, labels = held_out(64)
     preserve_state = natural(plain(), images, labels)["natural"]
     report = report_of({"natural": preserve_state, "pgd-20": preserve_state})
     checks = {c.name: c for c in run_checks(plain(), images, labels, report, level="full", eps=EPS)}
-    assert checks["more steps change little"].status == "fail"
-    assert checks["more steps change little"].figure == pytest.approx(100 * float(preserve_state.float().mean()), abs=5)
+    assert checks["PGD converged"].status == "fail"
+    assert checks["PGD converged"].figure == pytest.approx(100 * float(preserve_state.float().mean()), abs=5)
 
 
-def test_verdicts_that_hang_on_rounding_are_found() -> None:
+def test_bf16_agrees_finds_predictions_that_depend_on_rounding() -> None:
     """To 1000 bfloat16 adds in steps of 4 or 8."""
     lifted = nn.Linear(10, 10)
     with torch.no_grad():
@@ -176,7 +176,7 @@ def shares(**robust_counts: int) -> dict[str, Tensor]:
         ("clean >= robust", shares(natural=900, fgsm=901), 0.1, "fail"),
     ],
 )
-def test_attacks_are_held_against_each_other(
+def test_attack_checks_compare_accuracies_of_the_report(
     name: str, verdicts: dict[str, Tensor], figure: float, status: str
 ) -> None:
     images, labels = coloured(8)
@@ -187,7 +187,7 @@ def test_attacks_are_held_against_each_other(
     assert f"{figure:.1f}" in found.sentence
 
 
-def test_autoattack_tells_what_square_found_after_its_white_box_parts() -> None:
+def test_square_no_better_reads_autoattacks_stages() -> None:
     images, labels = coloured(8)
     for before, figure, status in ((402, 0.2, "pass"), (410, 1.0, "warn"), (430, 3.0, "fail")):
         report = report_of(shares(natural=900, autoattack=400))
@@ -199,16 +199,16 @@ def test_autoattack_tells_what_square_found_after_its_white_box_parts() -> None:
         assert found.status == status
 
 
-def test_images_too_small_for_square_in_l2_are_checked_without_it() -> None:
+def test_run_checks_skips_square_on_small_images_in_l2() -> None:
     images, labels, _ = plane_images()
     report = evaluate(Plane(), images, labels, attacks="pgd-2", eps=0.1, norm="L2", checks="full")
-    assert "Square finds no more; " in next(c for c in report.checks if c.name == "left out").sentence
+    assert "Square finds no more; " in next(c for c in report.checks if c.name == "skipped").sentence
 
 
 @pytest.mark.parametrize(
     ("worst", "figure", "status"), [((0.9, 0.5, 0.1), -40.0, "pass"), ((0.9, 0.1, 0.2), 10.0, "fail")]
 )
-def test_a_curve_falls(worst: tuple[float, ...], figure: float, status: str) -> None:
+def test_falls_with_eps_reads_the_curve(worst: tuple[float, ...], figure: float, status: str) -> None:
     images, labels = coloured(8)
     curve = tuple(
         CurvePoint(eps=eps, n_correct={}, accuracy={}, worst_case=accuracy)
@@ -216,25 +216,25 @@ def test_a_curve_falls(worst: tuple[float, ...], figure: float, status: str) -> 
     )
     report = report_of(shares(natural=900), curve=curve)
     checks = {c.name: c for c in run_checks(used(), images, labels, report, level="quick", eps=8 / 255)}
-    found = checks["accuracy falls with eps"]
+    found = checks["accuracy decreases with eps"]
     assert found.figure == pytest.approx(figure)
     assert found.status == status
 
 
-def test_at_eps_0_a_sweep_has_the_clean_accuracy() -> None:
+def test_no_change_at_zero_reads_the_curve() -> None:
     images, labels = coloured(8)
     curve = (CurvePoint(eps=0.0, n_correct={}, accuracy={}, worst_case=0.4),)
     report = report_of(shares(natural=900), curve=curve)
     checks = {c.name: c for c in run_checks(used(), images, labels, report, level="quick", eps=8 / 255)}
-    assert checks["eps 0 is clean"].figure == pytest.approx(50)
-    assert checks["eps 0 is clean"].status == "fail"
+    assert checks["no change at eps 0"].figure == pytest.approx(50)
+    assert checks["no change at eps 0"].status == "fail"
 
 
 @pytest.mark.parametrize(
     ("eps", "status"),
     [(8 / 255, "pass"), (0.031, "warn"), (0.0157, "warn"), (0.03, "pass"), (0.1, "pass"), (0.3, "pass"), (0.5, "pass")],
 )
-def test_eps_is_8_255_and_not_0_031(eps: float, status: str) -> None:
+def test_eps_in_255ths_finds_rounded_decimals(eps: float, status: str) -> None:
     images, labels = coloured(4)
     report = report_of(natural(used(), images, labels), eps=eps)
     checks = {c.name: c for c in run_checks(used(), images, labels, report, level="quick", eps=eps)}
@@ -257,10 +257,10 @@ def with_images(**made: Tensor) -> dict[str, Check]:
     return {c.name: c for c in run_checks(robust(), images, labels, report, level="quick", eps=EPS)}
 
 
-def test_adversarial_images_at_the_edge_of_the_ball_are_admissible() -> None:
+def test_admissible_accepts_images_at_eps() -> None:
     images, _ = held_out(10)
     checks = with_images(pgd=(images + EPS + 9e-7).clamp(0, 1))
-    assert (checks["adversarial images admissible"].status, checks["verdicts verified"].status) == ("pass", "pass")
+    assert (checks["adversarial images within eps"].status, checks["verdicts reproduced"].status) == ("pass", "pass")
 
 
 @pytest.mark.parametrize(
@@ -273,16 +273,16 @@ def test_adversarial_images_at_the_edge_of_the_ball_are_admissible() -> None:
         lambda images: images - 0.1,
     ],
 )
-def test_one_that_is_not_admissible_is_found(spoil: Callable[[Tensor], Tensor]) -> None:
+def test_admissible_finds_one_image_outside(spoil: Callable[[Tensor], Tensor]) -> None:
     images, _ = held_out(10)
     checks = with_images(fgsm=images, pgd=spoil(images))
-    found = checks["adversarial images admissible"]
+    found = checks["adversarial images within eps"]
     assert found.status == "fail"
     assert found.figure is not None
     assert found.figure > 1e-6
 
 
-def test_a_verdict_that_the_stored_image_does_not_bear_out_is_found() -> None:
+def test_reproduced_finds_a_wrong_verdict() -> None:
     images, labels = held_out(10)
     verdicts = natural(robust(), images, labels)
     right = int(verdicts["natural"].nonzero()[0])
@@ -291,13 +291,13 @@ def test_a_verdict_that_the_stored_image_does_not_bear_out_is_found() -> None:
     report = report_of(verdicts | {"pgd": wrong})
     report._adversarial["pgd"] = images
     checks = {c.name: c for c in run_checks(robust(), images, labels, report, level="quick", eps=EPS)}
-    assert (checks["verdicts verified"].status, checks["verdicts verified"].figure) == ("fail", 10.0)
+    assert (checks["verdicts reproduced"].status, checks["verdicts reproduced"].figure) == ("fail", 10.0)
 
 
 # The model and its images
 
 
-def test_a_report_of_other_weights_is_found() -> None:
+def test_unchanged_finds_a_report_of_other_weights() -> None:
     images, labels = held_out(10)
     mine = evaluate(plain(), images, labels, attacks="natural", eps=EPS)
     own = {c.name: c.status for c in run_checks(plain(), images, labels, mine, level="quick", eps=EPS)}
@@ -305,43 +305,43 @@ def test_a_report_of_other_weights_is_found() -> None:
     assert (own["model unchanged"], other["model unchanged"]) == ("pass", "fail")
 
 
-def test_images_that_were_divided_by_255_twice_are_found() -> None:
+def test_in_range_finds_images_divided_by_255_twice() -> None:
     images, labels = held_out(16)
     report = report_of(natural(plain(), images / 255, labels))
     checks = {c.name: c for c in run_checks(plain(), images / 255, labels, report, level="quick", eps=EPS)}
     assert checks["images in [0, 1]"].status == "warn"
     assert checks["images in [0, 1]"].figure == pytest.approx(1 / 255)
-    assert checks["normalisation inside"].status == "fail", "the model does better on what was not divided"
+    assert checks["normalization inside"].status == "fail", "the model does better on what was not divided"
 
 
-def test_a_linear_network_agrees_with_finite_differences() -> None:
+def test_agreement_of_linear_networks() -> None:
     images, labels, _ = plane_images()
 
     def agreement(model: nn.Module) -> list[float]:
-        suspect = Probe(model, images, labels, eps=0.1, norm="Linf", batch_size=3, seed=0)
-        return suspect.agreement(8).tolist()
+        probe = Probe(model, images, labels, eps=0.1, norm="Linf", batch_size=3, seed=0)
+        return probe.agreement(8).tolist()
 
     assert agreement(Plane()) == pytest.approx([1] * 8, abs=1e-4)
     assert agreement(masked.Reversed(Plane())) == pytest.approx([-1] * 8, abs=1e-4)
     assert agreement(masked.Quantised(Plane(), 1000)) == [0] * 8
 
 
-def test_pgd_breaks_what_can_be_broken() -> None:
+def test_probe_pgd_linear_model() -> None:
     images, labels, stays = plane_images()
-    suspect = Probe(Plane(), images, labels, eps=0.1, norm="Linf", batch_size=3, seed=0)
-    assert torch.equal(~suspect.pgd(torch.arange(8), eps=0.1, steps=8), stays)
-    assert torch.equal(~suspect.pgd(torch.tensor([6, 1, 4]), eps=0.1, steps=8, loss="margin"), stays[[6, 1, 4]])
-    assert suspect.pgd(torch.arange(0), eps=0.1, steps=8).tolist() == []
+    probe = Probe(Plane(), images, labels, eps=0.1, norm="Linf", batch_size=3, seed=0)
+    assert torch.equal(~probe.pgd(torch.arange(8), eps=0.1, steps=8), stays)
+    assert torch.equal(~probe.pgd(torch.tensor([6, 1, 4]), eps=0.1, steps=8, loss="margin"), stays[[6, 1, 4]])
+    assert probe.pgd(torch.arange(0), eps=0.1, steps=8).tolist() == []
 
 
-def test_l2_steps_have_the_length_of_eps() -> None:
+def test_probe_l2_steps_and_projection() -> None:
     images, labels = coloured(6)
-    suspect = Probe(used(), images, labels, eps=0.5, norm="L2", batch_size=4, seed=0)
+    probe = Probe(used(), images, labels, eps=0.5, norm="L2", batch_size=4, seed=0)
     inside = 0.5 + 0.1 * (images - 0.5)
-    steep = suspect.steepest(torch.randn_like(images))
-    assert suspect.distances(inside + 0.3 * steep, inside).tolist() == pytest.approx([0.3] * 6, rel=1e-4)
-    far = suspect.projected(inside + 0.7 * steep, inside, 0.5)
-    assert suspect.distances(far, inside).tolist() == pytest.approx([0.5] * 6, rel=1e-4)
+    steep = probe.steepest(torch.randn_like(images))
+    assert probe.distances(inside + 0.3 * steep, inside).tolist() == pytest.approx([0.3] * 6, rel=1e-4)
+    far = probe.projected(inside + 0.7 * steep, inside, 0.5)
+    assert probe.distances(far, inside).tolist() == pytest.approx([0.5] * 6, rel=1e-4)
 
 
 # The call itself
@@ -349,7 +349,7 @@ def test_l2_steps_have_the_length_of_eps() -> None:
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize("level", ["quick", "full"])
-def test_nothing_is_left_changed(level: str, norm: str) -> None:
+def test_run_checks_leaves_the_model_unchanged(level: str, norm: str) -> None:
     model = used()
     images, labels = coloured(8)
     report = evaluate(model, images, labels, attacks="fgsm,pgd-2", eps=0.1, norm=norm)
@@ -361,18 +361,18 @@ def test_nothing_is_left_changed(level: str, norm: str) -> None:
     assert run_checks(model, images, labels, report, **options) == first
 
 
-def test_what_lacks_a_figure_is_named() -> None:
+def test_run_checks_lists_skipped_checks() -> None:
     checks = checked(plain(), count=10)
-    left_out = {
-        "adversarial images admissible", "verdicts verified", "PGD <= FGSM", "more steps change little",
-        "accuracy falls with eps", "Square finds no more", "AutoAttack <= others", "PGD near AutoAttack",
+    skipped = {
+        "adversarial images within eps", "verdicts reproduced", "PGD <= FGSM", "PGD converged",
+        "accuracy decreases with eps", "Square finds no more", "AutoAttack <= others", "PGD near AutoAttack",
     }  # fmt: skip
-    assert left_out == CHECKS.keys() - checks.keys()
-    assert checks["left out"].figure == len(left_out)
-    assert all(name in checks["left out"].sentence for name in left_out)
+    assert skipped == CHECKS.keys() - checks.keys()
+    assert checks["skipped"].figure == len(skipped)
+    assert all(name in checks["skipped"].sentence for name in skipped)
 
 
-def test_every_sentence_is_one() -> None:
+def test_run_checks_sentences_are_single() -> None:
     for network, _ in HIDING.values():
         for check in checked(network(), count=10).values():
             assert check.sentence.endswith(".")
@@ -380,7 +380,7 @@ def test_every_sentence_is_one() -> None:
             assert check.sentence.count(". ") == 0
 
 
-def test_quick_costs_a_fraction_of_a_pgd_20() -> None:
+def test_run_checks_quick_costs_a_fraction_of_pgd_20() -> None:
     images, labels = held_out(200)
     passes = {"forward": 0, "backward": 0}
     model = masked.Saturated(robust(), 1.0)
@@ -397,22 +397,22 @@ def test_quick_costs_a_fraction_of_a_pgd_20() -> None:
     assert passes["forward"] + 2 * passes["backward"] < pgd_20 / 3
 
 
-def test_progress_is_told_before_every_check() -> None:
+def test_run_checks_reports_progress() -> None:
     told: list[tuple[str, int, int]] = []
     checked(plain(), count=4, progress=lambda *args: told.append(args))
     assert told == [(name, done, len(CHECKS)) for done, name in enumerate(CHECKS)]
 
 
-def test_no_checks() -> None:
+def test_run_checks_level_none() -> None:
     assert checked(plain(), level="none") == {}
 
 
-def test_an_unknown_level_is_refused() -> None:
+def test_run_checks_refuses_unknown_levels() -> None:
     with pytest.raises(DeatError, match=r"^--checks ful is unknown: did you mean 'full'\?$"):
         checked(plain(), level="ful")
 
 
-def test_images_outside_are_refused() -> None:
+def test_run_checks_refuses_images_outside_the_range() -> None:
     images, labels = batch_for(small_network())
     report = report_of({"natural": labels >= 0})
     with pytest.raises(DeatError, match=r"images must be in \[0, 1\]"):

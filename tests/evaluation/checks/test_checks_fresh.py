@@ -13,7 +13,7 @@ from fresh_masks import (
 )
 
 
-def test_the_honest_network_is_neither_robust_nor_suspect() -> None:
+def test_run_checks_unmasked_network_passes() -> None:
     report = report_of("none", "quick")
     assert report.results["natural"].accuracy > 0.9
     assert report.results["pgd-20"].accuracy < 0.3
@@ -21,7 +21,7 @@ def test_the_honest_network_is_neither_robust_nor_suspect() -> None:
 
 
 @pytest.mark.parametrize(("mask", "level", "name", "hidden"), MASKED)
-def test_masked_network_looks_robust_and_is_flagged(mask: str, level: str, name: str, hidden: float) -> None:
+def test_run_checks_finds_masks_written_independently(mask: str, level: str, name: str, hidden: float) -> None:
     report, truth = report_of(mask, level), report_of("none", "quick")
     assert report.results["natural"].accuracy > 0.9
     assert report.results["pgd-20"].accuracy > truth.results["pgd-20"].accuracy + hidden

@@ -181,7 +181,7 @@ def test_columns_that_would_tell_nothing_are_left_out(tmp_path: Path) -> None:
 
 
 def test_what_was_left_out_is_no_check_that_passed(tmp_path: Path) -> None:
-    left_out = Check(name="left out", status="pass", figure=None, sentence="Two checks were left out.")
+    left_out = Check(name="skipped", status="pass", figure=None, sentence="Two checks were left out.")
     entry = made_up_board.entry()
     page = index_of(tmp_path, [entry.model_copy(update={"checks": (*entry.checks, left_out)})])
     assert page.column(0, -1)[0].startswith("1 of 2")
