@@ -1,8 +1,8 @@
-"""AutoAttack (Croce and Hein 2020), its versions standard, plus and rand, and Square alone, driven part by part.
+"""AutoAttack (Croce and Hein 2020) in its versions standard, plus and rand, and Square alone, run stage by stage.
 
-The attacks are pyautoattack's. Which examples share a batch and how it is seeded are those of its
-``run_standard_evaluation``, on which the verdicts of its random parts depend; only the loop around them is ours, so
-that it can say how far it is, be continued, and run on problems of fewer than ten classes, too.
+The attacks are pyautoattack's. Batches and seeds are those of its ``run_standard_evaluation``, on which the results of
+the random stages depend; only the loop around them is ours, so that it reports progress, can be resumed, and runs with
+fewer than ten classes.
 """
 
 from __future__ import annotations
@@ -27,35 +27,32 @@ VERSIONS = {
 }
 
 FEWEST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
-"""Both DLR losses divide by a difference of logits: the plain one of the third, the targeted one of the fourth."""
+"""The DLR loss needs a third largest logit, the targeted one a fourth."""
 
 TARGETED = ("apgd-t", "fab-t")
 
 ITERATIONS, QUERIES, AVERAGED = 100, 5000, 20
 
 SMALLEST_BATCH = 16
-"""Of fewer examples, matrix products round otherwise, and an example's gradient depends on who else is there."""
+"""In smaller batches matrix products round differently, so that a gradient would depend on the batch."""
 
 
 def parts_for(num_classes: int, version: str = "standard") -> tuple[tuple[str, ...], int]:
-    """Says which parts of a version exist for so many classes, and with how many targets.
+    """Return the stages of a version that exist for ``num_classes``, and the number of targets.
 
-    With fewer than 4 classes there is no targeted DLR loss, with 2 none at all. FAB-T needs no more than another class.
+    With fewer than 4 classes there is no targeted DLR loss, with 2 no DLR loss at all. FAB-T needs one other class.
     """
     parts = tuple(part for part in VERSIONS[version] if num_classes >= FEWEST_CLASSES.get(part, 2))
     return parts, min(9, num_classes - 1)
 
 
 def build(name: str, context: AttackContext) -> Attack:
-    """Makes ``autoattack``, ``autoattack-plus``, ``autoattack-rand`` or ``square``.
-
-    With an eps of 0 there is nothing to search, and it has no parts.
-    """
+    """Build ``autoattack``, ``autoattack-plus``, ``autoattack-rand`` or ``square``; with eps = 0 it has no stages."""
     version = AUTOATTACK.get(name, "standard")
     names, targets = (("square",), 0) if name == "square" else parts_for(context.num_classes, version)
     parameters, notes = _account(name, version, names, targets, context)
     if context.eps == 0:
-        return Attack(name, (), parameters, (*notes, "eps is 0: there was nothing to search"))
+        return Attack(name, (), parameters, (*notes, "eps is 0: nothing to attack"))
     warnings: list[str] = []
     suite = _Suite(version, context, targets, warnings)
     parts = tuple(AttackStage(part, suite.part(part), calls=suite.calls(part), packed=True) for part in names)
@@ -65,13 +62,13 @@ def build(name: str, context: AttackContext) -> Attack:
 def _account(
     name: str, version: str, names: tuple[str, ...], targets: int, context: AttackContext
 ) -> tuple[Parameters, tuple[str, ...]]:
-    """What the report says of the settings, and of what few classes left out."""
+    """Return the settings and notes for the report, such as stages left out for lack of classes."""
     if name == "square":
         return {"eps": context.eps, "queries": QUERIES}, ()
     parameters: Parameters = {"eps": context.eps, "version": version, "parts": ", ".join(names)}
     notes, few = [], f"{context.num_classes} classes"
     if missing := [part for part in VERSIONS[version] if part not in names]:
-        notes.append(f"{few}: a DLR loss that {' and '.join(missing)} would need does not exist, so it ran without")
+        notes.append(f"{few}: the DLR loss of {' and '.join(missing)} is undefined, so AutoAttack ran without")
     if version != "rand":
         parameters["targets"] = targets
         if targets < 9:
@@ -91,7 +88,7 @@ class _Suite:
         self._suite: Any = None
 
     def part(self, name: str) -> Callable[[CountingModel, Batch], AttackOutput]:
-        """Gives a part, which seeds torch's global generators anew for every batch, as in pyautoattack."""
+        """Return the function of a stage; it seeds torch's global generators for every batch, as in pyautoattack."""
 
         def craft(model: CountingModel, batch: Batch) -> AttackOutput:
             images, labels = batch.images[batch.chosen], batch.labels[batch.chosen]
@@ -103,7 +100,7 @@ class _Suite:
         return craft
 
     def calls(self, name: str) -> int:
-        """How often a part forwards a batch, at most."""
+        """Return the largest number of forward passes of a stage per batch."""
         restarts = 5 if self.version == "plus" else 1
         averaged = AVERAGED if self.version == "rand" else 1
         return {
@@ -116,7 +113,7 @@ class _Suite:
         }[name]
 
     def _perturb(self, name: str, model: CountingModel) -> Callable[[Tensor, Tensor], Tensor]:
-        suite = self._made(model)
+        suite = self._suite_of(model)
         attack = {
             "apgd-ce": suite.apgd,
             "apgd-dlr": suite.apgd,
@@ -130,10 +127,12 @@ class _Suite:
         if attack is suite.fab:
             attack.targeted = name == "fab-t"
             attack.n_restarts = 1 if attack.targeted or self.version != "plus" else 5
+        if attack is suite.square and self.context.norm == "L2":
+            return _transposing_wide_images(attack)
         perturb: Callable[[Tensor, Tensor], Tensor] = attack.perturb
         return perturb
 
-    def _made(self, model: CountingModel) -> Any:
+    def _suite_of(self, model: CountingModel) -> Any:
         if model is self._model:
             return self._suite
         import pyautoattack
@@ -144,15 +143,33 @@ class _Suite:
         )
         suite.apgd_targeted.n_target_classes = suite.fab.n_target_classes = self.targets
         if context.device.type == "cpu" and self.version != "rand":
-            # Elsewhere, to know who is broken the queue has to run empty, and small batches round otherwise.
+            # On other devices reading the mask synchronizes, and small batches round differently.
             for attack in (suite.apgd, suite.apgd_targeted):
                 attack.attack_single_run = _leaving_early(attack)
         self._model, self._suite = model, suite
         return suite
 
 
+def _transposing_wide_images(square: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """Wrap Square's search, which in L2 fails on images wider than high, so that these are attacked transposed."""
+
+    def perturb(images: Tensor, labels: Tensor) -> Tensor:
+        predict = square.predict
+        wide = images.shape[3] > images.shape[2]
+        if wide:
+            images = images.transpose(2, 3).contiguous()
+            square.predict = lambda transposed: predict(transposed.transpose(2, 3).contiguous())
+        try:
+            adversarial: Tensor = square.perturb(images, labels)
+        finally:
+            square.predict = predict
+        return adversarial.transpose(2, 3).contiguous() if wide else adversarial
+
+    return perturb
+
+
 def _leaving_early(attack: Any) -> Callable[..., tuple[Tensor, ...]]:
-    """Makes APGD's run forward no longer who is broken: it would only go on to look for a higher loss for them."""
+    """Wrap APGD's run so that misclassified examples, whose loss it would go on maximizing, are not forwarded again."""
     run: Callable[..., tuple[Tensor, ...]] = attack.attack_single_run
 
     def attack_single_run(images: Tensor, labels: Tensor, x_init: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -168,35 +185,35 @@ def _leaving_early(attack: Any) -> Callable[..., tuple[Tensor, ...]]:
 
 
 class _Leaving:
-    """A model on a batch of moving images, of which it forwards only those that it still classifies correctly.
+    """Model of one batch that forwards only the examples that are still classified correctly.
 
-    The others get their last logits again, which do not depend on the images: their gradient is zero. A model that
-    draws random numbers forwards all, as what it draws depends on the number of images.
+    The others get their last logits again, with zero gradient. A model that draws random numbers forwards all, because
+    its draws depend on the batch size.
     """
 
     def __init__(self, model: Callable[[Tensor], Tensor], labels: Tensor) -> None:
         self.model = model
         self.labels = labels
-        self.broken = torch.zeros_like(labels, dtype=torch.bool)
+        self.misclassified = torch.zeros_like(labels, dtype=torch.bool)
         self.draws = False
         self._logits: Tensor | None = None
-        self._breaking: Tensor | None = None
+        self._first_misclassified: Tensor | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
         logits = self._forward(images)
-        broken = ~self.broken & (logits.detach().argmax(dim=1) != self.labels)
-        if self._breaking is None:
-            self._breaking = images.detach().clone()
-        self._breaking[broken] = images.detach()[broken]
-        self.broken |= broken
+        misclassified = ~self.misclassified & (logits.detach().argmax(dim=1) != self.labels)
+        if self._first_misclassified is None:
+            self._first_misclassified = images.detach().clone()
+        self._first_misclassified[misclassified] = images.detach()[misclassified]
+        self.misclassified |= misclassified
         self._logits = logits.detach()
         return logits
 
     def restore(self, adversarial: Tensor) -> Tensor:
-        """Puts the images in place that broke their examples: APGD has moved them since."""
-        if self._breaking is None or self.draws:
+        """Return ``adversarial`` with the images that were misclassified first, which APGD has moved since."""
+        if self._first_misclassified is None or self.draws:
             return adversarial
-        return torch.where(self.broken[:, None, None, None], self._breaking, adversarial)
+        return torch.where(self.misclassified[:, None, None, None], self._first_misclassified, adversarial)
 
     def _forward(self, images: Tensor) -> Tensor:
         if self._logits is None:
@@ -206,20 +223,20 @@ class _Leaving:
             return logits
         if self.draws:
             return self.model(images)
-        staying = ~self.broken
-        if not staying.any():
+        remaining = ~self.misclassified
+        if not remaining.any():
             return self._logits + 0 * images.flatten(1).sum(dim=1, keepdim=True)
-        if int(staying.sum()) < SMALLEST_BATCH:
-            staying[(~staying).nonzero().flatten()[: SMALLEST_BATCH - int(staying.sum())]] = True
-        if staying.all():
+        if int(remaining.sum()) < SMALLEST_BATCH:
+            remaining[(~remaining).nonzero().flatten()[: SMALLEST_BATCH - int(remaining.sum())]] = True
+        if remaining.all():
             return self.model(images)
-        rows = staying.nonzero().flatten()
+        rows = remaining.nonzero().flatten()
         return self._logits.index_copy(0, rows, self.model(images[rows]))
 
 
 @contextmanager
 def _warnings(collected: list[str]) -> Iterator[None]:
-    """Collects what AutoAttack warns of, each sentence once, in place of printing it."""
+    """Collect AutoAttack's warnings, each sentence once, instead of printing them."""
 
     class Collect(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

@@ -1,4 +1,4 @@
-"""The names of the attacks that an evaluation knows, as users write them."""
+"""Names of the evaluation's attacks: parsing and validation."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ KNOWN = (*PLAIN, "pgd-100", "pgd-50x5", "cw-20", *AUTOATTACK, "square", "torchat
 PREFIX = "torchattacks."
 
 LEAST = {"eps": 0, "alpha": 0, "steps": 1}
-"""Below these torchattacks' attacks run, too, and do nothing or move away from what they look for."""
+"""Smallest sensible values: below them torchattacks' attacks do nothing or reduce the loss."""
 
 SQUARE_TILES = 5
-"""Square begins in L2 with so many tiles, side by side: it takes no smaller images."""
+"""Square in L2 starts from this many tiles side by side, so it needs images of at least this size."""
 
 
 def split_names(text: str) -> tuple[str, ...]:
-    """Divides a list at its commas, but for those inside parentheses: ``fgsm,torchattacks.PGD(steps=5,eps=0.1)``."""
+    """Split a list at commas outside of parentheses: ``fgsm,torchattacks.PGD(steps=5,eps=0.1)``."""
     names, depth, begin = [], 0, 0
     for position, character in enumerate(text):
         depth += (character in "([") - (character in ")]")
@@ -42,7 +42,7 @@ def split_names(text: str) -> tuple[str, ...]:
 
 
 def parse_attacks(attacks: str | Sequence[str]) -> tuple[str, ...]:
-    """Reads names of attacks, in any case.
+    """Parse names of attacks, in any case.
 
     They are ``natural``, ``noise-gaussian``, ``noise-uniform``, ``fgsm``, ``pgd-N``, ``cw-N``, ``pgd-NxR`` and
     ``cw-NxR`` with R random starts, ``autoattack``, ``autoattack-rand``, ``autoattack-plus``, ``square`` and, with its
@@ -52,20 +52,20 @@ def parse_attacks(attacks: str | Sequence[str]) -> tuple[str, ...]:
         attacks: The names, or one text with commas between them.
 
     Returns:
-        Each once and in the order given, after ``natural``, which is always measured.
+        The canonical names without duplicates, in the given order, after ``natural``, which is always evaluated.
 
     Raises:
-        DeatError: If there is no such attack, or it would take no step.
+        DeatError: If there is no such attack, or it has no step or no start.
     """
     if not isinstance(attacks, str | Iterable):
-        raise DeatError(f"attacks = {attacks!r} is no list of names; give a text such as 'fgsm,pgd-100'")
-    given = split_names(attacks) if isinstance(attacks, str) else tuple(attacks)
-    return tuple(dict.fromkeys(("natural", *(_canonical(name) for name in given))))
+        raise DeatError(f"attacks = {attacks!r} is not a list of names; give a text such as 'fgsm,pgd-100'")
+    names = split_names(attacks) if isinstance(attacks, str) else tuple(attacks)
+    return tuple(dict.fromkeys(("natural", *(_canonical(name) for name in names))))
 
 
 def _canonical(given: str) -> str:
     if not isinstance(given, str):
-        raise DeatError(f"an attack is named by a text such as 'pgd-100', not by a {type(given).__name__}")
+        raise DeatError(f"attack: {type(given).__name__} (a text such as 'pgd-100')")
     name = given.strip().lower()
     if name in PLAIN or name in AUTOATTACK or name == "square":
         return name
@@ -76,14 +76,14 @@ def _canonical(given: str) -> str:
         raise DeatError(f"there is no attack '{given.strip()}': {did_you_mean(name, KNOWN)}")
     kind, steps, restarts = match[1], int(match[2]), int(match[3] or 1)
     if steps == 0:
-        raise DeatError(f"attack '{given.strip()}' takes no step; give a number of steps such as {kind}-20")
+        raise DeatError(f"attack '{given.strip()}' has 0 steps; give 1 or more, such as {kind}-20")
     if restarts == 0:
-        raise DeatError(f"attack '{given.strip()}' never starts; give a number of starts such as {kind}-{steps}x5")
+        raise DeatError(f"attack '{given.strip()}' has 0 starts; give 1 or more, such as {kind}-{steps}x5")
     return f"{kind}-{steps}" + (f"x{restarts}" if restarts > 1 else "")
 
 
 def steps_and_restarts(name: str) -> tuple[str, int, int]:
-    """Takes ``pgd-50x5`` apart: its kind, its steps and its number of starts."""
+    """Return the kind, the steps and the number of starts of a name such as ``pgd-50x5``."""
     kind, _, numbers = name.partition("-")
     steps, _, restarts = numbers.partition("x")
     return kind, int(steps), int(restarts or 1)
@@ -91,11 +91,11 @@ def steps_and_restarts(name: str) -> tuple[str, int, int]:
 
 @dataclass(frozen=True)
 class TorchAttack:
-    """One of torchattacks' attacks with the arguments that were given.
+    """An attack of torchattacks with its arguments.
 
     Attributes:
-        name: Of its class.
-        arguments: By name, in the order given.
+        name: Name of the class.
+        arguments: Names and values, in the order written.
     """
 
     name: str
@@ -105,18 +105,18 @@ class TorchAttack:
         return f"{PREFIX}{self.name}({', '.join(f'{name}={_spelled(value)}' for name, value in self.arguments)})"
 
     def settings(self, **known: Value) -> dict[str, Value]:
-        """All its arguments: the given ones, those of ``known`` that it has and were not given, its defaults."""
+        """Return all arguments: those written, else those of ``known`` that the attack has, else its defaults."""
         defaults = {name: parameter.default for name, parameter in _parameters(self.name).items()}
         return defaults | {name: known[name] for name in defaults if name in known} | dict(self.arguments)
 
 
 def parse_torchattack(text: str) -> TorchAttack:
-    """Reads ``torchattacks.MIFGSM(steps=20, eps=8/255)``, of which nothing is executed.
+    """Parse ``torchattacks.MIFGSM(steps=20, eps=8/255)`` without executing anything.
 
-    Values are literals, and fractions of numbers.
+    Values are literals and fractions of numbers.
 
     Raises:
-        DeatError: It is not of that form, or torchattacks has no such attack or the attack no such argument.
+        DeatError: If it does not have that form, or torchattacks has no such attack or the attack no such argument.
     """
     text = text.strip()
     match = re.fullmatch(rf"(?i:{re.escape(PREFIX)})([A-Za-z0-9_]+)(\(.*\))?", text, re.DOTALL)
@@ -135,7 +135,7 @@ def parse_torchattack(text: str) -> TorchAttack:
 
 
 def _parameters(name: str) -> dict[str, inspect.Parameter]:
-    """The arguments of an attack of that name, but for the model."""
+    """Return the parameters of an attack's class, without the model."""
     import torchattacks
 
     attacks = {
@@ -148,7 +148,7 @@ def _parameters(name: str) -> dict[str, inspect.Parameter]:
         if parameters[1].name == "model" and all(given.default is not given.empty for given in parameters[2:])
     }
     if name not in usable:
-        why = "needs more than a model, and so cannot be named here" if name in attacks else "does not exist"
+        why = "needs more than a model, so it cannot be used here" if name in attacks else "does not exist"
         close = {known.lower(): known for known in usable}
         sentence = did_you_mean(name, usable)
         for lower, known in close.items():
@@ -166,7 +166,7 @@ def _keywords(text: str, call: str) -> dict[str, Value]:
         raise DeatError(f"attack '{text}' cannot be read: write torchattacks.NAME(argument=value, ...)")
     given = [(_name(text, keyword), _literal(text, call, keyword.value)) for keyword in expression.keywords]
     if len(dict(given)) < len(given):
-        raise DeatError(f"attack '{text}' gives an argument twice: leave one out")
+        raise DeatError(f"attack '{text}' has an argument twice: remove one")
     return dict(given)
 
 
@@ -188,14 +188,14 @@ def _literal(text: str, call: str, node: ast.expr) -> Value:
     value = tuple(value) if isinstance(value, list) else value
     if value is not None and not isinstance(value, bool | int | float | str | tuple):
         written = ast.get_source_segment(call, node)
-        raise DeatError(f"attack '{text}' has the value {written}, which is no number, text or fraction")
+        raise DeatError(f"attack '{text}' has the value {written}, which is not a number, text or fraction")
     return value
 
 
 def _finite(value: float) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # a whole number that no float can hold
+    except OverflowError:  # an integer too large for a float
         return False
 
 

@@ -14,7 +14,7 @@ from deat_rb.attacks.base import AttackMode, CraftStats, StatelessAttack
 from deat_rb.attacks.threat_models import Linf
 from deat_rb.utils import seeding
 from deat_rb.utils.errors import DeatError, did_you_mean
-from deat_rb.utils.units import check_eps, parse_fraction
+from deat_rb.utils.units import check_eps, parse_scalar
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 
@@ -65,7 +65,7 @@ class PGD(StatelessAttack):
             raise DeatError(f"there is no start '{start}': {did_you_mean(start, STARTS)}")
         if not isinstance(steps, int) or steps < 0:
             raise DeatError(f"steps = {steps} is not a whole number of 0 or more")
-        alpha = parse_fraction(alpha)
+        alpha = parse_scalar(alpha)
         if not (math.isfinite(alpha) and alpha > 0):
             raise DeatError(f"alpha = {alpha:g} is not a positive number; give a step size such as 2/255")
         if alpha > 1:
@@ -74,7 +74,7 @@ class PGD(StatelessAttack):
             raise DeatError(
                 f"tau = {tau} is not a whole number of 0 or more; it counts steps after a misclassification"
             )
-        self.eps = check_eps(parse_fraction(eps))
+        self.eps = check_eps(parse_scalar(eps))
         self.alpha = alpha
         self.steps = steps
         self.loss = loss

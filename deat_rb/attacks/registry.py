@@ -1,4 +1,4 @@
-"""The attacks of an evaluation: what each name of `deat_rb.evaluation.attacklist` does to a batch."""
+"""Registry of the evaluation's attacks: builds the attack of each name in `deat_rb.attacks.names`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ LOSSES = {"pgd": ("ce", losses.cross_entropy), "cw": ("margin", losses.margin)}
 
 
 def build_attack(name: str, context: AttackContext) -> Attack:
-    """Makes the attack of a name that `parse_attacks` gave, other than ``natural``.
+    """Build the attack of a name returned by `parse_attacks`, other than ``natural``.
 
     Raises:
-        DeatError: It cannot run on these terms.
+        DeatError: If it cannot run in this context.
     """
     if name in AUTOATTACK or name == "square":
         from deat_rb.attacks import autoattack
@@ -62,7 +62,7 @@ def _white_box(name: str, context: AttackContext) -> Attack:
 
 
 def white_box(name: str, context: AttackContext, *, alpha: float) -> Callable[[int, str], AttackStage]:
-    """Makes the parts of ``pgd-N`` or ``cw-N`` with steps of ``alpha``: one for each number and name of a start."""
+    """Return a factory of the stages of ``pgd-N`` or ``cw-N``: a stage for each restart and its label."""
     kind, steps, _ = steps_and_restarts(name)
     loss = LOSSES[kind][1]
 
@@ -97,9 +97,9 @@ def _white_box_parameters(context: AttackContext, alpha: float, steps: int, loss
     return {"eps": context.eps, "alpha": alpha, "steps": steps, "loss": loss, "start": start}
 
 
-def _torchattack(name: str, asked: TorchAttack, context: AttackContext) -> Attack:
-    """One of torchattacks' own, which is given whole batches, as its users give them, and torch's seeded generator."""
-    settings = asked.settings(
+def _torchattack(name: str, attack_name: TorchAttack, context: AttackContext) -> Attack:
+    """Build an attack of torchattacks; it gets whole batches, and torch's global generator is seeded."""
+    settings = attack_name.settings(
         eps=context.eps, max_epsilon=context.eps, norm=context.norm, seed=context.seed, n_classes=context.num_classes
     )
 
@@ -109,12 +109,12 @@ def _torchattack(name: str, asked: TorchAttack, context: AttackContext) -> Attac
         key = ("evaluate", name, batch.number)
         try:
             with _seeded(context.seed, *key), contextlib.redirect_stdout(io.StringIO()):
-                attack: Any = getattr(torchattacks, asked.name)(model, **settings)
+                attack: Any = getattr(torchattacks, attack_name.name)(model, **settings)
                 attack.set_device(context.device)
                 adv = attack(batch.images.clone(), batch.labels.clone()).detach()[batch.chosen]
-        except Exception as error:  # somebody else's code, and values of arguments that only it can judge
+        except Exception as error:  # third-party code, and argument values that only it can validate
             first = str(error).partition("\n")[0]
-            raise DeatError(f"{name} cannot be run here ({type(error).__name__}: {first}): give other arguments, or "
+            raise DeatError(f"{name} cannot run here ({type(error).__name__}: {first}): change its arguments, or "
                             "leave it out") from error  # fmt: skip
         with torch.no_grad():
             return AttackOutput(adv, model(adv).argmax(dim=1) != batch.labels[batch.chosen])
@@ -127,7 +127,7 @@ def _torchattack(name: str, asked: TorchAttack, context: AttackContext) -> Attac
 
 @contextmanager
 def _seeded(seed: int, *key: str | int) -> Iterator[None]:
-    """Seeds the global generators of torch and NumPy, and gives them back as they were."""
+    """Seed the global generators of torch and NumPy, and restore their states on exit."""
     before = np.random.get_state()
     number = seeding.derive(seed, *key)
     with seeding.preserved():

@@ -1,4 +1,4 @@
-"""What an attack of an evaluation consists of."""
+"""Types of the evaluation's attacks: context, batch, stage, attack."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Parameters = dict[str, bool | int | float | str]
 
 @dataclass(frozen=True)
 class AttackContext:
-    """What all attacks of an evaluation have in common.
+    """Settings common to all attacks of an evaluation.
 
     Attributes:
         norm: ``Linf`` or ``L2``.
         eps: The radius, in [0, 1] pixel units.
-        seed: Of everything random.
+        seed: Random seed.
         num_classes: K.
-        device: Where the batches are.
+        device: Device of the batches.
     """
 
     norm: str
@@ -40,15 +40,15 @@ class AttackContext:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Some examples, on the device.
+    """A batch of examples on the device.
 
     Attributes:
         images: (N, C, H, W), in [0, 1].
         labels: (N,).
-        chosen: (N,) bool: which of them are to be attacked; random numbers are drawn for all, so that none depends on
-            who else is attacked.
-        number: Which batch of the part this is, from 0 on.
-        rows: (N,) int64, on the CPU: which examples of the evaluation these are.
+        chosen: (N,) bool: the examples to attack; random numbers are drawn for all, so that an example's do not depend
+            on which others are attacked.
+        number: Index of the batch within the stage, from 0.
+        rows: (N,) int64, on the CPU: indices of the examples in the evaluation.
     """
 
     images: Tensor
@@ -60,13 +60,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class AttackStage:
-    """What an attack does in one go through the examples; the next part attacks what this one left.
+    """One pass of an attack over the examples; the next stage attacks those still classified correctly.
 
     Attributes:
-        name: Which part; empty where the attack has but one.
-        craft: Makes, of the chosen examples of a batch, adversarial images.
-        calls: How often it forwards a batch at most, for the display; 0 where that is not known.
-        packed: Whether the batches are made of what is left, as AutoAttack's are, or are the same for every part.
+        name: Name of the stage; empty if the attack has only one.
+        craft: Generates adversarial examples of the chosen examples of a batch.
+        calls: Largest number of forward passes per batch, for the progress display; 0 if unknown.
+        packed: Whether batches are made of the remaining examples, as AutoAttack's are, or are the same in every stage.
     """
 
     name: str
@@ -77,14 +77,14 @@ class AttackStage:
 
 @dataclass(frozen=True, eq=False)
 class Attack:
-    """One attack.
+    """An attack of an evaluation.
 
     Attributes:
         name: As `parse_attacks` spells it.
-        parts: In their order.
+        parts: Its stages, in order.
         parameters: Its settings, for the report.
-        notes: What a reader of its figure should know beforehand.
-        warnings: What the attack warns of while it runs, each sentence once.
+        notes: Remarks on its result, for the report.
+        warnings: Warnings of the attack while it runs, each sentence once.
     """
 
     name: str

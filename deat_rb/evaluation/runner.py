@@ -148,7 +148,7 @@ class AttackRunner:
             # Random numbers that the model itself draws are the same in every evaluation.
             seeding.seed_global(self.context.seed, "evaluate", attack.name, stage.name, number)
             output = stage.craft(model, Batch(images, labels, chosen, number, rows))
-            misclassified = output.broken
+            misclassified = output.misclassified
             if model.dtype is not None:
                 with torch.no_grad():
                     misclassified = model.exact(output.images).argmax(dim=1) != labels[chosen]

@@ -16,7 +16,7 @@ from deat_rb.methods.recipes import CONSTANT, PAPER_EPS, Recipe, path_of, resolv
 from deat_rb.training.base import Schedule
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.units import check_eps, parse_fraction
+from deat_rb.utils.units import check_eps, parse_scalar
 
 WHOLE_NUMBERS = frozenset({"steps", "max_steps", "start", "every", "tau", "m"})
 """Overrides that are counts."""
@@ -42,7 +42,7 @@ class ConfiguredMethod:
 
 def configure(canonical: str, row: Recipe, /, *, eps: float | str = PAPER_EPS, **overrides: Any) -> ConfiguredMethod:
     """Apply overrides to the row of a method; overrides and errors as for `deat_rb.create`."""
-    eps = check_eps(parse_fraction(eps))
+    eps = check_eps(parse_scalar(eps))
     values = {key: _number(key, value) for key, value in overrides.items() if value is not None}
 
     attack_options, trainer_options = dict(row.attack_options), dict(row.trainer_options)
@@ -121,7 +121,7 @@ def _check_trainable(model: nn.Module) -> None:
 def _number(name: str, value: Any) -> Any:
     """Check the type of an override, and read a step size written as a fraction."""
     if name == "alpha":
-        return parse_fraction(value)
+        return parse_scalar(value)
     if name in WHOLE_NUMBERS and (isinstance(value, bool) or not isinstance(value, Integral)):
         raise DeatError(f"{name} = {value!r} is not a whole number")
     if name in NUMBERS and (isinstance(value, bool) or not isinstance(value, Real)):

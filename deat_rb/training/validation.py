@@ -76,5 +76,5 @@ def validate(
                 output = pgd(counting, clean[correct], target[correct], start=start, eps=eps,
                               alpha=eps / 4 if alpha is None else alpha, steps=steps, loss=cross_entropy,
                               threat=threat)  # fmt: skip
-            robust += int((~output.broken).sum())
+            robust += int((~output.misclassified).sum())
     return Validation(natural / len(images), robust / len(images), counting.forwards, counting.backwards)

@@ -1,8 +1,7 @@
-"""One seed for everything (law 9).
+"""Seeding: every random stream is derived from the run's seed (invariant 9).
 
-No generator's state is ever carried along. Every random stream is derived from the run's seed and a key such as
-``("augment", epoch, batch)``, so that a run which is continued at any batch draws exactly what the uninterrupted one
-would have drawn there, and the order of one stream cannot disturb another.
+No generator state is stored. The seed of a stream is derived from the run's seed and a key such as ``("augment", epoch,
+batch)``, so that a resumed run draws the same numbers as an uninterrupted one, and streams are independent.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ _division: ContextVar[tuple[slice, int, torch.Generator] | None] = ContextVar("d
 
 
 def derive(seed: int, *key: str | int) -> int:
-    """Derives the seed of one stream, a 63-bit integer, from the run's seed and the stream's key."""
+    """Return the seed of one stream, a 63-bit integer, derived from the run's seed and the stream's key."""
     text = "\x1f".join(str(part) for part in (seed, *key))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 def generator(seed: int, *key: str | int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Makes the generator of one stream.
+    """Return the generator of one stream.
 
     Args:
         seed: The run's seed.
-        key: What tells this stream from others, for instance ``("order", epoch)``.
-        device: Where the numbers are drawn.
+        key: The stream's key, for instance ``("order", epoch)``.
+        device: The generator's device.
     """
     stream = torch.Generator(device=device)
     stream.manual_seed(derive(seed, *key))
@@ -39,25 +38,25 @@ def generator(seed: int, *key: str | int, device: torch.device | str = "cpu") ->
 
 @contextmanager
 def preserved() -> Iterator[None]:
-    """Gives torch's global generators back, on leaving, the states they had on entering."""
+    """Restore the states of torch's global generators on exit."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         yield
 
 
 def seed_global(seed: int, *key: str | int) -> None:
-    """Seeds torch's global generators, of which attacks draw their starts and dropout its masks, for one stream."""
+    """Seed torch's global generators, which attacks' starts and dropout use, for one stream."""
     torch.manual_seed(derive(seed, *key))
 
 
 @contextmanager
 def global_batch_noise(part: slice, total: int, stream: torch.Generator) -> Iterator[None]:
-    """Within it, noise is drawn for a global batch, and that of one process's part of it is given.
+    """Draw noise for the global batch inside the context, and return this rank's part of it.
 
     Args:
-        part: Which examples of the global batch are this process's.
-        total: How many examples the global batch has.
-        stream: Where the noise comes from, in the same state in every process.
+        part: This rank's rows of the global batch.
+        total: Size of the global batch.
+        stream: Generator of the noise, in the same state on every rank.
     """
     token = _division.set((part, total, stream))
     try:
@@ -67,16 +66,16 @@ def global_batch_noise(part: slice, total: int, stream: torch.Generator) -> Iter
 
 
 def uniform_like(images: Tensor, bound: float) -> Tensor:
-    """Draws from U(-bound, bound), in the shape of ``images`` (N, C, H, W).
+    """Draw from U(-bound, bound), in the shape of ``images`` (N, C, H, W).
 
-    The numbers come in the order of a contiguous tensor whatever the memory format of ``images`` is, so that
-    channels_last changes the speed of a run and not its noise.
+    The order is that of a contiguous tensor whatever the memory format of ``images`` is, so that channels_last does not
+    change the noise.
     """
     return _drawn(images, lambda blank, stream: blank.uniform_(-bound, bound, generator=stream))
 
 
 def normal_like(images: Tensor, std: float) -> Tensor:
-    """Draws from std * N(0, 1), in the shape of ``images`` and in the order of `uniform_like`."""
+    """Draw from std * N(0, 1), in the shape of ``images`` and in the order of `uniform_like`."""
     return std * _drawn(images, lambda blank, stream: blank.normal_(generator=stream))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
+from typing import Any
 
 from deat_rb.utils.errors import DeatError
 
@@ -13,17 +15,13 @@ def parse_fraction(text: str | float) -> float:
     Raises:
         DeatError: It is neither a number nor a fraction of two numbers.
     """
+    if isinstance(text, bool) or not isinstance(text, Real | str):
+        raise DeatError(f"{text!r} is not a number; write a fraction such as 8/255 or a number such as 0.03")
     if not isinstance(text, str):
         try:
-            if isinstance(text, bool):
-                raise TypeError
             return float(text)
         except OverflowError:
             return math.inf
-        except (TypeError, ValueError, RuntimeError):  # the last one: a tensor of several values
-            raise DeatError(
-                f"{text!r} is not a number; write a fraction such as 8/255 or a number such as 0.03"
-            ) from None
     top, slash, bottom = text.strip().partition("/")
     try:
         value = float(top)
@@ -34,6 +32,17 @@ def parse_fraction(text: str | float) -> float:
     except ValueError:
         raise DeatError(f"'{text}' is not a number; write a fraction such as 8/255 or a number such as 0.03") from None
     return value
+
+
+def parse_scalar(value: Any) -> float:
+    """Return the value of a number, of a text as for `parse_fraction`, or of a tensor or array with one value.
+
+    Raises:
+        DeatError: It is none of these.
+    """
+    if getattr(value, "ndim", None) == 0 or getattr(value, "shape", None) == (1,):
+        value = value.item()
+    return parse_fraction(value)
 
 
 def format_fraction(value: float) -> str:

@@ -1,4 +1,4 @@
-"""AutoAttack on few classes, and which of its parts exist there."""
+"""AutoAttack with few classes and on images wider than high."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deat_rb.attacks.autoattack import _Leaving, _Suite, parts_for
+from deat_rb.attacks.autoattack import _Leaving, _Suite, build, parts_for
 from deat_rb.attacks.functional import CountingModel
-from deat_rb.attacks.types import AttackContext
+from deat_rb.attacks.types import AttackContext, Batch
 from deat_rb.evaluation.evaluate import evaluate
 
 
@@ -67,7 +67,7 @@ def test_autoattack_with_few_classes(
     # Nothing that AutoAttack leaves may fall to a weaker attack on networks as plain as these.
     assert not (report.verdicts["autoattack"] & ~report.verdicts["pgd-20"]).any()
     assert [name for name in told if "/" in name] == [f"autoattack/{part}" for part in parts.split(", ")]
-    assert (found.notes[0] == f"{classes} classes: a DLR loss that apgd-t would need does not exist, so it ran without"
+    assert (found.notes[0] == f"{classes} classes: the DLR loss of apgd-t is undefined, so AutoAttack ran without"
             ) == (classes < 4)  # fmt: skip
     assert any(f"{targets} targets where the standard has 9" in note for note in found.notes)
     assert found.notes[-1] == f"{found.n_correct} of 8 correct after square"
@@ -120,3 +120,28 @@ def test_a_batch_never_gets_so_small_that_it_rounds_otherwise() -> None:
         leaving(torch.cat([kept.flip(0).expand(broken, 2), kept.expand(20 - broken, 2)]).view(20, 1, 1, 2))
     # All are looked at until some are broken, then the 18 others, then 16 of which 5 stay, and of none that stays none.
     assert sizes == [20, 20, 18, 16]
+
+
+def test_square_in_l2_attacks_wide_images_as_it_does_high_ones() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        high = nn.Sequential(nn.Flatten(), nn.Linear(60, 3))
+        images = torch.rand(6, 1, 10, 6)
+    with torch.no_grad():
+        labels = high(images).argmax(dim=1)
+    wide = nn.Sequential(Transposed(), high)
+    contexts = AttackContext("L2", 0.5, 0, 3, torch.device("cpu"))
+    results = []
+    for model, batch in ((high, images), (wide, images.transpose(2, 3).contiguous())):
+        stage = build("square", contexts).parts[0]
+        everything = Batch(batch, labels, torch.ones(6, dtype=torch.bool), 0, torch.arange(6))
+        results.append(stage.craft(CountingModel(model.eval()), everything))
+    assert 0 < int(results[0].misclassified.sum()) < 6
+    assert torch.equal(results[0].images, results[1].images.transpose(2, 3))
+    assert torch.equal(results[0].misclassified, results[1].misclassified)
+    assert ((results[1].images - images.transpose(2, 3)).flatten(1).norm(dim=1) <= 0.5 + 1e-5).all()
+
+
+class Transposed(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.transpose(2, 3)

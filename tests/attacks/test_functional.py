@@ -41,9 +41,9 @@ def test_verdicts_and_images_do_not_depend_on_how_often_examples_leave(
         loss=losses.cross_entropy,
         leave_every=every,
     )
-    assert crafted.broken.tolist() == (first <= 10).tolist()
+    assert crafted.misclassified.tolist() == (first <= 10).tolist()
     with torch.no_grad():
-        assert ((network(crafted.images).argmax(1) != labels) == crafted.broken).all()
+        assert ((network(crafted.images).argmax(1) != labels) == crafted.misclassified).all()
     assert (crafted.images[first == 0] == start[first == 0]).all()
     assert admissible(crafted.images, images, 0.04).all()
     if every == 1:  # each example is forwarded up to the iterate that breaks it

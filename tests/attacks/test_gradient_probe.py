@@ -204,7 +204,7 @@ def test_an_attack_without_gradients_cannot_be_guided(name: str) -> None:
     attack = torchattacks.GN(made()) if name == "GN" else torchattacks.Square(made(), n_queries=2)
     attack.steps, attack.eps = 2, 8 / 255
     trainer = deat_rb.AttackTrainer(attack, schedule=deat_rb.GradientMagnitude(max_steps=3))
-    with pytest.raises(DeatError, match=f"{name} computes no gradient at its inputs, so that l_X cannot"):
+    with pytest.raises(DeatError, match=f"{name} computes no gradient at its inputs, so l_X is undefined"):
         trainer.fit([images_and_labels()], epochs=1)
 
 

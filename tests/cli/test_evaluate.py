@@ -105,7 +105,7 @@ def test_eval_escapes_markup(described: list[object]) -> None:
     result = run("eval", *described, "--attacks", "torchattacks.UPGD(steps=1,loss='[/]')", "--checks", "none",
                  "--no-page")  # fmt: skip
     assert result.exit_code == 2
-    assert "torchattacks.UPGD(steps=1, loss='[/]') cannot be run here" in result.stderr
+    assert "torchattacks.UPGD(steps=1, loss='[/]') cannot run here" in result.stderr
 
 
 def test_eval_reports_the_mean_of_comparable_runs(tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_parse_attacks(given: str | tuple[str, ...], names: tuple[str, ...]) -> 
         ("pgd", "did you mean 'pgd-100'"),
         ("cw", "did you mean 'cw-20'"),
         ("auto-attack", "did you mean 'autoattack'"),
-        ("pgd-0", "'pgd-0' takes no step; give a number of steps such as pgd-20"),
+        ("pgd-0", "'pgd-0' has 0 steps; give 1 or more, such as pgd-20"),
         ("fgsm,", "no attack ''"),
         ("pgd--5", "no attack 'pgd--5'"),
     ],
@@ -230,12 +230,12 @@ def bad_input() -> Iterator[tuple[str, dict[str, object], str]]:
     yield "eps zero division", {"eps": "8/0"}, "'8/0' divides by zero"
     yield "no eps", {"eps": ()}, "eps is an empty list"
     yield "one of several eps", {"eps": (0.1, 2)}, "eps = 2 is outside"
-    yield "eps in L2", {"eps": float("inf"), "norm": "L2"}, "eps = inf is no length"
+    yield "eps in L2", {"eps": float("inf"), "norm": "L2"}, "eps = inf is not a radius"
     yield "norm", {"norm": "L1"}, "there is no norm 'L1'"
     yield "precision", {"precision": "fp16"}, "unknown evaluation precision 'fp16'"
     yield "checks", {"checks": "all"}, "unknown level of checks 'all': "
     yield "seed", {"seed": -1}, "seed = -1 is not possible"
-    yield "attack of another kind", {"attacks": [3]}, "an attack is named by a text such as 'pgd-100', not by a int"
+    yield "attack of another kind", {"attacks": [3]}, r"attack: int \(a text such as 'pgd-100'\)"
     yield "eps nan", {"eps": float("nan")}, "eps = nan"
     yield "eps pixels", {"eps": 8.0}, "eps = 8"
     yield "batch", {"batch_size": 0}, "batch_size = 0"
@@ -247,7 +247,7 @@ def bad_input() -> Iterator[tuple[str, dict[str, object], str]]:
     yield "eps of tensors", {"eps": [torch.tensor(0.1)]}, r"tensor\(0.1000\) is not a number"
     yield "no precision", {"precision": None}, "unknown evaluation precision 'None'"
     yield "checks yes", {"checks": True}, "unknown level of checks 'True'"
-    yield "no attacks", {"attacks": None}, "attacks = None is no list of names"
+    yield "no attacks", {"attacks": None}, "attacks = None is not a list of names"
     yield "channels", {"images": images.repeat(1, 3, 1, 1)}, r"does not take torch.float32 images of 3x2x2 on cpu"
     yield "double", {"images": images.double()}, "does not take torch.float64 images"
     yield "labels with a fraction", {"labels": labels.float()}, "labels must be int64"
@@ -336,7 +336,7 @@ class Diverged(Plane):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Detached(), "without a gradient"),
+        (Detached(), "the model's logits have no gradient"),
         (Split(), r"shape \(8, 2\) for 2 images"),
         (Diverged(), "NaN for images 0 to 7"),
         (Decided(), "returns torch.bool values, where logits of a floating-point type are needed"),

@@ -239,7 +239,7 @@ def test_evaluate_images_outside_the_ball_do_not_count(network: nn.Sequential, b
 
 
 def test_evaluate_torchattacks_refuses_attacks_that_fail(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
-    with pytest.raises(DeatError, match=r"torchattacks.PGD\(steps='many'\) cannot be run here \(TypeError: "):
+    with pytest.raises(DeatError, match=r"torchattacks.PGD\(steps='many'\) cannot run here \(TypeError: "):
         evaluate(network, *batch, attacks="torchattacks.PGD(steps='many')")
 
 
@@ -255,7 +255,7 @@ def test_evaluate_at_eps_0_changes_nothing(
         report = evaluate(network, *batch, attacks=names, eps=0, norm=norm)
         for name, verdict in report.verdicts.items():
             assert torch.equal(verdict, report.verdicts["natural"]), name
-        assert "eps is 0: there was nothing to search" in report.results["autoattack"].notes
+        assert "eps is 0: nothing to attack" in report.results["autoattack"].notes
         assert report.results["pgd-2"].forwards > 40, "that is tried out, not assumed"
 
 
