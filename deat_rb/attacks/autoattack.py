@@ -128,7 +128,7 @@ class _Suite:
             attack.targeted = name == "fab-t"
             attack.n_restarts = 1 if attack.targeted or self.version != "plus" else 5
         if attack is suite.square and self.context.norm == "L2":
-            return _transposing_wide_images(attack)
+            return transpose_wide_images(attack)
         perturb: Callable[[Tensor, Tensor], Tensor] = attack.perturb
         return perturb
 
@@ -150,7 +150,7 @@ class _Suite:
         return suite
 
 
-def _transposing_wide_images(square: Any) -> Callable[[Tensor, Tensor], Tensor]:
+def transpose_wide_images(square: Any) -> Callable[[Tensor, Tensor], Tensor]:
     """Wrap Square's search, which in L2 fails on images wider than high, so that these are attacked transposed."""
 
     def perturb(images: Tensor, labels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Comparisons: McNemar's figures against scipy's, and refusals of what is not comparable."""
+"""Paired comparisons of evaluations, and refusals of evaluations that are not comparable."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from scipy.stats import binomtest
 
 from deat_rb.cli import main
 from deat_rb.evaluation.compare import compare, load_reports
 from deat_rb.evaluation.report import AttackResult, Report
-from deat_rb.evaluation.statistics import mcnemar
 from deat_rb.utils.errors import DeatError
 
 
@@ -41,17 +39,6 @@ def runs(tmp_path: Path) -> list[Path]:
         (tmp_path / name).mkdir()
         report.save(tmp_path / name)
     return [tmp_path / "one", tmp_path / "two"]
-
-
-@pytest.mark.parametrize(("first", "second"), [(0, 0), (1, 0), (0, 6), (3, 1), (5, 5), (12, 25), (400, 330)])
-def test_mcnemar_is_the_binomial_test(first: int, second: int) -> None:
-    expected = binomtest(first, first + second).pvalue if first + second else 1.0
-    assert mcnemar(first, second) == pytest.approx(expected)
-
-
-def test_mcnemar_by_hand() -> None:
-    assert mcnemar(0, 5) == 2 / 32
-    assert mcnemar(1, 4) == 2 * 6 / 32
 
 
 def test_compare_counts_paired_differences() -> None:

@@ -1,4 +1,4 @@
-"""The report: intervals, the worst case, what is kept on disk and what is refused there."""
+"""Reports: worst case per example, JSON on disk, refusals and the schema."""
 
 from __future__ import annotations
 
@@ -13,26 +13,15 @@ from rich.table import Table
 
 from deat_rb.evaluation.report import AttackResult, Check, CurvePoint, Report, json_schema
 from deat_rb.evaluation.statistics import wilson
-from deat_rb.evaluation.tables import are_comparable, means, sweep_table
+from deat_rb.evaluation.tables import sweep_table
 from deat_rb.utils.errors import DeatError
 
-
-@pytest.mark.parametrize(
-    ("correct", "total", "low", "high"),
-    [
-        # By hand: z^2 = 3.841459; centre (0.5 + 0.0192073) / 1.0384146 = 0.5;
-        # half 1.959964 * sqrt(0.0025 + 0.0000960365) / 1.0384146 = 0.0961684.
-        (50, 100, 0.4038316, 0.5961684),
-        (0, 10, 0.0, 0.2775328),  # z^2 / (n + z^2) = 3.841459 / 13.841459
-        (10, 10, 0.7224672, 1.0),
-    ],
-)
-def test_wilson_interval(correct: int, total: int, low: float, high: float) -> None:
-    assert wilson(correct, total) == pytest.approx((low, high), abs=1e-6)
-
-
 NATURAL = torch.tensor([True, True, True, True, False])
+
+
 FGSM = torch.tensor([True, True, True, False, False])
+
+
 CW = torch.tensor([False, True, True, True, False])
 
 
@@ -175,43 +164,6 @@ def printed(table: Table) -> list[list[str]]:
     with console.capture() as lines:
         console.print(table)
     return [line.split() for line in lines.get().splitlines()]
-
-
-def test_means_over_comparable_reports() -> None:
-    one, other = report_of(natural=NATURAL, fgsm=FGSM), report_of(natural=NATURAL, fgsm=CW)
-    third = report_of(natural=NATURAL, fgsm=NATURAL & FGSM & CW)
-    lines = printed(means([one, other, third]))
-    # 60, 60 and 40 %: the mean is 53.33, and the deviations' squares 44.4, 44.4 and 177.8 sum to 2 * 11.55^2.
-    for name in (["fgsm"], ["worst", "case"]):
-        assert ["│", *name, "│", "53.33", "±", "11.55", "%", "│"] in lines
-    assert ["│", "natural", "│", "80.00", "±", "0.00", "%", "│"] in lines
-    assert are_comparable([one, other, third])
-    for different in ({"eps": 0.2}, {"norm": "L2"}, {"precision": "bf16"}, {"examples_sha256": "ab"}):
-        assert not are_comparable([one, other.model_copy(update=different)])
-
-
-def test_table_folds_long_names() -> None:
-    long = "torchattacks." + "x" * 150
-    report = report_of(**{"natural": NATURAL, long: FGSM})
-    sweep = report.model_copy(update={"curve": (CurvePoint.of(0.1, report.verdicts),)})
-    for table in (report.table(), sweep_table(sweep), means([report, report])):
-        assert long in "".join(word for line in printed(table) for word in line if set(word) <= set(long))
-
-
-def test_table_escapes_markup() -> None:
-    report = report_of(**{"natural": NATURAL, "a[/]": FGSM, "[red]b": CW})
-    sweep = report.model_copy(update={"curve": (CurvePoint.of(0.1, report.verdicts),)})
-    for table in (report.table(), sweep_table(sweep), means([report, report])):
-        words = [word for line in printed(table) for word in line]
-        assert {"a[/]", "[red]b"} <= set(words)
-
-
-def test_report_table() -> None:
-    lines = printed(report_of(natural=NATURAL, fgsm=FGSM, cw=CW).table())
-    fgsm = next(line for line in lines if "fgsm" in line)
-    assert "60.00" in fgsm
-    assert "2.0" in fgsm
-    assert next(line for line in lines if "worst" in line)[2:5] == ["case", "│", "40.00"]
 
 
 def test_report_load_translates_old_names_of_checks(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
+from deat_rb.attacks.autoattack import transpose_wide_images
 from deat_rb.utils import seeding
 
 DIRECTIONS = 8
@@ -173,10 +174,11 @@ class Probe:
 
         attack = SquareAttack(self.model, norm=self.norm, n_queries=queries, eps=self.eps, seed=self.seed,
                               device=self.images.device)  # fmt: skip
+        perturb = transpose_wide_images(attack) if self.norm == "L2" else attack.perturb
         misclassified = [torch.zeros(0, dtype=torch.bool, device=rows.device)]
         for part in rows.split(self.batch_size) if len(rows) else ():
             with torch.no_grad():
-                adv = attack.perturb(self.images[part].clone(), self.labels[part].clone())
+                adv = perturb(self.images[part].clone(), self.labels[part].clone())
             adv = self.projected(adv, self.images[part], self.eps)
             misclassified.append(~self.correct(adv, part))
         return torch.cat(misclassified)

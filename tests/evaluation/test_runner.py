@@ -1,0 +1,195 @@
+"""Attacks run batch by batch: radius 0, sweeps, bf16, adversarial images, progress and random models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from short_autoattack import shorten
+from small_problems import Plane, batch_for, small_network
+from torch import Tensor, nn
+
+from deat_rb.evaluation.evaluate import evaluate
+from deat_rb.evaluation.plots import draw_sweep
+from deat_rb.evaluation.report import Check, CurvePoint
+from deat_rb.utils import seeding
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Sequential:
+    return small_network()
+
+
+@pytest.fixture(scope="module")
+def batch(network: nn.Sequential) -> tuple[Tensor, Tensor]:
+    return batch_for(network)
+
+
+def test_evaluate_at_eps_0_changes_nothing(
+    network: nn.Sequential, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten(monkeypatch, iterations=2, queries=2)
+    names = "noise-gaussian,fgsm,pgd-2,cw-2,autoattack,square,torchattacks.PGD(steps=2)"
+    for norm in ("Linf", "L2"):
+        report = evaluate(network, *batch, attacks=names, eps=0, norm=norm)
+        for name, verdict in report.verdicts.items():
+            assert torch.equal(verdict, report.verdicts["natural"]), name
+        assert "eps is 0: nothing to attack" in report.results["autoattack"].notes
+        assert report.results["pgd-2"].forwards > 40, "that is tried out, not assumed"
+
+
+def test_evaluate_sweep(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    report = evaluate(network, images, labels, attacks="fgsm,pgd-4", eps="0.04,0,2/255", batch_size=20)
+    assert report.eps == 2 / 255, "the last one"
+    assert [point.eps for point in report.curve] == [0, 2 / 255, 0.04]
+    for point in report.curve[1:]:
+        alone = evaluate(network, images, labels, attacks="fgsm,pgd-4", eps=point.eps, batch_size=20)
+        assert point.n_correct == {name: result.n_correct for name, result in alone.results.items()}
+        assert point.worst_case == alone.worst_case.accuracy
+        assert alone.curve == ()
+    natural = report.results["natural"].n_correct
+    assert report.curve[0].n_correct == {"natural": natural, "fgsm": natural, "pgd-4": natural}
+    assert report.curve[0].accuracy["fgsm"] == natural / 48
+    assert report.curve[1].n_correct["pgd-4"] == report.results["pgd-4"].n_correct
+    main = evaluate(network, images, labels, attacks="fgsm", eps=(0.04, 0, "2/255"), main_eps="0.04")
+    assert main.eps == 0.04
+    assert evaluate(network, images, labels, attacks="fgsm", eps=(0.04, 0), main_eps=0.3).eps == 0
+    named = report.model_copy(update={"curve": tuple(_renamed(point, "$fgsm{$") for point in report.curve)})
+    for title in ("a network", r"run-$\frac{$", "[red]", "\udcff"):
+        assert draw_sweep(named, title=title).startswith(b"\x89PNG")
+
+
+def _renamed(point: CurvePoint, name: str) -> CurvePoint:
+    return point.model_copy(update={"accuracy": {name: point.accuracy["fgsm"]}})
+
+
+def test_evaluate_bf16_verdicts_are_in_fp32(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    report = evaluate(network, images, labels, attacks="fgsm,pgd-5", eps=0.04, precision="bf16")
+    assert report.precision == "bf16"
+    assert "upper bounds" in report.notes[0]
+    assert "upper bounds" in str(report.table().title)
+    for name, adv in report.adversarial.items():
+        with torch.no_grad():
+            assert torch.equal(network(adv).argmax(1) == labels, report.verdicts[name])
+    assert report.results["pgd-5"].n_correct < report.results["natural"].n_correct
+    assert evaluate(network, images, labels, attacks="fgsm").notes == ()
+
+
+def test_evaluate_bf16_misclassification_is_confirmed_in_fp32() -> None:
+    # The margin of class 1 is 1e-4, 4 * 2.5e-5, which bf16 rounds away: there the classes tie, and 0 is the first.
+    images = torch.tensor([0.5, 0.5, 0.5, 0.5 + 2.5e-5]).view(1, 1, 2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert int(Plane()(images).argmax()) == 0
+    report = evaluate(Plane(), images, torch.tensor([1]), attacks="fgsm,pgd-3", eps=1e-6, precision="bf16")
+    assert {name: result.n_correct for name, result in report.results.items()} == {
+        "natural": 1, "fgsm": 1, "pgd-3": 1
+    }  # fmt: skip
+
+
+def test_evaluate_adversarial_images_have_the_verdicts(
+    network: nn.Sequential, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten(monkeypatch, iterations=3, queries=20)
+    images, labels = batch
+    names = ("noise-uniform", "fgsm", "pgd-5x2", "cw-5", "autoattack", "torchattacks.BIM(steps=2)")
+    report = evaluate(network, images, labels, attacks=names, eps=0.04, batch_size=20)
+    assert list(report.adversarial) == list(names)
+    for name, adv in report.adversarial.items():
+        assert (adv.dtype, adv.shape, adv.device.type) == (torch.float32, images.shape, "cpu")
+        assert 0 <= adv.min() <= adv.max() <= 1
+        assert (adv - images).abs().max() <= 0.04 + 1e-6
+        with torch.no_grad():
+            assert torch.equal(network(adv).argmax(1) == labels, report.verdicts[name])
+        wrong = ~report.verdicts["natural"]
+        assert torch.equal(adv[wrong], images[wrong])
+    assert evaluate(network, images, labels, attacks="fgsm", keep_adversarial=False).adversarial == {}
+
+
+def test_evaluate_records_digests_of_weights_and_examples(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    first = evaluate(network, images, labels, attacks=())
+    again = evaluate(small_network(), images.clone(), labels, attacks=())
+    assert (first.model_sha256, first.examples_sha256) == (again.model_sha256, again.examples_sha256)
+    other = small_network()
+    other.get_buffer("1.running_mean").add_(1e-4)
+    changed = evaluate(other, images.flip(0), labels, attacks=())
+    assert changed.model_sha256 != first.model_sha256
+    assert changed.examples_sha256 != first.examples_sha256
+
+
+def test_evaluate_checks_are_in_the_report(
+    network: nn.Sequential, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def run_checks(model: nn.Module, images: Tensor, labels: Tensor, report: Any, **options: Any) -> tuple[Check, ...]:
+        asked.update(options, model=model, verdicts=set(report.verdicts), adversarial=set(report.adversarial))
+        return (Check(name="a doubt", status="warn", figure=1.0, sentence="Who knows."),)
+
+    monkeypatch.setattr("deat_rb.evaluation.checks.registry.run_checks", run_checks)
+    options: dict[str, Any] = {"attacks": "fgsm", "eps": 0.3, "norm": "L2", "batch_size": 9, "seed": 4}
+    assert evaluate(network, *batch, **options).checks == ()
+    assert not asked
+    report = evaluate(network, *batch, **options, checks="full")
+    assert [check.name for check in report.checks] == ["a doubt"]
+    assert report.adversarial
+    assert asked["model"] is network
+    assert asked["verdicts"] == {"natural", "fgsm"}
+    assert asked["adversarial"] == {"fgsm"}
+    given = {"level": "full", "eps": 0.3, "norm": "L2", "batch_size": 9, "seed": 4}
+    assert {key: asked[key] for key in given} == given
+
+
+class Watching:
+    """A caller's progress that wants to know what goes on within a batch."""
+
+    def __init__(self) -> None:
+        self.shares: list[tuple[str, int, int, float]] = []
+
+    def __call__(self, attack: str, done: int, total: int, robust: int) -> None:
+        pass
+
+    def within(self, attack: str, batch: int, batches: int, share: float) -> None:
+        self.shares.append((attack, batch, batches, share))
+
+
+def test_evaluate_progress_within_a_batch(
+    network: nn.Sequential, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deat_rb.evaluation.runner.WITHIN_EVERY", 0.0)
+    watching = Watching()
+    evaluate(network, *batch, attacks="pgd-9", eps=1e-6, batch_size=24, progress=watching)
+    seen = [entry for entry in watching.shares if entry[0] == "pgd-9"]
+    assert {entry[1:3] for entry in seen} == {(1, 2), (2, 2)}
+    shares = [entry[3] for entry in seen if entry[1] == 2]
+    # 9 steps and a last look are 10 passes; whatever is told before the end is not the end
+    assert shares == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99])
+
+
+class Noisy(nn.Module):
+    """Draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = small_network()
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images + 0.1 * torch.rand_like(images))
+        return logits
+
+
+def test_evaluate_seeds_models_that_draw_random_numbers(batch: tuple[Tensor, Tensor]) -> None:
+    model, found = Noisy(), []
+    for outside in (1, 2):
+        with seeding.preserved():
+            torch.manual_seed(outside)
+            before = torch.get_rng_state()
+            found.append(evaluate(model, *batch, attacks="fgsm,pgd-3", eps=0.04))
+            assert torch.equal(torch.get_rng_state(), before)
+    first, again = found
+    for name in first.verdicts:
+        assert torch.equal(first.verdicts[name], again.verdicts[name])
+    assert 0 < first.results["pgd-3"].n_correct < 48

@@ -1,0 +1,78 @@
+"""Tables over several evaluations and of one report."""
+
+from __future__ import annotations
+
+import io
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from deat_rb.evaluation.report import AttackResult, CurvePoint, Report
+from deat_rb.evaluation.tables import are_comparable, means, sweep_table
+
+NATURAL = torch.tensor([True, True, True, True, False])
+
+
+FGSM = torch.tensor([True, True, True, False, False])
+
+
+CW = torch.tensor([False, True, True, True, False])
+
+
+def report_of(**verdicts: torch.Tensor) -> Report:
+    """A report of examples whose verdicts are given, each attack having cost 2 s, 10 forwards and 5 backwards."""
+    results = [
+        AttackResult.of(
+            name, correct, seconds=2.0, forwards=10, backwards=5, parameters={"steps": 3}, notes=("a note",)
+        )
+        for name, correct in verdicts.items()
+    ]
+    return Report.of(
+        results, verdicts, eps=0.1, num_classes=2, seed=7, batch_size=4, device="cpu", versions={"python": "3.11"}
+    )
+
+
+def printed(table: Table) -> list[list[str]]:
+    """The words of each line of a table."""
+    console = Console(width=100, file=io.StringIO())
+    with console.capture() as lines:
+        console.print(table)
+    return [line.split() for line in lines.get().splitlines()]
+
+
+def test_means_over_comparable_reports() -> None:
+    one, other = report_of(natural=NATURAL, fgsm=FGSM), report_of(natural=NATURAL, fgsm=CW)
+    third = report_of(natural=NATURAL, fgsm=NATURAL & FGSM & CW)
+    lines = printed(means([one, other, third]))
+    # 60, 60 and 40 %: the mean is 53.33, and the deviations' squares 44.4, 44.4 and 177.8 sum to 2 * 11.55^2.
+    for name in (["fgsm"], ["worst", "case"]):
+        assert ["│", *name, "│", "53.33", "±", "11.55", "%", "│"] in lines
+    assert ["│", "natural", "│", "80.00", "±", "0.00", "%", "│"] in lines
+    assert are_comparable([one, other, third])
+    for different in ({"eps": 0.2}, {"norm": "L2"}, {"precision": "bf16"}, {"examples_sha256": "ab"}):
+        assert not are_comparable([one, other.model_copy(update=different)])
+
+
+def test_table_folds_long_names() -> None:
+    long = "torchattacks." + "x" * 150
+    report = report_of(**{"natural": NATURAL, long: FGSM})
+    sweep = report.model_copy(update={"curve": (CurvePoint.of(0.1, report.verdicts),)})
+    for table in (report.table(), sweep_table(sweep), means([report, report])):
+        assert long in "".join(word for line in printed(table) for word in line if set(word) <= set(long))
+
+
+def test_table_escapes_markup() -> None:
+    report = report_of(**{"natural": NATURAL, "a[/]": FGSM, "[red]b": CW})
+    sweep = report.model_copy(update={"curve": (CurvePoint.of(0.1, report.verdicts),)})
+    for table in (report.table(), sweep_table(sweep), means([report, report])):
+        words = [word for line in printed(table) for word in line]
+        assert {"a[/]", "[red]b"} <= set(words)
+
+
+def test_report_table() -> None:
+    lines = printed(report_of(natural=NATURAL, fgsm=FGSM, cw=CW).table())
+    fgsm = next(line for line in lines if "fgsm" in line)
+    assert "60.00" in fgsm
+    assert "2.0" in fgsm
+    assert next(line for line in lines if "worst" in line)[2:5] == ["case", "│", "40.00"]
