@@ -9,35 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deat_rb.data.images import ImageSet, interleave_classes
 from deat_rb.loading import EvalTarget, open_checkpoint, open_target
 from deat_rb.models.spec import build_model
 from deat_rb.runs.train import train
 from deat_rb.utils.errors import DeatError
-
-
-def labelled(*labels: int) -> ImageSet:
-    """Images whose every value is their position."""
-    images = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
-    return ImageSet(images.contiguous(), torch.tensor(labels))
-
-
-def positions(images: ImageSet) -> list[int]:
-    return images.images[:, 0, 0, 0].tolist()
-
-
-def test_interleave_classes_takes_them_in_turn() -> None:
-    turned = interleave_classes(labelled(0, 0, 0, 1, 2, 2))
-    assert turned.labels.tolist() == [0, 1, 2, 0, 2, 0]
-    assert positions(turned) == [0, 3, 4, 1, 5, 2]
-
-
-def test_interleave_classes_skips_missing_classes() -> None:
-    assert positions(interleave_classes(labelled(0, 0, 2, 2))) == [0, 2, 1, 3]
-
-
-def test_interleave_classes_keeps_a_mixed_order() -> None:
-    assert positions(interleave_classes(labelled(1, 0, 0, 1, 2))) == [0, 1, 2, 3, 4]
 
 
 @pytest.fixture

@@ -1,1 +1,1 @@
-"""Datasets: the embedded digits, CIFAR-10/100 and image folders; splits, batches, augmentation and input checks."""
+"""Datasets (digits, CIFAR-10/100, image folders), their statistics, splits, batches, augmentation and input checks."""

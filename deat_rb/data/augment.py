@@ -10,27 +10,24 @@ PADDING = 4
 
 
 def _augment(images: Tensor, stream: torch.Generator, size: int, own: slice) -> Tensor:
-    """Draws, for each of the ``size`` images of a global batch, its crop and its mirroring, and applies one's own."""
+    """Draw crop and flip of all ``size`` images of a global batch, and apply those of this rank's images, ``own``."""
     offsets = torch.randint(0, 2 * PADDING + 1, (2, size), generator=stream)
-    mirrored = torch.randint(0, 2, (1, size), generator=stream)
-    top, left, flip = torch.cat((offsets, mirrored))[:, own].to(images.device, non_blocking=True)
+    flipped = torch.randint(0, 2, (1, size), generator=stream)
+    top, left, flip = torch.cat((offsets, flipped))[:, own].to(images.device, non_blocking=True)
     return crop_and_flip(images, top, left, flip > 0)
 
 
 def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
-    """Crops each image from itself with 4 zeros on every side, and mirrors some from left to right.
-
-    One gather does both for the whole batch, because the pixels of a mirrored crop are those of the crop, read
-    backwards.
+    """Pad each image with 4 zeros on every side, crop it to its size and flip some horizontally, in one gather.
 
     Args:
-        images: (N, C, H, W), of any type.
-        top: (N,) int64, 0 to 8: the first row of the crop; 4 is the image's own.
+        images: (N, C, H, W), of any dtype.
+        top: (N,) int64, 0 to 8: the first row of the crop; 4 is that of the image.
         left: (N,) int64, 0 to 8: the first column of the crop.
-        flip: (N,) bool: which crops are mirrored.
+        flip: (N,) bool: which crops are flipped.
 
     Returns:
-        (N, C, H, W), of the same type.
+        (N, C, H, W), of the same dtype.
     """
     count, channels, height, width = images.shape
     padded = functional.pad(images, (PADDING, PADDING, PADDING, PADDING))

@@ -1,4 +1,4 @@
-"""Labelled images, parts of them, and the batches made of them."""
+"""Batches of labeled images: order, augmentation and sharding over ranks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from deat_rb.utils.seeding import generator
 
 
 class Batches:
-    """The batches of one epoch after another, on the device.
+    """The batches of one epoch after another, on a device.
 
-    The order and the augmentation of an epoch follow from the seed and the epoch's number alone, on every device, for
-    any number of processes, and whether the images are held in memory or read from files. Iterating twice without
-    `set_epoch` between gives the same batches twice.
+    Order and augmentation of an epoch depend on the seed and the epoch's number only: not on the device, the number of
+    ranks, or whether the images are in memory or in files. Iterating twice without `set_epoch` in between gives the
+    same batches.
     """
 
     def __init__(
@@ -37,26 +37,26 @@ class Batches:
         rank: int = 0,
         processes: int = 1,
     ) -> None:
-        """Puts images that are in memory on the device; where they would fill it, each batch as it is wanted.
+        """Move images that are in memory to the device if it has room for them.
 
         Args:
             data: The images.
-            batch_size: Images per batch, of all processes together; the last batch has what remains.
-            shuffle: Another order in every epoch.
-            augment: Crops each image at random from itself with 4 black pixels around it, and mirrors half of them.
-            seed: Of the order and the augmentation.
-            device: Where the batches are wanted.
-            drop_last: Leaves a last batch out that is not full.
-            memory_format: Of the images; ``torch.channels_last`` gives the same values.
-            rank: Which process this is; see `divided`.
-            processes: How many there are.
+            batch_size: Images per global batch, of all ranks together; the last batch may be smaller.
+            shuffle: Whether each epoch has another order.
+            augment: Whether each image is padded with 4 zeros, cropped at random and flipped with probability 1/2.
+            seed: Seed of order and augmentation.
+            device: Device of the batches.
+            drop_last: Whether a smaller last batch is left out.
+            memory_format: Memory format of the images; ``torch.channels_last`` gives the same values.
+            rank: Rank of this process; see `divided`.
+            processes: Number of ranks.
 
         Raises:
-            DeatError: ``batch_size`` is below 1, there are fewer images than a batch of training takes, or a batch
-                cannot be divided over the processes.
+            DeatError: ``batch_size`` is below 1, there are fewer training images than a batch takes, or a batch has
+                fewer images than there are ranks.
         """
         if batch_size < 1:
-            raise DeatError(f"--batch-size {batch_size} is not possible: give 1 or more")
+            raise DeatError(f"--batch-size {batch_size} is below 1: give 1 or more")
         if (shuffle or drop_last) and len(data) < batch_size:
             raise DeatError(
                 f"{len(data)} training images are fewer than one batch of --batch-size {batch_size}: "
@@ -74,17 +74,17 @@ class Batches:
         self._read = data.reader(device)
 
     def divided(self, rank: int, processes: int) -> Batches:
-        """The same batches, of which each is a process's share (`deat_rb.utils.distributed.share`) of the global one.
+        """Return batches that are one rank's shares (`deat_rb.utils.distributed.share`) of these global batches.
 
-        Order and augmentation are drawn for the global batch and then divided: the shares of all ranks, one after
-        another, are the batch of a single process. The images are not copied.
+        Order and augmentation are drawn for the global batch: the shares of all ranks, concatenated, are the global
+        batch. The images are not copied.
 
         Args:
-            rank: Which process this is, from 0 on.
-            processes: How many there are.
+            rank: Rank of the process, from 0 on.
+            processes: Number of ranks.
 
         Raises:
-            DeatError: There is no such rank, or a batch has fewer images than there are processes.
+            DeatError: There is no such rank, or a batch has fewer images than there are ranks.
         """
         part = copy.copy(self)
         part._divide(rank, processes)
@@ -92,19 +92,19 @@ class Batches:
 
     def _divide(self, rank: int, processes: int) -> None:
         if not 0 <= rank < processes:
-            raise DeatError(f"rank {rank} of {processes} processes is not possible: ranks are 0 to {processes - 1}")
+            raise DeatError(f"rank {rank} of {processes} is not possible: ranks are 0 to {processes - 1}")
         rest = self._count % self.batch_size
         smallest = rest if rest and not self.drop_last else self.batch_size
         if smallest < processes:
             raise DeatError(
-                f"{self._count} images in batches of {self.batch_size} leave one of {smallest}, which cannot be "
-                f"divided over {processes} processes: give another --batch-size or --train-size, or fewer processes"
+                f"{self._count} images in batches of {self.batch_size} leave a batch of {smallest}, fewer than the "
+                f"{processes} ranks: give another --batch-size or --train-size, or use fewer ranks"
             )
         self.rank = rank
         self.processes = processes
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch that the next iteration gives."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -112,23 +112,23 @@ class Batches:
         return full + (rest > 0 and not self.drop_last)
 
     def examples_in(self, batch: int) -> int:
-        """How many images the global batch of this number has, from 0 on: the shares of all processes together."""
+        """Return the number of images in a global batch, numbered from 0 on."""
         return min(self.batch_size, self._count - batch * self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.starting_at(0)
 
     def starting_at(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The epoch from one batch on: the same batches that the whole epoch has there.
+        """Iterate over the epoch from a batch on: the same batches as in the whole epoch.
 
         Yields:
             float32 images (N, C, H, W) in [0, 1] and int64 labels (N,).
 
         Raises:
-            DeatError: The epoch is shorter; while iterating, that an image file cannot be read.
+            DeatError: The epoch is shorter; while iterating, an image file cannot be read.
         """
         if not 0 <= batch <= len(self):
-            raise DeatError(f"an epoch of {len(self)} batches cannot be continued at batch {batch}")
+            raise DeatError(f"an epoch of {len(self)} batches has no batch {batch} to continue from")
         stream = generator(self.seed, "order", self.epoch)
         order = torch.randperm(self._count, generator=stream) if self.shuffle else None
         return self._batches(order, self.epoch, range(batch, len(self)))
@@ -141,13 +141,9 @@ class Batches:
         for number, (images, labels) in zip(numbers, self._read(order, windows), strict=True):
             if self.augment:
                 stream = generator(self.seed, "augment", epoch, number)
-                images = _augment(images, stream, self._size(number), self._share(number))
+                images = _augment(images, stream, self.examples_in(number), self._share(number))
             yield images.to(torch.float32).div_(255).contiguous(memory_format=self.memory_format), labels
 
-    def _size(self, number: int) -> int:
-        """How many images the global batch has."""
-        return min(self.batch_size, self._count - number * self.batch_size)
-
     def _share(self, number: int) -> slice:
-        """Which of them are this process's."""
-        return share(self._size(number), self.rank, self.processes)
+        """Return which images of a global batch are this rank's."""
+        return share(self.examples_in(number), self.rank, self.processes)

@@ -1,4 +1,4 @@
-"""Checks that a batch is what every function here takes."""
+"""Checks of the images and labels that a user passes."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from torch import Tensor
 from deat_rb.utils.errors import DeatError
 
 ROUNDING = 1e-6
+"""How far outside [0, 1] pixels may be: resampling of float images ends that far outside, and attacks clamp."""
 
 
 def check_batch(images: Tensor, labels: Tensor, num_classes: int | None = None) -> None:
-    """Checks that a batch is what every function here takes. It waits for the device: once per loader, not per batch.
+    """Check shape, dtype and range of images and labels. It synchronizes with the device: use it once per loader.
 
     Args:
-        images: Should be floating-point (N, C, H, W) in [0, 1].
-        labels: Should be int64 (N,), from 0 to ``num_classes`` - 1.
-        num_classes: How many classes there are, where that is known.
+        images: Must be floating-point (N, C, H, W) in [0, 1].
+        labels: Must be int64 (N,), from 0 to ``num_classes`` - 1.
+        num_classes: The number of classes, if known.
 
     Raises:
-        DeatError: Something is not so.
+        DeatError: One of them is not as stated.
     """
     if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
         raise DeatError(f"images and labels must be tensors, not {type(images).__name__} and {type(labels).__name__}")
@@ -32,13 +33,18 @@ def check_batch(images: Tensor, labels: Tensor, num_classes: int | None = None) 
     low, high = (bound.item() for bound in images.detach().aminmax())
     if low != low:
         raise DeatError("the images contain NaN: look for a division by zero where they are made")
-    # Resampling float images ends a rounding error outside; the attacks' own clamp brings that back.
     if low < -ROUNDING or high > 1 + ROUNDING:
         raise DeatError(
-            f"images must be in [0, 1], not in [{low:.4g}, {high:.4g}]: "
-            "divide by 255 if they are 0 to 255; normalisation belongs in the model, as its first layer"
+            f"images must be in [0, 1], not in [{_shown(low)}, {_shown(high)}]: "
+            "divide by 255 if they are 0 to 255; normalization belongs in the model, as its first layer"
         )
     _check_labels(labels, len(images), num_classes)
+
+
+def _shown(bound: float) -> str:
+    """Format a bound with as many digits as it takes to see whether it is outside [0, 1]."""
+    short = f"{bound:.4g}"
+    return short if (float(short) < 0, float(short) > 1) == (bound < 0, bound > 1) else f"{bound:.8g}"
 
 
 def _check_labels(labels: Tensor, count: int, num_classes: int | None) -> None:

@@ -1,61 +1,50 @@
-"""The data sets: digits, which come with scikit-learn, CIFAR-10 and CIFAR-100, and folders of images.
-
-A data set is a loader and its row in `DATASETS`. What batches are made of is in `deat_rb.batches`, whose names are
-offered here too.
-"""
+"""Datasets by name: scikit-learn's digits, CIFAR-10, CIFAR-100 and folders of images."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import socket
+import stat
 import tempfile
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from deat_rb.data.batches import Batches
-from deat_rb.data.check import check_batch
-from deat_rb.data.image_folder import ImageFolder, image_files
-from deat_rb.data.images import ImageSet, LabeledImages, subset, train_val_split
+from deat_rb.data.image_folder import ImageFolder, check_utf8, describe_left_out, image_files
+from deat_rb.data.images import ImageSet, LabeledImages, interleave_classes, train_val_split
 from deat_rb.data.normalization import NORMALIZATION, Normalization
-from deat_rb.data.statistics import DatasetStatistics, Progress, cached_statistics, compute_statistics
+from deat_rb.data.statistics import DatasetStatistics, Progress, StatisticsCache, compute_statistics
 from deat_rb.utils.errors import DeatError, did_you_mean
-
-__all__ = [
-    "DATASETS",
-    "Batches",
-    "Dataset",
-    "ImageSet",
-    "LabeledImages",
-    "check_batch",
-    "load_data",
-    "subset",
-    "train_val_split",
-]
 
 DIGITS_TEST_SIZE = 500
 
+CIFAR_SIZES = (50_000, 10_000)
+
 DOWNLOAD_TIMEOUT = 30.0
+"""Seconds."""
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set with its test part.
+    """A dataset with a training and a test part.
 
     Attributes:
         name: As given to `load_data`.
         train: The training images.
-        test: The test images, of the same size.
+        test: The test images, of the same size; those of a folder in an order in which the classes take turns.
         classes: Names of the classes, in the order of the labels.
-        mean: Per channel, of images in [0, 1], for the model's normalisation.
-        std: Likewise.
-        augment: Whether training images are to be cropped and mirrored.
-        fingerprint: SHA-256 over all images, labels and class names.
+        statistics: Fingerprint, mean and standard deviation, or a function that computes them from all images.
+        augment: Whether training images are cropped and flipped at random.
+        left_out: How many files of a folder were left out, by reason; see `deat_rb.data.image_folder.image_files`.
+        is_placeholder: Whether the images are black because the dataset was not downloaded.
 
     Raises:
         DeatError: There is one class only, the image sizes differ, or a label is out of range.
@@ -65,16 +54,14 @@ class Dataset:
     train: LabeledImages
     test: LabeledImages
     classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    statistics: DatasetStatistics | Callable[[], DatasetStatistics]
     augment: bool
-    fingerprint: str
+    left_out: Counter[str] = field(default_factory=Counter)
+    is_placeholder: bool = False
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
-            raise DeatError(
-                f"{self.name} has only one class, {self.classes[0]}: there must be two or more to tell apart"
-            )
+            raise DeatError(f"{self.name} has only one class, {self.classes[0]}: two or more are needed")
         if self.train.shape != self.test.shape:
             raise DeatError(
                 f"{self.name} has training images of {self.train.shape} and test images of {self.test.shape}: "
@@ -88,15 +75,50 @@ class Dataset:
                     f"its {len(self.classes)} classes are 0 to {len(self.classes) - 1}"
                 )
 
+    @cached_property
+    def _statistics(self) -> DatasetStatistics:
+        return self.statistics if isinstance(self.statistics, DatasetStatistics) else self.statistics()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all images, labels and class names; decodes the training images if it is not known yet."""
+        return self._statistics.fingerprint
+
+    @property
+    def known_fingerprint(self) -> str | None:
+        """The fingerprint, or None if the training images would have to be decoded for it."""
+        known = isinstance(self.statistics, DatasetStatistics) or "_statistics" in vars(self)
+        return self.fingerprint if known else None
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of the training images per channel, in [0, 1], for the model's normalization."""
+        return self._statistics.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation per channel, likewise."""
+        return self._statistics.std
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about the files for the user: what was left out, and how many images have transparency."""
+        known = self._statistics.transparent if self.known_fingerprint is not None else 0
+        transparency = f"{known} {'image has' if known == 1 else 'images have'} transparency, composited on white"
+        missing = f"{self.name} has not been downloaded yet" if self.is_placeholder else ""
+        return tuple(filter(None, (describe_left_out(self.left_out), transparency if known else "", missing)))
+
 
 @dataclass(frozen=True)
 class _Request:
-    """What `load_data` was asked for, besides the name."""
+    """The arguments of `load_data`, besides the name."""
 
     data_dir: Path | None
     image_size: int
     memory_limit: int | None
     progress: Progress | None
+    test_only: bool
+    download: bool
 
 
 def load_data(
@@ -106,53 +128,51 @@ def load_data(
     image_size: int | None = None,
     memory_limit: int | None = None,
     progress: Progress | None = None,
+    test_only: bool = False,
+    download: bool = True,
 ) -> Dataset:
-    """Loads a data set into memory, or leaves it in its files where it is too large for that.
+    """Load a dataset into memory, or leave its images in files where they would exceed a limit.
 
     Args:
         name: "digits", "cifar10", "cifar100" or "folder".
-        data_dir: Where CIFAR's files are or shall be downloaded to (default "data"), or the folder. Digits need none.
-        image_size: Height and width that images of a folder are brought to (default 32). The others are 32x32.
-        memory_limit: Bytes that the decoded images of a folder may take, a byte per value. Where they would take more
-            they stay in their files and are decoded by worker processes in each epoch; batches, fingerprint, mean and
-            standard deviation are the same. By default all are held in memory.
-        progress: Is told how many of how many images have been seen where they stay in their files and are new here.
+        data_dir: Where CIFAR's files are or are downloaded to (default "data"), or the folder with
+            ``train/<class>/*`` and ``test/<class>/*``.
+        image_size: Height and width to which a folder's images are resized (default 32). The others are 32x32.
+        memory_limit: Bytes that the decoded images of a folder may take, one byte per value. Larger datasets stay in
+            their files and are decoded by worker processes in each epoch; batches, fingerprint, mean and standard
+            deviation are the same. By default all images are held in memory.
+        progress: Called while the statistics of images that stay in their files are computed for the first time.
+        test_only: Decode only the test images of a folder. Its training images stay in their files, and `fingerprint`,
+            `mean` and `std` are computed when they are used, if they are not in the cache.
+        download: Whether CIFAR may be downloaded. If not, and if it is not there, black images of the same number and
+            size are returned, with `Dataset.is_placeholder`: enough to plan a run.
 
     Raises:
-        DeatError: The name is unknown, or the data cannot be had or used.
+        DeatError: The name is unknown, or the data cannot be loaded.
     """
     if name not in DATASETS:
         raise DeatError(f"--dataset {name} is unknown: {did_you_mean(name, DATASETS)}")
     if name != "folder" and image_size not in (None, 32):
         raise DeatError(
-            f"--image-size {image_size} cannot be had: the images of {name} are 32x32; --dataset folder resizes"
+            f"--image-size {image_size} is not possible: the images of {name} are 32x32; only --dataset folder resizes"
         )
     if memory_limit is not None and memory_limit < 0:
         raise DeatError(f"--memory-limit {memory_limit} is below 0: give a number of bytes, such as 8G")
     folder = None if data_dir is None else Path(data_dir).expanduser()
-    return DATASETS[name](_Request(folder, 32 if image_size is None else image_size, memory_limit, progress))
-
-
-def _data_set(
-    name: str,
-    train: LabeledImages,
-    test: LabeledImages,
-    classes: tuple[str, ...],
-    seen: DatasetStatistics,
-    *,
-    augment: bool,
-) -> Dataset:
-    return Dataset(name, train, test, classes, seen.mean, seen.std, augment, seen.fingerprint)
+    if folder is not None:
+        check_utf8(folder, "--data-dir")
+    size = 32 if image_size is None else image_size
+    return DATASETS[name](_Request(folder, size, memory_limit, progress, test_only, download))
 
 
 def _digits(request: _Request) -> Dataset:
-    """scikit-learn's 1,797 handwritten digits: 8x8 values of 0 to 16, enlarged bilinearly to 32x32 RGB.
+    """Load scikit-learn's 1,797 handwritten digits: 8x8 values of 0 to 16, enlarged bilinearly to 32x32 RGB.
 
-    500 of them, each class in proportion and the same in every run, are the test set.
+    500 of them, stratified by class and the same in every run, are the test set.
     """
     if request.data_dir is not None:
         raise DeatError(
-            f"--data-dir {request.data_dir} is of no use to the digits; for a folder of images say --dataset folder"
+            f"--data-dir {request.data_dir} does not apply to the digits; use --dataset folder for a folder of images"
         )
     from sklearn.datasets import load_digits
 
@@ -162,30 +182,33 @@ def _digits(request: _Request) -> Dataset:
     images = large.round().clamp(0, 255).to(torch.uint8).repeat(1, 3, 1, 1)
     train, test = train_val_split(ImageSet(images, torch.from_numpy(bunch.target).long()), DIGITS_TEST_SIZE, seed=0)
     classes = tuple(str(digit) for digit in range(10))
-    return _data_set("digits", train, test, classes, compute_statistics(train, test, classes), augment=False)
+    return Dataset("digits", train, test, classes, compute_statistics(train, test, classes), augment=False)
 
 
 def _cifar10(request: _Request) -> Dataset:
     from torchvision.datasets import CIFAR10
 
-    return _cifar("cifar10", CIFAR10, request.data_dir or Path("data"), NORMALIZATION["cifar10"])
+    return _cifar("cifar10", CIFAR10, request)
 
 
 def _cifar100(request: _Request) -> Dataset:
     from torchvision.datasets import CIFAR100
 
-    return _cifar("cifar100", CIFAR100, request.data_dir or Path("data"), NORMALIZATION["cifar100"])
+    return _cifar("cifar100", CIFAR100, request)
 
 
-def _cifar(name: str, source: Any, root: Path, normalization: Normalization) -> Dataset:
-    """Loads the files that torchvision's class ``source`` reads, and fetches them before if they are not there."""
+def _cifar(name: str, source: Any, request: _Request) -> Dataset:
+    """Load the files that torchvision's class ``source`` reads, after downloading them if they are not there."""
+    root, normalization = request.data_dir or Path("data"), NORMALIZATION[name]
     if not (root / source.base_folder).exists():
+        if not request.download:
+            return _cifar_placeholder(name, normalization)
         _fetch_cifar(name, source, root)
     try:
         parts = [source(root, train=train) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         raise DeatError(
-            f"{root / source.base_folder} is incomplete or damaged: remove it, and it is unpacked from "
+            f"{root / source.base_folder} is incomplete or damaged: remove it, so that it is unpacked from "
             f"{root / source.filename} or downloaded again"
         ) from error
     train, test = (
@@ -193,18 +216,30 @@ def _cifar(name: str, source: Any, root: Path, normalization: Normalization) -> 
         for part in parts
     )
     classes = tuple(parts[0].classes)
-    seen = compute_statistics(train, test, classes, normalization=normalization)
-    return _data_set(name, train, test, classes, seen, augment=True)
+    statistics = compute_statistics(train, test, classes, normalization=normalization)
+    return Dataset(name, train, test, classes, statistics, augment=True)
+
+
+def _cifar_placeholder(name: str, normalization: Normalization) -> Dataset:
+    """Return as many black images as CIFAR has, which share the memory of one."""
+    count = {"cifar10": 10, "cifar100": 100}[name]
+    train, test = (
+        ImageSet(torch.zeros(1, 3, 32, 32, dtype=torch.uint8).expand(size, -1, -1, -1), torch.arange(size) % count)
+        for size in CIFAR_SIZES
+    )
+    statistics = DatasetStatistics("not downloaded", *normalization)
+    classes = tuple(str(label) for label in range(count))
+    return Dataset(name, train, test, classes, statistics, augment=True, is_placeholder=True)
 
 
 def _fetch_cifar(name: str, source: Any, root: Path) -> None:
-    """Unpacks the archive under ``root``, or downloads it; only what is whole is moved to its place."""
+    """Unpack the archive under ``root``, or download it, and move the complete folder into place."""
     from torchvision.datasets.utils import check_integrity, extract_archive
 
     archive = root / source.filename
     if archive.exists() and not check_integrity(archive, source.tgz_md5):
         raise DeatError(
-            f"{archive} is incomplete or damaged (its MD5 is not {source.tgz_md5}): fetch it anew from {source.url}"
+            f"{archive} is incomplete or damaged (its MD5 is not {source.tgz_md5}): download it again from {source.url}"
         )
     created = not root.exists()
     try:
@@ -216,21 +251,21 @@ def _fetch_cifar(name: str, source: Any, root: Path) -> None:
                 with _socket_timeout(DOWNLOAD_TIMEOUT):
                     source(scratch, download=True)
             os.replace(Path(scratch, source.base_folder), root / source.base_folder)
-    # Everything between here and the server can fail, each in its own way, and the answer is always the same.
+    # The network, the server and the disk fail with many exceptions, and the advice is the same.
     except Exception as error:
         if created:
             with contextlib.suppress(OSError):
                 root.rmdir()
         raise DeatError(
-            f"{name} could not be had ({type(error).__name__}: {error}): fetch {source.url} elsewhere and put it "
-            f"there as {archive}, or its files into {root / source.base_folder}; --dataset digits and --dataset folder "
-            "need no download"
+            f"{name} could not be downloaded ({type(error).__name__}: {error}): download {source.url} elsewhere and "
+            f"save it as {archive}, or its files in {root / source.base_folder}; --dataset digits and --dataset "
+            "folder need no download"
         ) from error
 
 
 @contextlib.contextmanager
 def _socket_timeout(seconds: float) -> Iterator[None]:
-    """Bounds how long torchvision's download waits for an answer: it sets no limit itself."""
+    """Set the timeout of torchvision's download, which has none."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -240,35 +275,63 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
 
 
 def _folder(request: _Request) -> Dataset:
-    """``train/<class>/*`` and ``test/<class>/*``, read as torchvision's ``ImageFolder`` reads them."""
+    """Load ``train/<class>/*`` and ``test/<class>/*``."""
     data_dir, image_size = request.data_dir, request.image_size
     if data_dir is None:
         raise DeatError("--dataset folder needs --data-dir: the folder that has train/<class>/* and test/<class>/*")
     if image_size < 1:
         raise DeatError(f"--image-size {image_size} is not possible: give 1 or more pixels")
     for part in ("train", "test"):
-        if not (data_dir / part).is_dir():
+        try:
+            missing = not stat.S_ISDIR(os.stat(data_dir / part).st_mode)
+        except PermissionError as error:
+            raise DeatError(f"{data_dir / part} cannot be read: {error.strerror}") from error
+        except OSError:
+            missing = True
+        if missing:
             raise DeatError(
                 f"--data-dir {data_dir} has no folder {part}: it must have train/<class>/* and test/<class>/*"
             )
-    train_files, test_files = image_files(data_dir / "train"), image_files(data_dir / "test")
-    if differing := sorted(train_files.keys() ^ test_files.keys()):
+    (train_files, left_out), (test_files, more) = image_files(data_dir / "train"), image_files(data_dir / "test")
+    _check_classes(train_files, test_files, data_dir)
+    classes = tuple(train_files)
+    train, test = ImageFolder.of(train_files, image_size), ImageFolder.of(test_files, image_size)
+    cache = StatisticsCache(train, test, classes)
+    decoded = test.nbytes if request.test_only else train.nbytes + test.nbytes
+    in_memory = request.memory_limit is None or decoded <= request.memory_limit
+    # The fingerprint is over the order in the folder, class by class.
+    parts: tuple[LabeledImages, LabeledImages] = train, interleave_classes(test)
+    statistics: DatasetStatistics | Callable[[], DatasetStatistics]
+    if request.test_only:
+        statistics = cache.read() or cache.read_or_compute
+        if in_memory:
+            parts = train, parts[1].in_memory()
+    elif in_memory:
+        (held_train, some), (held_test, others) = train.decode(), test.decode()
+        statistics = replace(compute_statistics(held_train, held_test, classes), transparent=some + others)
+        cache.write(statistics)
+        parts = held_train, interleave_classes(held_test)
+    else:
+        statistics = cache.read_or_compute(request.progress)
+    return Dataset("folder", *parts, classes, statistics, augment=True, left_out=left_out + more)
+
+
+def _check_classes(train: dict[str, list[str]], test: dict[str, list[str]], data_dir: Path) -> None:
+    differing = sorted(train.keys() ^ test.keys())
+    if differing:
+        composed = [unicodedata.normalize("NFC", name) for name in differing]
+        spelling = (
+            "" if len(set(composed)) == len(composed) else ", spelled with other Unicode characters there (NFC, NFD)"
+        )
         raise DeatError(
-            f"the class '{differing[0]}' is under only one of {data_dir / 'train'} and {data_dir / 'test'}: "
+            f"the class '{differing[0]}' is under only one of {data_dir / 'train'} and {data_dir / 'test'}{spelling}: "
             "both must have the same classes"
         )
-    if len(train_files) < 2:
+    if len(train) < 2:
         raise DeatError(
-            f"{data_dir / 'train'} has {f'only one class, {min(train_files)}' if train_files else 'no class'}: "
-            "there must be two or more, a folder each"
+            f"{data_dir / 'train'} has {f'only one class, {min(train)}' if train else 'no class'}: "
+            "two or more are needed, each in a folder"
         )
-    train, test = ImageFolder.of(train_files, image_size), ImageFolder.of(test_files, image_size)
-    classes = tuple(train_files)
-    if request.memory_limit is not None and train.nbytes + test.nbytes > request.memory_limit:
-        seen = cached_statistics(train, test, classes, request.progress)
-        return _data_set("folder", train, test, classes, seen, augment=True)
-    in_memory = train.in_memory(), test.in_memory()
-    return _data_set("folder", *in_memory, classes, compute_statistics(*in_memory, classes), augment=True)
 
 
 DATASETS: dict[str, Callable[[_Request], Dataset]] = {

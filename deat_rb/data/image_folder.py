@@ -1,13 +1,17 @@
-"""Folders of image files: found, decoded, and read again in every epoch where they are too many to be held."""
+"""Folders of image files: listing, decoding, and reading anew in every epoch where they do not fit in memory."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -18,7 +22,14 @@ from deat_rb.data.images import ImageSet, LabeledImages, Reader
 from deat_rb.data.workers import WorkerReader
 from deat_rb.utils.errors import DeatError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+if TYPE_CHECKING:
+    from PIL import Image
+
+FORMATS = {"AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP"}
+"""Pillow's formats that are read, as far as the installed Pillow has them."""
+
+SYSTEM_FOLDERS = {"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found", "System Volume Information"}
+"""Folders that operating systems and network drives create; like hidden names they are left out."""
 
 DECODING_THREADS = 4
 
@@ -29,11 +40,11 @@ CHUNK_BYTES = 2**22
 
 @dataclass(frozen=True, eq=False)
 class Paths:
-    """Many paths in little memory: a million strings of their own would be copied into every worker as it reads them.
+    """Many paths in one buffer: worker processes would copy a million Python strings as they read them.
 
     Attributes:
-        joined: All of them, one after another.
-        ends: int64, where each ends.
+        joined: All paths, one after another.
+        ends: int64, where each path ends.
     """
 
     joined: bytes
@@ -41,7 +52,7 @@ class Paths:
 
     @classmethod
     def of(cls, paths: Sequence[str]) -> Paths:
-        """Joins paths."""
+        """Join paths."""
         encoded = [os.fsencode(path) for path in paths]
         return cls(b"".join(encoded), np.cumsum([len(path) for path in encoded], dtype=np.int64))
 
@@ -51,32 +62,35 @@ class Paths:
 
 
 @dataclass(frozen=True, eq=False)
-class _Files:
-    """What decodes; a worker gets one."""
+class _FileDecoder:
+    """Decodes image files; each worker process has one.
+
+    With ``count_transparent`` the labels are replaced by 1 for an image with transparency and 0 for others.
+    """
 
     paths: Paths
     numbers: NDArray[np.int64]
     labels: NDArray[np.int64]
     size: int
+    count_transparent: bool = False
 
     def __call__(self, positions: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         images = np.empty((len(positions), 3, self.size, self.size), dtype=np.uint8)
+        transparent = np.zeros(len(positions), dtype=np.int64)
         for row, position in enumerate(positions):
-            images[row] = read_image(self.paths[self.numbers[position]], self.size)
-        return images, self.labels[positions]
+            images[row], transparent[row] = _decode(self.paths[self.numbers[position]], self.size)
+        return images, transparent if self.count_transparent else self.labels[positions]
 
 
 @dataclass(frozen=True, eq=False)
 class ImageFolder(LabeledImages):
-    """Labelled image files of one folder, decoded when they are wanted.
-
-    Each becomes RGB of one size: the largest centred square, resized bilinearly.
+    """Labeled image files, decoded when they are needed; see `read_image`.
 
     Attributes:
         paths: The files of the whole folder.
-        numbers: int64 (N,), which of them belong to this set, in its order.
+        numbers: int64 (N,), which of the paths belong to this set, in its order.
         labels: int64 (N,), from 0 on.
-        size: Height and width.
+        size: Height and width of the decoded images.
     """
 
     paths: Paths
@@ -86,9 +100,9 @@ class ImageFolder(LabeledImages):
 
     @classmethod
     def of(cls, files: dict[str, list[str]], size: int) -> ImageFolder:
-        """The files of each class, whose labels are the classes' positions."""
-        labels = [label for label, found in enumerate(files.values()) for _ in found]
-        paths = Paths.of([path for found in files.values() for path in found])
+        """Return the files of each class, labeled with the position of the class."""
+        labels = [label for label, paths in enumerate(files.values()) for _ in paths]
+        paths = Paths.of([path for paths in files.values() for path in paths])
         return cls(paths, torch.arange(len(labels)), torch.tensor(labels), size)
 
     @property
@@ -97,89 +111,217 @@ class ImageFolder(LabeledImages):
         return 3, self.size, self.size
 
     def files(self) -> Iterator[Path]:
-        """The files, in order."""
+        """Yield the files, in order."""
         return (self.paths[number] for number in self.numbers.tolist())
 
     def _part(self, chosen: slice | Tensor) -> Self:
         return type(self)(self.paths, self.numbers[chosen], self.labels[chosen], self.size)
 
-    def _decoder(self) -> _Files:
-        return _Files(self.paths, self.numbers.numpy(), self.labels.numpy(), self.size)
+    def _decoder(self) -> _FileDecoder:
+        return _FileDecoder(self.paths, self.numbers.numpy(), self.labels.numpy(), self.size)
 
     def in_memory(self) -> ImageSet:
-        """Decodes all of them into memory, in threads.
+        """Decode all files into memory.
 
         Raises:
-            DeatError: One cannot be read.
+            DeatError: A file cannot be read.
         """
-        images, decode = np.empty((len(self), *self.shape), dtype=np.uint8), self._decoder()
+        return self.decode()[0]
 
-        def fill(start: int) -> None:
-            positions = range(start, min(start + FILES_PER_TASK, len(self)))
-            for position in positions:
-                images[position] = decode([position])[0][0]
+    def decode(self) -> tuple[ImageSet, int]:
+        """Decode all files into memory, in threads; return them and how many of them have transparency.
+
+        Raises:
+            DeatError: A file cannot be read.
+        """
+        images, decoder = np.empty((len(self), *self.shape), dtype=np.uint8), self._decoder()
+        decoder = replace(decoder, count_transparent=True)
+
+        def fill(start: int) -> int:
+            transparent = 0
+            for position in range(start, min(start + FILES_PER_TASK, len(self))):
+                (images[position],), flags = decoder([position])
+                transparent += int(flags[0])
+            return transparent
 
         with ThreadPoolExecutor(min(DECODING_THREADS, os.cpu_count() or 1)) as pool:
-            for _ in pool.map(fill, range(0, len(self), FILES_PER_TASK)):
-                pass
-        return ImageSet(torch.from_numpy(images), self.labels)
+            transparent = sum(pool.map(fill, range(0, len(self), FILES_PER_TASK)))
+        return ImageSet(torch.from_numpy(images), self.labels), transparent
 
-    def chunks(self) -> Iterator[Tensor]:
-        """All of them once, in order: uint8 (n, 3, H, W), decoded by worker processes, a few megabytes at a time.
+    def chunks(self) -> Iterator[tuple[Tensor, int]]:
+        """Yield all images once, in order, decoded by worker processes, a few megabytes at a time.
+
+        Yields:
+            uint8 (n, 3, H, W), and how many of them have transparency.
 
         Raises:
-            DeatError: One cannot be read.
+            DeatError: A file cannot be read.
         """
         each = max(1, min(FILES_PER_TASK, CHUNK_BYTES * len(self) // self.nbytes))
         windows = [slice(start, min(start + each, len(self))) for start in range(0, len(self), each)]
-        for images, _ in self.reader("cpu")(None, windows):
-            yield images
+        for images, flags in WorkerReader(replace(self._decoder(), count_transparent=True), "cpu")(None, windows):
+            yield images, int(flags.sum())
 
     def reader(self, device: torch.device | str) -> Reader:
-        """Gives batches that worker processes decode in each epoch anew."""
+        """Return a reader whose worker processes decode the batches anew in each epoch."""
         return WorkerReader(self._decoder(), device)
 
 
-def image_files(root: Path) -> dict[str, list[str]]:
-    """The image files of each class, ``<class>/**``, classes and files in alphabetical order, links followed.
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Return the file suffixes, such as ``.png``, of `FORMATS` that the installed Pillow reads."""
+    from PIL import Image
+
+    Image.init()
+    return frozenset(
+        suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS and name in Image.OPEN
+    )
+
+
+def image_files(root: Path) -> tuple[dict[str, list[str]], Counter[str]]:
+    """List the image files of each class, ``<class>/**``.
+
+    Links are followed. Hidden names, `SYSTEM_FOLDERS` and files of other types are left out.
+
+    Returns:
+        The files of each class, classes and files in alphabetical order; and how many files were left out, by reason:
+        "hidden", "outside the class folders", or the suffix.
 
     Raises:
-        DeatError: The folder cannot be read, or a class is empty.
+        DeatError: A folder cannot be read or is reached twice through a link, a class has no image or a name that is
+            not UTF-8, or an image is a broken link or no regular file.
     """
+    left_out: Counter[str] = Counter()
+    visited: dict[tuple[int, int], str] = {}
     try:
-        classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        files = {
-            name: [
-                os.path.join(folder, file)
-                for folder, _, inside in sorted(os.walk(root / name, followlinks=True))
-                for file in sorted(inside)
-                if file.lower().endswith(IMAGE_SUFFIXES)
-            ]
-            for name in classes
-        }
+        classes, others = _scan(str(root), visited, left_out)
+        if others:
+            left_out["outside the class folders"] += len(others)
+        return {name: _class_files(root, name, visited, left_out) for name in classes}, left_out
     except OSError as error:
-        raise DeatError(f"{error.filename} cannot be read: {error.strerror}") from error
-    for name, found in files.items():
-        if not found:
-            raise DeatError(f"the class folder {root / name} has no image: put some there, or remove it")
+        raise DeatError(f"{error.filename or root} cannot be read: {error.strerror}") from error
+
+
+def _class_files(root: Path, name: str, visited: dict[tuple[int, int], str], left_out: Counter[str]) -> list[str]:
+    check_utf8(root / name, "the class folder")
+    before = left_out.copy()
+    folders = sorted(_walk(os.path.join(root, name), visited, left_out))
+    files = [os.path.join(folder, file) for folder, inside in folders for file in inside]
+    if not files:
+        others = describe_left_out(left_out - before)
+        raise DeatError(f"the class folder {root / name} has no image{others and f' ({others})'}: "
+                        "put some there, or remove it")  # fmt: skip
     return files
 
 
-def read_image(path: Path, size: int) -> NDArray[np.uint8]:
-    """Decodes one image to RGB, (3, size, size): its largest centred square, resized bilinearly.
+def _walk(folder: str, visited: dict[tuple[int, int], str], left_out: Counter[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder with the names of its image files."""
+    subfolders, names = _scan(folder, visited, left_out)
+    images = []
+    for name in names:
+        suffix = os.path.splitext(name)[1].lower()
+        if suffix not in image_suffixes():
+            left_out[suffix or "no suffix"] += 1
+        elif os.path.isfile(os.path.join(folder, name)):
+            images.append(name)
+        else:
+            raise DeatError(f"{os.path.join(folder, name)} is a broken link or no regular file: repair or remove it")
+    yield folder, images
+    for name in subfolders:
+        yield from _walk(os.path.join(folder, name), visited, left_out)
+
+
+def _scan(folder: str, visited: dict[tuple[int, int], str], left_out: Counter[str]) -> tuple[list[str], list[str]]:
+    """Return the names of a folder's subfolders and files, sorted, without hidden ones; refuse one visited before."""
+    state = os.stat(folder)
+    first = visited.setdefault((state.st_dev, state.st_ino), folder)
+    if first != folder and state.st_ino:  # 0 where a file system has no inode numbers
+        raise DeatError(f"{folder} is the same folder as {first}, through a link: remove the link, "
+                        "which would add the same images again")  # fmt: skip
+    names: tuple[list[str], list[str]] = ([], [])
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.name.startswith(".") and entry.name not in SYSTEM_FOLDERS:
+                names[0 if entry.is_dir() else 1].append(entry.name)
+            elif entry.is_dir(follow_symlinks=False):
+                left_out["hidden"] += sum(len(files) for _, _, files in os.walk(entry.path))
+            else:
+                left_out["hidden"] += 1
+    return sorted(names[0]), sorted(names[1])
+
+
+def describe_left_out(left_out: Counter[str]) -> str:
+    """Return how many files were left out and why, such as "3 files left out: .heic (2), hidden (1)"; "" for none."""
+    count = left_out.total()
+    reasons = ", ".join(f"{reason} ({number})" for reason, number in left_out.most_common() if number)
+    return f"{count} {'file' if count == 1 else 'files'} left out: {reasons}" if count else ""
+
+
+def check_utf8(path: str | Path, what: str) -> None:
+    """Refuse a path that is not valid UTF-8, which a run's JSON files could not hold.
 
     Raises:
-        DeatError: It is no image, damaged, or of more than 8 bits per value.
+        DeatError: It is not.
     """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        readable = os.fsencode(path).decode("utf-8", "backslashreplace")
+        raise DeatError(f"{what} {readable} has a name that is not UTF-8: rename it") from None
+
+
+def read_image(path: Path, size: int) -> NDArray[np.uint8]:
+    """Decode an image file to RGB, uint8 (3, size, size).
+
+    It is turned as its EXIF orientation says, transparent pixels are composited on white, and the largest centered
+    square is resized bilinearly. Of several frames the first is taken.
+
+    Raises:
+        DeatError: The file cannot be read, is no image, is damaged, has more than 8 bits per value or more pixels than
+            Pillow decodes.
+    """
+    return _decode(path, size)[0]
+
+
+def _decode(path: Path, size: int) -> tuple[NDArray[np.uint8], bool]:
+    """Decode as `read_image`; the second value is whether the image has transparent pixels."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
-            mode, whole = image.mode, image.convert("RGB")
-        pixels = np.asarray(ImageOps.fit(whole, (size, size), Image.Resampling.BILINEAR))
-    # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more, each for broken content.
+            mode = image.mode
+            if mode.startswith(("I", "F")):
+                raise DeatError(f"{path} has more than 8 bits per value, which Pillow cuts off at 255: "
+                                "convert it to 8 bits")  # fmt: skip
+            image.load()
+            upright: Image.Image = image
+            with contextlib.suppress(Exception):  # damaged EXIF data of an image that is sound
+                upright = ImageOps.exif_transpose(image)
+            rgb, transparent = _to_rgb(upright)
+        pixels = np.asarray(ImageOps.fit(rgb, (size, size), Image.Resampling.BILINEAR))
+    except DeatError:
+        raise
+    except Image.DecompressionBombError as error:
+        pixel_count = re.search(r"\d+", str(error))
+        raise DeatError(f"{path} has {pixel_count[0] if pixel_count else 'too many'} pixels, more than Pillow decodes: "
+                        "save it smaller") from error  # fmt: skip
+    # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more for damaged content.
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DeatError(f"{path} cannot be read: {error.strerror}") from error
         raise DeatError(f"{path} cannot be read as an image: repair or remove it") from error
-    if mode.startswith(("I", "F")):
-        raise DeatError(f"{path} has more than 8 bits per value, which Pillow cuts off at 255: convert it to 8 bits")
-    return pixels.transpose(2, 0, 1)
+    return pixels.transpose(2, 0, 1), transparent
+
+
+def _to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
+    """Convert to RGB, with transparent pixels on white."""
+    from PIL import Image
+
+    if not image.has_transparency_data:
+        return image.convert("RGB"), False
+    rgba = image.convert("RGBA")
+    lowest, _ = rgba.getchannel("A").getextrema()
+    if lowest == 255:
+        return rgba.convert("RGB"), False
+    white = Image.new("RGBA", rgba.size, "white")
+    return Image.alpha_composite(white, rgba).convert("RGB"), True

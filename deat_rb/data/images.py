@@ -1,4 +1,4 @@
-"""Labelled images in memory or in files, and parts of them."""
+"""Labeled images in memory or in files, subsets and splits of them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from deat_rb.utils.seeding import generator
 
 
 class Reader(Protocol):
-    """Gives the images of one batch after another, on a device."""
+    """Reads one batch after another to a device."""
 
     def __call__(self, order: Tensor | None, windows: Sequence[slice]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Reads batches.
+        """Read batches.
 
         Args:
-            order: The positions of all images, (N,) int64 on the CPU, in the order of the epoch; None for their own.
-            windows: Which parts of the order are wanted, a batch each.
+            order: (N,) int64 on the CPU, the positions of all images in the order of the epoch; None for 0 to N - 1.
+            windows: The part of the order that forms each batch.
 
         Yields:
             uint8 images (n, C, H, W) and int64 labels (n,).
@@ -33,7 +33,7 @@ class Reader(Protocol):
 
 
 class LabeledImages(ABC):
-    """Images of one size with their labels: in memory (`ImageSet`) or in files (`deat_rb.data.image_folder.FileSet`).
+    """Images of one size with their labels: in memory (`ImageSet`) or in files (`ImageFolder`).
 
     Attributes:
         labels: int64 of shape (N,), from 0 on.
@@ -48,46 +48,44 @@ class LabeledImages(ABC):
 
     @abstractmethod
     def _part(self, chosen: slice | Tensor) -> Self:
-        """Those at the chosen positions."""
+        """Return the images at some positions."""
 
     @abstractmethod
     def in_memory(self) -> ImageSet:
-        """All of them in memory."""
+        """Return all images in memory."""
 
     @abstractmethod
-    def chunks(self) -> Iterator[Tensor]:
-        """All of them once, in order: uint8 (n, C, H, W), of which files are read as few at a time as is quick."""
+    def chunks(self) -> Iterator[tuple[Tensor, int]]:
+        """Yield all images once, in order, uint8 (n, C, H, W), each time with the number of transparent ones."""
 
     @abstractmethod
     def reader(self, device: torch.device | str) -> Reader:
-        """What gives batches of them."""
+        """Return a reader of batches."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def nbytes(self) -> int:
-        """The bytes that all of them take, decoded."""
+        """Bytes of all decoded images."""
         return len(self) * math.prod(self.shape)
 
     def select(self, indices: Tensor | Sequence[int]) -> Self:
-        """The images at these positions, in this order."""
+        """Return the images at these positions, in this order."""
         return self._part(torch.as_tensor(indices, dtype=torch.int64))
 
     def first(self, count: int) -> Self:
-        """The first images, as a view.
+        """Return the first images, as a view.
 
         Raises:
-            DeatError: There are not that many.
+            DeatError: ``count`` is below 1 or above the number of images.
         """
         if not 1 <= count <= len(self):
-            raise DeatError(
-                f"the first {count} of {len(self)} images were asked for: give a number from 1 to {len(self)}"
-            )
+            raise DeatError(f"the first {count} of {len(self)} images do not exist: give 1 to {len(self)}")
         return self._part(slice(count))
 
     def tensors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """The whole set at once.
+        """Return all images and labels as tensors.
 
         Returns:
             float32 images (N, C, H, W) in [0, 1] and labels (N,), both on the device.
@@ -101,14 +99,14 @@ Images = TypeVar("Images", bound=LabeledImages)
 
 @dataclass(frozen=True, eq=False)
 class ImageSet(LabeledImages):
-    """Labelled images in memory, a byte per value.
+    """Labeled images in memory, one byte per value.
 
     Attributes:
         images: uint8 of shape (N, C, H, W), 0 to 255.
         labels: int64 of shape (N,), from 0 on.
 
     Raises:
-        DeatError: Shapes or types are others, the lengths differ, or a label is negative.
+        DeatError: A shape or dtype is another, the lengths differ, or a label is negative.
     """
 
     images: Tensor
@@ -117,8 +115,8 @@ class ImageSet(LabeledImages):
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.dtype != torch.uint8:
             raise DeatError(
-                f"an image set holds uint8 images of shape (N, C, H, W), not {_describe(self.images)}: "
-                "images in [0, 1] become such by (255 * images).round().to(torch.uint8)"
+                f"an ImageSet takes uint8 images of shape (N, C, H, W), not {_describe(self.images)}: "
+                "convert images in [0, 1] by (255 * images).round().to(torch.uint8)"
             )
         _check_labels(self.labels, len(self.images), None)
 
@@ -132,28 +130,28 @@ class ImageSet(LabeledImages):
         return type(self)(self.images[chosen], self.labels[chosen])
 
     def in_memory(self) -> ImageSet:
-        """Itself."""
+        """Return this set."""
         return self
 
-    def chunks(self) -> Iterator[Tensor]:
-        """All images, once."""
-        yield self.images
+    def chunks(self) -> Iterator[tuple[Tensor, int]]:
+        """Yield all images once; transparency is not known any more."""
+        yield self.images, 0
 
     def reader(self, device: torch.device | str) -> Reader:
-        """Takes the images to the device, if they leave it room, and gathers batches from them where they are."""
+        """Return a reader; the images are moved to the device first if it has room for them."""
         device = torch.device(device)
         place = device if fits_on_device(self.nbytes, device) else torch.device("cpu")
-        return _HeldImages(self.images.to(place), self.labels.to(place), device)
+        return _InMemoryReader(self.images.to(place), self.labels.to(place), device)
 
 
 def fits_on_device(size: int, device: torch.device) -> bool:
-    """Whether so many bytes of images can lie on a device all the time: a quarter of what is free on a GPU."""
+    """Return whether ``size`` bytes of images may stay on a device: at most a quarter of a GPU's free memory."""
     return device.type != "cuda" or size <= torch.cuda.mem_get_info(device)[0] // 4
 
 
 @dataclass(frozen=True, eq=False)
-class _HeldImages:
-    """Gathers batches where the images are, and takes them to the device."""
+class _InMemoryReader:
+    """Gathers batches where the images are, and moves them to the device."""
 
     images: Tensor
     labels: Tensor
@@ -168,37 +166,37 @@ class _HeldImages:
 
 
 def train_val_split(train: Images, size: int, *, seed: int) -> tuple[Images, Images]:
-    """Takes a validation part out of the training images, each class in proportion.
+    """Split training images into training and validation images, stratified by class.
 
     Args:
-        train: The images to divide.
-        size: How many are held out.
-        seed: Decides which; the same seed takes the same.
+        train: The images to split.
+        size: The number of validation images.
+        seed: Decides which images are held out.
 
     Returns:
-        What remains, and what is held out. Both keep the order of ``train``.
+        Training and validation images, both in the order of ``train``.
 
     Raises:
-        DeatError: Nothing would be held out, or nothing remain.
+        DeatError: ``size`` is below 1 or leaves no training image.
     """
     if not 1 <= size < len(train):
         raise DeatError(
-            f"--val-size {size} does not divide {len(train)} training images: give a number from 1 to {len(train) - 1}"
+            f"--val-size {size} cannot be held out of {len(train)} training images: give 1 to {len(train) - 1}"
         )
-    in_memory = _stratified(train.labels, size, generator(seed, "hold-out"))
-    return train.select(torch.nonzero(~in_memory)[:, 0]), train.select(torch.nonzero(in_memory)[:, 0])
+    held_out = _stratified(train.labels, size, generator(seed, "hold-out"))
+    return train.select(torch.nonzero(~held_out)[:, 0]), train.select(torch.nonzero(held_out)[:, 0])
 
 
 def subset(train: Images, size: int, seed: int) -> Images:
-    """Takes fewer training images, each class in proportion, in the order of ``train``.
+    """Return a subset of training images, stratified by class, in the order of ``train``.
 
     Args:
         train: The images to choose from.
-        size: How many are wanted.
-        seed: Decides which; the same seed takes the same.
+        size: The number of images.
+        seed: Decides which images are chosen.
 
     Raises:
-        DeatError: There are not that many.
+        DeatError: ``size`` is below 1 or above the number of images.
     """
     if not 1 <= size <= len(train):
         raise DeatError(
@@ -209,25 +207,25 @@ def subset(train: Images, size: int, seed: int) -> Images:
 
 
 def _stratified(labels: Tensor, size: int, stream: torch.Generator) -> Tensor:
-    """Chooses ``size`` positions, each class in proportion: a mask (N,).
+    """Choose ``size`` positions, stratified by class: a mask (N,).
 
-    What the rounding down of the shares leaves over goes to the classes with the largest remainders.
+    The classes' shares are rounded down; the classes with the largest remainders get one more.
     """
     counts = torch.bincount(labels)
     shares = size * counts // len(labels)
     remainders = size * counts % len(labels)
     shares[remainders.argsort(descending=True, stable=True)[: size - int(shares.sum())]] += 1
     chosen = torch.zeros(len(labels), dtype=torch.bool)
-    for label, taken in enumerate(shares.tolist()):
+    for label, share in enumerate(shares.tolist()):
         members = torch.nonzero(labels == label)[:, 0]
-        chosen[members[torch.randperm(len(members), generator=stream)[:taken]]] = True
+        chosen[members[torch.randperm(len(members), generator=stream)[:share]]] = True
     return chosen
 
 
 def interleave_classes(images: Images) -> Images:
-    """Orders images that lie class by class, as a folder's do, so that the classes take turns.
+    """Reorder images that are sorted by class so that the classes take turns, and the first are of all classes.
 
-    The first images are then of all classes. Others stay in their order, in which RobustBench takes the first, too.
+    Images in another order stay as they are, because RobustBench also takes the first ones.
     """
     labels = images.labels
     if not bool((labels.diff() >= 0).all()):

@@ -1,4 +1,4 @@
-"""What is known of a data set once each of its images has been seen: its fingerprint, mean and standard deviation."""
+"""Dataset statistics: fingerprint, and mean and standard deviation per channel."""
 
 from __future__ import annotations
 
@@ -20,24 +20,27 @@ from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import read_json, write_json
 
 Progress = Callable[[int, int], None]
-"""Is told how many of how many images have been seen."""
+"""Callback with the number of decoded images and of all images."""
 
-CACHE_VERSION = "1"
+CACHE_VERSION = "2"
+"""Part of the cache's key; raised when images are decoded in another way."""
 
 
 @dataclass(frozen=True)
 class DatasetStatistics:
-    """What a pass over all images gives.
+    """Results of one pass over all images.
 
     Attributes:
         fingerprint: SHA-256 over all decoded images, labels and class names.
         mean: Of the training images per channel, in [0, 1].
         std: Likewise.
+        transparent: How many images have transparent pixels.
     """
 
     fingerprint: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    transparent: int = 0
 
 
 def compute_statistics(
@@ -48,87 +51,103 @@ def compute_statistics(
     normalization: Normalization | None = None,
     progress: Progress | None = None,
 ) -> DatasetStatistics:
-    """Sees each image once, a chunk at a time, so that images in memory and in files give the same.
+    """Compute the statistics chunk by chunk, with the same result for images in memory and in files.
 
     Args:
         train: The training images.
         test: The test images.
         classes: Names of the classes.
-        normalization: Mean and standard deviation, where they are known.
-        progress: Is told how far it is.
+        normalization: Mean and standard deviation, if they are known.
+        progress: Called after each chunk.
 
     Raises:
         DeatError: An image file cannot be read.
     """
     digest = hashlib.sha256(repr(classes).encode())
     counts = torch.zeros(train.shape[0], 256, dtype=torch.int64)
-    seen = 0
+    done = transparent = 0
     for part in (train, test):
         digest.update(repr((len(part), *part.shape)).encode())
-        for images in part.chunks():
+        for images, transparent_here in part.chunks():
             digest.update(images.contiguous().numpy().data)
             if part is train and normalization is None:
                 counts += _value_counts(images)
-            seen += len(images)
+            transparent += transparent_here
+            done += len(images)
             if progress is not None:
-                progress(seen, len(train) + len(test))
+                progress(done, len(train) + len(test))
         digest.update(part.labels.contiguous().numpy().data)
-    return DatasetStatistics(digest.hexdigest(), *(normalization or _mean_and_std(counts)))
+    mean, std = normalization or _mean_and_std(counts)
+    return DatasetStatistics(digest.hexdigest(), mean, std, transparent)
 
 
 def _value_counts(images: Tensor) -> Tensor:
-    """How often each of the 256 values occurs, per channel: (C, 256)."""
+    """Count each of the 256 values per channel: (C, 256)."""
     return torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
 
 
 def _mean_and_std(counts: Tensor) -> Normalization:
-    """Mean and standard deviation per channel, in [0, 1], from the counts of the 256 values: exact and small."""
+    """Compute mean and standard deviation per channel, in [0, 1], exactly from the counts (C, 256)."""
     values = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
     for channel in counts:
         shares = channel.double() / channel.sum()
         mean = (shares * values).sum()
         means.append(mean.item())
-        # A channel that is everywhere the same has no spread, and the model divides by it.
+        # A constant channel has deviation 0, by which the model would divide.
         stds.append(max((shares * (values - mean) ** 2).sum().sqrt().item(), 1 / 255))
     return tuple(means), tuple(stds)
 
 
-def cached_statistics(
-    train: ImageFolder, test: ImageFolder, classes: tuple[str, ...], progress: Progress | None = None
-) -> DatasetStatistics:
-    """The survey of image files, which is kept in the user's cache: it decodes every file, which can take minutes.
+class StatisticsCache:
+    """The statistics of image files in the user's cache folder: computing them can take minutes.
 
-    What was kept counts for as long as no file's path, size, and times of modification and change are others. Nothing
-    is written beside the images, and nothing fails where there is no cache.
-
-    Args:
-        train: As for `compute_statistics`, like what follows.
-        test: The test images.
-        classes: Names of the classes.
-        progress: Is told how far it is, if the images have to be seen.
-
-    Raises:
-        DeatError: An image file cannot be read.
+    They are valid until the path, size, or time of modification or change of any file differs. Nothing is written
+    beside the images, and a cache that cannot be read or written is ignored.
     """
-    kept = _cache_folder() / f"{_state_of(train, test, classes)}.json"
-    with contextlib.suppress(DeatError, ValidationError):
-        return TypeAdapter(DatasetStatistics).validate_python(read_json(kept))
-    found = compute_statistics(train, test, classes, progress=progress)
-    with contextlib.suppress(DeatError, OSError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_json(kept, asdict(found))
-    return found
+
+    def __init__(self, train: ImageFolder, test: ImageFolder, classes: tuple[str, ...]) -> None:
+        """Look up the state of the files.
+
+        Raises:
+            DeatError: A file does not exist any more.
+        """
+        self._parts = train, test, classes
+        self._path = _cache_folder() / f"{_state_key(train, test, classes)}.json"
+
+    def read(self) -> DatasetStatistics | None:
+        """Return the cached statistics, if there are any."""
+        with contextlib.suppress(DeatError, ValidationError):
+            return TypeAdapter(DatasetStatistics).validate_python(read_json(self._path))
+        return None
+
+    def write(self, statistics: DatasetStatistics) -> None:
+        """Store statistics."""
+        with contextlib.suppress(DeatError, OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._path, asdict(statistics))
+
+    def read_or_compute(self, progress: Progress | None = None) -> DatasetStatistics:
+        """Return the cached statistics, or decode all files with worker processes and store the result.
+
+        Raises:
+            DeatError: A file cannot be read.
+        """
+        statistics = self.read()
+        if statistics is None:
+            statistics = compute_statistics(*self._parts, progress=progress)
+            self.write(statistics)
+        return statistics
 
 
 def _cache_folder() -> Path:
-    """Where the XDG base directory specification has it."""
+    """Return the folder of the XDG base directory specification."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path(os.path.expanduser("~/.cache"))) / "deat-rb" / "surveys"
+    return (base if base.is_absolute() else Path(os.path.expanduser("~/.cache"))) / "deat-rb" / "statistics"
 
 
-def _state_of(train: ImageFolder, test: ImageFolder, classes: tuple[str, ...]) -> str:
-    """A key that changes with any file, and with what decodes them."""
+def _state_key(train: ImageFolder, test: ImageFolder, classes: tuple[str, ...]) -> str:
+    """Return a key that changes with any file and with what decodes them."""
     import PIL
 
     digest = hashlib.sha256(repr((CACHE_VERSION, PIL.__version__, train.size, classes)).encode())
@@ -137,7 +156,7 @@ def _state_of(train: ImageFolder, test: ImageFolder, classes: tuple[str, ...]) -
             try:
                 facts = os.stat(path)
             except OSError as error:
-                raise DeatError(f"{path} cannot be read as an image: repair or remove it") from error
+                raise DeatError(f"{path} cannot be read: {error.strerror}") from error
             state = facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
             digest.update(os.fsencode(path.absolute()) + repr(state).encode())
         digest.update(b"\0")

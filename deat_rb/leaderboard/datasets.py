@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deat_rb.data.datasets import DATASETS, Dataset, load_data
-from deat_rb.data.image_folder import IMAGE_SUFFIXES
+from deat_rb.data.image_folder import image_suffixes
 from deat_rb.leaderboard.entry import Entry
 from deat_rb.utils.errors import DeatError
 
@@ -54,7 +54,7 @@ def check_regular(folder: Path) -> None:
                             raise DeatError(f"{entry.path} is a link to a folder, and may lead in circles: put the "
                                             "folder itself there")  # fmt: skip
                         left.append(Path(entry.path))
-                    elif entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.is_file():
+                    elif os.path.splitext(entry.name)[1].lower() in image_suffixes() and not entry.is_file():
                         raise DeatError(f"{entry.path} is no file: remove it")
         except OSError as error:
             raise DeatError(f"{here} cannot be read ({error.strerror}): give by --data-dir the folder that has "

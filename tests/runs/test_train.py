@@ -182,7 +182,7 @@ def test_lines_state_the_plan() -> None:
         ({"beta": 3.0}, "the method pgd-1 has no beta to change"),
         ({"batch_size": 65}, "64 training images are fewer than a batch of 65; give a smaller --batch-size"),
         ({"train_size": 5000}, "--train-size 5000 cannot be taken from 1281"),
-        ({"val_size": 1297}, "--val-size 1297 does not divide 1297"),
+        ({"val_size": 1297}, "--val-size 1297 cannot be held out of 1297"),
         ({"val_size": 0}, "val-size"),
         ({"train_size": 0}, "train-size"),
         ({"precision": "fp16"}, "fp16 does not train on a CPU"),
