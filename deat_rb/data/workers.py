@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,11 +59,13 @@ class WorkerReader:
         Raises:
             DeatError: An image cannot be decoded, or the worker processes cannot be started or were killed.
         """
-        loader = self._idle.pop() if self._idle else self._new_loader()
-        sampler: Any = loader.sampler
-        sampler.positions = (_positions(order, window) for window in windows)
+        loader: Any = self._idle.pop() if self._idle else self._new_loader()
+        batches: Any = None
+        loader.sampler.positions = (_positions(order, window) for window in windows)
         try:
-            for batch in loader:
+            with _sigint_blocked():
+                batches = iter(loader)
+            for batch in batches:
                 if isinstance(batch, DeatError):
                     raise batch
                 images, labels = batch.tensors()
@@ -87,7 +90,7 @@ class WorkerReader:
         else:
             self._idle.append(loader)
         finally:
-            del loader, sampler  # a traceback would keep them, and the workers, alive
+            loader = batches = None  # a traceback would keep them, and the workers, alive
 
     def _new_loader(self) -> DataLoader[Any]:
         return DataLoader(
@@ -149,6 +152,19 @@ class _DecodedBatches(Dataset[Any]):
 
 def _unchanged(batch: Any) -> Any:
     return batch
+
+
+@contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """Keep Ctrl-C from a worker that starts and does not ignore it yet: it inherits the blocked signal."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _initialize_worker(worker: int) -> None:
