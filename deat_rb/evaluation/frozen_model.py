@@ -175,7 +175,7 @@ def sha256_examples(images: Tensor | LabeledImages, labels: Tensor) -> str:
     if isinstance(images, Tensor):
         return sha256_tensors({"images": images, "labels": labels})
     digest = hashlib.sha256(f"images\0torch.float32\0{(len(images), *images.shape)}\0".encode())
-    for chunk in images.chunks():
+    for chunk, _ in images.chunks():
         digest.update(chunk.to(torch.float32).div_(255).contiguous().numpy().tobytes())
     values = labels.detach().cpu().contiguous()
     digest.update(f"labels\0{values.dtype}\0{tuple(values.shape)}\0".encode())

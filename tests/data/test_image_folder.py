@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from children import in_a_child
+from children import run_in_child
 from PIL import Image
 
 from deat_rb.data.datasets import Dataset, load_data
@@ -288,7 +288,7 @@ def test_folder_without_read_permission_is_refused(public_folder: Path, place: s
             load(public_folder)
         assert str(path) in str(refusal.value)
 
-    assert in_a_child(refused)
+    assert run_in_child(refused)
     path.chmod(mode)
 
 
