@@ -1,0 +1,81 @@
+"""Options, time budget and results of one call of ``python -m benchmarks.gpu``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass
+class Session:
+    """What all stages share.
+
+    Attributes:
+        options: The command's options.
+        began: When the command started, of `time.monotonic`.
+        rows: The results so far.
+        trained: The networks of the stage ``table1``, by method.
+    """
+
+    options: argparse.Namespace
+    began: float = field(default_factory=time.monotonic)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    trained: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def out(self) -> Path:
+        """The folder of the results."""
+        out: Path = self.options.out
+        return out
+
+    @property
+    def device(self) -> torch.device:
+        """The device that is measured."""
+        return torch.device(self.options.device)
+
+    @property
+    def cuda(self) -> bool:
+        """Whether it is an NVIDIA GPU."""
+        return self.device.type == "cuda"
+
+    def seconds_left(self) -> float:
+        """Return the seconds that are left of the budget."""
+        budget: float = self.options.budget
+        return budget - (time.monotonic() - self.began)
+
+    def wait(self) -> None:
+        """Wait until the device has done all that was queued."""
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def record(self, stage: str, **values: Any) -> None:
+        """Print a result and append it to results.jsonl, written to disk at once."""
+        row = {"stage": stage, "at": round(time.monotonic() - self.began, 1), **values}
+        self.rows.append(row)
+        text = json.dumps(row, default=str)
+        with (self.out / "results.jsonl").open("a") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        print(text[:600], flush=True)
+
+    @contextmanager
+    def recording_failure(self, stage: str, **values: Any) -> Iterator[None]:
+        """Record an error, with its traceback in log.txt, instead of raising it: the next measurement has to run."""
+        try:
+            yield
+        except Exception as error:
+            with (self.out / "log.txt").open("a") as log:
+                log.write(f"{stage} {values}\n{traceback.format_exc()}\n")
+            self.record(stage, **values, failed=f"{type(error).__name__}: {str(error)[:300]}")

@@ -1,0 +1,235 @@
+"""Stages that measure single training steps and passes, and run the tests and the benchmark."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+
+from benchmarks.gpu.session import Session
+from benchmarks.problem import Problem, Step
+
+METHODS = ("standard", "u-fgsm", "m-deat", "free-4", "pgd-7", "trades", "mart", "fat-5", "f+trades", "f+mart")
+
+
+def env(session: Session) -> None:
+    """Versions, the GPU's memory bandwidth and the host's time per small operation."""
+    import deat_rb
+    from deat_rb.utils import compat
+
+    compat.robustbench()
+    values = {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "deat_rb": deat_rb.__version__,
+        "cpus": os.cpu_count(),
+    }
+    if session.cuda:
+        values |= {"gpu": torch.cuda.get_device_name(), "copy TB/s": round(_copy_bandwidth(session) / 1e12, 2)}
+    small = torch.zeros(1, device=session.device)
+    session.wait()
+    began = time.perf_counter()
+    for _ in range(3000):
+        small.add_(1)
+    values["host us per small operation"] = round((time.perf_counter() - began) / 3000 * 1e6, 2)
+    session.record("env", **values)
+
+
+def _copy_bandwidth(session: Session) -> float:
+    """Return the bytes read and written per second while a tensor of 1 GiB is copied."""
+    source = torch.rand(2**28, device=session.device)
+    target = torch.empty_like(source)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for _ in range(3):
+        target.copy_(source)
+    begin.record()
+    for _ in range(10):
+        target.copy_(source)
+    end.record()
+    session.wait()
+    seconds: float = begin.elapsed_time(end) / 1e3
+    return 10 * 2 * source.numel() * 4 / seconds
+
+
+def tests(session: Session) -> None:
+    """Run the tests marked ``gpu``."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", "-q", "-p", "no:cacheprovider", "--tb=short"]
+    began = time.monotonic()
+    limit = max(30, min(150, session.seconds_left() - 10))
+    done = subprocess.run([*command, "tests"], capture_output=True, text=True, timeout=limit, check=False)
+    (session.out / "pytest-gpu.txt").write_text(done.stdout + done.stderr)
+    lines = done.stdout.strip().splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    seconds = round(time.monotonic() - began, 1)
+    session.record("tests", status=done.returncode, seconds=seconds, last=lines[-1:], failed=failed[:60])
+
+
+def _step(session: Session, method: str, precision: str, arch: str | None = None, *, compiled: bool = False) -> Step:
+    problem = Problem(arch or session.options.arch, session.options.batch_size, session.device)
+    return Step(problem, method, precision, compiled=compiled)
+
+
+def smoke(session: Session) -> None:
+    """Two steps of every method in every precision: do they run, stay finite and never wait for the device?"""
+    for precision in ("bf16", "fp32", "fp16") if session.cuda else ("bf16", "fp32"):
+        for method in METHODS:
+            with (
+                session.recording_failure("smoke", method=method, precision=precision),
+                _step(session, method, precision) as step,
+            ):
+                step.run()
+                session.wait()
+                if session.cuda:
+                    torch.cuda.set_sync_debug_mode("error")
+                try:
+                    step.run()
+                finally:
+                    if session.cuda:
+                        torch.cuda.set_sync_debug_mode("default")
+                sums = step.sums.read()
+                gradients = [(each.grad, each) for each in step.trainer.model.parameters() if each.grad is not None]
+                session.record(
+                    "smoke",
+                    method=method,
+                    precision=precision,
+                    finite=all(map(math.isfinite, sums.values())),
+                    l_x=round(sums["l_x"], 2),
+                    loss=round(sums["loss"], 3),
+                    gradients_have_the_weights_strides=all(g.stride() == each.stride() for g, each in gradients),
+                )
+
+
+def speed(
+    session: Session,
+    stage: str = "speed",
+    methods: Sequence[str] = METHODS,
+    precisions: Sequence[str] = ("bf16", "fp32"),
+    arch: str | None = None,
+    *,
+    compiled: bool = False,
+) -> None:
+    """Milliseconds per step, steps queued one after another as in training, and the host's share of it."""
+    repeats = session.options.repeats
+    for precision in precisions:
+        for method in methods:
+            if session.seconds_left() < 15:
+                return
+            with session.recording_failure(stage, method=method, precision=precision):
+                began = time.monotonic()
+                with _step(session, method, precision, arch, compiled=compiled) as step:
+                    for _ in range(3):
+                        step.run()
+                    session.wait()
+                    start = time.monotonic() - began
+                    timer = time.perf_counter()
+                    for _ in range(repeats):
+                        step.run()
+                    queued = time.perf_counter() - timer
+                    session.wait()
+                    done = time.perf_counter() - timer
+                    session.record(
+                        stage,
+                        method=method,
+                        precision=precision,
+                        arch=arch or session.options.arch,
+                        ms=round(1e3 * done / repeats, 3),
+                        host_ms=round(1e3 * queued / repeats, 3),
+                        steps=step.trainer.steps,
+                        passes=len(step.passes()),
+                        images_per_s=round(session.options.batch_size * repeats / done),
+                        start_s=round(start, 1),
+                        peak_MiB=round(step.engine.peak_memory() / 2**20),
+                    )
+
+
+def compiled(session: Session) -> None:
+    """`torch.compile`: does it run with the fused optimizer, and how fast?"""
+    speed(session, "compiled-small", ("pgd-7", "m-deat"), ("bf16",), "wrn-10-1", compiled=True)
+    if session.seconds_left() > 150:
+        speed(session, "compiled", ("pgd-7",), ("bf16",), compiled=True)
+
+
+def profile(session: Session) -> None:
+    """Kernels per step, and the share of the time in which the GPU is busy."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if session.cuda else [])]
+    for method, precision in (("pgd-7", "bf16"), ("m-deat", "bf16"), ("u-fgsm", "bf16"), ("pgd-7", "fp32")):
+        with _step(session, method, precision) as step:
+            for _ in range(3):
+                step.run()
+            session.wait()
+            began = time.perf_counter()
+            for _ in range(5):
+                step.run()
+            session.wait()
+            wall_ms = (time.perf_counter() - began) / 5 * 1e3
+            with profiler(activities=activities) as profiled:
+                step.run()
+                session.wait()
+        kernels = [event for event in profiled.events() or () if str(event.device_type).endswith("CUDA")]
+        gpu_ms = sum(event.device_time for event in kernels) / 1e3
+        order = "self_cuda_time_total" if session.cuda else "self_cpu_time_total"
+        table = profiled.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=70)
+        (session.out / f"profile-{method}-{precision}.txt").write_text(table)
+        session.record(
+            "profile",
+            method=method,
+            precision=precision,
+            kernels=len(kernels),
+            gpu_ms=round(gpu_ms, 3),
+            wall_ms=round(wall_ms, 3),
+            busy=round(gpu_ms / wall_ms, 3),
+        )
+
+
+def bench(session: Session) -> None:
+    """Run ``python -m benchmarks``."""
+    options = session.options
+    parts = (
+        ("speed", ["--repeats", "5"], 150),
+        ("overhead", ["--no-speed", "--overhead", "--repeats", "3", "--precision", "bf16"], 40),
+    )
+    for name, flags, seconds in parts:
+        if session.seconds_left() < 30:
+            return
+        command = [sys.executable, "-m", "benchmarks", "--device", options.device, "--arch", options.arch, *flags,
+                   "--batch-size", str(options.batch_size), "--json", f"{session.out}/bench-{name}.json"]  # fmt: skip
+        with session.recording_failure("bench", part=name), (session.out / f"bench-{name}.txt").open("w") as log:
+            limit = min(seconds, session.seconds_left() - 10)
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=limit, check=False)
+            session.record("bench", part=name, status=done.returncode)
+
+
+def throughput(session: Session) -> None:
+    """An evaluation's throughput by batch size and layout: PGD-20 on examples that all stay correctly classified."""
+    from deat_rb.attacks.functional import pgd
+    from deat_rb.attacks.losses import cross_entropy
+
+    for size in session.options.eval_batches:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            problem = Problem(session.options.arch, size, session.device)
+            model = problem.model.eval().requires_grad_(False).to(memory_format=layout)
+            labels = model(problem.images).argmax(dim=1)
+            times = []
+            for _ in range(3):
+                session.wait()
+                began = time.perf_counter()
+                pgd(model, problem.images, labels, start=problem.images, eps=1e-9, alpha=1e-10, steps=20,
+                    loss=cross_entropy)  # fmt: skip
+                session.wait()
+                times.append(time.perf_counter() - began)
+            session.record(
+                "throughput",
+                batch_size=size,
+                layout=str(layout),
+                ms_per_step=round(1e3 * min(times) / 21, 2),
+                images_per_s=round(21 * size / min(times)),
+            )
