@@ -1,6 +1,8 @@
-"""Networks and images for the tests of the evaluation, and a plain PGD to hold it against."""
+"""Networks and images for tests of attacks, and a plain PGD as a reference."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -92,3 +94,14 @@ def plain_pgd(
         adv = images + torch.clamp(adv.detach() + alpha * gradient.sign() - images, -eps, eps)
         adv = torch.clamp(adv, 0, 1)
     return first
+
+
+class AttackingCollate:
+    """A collate function that attacks in the worker."""
+
+    def __init__(self, attack: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.attack = attack
+
+    def __call__(self, items: list[tuple[Tensor, Tensor]]) -> Tensor:
+        images, labels = (torch.stack(tensors) for tensors in zip(*items, strict=True))
+        return self.attack(images, labels)

@@ -185,6 +185,15 @@ def test_free_carries_its_perturbation_over_a_short_batch_and_a_call_does_not_to
     assert torch.equal(trainer.initialize(grey[:4]), trainer.initialize(grey)[:4])
 
 
+def test_attack_trainer_refuses_what_is_not_an_attack() -> None:
+    model = made()
+    with pytest.raises(DeatError, match=r"attack: 'pgd-7' is a trainer already .* use that trainer, or pass"):
+        deat_rb.AttackTrainer(deat_rb.create("pgd-7", model))
+    for attack, named in [(model, "Sequential"), (torchattacks.PGD, "PGD"), ("pgd", "str"), (None, "NoneType")]:
+        with pytest.raises(DeatError, match=rf"attack: {named} \(an instance of torchattacks\.attack\.Attack, such as"):
+            deat_rb.AttackTrainer(attack)
+
+
 def test_a_replay_trainer_refuses_what_it_cannot_share() -> None:
     model = made()
     with pytest.raises(DeatError, match=r"deat_rb\.PGD on cross-entropy"):
