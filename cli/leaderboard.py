@@ -13,12 +13,12 @@ _board = click.option("--board", type=click.Path(path_type=Path), metavar="DIR",
 
 
 def _chosen(context: click.Context, board: Path | None) -> Path:
-    """The folder, given to the command or before its name."""
+    """Return the folder, given to the command or before its name."""
     before = context.parent.params.get("board") if context.parent is not None else None
     return board or before or DEFAULT
 
 
-def _tell(left_out: list[str]) -> None:
+def _print_left_out(left_out: list[str]) -> None:
     for sentence in left_out:
         click.echo(f"left out: {sentence}", err=True)
 
@@ -34,21 +34,21 @@ def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> N
 
 @click.group("leaderboard", invoke_without_command=True)
 @_board
-@click.option("--dataset", metavar="NAME", help="Only entries of this data set.")
+@click.option("--dataset", metavar="NAME", help="Only entries of this dataset.")
 @click.option("--sort", default="rank", show_default=True, metavar="COLUMN",
-              help="rank, autoattack, natural, fgsm, pgd100, cw20, cost, seconds or name; the rank stays.")  # fmt: skip
-@click.option("--json", "form", flag_value="json", help="For programs, with all fields.")
-@click.option("--csv", "form", flag_value="csv", help="For spreadsheets.")
-@click.option("--markdown", "form", flag_value="markdown", help="For a README.")
-@click.option("--latex", "form", flag_value="latex", help="For a paper.")
+              help="Row order: rank, autoattack, natural, fgsm, pgd100, cw20, cost, seconds or name.")  # fmt: skip
+@click.option("--json", "form", flag_value="json", help="Print JSON with all fields.")
+@click.option("--csv", "form", flag_value="csv", help="Print CSV.")
+@click.option("--markdown", "form", flag_value="markdown", help="Print Markdown tables.")
+@click.option("--latex", "form", flag_value="latex", help="Print LaTeX tables (booktabs).")
 @click.option("--schema", is_flag=True, is_eager=True, expose_value=False, callback=_print_schema,
               help="Print the JSON schema of an entry.")  # fmt: skip
 @click.pass_context
 def leaderboard(context: click.Context, board: Path | None, dataset: str | None, sort: str, form: str | None) -> None:
-    """Show a leaderboard, make its pages, verify it or export it.
+    """Show a leaderboard, build its pages, verify it or export it.
 
-    Robust accuracy decides the rank: the best known, else AutoAttack's, among evaluations on the whole test set of one
-    data set, within one eps. Evaluations on a part of it are listed apart.
+    Entries are ranked by robust accuracy, the best known or else AutoAttack's, among evaluations on the whole test set
+    with the same dataset and eps. Evaluations on a part of the test set are listed apart, without rank.
     """
     if context.invoked_subcommand is not None:
         return
@@ -56,15 +56,15 @@ def leaderboard(context: click.Context, board: Path | None, dataset: str | None,
     from deat_rb.leaderboard.board import Board
 
     left_out: list[str] = []
-    standings = ranking.rank(Board(board or DEFAULT).entries(left_out=left_out), dataset=dataset, sort=sort)
-    _tell(left_out)
+    ranked = ranking.rank(Board(board or DEFAULT).entries(left_out=left_out), dataset=dataset, sort=sort)
+    _print_left_out(left_out)
     if form is not None:
-        click.echo(getattr(tables, f"as_{form}")(standings).rstrip("\n"))
+        click.echo(getattr(tables, f"as_{form}")(ranked).rstrip("\n"))
         return
     from rich.console import Console
 
     console = Console()
-    for table in tables.as_tables(standings, console.width):
+    for table in tables.as_tables(ranked, console.width):
         console.print(table)
 
 
@@ -72,30 +72,30 @@ def leaderboard(context: click.Context, board: Path | None, dataset: str | None,
 @_board
 @click.pass_context
 def build(context: click.Context, board: Path | None) -> None:
-    """Write the board's pages, which need no network."""
+    """Write the board's HTML pages, which need no network."""
     from deat_rb.leaderboard.pages import index as board_page
 
     left_out: list[str] = []
     index = board_page.build(_chosen(context, board), left_out=left_out)
-    _tell(left_out)
+    _print_left_out(left_out)
     click.echo(f"written: {index}")
 
 
 @leaderboard.command("verify")
 @_board
 @click.option("--sample", type=int, default=100, show_default=True, metavar="N",
-              help="Measure so many examples of each model again, 50 or more; 0 for none.")  # fmt: skip
+              help="Re-measure this many random examples of each model (at least 50; 0 for none).")  # fmt: skip
 @click.option("--data-dir", "data_dirs", multiple=True, metavar="NAME=DIR",
-              help="Where a data set is, for each but the digits.")  # fmt: skip
-@click.option("--batch-size", type=int, default=128, show_default=True, metavar="N")
-@click.option("--device", default="auto", show_default=True, metavar="NAME", help="cpu, cuda, cuda:1, mps, ...")
+              help="Folder of a dataset; repeatable. The digits need none.")  # fmt: skip
+@click.option("--batch-size", type=int, default=128, show_default=True, metavar="N", help="Images attacked together.")
+@click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, ...")
 @click.pass_context
 def verify(
     context: click.Context, board: Path | None, sample: int, data_dirs: tuple[str, ...], batch_size: int, device: str
 ) -> None:
-    """Read and hash every file, and measure some examples of every model again.
+    """Check and hash every file, and re-measure random examples of every model.
 
-    Says what is wrong and where, and exits with status 1 if anything is.
+    Prints every problem and exits with status 1 if there is any.
     """
     from deat_rb.cli.evaluation_progress import EvaluationProgress
     from deat_rb.leaderboard.verify import verify as verify_board
@@ -106,32 +106,33 @@ def verify(
     for text in data_dirs:
         name, equals, folder = text.partition("=")
         if not equals or not name or not folder:
-            raise DeatError(f"--data-dir {text} is not of the form NAME=DIR, such as cifar10=data")
+            raise DeatError(f"--data-dir {text} must have the form NAME=DIR, such as cifar10=data")
         folders[name] = Path(folder)
     where = str(resolve_device(device))
     with EvaluationProgress(sample) as progress:
-        found = verify_board(_chosen(context, board), sample=sample, data_dirs=folders, batch_size=batch_size,
+        result = verify_board(_chosen(context, board), sample=sample, data_dirs=folders, batch_size=batch_size,
                              device=where, progress=progress)  # fmt: skip
-    for note in found.notes:
+    for note in result.notes:
         click.echo(f"note: {note}")
-    for problem in found.problems:
+    for problem in result.problems:
         click.echo(f"problem: {problem}")
-    click.echo(f"{found.entries} entries, {found.measured} measured again, {len(found.problems)} problems")
-    if found.problems:
+    click.echo(f"{result.entries} entries, {result.measured} re-measured, {len(result.problems)} problems")
+    if result.problems:
         raise click.exceptions.Exit(1)
 
 
 @leaderboard.command("export")
 @_board
 @click.option("--robustbench", "output", required=True, type=click.Path(path_type=Path), metavar="DIR",
-              help="Where model_info/ and models/ go.")  # fmt: skip
-@click.option("--dataset", metavar="NAME", help="Only the entries of this data set.")
-@click.option("--as-dataset", metavar="NAME", help="cifar10 or cifar100: what data of other names stand for.")
+              help="Folder for model_info/ and models/.")  # fmt: skip
+@click.option("--dataset", metavar="NAME", help="Only entries of this dataset.")
+@click.option("--as-dataset", metavar="NAME",
+              help="Export other datasets under this name (cifar10 or cifar100), with a footnote.")  # fmt: skip
 @click.pass_context
 def export(
     context: click.Context, board: Path | None, output: Path, dataset: str | None, as_dataset: str | None
 ) -> None:
-    """Write the board's models in RobustBench's form."""
+    """Export the board's models in RobustBench's format."""
     from deat_rb.leaderboard.robustbench_export import export_board
 
     exported = export_board(_chosen(context, board), output, dataset=dataset, as_dataset=as_dataset)

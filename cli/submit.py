@@ -10,39 +10,36 @@ import click
 
 @click.command("submit")
 @click.argument("target", metavar="RUN|EXPORT|CHECKPOINT", type=click.Path(path_type=Path))
-@click.option("--model-name", required=True, metavar="NAME", help="Such as Wang2021Gradient_R18.")
-@click.option("--board", type=click.Path(path_type=Path), default="leaderboard", show_default=True, metavar="DIR")
-@click.option("--info", type=click.Path(path_type=Path), metavar="FILE", help="A checkpoint's model_info JSON.")
-@click.option("--dataset", metavar="NAME", help="What a checkpoint is evaluated on; by default what its JSON says.")
-@click.option(
-    "--data-dir", type=click.Path(path_type=Path), metavar="DIR", help="Where the data are; digits need none."
-)
-@click.option(
-    "--image-size",
-    type=int,
-    metavar="PIXELS",
-    help="Height and width of a folder's images, for a checkpoint; by default 32.",
-)
-@click.option("--arch", metavar="NAME", help="A checkpoint's network, where its JSON names none that is known.")
-@click.option("--dataset-name", metavar="NAME", help="What the board calls the images of a folder: cifar10-jpeg.")
-@click.option("--dataset-note", metavar="TEXT", help="What a reader should know of them; the first one said stands.")
-@click.option("--paper", "link", metavar="URL", help="Like what follows, the paper's own for its own methods.")
-@click.option("--title", "name", metavar="TITLE", help="Of the paper.")
-@click.option("--authors", metavar="A, B, ...", help="Of the paper.")
-@click.option("--venue", metavar="VENUE", help="Of the paper, with the year.")
+@click.option("--model-name", required=True, metavar="NAME", help="Name on the board, such as Wang2021Gradient_R18.")
+@click.option("--board", type=click.Path(path_type=Path), default="leaderboard", show_default=True, metavar="DIR",
+              help="The leaderboard's folder.")  # fmt: skip
+@click.option("--info", type=click.Path(path_type=Path), metavar="FILE", help="A checkpoint's RobustBench model_info.")
+@click.option("--arch", metavar="NAME", help="A checkpoint's architecture, if its model_info names none that is known.")
+@click.option("--dataset", metavar="NAME", help="A checkpoint's dataset.  [default: from its model_info]")
+@click.option("--eps", metavar="EPS", help="A checkpoint's radius, if it has no model_info, such as 8/255.")
+@click.option("--data-dir", type=click.Path(path_type=Path), metavar="DIR",
+              help="Folder of the dataset; the digits need none.")  # fmt: skip
+@click.option("--image-size", type=int, metavar="PIXELS",
+              help="Height and width of a checkpoint's input, for an image folder.  [default: 32]")  # fmt: skip
+@click.option("--dataset-name", metavar="NAME", help="The board's name for an image folder, such as cifar10-jpeg.")
+@click.option("--dataset-note", metavar="TEXT", help="Description of an image folder; the board keeps the first.")
+@click.option("--paper", "link", metavar="URL", help="Link to the paper.  [default: DEAT's, for its methods]")
+@click.option("--title", "name", metavar="TITLE", help="Title of the paper.")
+@click.option("--authors", metavar="A, B, ...", help="Authors of the paper.")
+@click.option("--venue", metavar="VENUE", help="Venue of the paper, with the year.")
 @click.option("--additional-data", is_flag=True, default=None, help="Other training images were used, too.")
 @click.option("--external", type=float, metavar="PERCENT", help="Best known robust accuracy; it decides the rank.")
-@click.option("--unreliable/--reliable", default=None, help="Whether AutoAttack's figure is not to be relied on.")
-@click.option("--footnote", metavar="TEXT", help="For the table's reader.")
-@click.option("--hardware", metavar="TEXT", help="Where it was trained.")
-@click.option("--n-examples", type=int, metavar="N", help="Evaluate on so many test images; by default on all.")
+@click.option("--unreliable/--reliable", default=None, help="Whether AutoAttack's accuracy may be unreliable.")
+@click.option("--footnote", metavar="TEXT", help="Footnote for the table.")
+@click.option("--hardware", metavar="TEXT", help="Training hardware.")
+@click.option("--n-examples", type=int, metavar="N", help="Number of test images to evaluate.  [default: all]")
 @click.option("--sample", type=int, default=100, show_default=True, metavar="N",
-              help="Measure what an eval.json claims again on so many examples, 50 or more.")  # fmt: skip
-@click.option("--evaluate", "evaluate_anew", is_flag=True, help="Evaluate although the run has an eval.json.")
-@click.option("--replace", is_flag=True, help="Replace the entry of that name; it is kept under history/.")
-@click.option("--no-weights", "keep_weights", flag_value=False, default=True, help="Keep the weights off the board.")
-@click.option("--batch-size", type=int, default=128, show_default=True, metavar="N")
-@click.option("--device", default="auto", show_default=True, metavar="NAME", help="cpu, cuda, cuda:1, mps, ...")
+              help="Examples of an eval.json that the board re-measures, 50 or more.")  # fmt: skip
+@click.option("--evaluate", "evaluate_anew", is_flag=True, help="Evaluate fully although the run has an eval.json.")
+@click.option("--replace", is_flag=True, help="Replace the entry of that name, which is moved to history/.")
+@click.option("--no-weights", "keep_weights", flag_value=False, default=True, help="Do not store the weights.")
+@click.option("--batch-size", type=int, default=128, show_default=True, metavar="N", help="Images attacked together.")
+@click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, ...")
 def submit(
     target: Path,
     board: Path,
@@ -53,13 +50,13 @@ def submit(
     keep_weights: bool,
     batch_size: int,
     device: str,
-    **said: Any,
+    **metadata: Any,
 ) -> None:
-    """Put a trained network on a leaderboard.
+    """Submit a trained network to a leaderboard.
 
-    A run's eval.json is believed as far as some of its examples, which the board draws and measures itself, bear it
-    out. Without one, and of checkpoints, all is measured: FGSM, PGD-100, CW-20 and AutoAttack. Nothing that is handed
-    in is executed, and what is refused leaves the board as it was.
+    A run's eval.json is accepted if a random sample of its examples, which the board measures itself, confirms it.
+    Runs without one and checkpoints are evaluated fully: FGSM, PGD-100, CW-20 and AutoAttack. Submitted code is never
+    run, and a refused submission leaves the board unchanged.
     """
     from rich.console import Console
 
@@ -73,7 +70,7 @@ def submit(
     where = resolve_device(device)
     with EvaluationProgress(n_examples or sample) as progress:
         entry = Board(board).submit(
-            target, SubmissionMetadata(**said), n_examples=n_examples, sample=sample, evaluate_anew=evaluate_anew,
+            target, SubmissionMetadata(**metadata), n_examples=n_examples, sample=sample, evaluate_anew=evaluate_anew,
             replace=replace, keep_weights=keep_weights, batch_size=batch_size, device=str(where), progress=progress,
         )  # fmt: skip
     console = Console()

@@ -178,11 +178,11 @@ def open_of_board(file: Path, *, data_dir: str | Path | None = None) -> EvalTarg
     Raises:
         DeatError: See `deat_rb.leaderboard.weights.open_entry`; or the data cannot be had, or are others.
     """
-    from deat_rb.leaderboard.submission import load_board_data
+    from deat_rb.leaderboard.datasets import load_entry_data
     from deat_rb.leaderboard.weights import open_entry
 
     entry, model = open_entry(file)
-    data = load_board_data(entry, None if data_dir is None else Path(data_dir))
+    data = load_entry_data(entry, None if data_dir is None else Path(data_dir))
     if data.fingerprint != entry.data_sha256:
         raise DeatError(f"{file} was measured on other data (SHA-256 {str(entry.data_sha256)[:12]}...) than those at "
                         f"hand ({data.fingerprint[:12]}...)")  # fmt: skip

@@ -1,13 +1,14 @@
-"""The images that a board measures on: where whoever runs it says that they are. Nothing is downloaded."""
+"""The dataset that a board measures on: from the folder the board's owner names, never downloaded."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from deat_rb.data.datasets import DATASETS, Dataset, load_data
-from deat_rb.data.image_folder import image_suffixes
+from deat_rb.data.images import interleave_classes
 from deat_rb.leaderboard.entry import Entry
 from deat_rb.utils.errors import DeatError
 
@@ -15,56 +16,50 @@ EMBEDDED = "digits"
 """Comes with scikit-learn and needs no folder."""
 
 
-def loader_of(entry: Entry) -> str:
-    """Which of `load_data`'s loaders reads an entry's images: a folder's have a name of the board's own."""
+def dataset_loader(entry: Entry) -> str:
+    """Return the `load_data` name of an entry's dataset; image folders have a name of the board's own."""
     return entry.dataset if entry.dataset in DATASETS else "folder"
 
 
-def load_board_dataset(name: str, *, data_dir: Path | None, image_size: int | None) -> Dataset:
-    """Loads a data set from where it lies; arguments as for `deat_rb.data.datasets.load_data`.
+def first_test_examples(data: Dataset, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return the first test images, (N, C, H, W), and labels (N,), in the order of `EvalTarget.examples`.
 
     Raises:
-        DeatError: It does not lie there, or is a folder that no one would get to the end of.
+        DeatError: There are fewer than ``count``.
     """
-    if name != EMBEDDED:
-        if data_dir is None:
-            raise DeatError(f"where are the images of {name}? Give their folder by --data-dir: a board does not look "
-                            "where a submission says")  # fmt: skip
-        if name == "folder":
-            check_regular(data_dir)
-        else:
-            _check_there(name, data_dir)
+    test = interleave_classes(data.test)
+    count = len(test) if count is None else count
+    if not 1 <= count <= len(test):
+        raise DeatError(f"--n-examples {count} is not possible (1 to {len(test)} test images)")
+    return test.first(count).tensors()
+
+
+def load_board_dataset(name: str, *, data_dir: Path | None, image_size: int | None) -> Dataset:
+    """Load a dataset from where it lies; arguments as for `deat_rb.data.datasets.load_data`.
+
+    Raises:
+        DeatError: It is not there.
+    """
+    if name != EMBEDDED and data_dir is None:
+        raise DeatError(f"--data-dir is missing: give the folder of {name}; a board does not use the path in a "
+                        "submission")  # fmt: skip
+    if name not in (EMBEDDED, "folder"):
+        from torchvision.datasets import CIFAR10, CIFAR100
+
+        source: Any = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+        if not any((Path(str(data_dir)) / part).exists() for part in (source.base_folder, source.filename)):
+            raise DeatError(f"{data_dir} has neither {source.base_folder} nor {source.filename}, and a board downloads "
+                            "nothing: give the right folder by --data-dir")  # fmt: skip
     return load_data(name, data_dir=data_dir, image_size=image_size)
 
 
-def check_regular(folder: Path) -> None:
-    """Sees to it that images below ``train`` and ``test`` are files, and that no link leads to another folder.
+def load_entry_data(entry: Entry, data_dir: Path | None) -> Dataset:
+    """Load the dataset that an entry was measured on.
 
     Raises:
-        DeatError: There is a linked folder, or an image that is a pipe or the like, or a folder cannot be read.
+        DeatError: It is an image folder and ``data_dir`` is missing, or it cannot be loaded.
     """
-    left = [folder / "train", folder / "test"]
-    while left:
-        here = left.pop()
-        try:
-            with os.scandir(here) as entries:
-                for entry in entries:
-                    if entry.is_dir():
-                        if entry.is_symlink():
-                            raise DeatError(f"{entry.path} is a link to a folder, and may lead in circles: put the "
-                                            "folder itself there")  # fmt: skip
-                        left.append(Path(entry.path))
-                    elif os.path.splitext(entry.name)[1].lower() in image_suffixes() and not entry.is_file():
-                        raise DeatError(f"{entry.path} is no file: remove it")
-        except OSError as error:
-            raise DeatError(f"{here} cannot be read ({error.strerror}): give by --data-dir the folder that has "
-                            "train/<class>/* and test/<class>/*") from None  # fmt: skip
-
-
-def _check_there(name: str, folder: Path) -> None:
-    from torchvision.datasets import CIFAR10, CIFAR100
-
-    source: Any = {"cifar10": CIFAR10, "cifar100": CIFAR100}.get(name)
-    if source is not None and not any((folder / part).exists() for part in (source.base_folder, source.filename)):
-        raise DeatError(f"{folder} has neither {source.base_folder} nor {source.filename}, and a board downloads "
-                        "nothing: give by --data-dir the folder that has one")  # fmt: skip
+    loader = dataset_loader(entry)
+    if loader == "folder" and data_dir is None:
+        raise DeatError(f"--data-dir is missing: give the folder of {entry.dataset}")
+    return load_data(loader, data_dir=data_dir, image_size=None if entry.model is None else entry.model.image_size)

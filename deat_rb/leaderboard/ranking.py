@@ -1,38 +1,34 @@
-"""The leaderboard as a table: who stands where, and how that is written for terminals, programs and papers."""
+"""Ranking of a leaderboard's entries by robust accuracy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from deat_rb.leaderboard.entry import Entry
 from deat_rb.utils.errors import DeatError, did_you_mean
 from deat_rb.utils.text import printable
 from deat_rb.utils.units import parse_fraction
 
-if TYPE_CHECKING:
-    pass
-
-
 Part = Literal["full", "subset", "published"]
 
 PARTS: dict[Part, str] = {
     "full": "whole test set",
     "subset": "part of the test set, not ranked",
-    "published": "published figures, not measured here",
+    "published": "published results, not measured here",
 }
 
 
 @dataclass(frozen=True)
 class RankedEntry:
-    """An entry in the table.
+    """An entry with its place in the table.
 
     Attributes:
         entry: The entry.
-        rank: From 1 on, among the full evaluations of the same data set, threat model and eps; equals share one. None
-            for others.
-        part: ``full``; ``subset``, of a part of the test set; or ``published``, which nobody measured here.
+        rank: From 1, among full evaluations with the same dataset, threat model and eps; equal accuracies share a rank.
+            None for other entries, and without a robust accuracy.
+        part: ``full``; ``subset`` (of the test set); or ``published`` (not measured by this board).
     """
 
     entry: Entry
@@ -41,12 +37,16 @@ class RankedEntry:
 
     @property
     def group(self) -> tuple[str, str, float]:
-        """What it may be compared within: data set, threat model and eps."""
-        return self.entry.dataset, self.entry.threat_model, parse_fraction(self.entry.eps)
+        """Dataset, threat model and eps, within which entries are compared."""
+        return _group(self.entry)
 
 
-def _descending(value: float | None) -> float:
-    return 1.0 if value is None else -value
+def _group(entry: Entry) -> tuple[str, str, float]:
+    return entry.dataset, entry.threat_model, parse_fraction(entry.eps)
+
+
+def _descending(value: str | float | None) -> float:
+    return 1.0 if value is None else -float(value)
 
 
 def _ascending(value: float | None) -> float:
@@ -55,8 +55,8 @@ def _ascending(value: float | None) -> float:
 
 SORTS: dict[str, Callable[[Entry], Any]] = {
     "rank": lambda entry: _descending(entry.robust),
-    "autoattack": lambda entry: _descending(None if entry.autoattack_acc is None else float(entry.autoattack_acc)),
-    "natural": lambda entry: _descending(None if entry.clean_acc is None else float(entry.clean_acc)),
+    "autoattack": lambda entry: _descending(entry.autoattack_acc),
+    "natural": lambda entry: _descending(entry.clean_acc),
     "fgsm": lambda entry: _descending(entry.percent("fgsm")),
     "pgd100": lambda entry: _descending(entry.percent("pgd-100")),
     "cw20": lambda entry: _descending(entry.percent("cw-20")),
@@ -64,45 +64,39 @@ SORTS: dict[str, Callable[[Entry], Any]] = {
     "seconds": lambda entry: _ascending(entry.train_seconds),
     "name": lambda entry: entry.model_name,
 }
-"""What a table may be sorted by, the best first."""
+"""Sort keys of the table, best first; unknown values come last."""
 
 
 def rank(entries: Sequence[Entry], *, dataset: str | None = None, sort: str = "rank") -> tuple[RankedEntry, ...]:
-    """Ranks entries by robust accuracy, the best known one or else AutoAttack's, as RobustBench does.
+    """Rank entries by robust accuracy, the best known one or else AutoAttack's, as RobustBench does.
 
     Args:
-        entries: Of a board.
-        dataset: Only of this data set.
-        sort: The order within a group, one of `SORTS`; a rank does not depend on it.
+        entries: A board's entries.
+        dataset: Only entries of this dataset.
+        sort: The order within a group, one of `SORTS`; ranks do not depend on it.
 
     Returns:
-        By group; in each the full evaluations, then those of a part of the test set, then what was only published.
+        By group: full evaluations, then evaluations of a part of the test set, then published results.
 
     Raises:
-        DeatError: There is no such data set on the board, or no such order.
+        DeatError: The board has no such dataset, or there is no such order.
     """
     if sort not in SORTS:
-        raise DeatError(f"there is no order '{printable(sort, 40)}': {did_you_mean(sort, SORTS)}")
+        raise DeatError(f"--sort {printable(sort, 40)} is unknown: {did_you_mean(sort, SORTS)}")
     known = sorted({entry.dataset for entry in entries})
     if dataset is not None and dataset not in known:
-        raise DeatError(f"the board has no entries of '{printable(dataset, 40)}': {did_you_mean(dataset, known)}")
+        raise DeatError(f"the board has no dataset '{printable(dataset, 40)}': {did_you_mean(dataset, known)}")
     chosen = [entry for entry in entries if dataset in (None, entry.dataset)]
-    full: dict[tuple[str, str, float], list[float]] = {}
+    ranked = []
     for entry in chosen:
-        if _part(entry) == "full" and entry.robust is not None:
-            full.setdefault(RankedEntry(entry, None, "full").group, []).append(entry.robust)
-    standings = []
-    for entry in chosen:
-        standing = RankedEntry(entry, None, _part(entry))
-        if standing.part == "full" and entry.robust is not None:
-            place = 1 + sum(other > entry.robust for other in full[standing.group])
-            standing = RankedEntry(entry, place, "full")
-        standings.append(standing)
+        place, part, robust = None, _part(entry), entry.robust
+        if part == "full" and robust is not None:
+            rivals = (other for other in chosen if _part(other) == "full" and _group(other) == _group(entry))
+            place = 1 + sum((other.robust or 0) > robust for other in rivals)
+        ranked.append(RankedEntry(entry, place, part))
     order = list(PARTS)
     return tuple(
-        sorted(
-            standings, key=lambda each: (each.group, order.index(each.part), SORTS[sort](each.entry), each.entry.key)
-        )
+        sorted(ranked, key=lambda each: (each.group, order.index(each.part), SORTS[sort](each.entry), each.entry.key))
     )
 
 

@@ -1,4 +1,4 @@
-"""A leaderboard's models in RobustBench's form."""
+"""Export of a leaderboard's models in RobustBench's format."""
 
 from __future__ import annotations
 
@@ -8,27 +8,24 @@ from pathlib import Path
 from typing import Any, cast
 
 from deat_rb.leaderboard.board import Board
-from deat_rb.leaderboard.entry import Entry, check_board
+from deat_rb.leaderboard.entry import Entry, RobustBenchInfo, check_board
 from deat_rb.leaderboard.weights import load_network
 from deat_rb.models.spec import ModelSpec, robustbench_class
-from deat_rb.robustbench.format import SPELLED, UNKNOWN, ExportPaths, model_source, robustbench_weights
+from deat_rb.robustbench.format import SPELLED, ExportPaths, model_source, robustbench_weights
 from deat_rb.utils import compat
 from deat_rb.utils.errors import DeatError, did_you_mean
 from deat_rb.utils.files import write_all
-
-_FIELDS = ("link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue", "architecture",
-           "eps", "clean_acc", "reported", "autoattack_acc", "external", "unreliable", "footnote")  # fmt: skip
 
 _OPTIONAL = {"external", "unreliable", "footnote"}
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export_board` wrote.
+    """The result of `export_board`.
 
     Attributes:
-        names: The models, each as ``<dataset>/<name>``.
-        left_out: A sentence for each entry that RobustBench cannot hold.
+        names: The exported models, each as ``<dataset>/<name>``.
+        left_out: A sentence for each entry that cannot be exported.
     """
 
     names: tuple[str, ...]
@@ -38,17 +35,17 @@ class Exported:
 def export_board(
     path: str | Path, output: str | Path, *, dataset: str | None = None, as_dataset: str | None = None
 ) -> Exported:
-    """Writes ``model_info/`` and ``models/`` that robustbench reads, and ``pull_request/`` for what it lacks.
+    """Write ``model_info/`` and ``models/`` as robustbench reads them, and ``pull_request/`` for its model zoo.
 
     Args:
         path: The board.
-        output: Below which folder; files of these names are replaced.
-        dataset: Only entries of this data set, by the board's name for it.
-        as_dataset: Which of RobustBench's data sets entries of others stand for; their footnotes say so. By default
+        output: Folder for the export; existing files are replaced.
+        dataset: Only entries of this dataset, by the board's name.
+        as_dataset: RobustBench dataset under which entries of other datasets are exported, with a footnote. By default
             they are left out.
 
     Raises:
-        DeatError: There is no board, two entries would have one name, or nothing can be exported.
+        DeatError: There is no board, two entries would get the same name, or nothing can be exported.
     """
     if as_dataset is not None:
         compat.check_dataset(as_dataset)
@@ -62,7 +59,7 @@ def export_board(
     if dataset is not None:
         known = {entry.dataset for entry in entries}
         if dataset not in known:
-            raise DeatError(f"the board {path} has no data set '{dataset}': {did_you_mean(dataset, known)}")
+            raise DeatError(f"the board {path} has no dataset '{dataset}': {did_you_mean(dataset, known)}")
         entries = tuple(entry for entry in entries if entry.dataset == dataset)
     for entry in entries:
         stands_for = entry.dataset if entry.dataset in compat.DATASETS else as_dataset
@@ -72,8 +69,8 @@ def export_board(
             continue
         paths = ExportPaths.below(Path(output), str(stands_for), entry.model_name)
         if paths.weights in contents:
-            raise DeatError(f"{entry.model_name} would stand for two models of {stands_for}: {entry.key} and another; "
-                            "--dataset exports one of the board's data sets alone")  # fmt: skip
+            raise DeatError(f"{entry.model_name} would be the name of two models of {stands_for}, {entry.key} and "
+                            "another: export one dataset at a time by --dataset")  # fmt: skip
         contents |= _files(board.path, entry, str(stands_for), paths)
         names.append(f"{stands_for}/{entry.model_name}")
     if not names:
@@ -89,15 +86,17 @@ def export_board(
 
 def _refusal(entry: Entry, dataset: str | None) -> str | None:
     if entry.weights_file is None or entry.model is None:
-        return "the board does not hold its weights"
+        return "the board does not store its weights"
     if dataset is None:
-        return f"RobustBench has no data set {entry.dataset}; --as-dataset says what it stands for"
+        return f"RobustBench has no dataset {entry.dataset}; export it under another by --as-dataset"
     try:
         robustbench_class(entry.model)
     except DeatError as error:
         return str(error)
     if entry.model.num_classes != compat.DATASETS[dataset]:
-        return f"it has {entry.model.num_classes} classes, and {dataset} {compat.DATASETS[dataset]}"
+        return f"it has {entry.model.num_classes} classes, but {dataset} has {compat.DATASETS[dataset]}"
+    if None in (entry.clean_acc, entry.reported, entry.autoattack_acc):
+        return "it lacks an accuracy, and RobustBench would rank it wrongly"
     return None
 
 
@@ -110,8 +109,8 @@ def _files(board: Path, entry: Entry, dataset: str, paths: ExportPaths) -> dict[
 
 
 def robustbench_info(entry: Entry, dataset: str) -> dict[str, Any]:
-    """What RobustBench's table needs of an entry; an accuracy that is not known is "nan"."""
-    fields = {name: getattr(entry, name) for name in _FIELDS}
+    """Return the fields of RobustBench's ``model_info``."""
+    fields = {name: getattr(entry, name) for name in RobustBenchInfo.model_fields}
     notes = [entry.footnote or ""]
     if dataset != entry.dataset:
         own = entry.dataset_note or SPELLED.get(entry.dataset, entry.dataset)
@@ -119,10 +118,9 @@ def robustbench_info(entry: Entry, dataset: str) -> dict[str, Any]:
     if entry.is_subset:
         notes.append(f"Accuracies on {entry.n_examples} of {entry.n_test} test images.")
     fields |= {"dataset": dataset, "footnote": " ".join(note for note in notes if note) or None}
-    unknown: dict[str, Any] = {"clean_acc": UNKNOWN, "reported": UNKNOWN, "autoattack_acc": UNKNOWN,
-                               "additional_data": False, "number_forward_passes": 1}  # fmt: skip
+    defaults = {"additional_data": False, "number_forward_passes": 1}
     return {
-        name: unknown.get(name, "") if value is None else value
+        name: defaults.get(name, "") if value is None else value
         for name, value in fields.items()
         if value is not None or name not in _OPTIONAL
     }

@@ -1,4 +1,7 @@
-"""The leaderboard as terminal table, JSON, CSV, Markdown and LaTeX."""
+"""The leaderboard as terminal tables, JSON, CSV, Markdown and LaTeX.
+
+Entries' texts are plain text already; each format escapes again, in case an entry was edited by hand.
+"""
 
 from __future__ import annotations
 
@@ -41,57 +44,45 @@ COLUMNS: dict[str, Callable[[RankedEntry], str]] = {
     "venue": lambda each: each.entry.venue or "",
 }
 
-_SPARED = (
-    "venue",
-    "extra data",
-    "seconds",
-    "examples",
-    "architecture",
-    "fgsm",
-    "cw-20",
-    "method",
-    "pgd-100",
-    "backward passes",
-)
-"""What a narrow terminal does without, in this order."""
+_DROPPED_FIRST = ("venue", "extra data", "seconds", "examples", "architecture", "fgsm", "cw-20", "method", "pgd-100",
+                  "backward passes")  # fmt: skip
+"""Columns that a narrow terminal drops, in this order."""
 
-_TEXTS = {"model", "unreliable", "method", "extra data", "architecture", "venue"}
+_TEXT_COLUMNS = {"model", "unreliable", "method", "extra data", "architecture", "venue"}
 
 
-def _groups(standings: Sequence[RankedEntry]) -> list[tuple[str, str, list[RankedEntry]]]:
-    """Standings that may stand in one table, under a heading, with what a reader should know of the data."""
-    found = []
-    for _, part in groupby(standings, key=lambda each: (each.group, each.part)):
+def _groups(ranked: Sequence[RankedEntry]) -> list[tuple[str, str, list[RankedEntry]]]:
+    """Split ranked entries into tables, each with a heading and the dataset's note."""
+    groups = []
+    for _, part in groupby(ranked, key=lambda each: (each.group, each.part)):
         rows = list(part)
         entry = rows[0].entry
         heading = f"{entry.dataset}, {entry.threat_model}, eps {entry.eps}: {PARTS[rows[0].part]}"
-        found.append((heading, entry.dataset_note or "", rows))
-    return found
+        groups.append((heading, entry.dataset_note or "", rows))
+    return groups
 
 
 def _columns(rows: Sequence[RankedEntry]) -> dict[str, list[str]]:
-    """The cells of a table by column, without columns of which nothing is known."""
+    """Return a table's cells by column, without empty columns."""
     cells = {title: [cell(row) for row in rows] for title, cell in COLUMNS.items()}
     return {title: column for title, column in cells.items() if any(column)}
 
 
-def as_tables(standings: Sequence[RankedEntry], width: int) -> list[RenderableType]:
-    """Lays the standings out for a terminal of ``width``; whatever texts hold, they neither colour nor move anything.
-
-    Columns for which there is no room are left out.
-    """
+def as_tables(ranked: Sequence[RankedEntry], width: int) -> list[RenderableType]:
+    """Render tables for a terminal of ``width`` characters; columns that do not fit are dropped."""
     from rich.table import Table
     from rich.text import Text
 
     tables: list[RenderableType] = []
-    for heading, note, rows in _groups(standings):
+    for heading, note, rows in _groups(ranked):
         table = Table(title=Text(printable(heading)), caption=Text(printable(note)) if note else None)
         columns = _columns(rows)
-        for title in _SPARED:
+        for title in _DROPPED_FIRST:
             if _width(columns) > width:
                 columns.pop(title, None)
         for title in columns:
-            table.add_column(title, justify="left" if title in _TEXTS else "right", no_wrap=title != "backward passes")
+            table.add_column(title, justify="left" if title in _TEXT_COLUMNS else "right",
+                             no_wrap=title != "backward passes")  # fmt: skip
         for cells in zip(*columns.values(), strict=True):
             table.add_row(*(Text(printable(cell, 120)) for cell in cells))
         tables.append(table)
@@ -99,64 +90,57 @@ def as_tables(standings: Sequence[RankedEntry], width: int) -> list[RenderableTy
 
 
 def _width(columns: dict[str, list[str]]) -> int:
-    """How wide a table is in which heads are broken at spaces and cells nowhere."""
+    """Return the width of a table whose headers wrap at spaces and whose cells do not wrap."""
     cells = (max(len(word) for word in (*title.split(), *column)) for title, column in columns.items())
     return 1 + sum(cell + 3 for cell in cells)
 
 
-def as_json(standings: Sequence[RankedEntry]) -> str:
-    """All that is known of every entry but its epochs' figures, in ASCII."""
-    content = [
-        {"rank": each.rank, "part": each.part, **each.entry.model_dump(mode="json", exclude={"metrics"})}
-        for each in standings
-    ]
+def as_json(ranked: Sequence[RankedEntry]) -> str:
+    """Return all fields of every entry but its metrics, with accuracies and intervals, as ASCII JSON."""
+    content = []
+    for each in ranked:
+        fields = each.entry.model_dump(mode="json", exclude={"metrics"})
+        for name in ("figures", "remeasured"):
+            for attack, accuracy in getattr(each.entry, name).items():
+                low, high = accuracy.interval
+                fields[name][attack] |= {"accuracy": accuracy.accuracy, "low": low, "high": high}
+        content.append({"rank": each.rank, "part": each.part, **fields})
     return json.dumps(content, indent=2, allow_nan=False)
 
 
-def as_csv(standings: Sequence[RankedEntry]) -> str:
-    """One table for spreadsheets; a cell that they would take for a formula has an apostrophe before it."""
+def as_csv(ranked: Sequence[RankedEntry]) -> str:
+    """Return one CSV table; a cell that a spreadsheet would read as a formula begins with an apostrophe."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    own = {
-        "dataset": lambda each: each.entry.dataset,
-        "threat": lambda each: each.entry.threat_model,
-        "eps": lambda each: each.entry.eps,
-        "part": lambda each: each.part,
-    }
-    columns: dict[str, Callable[[RankedEntry], str]] = {**own, **COLUMNS}
-    writer.writerow(columns)
-    for each in standings:
-        writer.writerow(_csv_cell(cell(each)) for cell in columns.values())
+    writer.writerow(("dataset", "threat", "eps", "part", *COLUMNS))
+    for each in ranked:
+        cells = [each.entry.dataset, each.entry.threat_model, each.entry.eps, each.part]
+        cells += [cell(each) for cell in COLUMNS.values()]
+        writer.writerow(re.sub(FORMULA, r"\1\2'", printable(cell, 2000)) for cell in cells)
     return file.getvalue()
 
 
-def _csv_cell(text: str) -> str:
-    text = printable(text, 2000)
-    return re.sub(FORMULA, r"\1\2'", text)
-
-
-def as_markdown(standings: Sequence[RankedEntry]) -> str:
-    """Tables in GitHub's Markdown."""
+def as_markdown(ranked: Sequence[RankedEntry]) -> str:
+    """Return tables in GitHub's Markdown."""
     lines = []
-    for heading, note, rows in _groups(standings):
+    for heading, note, rows in _groups(ranked):
         columns = _columns(rows)
         lines += [f"**{markdown_text(heading)}**", "", *([markdown_text(note), ""] if note else [])]
         lines.append(f"| {' | '.join(columns)} |")
-        lines.append(f"|{'|'.join(':--' if title in _TEXTS else '--:' for title in columns)}|")
+        lines.append(f"|{'|'.join(':--' if title in _TEXT_COLUMNS else '--:' for title in columns)}|")
         lines += [f"| {' | '.join(map(markdown_text, cells))} |" for cells in zip(*columns.values(), strict=True)]
         lines.append("")
     return "\n".join(lines)
 
 
 def markdown_text(text: str) -> str:
-    """Text that Markdown shows as it is.
+    """Escape text for Markdown.
 
-    GitHub makes links of www., of mail addresses and of @names after it has resolved escapes: a comment keeps them
-    apart.
+    GitHub links www., mail addresses and @names after it has resolved escapes; an HTML comment keeps them apart.
     """
     entities = printable(text, 2000).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     special = r"[\\`*_{}\[\]()#!|~$]|(?i:(?<=https)|(?<=http)|(?<=ftp)|(?<=xmpp)|(?<=mailto)):"
-    escaped = re.sub(special, lambda found: f"\\{found[0]}", entities)
+    escaped = re.sub(special, lambda match: f"\\{match[0]}", entities)
     return re.sub(r"(?i)(?<=\bwww)(?=\.)|(?<=@)", "<!-- -->", escaped)
 
 
@@ -166,19 +150,27 @@ _TEX = {"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&
 
 
 def latex_text(text: str) -> str:
-    """Text that TeX prints as it is."""
+    """Escape text for TeX."""
     return "".join(_TEX.get(char, char) for char in printable(text, 2000))
 
 
-def as_latex(standings: Sequence[RankedEntry]) -> str:
-    """Tables for a paper that uses booktabs."""
-    lines = []
-    for heading, note, rows in _groups(standings):
-        columns = _columns(rows)
-        caption = f"{heading}. {note}" if note else heading
-        layout = "".join("l" if title in _TEXTS else "r" for title in columns)
-        lines += [r"\begin{table}", rf"\caption{{{latex_text(caption)}}}", rf"\begin{{tabular}}{{{layout}}}"]
-        lines += [r"\toprule", " & ".join(map(latex_text, columns)) + r" \\", r"\midrule"]
-        lines += [" & ".join(map(latex_text, cells)) + r" \\" for cells in zip(*columns.values(), strict=True)]
+def as_latex(ranked: Sequence[RankedEntry]) -> str:
+    r"""Return booktabs tables, each with a ``\label``; the best of each accuracy is bold."""
+    lines = [r"% needs \usepackage{booktabs}"]
+    for heading, note, rows in _groups(ranked):
+        columns = {title: [latex_text(cell) for cell in column] for title, column in _columns(rows).items()}
+        for title in _ACCURACIES & columns.keys():
+            best = max((cell for cell in columns[title] if cell), key=float)
+            columns[title] = [rf"\textbf{{{cell}}}" if cell == best and len(rows) > 1 else cell
+                              for cell in columns[title]]  # fmt: skip
+        entry, caption = rows[0].entry, f"{heading}. {note}" if note else heading
+        label = re.sub(r"[^a-zA-Z0-9.]+", "-", f"{entry.dataset}-{entry.threat_model}-{entry.eps}-{rows[0].part}")
+        layout = "".join("l" if title in _TEXT_COLUMNS else "r" for title in columns)
+        lines += [r"\begin{table}", r"\centering", rf"\caption{{{latex_text(caption)}}}", rf"\label{{tab:{label}}}"]
+        lines += [rf"\begin{{tabular}}{{{layout}}}", r"\toprule", " & ".join(map(latex_text, columns)) + r" \\"]
+        lines += [r"\midrule", *(" & ".join(cells) + r" \\" for cells in zip(*columns.values(), strict=True))]
         lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
     return "\n".join(lines)
+
+
+_ACCURACIES = {"natural", "autoattack", "best known", "pgd-100", "cw-20", "fgsm"}

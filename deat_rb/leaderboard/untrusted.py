@@ -1,4 +1,4 @@
-"""Files that strangers hand in, read as such: of bounded size, no links, no code, no second meaning."""
+"""Reading untrusted files and text: size limits, no symlinks, strict JSON, plain text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import os
 import re
 import stat
-import unicodedata
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,109 +14,81 @@ from deat_rb.utils.errors import DeatError
 from deat_rb.utils.text import is_invisible, printable
 
 MAX_JSON = 4 * 2**20
-"""Bytes of a JSON file; the metrics of a thousand epochs take half a megabyte."""
-
-MAX_DEPTH = 32
-
-MAX_KEYS = 1000
-"""Of one JSON object."""
+"""Largest JSON file in bytes; the metrics of a thousand epochs take half a megabyte."""
 
 _BLANK = set("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
-"""What is drawn as nothing although Unicode calls it a letter, a mark or a symbol."""
-
-_SELECTORS = {chr(code) for code in (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))}
-"""How the symbol before them is drawn; nothing by themselves."""
-
-MOST_MARKS = 2
-"""Combining marks that a letter of a real name carries; with more they grow over the lines above and below."""
+"""Letters, marks and symbols (by their Unicode category) that are drawn as empty space."""
 
 FORMULA = r"(^|[;\t\r\n])(\s*)(?=[=+\-@\uff1d\uff0b\uff0d\uff20])"
-"""Where a spreadsheet may see a formula begin: full-width signs count, and ; separates cells in half of Europe."""
+"""The start of a formula in a spreadsheet: full-width signs count, and ; separates cells in half of Europe."""
 
-_MATHS = {"ell", "infty", "epsilon", "varepsilon", "approx", "times", "leq", "geq", "pm", "alpha", "beta", "gamma",
-          "lambda", "mu", "sigma", "tau"}  # fmt: skip
-"""What RobustBench's footnotes and titles write in TeX."""
+_MATH = {"ell", "infty", "epsilon", "varepsilon", "approx", "times", "leq", "geq", "pm", "alpha", "beta", "gamma",
+         "lambda", "mu", "sigma", "tau"}  # fmt: skip
+"""TeX commands that RobustBench's footnotes and titles contain."""
 
 
 def plain(text: str) -> str:
-    """Gives back one line of text that nothing which prints it would take for more than text.
-
-    What is refused here would be escaped by the board's own pages and tables; others read the files as well.
+    """Return a line of text that no browser, terminal, spreadsheet, Markdown or TeX reads as more than text.
 
     Raises:
-        ValueError: It has unseen characters, or would be markup, a formula, or a command in HTML, Markdown, TeX or CSV.
+        ValueError: It has invisible characters, HTML, Markdown, a formula or a TeX command.
     """
-    unseen = next((char for char in text if is_invisible(char)), None)
-    if unseen is not None:
-        raise ValueError(f"has the character U+{ord(unseen):04X}, which is not seen when it is printed")
+    invisible = next((char for char in text if char in _BLANK or is_invisible(char)), None)
+    if invisible is not None:
+        raise ValueError(f"has the invisible character U+{ord(invisible):04X}")
     if text != text.strip():
         raise ValueError("begins or ends with a space")
-    _check_drawn(text)
     if re.search(r"<[A-Za-z/!?]|&#|&\w+;", text):
-        raise ValueError("has HTML in it, and plain text is wanted")
+        raise ValueError("has HTML in it; only plain text is allowed")
     if re.search(r"\]\s*\(|`|\|", text):
-        raise ValueError("has Markdown in it (a link, a backtick or |), and plain text is wanted")
-    formula = re.search(FORMULA, text)
-    if formula is not None:
+        raise ValueError("has Markdown in it (a link, a backtick or |); only plain text is allowed")
+    if formula := re.search(FORMULA, text):
         where = f"has {text[formula.end()]} after {formula[1]}" if formula[1] else f"begins with {text[formula.end()]}"
-        raise ValueError(f"{where}, which spreadsheets take for a formula")
-    commands = [name for name in re.findall(r"\\([A-Za-z@]+|$)", text) if name not in _MATHS]
-    if commands or re.search(r"\^\^", text):
-        raise ValueError(f"has the TeX command \\{commands[0] if commands else '^^'}, and plain text is wanted")
+        raise ValueError(f"{where}, which spreadsheets read as a formula")
+    commands = [name for name in re.findall(r"\\([A-Za-z@]+|$)", text) if name not in _MATH]
+    if commands or "^^" in text:
+        raise ValueError(f"has the TeX command \\{commands[0] if commands else '^^'}; only plain text is allowed")
     return text
 
 
-def _check_drawn(text: str) -> None:
-    marks = 0
-    for before, char in zip(" " + text, text, strict=False):
-        marks = marks + 1 if unicodedata.category(char).startswith("M") else 0
-        if char in _BLANK or (char in _SELECTORS and unicodedata.category(before) != "So"):
-            raise ValueError(f"has the character U+{ord(char):04X}, of which nothing is seen")
-        if marks > MOST_MARKS:
-            raise ValueError(f"has more than {MOST_MARKS} marks on one letter")
-
-
-def seen(text: str) -> str:
-    """Gives back text without unseen characters and HTML, which may otherwise hold what it likes.
+def visible(text: str) -> str:
+    """Return a free-form text (a check's sentence), which may have TeX or Markdown but no invisible characters or HTML.
 
     Raises:
         ValueError: It has some.
     """
-    if any(is_invisible(char) for char in text) or re.search(r"<[A-Za-z/!?]", text):
-        raise ValueError("has characters that are not seen when it is printed, or HTML")
+    if any(map(is_invisible, text)) or re.search(r"<[A-Za-z/!?]", text):
+        raise ValueError("has invisible characters or HTML")
     return text
 
 
 def read_limited(path: Path, limit: int) -> bytes:
-    """Reads a regular file that has no more than ``limit`` bytes.
+    """Read a regular file of at most ``limit`` bytes.
 
     Raises:
-        DeatError: It is missing, a link, no regular file or too large. Nothing of a file that is too large is read.
+        DeatError: It is missing, a symlink, not a regular file, or too large.
     """
+    # O_NONBLOCK: opening a pipe must not wait for a writer. Windows has neither flag, nor pipes in folders.
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
         if path.is_symlink():
-            raise DeatError(f"{path} is a link: hand in the file itself") from None
-        raise DeatError(f"cannot read {path}: {error.strerror or error}") from None
-    facts = os.fstat(descriptor)
-    if not stat.S_ISREG(facts.st_mode) or facts.st_size > limit:
-        os.close(descriptor)
-        if stat.S_ISREG(facts.st_mode):
-            raise DeatError(f"{path} is too large: it has {facts.st_size} bytes, and {limit} are allowed")
-        raise DeatError(f"{path} is no regular file: hand in files")
-    try:
-        with open(descriptor, "rb") as file:
-            data = file.read(limit + 1)
+            raise DeatError(f"{path} is a symlink; submit the file itself")
+        with open(os.open(path, flags), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise DeatError(f"{path} is not a regular file")
+            data = file.read(limit + 1) if status.st_size <= limit else b""
+            if status.st_size > limit or len(data) > limit:
+                raise DeatError(f"{path} is too large: {status.st_size} bytes (at most {limit})")
+            return data
     except OSError as error:
+        if isinstance(error, IsADirectoryError):
+            raise DeatError(f"{path} is not a regular file") from None
         raise DeatError(f"cannot read {path}: {error.strerror or error}") from None
-    if len(data) > limit:
-        raise DeatError(f"{path} grows while it is read, past the {limit} bytes that are allowed")
-    return data
 
 
 def symlink_in_path(folder: Path, place: str | Path) -> Path | None:
-    """The first link, or step back, on the way from a folder to a place below it; None where there is none."""
+    """Return the first symlink or ``..`` on the way from a folder to a place below it, or None."""
     path = folder
     for part in Path(place).parts:
         path = path / part
@@ -126,22 +97,19 @@ def symlink_in_path(folder: Path, place: str | Path) -> Path | None:
     return None
 
 
-def parse_json(data: bytes, source: str, *, depth: int = MAX_DEPTH) -> Any:
-    """Reads JSON that means the same to everyone.
+def parse_json(data: bytes, source: str) -> Any:
+    """Parse strict JSON.
 
     Raises:
-        DeatError: It is not UTF-8, not JSON, nested deeper than ``depth``, names a key twice, or holds NaN.
+        DeatError: It is not UTF-8 or not JSON, repeats a key, or has NaN or infinity.
     """
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(pairs) > MAX_KEYS:
-            raise DeatError(f"{source} has an object with {len(pairs)} keys, and {MAX_KEYS} are allowed")
-        found: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in found:
-                raise DeatError(f"{source} has the key '{printable(name, 60)}' twice in one object")
-            found[name] = value
-        return found
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            repeated = next(name for name in names if names.count(name) > 1)
+            raise DeatError(f"{source} has the key '{printable(repeated, 60)}' twice in one object")
+        return dict(pairs)
 
     def refuse(name: str) -> NoReturn:
         raise DeatError(f"{source} has the number {printable(name, 40)}, which is not finite")
@@ -150,29 +118,16 @@ def parse_json(data: bytes, source: str, *, depth: int = MAX_DEPTH) -> Any:
         return float(digits) if math.isfinite(float(digits)) else refuse(digits)
 
     try:
-        text = data.decode()
-        if _depth(text) > depth:
-            raise DeatError(f"{source} is nested deeper than {depth} levels")
-        return json.loads(text, object_pairs_hook=once, parse_constant=refuse, parse_float=finite)
-    except DeatError:
-        raise
+        return json.loads(data.decode(), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError) as error:
+        if isinstance(error, DeatError):
+            raise
         raise DeatError(f"{source} is not valid JSON: {printable(str(error), 120)}") from None
 
 
-def _depth(text: str) -> int:
-    """How deep brackets are nested outside of strings, in one pass: a string without an end goes to the end."""
-    deepest = now = 0
-    for bracket in re.finditer(r'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', text, re.DOTALL):
-        char = bracket[0]
-        if char in "[{":
-            now += 1
-            deepest = max(deepest, now)
-        elif char in "]}":
-            now -= 1
-    return deepest
-
-
-def read_strict_json(path: Path, limit: int = MAX_JSON) -> Any:
-    """Reads a stranger's JSON file; see `read_limited` and `parse_json`."""
-    return parse_json(read_limited(path, limit), str(path))
+def parse_json_object(data: bytes, source: str) -> dict[str, Any]:
+    """Parse strict JSON that is an object; see `parse_json`."""
+    content = parse_json(data, source)
+    if not isinstance(content, dict):
+        raise DeatError(f"{source} is not a JSON object")
+    return content

@@ -41,7 +41,8 @@ def entry(
 ) -> Entry:
     """An entry of digits; ``correct`` are the counts under `ATTACKS`, of ``n_examples``."""
     n_examples = fields.get("n_examples", 500)
-    figures = {attack: Accuracy.of(count, n_examples) for attack, count in zip(ATTACKS, correct, strict=False)}
+    counts = zip(ATTACKS, correct, strict=False)
+    figures = {attack: Accuracy(n_correct=count, n_examples=n_examples) for attack, count in counts}
     known: dict[str, Any] = {
         "link": "https://arxiv.org/abs/2103.03076",
         "name": "Gradient-Guided Dynamic Efficient Adversarial Training",

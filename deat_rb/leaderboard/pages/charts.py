@@ -1,9 +1,9 @@
-"""Where the marks of the board's pictures lie; the templates draw them as SVG."""
+"""Layout of the board's charts; the templates draw them as SVG."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -12,25 +12,28 @@ WIDTH, HEIGHT = 480, 300
 
 LEFT, RIGHT, TOP, BOTTOM = 46, 468, 12, 252
 
-MOST_TICKS, MOST_EPOCHS = 6, 10**6
+MAX_TICKS, MAX_EPOCHS = 6, 10**6
 
 SMALLEST, LARGEST = 1e-100, 1e100
-"""Between these an axis has ticks."""
+"""Range of values in which an axis has ticks."""
 
 LABEL_HEIGHT, CHARACTER = 15, 8.6
-"""Of a label, in the picture's units: a little more than the largest font that the style sheet gives it."""
+"""Size of a label in the chart's units, a little more than the largest font in the style sheet."""
+
+OVERLAP = 9.0
+"""Dots that are nearer than this overlap."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A model in the scatter.
+    """A model in the scatter plot.
 
     Attributes:
         cost: Backward passes, more than 0.
         accuracy: Robust accuracy in percent.
-        label: Written beside it where there is room.
-        text: What is said of it.
-        href: Its page.
+        label: Shown beside the dot if there is room.
+        text: Description.
+        href: The model's page.
     """
 
     cost: float
@@ -53,13 +56,13 @@ class _Box(NamedTuple):
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Finds the points of which no other is at once as cheap and as accurate, and better in one of them.
+    """Return the Pareto front: points that no other point equals or beats in both cost and accuracy.
 
     Args:
         points: Cost and accuracy of each.
 
     Returns:
-        Their indices, the cheapest first; of equal points all.
+        Their indices, cheapest first, with all of several equal points.
     """
     front: list[int] = []
     for index in sorted(range(len(points)), key=lambda each: (points[each][0], -points[each][1])):
@@ -69,13 +72,10 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def scatter(points: Sequence[Point]) -> dict[str, Any] | None:
-    """Places models by cost, on a logarithmic axis, and accuracy, with the Pareto front as steps.
-
-    Args:
-        points: The models.
+    """Lay out models by cost (logarithmic) and accuracy, with the Pareto front as steps.
 
     Returns:
-        Ticks, front and dots for the template; None if there is no point.
+        Ticks, front and dots for the template; None without points.
     """
     if not points:
         return None
@@ -105,15 +105,15 @@ def scatter(points: Sequence[Point]) -> dict[str, Any] | None:
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Places a run's curves: the accuracies, and l_X with the steps.
+    """Lay out a run's curves: accuracies, and l_X with the attack steps.
 
     Args:
-        rows: The epochs' figures, as in ``metrics.jsonl``.
+        rows: Metrics by epoch, as in ``metrics.jsonl``.
 
     Returns:
-        The pictures for the template; those of which nothing is known are left out.
+        The charts for the template, without empty ones.
     """
-    rows = [row for row in rows if 1 <= (row.get("epoch") or 0) <= MOST_EPOCHS]
+    rows = [row for row in rows if 1 <= (row.get("epoch") or 0) <= MAX_EPOCHS]
     last = max((int(row["epoch"]) for row in rows), default=0)
     pictures = [_accuracy_curves(rows, last), _magnitude_curves(rows, last)]
     return [picture for picture in pictures if picture is not None]
@@ -138,7 +138,7 @@ def _magnitude_curves(rows: Sequence[Mapping[str, Any]], last: int) -> dict[str,
     right: list[dict[str, Any]] = []
     if most_steps > 0:
         lines.append(_line(rows, last, "steps", "steps r (right)", 1, steps_high, stepped=True))
-        whole = range(0, int(steps_high) + 1, max(1, math.ceil(steps_high / MOST_TICKS)))
+        whole = range(0, int(steps_high) + 1, max(1, math.ceil(steps_high / MAX_TICKS)))
         right = [{"at": _between(BOTTOM, TOP, tick / steps_high), "text": str(tick)} for tick in whole]
     left = [{"at": _between(BOTTOM, TOP, tick / high), "text": _short(tick)} for tick in _ticks(0, high)]
     return {
@@ -186,43 +186,37 @@ def _between(start: float, end: float, share: float) -> float:
 
 
 def _steps(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """A line that keeps its height until the next place."""
+    """Return a step line through the points."""
     turned = [corner for before, place in pairwise(places) for corner in ((place[0], before[1]), place)]
     return [*places[:1], *turned]
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
-    """A range of percentages with some room, but none below 0 or above 100."""
-    room = max(0.12 * (high - low), 1.0)
-    return max(0.0, low - room), min(100.0, high + room)
+    """Return a range of percentages with a margin, within 0 to 100."""
+    margin = max(0.12 * (high - low), 1.0)
+    return max(0.0, low - margin), min(100.0, high + margin)
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten in a range, at most `MOST_TICKS`."""
+    """Return at most `MAX_TICKS` multiples of 1, 2 or 5 times a power of ten in a range."""
     if not high > low:
         return [low]
-    power = 10.0 ** math.floor(math.log10((high - low) / MOST_TICKS))
-    step = next(factor * power for factor in (1, 2, 5, 10, 20) if (high - low) / (factor * power) < MOST_TICKS)
+    power = 10.0 ** math.floor(math.log10((high - low) / MAX_TICKS))
+    step = next(factor * power for factor in (1, 2, 5, 10, 20) if (high - low) / (factor * power) < MAX_TICKS)
     return [round(number * step, 10) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    choices: tuple[Callable[[], list[float]], ...] = (
-        lambda: [float(10**power) for power in powers],
-        lambda: [float(factor * 10**power) for power in powers for factor in (1, 3)],
-        lambda: [float(factor * 10**power) for power in powers for factor in (1, 2, 5)],
-        lambda: _ticks(low, high),
-    )
-    for choice in choices:
-        ticks = [tick for tick in choice() if low <= tick <= high]
-        if len(ticks) >= 3:
+    for factors in ((1,), (1, 3), (1, 2, 5)):
+        ticks = [float(factor * 10**power) for power in powers for factor in factors]
+        if len(ticks := [tick for tick in ticks if low <= tick <= high]) >= 3:
             return ticks
-    return ticks
+    return _ticks(low, high)
 
 
 def _short(number: float) -> str:
-    """Writes a number on an axis: 1,200 and 3.4k and 5M."""
+    """Format a number on an axis: 1,200, 12k, 5M."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= 10 * size or (abs(number) >= size and number % size == 0):
             return f"{number / size:.4g}{unit}"
@@ -236,18 +230,24 @@ def _labels(
     first: Sequence[int],
     line: Sequence[tuple[float, float]],
 ) -> list[dict[str, Any] | None]:
-    """Finds room for labels beside their dots and off a line; None where there is none.
+    """Place labels beside their dots, off each other and off a line; None where there is no room.
 
-    Those of ``first`` choose before the others.
+    Dots that overlap share one label with all their texts, on the first of them. Those of ``first`` are placed first.
     """
+    order = [*first, *(each for each in range(len(places)) if each not in first)]
+    shared: dict[int, list[int]] = {}
+    for index in order:
+        near = (each for each in shared if math.dist(places[each], places[index]) < OVERLAP)
+        shared.setdefault(next(near, index), []).append(index)
     taken = [_Box(x - 6, y - 6, x + 6, y + 6) for x, y in places]
     taken += [
         _Box(start[0], min(start[1], end[1]), end[0] + 0.1, max(start[1], end[1]) + 0.1)
         for start, end in pairwise(line)
     ]
-    found: list[dict[str, Any] | None] = [None] * len(places)
-    for index in [*first, *(each for each in range(len(places)) if each not in first)]:
-        (x, y), width = places[index], CHARACTER * len(texts[index])
+    labels: list[dict[str, Any] | None] = [None] * len(places)
+    for index, members in shared.items():
+        text = ", ".join(dict.fromkeys(texts[member] for member in members))
+        (x, y), width = places[index], CHARACTER * len(text)
         choices = (
             (x, y - 9, "middle", x - width / 2),
             (x + 8, y + 4, "start", x + 8),
@@ -257,8 +257,8 @@ def _labels(
         for at_x, at_y, anchor, left in choices:
             box = _Box(left, at_y - LABEL_HEIGHT + 3, left + width, at_y + 3)
             inside = box.left >= LEFT and box.right <= RIGHT + 8 and box.top >= 0 and box.bottom <= BOTTOM
-            if inside and not any(box.meets(other) for number, other in enumerate(taken) if number != index):
-                found[index] = {"x": round(at_x, 1), "y": round(at_y, 1), "anchor": anchor}
+            if inside and not any(box.meets(other) for number, other in enumerate(taken) if number not in members):
+                labels[index] = {"x": round(at_x, 1), "y": round(at_y, 1), "anchor": anchor, "text": text}
                 taken.append(box)
                 break
-    return found
+    return labels

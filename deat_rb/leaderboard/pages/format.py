@@ -1,18 +1,19 @@
-"""How the board's pages write numbers, links and text that anybody may have submitted."""
+"""Formatting of numbers, links and names for the board's pages."""
 
 from __future__ import annotations
 
 import re
 from urllib.parse import quote, urlsplit
 
+from deat_rb.robustbench.format import SPELLED
 from deat_rb.utils.text import replace_invisible
 
 MISSING = "\N{EN DASH}"
-"""Where nothing is known."""
+"""Shown for an unknown value."""
 
 
 def web_link(address: str | None) -> str | None:
-    """Gives back an address that a page may link to: of http or https, to a host in ASCII without a user; else None."""
+    """Return an http(s) address with an ASCII host and without a user name; None for any other text."""
     if not address or address != replace_invisible(address) or re.search(r"[\s\\]", address):
         return None
     try:
@@ -23,28 +24,33 @@ def web_link(address: str | None) -> str | None:
         return None
 
 
+def dataset_title(dataset: str) -> str:
+    """Return a dataset's name for a heading, such as CIFAR-10."""
+    return {"digits": "Digits"}.get(dataset, SPELLED.get(dataset, dataset))
+
+
 def local_link(*names: str) -> str:
-    """A relative address of a file below the page's own folder."""
+    """Return the relative address of a file below the page's folder."""
     return "/".join(quote(name, safe="") for name in names)
 
 
 def name_parts(name: str) -> list[str]:
-    """A model's name, in parts between which a narrow page may break it."""
+    """Split a model's name where a narrow page may break it."""
     return re.split(r"(?<=_)|(?<=[a-z])(?=[0-9]{4})|(?<=[0-9]{4})(?=[A-Z])", name)
 
 
 def percent(value: str | float | None) -> str:
-    """An accuracy in percent, with two decimals."""
+    """Format an accuracy in percent with two decimals."""
     return MISSING if value is None else f"{float(value):.2f}"
 
 
 def count(value: float | None) -> str:
-    """A number of passes."""
+    """Format a count."""
     return MISSING if value is None else f"{value:,.0f}"
 
 
 def duration(seconds: float | None) -> str:
-    """A time in the largest unit of which there are at least two."""
+    """Format a time in the largest unit of which there are at least two."""
     if seconds is None:
         return MISSING
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
@@ -54,7 +60,7 @@ def duration(seconds: float | None) -> str:
 
 
 def memory(size: float | None) -> str:
-    """Bytes in MiB or GiB."""
+    """Format bytes as MiB or GiB."""
     if size is None:
         return MISSING
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -1,4 +1,4 @@
-"""The leaderboard as HTML: ``index.html`` and a page for each model, which need nothing but themselves."""
+"""The leaderboard's pages: ``index.html`` and a self-contained page for each model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,18 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from deat_rb.leaderboard.entry import Entry, check_board, read_entries
+from deat_rb.leaderboard.entry import AttackName, Entry, check_board, read_entries
 from deat_rb.leaderboard.pages.charts import Point, scatter
-from deat_rb.leaderboard.pages.format import MISSING, count, duration, name_parts, percent, web_link
-from deat_rb.leaderboard.pages.model import count_checks, link_of, model_content, page_of, spelled
+from deat_rb.leaderboard.pages.format import (
+    MISSING,
+    count,
+    dataset_title,
+    duration,
+    name_parts,
+    percent,
+    web_link,
+)
+from deat_rb.leaderboard.pages.model import count_checks, link_of, model_content, page_of
 from deat_rb.leaderboard.pages.published import (
     PAPER_EPS,
     PAPER_HARDWARE,
@@ -23,7 +31,6 @@ from deat_rb.leaderboard.pages.published import (
     REFERENCES,
     ROBUSTBENCH_LINK,
     PaperTable,
-    Reference,
 )
 from deat_rb.leaderboard.ranking import RankedEntry, rank
 from deat_rb.utils.errors import DeatError
@@ -42,13 +49,7 @@ GENERATOR = b'<meta name="generator" content="deat-rb leaderboard">'
 
 
 class Cell(NamedTuple):
-    """A table's cell.
-
-    Attributes:
-        text: What stands in it.
-        value: What it is sorted by; None is always last.
-        note: In small letters below.
-    """
+    """A table cell: its text, its sort key (None sorts last), and a note in small letters."""
 
     text: str
     value: float | str | None = None
@@ -56,14 +57,7 @@ class Cell(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A column of the board.
-
-    Attributes:
-        title: Its head.
-        kind: Whether it is sorted as ``number`` or as ``text``.
-        first: Which way the first click sorts.
-        style: The class of its cells.
-    """
+    """A column: its header, ``number`` or ``text`` order, the first click's direction, and its cells' CSS class."""
 
     title: str
     kind: str = "number"
@@ -94,9 +88,11 @@ COLUMNS = (
 
 EMPTY = Cell(MISSING)
 
+ATTACKED: tuple[AttackName, ...] = ("fgsm", "pgd-100", "cw-20")
+
 
 class Group(NamedTuple):
-    """What may be compared: models of one table."""
+    """Models of one table."""
 
     dataset: str
     threat_model: str
@@ -105,25 +101,23 @@ class Group(NamedTuple):
 
     @property
     def heading(self) -> str:
-        """As the page says it."""
+        """The table's heading."""
         part = f", {self.subset:,} test images" if self.subset else ""
-        return f"{spelled(self.dataset)}, {self.threat_model}, eps {self.eps}{part}"
+        return f"{dataset_title(self.dataset)}, {self.threat_model}, eps {self.eps}{part}"
 
 
 def build(board: str | Path, *, left_out: list[str] | None = None) -> Path:
-    """Writes the board's pages: all of them or none. Pages of models that left the board are removed.
-
-    Nothing in them depends on when or where they were made, so that they can be checked in.
+    """Write the board's pages, all or none, and remove pages of models that are no longer on the board.
 
     Args:
         board: The folder; its entries are ``entries/<dataset>/<threat>/<model_name>.json``.
-        left_out: Told what is wrong with each entry that cannot be read, which then has no page.
+        left_out: Collects the errors of invalid entries, which then have no page.
 
     Returns:
         ``<board>/index.html``; the models' pages are ``models/<dataset>/<threat>/<model_name>.html`` beside it.
 
     Raises:
-        DeatError: There is no board, the pages cannot be written, or, without ``left_out``, an entry cannot be read.
+        DeatError: There is no board, the pages cannot be written, or, without ``left_out``, an entry is not valid.
     """
     from deat_rb.leaderboard.board import Board
 
@@ -132,34 +126,27 @@ def build(board: str | Path, *, left_out: list[str] | None = None) -> Path:
         return write_pages(board, read_entries(board, left_out=left_out))
 
 
-def pages(board: Path, entries: Sequence[Entry]) -> dict[Path, bytes]:
-    """What `build` writes, by file."""
-    models = {board / page_of(entry): _render("board_model.html.j2", model_content(entry)) for entry in entries}
-    return {**models, board / INDEX: _render("board.html.j2", board_content(entries))}
-
-
 def write_pages(board: str | Path, entries: Sequence[Entry]) -> Path:
-    """Writes the pages of entries that were read already; see `build`."""
+    """Write the pages of entries that were already read; see `build`."""
     board = Path(board)
-    contents = pages(board, entries)
+    contents = {board / page_of(entry): _render("board_model.html.j2", model_content(entry)) for entry in entries}
+    contents[board / INDEX] = _render("board.html.j2", board_content(entries))
     for folder in sorted({path.parent for path in contents} - {board}):
         _make_folder(board, folder)
-    for unfinished in (*board.glob(f".{INDEX}.*.tmp"), *board.glob("models/*/*/.*.html.*.tmp")):
-        unfinished.unlink(missing_ok=True)  # a process was killed that wrote pages
     write_all(contents)
     for path in board.glob("models/*/*/*.html"):
         if path not in contents and path.is_file() and not path.is_symlink():
             with path.open("rb") as file:
-                own = GENERATOR in file.read(2000)
-            if own:
+                generated = GENERATOR in file.read(2000)
+            if generated:
                 path.unlink()
     return board / INDEX
 
 
 def _make_folder(board: Path, folder: Path) -> None:
-    """Makes a folder of the board, unless a name or a link leads out of it."""
+    """Create a folder of the board, unless a name or a symlink leads out of the board."""
     if not folder.resolve().is_relative_to(board.resolve() / "models"):
-        raise DeatError(f"{folder} leads out of the board {board}; remove the link")
+        raise DeatError(f"{folder} leads out of the board {board}; remove the symlink")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -172,8 +159,7 @@ def _environment() -> Environment:
 
     environment = new_environment("deat_rb.leaderboard")
     style, script = (environment.get_template(f"board.{kind}.j2").render() for kind in ("css", "js"))
-    sources = {"script-src": script, "style-src": style}
-    policy = "; ".join(f"{name} 'sha256-{_hash(text)}'" for name, text in sources.items())
+    policy = "; ".join(f"{name}-src 'sha256-{_hash(text)}'" for name, text in (("script", script), ("style", style)))
     environment.globals.update(
         style=Markup(style),
         script=Markup(script),
@@ -191,30 +177,25 @@ def _render(template: str, content: dict[str, Any]) -> bytes:
 
 
 def board_content(entries: Sequence[Entry]) -> dict[str, Any]:
-    """All that ``index.html`` shows.
-
-    Args:
-        entries: The board's.
-    """
+    """Return the variables of ``board.html.j2``."""
     groups: dict[Group, list[RankedEntry]] = defaultdict(list)
-    for standing in rank(entries):
-        groups[_group_of(standing.entry)].append(standing)
-    references: dict[Group, list[Reference]] = defaultdict(list)
-    for reference in REFERENCES:
-        references[Group(reference.dataset, reference.threat_model, reference.eps, None)].append(reference)
-    order = sorted({*groups, *references}, key=lambda group: (group not in groups, group[:3], group.subset or 0))
-    measured = sum(entry.kind == "measured" for entry in entries)
+    for ranked in (*rank(entries), *(RankedEntry(reference, None, "published") for reference in REFERENCES)):
+        entry = ranked.entry
+        subset = entry.n_examples if entry.is_subset else None
+        groups[Group(entry.dataset, entry.threat_model, entry.eps, subset)].append(ranked)
     datasets = {entry.dataset for entry in entries}
+    empty = {group: all(each.entry in REFERENCES for each in rows) for group, rows in groups.items()}
+    order = sorted(groups, key=lambda group: (empty[group], group[:3], group.subset or 0))
+    measured = sum(entry.kind == "measured" for entry in entries)
     return {
         "title": TITLE,
-        "summary": f"{_counted(measured, 'measured model')} on {_counted(len(datasets), 'data set')}, "
-        f"beside {_counted(len(entries) - measured + len(REFERENCES), 'published row')}",
+        "summary": f"{_plural(measured, 'measured model')} on {_plural(len(datasets), 'dataset')}, "
+        f"beside {_plural(len(entries) - measured + len(REFERENCES), 'published row')}",
         "methods": sorted({entry.method for entry in entries if entry.method}),
         "groups": [
-            {"id": f"group-{number}", **_group_content(group, groups.get(group, []), references.get(group, []))}
-            for number, group in enumerate(order, 1)
+            {"id": f"group-{number}", **_group_content(group, groups[group])} for number, group in enumerate(order, 1)
         ],
-        "papers": [_paper(table, entries) for table in PAPER_TABLES],
+        "papers": [_paper_table(table, entries) for table in PAPER_TABLES],
         "paper_link": PAPER_LINK,
         "paper_eps": PAPER_EPS,
         "paper_hardware": PAPER_HARDWARE,
@@ -222,18 +203,13 @@ def board_content(entries: Sequence[Entry]) -> dict[str, Any]:
     }
 
 
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _group_of(entry: Entry) -> Group:
-    subset = entry.n_examples if entry.is_subset else None
-    return Group(entry.dataset, entry.threat_model, entry.eps, subset)
-
-
-def _group_content(group: Group, standings: Sequence[RankedEntry], references: Sequence[Reference]) -> dict[str, Any]:
-    entries = [standing.entry for standing in standings]
-    rows = [*map(_entry_row, standings), *map(_reference_row, references)]
+def _group_content(group: Group, ranked: Sequence[RankedEntry]) -> dict[str, Any]:
+    entries = [each.entry for each in ranked if each.entry not in REFERENCES]
+    rows = [_entry_row(each) for each in ranked]
     rows.sort(key=lambda row: (row["robust"] is None, -(row["robust"] or 0), -(row["natural"] or 0), row["name"]))
     points, left_out = [], []
     for entry in entries:
@@ -250,11 +226,12 @@ def _group_content(group: Group, standings: Sequence[RankedEntry], references: S
     for row in rows:
         styled = zip(row["cells"], COLUMNS, known, strict=True)
         row["cells"] = [(cell, column.style) for cell, column, is_known in styled if is_known]
+    note = f"Evaluated on {group.subset:,} images of the test set: listed apart, without ranks." if group.subset else ""
     return {
         "heading": group.heading,
         "columns": (RANK, MODEL, *itertools.compress(COLUMNS, known)),
-        "ranked": any(standing.rank is not None for standing in standings),
-        "sentence": _sentence(group, entries),
+        "ranked": any(each.rank is not None for each in ranked),
+        "sentence": note if entries else "This board has no model of its own here.",
         "notes": sorted({entry.dataset_note for entry in entries if entry.dataset_note}),
         "rows": rows,
         "scatter": scatter(points) if len(points) > 1 else None,
@@ -262,28 +239,16 @@ def _group_content(group: Group, standings: Sequence[RankedEntry], references: S
     }
 
 
-def _sentence(group: Group, entries: Sequence[Entry]) -> str:
-    if not entries:
-        return "This board has no model of its own here."
-    return (
-        f"Evaluated on {group.subset:,} images of the test set: listed apart, and without ranks."
-        if group.subset
-        else ""
-    )
-
-
-def _entry_row(standing: RankedEntry) -> dict[str, Any]:
-    entry = standing.entry
-    natural, autoattack = _number(entry.clean_acc), _number(entry.autoattack_acc)
-    interval = entry.figures.get("autoattack")
+def _entry_row(ranked: RankedEntry) -> dict[str, Any]:
+    entry, autoattack = ranked.entry, ranked.entry.figures.get("autoattack")
+    interval = [] if autoattack is None else [f"{100 * end:.1f}" for end in autoattack.interval]
     setting = [entry.setting or "", f"{entry.epochs} epochs" if entry.epochs else ""]
     cells = (
-        Cell(percent(natural), natural),
-        Cell(percent(autoattack), autoattack,
-             f"{100 * interval.low:.1f} to {100 * interval.high:.1f}" if interval else ""),
-        Cell(percent(entry.robust), entry.robust, "external" if entry.external else ""),
+        _percent_cell(entry.clean_acc),
+        _percent_cell(entry.autoattack_acc, " to ".join(interval)),
+        _percent_cell(entry.robust, "external" if entry.external else ""),
         _yes_or_no(entry.unreliable),
-        *(_figure_cell(entry, name) for name in ("fgsm", "pgd-100", "cw-20")),
+        *(_percent_cell(entry.percent(name)) for name in ATTACKED),
         Cell(entry.method or MISSING, entry.method, ", ".join(part for part in setting if part)),
         Cell(count(entry.backward_passes), entry.backward_passes),
         Cell(duration(entry.train_seconds), entry.train_seconds),
@@ -291,62 +256,29 @@ def _entry_row(standing: RankedEntry) -> dict[str, Any]:
         Cell(entry.architecture or MISSING, entry.architecture),
         Cell(entry.venue or MISSING, entry.venue),
         _checks_cell(entry),
-    )  # fmt: skip
+    )
     return {
         "kind": entry.kind,
-        "rank": EMPTY if standing.rank is None else Cell(str(standing.rank), standing.rank),
+        "rank": EMPTY if ranked.rank is None else Cell(str(ranked.rank), ranked.rank),
         "name": entry.model_name,
         "parts": name_parts(entry.model_name),
-        "page": link_of(entry),
+        "page": None if entry in REFERENCES else link_of(entry),
         "title": entry.name or "",
         "link": web_link(entry.link),
         "method": entry.method or "",
         "notes": [entry.footnote] if entry.footnote else [],
-        "natural": natural,
+        "natural": cells[0].value,
         "robust": entry.robust,
         "cells": cells,
     }
 
 
-def _reference_row(reference: Reference) -> dict[str, Any]:
-    robust = Cell(percent(reference.autoattack_acc), reference.autoattack_acc)
-    cells = (
-        Cell(percent(reference.clean_acc), reference.clean_acc),
-        robust,
-        robust,
-        *[EMPTY] * 7,
-        _yes_or_no(reference.additional_data),
-        Cell(reference.architecture, reference.architecture),
-        Cell(reference.venue, reference.venue),
-        EMPTY,
-    )
-    return {
-        "kind": "published",
-        "rank": EMPTY,
-        "name": reference.model_name,
-        "parts": name_parts(reference.model_name),
-        "page": None,
-        "title": reference.name,
-        "link": web_link(reference.link),
-        "method": "",
-        "notes": [" ".join(("From RobustBench.", reference.footnote or "")).strip()],
-        "natural": reference.clean_acc,
-        "robust": reference.autoattack_acc,
-        "cells": cells,
-    }
-
-
-def _number(text: str | None) -> float | None:
-    return None if text is None else float(text)
+def _percent_cell(accuracy: str | float | None, note: str = "") -> Cell:
+    return Cell(percent(accuracy), None if accuracy is None else float(accuracy), note)
 
 
 def _yes_or_no(value: bool | None) -> Cell:
     return EMPTY if value is None else Cell("yes", "yes") if value else Cell("no", "no")
-
-
-def _figure_cell(entry: Entry, name: str) -> Cell:
-    figure = entry.percent(name)
-    return Cell(percent(figure), figure)
 
 
 def _checks_cell(entry: Entry) -> Cell:
@@ -357,14 +289,15 @@ def _checks_cell(entry: Entry) -> Cell:
     return Cell(f"{counts['pass']} of {counts.total()}", 1000 * counts["fail"] + counts["warn"], wrong)
 
 
-def _paper(table: PaperTable, entries: Sequence[Entry]) -> dict[str, Any]:
+def _paper_table(table: PaperTable, entries: Sequence[Entry]) -> dict[str, Any]:
+    """Return one of the paper's tables, with this board's models of the same problem and method below its rows."""
     with_fgsm = table.rows[0].fgsm is not None
     rows: list[dict[str, Any]] = []
     for row in table.rows:
-        figures = [percent(figure) for figure in row[1:5] if figure is not None]
+        accuracies = [percent(value) for value in row[1:5] if value is not None]
         rows.append({"kind": "published", "parts": [row.method], "page": None, "link": None, "note": "",
-                     "figures": [*figures, f"{row.minutes:.1f}"]})  # fmt: skip
-        rows.extend(_beside(entry, with_fgsm) for entry in entries if _reproduces(entry, table, row.method))
+                     "figures": [*accuracies, f"{row.minutes:.1f}"]})  # fmt: skip
+        rows.extend(_measured_row(entry, with_fgsm) for entry in entries if _reproduces(entry, table, row.method))
     return {"number": table.number, "title": table.title, "with_fgsm": with_fgsm, "rows": rows}
 
 
@@ -375,8 +308,8 @@ def _reproduces(entry: Entry, table: PaperTable, method: str) -> bool:
     return trained == (table.dataset, table.arch, table.setting, PAPER_EPS, method.lower())
 
 
-def _beside(entry: Entry, with_fgsm: bool) -> dict[str, Any]:
-    names = ("fgsm", "pgd-100", "cw-20") if with_fgsm else ("pgd-100", "cw-20")
+def _measured_row(entry: Entry, with_fgsm: bool) -> dict[str, Any]:
+    accuracies = (entry.clean_acc, *(entry.percent(name) for name in ATTACKED if with_fgsm or name != "fgsm"))
     minutes = MISSING if entry.train_seconds is None else f"{entry.train_seconds / 60:.1f}"
     notes = (entry.dataset_note, f"on {entry.n_examples:,} images" if entry.is_subset else None, entry.hardware)
     return {
@@ -386,5 +319,5 @@ def _beside(entry: Entry, with_fgsm: bool) -> dict[str, Any]:
         "link": None,
         "page": link_of(entry),
         "note": ", ".join(note.rstrip(".") for note in notes if note),
-        "figures": [percent(entry.clean_acc), *(_figure_cell(entry, name).text for name in names), minutes],
+        "figures": [*map(percent, accuracies), minutes],
     }

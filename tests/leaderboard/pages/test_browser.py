@@ -1,4 +1,4 @@
-"""The leaderboard's pages in a browser: sorting, filtering, the keyboard, narrow and dark screens, hostile text."""
+"""The leaderboard's pages in a browser: sorting, filtering, the keyboard, narrow and dark screens, untrusted text."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, which the extra [test] installs")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium, such as Debian's package chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium, such as Debian's package chromium"),
+]
 
 DESKTOP: ViewportSize = {"width": 1400, "height": 900}
-HOSTILE = {
+UNTRUSTED = {
     "script": "<script>window.hacked = 1</script>",
     "image": "<img src=x onerror='window.hacked = 1'>",
     "svg": "<svg onload='window.hacked = 1'></svg>",
@@ -310,7 +313,7 @@ def test_it_prints_whole(page: Page) -> None:
     assert widest <= 1000
 
 
-# Hostile text
+# Untrusted text
 
 
 def of(text: str, number: int) -> Entry:
@@ -324,10 +327,10 @@ def of(text: str, number: int) -> Entry:
     return entry.model_copy(update=fields)
 
 
-def test_hostile_text_is_only_text(page: Page, tmp_path: Path) -> None:
-    entries = [of(text, number) for number, text in enumerate(HOSTILE.values())]
+def test_untrusted_text_is_only_text(page: Page, tmp_path: Path) -> None:
+    entries = [of(text, number) for number, text in enumerate(UNTRUSTED.values())]
     index = write_pages(tmp_path, entries)
-    pages = [(index, list(HOSTILE.values()))]
+    pages = [(index, list(UNTRUSTED.values()))]
     pages += [(tmp_path / "models" / f"{entry.key}.html", [entry.footnote or ""]) for entry in entries]
     for path, texts in pages:
         page.goto(path.as_uri())
@@ -343,7 +346,7 @@ def test_hostile_text_is_only_text(page: Page, tmp_path: Path) -> None:
 
 def test_the_same_text_runs_in_a_page_that_does_not_escape(browser: Browser, tmp_path: Path) -> None:
     page = browser.new_page()
-    for number, text in enumerate(HOSTILE.values()):
+    for number, text in enumerate(UNTRUSTED.values()):
         path = tmp_path / f"{number}.html"
         path.write_text(f'<title>{text}</title><style>{text}</style><body><p title="{text}">{text}</p>')
         page.goto(path.as_uri())
@@ -356,7 +359,7 @@ def test_the_same_text_runs_in_a_page_that_does_not_escape(browser: Browser, tmp
 
 def test_the_policy_stops_what_would_get_through(browser: Browser, tmp_path: Path, index: Path) -> None:
     """Markup put into a page behind its escaping does not run either."""
-    inside = "".join(f'<p title="{text}">{text}</p>' for text in HOSTILE.values())
+    inside = "".join(f'<p title="{text}">{text}</p>' for text in UNTRUSTED.values())
     (tmp_path / "index.html").write_text(index.read_text().replace("<main>", f"<main>{inside}", 1))
     page = browser.new_page()
     refusals: list[str] = []
@@ -365,5 +368,5 @@ def test_the_policy_stops_what_would_get_through(browser: Browser, tmp_path: Pat
     page.wait_for_timeout(50)
     assert page.evaluate("window.hacked") is None
     assert names(table(page)) == RANKED
-    assert sum("Content Security Policy" in text for text in refusals) >= len(HOSTILE)
+    assert sum("Content Security Policy" in text for text in refusals) >= len(UNTRUSTED)
     page.close()

@@ -1,0 +1,77 @@
+"""The board's own measurements, and the comparison of claims with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from board_problems import SHARES, FakeEvaluation, claim, digits, make_run, network, submit
+from short_autoattack import shorten
+
+from deat_rb.leaderboard.board import Board
+from deat_rb.utils.errors import DeatError
+
+
+def test_evaluate_sample_draws_new_examples_from_the_claimed_ones(
+    tmp_path: Path, board: Board, fake: FakeEvaluation
+) -> None:
+    run = make_run(tmp_path / "run", n=400, evaluated=False)
+    claim(run, n=400, shares={name: share * 500 / 400 for name, share in SHARES.items()})
+    submit(board, run, sample=50)
+    submit(board, run, sample=50, replace=True)
+    one, other = fake.calls
+    assert len(one["images"]) == len(other["images"]) == 50
+    assert not one["images"].equal(other["images"]), "a submitter must not know the examples"
+    assert one["seed"] != other["seed"]
+    assert (one["attacks"], one["eps"], one["checks"]) == (("fgsm", "pgd-100", "cw-20", "autoattack"), 0.1, "quick")
+    known = {image.numpy().tobytes() for image in digits().test.first(400).tensors()[0]}
+    assert {image.numpy().tobytes() for image in one["images"]} <= known
+
+
+def test_evaluate_fully_measures_runs_without_an_evaluation(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
+    entry = submit(board, make_run(tmp_path / "run", evaluated=False), n_examples=100)
+    assert (fake.calls[0]["n"], entry.is_subset, entry.remeasured) == (100, True, {})
+    claimed = make_run(tmp_path / "claimed")
+    submit(board, claimed, "Wang2021Gradient_2", n_examples=50, evaluate_anew=True)
+    assert fake.calls[1]["n"] == 50
+    with pytest.raises(DeatError, match=r"--n-examples 50 is not the number in the eval.json of .* \(500\)"):
+        submit(board, claimed, "Wang2021Gradient_3", n_examples=50)
+
+
+@pytest.mark.slow
+def test_evaluate_fully_runs_the_real_attacks(tmp_path: Path, board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten(monkeypatch, iterations=2, queries=2)
+    entry = submit(board, make_run(tmp_path / "run", evaluated=False), n_examples=4)
+    images, labels = digits().test.first(4).tensors()
+    assert entry.figures["natural"].n_correct == int((network()(images).argmax(1) == labels).sum())
+    assert {check.name for check in entry.checks} >= {"deterministic", "gradients present", "model unchanged"}
+
+
+@pytest.mark.parametrize("measured", [0.4, 0.41])
+def test_compare_claim_accepts_a_claim_within_the_interval(
+    tmp_path: Path, board: Board, fake: FakeEvaluation, measured: float
+) -> None:
+    fake.shares["autoattack"] = measured
+    assert submit(board, make_run(tmp_path / "run"), sample=100).autoattack_acc == "40.00"
+
+
+def test_compare_claim_refuses_with_both_accuracies(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
+    """Wilson's 99.999 % interval of 100 of 500: z = 4.41717, centre (.2 + .0195114) / 1.0390228 = .21127, half
+    4.41717 * sqrt(.00032 + .0000195114) / 1.0390228 = .07833."""
+    fake.shares["autoattack"] = 0.2
+    with pytest.raises(DeatError, match=r"claims 40.00 % under autoattack, but .* 20.00 % \(13.29 to 28.96\) of 500"):
+        submit(board, make_run(tmp_path / "run"), sample=500)
+    assert not board.path.exists()
+
+
+def test_compare_verdicts_refuses_differences_on_many_examples(
+    tmp_path: Path, board: Board, fake: FakeEvaluation
+) -> None:
+    """30 of 500, whose 99.9 % interval begins at .0335 (allowed: .03): centre (.06 + .0108274) / 1.0216548 = .06933,
+    half 3.2905 * sqrt(.0001128 + .0000108274) / 1.0216548 = .03581."""
+    run = make_run(tmp_path / "run", evaluated=False)
+    claim(run, shares={**SHARES, "autoattack": 0.46})
+    with pytest.raises(DeatError, match="differs from the board's measurement on 30 of 500 examples under autoattack"):
+        submit(board, run, sample=500)
+    claim(run, shares={**SHARES, "autoattack": 0.41})
+    assert submit(board, run, sample=500).autoattack_acc == "41.00"
