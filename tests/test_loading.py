@@ -81,27 +81,27 @@ def test_load_model_of_an_entry_refuses_other_weights(entry: Path) -> None:
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(DeatError, match=r"Wang2021Gradient\.safetensors has the SHA-256 \w{12}\.\.\., and its entry"):
+    with pytest.raises(DeatError, match=r"Wang2021Gradient\.safetensors has the SHA-256 \w{12}\.\.\., but its entry"):
         deat_rb.load_model(entry)
 
 
 def test_load_model_of_an_entry_names_damaged_weights(entry: Path) -> None:
     weights = entry.parents[3] / "weights" / "digits" / "Linf" / "Wang2021Gradient.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(DeatError, match=f"^{weights} is truncated"):
+    with pytest.raises(DeatError, match=f"^{weights} has the SHA-256"):
         deat_rb.load_model(entry)
 
 
 def test_load_model_of_an_entry_without_weights(entry: Path) -> None:
     content = json.loads(entry.read_text()) | {"weights_file": None}
     entry.write_text(json.dumps(content))
-    with pytest.raises(DeatError, match="the board does not hold the weights of digits/Linf/Wang2021Gradient"):
+    with pytest.raises(DeatError, match="the board does not store the weights of digits/Linf/Wang2021Gradient"):
         deat_rb.load_model(entry)
 
 
 def test_load_model_of_an_entry_outside_its_board(entry: Path, tmp_path: Path) -> None:
     (tmp_path / "lost.json").write_bytes(entry.read_bytes())
-    with pytest.raises(DeatError, match=r"lost\.json is the entry of digits/Linf/Wang2021Gradient, and lies in the wr"):
+    with pytest.raises(DeatError, match=r"lost\.json is in the wrong place: its entry is digits/Linf/Wang2021Gradient"):
         deat_rb.load_model(tmp_path / "lost.json")
     (tmp_path / "eval.json").write_text("{}")
     assert evaluate(tmp_path / "eval.json").exit_code == 2

@@ -124,7 +124,7 @@ def test_submit_takes_an_architecture_by_flag(tmp_path: Path, board: Board, fake
     assert entry.model is not None
     assert (entry.architecture, entry.model.arch) == ("a net of ours", "wrn-10-1")
     for arch in ("os:system", "wrn-16-1"):
-        with pytest.raises(DeatError, match=r"--arch|another|differ"):
+        with pytest.raises(DeatError, match=r"never runs submitted code|another|differ"):
             submit(board, weights, "Other2021Name", data_dir=tmp_path, arch=arch)
     with pytest.raises(DeatError, match="--image-size and --eps are for checkpoints"):
         submit(board, make_run(tmp_path / "run"), "Other2021Name", arch="wrn-10-1")

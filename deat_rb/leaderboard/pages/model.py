@@ -77,8 +77,7 @@ def _cards(entry: Entry) -> list[dict[str, str]]:
 
 def count_checks(entry: Entry) -> Counter[str]:
     """Count the checks by status, without the record of skipped checks."""
-    skipped = (SKIPPED, "left out")  # its name in older entries
-    return Counter(check.status for check in entry.checks if check.name not in skipped)
+    return Counter(check.status for check in entry.checks if check.name != SKIPPED)
 
 
 def _with_unit(accuracy: str | float | None) -> str:
