@@ -1,4 +1,4 @@
-"""Devices and precisions: what a name stands for here."""
+"""Devices and precisions by name."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """Finds the device ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``...
+    """Return the device named ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``...
 
-    Of several GPUs a process that torchrun started gets its own, as Accelerate numbers them, and never touches another.
+    Under torchrun ``cuda`` is the GPU of the local rank, numbered as Accelerate does.
 
     Raises:
-        DeatError: If there is no such device here.
+        DeatError: The device does not exist on this machine.
     """
     if name == "auto":
         name = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
@@ -30,23 +30,23 @@ def resolve_device(name: str = "auto") -> torch.device:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.empty(0, device=device).cpu()
     except (RuntimeError, AssertionError, ZeroDivisionError):
-        raise DeatError(f"there is no device '{name}' here; --device auto takes the best there is") from None
+        raise DeatError(f"there is no device '{name}' on this machine; --device auto chooses one") from None
     return device
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:
-    """Finds the precision that ``auto`` stands for on a device, and refuses what the device cannot do.
+    """Return the precision to use on a device.
 
-    ``auto`` is bf16 where the hardware multiplies it (CPU: AVX-512 bf16 or AMX; GPU: compute capability 8 and up), fp16
-    on older GPUs, fp32 elsewhere.
+    ``auto`` is bf16 where the hardware supports it (CPU: AVX-512 bf16 or AMX; GPU: compute capability 8 and up), fp16
+    on older GPUs and fp32 elsewhere.
 
     Raises:
-        DeatError: If the precision is unknown, or is fp16 on a CPU.
+        DeatError: The precision is unknown, or fp16 on a CPU.
     """
     if name not in PRECISIONS:
         raise DeatError(f"there is no precision '{name}': {did_you_mean(name, PRECISIONS)}")
     if name == "fp16" and device.type == "cpu":
-        raise DeatError("fp16 does not train on a CPU; use --precision bf16, fp32 or auto")
+        raise DeatError("fp16 training is not supported on a CPU; use --precision bf16, fp32 or auto")
     if name != "auto":
         return cast(Precision, name)
     if device.type == "cuda":
@@ -57,10 +57,12 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
 
 
 def check_sync_bn(sync_bn: bool, device: torch.device) -> None:
-    """Refuses ``sync_bn`` on a CPU.
+    """Refuse ``sync_bn`` on a CPU.
 
     Raises:
-        DeatError: Always then.
+        DeatError: ``sync_bn`` is set and the device is a CPU.
     """
     if sync_bn and device.type == "cpu":
-        raise DeatError("--sync-bn needs GPUs: torch synchronises BatchNorm on them alone; leave it out on a CPU")
+        raise DeatError(
+            "--sync-bn needs GPUs, because torch synchronizes BatchNorm on GPUs only; leave it out on a CPU"
+        )

@@ -1,7 +1,7 @@
-"""Several processes that train one model, started by torchrun or `accelerate launch`.
+"""Data-parallel training: the ranks that torchrun or `accelerate launch` started, and their communication.
 
-A global batch is divided over them, and everything that decides anything (gradients, l_X, accuracies, counts, the wish
-to stop) is summed over them, so that a run is the same whatever their number is. Process 0 alone writes.
+Each global batch is divided over the ranks. Gradients, l_X, accuracies, counts and requests to stop are reduced over
+them, so that a run does not depend on their number. Only rank 0 writes files.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from deat_rb.utils.errors import DeatError
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=2)
-"""How long a process waits for process 0, which validates and writes."""
+"""How long a rank waits for rank 0, which validates and writes."""
 
 
 def share(count: int, rank: int, size: int) -> slice:
-    """Which of ``count`` examples of a global batch are process ``rank``'s, of ``size`` processes.
+    """Return which of the ``count`` examples of a global batch are those of ``rank``, of ``size`` ranks.
 
-    Shares are contiguous, in the order of the ranks, and differ by one at most.
+    Shares are contiguous, in the order of the ranks, and their lengths differ by at most one.
     """
     return slice(rank * count // size, (rank + 1) * count // size)
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes and talks, as torchrun's environment says."""
+    """Return whether this is rank 0, which writes and prints, according to torchrun's environment."""
     return os.environ.get("RANK", "0") == "0"
 
 
 class World:
-    """The processes that train together; a single one by default, for which everything here is the identity.
+    """The ranks that train together; by default a single one, for which every reduction is the identity.
 
-    Tensors are summed where the processes train, so that they have to be on that device; all else goes over the CPU.
+    Tensors are reduced on the training device and must be on it; other objects are sent over the CPU.
 
     Attributes:
-        rank: Which process this is, from 0.
-        size: How many there are.
+        rank: Rank of this process, from 0 on.
+        size: Number of ranks.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, control: Any = None) -> None:
@@ -57,55 +57,54 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def share(self, count: int) -> slice:
-        """This process's part of a global batch; see `share`."""
+        """Return this rank's part of a global batch; see `share`."""
         return share(count, self.rank, self.size)
 
     def leave(self) -> None:
-        """Ends the communication, for good, while Python is whole.
+        """End the communication, before Python shuts down.
 
-        Threads of a group that something still held would outlive it, and end the process by SIGABRT when they are
-        through with a last message.
+        Threads of a process group that is still referenced then would abort the process (SIGABRT).
         """
         self._control = None
         gc.collect()
         dist.destroy_process_group()
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of a tensor over all processes, on every one of them."""
+        """Return the sum of a tensor over all ranks."""
         if self.size > 1:
             tensor = tensor.clone()
             dist.all_reduce(tensor)
         return tensor
 
     def average(self, tensors: Iterable[Tensor]) -> None:
-        """Makes floating-point tensors, such as BatchNorm's statistics, their mean over all processes.
+        """Replace floating-point tensors, such as BatchNorm's statistics, by their mean over all ranks.
 
-        In double precision, in which the mean of equal single-precision numbers is that number: what all processes have
-        alike, such as the normalisation's mean and deviation, stays what it is.
+        The mean is computed in double precision, so that values which all ranks share, such as the constants of the
+        normalization, do not change.
         """
-        whole = [tensor for tensor in tensors if tensor.is_floating_point()]
-        if self.size == 1 or not whole:
+        floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+        if self.size == 1 or not floats:
             return
-        flat = torch.cat([tensor.flatten().double() for tensor in whole])
+        flat = torch.cat([tensor.flatten().double() for tensor in floats])
         dist.all_reduce(flat)
         flat /= self.size
-        for tensor, part in zip(whole, flat.split([tensor.numel() for tensor in whole]), strict=True):
+        for tensor, part in zip(floats, flat.split([tensor.numel() for tensor in floats]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
     def max_over_ranks(self, number: int) -> int:
-        """The greatest of all processes' numbers. It waits for all of them, on the CPU and not for the device."""
+        """Return the maximum over all ranks. It waits for the other ranks, not for the device."""
         if self.size > 1:
-            max_over_ranks = torch.tensor(number)
-            dist.all_reduce(max_over_ranks, op=dist.ReduceOp.MAX, group=self._control)
-            number = int(max_over_ranks)
+            maximum = torch.tensor(number)
+            dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=self._control)
+            number = int(maximum)
         return number
 
     def all_gather(self, value: T) -> list[T]:
-        """What each of the processes has, in the order of their ranks; small, for it is pickled for its own kin."""
+        """Return the values of all ranks, in their order; they are pickled and should be small."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -113,32 +112,32 @@ class World:
         return values
 
     def local_main_first(self, action: Callable[[], T]) -> T:
-        """Lets one process of each machine act before the others there do the same and find what it has left behind.
+        """Run ``action`` on one rank of each machine and then on the others, which find its files or cache.
 
         Raises:
-            DeatError: Everywhere, if one of the first raised it; and KeyboardInterrupt likewise.
+            DeatError: On all ranks, if one of the first raised it; KeyboardInterrupt likewise.
         """
         is_first = self.size == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
-        done: T | None = None
-        refusal: BaseException | None = None
+        result: T | None = None
+        raised: BaseException | None = None
         if is_first:
             try:
-                done = action()
+                result = action()
             except (DeatError, KeyboardInterrupt) as error:
-                refusal = error
-        for each in self.all_gather(refusal):
+                raised = error
+        for each in self.all_gather(raised):
             if each is not None:
                 raise each
-        return cast(T, done) if is_first else action()
+        return cast(T, result) if is_first else action()
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """Lets process 0 act while the others wait, and gives all of them what came of it.
+        """Run ``action`` on rank 0 while the others wait, and return its result on all ranks.
 
         Args:
-            action: What it returns has to be small; process 0 pickles it for its own kin.
+            action: Its result is pickled and should be small.
 
         Raises:
-            DeatError: Everywhere, if process 0 raised it; and KeyboardInterrupt likewise.
+            DeatError: On all ranks, if rank 0 raised it; KeyboardInterrupt likewise.
         """
         if self.size == 1:
             return action()
@@ -149,35 +148,35 @@ class World:
             except (DeatError, KeyboardInterrupt) as error:
                 outcome = [None, error]
         dist.broadcast_object_list(outcome, src=0, group=self._control)
-        result, refusal = outcome
-        if refusal is not None:
-            raise refusal
+        result, raised = outcome
+        if raised is not None:
+            raise raised
         return cast(T, result)
 
 
 @cache
 def world(cpu: bool) -> World:
-    """The processes that this one belongs to, as torchrun's environment variables say; joins them when first asked.
+    """Return the ranks of torchrun's environment variables, after joining them at the first call.
 
     Args:
-        cpu: Whether they train on the CPU although there may be GPUs.
+        cpu: Whether to train on the CPU even if there are GPUs.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World()
     from accelerate import PartialState
 
-    # Imported later, by DDP, its functions would have the group of all processes as a default argument, and hold it.
+    # DDP imports it later, when its default arguments would hold a reference to the process group.
     import_module("torch.distributed.nn.functional")
 
     state = PartialState(cpu=cpu, timeout=PATIENCE)
-    # A group of its own for decisions: over gloo, so that they do not wait for the device.
+    # Decisions go over a gloo group of their own, so that they do not wait for the device.
     joined = World(state.process_index, state.num_processes, dist.new_group(backend="gloo", timeout=PATIENCE))
     atexit.register(joined.leave)
     return joined
 
 
 def is_peer_failure(error: RuntimeError, among: World) -> bool:
-    """Whether an error says that another process is gone rather than that something is wrong here."""
+    """Return whether an error means that another rank failed, rather than this one."""
     text = str(error).lower()
     signs = ("gloo", "nccl", "connection", "process group", "socket", "timed out")
     return among.size > 1 and (isinstance(error, dist.DistError) or any(sign in text for sign in signs))

@@ -1,4 +1,4 @@
-"""The one exception that bad input of any kind raises."""
+"""Exceptions for invalid input and for interruption."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from collections.abc import Iterable
 
 
 class DeatError(ValueError):
-    """Something the user gave cannot be used.
+    """Invalid input.
 
-    The message is one sentence that names the thing, its value and what to do. The command line prints it as it
-    is and exits with status 2; nothing has been written by then.
+    The message is one sentence that names the option or object, its value and what to do. The command line prints it
+    and exits with status 2, before anything is written.
     """
 
 
 class UnwritableError(DeatError):
-    """A file cannot be written: the disk is full, the folder is gone or read-only. What was there before is kept."""
+    """A file cannot be written: the disk is full, the folder missing or read-only. The previous file is kept."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Completes an error message about an unknown name.
+    """Return a hint for an error message about an unknown name.
 
     Args:
-        name: What was asked for.
+        name: The unknown name.
         known: The names that exist.
 
     Returns:
-        "did you mean 'a' or 'b'?" where something is near, else the list of all names.
+        "did you mean 'a' or 'b'?" if there are similar names, else the list of all names.
     """
     names = list(known)
     close = difflib.get_close_matches(name.lower(), [n.lower() for n in names], n=3, cutoff=0.5)
@@ -36,10 +36,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, with what it left behind.
+    """An interruption by Ctrl-C, with what was saved.
 
     Attributes:
-        kept: A sentence for the user: what is on the disk and how to go on from it; empty where nothing was kept.
+        kept: A sentence for the user: what was saved and how to continue from it; empty if nothing was saved.
     """
 
     def __init__(self, kept: str = "") -> None:

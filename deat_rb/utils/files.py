@@ -1,4 +1,4 @@
-"""Reading and writing files: whole or not at all, and never executing what was read."""
+"""Atomic writing and checked reading of files and JSON."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from deat_rb.utils.errors import DeatError, UnwritableError
 
 
 def atomic_write(path: Path | str, data: bytes) -> None:
-    """Writes a file so that at any moment, a power cut included, it is either the old one or the new one.
+    """Write a file so that even after a power failure it is either the old or the new one.
 
     Raises:
-        UnwritableError: The disk is full, the folder is missing or read-only. Nothing is left behind.
+        UnwritableError: The disk is full, or the folder is missing or read-only. No temporary file is left.
     """
     write_all({Path(path): data})
 
 
 def write_all(contents: Mapping[Path, bytes]) -> None:
-    """Writes several files like `atomic_write`, none before all of them are complete on the disk.
+    """Write several files as `atomic_write` does, after all of their contents are on the disk.
 
     Raises:
-        UnwritableError: One cannot be written. None has been then.
+        UnwritableError: A file cannot be written; then none is.
     """
     staged = {path: path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") for path in contents}
     path = Path()
@@ -54,7 +54,7 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows cannot open a folder, and does not need it
+    if os.name == "nt":  # Windows cannot open a folder
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -64,23 +64,31 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path | str, content: Any) -> None:
-    """Writes JSON, indented and in UTF-8, atomically.
+    """Write indented JSON in UTF-8, atomically.
 
     Raises:
-        DeatError: It cannot be written, or holds NaN or infinity, which JSON has no word for.
+        DeatError: The file cannot be written, or the content has NaN, infinity or text that is not Unicode.
     """
     try:
-        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+        data = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError as error:
+        name = next(line for line in error.object.splitlines() if not _is_unicode(line))
+        readable = name.strip(" ,").encode("utf-8", "backslashreplace").decode()
+        raise DeatError(f"cannot write {path}: {readable} is not UTF-8; rename the file or folder") from error
     except ValueError as error:
         raise DeatError(f"cannot write {path}: JSON has no NaN or infinity ({error})") from error
-    atomic_write(path, text.encode() + b"\n")
+    atomic_write(path, data + b"\n")
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def read_json(path: Path | str) -> Any:
-    """Reads a JSON file.
+    """Read a JSON file.
 
     Raises:
-        DeatError: It is missing, not UTF-8, not JSON, or holds NaN or infinity.
+        DeatError: The file is missing, is not UTF-8 or JSON, or has NaN or infinity.
     """
     try:
         return json.loads(read_bytes(path).decode(), parse_constant=_refuse_constant)
@@ -95,15 +103,15 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def read_bytes(path: Path | str) -> bytes:
-    """Reads a file whole.
+    """Read a whole file.
 
     Raises:
-        DeatError: It is missing, a folder, or not readable.
+        DeatError: The file is missing, a folder, or not readable.
     """
     path = Path(path)
     try:
         if path.is_dir():
-            raise DeatError(f"{path} is a folder where a file is needed")
+            raise DeatError(f"{path} is a folder; a file is needed")
         return path.read_bytes()
     except FileNotFoundError:
         raise DeatError(f"{path} does not exist") from None
@@ -112,5 +120,5 @@ def read_bytes(path: Path | str) -> bytes:
 
 
 def sha256_file(path: Path | str) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     return hashlib.sha256(read_bytes(path)).hexdigest()

@@ -185,7 +185,7 @@ def test_lines_state_the_plan() -> None:
         ({"val_size": 1297}, "--val-size 1297 cannot be held out of 1297"),
         ({"val_size": 0}, "val-size"),
         ({"train_size": 0}, "train-size"),
-        ({"precision": "fp16"}, "fp16 does not train on a CPU"),
+        ({"precision": "fp16"}, "fp16 training is not supported on a CPU"),
         ({"device": "tpu"}, "no device 'tpu'"),
         ({"image_size": 28, "arch": "wrn-10-1"}, "28"),
     ],

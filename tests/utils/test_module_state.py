@@ -41,7 +41,7 @@ def trainer_of(name: str, model: nn.Module) -> Trainer:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_call_leaves_a_training_model_as_it_was(name: str) -> None:
+def test_attack_call_does_not_change_a_model_in_train_mode(name: str) -> None:
     model = used()
     trainer = trainer_of(name, model)
     images, labels = images_and_labels()
@@ -60,7 +60,7 @@ def test_a_call_leaves_a_training_model_as_it_was(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_call_leaves_an_eval_model_as_it_was(name: str) -> None:
+def test_attack_call_does_not_change_a_model_in_eval_mode(name: str) -> None:
     model = used().eval()
     trainer = trainer_of(name, model)
     before = Snapshot(model)
@@ -70,7 +70,7 @@ def test_a_call_leaves_an_eval_model_as_it_was(name: str) -> None:
 
 @pytest.mark.parametrize("call", [1, 2])
 @pytest.mark.parametrize("name", CASES)
-def test_a_call_that_raises_leaves_the_model_as_it_was(name: str, call: int) -> None:
+def test_attack_call_that_raises_does_not_change_the_model(name: str, call: int) -> None:
     model = used()
     trainer = trainer_of(name, model)
     trainer.set_normalization_used([0.5, 0.5, 0.5], [0.25, 0.25, 0.25])
@@ -88,7 +88,7 @@ def test_a_call_that_raises_leaves_the_model_as_it_was(name: str, call: int) -> 
     assert trainer._normalization_applied is True
 
 
-def test_a_training_step_that_raises_while_crafting_gives_each_module_its_mode_back() -> None:
+def test_training_step_that_raises_restores_the_mode_of_each_module() -> None:
     for name in ("fat-2", "PGD"):
         model = used()
         trainer = trainer_of(name, model)
@@ -99,7 +99,7 @@ def test_a_training_step_that_raises_while_crafting_gives_each_module_its_mode_b
         assert before.differences() == []
 
 
-def test_a_training_step_keeps_the_frozen_batchnorm_frozen_and_moves_the_other() -> None:
+def test_training_step_updates_only_batchnorm_in_train_mode() -> None:
     for name in ("pgd-2", "free-3", "trades", "PGD", "TPGD"):
         model = used()
         before = Snapshot(model)
@@ -111,7 +111,7 @@ def test_a_training_step_keeps_the_frozen_batchnorm_frozen_and_moves_the_other()
         assert not [change for change in changed if change.startswith("mode")], name
 
 
-def test_crafting_in_train_mode_leaves_modules_alone_that_were_frozen_in_eval() -> None:
+def test_attack_in_train_mode_keeps_frozen_modules_in_eval_mode() -> None:
     """With both BatchNorms frozen each image is crafted on its own; with one alive the batch matters."""
 
     def alone_and_together(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

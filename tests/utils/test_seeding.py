@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from deat_rb.utils.seeding import derive, generator, normal_like, preserved, seed_global, uniform_like
 
 
-def test_a_stream_has_the_seed_it_always_had() -> None:
+def test_derive_returns_the_documented_seeds() -> None:
     # printf '0\x1forder\x1f1' | sha256sum begins 62d4548c3ae17639: read as a little-endian number and halved.
     assert derive(0, "order", 1) == 0x3976E13A8C54D462 >> 1
     # printf '7' | sha256sum begins 7902699be42c8a8e.
@@ -21,18 +21,18 @@ def test_a_stream_has_the_seed_it_always_had() -> None:
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(0, 10**6))
-def test_every_seed_is_one_that_torch_takes(seed: int, epoch: int) -> None:
+def test_derive_returns_seeds_that_torch_accepts(seed: int, epoch: int) -> None:
     derived = derive(seed, "augment", epoch)
     assert 0 <= derived < 2**63
     torch.Generator().manual_seed(derived)
 
 
-def test_keys_do_not_run_into_each_other() -> None:
+def test_derive_separates_the_parts_of_a_key() -> None:
     keys: list[tuple[str | int, ...]] = [(), ("a",), ("a", 1), ("a", 1, 2), ("a", 12), ("a", 2, 1), ("b", 1, 2), (1, 2)]
     assert len({derive(0, *key) for key in keys} | {derive(1, *key) for key in keys}) == 2 * len(keys)
 
 
-def test_a_stream_is_the_same_in_another_process() -> None:
+def test_derive_is_the_same_in_another_process() -> None:
     code = (
         "import torch; from deat_rb.utils.seeding import generator; "
         "print(torch.rand(3, generator=generator(3, 'x', 2)).tolist())"
@@ -42,7 +42,7 @@ def test_a_stream_is_the_same_in_another_process() -> None:
     assert there.stdout.strip() == str(here)
 
 
-def test_drawing_from_one_stream_moves_no_other() -> None:
+def test_generator_streams_are_independent() -> None:
     before = torch.get_rng_state()
     one, other = generator(0, "one"), generator(0, "other")
     torch.rand(1000, generator=one)
@@ -50,7 +50,7 @@ def test_drawing_from_one_stream_moves_no_other() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_global_generator_is_given_back_also_after_an_error() -> None:
+def test_preserved_restores_the_global_generator_after_an_error() -> None:
     before = torch.get_rng_state()
     with preserved():
         seed_global(5, "craft")
@@ -67,7 +67,7 @@ def test_the_global_generator_is_given_back_also_after_an_error() -> None:
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 8, 8), (4, 1, 8, 8), (5, 7)])
-def test_noise_is_torchs_own_in_its_own_order(shape: tuple[int, ...]) -> None:
+def test_uniform_like_and_normal_like_equal_torch(shape: tuple[int, ...]) -> None:
     images = torch.zeros(shape)
     with preserved():
         torch.manual_seed(1)
@@ -77,7 +77,7 @@ def test_noise_is_torchs_own_in_its_own_order(shape: tuple[int, ...]) -> None:
         assert torch.equal(normal, 0.001 * torch.randn(shape))
 
 
-def test_channels_last_gets_the_same_noise_in_its_own_layout() -> None:
+def test_noise_is_the_same_in_channels_last() -> None:
     plain = torch.zeros(4, 3, 8, 8)
     last = plain.contiguous(memory_format=torch.channels_last)
     for draw in (uniform_like, normal_like):
@@ -91,6 +91,6 @@ def test_channels_last_gets_the_same_noise_in_its_own_layout() -> None:
         assert expected.is_contiguous()
 
 
-def test_noise_has_the_images_type() -> None:
+def test_noise_has_the_dtype_of_the_images() -> None:
     half = torch.zeros(2, 1, 2, 2, dtype=torch.float64)
     assert uniform_like(half, 0.1).dtype == normal_like(half, 0.1).dtype == torch.float64
