@@ -99,6 +99,7 @@ class TrainingPlan:
                       "classes"),
             ("data", f"{data.dataset}: {len(self.train):,} training, {len(self.val):,} validation, "
                      f"{len(self.data.test):,} test images of {data.image_size}x{data.image_size}"),
+            *(("files", note) for note in self.data.notes),
             ("result", f"the weights of the {optim.select} epoch"),
             ("cost", cost),
         ]  # fmt: skip

@@ -8,7 +8,7 @@ import io
 import pickletools
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -183,9 +183,9 @@ def _select(path: Path | str, content: Any, weights_key: str | None) -> Weights:
             raise DeatError(f"{path} does not hold a state dict, which maps names to tensors: {SAVE_WEIGHTS}")
         key = candidates[0]
         tensors = found[key]
-    names = _bare(tensors).keys()
-    others = tuple(other for other, each in found.items() if other not in ("", key) and names & _bare(each).keys())
-    return Weights(_bare(tensors), key, others)
+    ends = _last_parts(tensors)
+    others = tuple(other for other, each in found.items() if other not in ("", key) and ends & _last_parts(each))
+    return Weights({name.removeprefix("module."): tensor for name, tensor in tensors.items()}, key, others)
 
 
 def _state_dicts(content: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -199,8 +199,9 @@ def _state_dicts(content: Any, key: str = "", depth: int = 0) -> Iterator[tuple[
             yield from _state_dicts(value, f"{key}.{name}" if key else name, depth + 1)
 
 
-def _bare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+def _last_parts(names: Iterable[str]) -> set[str]:
+    """Return what networks of one architecture share, whatever their names begin with."""
+    return {".".join(name.split(".")[-2:]) for name in names}
 
 
 def _with_prefix(tensors: Mapping[str, Tensor] | None, prefix: str) -> dict[str, Tensor]:
