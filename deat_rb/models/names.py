@@ -9,8 +9,16 @@ from deat_rb.utils.errors import DeatError, did_you_mean
 
 PREACTRESNET18 = "preactresnet18"
 
+PREACTRESNET18_BN = "preactresnet18-bn"
+"""With a BatchNorm before the classifier, as in robust_overfitting (Rice et al. 2020)."""
+
+RESNET18 = "resnet18"
+"""ResNet-18 for CIFAR: 3x3 stem without pooling, as in MadryLab's robustness and pytorch-cifar."""
+
 PRETRAINED = ("torchvision", "timm")
 """Packages whose networks are available as ``package:NAME``."""
+
+KNOWN = (PREACTRESNET18, PREACTRESNET18_BN, RESNET18, "wrn-34-10", "wrn-10-1")
 
 MAX_PARAMETERS = 2 * 10**9
 """Largest WideResNet that is built; RobustBench's largest, WRN-94-16, has 0.37e9 parameters."""
@@ -24,12 +32,15 @@ def canonical_arch(arch: str) -> str:
     """
     if ":" in arch:
         return arch
-    if re.fullmatch(r"pre-?act-?resnet-?18", arch.lower()):
-        return PREACTRESNET18
+    if resnet := re.fullmatch(r"(pre-?act-?)?resnet-?18(-?bn)?", arch.lower()):
+        if resnet[1] is None and resnet[2] is None:
+            return RESNET18
+        if resnet[1] is not None:
+            return PREACTRESNET18 if resnet[2] is None else PREACTRESNET18_BN
     wide = re.fullmatch(r"(?:wrn|wide-?resnet)-?(\d{1,3})-(\d{1,3})", arch.lower())
     if wide is None:
         raise DeatError(
-            f"architecture '{arch}' is unknown: {did_you_mean(arch, (PREACTRESNET18, 'wrn-34-10', 'wrn-10-1'))} "
+            f"architecture '{arch}' is unknown: {did_you_mean(arch, KNOWN)} "
             "Others are timm:NAME, torchvision:NAME and package.module:factory"
         )
     depth, width = int(wide[1]), int(wide[2])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deat_rb.data.normalization import NORMALIZATION
 from deat_rb.models.check import check_trainable, first_line, trial_logits
-from deat_rb.models.names import PREACTRESNET18, canonical_arch, suggest
+from deat_rb.models.names import PREACTRESNET18, PREACTRESNET18_BN, RESNET18, canonical_arch, suggest
 from deat_rb.utils import compat
 from deat_rb.utils.errors import DeatError, did_you_mean
 from deat_rb.utils.module_state import preserve_state
@@ -52,7 +52,8 @@ class ModelSpec(BaseModel):
     """Everything needed to build a network, as stored in a run's ``config.json``.
 
     Attributes:
-        arch: ``preactresnet18``, ``wrn-D-W``, ``timm:NAME``, ``torchvision:NAME`` or ``package.module:factory``.
+        arch: ``preactresnet18``, ``preactresnet18-bn``, ``resnet18``, ``wrn-D-W``, ``timm:NAME``, ``torchvision:NAME``
+            or ``package.module:factory``.
         num_classes: K.
         image_size: Height and width.
         channels: C.
@@ -183,7 +184,8 @@ def robustbench_class(spec: ModelSpec) -> tuple[type[nn.Module], tuple[Any, ...]
     """
     if ":" in spec.arch:
         raise DeatError(
-            f"architecture '{spec.arch}' is not one of RobustBench's, which are {PREACTRESNET18} and wrn-D-W"
+            f"architecture '{spec.arch}' is not one of RobustBench's, which are {PREACTRESNET18}, {PREACTRESNET18_BN}, "
+            f"{RESNET18} and wrn-D-W"
         )
     if (spec.image_size, spec.channels) != (32, 3):
         shape = f"{spec.channels}x{spec.image_size}x{spec.image_size}"
@@ -191,10 +193,15 @@ def robustbench_class(spec: ModelSpec) -> tuple[type[nn.Module], tuple[Any, ...]
             f"architecture '{spec.arch}' takes 3x32x32 images, not {shape}: "
             "RobustBench's networks are for CIFAR; use timm:NAME or torchvision:NAME for other sizes"
         )
+    classes = {"num_classes": spec.num_classes}
     if spec.arch == PREACTRESNET18:
-        return _resnet.PreActResNet, (_resnet.PreActBlock, [2, 2, 2, 2]), {"num_classes": spec.num_classes}
+        return _resnet.PreActResNet, (_resnet.PreActBlock, [2, 2, 2, 2]), classes
+    if spec.arch == PREACTRESNET18_BN:
+        return _resnet.PreActResNet, (_resnet.PreActBlockV2, [2, 2, 2, 2]), {**classes, "bn_before_fc": True}
+    if spec.arch == RESNET18:
+        return _resnet.ResNet, (_resnet.BasicBlock, [2, 2, 2, 2]), classes
     depth, width = map(int, spec.arch.split("-")[1:])
-    return _wide_resnet.WideResNet, (), {"depth": depth, "widen_factor": width, "num_classes": spec.num_classes}
+    return _wide_resnet.WideResNet, (), {"depth": depth, "widen_factor": width, **classes}
 
 
 def _build_timm(name: str, spec: ModelSpec) -> nn.Module:

@@ -1,24 +1,29 @@
-"""Loading of state dicts into models, with or without the prefixes of wrappers in their names."""
+"""Loading of state dicts into models, under the names that wrappers and other code bases give their tensors."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
+from deat_rb.models.names import PREACTRESNET18, PREACTRESNET18_BN, RESNET18
 from deat_rb.models.spec import NormalizedModel
 from deat_rb.utils.errors import DeatError
 
-_STATISTICS = {"mean": "mu", "std": "sigma"}
+_STATISTICS = {"mu": "mu", "mean": "mu", "_mean": "mu", "new_mean": "mu",
+               "sigma": "sigma", "std": "sigma", "_std": "sigma", "new_std": "sigma"}  # fmt: skip
+"""Names of a normalization's buffers, as RobustBench's, Normalize layers' and MadryLab's models have them."""
+
+_WRAPPED = re.compile(r"^(?:(?:module|model|net|_orig_mod)\.)+(?=.)")
+"""Prefixes of DataParallel, DDP, AveragedModel, Lightning and torch.compile."""
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
     """Load a state dict into a model, completely or not at all.
 
-    For a `NormalizedModel` the state dict may also be that of the network without normalization, with or without
-    ``mu`` and ``sigma`` (or ``mean`` and ``std``); without them the model keeps its own. Names may begin with
-    ``module.`` or ``model.``, as those of wrapped networks do.
+    For a `NormalizedModel` the state dict may also be that of the network without normalization, or of a wrapped one:
+    see `strip_wrappers`. Where it has no mean and standard deviation, the model keeps its own.
 
     Args:
         model: The model.
@@ -37,42 +42,120 @@ def check_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: st
     Raises:
         DeatError: A tensor is missing, unexpected, or of another shape.
     """
-    own = model.state_dict()
-    given = _renamed(tensors, own) if isinstance(model, NormalizedModel) else dict(tensors)
-    shapes = [(name, tuple(given[name].shape), tuple(own[name].shape)) for name in own if name in given]
-    problems = {
-        "missing": [name for name in own if name not in given and not name.endswith("num_batches_tracked")],
-        "unexpected": [name for name in given if name not in own],
-        "of another shape": [f"{name} {has} instead of {wants}" for name, has, wants in shapes if has != wants],
+    own: dict[str, Tensor] = model.state_dict()
+    renamed = _renamed(tensors, own) if isinstance(model, NormalizedModel) else dict(tensors)
+    missing = [name for name in own if name not in renamed and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in renamed if name not in own]
+    names = [f"{what}: {_and_more(some)}" for what, some in (("missing", missing), ("unexpected", unexpected)) if some]
+    shapes = [f"{name} {tuple(renamed[name].shape)} instead of {tuple(own[name].shape)}"
+              for name in own if name in renamed and renamed[name].shape != own[name].shape]  # fmt: skip
+    if names and not shapes and [own[name].shape for name in missing] == [renamed[name].shape for name in unexpected]:
+        raise DeatError(f"{source} has tensors of the model's shapes, but their names differ ({'; '.join(names)}): "
+                        "rename them as in the model's state dict")  # fmt: skip
+    problems = [f"names differ ({'; '.join(names)})"] if names else []
+    problems += [f"shapes differ ({_and_more(shapes)})"] if shapes else []
+    if problems:
+        raise DeatError(f"{source} is a checkpoint of another architecture or number of classes: {', '.join(problems)}")
+    return {**own, **renamed}
+
+
+def _and_more(items: list[str]) -> str:
+    return items[0] + (f" and {len(items) - 1} more" if len(items) > 1 else "")
+
+
+def strip_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors under RobustBench's names: the network's bare ones, with ``mu`` and ``sigma`` beside them.
+
+    Undone are the prefixes of DataParallel, DDP, AveragedModel, Lightning and torch.compile, ``Sequential(normalize,
+    network)``, normalization layers of any name, and MadryLab's ``AttackerModel``, in any nesting.
+    """
+    *_, bare = _unwrapped(tensors)
+    return bare
+
+
+def detect_variant(arch: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the variant of an 18-layer ResNet for CIFAR that a state dict belongs to; other architectures as they are.
+
+    RobustBench's tables call all three ResNet-18 or PreActResNet-18.
+
+    Args:
+        arch: Canonical name.
+        tensors: As `strip_wrappers` returns them.
+    """
+    if arch not in (PREACTRESNET18, PREACTRESNET18_BN, RESNET18) or "layer1.0.conv1.weight" not in tensors:
+        return arch
+    if "bn.weight" in tensors:
+        return PREACTRESNET18_BN
+    return RESNET18 if "bn1.weight" in tensors else PREACTRESNET18
+
+
+def _unwrapped(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Yield a state dict with one layer of wrapping removed after the other, beginning with itself."""
+    current = dict(tensors)
+    statistics: dict[str, Tensor] = {}
+    while True:
+        yield {**statistics, **current}
+        statistics = {**_statistics(current), **statistics}
+        step = {name: tensor for name, tensor in current.items() if not _is_statistic(name, current)}
+        for change in (_without_bookkeeping, _without_prefixes, _without_common_component):
+            changed = change(step)
+            if changed.keys() != step.keys():
+                step = changed
+                break
+        if step.keys() == current.keys():
+            return
+        current = step
+
+
+def _is_statistic(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether a tensor is a mean or standard deviation of a module that has nothing but these two."""
+    parent, dot, last = name.rpartition(".")
+    if last not in _STATISTICS:
+        return False
+    siblings = [other for other in tensors if other.startswith(f"{parent}.") or (not dot and other in _STATISTICS)]
+    return sorted(_STATISTICS.get(other.rpartition(".")[2], "") for other in siblings) == ["mu", "sigma"]
+
+
+def _statistics(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {_STATISTICS[name.rpartition(".")[2]]: tensor for name, tensor in tensors.items()
+            if _is_statistic(name, tensors)}  # fmt: skip
+
+
+def _without_bookkeeping(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove AveragedModel's counter, MadryLab's second copy of the network, and torch.compile's marks."""
+    names = [name.removeprefix("module.") for name in tensors]
+    attacker = any(name.startswith("attacker.") for name in names) and any(name.startswith("model.") for name in names)
+    return {
+        name.replace("_orig_mod.", ""): tensor
+        for name, tensor in tensors.items()
+        if name.rpartition(".")[2] != "n_averaged"
+        and not (attacker and name.removeprefix("module.").startswith("attacker."))
     }
-    found = [f"{what}: {_and_more(names)}" for what, names in problems.items() if names]
-    if found:
-        raise DeatError(f"{source} is a checkpoint of another architecture or number of classes ({'; '.join(found)})")
-    return {**own, **given}
 
 
-def _and_more(names: list[str]) -> str:
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-
-
-def strip_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors under RobustBench's names: without ``module.``, ``model.`` and ``net.``, with mu and sigma."""
-    bare: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        short = re.sub(r"^((module|model|net)\.)+(?=.)", "", name)
-        bare.setdefault(_STATISTICS.get(short, short), tensor)
+def _without_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    bare = {_WRAPPED.sub("", name): tensor for name, tensor in tensors.items()}
     return bare if len(bare) == len(tensors) else dict(tensors)
 
 
+def _without_common_component(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the first component of all names if it is one and the same, as ``1.`` in a Sequential."""
+    first = {name.partition(".")[0] for name in tensors}
+    if len(first) != 1 or any("." not in name for name in tensors):
+        return dict(tensors)
+    return {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
+
+
 def _renamed(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors under a `NormalizedModel`'s names, whether they have those or the bare network's."""
-    plain = {_STATISTICS.get(name, name): tensor for name, tensor in tensors.items()}
+    """Return tensors under a `NormalizedModel`'s names: the unwrapping that fits its names best."""
     candidates = [
-        {name if name in ("mu", "sigma") else f"{prefix}{name}": tensor for name, tensor in given.items()}
-        for given in (plain, strip_prefixes(tensors))
+        {name if name in ("mu", "sigma") else f"{prefix}{name}": tensor for name, tensor in unwrapped.items()}
+        for unwrapped in _unwrapped(tensors)
         for prefix in ("", "net.")
     ]
-    renamed = max(candidates, key=lambda candidate: len(candidate.keys() & own.keys()))
+    renamed = max(candidates, key=lambda candidate: 2 * len(candidate.keys() & own.keys()) - len(candidate))
+    if "net.block1.layer.0.conv1.weight" in own:  # TRADES' WideResNet has a block that its forward does not use
+        renamed = {name: tensor for name, tensor in renamed.items() if not name.startswith("net.sub_block1.")}
     for name in ("mu", "sigma"):
         tensor = renamed.get(name, own[name])
         renamed[name] = tensor.reshape(own[name].shape) if tensor.numel() == own[name].numel() else tensor

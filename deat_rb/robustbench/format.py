@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deat_rb.models.names import PREACTRESNET18
 from deat_rb.models.spec import ModelSpec, model_spec, robustbench_class
-from deat_rb.models.weights import check_weights, strip_prefixes
+from deat_rb.models.weights import check_weights, strip_wrappers
 from deat_rb.utils import seeding
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import read_json
@@ -130,7 +130,7 @@ def exported_spec(
         DeatError: It is damaged, lies in no export, or the architecture is not that of the tensors.
     """
     weights = Path(weights).absolute()
-    tensors = strip_prefixes(load_tensors(weights))
+    tensors = strip_wrappers(load_tensors(weights))
     arch = _architecture_beside(weights) if arch is None else arch
     classifier = tensors.get("linear.weight", tensors.get("fc.weight"))
     if num_classes is None and (classifier is None or classifier.ndim != 2):

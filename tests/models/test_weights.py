@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from deat_rb.models.spec import build_model
-from deat_rb.models.weights import load_weights
+from deat_rb.models.weights import detect_variant, load_weights, strip_wrappers
+from deat_rb.utils import compat
 from deat_rb.utils.errors import DeatError
 
 
@@ -55,10 +59,10 @@ def test_load_weights_without_num_batches_tracked() -> None:
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
-    [(lambda t: t.pop("net.0.weight"), r"missing: net\.0\.weight\)"),
+    [(lambda t: t.pop("net.0.weight"), r"names differ \(missing: net\.0\.weight\)$"),
      (lambda t: t.update(extra=torch.ones(1), other=torch.ones(1)), "unexpected: extra and 1 more"),
      (lambda t: t.update({"net.4.weight": torch.ones(100, 4)}),
-      r"of another shape: net\.4\.weight \(100, 4\) instead of \(3, 4\)"),
+      r"shapes differ \(net\.4\.weight \(100, 4\) instead of \(3, 4\)"),
      (lambda t: t.clear(), "missing: net")],
 )  # fmt: skip
 def test_load_weights_of_another_architecture_changes_nothing(change: Any, sentence: str) -> None:
@@ -75,3 +79,149 @@ def test_load_weights_of_a_wrn_into_a_preactresnet() -> None:
     tensors = build_model("wrn-10-1", dataset="cifar10").state_dict()
     with pytest.raises(DeatError, match=r"missing: net\.layer1.* and \d+ more; unexpected: net\.block1"):
         load_weights(build_model("preactresnet18", dataset="cifar10"), tensors, source="wrn.pt")
+
+
+# Checkpoints as the field saves them: each is made of RobustBench's own classes, and has to give the same logits.
+
+IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
+RESNET, WRN = (importlib.import_module(f"robustbench.model_zoo.architectures.{name}") for name in compat.LIGHT[::-1])
+
+
+class Normalize(nn.Module):
+    """A normalization layer as many repositories have it."""
+
+    def __init__(self, mean: str = "mean", std: str = "std", shape: tuple[int, ...] = (1, 3, 1, 1)) -> None:
+        super().__init__()
+        self.names = mean, std
+        self.register_buffer(mean, torch.tensor(MEAN).view(shape))
+        self.register_buffer(std, torch.tensor(STD).view(shape))
+
+    def forward(self, images: Tensor) -> Tensor:
+        mean, std = (self.get_buffer(name).view(1, 3, 1, 1) for name in self.names)
+        return (images - mean) / std
+
+
+class Wrapped(nn.Module):
+    """A network with its normalization under ``normalize``, as in torchattacks' and RobustBench's examples."""
+
+    def __init__(self, net: nn.Module, name: str = "model") -> None:
+        super().__init__()
+        self.normalize = Normalize()
+        self.name = name
+        self.add_module(name, net)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.get_submodule(self.name)(self.normalize(images))
+        return logits
+
+
+class AttackerModel(nn.Module):
+    """The module structure of MadryLab's robustness package: the network a second time, inside the attacker."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.normalizer = Normalize("new_mean", "new_std", (3, 1, 1))
+        self.model = net
+        self.attacker = nn.Module()
+        self.attacker.normalize = Normalize("new_mean", "new_std", (3, 1, 1))
+        self.attacker.model = net
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(self.normalizer(images))
+        return logits
+
+
+def trained(make: Callable[[], nn.Module]) -> nn.Module:
+    """A network in eval mode whose BatchNorm statistics are not the initial ones."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = make()
+        net(IMAGES)
+    return net.eval()
+
+
+def wrn(**options: Any) -> nn.Module:
+    return trained(lambda: WRN.WideResNet(depth=10, widen_factor=1, **options))
+
+
+def compiled(net: nn.Module) -> nn.Module:
+    return cast(nn.Module, torch.compile(net, backend="eager"))
+
+
+WRAPPINGS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "normalize.mean and model.": Wrapped,
+    "normalize.mean and net.": lambda net: Wrapped(net, "net"),
+    "normalize.mean and network.": lambda net: Wrapped(net, "network"),
+    "0.mean and 1.": lambda net: nn.Sequential(Normalize(), net),
+    "0.mu and 1.": lambda net: nn.Sequential(Normalize("mu", "sigma", (3,)), net),
+    "0.mean and 1.module.": lambda net: nn.Sequential(Normalize(), nn.DataParallel(net)),
+    "module.0.mean and module.1.": lambda net: nn.DataParallel(nn.Sequential(Normalize(), net)),
+    "_orig_mod.0.mean": lambda net: compiled(nn.Sequential(Normalize(), net)),
+    "1._orig_mod.": lambda net: nn.Sequential(Normalize(), compiled(net)),
+    "module._orig_mod.": lambda net: nn.DataParallel(compiled(Wrapped(net))),
+    "model._orig_mod.module.": lambda net: Wrapped(compiled(nn.DataParallel(net))),
+    "AveragedModel": lambda net: AveragedModel(Wrapped(net)),
+    "AveragedModel of DataParallel": lambda net: AveragedModel(nn.DataParallel(nn.Sequential(Normalize(), net))),
+    "module.attacker.": lambda net: nn.DataParallel(AttackerModel(net)),
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_load_weights_of_wrapped_networks(wrapping: str) -> None:
+    theirs = WRAPPINGS[wrapping](wrn()).eval()
+    ours = build_model("wrn-10-1", num_classes=10).eval()
+    load_weights(ours, theirs.state_dict(), source="a.pt")
+    assert torch.equal(ours(IMAGES), theirs(IMAGES))
+    assert torch.equal(ours.mu, torch.tensor(MEAN).view(1, 3, 1, 1))
+
+
+@pytest.mark.parametrize("wrap", [compiled, nn.DataParallel, AveragedModel, lambda net: nn.DataParallel(compiled(net)),
+                                  lambda net: compiled(nn.DataParallel(net)), nn.Sequential])  # fmt: skip
+def test_load_weights_of_wrapped_networks_without_normalization(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    net = wrn()
+    ours = build_model("wrn-10-1", num_classes=10, mean=MEAN, std=STD).eval()
+    load_weights(ours, wrap(net).state_dict(), source="a.pt")
+    assert torch.equal(ours(IMAGES), net((IMAGES - ours.mu) / ours.sigma))
+
+
+def test_load_weights_drops_the_unused_block_of_trades_wideresnet() -> None:
+    theirs = wrn(sub_block1=True)
+    ours = build_model("wrn-10-1", num_classes=10).eval()
+    assert "sub_block1.layer.0.bn1.weight" in theirs.state_dict()
+    load_weights(ours, nn.DataParallel(theirs).state_dict(), source="a.pt")
+    assert torch.equal(ours(IMAGES), theirs(IMAGES))
+
+
+RESNETS: dict[str, Callable[[], nn.Module]] = {
+    "preactresnet18": lambda: cast(nn.Module, RESNET.PreActResNet18()),
+    "preactresnet18-bn": lambda: cast(nn.Module, RESNET.PreActResNet(RESNET.PreActBlockV2, [2, 2, 2, 2],
+                                                                     bn_before_fc=True)),
+    "resnet18": lambda: cast(nn.Module, RESNET.ResNet18()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", RESNETS)
+def test_load_weights_of_resnets_for_cifar(arch: str) -> None:
+    theirs = trained(RESNETS[arch])
+    ours = build_model(arch, num_classes=10).eval()
+    load_weights(ours, nn.DataParallel(AttackerModel(theirs)).state_dict(), source="a.pt")
+    assert torch.equal(ours(IMAGES), theirs((IMAGES - ours.mu) / ours.sigma))
+    bare = strip_wrappers(nn.Sequential(Normalize(), theirs).state_dict())
+    assert {detect_variant(other, bare) for other in RESNETS} == {arch}
+    assert detect_variant("wrn-10-1", bare) == "wrn-10-1"
+
+
+def test_load_weights_says_names_differ_apart_from_shapes() -> None:
+    model = build_model("my_networks:small", num_classes=3)
+    renamed = {name.replace("net.4.", "net.head."): tensor for name, tensor in model.state_dict().items()}
+    with pytest.raises(
+        DeatError,
+        match=r"^a\.pt has tensors of the model's shapes, but their names differ "
+        r"\(missing: net\.4\.weight and 1 more; unexpected: net\.head\.weight and",
+    ):
+        load_weights(model, renamed, source="a.pt")
+    with pytest.raises(
+        DeatError, match=r"number of classes: shapes differ \(net\.4\.weight \(3, 4\) instead"
+    ):
+        load_weights(build_model("my_networks:small", num_classes=5), model.state_dict(), source="a.pt")
