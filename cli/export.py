@@ -9,19 +9,24 @@ import click
 
 @click.command("export")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--model-name", required=True, metavar="NAME", help="Such as Wang2021Gradient_R18.")
-@click.option("--as-dataset", metavar="NAME", help="cifar10 or cifar100: what data of another name stand for.")
-@click.option("--output", type=click.Path(path_type=Path), default=".", show_default=True, metavar="DIR")
-@click.option("--link", metavar="URL", help="Of the paper; like what follows, the paper's own for its own methods.")
-@click.option("--name", metavar="TITLE", help="Of the paper.")
-@click.option("--authors", metavar="A, B, ...", help="Of the paper.")
-@click.option("--venue", metavar="VENUE", help="Of the paper, with the year.")
-@click.option("--additional-data", is_flag=True, help="Other training images were used, too.")
-@click.option("--reported", type=float, metavar="PERCENT", help="Robust accuracy to report; by default the lowest.")
-@click.option("--external", type=float, metavar="PERCENT", help="Best known robust accuracy.")
-@click.option("--unreliable/--reliable", default=None, help="Whether AutoAttack's figure is not to be relied on.")
-@click.option("--footnote", metavar="TEXT", help="Added to what the export says by itself.")
-@click.option("--overwrite", is_flag=True, help="Replace an export of that name.")
+@click.option("--model-name", required=True, metavar="NAME",
+              help="<FirstAuthor><Year><FirstWordOfTitle>, such as Wang2021Gradient_R18.")  # fmt: skip
+@click.option("--as-dataset", metavar="NAME", help="RobustBench dataset that other data stand for: cifar10, cifar100.")
+@click.option("--output", type=click.Path(path_type=Path), default=".", show_default=True, metavar="DIR",
+              help="Folder for the files.")  # fmt: skip
+@click.option("--link", metavar="URL", help="URL of the paper; by default the DEAT paper's, for its methods.")
+@click.option("--name", metavar="TITLE", help="Title of the paper.")
+@click.option("--authors", metavar="A, B, ...", help="Authors of the paper.")
+@click.option("--venue", metavar="VENUE", help="Venue and year of the paper.")
+@click.option("--additional-data", is_flag=True, help="Additional training images were used.")
+@click.option("--reported", type=float, metavar="PERCENT",
+              help="Robust accuracy reported by the authors; by default the lowest measured.")  # fmt: skip
+@click.option("--external", type=float, metavar="PERCENT", help="Best known robust accuracy; RobustBench ranks by it.")
+@click.option("--unreliable/--reliable", default=None,
+              help="Whether AutoAttack's accuracy is unreliable; by default if a check of the evaluation failed."
+              )  # fmt: skip
+@click.option("--footnote", metavar="TEXT", help="Text appended to the automatic footnote.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing export of that name.")
 def export(
     run: Path,
     model_name: str,
@@ -38,10 +43,11 @@ def export(
     footnote: str | None,
     overwrite: bool,
 ) -> None:
-    """Write a run in RobustBench's form.
+    """Export a run in RobustBench's format.
 
-    The weights go to models/, what RobustBench's table needs to model_info/, and what a pull request to RobustBench
-    would add to pull_request/. The accuracies are those that `deat-rb eval` left in the run.
+    Writes the weights to models/, the metadata of RobustBench's table to model_info/, and the source code of a pull
+    request to RobustBench to pull_request/. The accuracies are those of `deat-rb eval RUN --autoattack`, which has to
+    come first.
     """
     from deat_rb.robustbench.export import export
 
@@ -63,5 +69,3 @@ def export(
     )
     for path in (paths.weights, paths.info, paths.source):
         click.echo(f"written: {path}")
-    if paths.unknown:
-        click.echo(f"unknown: {', '.join(paths.unknown)}; deat-rb eval {run} --autoattack measures what is missing")

@@ -1,4 +1,4 @@
-"""What a trained network takes image files for."""
+"""Classification of image files with a trained network."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ BATCH_SIZE = 64
 
 
 class ClassScore(BaseModel):
-    """One class that an image may be of.
+    """One class with its softmax probability.
 
     Attributes:
-        index: Its number.
-        name: Its name; the number, where names are not known.
-        confidence: Its softmax probability, in [0, 1].
+        index: Index of the logit.
+        name: Name of the class; the index, where names are not known.
+        confidence: Softmax probability, in [0, 1].
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,11 +38,11 @@ class ClassScore(BaseModel):
 
 
 class Prediction(BaseModel):
-    """What an image is taken for.
+    """Predicted classes of one image.
 
     Attributes:
         image: The file.
-        guesses: The likeliest classes, the likeliest first.
+        guesses: The classes with the highest probabilities, highest first.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

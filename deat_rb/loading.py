@@ -1,8 +1,9 @@
-"""What an evaluation is about: a trained network and the test images it is measured on."""
+"""Opening of trained networks (runs, checkpoints, exports, leaderboard entries, names) and of their data."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -10,29 +11,100 @@ from torch import Tensor, nn
 
 from deat_rb.data.datasets import Dataset, load_data
 from deat_rb.data.images import interleave_classes
+from deat_rb.data.normalization import Normalization
 from deat_rb.models.check import trial_logits
-from deat_rb.models.names import PRETRAINED, check_trust
-from deat_rb.models.pretrained import load_from_factory, load_pretrained, load_zoo_model, zoo_file
-from deat_rb.models.spec import build_model
-from deat_rb.models.weights import load_weights
+from deat_rb.models.class_names import match_classes, read_class_names
+from deat_rb.models.names import PRETRAINED, canonical_arch, check_trust
+from deat_rb.models.pretrained import load_from_factory, load_pretrained, load_zoo_model, zoo_classes, zoo_file
+from deat_rb.models.spec import NormalizedModel, model_spec, robustbench_class
+from deat_rb.models.weights import detect_variant, load_weights, strip_wrappers
 from deat_rb.robustbench.format import ExportPaths, exported_spec
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import sha256_file
-from deat_rb.utils.safe_load import load_tensors
+from deat_rb.utils.safe_load import load_state_dict, load_tensors
 from deat_rb.utils.units import parse_fraction
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """Everything that a target may leave open: options of `deat-rb eval`, `submit` and `predict` about the network.
+
+    Attributes:
+        arch: Architecture of a checkpoint, as for `build_model`.
+        num_classes: Number of logits of a checkpoint's network.
+        image_size: Height and width that a folder's images are resized to.
+        classes: Class names in the order of the logits.
+        normalization: Mean and standard deviation of a network that expects normalized images, where neither the
+            weights nor the model contain them.
+        weights_key: Key of the state dict in a checkpoint, as for `deat_rb.utils.safe_load.load_state_dict`.
+        model_dir: Folder of RobustBench's weights, as for `robustbench.load_model`.
+        norm: Threat model of RobustBench's zoo.
+        trust_code: Whether a run may build its network by the ``package.module:factory`` that it names.
+    """
+
+    arch: str | None = None
+    num_classes: int | None = None
+    image_size: int | None = None
+    classes: tuple[str, ...] = ()
+    normalization: Normalization | None = None
+    weights_key: str | None = None
+    model_dir: Path | None = None
+    norm: str = "Linf"
+    trust_code: bool = False
+
+    def refuse(self, reason: str, *allowed: str) -> None:
+        """Raise an error for the first option that is set and not ``allowed``.
+
+        Raises:
+            DeatError: There is one.
+        """
+        for name, value in vars(self).items():
+            if name not in ("norm", "trust_code", *allowed) and value not in (None, ()):
+                flag = {"normalization": "--mean, --std, --normalize"}.get(name, f"--{name.replace('_', '-')}")
+                text = f" {value}" if isinstance(value, str | int | Path) else ""
+                raise DeatError(f"{flag}{text} is {reason}")
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A trained network.
+
+    Attributes:
+        model: In eval mode, on the CPU; takes images in [0, 1].
+        source: Its name in error messages.
+        provenance: Where it comes from.
+        classes: Class names in the order of the logits; empty where they are not known.
+        all_classes_known: Whether ``classes`` are the user's or a run's, so that others must be refused.
+        image_size: Height and width of the images it takes; None where any size works or it is not known.
+        channels: Number of channels.
+        eps: The radius it was trained for, in [0, 1] pixel units, if known.
+        notes: Sentences for the user.
+    """
+
+    model: nn.Module
+    source: str
+    provenance: dict[str, str]
+    classes: tuple[str, ...] = ()
+    all_classes_known: bool = True
+    image_size: int | None = None
+    channels: int = 3
+    eps: float = 8 / 255
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class EvalTarget:
-    """A network, its test images and what is known of both.
+    """A network, the images to evaluate it on, and what is known of both.
 
     Attributes:
         model: In eval mode, on the CPU; takes images in [0, 1].
-        data: The data set whose test part counts.
-        eps: The radius it was trained for, in [0, 1] pixel units; 8/255 where that is not known.
+        data: The dataset whose test part counts.
+        eps: The radius the network was trained for, in [0, 1] pixel units; 8/255 where that is not known.
         provenance: Where the network and the data come from.
-        run: The run directory's path, or None for a bare checkpoint.
+        run: The run directory's path, or None for everything else.
+        classes: Class names in the order of the network's logits; where they are not known, those of the data.
+        logit_of_class: For each class of the data the index of its logit; empty where these are the same.
     """
 
     model: nn.Module
@@ -40,9 +112,11 @@ class EvalTarget:
     eps: float
     provenance: dict[str, str]
     run: Path | None = None
+    classes: tuple[str, ...] = field(default=())
+    logit_of_class: tuple[int, ...] = ()
 
     def examples(self, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """The test images: float32 (N, C, H, W) in [0, 1], and labels (N,).
+        """Return test images, float32 (N, C, H, W) in [0, 1], and their labels (N,), indices of logits.
 
         The first ``count`` of a longer evaluation are the examples of a shorter one. See `interleave_classes`.
 
@@ -50,117 +124,156 @@ class EvalTarget:
             DeatError: There are not that many.
         """
         test = interleave_classes(self.data.test)
-        if count is None:
-            return test.tensors()
-        if not 1 <= count <= len(test):
+        if count is not None and not 1 <= count <= len(test):
             raise DeatError(f"--n-examples {count} is not possible with {len(test)} test images: "
                             f"give a number from 1 to {len(test)}")  # fmt: skip
-        return test.first(count).tensors()
+        images, labels = (test if count is None else test.first(count)).tensors()
+        if self.logit_of_class:
+            labels = torch.tensor(self.logit_of_class)[labels.cpu()].to(labels.device)
+        return images, labels
 
 
 def load_model(path: str | Path, *, device: torch.device | str = "cpu", trust_code: bool = False) -> nn.Module:
-    """Loads a trained network, in eval mode; it takes images in [0, 1].
+    """Load a trained network in eval mode; it takes images in [0, 1].
 
     Args:
-        path: A run directory, of which the selected checkpoint is taken, the ``.pt`` file of an export, or, in a
-            leaderboard that holds the weights, the ``.json`` of an entry.
-        device: Where to put it.
-        trust_code: Whether a run may have its network built by the function ``package.module:factory`` that its
-            ``config.json`` names, which runs code of that module.
+        path: A run directory, whose selected checkpoint is loaded; the ``.pt`` file of an export; or the ``.json`` of
+            an entry in a leaderboard that holds the weights.
+        device: Where to put the network.
+        trust_code: Whether a run may build its network by the ``package.module:factory`` that its ``config.json``
+            names, which runs code of that module.
 
     Raises:
-        DeatError: There is no such run or file, it is damaged, nothing says of what architecture it is, or it would
-            run code that is not trusted.
+        DeatError: There is no such run or file, it is damaged, its architecture is unknown, or it would run untrusted
+            code.
     """
     path = Path(path)
     if path.suffix == ".json":
-        from deat_rb.leaderboard.weights import open_entry
-
-        return open_entry(path)[1].to(device)
-    if path.is_dir():
-        run = RunDirectory.open(path)
-        spec, weights = run.model_spec, run.selected_weights_path
-        check_trust(run.model_spec.arch, trust_code, source=f"the run {path}")
-    else:
-        spec, weights = exported_spec(path), path
-    model = spec.build()
-    load_weights(model, load_tensors(weights), source=str(weights))
-    return model.to(device).eval()
+        return _open_entry(path).model.to(device)
+    return (_open_run(path, trust_code) if path.is_dir() else _open_export(path)).model.to(device)
 
 
-def open_run(path: Path, *, data_dir: str | Path | None = None, trust_code: bool = False) -> EvalTarget:
-    """Opens a run with its selected checkpoint and the data it was trained on.
+def open_network(target: str | Path, options: NetworkOptions, *, dataset: str | None = None) -> Network:
+    """Open the network of a run directory, leaderboard entry, checkpoint, export, or name.
 
     Args:
-        path: The run directory.
-        data_dir: Where the data lie now, if they have been moved since.
-        trust_code: See `load_model`.
+        target: The path or name: ``robustbench:NAME`` or ``robustbench:DATASET/NAME``, where DATASET is the one of
+            RobustBench's datasets that it was trained on; ``torchvision:NAME`` or ``timm:NAME`` with the package's
+            pretrained weights; or ``package.module:function``, which is called and returns the network.
+        options: What the target does not say itself.
+        dataset: Dataset it is to be evaluated on.
 
     Raises:
-        DeatError: It is no run, or its weights or its data cannot be had.
+        DeatError: The network cannot be opened, an option is missing, or one is given that the target says itself.
     """
+    path = Path(target)
+    if path.is_dir():
+        options.refuse(f"for checkpoints: the run {path} says its network and data itself", "classes")
+        network = _open_run(path, options.trust_code)
+        if options.classes and network.classes:
+            raise DeatError(f"--classes is for networks whose class names are not known: the run {path} has its own")
+        return replace(network, classes=network.classes or options.classes)
+    if ":" in str(target) and not path.exists():
+        options.refuse(f"for checkpoints: {target} says its network itself", "image_size", "classes", "normalization",
+                       *(["model_dir"] if str(target).startswith("robustbench:") else []))  # fmt: skip
+        return _with_classes(_open_named(str(target), options, dataset), options)
+    if options.model_dir is not None:
+        raise DeatError(f"--model-dir {options.model_dir} is for robustbench:NAME, which {target} is not")
+    if path.suffix == ".json":
+        options.refuse(f"for checkpoints: the entry {path} says its network and data itself")
+        return _open_entry(path)
+    if options.arch is None and _is_export(path):
+        options.refuse(f"for checkpoints: the export {path} says its network itself", "classes", "image_size")
+        return _with_classes(_open_export(path), options)
+    return _with_classes(_open_checkpoint(path, options, dataset), options)
+
+
+def _open_run(path: Path, trust_code: bool) -> Network:
     run = RunDirectory.open(path)
-    config = run.config
-    model = load_model(path, trust_code=trust_code)
-    where = config.data
-    data = load_data(where.dataset, data_dir=data_dir or where.data_dir, image_size=where.image_size)
+    spec, config, weights = run.model_spec, run.config, run.selected_weights_path
+    check_trust(spec.arch, trust_code, source=f"the run {path}")
+    model = spec.build()
+    load_weights(model, load_tensors(weights), source=str(weights))
     provenance = {
         "run": run.path.name,
         "method": config.attack.method,
-        "weights": run.selected_weights_path.name,
-        "weights_sha256": sha256_file(run.selected_weights_path),
-        "arch": run.model_spec.arch,
-        "dataset": data.name,
-        "data_sha256": data.fingerprint,
+        "weights": weights.name,
+        "weights_sha256": sha256_file(weights),
+        "arch": spec.arch,
     }
-    if data.fingerprint != config.data_fingerprint:
-        provenance["note"] = "the data are not those that the run was trained on"
-    return EvalTarget(model, data, config.attack.eps, provenance, run.path)
+    return Network(model.eval(), f"the run {path}", provenance, config.classes, True, spec.image_size, spec.channels,
+                   config.attack.eps)  # fmt: skip
 
 
-def open_checkpoint(
-    path: Path,
-    *,
-    arch: str | None,
-    dataset: str | None,
-    data_dir: str | Path | None = None,
-    image_size: int | None = None,
-    num_classes: int | None = None,
-) -> EvalTarget:
-    """Opens a state dict of a named architecture, or an export, which says its architecture itself.
+def _open_export(path: Path) -> Network:
+    spec = exported_spec(path)
+    model = spec.build()
+    load_weights(model, load_tensors(path), source=str(path))
+    return Network(model.eval(), str(path), _file_facts(path, spec.arch), (), False, spec.image_size, spec.channels)
 
-    A state dict that holds no mean and standard deviation is of a network that takes [0, 1] images as they are.
 
-    Args:
-        path: The file.
-        arch: As for `build_model`.
-        dataset: As for `load_data`.
-        data_dir: As for `load_data`.
-        image_size: As for `load_data`.
-        num_classes: How many logits the network has; by default as many as the data have classes.
+def _open_entry(file: Path) -> Network:
+    from deat_rb.leaderboard.weights import open_entry
 
-    Raises:
-        DeatError: Something is missing, or the parts do not fit each other.
-    """
-    tensors = load_tensors(path)
-    described = arch is not None or not _is_export(path)
-    if dataset is None or (arch is None and described):
-        wanted = (("--arch", arch if described else ""), ("--dataset", dataset))
-        missing = " and ".join(flag for flag, value in wanted if value is None)
-        raise DeatError(f"{path} is a checkpoint, which does not say its network and data: give {missing}")
-    data = load_data(dataset, data_dir=data_dir, image_size=image_size)
-    classes = num_classes or len(data.classes)
-    if classes < len(data.classes):
-        raise DeatError(f"--num-classes {classes} is too few: {data.name} has {len(data.classes)} classes")
-    if arch is None:
-        spec = exported_spec(path)
-        arch, model = spec.arch, load_model(path)
-        _check_takes(model, data, str(path))
-    else:
-        model = build_model(arch, num_classes=classes, image_size=data.test.shape[-1])
-        load_weights(model, tensors, source=str(path))
-    provenance = {"weights": path.name, "weights_sha256": sha256_file(path), "arch": arch, **_data_facts(data)}
-    return EvalTarget(model.eval(), data, 8 / 255, provenance)
+    entry, model = open_entry(file)
+    provenance = {"entry": entry.key, "weights_sha256": str(entry.weights_sha256)}
+    return Network(model, str(file), provenance, (), False, eps=parse_fraction(entry.eps))
+
+
+def _open_checkpoint(path: Path, options: NetworkOptions, dataset: str | None) -> Network:
+    """Open a state dict; without a mean and standard deviation, the network takes images in [0, 1] as they are."""
+    weights = load_state_dict(path, options.weights_key)
+    bare = strip_wrappers(weights.tensors)
+    if options.arch is None:
+        raise DeatError(f"{path} is a checkpoint, which does not say its network and data: give --arch")
+    arch = detect_variant(canonical_arch(options.arch), bare)
+    if options.normalization is not None and "mu" in bare:
+        raise DeatError(f"{path} has its own mean and standard deviation: leave out --mean, --std and --normalize")
+    _check_size(str(path), arch, options.image_size, dataset)
+    mean, std = options.normalization or (None, None)
+    classes = options.num_classes or len(options.classes) or None
+    if classes is None:
+        raise DeatError(f"{path} does not say how many classes its network has: give --classes or --num-classes")
+    spec = model_spec(arch, num_classes=classes, image_size=options.image_size, mean=mean, std=std)
+    model = spec.build()
+    load_weights(model, weights.tensors, source=str(path))
+    notes = [weights.note] if weights.note else []
+    if arch != canonical_arch(options.arch):
+        notes.append(f"the weights are those of {arch}, not of {options.arch}")
+    provenance = {**_file_facts(path, arch), **_normalization_facts(options)}
+    if weights.key is not None:
+        provenance["weights_key"] = weights.key
+    return Network(model.eval(), str(path), provenance, (), False, spec.image_size, spec.channels, notes=tuple(notes))
+
+
+def _open_named(target: str, options: NetworkOptions, dataset: str | None) -> Network:
+    kind, _, name = target.partition(":")
+    provenance = {"model": target, **_normalization_facts(options)}
+    if kind not in (*PRETRAINED, "robustbench"):
+        _check_size(target, target, options.image_size, dataset)
+        model = load_from_factory(target)
+        if options.normalization is not None:
+            model = NormalizedModel(model, *options.normalization).eval()
+        return Network(model, target, provenance, (), False, options.image_size)
+    if options.normalization is not None:
+        raise DeatError(f"{target} has its own mean and standard deviation: leave out --mean, --std and --normalize")
+    if kind == "robustbench":
+        zoo, slash, bare = name.rpartition("/")
+        zoo = zoo if slash else str(dataset)
+        if zoo == "imagenet":
+            _check_size(target, target, options.image_size, dataset)
+        model_dir = options.model_dir or "models"
+        model = load_zoo_model(bare, dataset=zoo, norm=options.norm, model_dir=model_dir)
+        file = zoo_file(bare, dataset=zoo, norm=options.norm, model_dir=model_dir)
+        provenance |= {"weights": file.name, "weights_sha256": sha256_file(file)}
+        return Network(model, target, provenance, zoo_classes(zoo), False,
+                       options.image_size if zoo == "imagenet" else 32)  # fmt: skip
+    model, (height, _), classes = load_pretrained(target)
+    return Network(model, target, provenance, classes, False, options.image_size or height)
+
+
+def _with_classes(network: Network, options: NetworkOptions) -> Network:
+    return replace(network, classes=options.classes, all_classes_known=True) if options.classes else network
 
 
 def _is_export(path: Path) -> bool:
@@ -168,79 +281,15 @@ def _is_export(path: Path) -> bool:
     return ExportPaths.below(folder.parent.parent, folder.name, path.stem).info.exists()
 
 
-def open_of_board(file: Path, *, data_dir: str | Path | None = None) -> EvalTarget:
-    """Opens an entry of a leaderboard that holds its weights, and the data it was measured on.
-
-    Args:
-        file: The entry's ``.json``.
-        data_dir: As for `load_data`.
-
-    Raises:
-        DeatError: See `deat_rb.leaderboard.weights.open_entry`; or the data cannot be had, or are others.
-    """
-    from deat_rb.leaderboard.datasets import load_entry_data
-    from deat_rb.leaderboard.weights import open_entry
-
-    entry, model = open_entry(file)
-    data = load_entry_data(entry, None if data_dir is None else Path(data_dir))
-    if data.fingerprint != entry.data_sha256:
-        raise DeatError(f"{file} was measured on other data (SHA-256 {str(entry.data_sha256)[:12]}...) than those at "
-                        f"hand ({data.fingerprint[:12]}...)")  # fmt: skip
-    provenance = {"entry": entry.key, "weights_sha256": str(entry.weights_sha256), **_data_facts(data)}
-    return EvalTarget(model, data, parse_fraction(entry.eps), provenance)
+def _file_facts(path: Path, arch: str) -> dict[str, str]:
+    return {"weights": path.name, "weights_sha256": sha256_file(path), "arch": arch}
 
 
-def open_named(
-    target: str,
-    *,
-    dataset: str | None,
-    data_dir: str | Path | None = None,
-    image_size: int | None = None,
-    model_dir: str | Path = "models",
-    norm: str = "Linf",
-) -> EvalTarget:
-    """Opens a network that has a name instead of a file.
-
-    Args:
-        target: ``robustbench:NAME`` or ``robustbench:DATASET/NAME``, where DATASET says for which of RobustBench's data
-            sets it was trained if that is not the one it is evaluated on; ``torchvision:NAME`` or ``timm:NAME``, with
-            the weights that come with it; or ``package.module:function``, which is called and returns the network.
-        dataset: As for `load_data`.
-        data_dir: As for `load_data`.
-        image_size: As for `load_data`; by default, for torchvision and timm, the size they were trained for.
-        model_dir: As for `robustbench.load_model`.
-        norm: Of RobustBench's threat model.
-
-    Raises:
-        DeatError: The network or the data cannot be had, or do not fit each other.
-    """
-    if dataset is None:
-        raise DeatError(f"{target} does not say on which data it is to be evaluated: give --dataset")
-    kind, _, name = target.partition(":")
-    provenance = {"model": target}
-    if kind == "robustbench":
-        zoo, slash, bare = name.rpartition("/")
-        zoo = zoo if slash else dataset
-        model = load_zoo_model(bare, dataset=zoo, norm=norm, model_dir=model_dir)
-        file = zoo_file(bare, dataset=zoo, norm=norm, model_dir=model_dir)
-        provenance |= {"weights": file.name, "weights_sha256": sha256_file(file)}
-    elif kind in PRETRAINED:
-        model, (height, _) = load_pretrained(target)
-        image_size = image_size or (height if dataset == "folder" else None)
-    else:
-        model = load_from_factory(target)
-    data = load_data(dataset, data_dir=data_dir, image_size=image_size)
-    _check_takes(model, data, target)
-    return EvalTarget(model, data, 8 / 255, provenance | _data_facts(data))
-
-
-def _check_takes(model: nn.Module, data: Dataset, source: str) -> None:
-    trial_logits(model, torch.zeros(2, *data.test.shape), source=source, min_classes=len(data.classes),
-                 advice="use other data or another model")  # fmt: skip
-
-
-def _data_facts(data: Dataset) -> dict[str, str]:
-    return {"dataset": data.name, "data_sha256": data.fingerprint}
+def _normalization_facts(options: NetworkOptions) -> dict[str, str]:
+    if options.normalization is None:
+        return {}
+    mean, std = (", ".join(f"{number:g}" for number in numbers) for numbers in options.normalization)
+    return {"normalization": f"mean {mean}; std {std}"}
 
 
 def open_target(
@@ -251,52 +300,103 @@ def open_target(
     data_dir: str | Path | None = None,
     image_size: int | None = None,
     num_classes: int | None = None,
+    classes: str | Path | Sequence[str] | None = None,
+    normalization: Normalization | None = None,
+    weights_key: str | None = None,
     model_dir: str | Path | None = None,
     norm: str = "Linf",
     trust_code: bool = False,
 ) -> EvalTarget:
-    """Opens what `deat-rb eval` was given: a run directory, a board's entry, a checkpoint file, or a network's name.
+    """Open a network and the data to evaluate it on.
 
     Args:
-        target: A run directory or the ``.json`` of an entry of a leaderboard, which say everything themselves; another
-            file, see `open_checkpoint`; or a name with a colon in it that is no file, see `open_named`.
-        arch: Of a checkpoint.
-        dataset: Of a checkpoint or a named network.
-        data_dir: Of those; of a run only if its data have been moved.
-        image_size: Of a checkpoint or a named network.
-        num_classes: Of a checkpoint.
-        model_dir: Of RobustBench's zoo.
-        norm: Of the zoo's threat model.
-        trust_code: Of a run; see `load_model`.
+        target: A run directory or the ``.json`` of a leaderboard's entry, which say everything themselves; another
+            file, which is a checkpoint or an export; or a name, see `open_network`.
+        arch: Architecture of a checkpoint.
+        dataset: Dataset, as for `load_data`; of everything but runs and entries.
+        data_dir: Folder of the data; for a run only if they have been moved, or are others.
+        image_size: Size to which a folder's images are resized.
+        num_classes: Number of logits of a checkpoint; by default the number of the data's classes.
+        classes: Class names in the order of the logits, or a file with one name per line. Labels are then mapped by
+            name; the data may have some of the classes, in any order.
+        normalization: Mean and standard deviation, see `NetworkOptions`.
+        weights_key: Key of the state dict in a checkpoint.
+        model_dir: Folder of RobustBench's weights.
+        norm: Threat model of RobustBench's zoo.
+        trust_code: See `load_model`.
 
     Raises:
-        DeatError: See `open_run`, `open_of_board`, `open_checkpoint` and `open_named`.
+        DeatError: The network or the data cannot be opened, or they do not fit each other.
     """
     path = Path(target)
-    given = {"--arch": arch, "--num-classes": num_classes, "--dataset": dataset, "--image-size": image_size}
+    names = read_class_names(classes) if isinstance(classes, str | Path) else tuple(classes or ())
+    options = NetworkOptions(arch, num_classes, image_size, names, normalization, weights_key,
+                             None if model_dir is None else Path(model_dir), norm, trust_code)  # fmt: skip
     named = ":" in str(target) and not path.exists()
-    of_board = path.suffix == ".json" and not named
-    for flag, value in given.items():
-        if value is not None and (path.is_dir() or of_board):
-            kind = "entry" if of_board else "run"
-            raise DeatError(f"{flag} {value} is for checkpoints: the {kind} {path} says its network and data itself")
-        if value is not None and named and flag in ("--arch", "--num-classes"):
-            raise DeatError(f"{flag} {value} is for checkpoints: {target} says its network itself")
-    if model_dir is not None and not (named and str(target).startswith("robustbench:")):
-        raise DeatError(f"--model-dir {model_dir} is for robustbench:NAME, which {target} is not")
-    if path.is_dir():
-        return open_run(path, data_dir=data_dir, trust_code=trust_code)
-    if of_board:
-        return open_of_board(path, data_dir=data_dir)
-    if named:
-        return open_named(
-            str(target),
-            dataset=dataset,
-            data_dir=data_dir,
-            image_size=image_size,
-            model_dir=model_dir or "models",
-            norm=norm,
-        )
-    return open_checkpoint(
-        path, arch=arch, dataset=dataset, data_dir=data_dir, image_size=image_size, num_classes=num_classes
-    )
+    if not named and (path.is_dir() or path.suffix == ".json"):
+        kind = "run" if path.is_dir() else "entry"
+        if dataset is not None:
+            raise DeatError(f"--dataset {dataset} is for checkpoints: the {kind} {path} says its network and data "
+                            "itself")  # fmt: skip
+        network = open_network(target, options)
+        return _of_run(path, network, data_dir) if path.is_dir() else _of_entry(path, network, data_dir)
+    if dataset is None:
+        missing = "--dataset" if named or arch is not None or _is_export(path) else "--arch and --dataset"
+        raise DeatError(f"{target} does not say its {'' if missing == '--dataset' else 'network and '}data: "
+                        f"give {missing}")  # fmt: skip
+    if named or arch is None or num_classes or names:
+        network = open_network(target, options, dataset=dataset)
+        size = (image_size or network.image_size) if dataset == "folder" else image_size
+        data = load_data(dataset, data_dir=data_dir, image_size=size)
+    else:  # the data say how many classes the network has; what can be refused before they are decoded is
+        load_state_dict(path, weights_key)
+        _check_size(str(path), arch, image_size, dataset)
+        data = load_data(dataset, data_dir=data_dir, image_size=image_size)
+        network = open_network(target, replace(options, num_classes=len(data.classes)), dataset=dataset)
+    return _combined(network, data)
+
+
+def _check_size(source: str, arch: str, image_size: int | None, dataset: str | None) -> None:
+    """Refuse sizes that RobustBench's networks do not take, and a missing size for networks that take several."""
+    if ":" not in arch:
+        robustbench_class(model_spec(canonical_arch(arch), num_classes=2, image_size=image_size))
+    elif image_size is None and dataset in (None, "folder"):
+        raise DeatError(f"{source} takes images of several sizes ({arch}): give --image-size, the height and width of "
+                        "the images that it was trained on")  # fmt: skip
+
+
+def _of_run(path: Path, network: Network, data_dir: str | Path | None) -> EvalTarget:
+    run = RunDirectory.open(path)
+    config = run.config
+    own = config.data
+    data = load_data(own.dataset, data_dir=data_dir or own.data_dir, image_size=own.image_size)
+    same_data = data.fingerprint == config.data_fingerprint
+    if not same_data:
+        network = replace(network, notes=(*network.notes, "the data are not those that the run was trained on"))
+    return replace(_combined(network, data, same_data=same_data), run=run.path)
+
+
+def _of_entry(path: Path, network: Network, data_dir: str | Path | None) -> EvalTarget:
+    from deat_rb.leaderboard.entry import read_entry
+    from deat_rb.leaderboard.submission import load_board_data
+
+    entry = read_entry(path)
+    data = load_board_data(entry, None if data_dir is None else Path(data_dir))
+    if data.fingerprint != entry.data_sha256:
+        raise DeatError(f"{path} was measured on other data (SHA-256 {str(entry.data_sha256)[:12]}...) than those at "
+                        f"hand ({data.fingerprint[:12]}...)")  # fmt: skip
+    return _combined(network, data, same_data=True)
+
+
+def _combined(network: Network, data: Dataset, *, same_data: bool = False) -> EvalTarget:
+    """Put a network and data together; of the data it was trained or measured on, the labels are in its order."""
+    images = torch.zeros(2, *data.test.shape)
+    logits = trial_logits(network.model, images, source=network.source, advice="use other data or another model")
+    matched = match_classes(data.classes, network.classes, logits.shape[1], source=network.source, dataset=data.name,
+                            must_match=network.all_classes_known)  # fmt: skip
+    notes = [*network.notes, *([matched.note] if matched.note and not same_data else [])]
+    provenance = {**network.provenance, "dataset": data.name, "data_sha256": data.fingerprint}
+    if notes:
+        provenance["note"] = "; ".join(notes)
+    return EvalTarget(network.model, data, network.eps, provenance, classes=matched.classes,
+                      logit_of_class=matched.logit_of_class)  # fmt: skip

@@ -17,10 +17,17 @@ from deat_rb.utils import compat
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.safe_load import load_tensors
 
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
 
 def zoo_file(name: str, *, dataset: str, norm: str, model_dir: str | Path) -> Path:
     """Return the path at which `robustbench.load_model` keeps a model's weights."""
     return Path(model_dir) / dataset / norm / f"{name}.pt"
+
+
+def zoo_classes(dataset: str) -> tuple[str, ...]:
+    """Return the class names of one of RobustBench's datasets in the order of the logits; empty if not known here."""
+    return CIFAR10_CLASSES if dataset == "cifar10" else ()
 
 
 def load_zoo_model(name: str, *, dataset: str, norm: str = "Linf", model_dir: str | Path = "models") -> nn.Module:
@@ -67,30 +74,31 @@ def load_zoo_model(name: str, *, dataset: str, norm: str = "Linf", model_dir: st
     return model.eval()
 
 
-def load_pretrained(target: str) -> tuple[nn.Module, tuple[int, int]]:
+def load_pretrained(target: str) -> tuple[nn.Module, tuple[int, int], tuple[str, ...]]:
     """Load ``torchvision:NAME`` or ``timm:NAME`` with the package's pretrained weights, normalization inside.
 
     The package downloads the weights unless it has them in its cache.
 
     Returns:
-        The model in eval mode, which takes images in [0, 1], and the (height, width) of its training images.
+        The model in eval mode, which takes images in [0, 1]; the (height, width) of its training images; and the class
+        names in the order of the logits, empty if the package does not have them.
 
     Raises:
         DeatError: There is no such model, it has no weights, or they cannot be downloaded.
     """
     kind, _, name = target.partition(":")
     try:
-        net, mean, std, size = _torchvision(name) if kind == "torchvision" else _timm(name)
+        net, mean, std, size, classes = _torchvision(name) if kind == "torchvision" else _timm(name)
     except DeatError:
         raise
     except Exception as error:  # any exception: a download fails in many ways
         raise DeatError(f"the weights of {target} cannot be loaded ({type(error).__name__}: {first_line(error)}): "
                         "download them once with internet access, or use a state dict with --arch"
                         ) from error  # fmt: skip
-    return NormalizedModel(net, mean, std).eval(), size
+    return NormalizedModel(net, mean, std).eval(), size, classes
 
 
-Pretrained = tuple[nn.Module, tuple[float, ...], tuple[float, ...], tuple[int, int]]
+Pretrained = tuple[nn.Module, tuple[float, ...], tuple[float, ...], tuple[int, int], tuple[str, ...]]
 
 
 def _torchvision(name: str) -> Pretrained:
@@ -104,7 +112,8 @@ def _torchvision(name: str) -> Pretrained:
     if not hasattr(preset, "mean") or not hasattr(preset, "crop_size"):
         raise DeatError(f"torchvision:{name} is no classifier with pretrained weights: use a state dict with --arch")
     side = preset.crop_size[-1]
-    return models.get_model(name, weights=weights), tuple(preset.mean), tuple(preset.std), (side, side)
+    classes = tuple(getattr(weights, "meta", {}).get("categories", ()))
+    return models.get_model(name, weights=weights), tuple(preset.mean), tuple(preset.std), (side, side), classes
 
 
 def _timm(name: str) -> Pretrained:
@@ -115,7 +124,7 @@ def _timm(name: str) -> Pretrained:
     net: nn.Module = timm.create_model(name, pretrained=True)
     known: dict[str, Any] = getattr(net, "pretrained_cfg", {})
     _, height, width = known["input_size"]
-    return net, tuple(known["mean"]), tuple(known["std"]), (height, width)
+    return net, tuple(known["mean"]), tuple(known["std"]), (height, width), ()
 
 
 def load_from_factory(target: str) -> nn.Module:

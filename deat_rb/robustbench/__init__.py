@@ -1,1 +1,1 @@
-"""RobustBench's format: exports of a run, registration with `robustbench.load_model`, and `robustbench.benchmark`."""
+"""RobustBench: export in its format, registration with `robustbench.load_model`, and `robustbench.benchmark`."""

@@ -1,4 +1,4 @@
-"""`robustbench.benchmark` on given images."""
+"""`robustbench.benchmark` on given images with a given seed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from deat_rb.evaluation.frozen_model import prepared_for_eval
 from deat_rb.utils import seeding
 from deat_rb.utils.compat import AutoAttack, check_dataset, robustbench
-from deat_rb.utils.module_state import preserve_state
 from deat_rb.utils.units import check_eps
 
 
@@ -30,9 +29,9 @@ def benchmark(
     dataset: str = "cifar10",
     seed: int | None = None,
 ) -> tuple[float, float, Tensor]:
-    """Runs `robustbench.benchmark` on given images: it always downloads its own, and takes no seed.
+    """Run `robustbench.benchmark` on given images and with a seed; it has no arguments for either.
 
-    The model is in eval mode meanwhile and afterwards as it was; torch's random state is left alone.
+    The model is evaluated in eval mode and restored afterwards, as is torch's random state.
 
     Args:
         model: Takes images in [0, 1].
@@ -40,14 +39,15 @@ def benchmark(
         labels: (N,).
         eps: Linf radius, in [0, 1] pixel units.
         batch_size: How many images are attacked together; some of AutoAttack's verdicts depend on it.
-        dataset: What robustbench is told that the images are; it knows cifar10, cifar100 and imagenet.
-        seed: Of AutoAttack; without one, it takes the clock.
+        dataset: The dataset passed to robustbench: cifar10, cifar100 or imagenet.
+        seed: Random seed of AutoAttack; by default the current time.
 
     Returns:
-        Clean accuracy, accuracy under AutoAttack, both in [0, 1], and (N,) bool: who is still classified correctly.
+        Clean accuracy and robust accuracy under AutoAttack, both in [0, 1], and (N,) bool: which examples are still
+        classified correctly.
 
     Raises:
-        DeatError: The data set is not one of robustbench's, or eps is not in (0, 1].
+        DeatError: The dataset is not one of robustbench's, eps is not in (0, 1], or the model does not take the images.
     """
     check_dataset(dataset)
     check_eps(eps)
@@ -55,36 +55,32 @@ def benchmark(
     evaluation: Any = importlib.import_module("robustbench.eval")
     own_alias = evaluation.AutoAttack.__module__.startswith("pyautoattack")  # sys.modules["autoattack"] = pyautoattack
     attack: Any = AutoAttack if own_alias else evaluation.AutoAttack
-    crafted: list[Tensor] = []
+    adversarial: list[Tensor] = []
 
     class Recorded:
         def __init__(self, *args: Any, **options: Any) -> None:
             self.attack = attack(*args, seed=seed, **options)
 
         def run_standard_evaluation(self, *args: Any, **options: Any) -> Tensor:
-            adversarial: Tensor = self.attack.run_standard_evaluation(*args, **options)
-            crafted.append(adversarial)
-            return adversarial
+            result: Tensor = self.attack.run_standard_evaluation(*args, **options)
+            adversarial.append(result)
+            return result
 
     def given_images(*_: object) -> tuple[Tensor, Tensor]:
         return images, labels
 
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), images.device)
     with (
-        preserve_state(model),
+        prepared_for_eval(model, images, labels, batch_size=batch_size) as prepared,
         seeding.preserved(),
         _replaced(evaluation, AutoAttack=Recorded, load_clean_dataset=given_images),
         contextlib.redirect_stdout(io.StringIO()),
     ):
-        model.eval()
         clean, robust = evaluation.benchmark(
             model, n_examples=len(images), dataset=dataset, threat_model="Linf", eps=eps, batch_size=batch_size,
-            device=device, preprocessing=given_images,
+            device=prepared.device, preprocessing=given_images,
         )  # fmt: skip
-        with torch.no_grad():
-            batches = torch.split(crafted[0], batch_size)
-            predictions = [model(batch.to(device)).argmax(dim=1).cpu() for batch in batches]
-    return clean, robust, torch.cat(predictions) == labels.cpu()
+        predictions = prepared.predict(adversarial[0])
+    return clean, robust, predictions == labels.cpu()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A run in RobustBench's form."""
+"""Export of a run in RobustBench's format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from deat_rb.models.weights import load_weights
 from deat_rb.robustbench.format import (
     NAME,
     SPELLED,
-    UNKNOWN,
     ExportPaths,
     model_source,
     robustbench_weights,
@@ -27,6 +26,7 @@ from deat_rb.utils.safe_load import load_tensors
 from deat_rb.utils.units import format_fraction
 
 FULL_TEST_SET = 10_000
+"""Test images of CIFAR: an evaluation on fewer is said to be one in the footnote."""
 
 
 def export(
@@ -46,31 +46,31 @@ def export(
     footnote: str | None = None,
     overwrite: bool = False,
 ) -> ExportPaths:
-    """Writes a run's selected network in RobustBench's form. Either all files are written or none.
+    """Write a run's selected network in RobustBench's format: all files or none.
 
-    Accuracies come from the run's ``eval.json``; those it does not have are "nan". ``reported`` is the lowest of its
-    robust accuracies unless given. Of methods that the paper introduces, link, name, authors and venue are the paper's;
-    of others they are empty unless given.
+    Accuracies are those of the run's ``eval.json``, which has to be an evaluation of these weights on the run's own
+    test images, with AutoAttack at the run's eps: RobustBench ranks by it and has no value for an unknown one. For
+    methods of the paper, link, name, authors and venue default to the paper's; for others they are empty.
 
     Args:
         run: The run directory.
         model_name: ``<FirstAuthor><Year><FirstWordOfTitle>``, with a suffix for variants: ``Wang2021Gradient_R18``.
-        output: The folder below which the files go.
-        as_dataset: Which of RobustBench's data sets the run's data stand for, if they are not one.
-        link: Of the paper.
-        name: The paper's title.
-        authors: The paper's, with commas.
-        venue: The paper's, with the year.
-        additional_data: Whether other training images were used, too.
-        reported: Robust accuracy that the authors report, in percent.
-        external: Best known robust accuracy, in percent, which decides RobustBench's ranking.
-        unreliable: Whether AutoAttack's figure is not to be relied on.
-        footnote: Added to what the export says by itself.
-        overwrite: Whether an export of that name may be replaced.
+        output: The folder for the files.
+        as_dataset: Which of RobustBench's datasets the run's stands for, if it is not one of them.
+        link: URL of the paper.
+        name: Title of the paper.
+        authors: Authors of the paper, separated by commas.
+        venue: Venue of the paper, with the year.
+        additional_data: Whether additional training images were used.
+        reported: Robust accuracy reported by the authors, in percent; by default the lowest measured.
+        external: Best known robust accuracy, in percent, which decides the rank in RobustBench.
+        unreliable: Whether AutoAttack's accuracy is unreliable; by default true if a check of the evaluation failed.
+        footnote: Text appended to the automatic footnote.
+        overwrite: Whether to replace an export of that name.
 
     Raises:
-        DeatError: RobustBench has no such data set or architecture, the name is malformed or taken, the evaluation is
-            of other weights, or the files cannot be written.
+        DeatError: RobustBench has no such dataset or architecture, the name is malformed or taken, the evaluation is
+            missing or of other weights or data, or the files cannot be written.
     """
     if NAME.fullmatch(model_name) is None:
         raise DeatError(f"model name '{model_name}' does not have RobustBench's form <FirstAuthor><Year><Word>, "
@@ -80,17 +80,19 @@ def export(
     dataset = _dataset(config.data.dataset, as_dataset, spec)
     model = spec.build()
     load_weights(model, load_tensors(opened.selected_weights_path), source=str(opened.selected_weights_path))
-    figures, n_examples = _figures(opened)
+    report = _evaluation(opened)
+    failed = [check.name for check in report.checks if check.status == "fail"]
+    unreliable = True if unreliable is None and failed else unreliable
     credit = PAPER if PAPERS_OWN.match(config.attack.method) else dict.fromkeys(PAPER, "")
-    given = {"link": link, "name": name, "authors": authors, "venue": venue}
+    publication = {"link": link, "name": name, "authors": authors, "venue": venue}
     info: dict[str, Any] = {
-        **{field: credit[field] if text is None else text for field, text in given.items()},
+        **{field: credit[field] if text is None else text for field, text in publication.items()},
         "additional_data": additional_data,
         "number_forward_passes": 1,
         "dataset": dataset,
         "architecture": spelled_architecture(spec),
         "eps": format_fraction(config.attack.eps),
-        **figures,
+        **_accuracies(report),
         **({} if reported is None else {"reported": _percent(reported)}),
         **({} if external is None else {"external": _percent(external)}),
         **({} if unreliable is None else {"unreliable": unreliable}),
@@ -98,12 +100,12 @@ def export(
     notes = (
         f"Trained with deat-rb, method {config.attack.method}.",
         _stand_in_note(config, dataset),
-        f"Accuracies on {n_examples} test images." if 0 < n_examples < FULL_TEST_SET else "",
+        f"Accuracies on {report.n_examples} test images." if report.n_examples < FULL_TEST_SET else "",
+        f"Failed checks of the evaluation: {', '.join(failed)}." if failed else "",
         footnote,
     )
     info["footnote"] = " ".join(note for note in notes if note)
-    unknown = tuple(field for field, value in info.items() if value == UNKNOWN)
-    paths = ExportPaths.below(Path(output), dataset, model_name, unknown)
+    paths = ExportPaths.below(Path(output), dataset, model_name)
     contents = {
         paths.weights: robustbench_weights(model),
         paths.source: model_source(model_name, dataset, spec).encode(),
@@ -123,8 +125,8 @@ def export(
 
 def _dataset(trained_on: str, as_dataset: str | None, spec: ModelSpec) -> str:
     if as_dataset is None and trained_on not in compat.DATASETS:
-        raise DeatError(f"RobustBench has no dataset '{trained_on}': say with as_dataset which of "
-                        f"{', '.join(compat.DATASETS)} it stands for")  # fmt: skip
+        raise DeatError(f"RobustBench has no dataset '{trained_on}': give --as-dataset (as_dataset), the one of "
+                        f"{', '.join(compat.DATASETS)} that it stands for")  # fmt: skip
     dataset = as_dataset or trained_on
     compat.check_dataset(dataset)
     if dataset == "imagenet":
@@ -144,27 +146,41 @@ def _stand_in_note(config: Any, dataset: str) -> str:
     return f"Trained and evaluated on {SPELLED.get(data.dataset, data.dataset)}{folder}, not on {SPELLED[dataset]}."
 
 
-def _figures(run: RunDirectory) -> tuple[dict[str, str], int]:
-    """Reads the evaluation: the accuracies as RobustBench writes them, and on how many images (0 without one)."""
-    figures = dict.fromkeys(("clean_acc", "reported", "autoattack_acc"), UNKNOWN)
-    file = run.path / "eval.json"
+def _evaluation(run: RunDirectory) -> Report:
+    """Return the run's evaluation, which has to be of its weights, data and eps, with AutoAttack."""
+    file, config = run.path / "eval.json", run.config
+    advice = f"run deat-rb eval {run.path} --autoattack, then export again"
     if not file.exists():
-        return figures, 0
+        raise DeatError(f"{run.path} has no evaluation (eval.json), so its accuracies are unknown: {advice}")
     report = Report.load(file)
-    weights = report.provenance.get("weights_sha256")
-    if weights not in (None, sha256_file(run.selected_weights_path)):
-        raise DeatError(f"{file} is an evaluation of other weights than the run has selected: evaluate again")
+    for what, recorded, own in (
+        ("weights", report.provenance.get("weights_sha256"), sha256_file(run.selected_weights_path)),
+        ("data", report.provenance.get("data_sha256"), config.data_fingerprint),
+    ):
+        if recorded != own:
+            raise DeatError(f"{file} is an evaluation of other {what} than the run's (SHA-256 {str(recorded)[:12]} "
+                            f"instead of {own[:12]}): {advice}")  # fmt: skip
+    if (report.norm, report.precision) != ("Linf", "fp32"):
+        raise DeatError(f"{file} is an evaluation in {report.norm} and {report.precision}, where Linf and fp32 are "
+                        f"needed: {advice}")  # fmt: skip
+    if format_fraction(report.eps) != format_fraction(config.attack.eps):
+        raise DeatError(f"{file} is an evaluation at eps {format_fraction(report.eps)}, and the run was trained for "
+                        f"{format_fraction(config.attack.eps)}: {advice}")  # fmt: skip
+    if "autoattack" not in report.results:
+        raise DeatError(f"{file} has no AutoAttack accuracy, by which RobustBench ranks: {advice}")
+    return report
+
+
+def _accuracies(report: Report) -> dict[str, str]:
+    """Return the accuracies as RobustBench writes them; reported is the lowest robust one."""
     accuracies = {attack: 100 * result.accuracy for attack, result in report.results.items()}
-    figures["clean_acc"] = _percent(accuracies.pop("natural"))
-    of_linf = report.norm == "Linf" and report.precision == "fp32"
-    if accuracies and of_linf and format_fraction(report.eps) == format_fraction(run.config.attack.eps):
-        figures["reported"] = _percent(min(accuracies.values()))
-        if "autoattack" in accuracies:
-            figures["autoattack_acc"] = _percent(accuracies["autoattack"])
-    return figures, report.n_examples
+    clean = accuracies.pop("natural")
+    lowest = min(accuracies.values())
+    return {"clean_acc": _percent(clean), "reported": _percent(lowest),
+            "autoattack_acc": _percent(accuracies["autoattack"])}  # fmt: skip
 
 
 def _percent(accuracy: float) -> str:
     if not 0 <= accuracy <= 100:
-        raise DeatError(f"accuracy {accuracy:g} is not in percent, from 0 to 100")
+        raise DeatError(f"accuracy {accuracy:g} is not a percentage from 0 to 100")
     return f"{accuracy:.2f}"

@@ -1,4 +1,4 @@
-"""RobustBench made to know exports."""
+"""Registration of exports with RobustBench, so that `robustbench.load_model` finds them."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from deat_rb.models.spec import ModelSpec, robustbench_class
-from deat_rb.robustbench import register as robustbench_register
 from deat_rb.robustbench.format import NAME, ExportPaths, exported_spec
 from deat_rb.utils import compat
 from deat_rb.utils.compat import DATASETS, robustbench
 from deat_rb.utils.errors import DeatError
 
 NOT_ONLINE = "registered by deat_rb: load_model finds it in model_dir, not online"
+"""Stands where RobustBench's entries have a Google Drive ID."""
 
 
 def add_to_zoo(entries: Sequence[tuple[str, str, Callable[[], nn.Module]]]) -> None:
-    """Makes `robustbench.load_model` know models, whose files it then finds in its ``model_dir``; all or none.
+    """Add models to RobustBench's model zoo, all or none; `robustbench.load_model` reads their files from model_dir.
 
     Args:
-        entries: Of each, its name, its data set (cifar10, cifar100 or imagenet; the threat model is Linf), and what
-            makes the network that its file is loaded into.
+        entries: For each model its name, its dataset (cifar10, cifar100 or imagenet; the threat model is Linf), and a
+            factory of the network that its weights are loaded into.
 
     Raises:
-        DeatError: RobustBench has a model of its own of that name.
+        DeatError: RobustBench has its own model of that name.
     """
     robustbench()
     enums: Any = importlib.import_module("robustbench.model_zoo.enums")
@@ -37,13 +37,13 @@ def add_to_zoo(entries: Sequence[tuple[str, str, Callable[[], nn.Module]]]) -> N
     linf = {name: zoo.model_dicts[enums.BenchmarkDataset(name)][enums.ThreatModel.Linf] for name in DATASETS}
     for name, dataset, _ in entries:
         if name in linf[dataset] and linf[dataset][name]["gdrive_id"] != NOT_ONLINE:
-            raise DeatError(f"RobustBench has a model '{name}' of its own: export this one under another name")
+            raise DeatError(f"RobustBench has a model '{name}' of its own: export yours under another name")
     for name, dataset, factory in entries:
         linf[dataset][name] = {"model": factory, "gdrive_id": NOT_ONLINE}
 
 
 def register(folder: str | Path) -> tuple[str, ...]:
-    """Makes `robustbench.load_model` know all exports below ``folder``; nothing that lies there is executed.
+    """Register all exports below ``folder`` with `robustbench.load_model`; no code in the folder is executed.
 
     Example:
         >>> register("exported")
@@ -51,10 +51,10 @@ def register(folder: str | Path) -> tuple[str, ...]:
         >>> robustbench.load_model("Wang2021Gradient_R18", model_dir="exported/models", threat_model="Linf")
 
     Returns:
-        The names.
+        The names of the models.
 
     Raises:
-        DeatError: There are no exports, one is damaged, or RobustBench has another model of that name. None is
+        DeatError: There are no exports, one is damaged, or RobustBench has another model of that name; none is
             registered then.
     """
     found = sorted(Path(folder).glob("model_info/*/Linf/*.json"))
@@ -68,12 +68,12 @@ def register(folder: str | Path) -> tuple[str, ...]:
             raise DeatError(f"{info} is not named as RobustBench's models are: <FirstAuthor><Year><FirstWordOfTitle>")
         spec = exported_spec(ExportPaths.below(Path(folder), dataset, name).weights)
         entries.append((name, dataset, _factory(spec)))
-    robustbench_register.add_to_zoo(entries)
+    add_to_zoo(entries)
     return tuple(name for name, _, _ in entries)
 
 
 def _factory(spec: ModelSpec) -> Callable[[], nn.Module]:
-    """Makes what the class of the pull request makes, with names in the state dict as RobustBench has them."""
+    """Return the class that the pull request defines: RobustBench's architecture with the normalization inside."""
     network, arguments, options = robustbench_class(spec)
     base: Any = network
 

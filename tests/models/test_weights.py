@@ -221,7 +221,5 @@ def test_load_weights_says_names_differ_apart_from_shapes() -> None:
         r"\(missing: net\.4\.weight and 1 more; unexpected: net\.head\.weight and",
     ):
         load_weights(model, renamed, source="a.pt")
-    with pytest.raises(
-        DeatError, match=r"number of classes: shapes differ \(net\.4\.weight \(3, 4\) instead"
-    ):
+    with pytest.raises(DeatError, match=r"number of classes: shapes differ \(net\.4\.weight \(3, 4\) instead"):
         load_weights(build_model("my_networks:small", num_classes=5), model.state_dict(), source="a.pt")

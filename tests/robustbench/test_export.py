@@ -351,7 +351,7 @@ def damage(paths: ExportPaths, how: str, touched: Path) -> None:
         ("WideResNet-16-1", "another architecture"),
         ("WideResNet-994-999", "is too large"),
         ("WideResNet-11-1", "depth D"),
-        ("os:system", "known are PreActResNet-18"),
+        ("os:system", "known are ResNet-18, PreActResNet-18"),
         ("PreActResNet-18", "another architecture"),
     ],
 )

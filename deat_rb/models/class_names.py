@@ -1,0 +1,95 @@
+"""Class names: matching of a dataset's labels with a network's logits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deat_rb.models.check import first_line
+from deat_rb.utils.errors import DeatError, did_you_mean
+
+
+@dataclass(frozen=True)
+class MatchedClasses:
+    """Result of `match_classes`.
+
+    Attributes:
+        classes: Class names in the order of the logits.
+        logit_of_class: For each class of the dataset the index of its logit; empty where labels are indices of logits.
+        note: How labels were matched, for the user; empty where there is nothing to say.
+    """
+
+    classes: tuple[str, ...]
+    logit_of_class: tuple[int, ...] = ()
+    note: str = ""
+
+
+def match_classes(
+    classes: Sequence[str],
+    known: Sequence[str],
+    num_logits: int,
+    *,
+    source: str,
+    dataset: str,
+    must_match: bool = True,
+) -> MatchedClasses:
+    """Match a dataset's labels with a network's logits, by name where the network's class names are known.
+
+    Args:
+        classes: The dataset's class names, in the order of its labels.
+        known: The network's class names, in the order of its logits; empty where they are not known.
+        num_logits: Number of the network's logits.
+        source: Name of the network, for messages.
+        dataset: Name of the dataset, for messages.
+        must_match: Whether to refuse a class that the network does not have; otherwise names are ignored then.
+
+    Raises:
+        DeatError: The network does not have one of the classes, or has another number of logits than the dataset has
+            classes and no names for them.
+    """
+    if known and must_match and len(known) != num_logits:
+        raise DeatError(f"{source} has {num_logits} logits and {len(known)} class names: give one name per logit")
+    counts = Counter(known)
+    if known and must_match and max(counts.values()) > 1:
+        raise DeatError(f"{source} has the class '{counts.most_common(1)[0][0]}' twice: class names must be unique")
+    if known and (must_match or all(counts[name] == 1 for name in classes)):
+        for name in classes:
+            if name not in counts:
+                raise DeatError(f"{dataset} has the class '{name}', which {source} does not have "
+                                f"({did_you_mean(name, known)}): rename the class or leave it out")  # fmt: skip
+        logits = tuple(known.index(name) for name in classes)
+        if logits == tuple(range(len(classes))):
+            return MatchedClasses(tuple(known))
+        part = f"{len(classes)} of {len(known)}" if len(classes) < len(known) else f"all {len(known)}"
+        return MatchedClasses(tuple(known), logits, f"labels were matched to logits by class name ({part} classes)")
+    if len(classes) != num_logits:
+        few = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
+        raise DeatError(
+            f"{source} has {num_logits} logits, and {dataset} has {len(classes)} classes ({few}): give the network's "
+            "class names by --classes FILE, one per line in the order of the logits"
+        )
+    note = ""
+    if known or dataset == "folder":
+        order = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+        note = f"logits are taken to be in this order of classes: {order}; --classes FILE matches them by name"
+    return MatchedClasses(tuple(classes), (), note)
+
+
+def read_class_names(file: str | Path) -> tuple[str, ...]:
+    """Read class names from a text file: one per line, in the order of a network's logits.
+
+    Raises:
+        DeatError: The file cannot be read, or has fewer than two names, an empty line or a name twice.
+    """
+    try:
+        names = tuple(line.strip() for line in Path(file).read_text(encoding="utf-8-sig").rstrip().splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DeatError(f"--classes {file} cannot be read ({first_line(error)}): give a text file with one class name "
+                        "per line") from error  # fmt: skip
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if len(names) < 2 or "" in names or twice:
+        problem = "an empty line" if "" in names else f"'{twice[0]}' twice" if twice else f"{len(names)} names"
+        raise DeatError(f"--classes {file} has {problem}: give one class name per line, two or more, each once")
+    return names
