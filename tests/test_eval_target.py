@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deat_rb.loading import EvalTarget, open_checkpoint, open_target
+from deat_rb.loading import EvalTarget, open_target
 from deat_rb.models.spec import build_model
 from deat_rb.runs.train import train
 from deat_rb.utils.errors import DeatError
@@ -17,10 +17,10 @@ from deat_rb.utils.errors import DeatError
 
 @pytest.fixture
 def target(image_folder: Path, tmp_path: Path) -> EvalTarget:
-    """A checkpoint of 5 logits for the folder's 4 classes."""
+    """A checkpoint for the folder's 4 classes."""
     path = tmp_path / "weights.pt"
-    torch.save(build_model("wrn-10-1", num_classes=5).net.state_dict(), path)
-    return open_checkpoint(path, arch="WRN10-1", dataset="folder", data_dir=image_folder, num_classes=5)
+    torch.save(build_model("wrn-10-1", num_classes=4).net.state_dict(), path)
+    return open_target(path, arch="WRN10-1", dataset="folder", data_dir=image_folder)
 
 
 def test_examples_take_the_classes_in_turn(target: EvalTarget) -> None:
@@ -39,7 +39,7 @@ def test_open_checkpoint_without_mean_takes_images_as_they_are(target: EvalTarge
     buffers = dict(target.model.named_buffers())
     assert buffers["mu"].unique().tolist() == [0]
     assert buffers["sigma"].unique().tolist() == [1]
-    assert target.model(target.examples(2)[0]).shape == (2, 5)
+    assert target.model(target.examples(2)[0]).shape == (2, 4)
 
 
 @pytest.fixture

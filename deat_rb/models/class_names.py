@@ -46,8 +46,8 @@ def match_classes(
         must_match: Whether to refuse a class that the network does not have; otherwise names are ignored then.
 
     Raises:
-        DeatError: The network does not have one of the classes, or has another number of logits than the dataset has
-            classes and no names for them.
+        DeatError: The network does not have one of the classes, or has fewer logits than the dataset has classes (or
+            more than a folder has) and no names for them.
     """
     if known and must_match and len(known) != num_logits:
         raise DeatError(f"{source} has {num_logits} logits and {len(known)} class names: give one name per logit")
@@ -64,16 +64,18 @@ def match_classes(
             return MatchedClasses(tuple(known))
         part = f"{len(classes)} of {len(known)}" if len(classes) < len(known) else f"all {len(known)}"
         return MatchedClasses(tuple(known), logits, f"labels were matched to logits by class name ({part} classes)")
-    if len(classes) != num_logits:
+    more = num_logits > len(classes) and dataset != "folder"
+    if num_logits != len(classes) and not more:
         few = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
         raise DeatError(
             f"{source} has {num_logits} logits, and {dataset} has {len(classes)} classes ({few}): give the network's "
             "class names by --classes FILE, one per line in the order of the logits"
         )
     note = ""
-    if known or dataset == "folder":
+    if known or more or dataset == "folder":
         order = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
-        note = f"logits are taken to be in this order of classes: {order}; --classes FILE matches them by name"
+        which = f"the first {len(classes)} of {num_logits} logits" if more else "logits"
+        note = f"{which} are taken to be in this order of classes: {order}; --classes FILE matches them by name"
     return MatchedClasses(tuple(classes), (), note)
 
 

@@ -25,6 +25,9 @@ from deat_rb.utils.files import sha256_file, write_all
 from deat_rb.utils.safe_load import load_tensors
 from deat_rb.utils.units import format_fraction
 
+UNKNOWN_ACCURACY = "0.00"
+"""AutoAttack's accuracy where it was not run: RobustBench sorts by ``float`` of it, and "nan" breaks the order."""
+
 FULL_TEST_SET = 10_000
 """Test images of CIFAR: an evaluation on fewer is said to be one in the footnote."""
 
@@ -49,7 +52,8 @@ def export(
     """Write a run's selected network in RobustBench's format: all files or none.
 
     Accuracies are those of the run's ``eval.json``, which has to be an evaluation of these weights on the run's own
-    test images, with AutoAttack at the run's eps: RobustBench ranks by it and has no value for an unknown one. For
+    test images at the run's eps. RobustBench ranks by AutoAttack's accuracy and has no value for an unknown one: where
+    AutoAttack was not run, it is 0.00, which ranks last, marked as unreliable and explained in the footnote. For
     methods of the paper, link, name, authors and venue default to the paper's; for others they are empty.
 
     Args:
@@ -82,7 +86,8 @@ def export(
     load_weights(model, load_tensors(opened.selected_weights_path), source=str(opened.selected_weights_path))
     report = _evaluation(opened)
     failed = [check.name for check in report.checks if check.status == "fail"]
-    unreliable = True if unreliable is None and failed else unreliable
+    unknown = "autoattack" not in report.results
+    unreliable = True if unreliable is None and (failed or unknown) else unreliable
     credit = PAPER if PAPERS_OWN.match(config.attack.method) else dict.fromkeys(PAPER, "")
     publication = {"link": link, "name": name, "authors": authors, "venue": venue}
     info: dict[str, Any] = {
@@ -101,6 +106,7 @@ def export(
         f"Trained with deat-rb, method {config.attack.method}.",
         _stand_in_note(config, dataset),
         f"Accuracies on {report.n_examples} test images." if report.n_examples < FULL_TEST_SET else "",
+        f"AutoAttack was not run: its accuracy of {UNKNOWN_ACCURACY} stands for unknown." if unknown else "",
         f"Failed checks of the evaluation: {', '.join(failed)}." if failed else "",
         footnote,
     )
@@ -147,7 +153,7 @@ def _stand_in_note(config: Any, dataset: str) -> str:
 
 
 def _evaluation(run: RunDirectory) -> Report:
-    """Return the run's evaluation, which has to be of its weights, data and eps, with AutoAttack."""
+    """Return the run's evaluation, which has to be of its weights, data and eps."""
     file, config = run.path / "eval.json", run.config
     advice = f"run deat-rb eval {run.path} --autoattack, then export again"
     if not file.exists():
@@ -166,18 +172,17 @@ def _evaluation(run: RunDirectory) -> Report:
     if format_fraction(report.eps) != format_fraction(config.attack.eps):
         raise DeatError(f"{file} is an evaluation at eps {format_fraction(report.eps)}, and the run was trained for "
                         f"{format_fraction(config.attack.eps)}: {advice}")  # fmt: skip
-    if "autoattack" not in report.results:
-        raise DeatError(f"{file} has no AutoAttack accuracy, by which RobustBench ranks: {advice}")
+    if len(report.results) < 2:
+        raise DeatError(f"{file} has no robust accuracy: {advice}")
     return report
 
 
 def _accuracies(report: Report) -> dict[str, str]:
-    """Return the accuracies as RobustBench writes them; reported is the lowest robust one."""
+    """Return the accuracies as RobustBench writes them; the reported one is the lowest under attack."""
     accuracies = {attack: 100 * result.accuracy for attack, result in report.results.items()}
     clean = accuracies.pop("natural")
-    lowest = min(accuracies.values())
-    return {"clean_acc": _percent(clean), "reported": _percent(lowest),
-            "autoattack_acc": _percent(accuracies["autoattack"])}  # fmt: skip
+    autoattack = _percent(accuracies["autoattack"]) if "autoattack" in accuracies else UNKNOWN_ACCURACY
+    return {"clean_acc": _percent(clean), "reported": _percent(min(accuracies.values())), "autoattack_acc": autoattack}
 
 
 def _percent(accuracy: float) -> str:

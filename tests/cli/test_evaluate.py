@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from export_runs import evaluate_run
 from torch import nn
 
 from deat_rb.cli import main
@@ -205,7 +206,7 @@ def test_eval_of_a_function_in_a_module(foreign: str, tmp_path: Path) -> None:
         ("their_networks:broken", {"dataset": "digits"}, r"failed \(OSError: no weights\): give a function"),
         ("their_networks:wrong", {"dataset": "digits"}, r"'their_networks:wrong' failed \(AttributeError: "),
         ("their_networks:number", {"dataset": "digits"}, "returned a int, not a torch.nn.Module"),
-        ("their_networks:trained", {}, "does not say on which data it is to be evaluated: give --dataset"),
+        ("their_networks:trained", {}, "does not say its data: give --dataset"),
         ("their_networks:trained", {"dataset": "digits", "arch": "wrn-10-1"}, "--arch wrn-10-1 is for checkpoints"),
         ("robustbench:", {"dataset": "cifar10"}, "RobustBench has no Linf model ''"),
     ],
@@ -240,10 +241,11 @@ def test_open_target_of_an_export_knows_its_architecture(tmp_path: Path) -> None
     options = {"method": "standard", "arch": "wrn-10-1", "train_size": 20, "val_size": 10, "batch_size": 10,
                "epochs": 1, "device": "cpu", "precision": "fp32"}  # fmt: skip
     path = train(options, output=tmp_path, name="run")[0].path
+    evaluate_run(path)
     exported = export(path, model_name="Wang2021Gradient", output=tmp_path / "out", as_dataset="cifar10")
     subject = open_target(exported.weights, dataset="digits")
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(subject.model(images), load_model(path)(images))
     assert subject.provenance["arch"] == "wrn-10-1"
-    with pytest.raises(DeatError, match="does not say its network and data: give --dataset"):
+    with pytest.raises(DeatError, match="does not say its data: give --dataset"):
         open_target(exported.weights)

@@ -39,6 +39,12 @@ def test_match_classes_without_names_says_the_order() -> None:
     assert matched.note.startswith("logits are taken to be in this order of classes: ant, bee, cat; --classes FILE")
 
 
+def test_match_classes_of_a_known_dataset_takes_the_first_logits() -> None:
+    matched = match_classes(PETS, (), 12, source="net.pt", dataset="digits")
+    assert matched.logit_of_class == ()
+    assert matched.note.startswith("the first 3 of 12 logits are taken to be in this order")
+
+
 def test_match_classes_ignores_names_of_a_package_that_do_not_match() -> None:
     known = ("crane", "crane", "bee")
     assert match(("bee",), known, 3, must_match=False).logit_of_class == (2,)
