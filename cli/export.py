@@ -46,8 +46,7 @@ def export(
     """Export a run in RobustBench's format.
 
     Writes the weights to models/, the metadata of RobustBench's table to model_info/, and the source code of a pull
-    request to RobustBench to pull_request/. The accuracies are those of `deat-rb eval RUN --autoattack`, which has to
-    come first.
+    request to RobustBench to pull_request/. The accuracies are those that `deat-rb eval RUN --autoattack` has measured.
     """
     from deat_rb.robustbench.export import export
 
@@ -69,3 +68,5 @@ def export(
     )
     for path in (paths.weights, paths.info, paths.source):
         click.echo(f"written: {path}")
+    if paths.unknown:
+        click.echo(f"unknown: {', '.join(paths.unknown)}; run deat-rb eval {run} --autoattack, then export again")

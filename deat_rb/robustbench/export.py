@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def export(
     except OSError as error:
         raise DeatError(f"cannot write below {output}: {error.strerror or error}") from error
     write_all(contents)
-    return paths
+    return replace(paths, unknown=("autoattack_acc",) if unknown else ())
 
 
 def _dataset(trained_on: str, as_dataset: str | None, spec: ModelSpec) -> str:

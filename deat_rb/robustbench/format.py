@@ -44,11 +44,13 @@ class ExportPaths:
         weights: ``models/<dataset>/Linf/<name>.pt``, a state dict.
         info: ``model_info/<dataset>/Linf/<name>.json``.
         source: ``pull_request/<dataset>/Linf/<name>.py``: the class and the entry of RobustBench's model zoo.
+        unknown: Fields of ``info`` whose value stands for unknown.
     """
 
     weights: Path
     info: Path
     source: Path
+    unknown: tuple[str, ...] = ()
 
     @classmethod
     def below(cls, folder: Path, dataset: str, name: str) -> ExportPaths:

@@ -172,7 +172,9 @@ def test_export_refuses_a_run_without_evaluation(run: Run, tmp_path: Path) -> No
 
 def test_export_without_autoattack_says_that_its_accuracy_is_unknown(run: Run, tmp_path: Path) -> None:
     run.evaluated(fgsm=110, pgd_100=101)
-    info = info_of(export(run.path, model_name="Wang2021Gradient", output=tmp_path))
+    paths = export(run.path, model_name="Wang2021Gradient", output=tmp_path)
+    info = info_of(paths)
+    assert paths.unknown == ("autoattack_acc",)
     assert (info["reported"], info["autoattack_acc"], info["unreliable"]) == ("50.50", "0.00", True)
     assert "AutoAttack was not run: its accuracy of 0.00 stands for unknown." in info["footnote"]
 
