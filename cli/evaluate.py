@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .network_options import description, import_from_current_folder, network_options
 from .options import attack_names, fraction_list, json_file
 
 if TYPE_CHECKING:
@@ -56,21 +57,13 @@ def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> N
 @click.option("--resume/--no-resume", default=None,
               help="Resume an interrupted evaluation, or discard it; by default it is resumed if there is one, and "
               "refused if its settings differ.")  # fmt: skip
-@click.option("--arch", metavar="NAME", help="Architecture of a checkpoint, as for train.")
 @click.option(
     "--dataset",
     metavar="NAME",
     help="Evaluation dataset (taken from the run for run directories): digits, cifar10, cifar100, folder.",
 )
 @click.option("--data-dir", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the dataset.")
-@click.option("--image-size", type=int, metavar="N", help="Resize folder images to N x N pixels.")
-@click.option(
-    "--num-classes", type=int, metavar="N", help="Number of logits of a checkpoint, if more than the classes."
-)
-@click.option("--model-dir", type=click.Path(path_type=Path), metavar="DIR",
-              help="Folder with the weights of RobustBench's zoo.  [default: models]")  # fmt: skip
-@click.option("--trust-code", is_flag=True,
-              help="Allow a run to call the package.module:factory that builds its network.")  # fmt: skip
+@network_options
 @click.option("--schema", is_flag=True, is_eager=True, expose_value=False, callback=_print_schema,
               help="Print the JSON schema of eval.json.")  # fmt: skip
 def evaluate(
@@ -89,7 +82,9 @@ def evaluate(
     json_path: Path | None,
     page: bool,
     resume: bool | None,
-    **description: Any,
+    dataset: str | None,
+    data_dir: Path | None,
+    **options: Any,
 ) -> None:
     """Attack a trained network and report its robust accuracy.
 
@@ -123,7 +118,10 @@ def evaluate(
         raise DeatError(
             f"--json {json_path} holds one report, not {len(targets)}: leave it out; each run stores its own"
         )
-    opened = [open_target(target, norm=norm, **description) for target in targets]
+    for name in targets:
+        import_from_current_folder(name)
+    network = description(**options)
+    opened = [open_target(target, norm=norm, dataset=dataset, data_dir=data_dir, **network) for target in targets]
     console = Console()
     command = {"command": shlex.join(("deat-rb", *sys.argv[1:]))}
     reports = []
@@ -206,7 +204,7 @@ def _write(
         predictions = predictions_of(
             target.model, report, examples["images"], batch_size=report.batch_size, device=device
         )
-        shown = render_page(report, classes=target.data.classes, predictions=predictions, **examples)
+        shown = render_page(report, classes=target.classes, predictions=predictions, **examples)
     for place in places:
         file = json_file(place)
         html = file.with_name("report.html" if file.name == "eval.json" else f"{file.stem}.html")

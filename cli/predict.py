@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
+from .network_options import description, import_from_current_folder, network_options
+
 
 @click.command("predict")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("target", metavar="RUN|CHECKPOINT|NAME")
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--top", type=int, default=1, show_default=True, metavar="K", help="How many classes for each image.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--top", type=int, default=1, show_default=True, metavar="K", help="Number of classes per image.")
+@click.option("--json", "as_json", is_flag=True, help="Output as JSON.")
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="cpu, cuda, cuda:1, mps, ...")
-@click.option("--trust-code", is_flag=True,
-              help="Let the run build its network by the package.module:factory that it names.")  # fmt: skip
-def predict(run: Path, images: tuple[Path, ...], top: int, as_json: bool, device: str, trust_code: bool) -> None:
-    """Say what a trained network takes images for.
+@network_options
+def predict(target: str, images: tuple[Path, ...], top: int, as_json: bool, device: str, **options: Any) -> None:
+    """Classify images with a trained network.
 
-    RUN is a run directory, or the .pt file of an export. The largest centred square of each image is resized to what
-    the network takes. A confidence is the softmax's, and no probability of being right.
+    The network is a run directory, an export's .pt file, a checkpoint described by --arch, or a name as for eval. The
+    largest centered square of each image is resized to the network's size. Confidences are softmax probabilities,
+    which are not calibrated.
     """
     from rich.console import Console
     from rich.markup import escape
@@ -28,7 +31,8 @@ def predict(run: Path, images: tuple[Path, ...], top: int, as_json: bool, device
 
     from deat_rb.inference import predict
 
-    predictions = predict(run, images, top=top, device=device, trust_code=trust_code)
+    import_from_current_folder(target)
+    predictions = predict(target, images, top=top, device=device, **description(**options))
     if as_json:
         click.echo(json.dumps([prediction.model_dump(mode="json") for prediction in predictions], indent=2))
         return

@@ -10,6 +10,7 @@ import click
 
 from deat_rb.runs.options import train_options
 
+from .network_options import import_from_current_folder
 from .options import GroupedCommand, GroupedOption, config_options, seed_list
 
 output_option = partial(click.option, cls=GroupedOption, group="Output")
@@ -77,6 +78,8 @@ def train(
                 f"--{option} {given[option]} beside --config: {config} holds all options that {recorded[option]} "
                 "stands for; leave --config out and give the options to keep"
             )
+    if "arch" in given:
+        import_from_current_folder(given["arch"])
     options = make_options({**recorded, **given})
     planned = plan(options)
     if not (dry_run or seeds or planned.ranks > 1):

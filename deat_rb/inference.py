@@ -7,16 +7,15 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
+from torch import Tensor
 
 from deat_rb.data.image_folder import read_image
-from deat_rb.loading import load_model
-from deat_rb.models.spec import ModelSpec
-from deat_rb.robustbench.format import exported_spec
-from deat_rb.runs.directory import RunDirectory
+from deat_rb.data.normalization import Normalization
+from deat_rb.evaluation.frozen_model import prepared_for_eval
+from deat_rb.loading import NetworkOptions, open_network
+from deat_rb.models.class_names import read_class_names
 from deat_rb.utils.devices import resolve_device
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.module_state import preserve_state
 
 BATCH_SIZE = 64
 
@@ -57,62 +56,70 @@ def predict(
     *,
     top: int = 1,
     device: torch.device | str | None = None,
+    arch: str | None = None,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    classes: str | Path | Sequence[str] | None = None,
+    normalization: Normalization | None = None,
+    weights_key: str | None = None,
+    model_dir: str | Path | None = None,
     trust_code: bool = False,
 ) -> list[Prediction]:
-    """Classifies image files by a trained network.
+    """Classify image files with a trained network.
 
-    As in a folder of training images, the largest centred square of each is resized to what the network takes.
+    As in a folder of training images, the largest centered square of each image is resized to the network's size.
 
     Args:
-        path: A run directory, of which the selected checkpoint is taken, or the ``.pt`` file of an export.
+        path: A run directory, whose selected checkpoint is loaded; an export's ``.pt`` file; another checkpoint; or a
+            name, see `deat_rb.loading.open_network`.
         files: The images.
-        top: How many classes are wanted for each; of fewer classes all.
+        top: How many classes to return for each image, at most all.
         device: Where to run; by default the CPU.
+        arch: Architecture of a checkpoint.
+        num_classes: Number of a checkpoint's logits; by default the number of ``classes``.
+        image_size: Size to which images are resized, where the network does not say it.
+        classes: Class names in the order of the logits, or a file with one name per line.
+        normalization: Mean and standard deviation, where neither the weights nor the network contain them.
+        weights_key: Key of the state dict in a checkpoint.
+        model_dir: Folder of RobustBench's weights.
         trust_code: See `deat_rb.load_model`.
 
     Raises:
-        DeatError: If the run or an image cannot be used, or ``top`` is not positive.
+        DeatError: The network or an image cannot be used, or ``top`` is not positive.
     """
     if not isinstance(top, int) or top < 1:
         raise DeatError(f"--top {top} is not possible: give 1 or more")
     if not files or isinstance(files, str | Path):
         raise DeatError("no list of images was given; give the names of one or more image files")
     where = resolve_device(str(device)) if device is not None else torch.device("cpu")
-    spec, names = _described(Path(path))
-    images = torch.stack([_read(Path(file), spec) for file in files])
-    model = load_model(path, device=where, trust_code=trust_code)
-    confidences = _confidences(model, images, where)
-    found = []
-    for file, row in zip(files, confidences, strict=True):
+    names = read_class_names(classes) if isinstance(classes, str | Path) else tuple(classes or ())
+    network = open_network(path, NetworkOptions(
+        arch, num_classes, image_size, names, normalization, weights_key,
+        None if model_dir is None else Path(model_dir), trust_code=trust_code,
+    ))  # fmt: skip
+    images = torch.stack([_read(Path(file), network.image_size or 32, network.channels) for file in files])
+    with prepared_for_eval(network.model, images, batch_size=BATCH_SIZE, device=where) as prepared, torch.no_grad():
+        logits = torch.cat([network.model(part.to(where)).double().cpu() for part in images.split(BATCH_SIZE)])
+    if network.classes and len(network.classes) != prepared.num_classes:
+        raise DeatError(f"{network.source} has {prepared.num_classes} logits and {len(network.classes)} class names: "
+                        "give one name per logit")  # fmt: skip
+    if bool(logits.isnan().any()):
+        raise DeatError("the model returns NaN; a model that has diverged cannot predict")
+    predictions = []
+    for file, row in zip(files, logits.softmax(dim=1), strict=True):
         best = row.topk(min(top, len(row)))
         guesses = [
-            ClassScore(index=index, name=names[index] if index < len(names) else str(index), confidence=confidence)
+            ClassScore(index=index, name=network.classes[index] if network.classes else str(index),
+                       confidence=confidence)
             for confidence, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        ]
-        found.append(Prediction(image=str(file), guesses=tuple(guesses)))
-    return found
+        ]  # fmt: skip
+        predictions.append(Prediction(image=str(file), guesses=tuple(guesses)))
+    return predictions
 
 
-def _confidences(model: nn.Module, images: Tensor, device: torch.device) -> Tensor:
-    """Softmax probabilities (N, K) of images (N, C, H, W), on the CPU."""
-    with preserve_state(model), torch.no_grad():
-        parts = [model(part.to(device)).double().softmax(dim=1).cpu() for part in images.split(BATCH_SIZE)]
-    confidences = torch.cat(parts)
-    if bool(confidences.isnan().any()):
-        raise DeatError("the model gives NaN; a model that has diverged cannot predict")
-    return confidences
-
-
-def _read(file: Path, spec: ModelSpec) -> Tensor:
+def _read(file: Path, size: int, channels: int) -> Tensor:
+    """Read an image, float32 (channels, size, size) in [0, 1]; for other channels than 3, their mean."""
     if not file.is_file():
-        raise DeatError(f"{file} is not there, or is no file; give image files")
-    image = torch.from_numpy(read_image(file, spec.image_size).copy()).float() / 255
-    return image if spec.channels == 3 else image.mean(dim=0, keepdim=True).expand(spec.channels, -1, -1)
-
-
-def _described(path: Path) -> tuple[ModelSpec, tuple[str, ...]]:
-    """The network of a run or an export, and the names of its classes, where they are known."""
-    if not path.is_dir():
-        return exported_spec(path), ()
-    config = RunDirectory.open(path).config
-    return config.network, config.classes
+        raise DeatError(f"{file} does not exist or is not a file; give image files")
+    image = torch.from_numpy(read_image(file, size).copy()).float() / 255
+    return image if channels == 3 else image.mean(dim=0, keepdim=True).expand(channels, -1, -1)

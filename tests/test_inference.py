@@ -127,8 +127,8 @@ def test_bad_images_are_refused_in_one_sentence(coloured_run: Path, files: list[
         ("text.png", "cannot be read as an image"),
         ("cut.png", "cannot be read as an image"),
         ("deep.png", "has more than 8 bits per value"),
-        ("missing.png", "is not there, or is no file"),
-        ("data", "is not there, or is no file"),
+        ("missing.png", "does not exist or is not a file"),
+        ("data", "does not exist or is not a file"),
     ):
         result = run(coloured_run, files[0], tmp_path / name, "--trust-code")
         assert (result.exit_code, result.stdout) == (2, "")

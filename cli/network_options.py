@@ -1,0 +1,88 @@
+"""Options about a network that does not describe itself, shared by eval and predict; and modules beside the user."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from deat_rb.utils.errors import DeatError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+PACKAGES = ("torchvision", "timm", "robustbench")
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Parse numbers such as ``0.4914,0.4822,0.4465``."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"'{text}' is not a list of numbers such as 0.4914,0.4822,0.4465") from None
+
+
+NETWORK_OPTIONS = (
+    click.option("--arch", metavar="NAME", help="Architecture of a checkpoint, as for train."),
+    click.option("--num-classes", type=int, metavar="N", help="Number of logits of a checkpoint's network."),
+    click.option("--image-size", type=int, metavar="N",
+                 help="Resize images to N x N pixels: the size that the network was trained at."),
+    click.option("--classes", type=click.Path(path_type=Path), metavar="FILE",
+                 help="Class names, one per line in the order of the network's logits; a folder's classes are matched "
+                 "by name."),
+    click.option("--mean", type=numbers, metavar="R,G,B",
+                 help="Mean of the network's normalization, of images in [0, 1], if the weights have none."),
+    click.option("--std", type=numbers, metavar="R,G,B", help="Standard deviation of the network's normalization."),
+    click.option("--normalize", metavar="NAME", help="--mean and --std of cifar10, cifar100, digits or imagenet."),
+    click.option("--weights-key", metavar="KEY",
+                 help="State dict to load from a checkpoint that has several, such as state_dict_ema."),
+    click.option("--model-dir", type=click.Path(path_type=Path), metavar="DIR",
+                 help="Folder with the weights of RobustBench's zoo.  [default: models]"),
+    click.option("--trust-code", is_flag=True,
+                 help="Allow a run to call the package.module:factory that builds its network."),
+)  # fmt: skip
+
+
+def network_options(command: F) -> F:
+    """Add `NETWORK_OPTIONS` to a command; `description` turns them into arguments of `open_target`."""
+    for option in reversed(NETWORK_OPTIONS):
+        command = option(command)
+    return command
+
+
+def description(
+    mean: tuple[float, ...] | None, std: tuple[float, ...] | None, normalize: str | None, **options: Any
+) -> dict[str, Any]:
+    """Return the options with --mean, --std and --normalize combined to ``normalization``."""
+    from deat_rb.models.normalization import parse_normalization
+
+    if options.get("arch") is not None:
+        import_from_current_folder(options["arch"])
+    return {**options, "normalization": parse_normalization(mean, std, normalize)}
+
+
+def import_from_current_folder(name: str) -> None:
+    """Make ``module:function``, typed by the user, importable if the module lies in the current folder.
+
+    The console command does not have it on its path. Names read from files do not come here: they need --trust-code,
+    and are looked for on Python's path only.
+    """
+    kind, colon, _ = name.partition(":")
+    package = kind.partition(".")[0]
+    if not colon or kind in PACKAGES or package in sys.modules or not package.isidentifier():
+        return
+    folder = Path.cwd()
+    if str(folder) in sys.path or not ((folder / f"{package}.py").is_file() or (folder / package).is_dir()):
+        return
+    sys.path.insert(0, str(folder))
+    try:
+        importlib.import_module(kind)
+    except Exception as error:  # any exception: user code
+        first = str(error).partition("\n")[0]
+        raise DeatError(f"'{name}' cannot be imported from {folder} ({type(error).__name__}: {first})") from error
+    finally:
+        sys.path.remove(str(folder))
+    sys.path.append(str(folder))  # for what the module imports later
