@@ -17,9 +17,9 @@ from deat_rb.utils.errors import DeatError, Interrupted, did_you_mean
 COMMANDS = {
     "train": ("train", "Train a network by one of the methods."),
     "eval": ("evaluate", "Attack a trained network and report its robust accuracy."),
-    "compare": ("compare", "Put evaluations side by side, and test whether they differ."),
-    "predict": ("predict", "Say what a trained network takes images for."),
-    "export": ("export", "Write a run in RobustBench's form."),
+    "compare": ("compare", "Compare evaluations and test whether they differ."),
+    "predict": ("predict", "Classify images with a trained network."),
+    "export": ("export", "Export a run in RobustBench's format."),
     "submit": ("submit", "Put a trained network on a leaderboard."),
     "leaderboard": ("leaderboard", "Show a leaderboard, make its pages, verify it or export it."),
     "methods": ("methods", "List the methods, or explain one."),
