@@ -344,15 +344,18 @@ def open_target(
         missing = "--dataset" if named or arch is not None or _is_export(path) else "--arch and --dataset"
         raise DeatError(f"{target} does not say its {'' if missing == '--dataset' else 'network and '}data: "
                         f"give {missing}")  # fmt: skip
-    if named or arch is None or num_classes or names:
+    if named or arch is None:
         network = open_network(target, options, dataset=dataset)
         size = (image_size or network.image_size) if dataset == "folder" else image_size
         data = load_data(dataset, data_dir=data_dir, image_size=size)
-    else:  # the data say how many classes the network has; what can be refused before they are decoded is
+    else:  # the data may say how many classes the network has; what can be refused before they are decoded is
         load_state_dict(path, weights_key)
         _check_size(str(path), arch, image_size, dataset)
         data = load_data(dataset, data_dir=data_dir, image_size=image_size)
-        network = open_network(target, replace(options, num_classes=len(data.classes)), dataset=dataset)
+        if num_classes is not None and num_classes < len(data.classes):
+            raise DeatError(f"--num-classes {num_classes} is too few: {data.name} has {len(data.classes)} classes")
+        logits = num_classes or len(names) or len(data.classes)
+        network = open_network(target, replace(options, num_classes=logits), dataset=dataset)
     return _combined(network, data)
 
 
