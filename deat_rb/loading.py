@@ -225,7 +225,7 @@ def _open_checkpoint(path: Path, options: NetworkOptions, dataset: str | None) -
     weights = load_state_dict(path, options.weights_key)
     bare = strip_wrappers(weights.tensors)
     if options.arch is None:
-        raise DeatError(f"{path} is a checkpoint, which does not say its network and data: give --arch")
+        raise DeatError(f"{path} does not say its network and data: give --arch")
     arch = detect_variant(canonical_arch(options.arch), bare)
     if options.normalization is not None and "mu" in bare:
         raise DeatError(f"{path} has its own mean and standard deviation: leave out --mean, --std and --normalize")
@@ -340,10 +340,11 @@ def open_target(
                             "itself")  # fmt: skip
         network = open_network(target, options)
         return _of_run(path, network, data_dir) if path.is_dir() else _of_entry(path, network, data_dir)
+    if dataset is None and named:
+        raise DeatError(f"{target} does not say on which data it is to be evaluated: give --dataset")
     if dataset is None:
-        missing = "--dataset" if named or arch is not None or _is_export(path) else "--arch and --dataset"
-        raise DeatError(f"{target} does not say its {'' if missing == '--dataset' else 'network and '}data: "
-                        f"give {missing}")  # fmt: skip
+        missing = "--dataset" if arch is not None or _is_export(path) else "--arch and --dataset"
+        raise DeatError(f"{path} does not say its network and data: give {missing}")
     if named or arch is None:
         network = open_network(target, options, dataset=dataset)
         size = (image_size or network.image_size) if dataset == "folder" else image_size
