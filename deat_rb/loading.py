@@ -343,6 +343,7 @@ def open_target(
     if dataset is None and named:
         raise DeatError(f"{target} does not say on which data it is to be evaluated: give --dataset")
     if dataset is None:
+        load_state_dict(path, weights_key)
         missing = "--dataset" if arch is not None or _is_export(path) else "--arch and --dataset"
         raise DeatError(f"{path} does not say its network and data: give {missing}")
     if named or arch is None:
@@ -381,11 +382,11 @@ def _of_run(path: Path, network: Network, data_dir: str | Path | None) -> EvalTa
 
 
 def _of_entry(path: Path, network: Network, data_dir: str | Path | None) -> EvalTarget:
+    from deat_rb.leaderboard.datasets import load_entry_data
     from deat_rb.leaderboard.entry import read_entry
-    from deat_rb.leaderboard.submission import load_board_data
 
     entry = read_entry(path)
-    data = load_board_data(entry, None if data_dir is None else Path(data_dir))
+    data = load_entry_data(entry, None if data_dir is None else Path(data_dir))
     if data.fingerprint != entry.data_sha256:
         raise DeatError(f"{path} was measured on other data (SHA-256 {str(entry.data_sha256)[:12]}...) than those at "
                         f"hand ({data.fingerprint[:12]}...)")  # fmt: skip

@@ -206,7 +206,7 @@ def test_eval_of_a_function_in_a_module(foreign: str, tmp_path: Path) -> None:
         ("their_networks:broken", {"dataset": "digits"}, r"failed \(OSError: no weights\): give a function"),
         ("their_networks:wrong", {"dataset": "digits"}, r"'their_networks:wrong' failed \(AttributeError: "),
         ("their_networks:number", {"dataset": "digits"}, "returned a int, not a torch.nn.Module"),
-        ("their_networks:trained", {}, "does not say its data: give --dataset"),
+        ("their_networks:trained", {}, "does not say on which data it is to be evaluated: give --dataset"),
         ("their_networks:trained", {"dataset": "digits", "arch": "wrn-10-1"}, "--arch wrn-10-1 is for checkpoints"),
         ("robustbench:", {"dataset": "cifar10"}, "RobustBench has no Linf model ''"),
     ],
@@ -247,5 +247,5 @@ def test_open_target_of_an_export_knows_its_architecture(tmp_path: Path) -> None
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(subject.model(images), load_model(path)(images))
     assert subject.provenance["arch"] == "wrn-10-1"
-    with pytest.raises(DeatError, match="does not say its data: give --dataset"):
+    with pytest.raises(DeatError, match="does not say its network and data: give --dataset"):
         open_target(exported.weights)
