@@ -20,8 +20,8 @@ COMMANDS = {
     "compare": ("compare", "Compare evaluations and test whether they differ."),
     "predict": ("predict", "Classify images with a trained network."),
     "export": ("export", "Export a run in RobustBench's format."),
-    "submit": ("submit", "Put a trained network on a leaderboard."),
-    "leaderboard": ("leaderboard", "Show a leaderboard, make its pages, verify it or export it."),
+    "submit": ("submit", "Submit a trained network to a leaderboard."),
+    "leaderboard": ("leaderboard", "Show a leaderboard, build its pages, verify it or export it."),
     "methods": ("methods", "List the methods, or explain one."),
 }
 
