@@ -75,13 +75,14 @@ class PreparedModel:
         """Return a copy of all images, (N, C, H, W) on the CPU."""
         return select_images(self.images, torch.arange(len(self))).cpu()
 
-    def predict(self, images: Tensor | LabeledImages | None = None) -> Tensor:
-        """Return the predicted classes (N,), on the CPU, of the examples or of other images (N, C, H, W)."""
+    def predict(self, images: Tensor | LabeledImages | None = None, *, count: int | None = None) -> Tensor:
+        """Return the predicted classes, on the CPU, of the (first ``count``) examples or other images (N, C, H, W)."""
         source = self.images if images is None else images
+        count = len(source) if count is None else count
         with torch.no_grad():
             parts = [
                 self.model(select_images(source, rows).to(self.device)).argmax(dim=1).cpu()
-                for rows in self.batches(torch.arange(len(source)))
+                for rows in self.batches(torch.arange(count))
             ]
         return torch.cat(parts)
 

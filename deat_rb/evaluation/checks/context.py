@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from deat_rb.attacks.names import SQUARE_TILES
 from deat_rb.data.images import LabeledImages
 from deat_rb.evaluation.checks.probes import Probe
+from deat_rb.evaluation.frozen_model import PreparedModel
 from deat_rb.evaluation.report import Report
+from deat_rb.evaluation.statistics import mcnemar
 
 Status = Literal["pass", "warn", "fail"]
 
@@ -35,27 +38,132 @@ WITHOUT_GRADIENT = (
 NO_ATTACK = ("natural", "noise")
 
 
+RELABELED_POINTS = 20.0
+"""Gain of accuracy by relabeling, in percentage points, above which the labels are in another order."""
+
+
+@dataclass(frozen=True)
+class LabelOrder:
+    """Natural accuracy before and after a one-to-one relabeling of the predictions.
+
+    Attributes:
+        accuracy: In percent, with the labels as they are.
+        relabeled: In percent, with the relabeling that fits one half of the examples best, measured on the other half.
+        is_significant: Whether the difference is (McNemar's test, p < 0.01).
+        below_chance: Whether accuracy is below guessing among the classes of the labels (binomial test, p < 0.001).
+        n_classes: Number of classes of the labels.
+    """
+
+    accuracy: float
+    relabeled: float
+    is_significant: bool
+    below_chance: bool
+    n_classes: int
+
+    @property
+    def gain(self) -> float:
+        """Percentage points that relabeling gains."""
+        return self.relabeled - self.accuracy
+
+    @classmethod
+    def of(cls, predicted: Tensor, labels: Tensor) -> LabelOrder:
+        """Compare predicted classes with labels, both (N,) int64 on the CPU."""
+        from scipy.stats import binomtest
+
+        classes, index = labels.unique(return_inverse=True)
+        order = index.argsort(stable=True)
+        counts = index.bincount()
+        rank = torch.empty_like(index)
+        rank[order] = torch.arange(len(index)) - (counts.cumsum(0) - counts)[index[order]]
+        correct, relabeled = predicted == labels, torch.zeros(len(labels), dtype=torch.bool)
+        for half in (0, 1):
+            fit, test = rank % 2 == half, rank % 2 != half
+            relabeled[test] = predicted[test] == _relabeling(predicted[fit], index[fit], classes)[index[test]]
+        p_value = mcnemar(int((correct & ~relabeled).sum()), int((relabeled & ~correct).sum()))
+        below = binomtest(int(correct.sum()), len(labels), 1 / len(classes), alternative="less").pvalue
+        return cls(percent(correct), percent(relabeled), p_value < 0.01, below < 0.001, len(classes))
+
+
+def _relabeling(predicted: Tensor, index: Tensor, classes: Tensor) -> Tensor:
+    """Return the class (C,) that is assigned to each of the labels' classes so that most predictions agree."""
+    from scipy.optimize import linear_sum_assignment
+
+    columns = torch.cat((predicted, classes)).unique()
+    counts = torch.zeros(len(classes), len(columns), dtype=torch.float64)
+    counts.index_put_((index, torch.searchsorted(columns, predicted)), torch.ones(len(index)).double(), accumulate=True)
+    counts[torch.arange(len(classes)), torch.searchsorted(columns, classes)] += 0.5  # ties keep the labels' own order
+    rows, chosen = linear_sum_assignment(counts.numpy(), maximize=True)
+    assigned = torch.empty(len(classes), dtype=torch.int64)
+    assigned[torch.as_tensor(rows)] = columns[torch.as_tensor(chosen)]
+    return assigned
+
+
 @dataclass(eq=False)
 class CheckContext:
     """The evaluation to be checked, and measurements that several checks share.
 
     Attributes:
-        model: In eval mode, with its parameters frozen.
+        prepared: The model and all examples of the evaluation.
         probe: The model with the first few examples, for independent measurements.
-        images: All images of the evaluation, (N, C, H, W).
-        labels: (N,).
         report: The report of the evaluation.
         level: ``quick`` or ``full``.
         before: Copies of the model's parameters and buffers.
     """
 
-    model: nn.Module
+    prepared: PreparedModel
     probe: Probe
-    images: Tensor | LabeledImages
-    labels: Tensor
     report: Report
     level: str
     before: dict[str, Tensor]
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, in eval mode with its parameters frozen."""
+        return self.prepared.model
+
+    @property
+    def images(self) -> Tensor | LabeledImages:
+        """All images of the evaluation, (N, C, H, W)."""
+        return self.prepared.images
+
+    @property
+    def labels(self) -> Tensor:
+        """All labels of the evaluation, (N,)."""
+        return self.prepared.labels
+
+    @cached_property
+    def predicted(self) -> tuple[Tensor, Tensor]:
+        """Predicted classes and labels of the first 1000 examples, or 10 per class where that is more, on the CPU."""
+        labels = self.prepared.labels.cpu()
+        count = min(len(labels), max(1000, 10 * len(labels.unique())))
+        return self.prepared.predict(count=count), labels[:count]
+
+    @cached_property
+    def label_order(self) -> LabelOrder:
+        """Accuracy with the labels as they are and after relabeling the predictions."""
+        return LabelOrder.of(*self.predicted)
+
+    @cached_property
+    def scaled_accuracies(self) -> dict[str, float]:
+        """Accuracy of the probe's examples, in percent, by other scalings of the images than [0, 1]."""
+        images = self.probe.images
+        values = images.transpose(0, 1).flatten(1)
+        mean, std = values.mean(dim=1).view(1, -1, 1, 1), values.std(dim=1).clamp_min(1 / 255).view(1, -1, 1, 1)
+        scaled = {"standardized images": (images - mean) / std, "images in [-1, 1]": 2 * images - 1,
+                  "images in [0, 255]": 255 * images}  # fmt: skip
+        return {name: percent(self.probe.correct(other)) for name, other in scaled.items()}
+
+    @cached_property
+    def out_of_order(self) -> bool:
+        """Whether the labels are in another order than the network's, and that explains more than the scaling."""
+        order = self.label_order
+        gain = max(self.scaled_accuracies.values()) - percent(self.probe.clean_correct)
+        if order.gain > max(RELABELED_POINTS, gain) and order.is_significant:
+            return True
+        predicted = self.predicted[0]
+        collapsed = percent(predicted == predicted.mode().values) >= 90
+        learned = order.relabeled > 100 / order.n_classes
+        return order.below_chance and learned and not collapsed and gain <= RELABELED_POINTS
 
     @property
     def attacks_allowed(self) -> bool:

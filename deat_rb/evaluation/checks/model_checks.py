@@ -98,16 +98,16 @@ def in_range(context: CheckContext) -> Outcome:
     )
 
 
-def normalized_inside(context: CheckContext) -> Outcome:
-    """Check that the model takes images in [0, 1], not normalized ones."""
-    probe, images = context.probe, context.probe.images
-    values = images.transpose(0, 1).flatten(1)
-    mean, std = values.mean(dim=1).view(1, -1, 1, 1), values.std(dim=1).clamp_min(1 / 255).view(1, -1, 1, 1)
-    scaled = {"standardized images": (images - mean) / std, "images in [-1, 1]": 2 * images - 1,
-              "images in [0, 255]": 255 * images}  # fmt: skip
-    accuracies = {name: percent(probe.correct(other)) for name, other in scaled.items()}
+def normalized_inside(context: CheckContext) -> Outcome | None:
+    """Check that the model takes images in [0, 1], not normalized ones.
+
+    Where the labels are in another order, accuracies do not tell.
+    """
+    if context.out_of_order:
+        return None
+    accuracies = context.scaled_accuracies
     best = max(accuracies, key=lambda name: accuracies[name])
-    gain = accuracies[best] - percent(probe.clean_correct)
+    gain = accuracies[best] - percent(context.probe.clean_correct)
     return outcome(
         graded(gain, 5, 15),
         gain,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deat_rb.data.images import LabeledImages
-from deat_rb.evaluation.checks import attack_checks, model_checks
+from deat_rb.evaluation.checks import attack_checks, label_checks, model_checks
 from deat_rb.evaluation.checks.context import EXAMPLES, CheckContext, Outcome
 from deat_rb.evaluation.checks.probes import Probe
 from deat_rb.evaluation.frozen_model import prepared_for_eval
@@ -26,6 +26,9 @@ LEVELS = ("none", "quick", "full")
 Progress = Callable[[str, int, int], None]
 
 CHECKS: dict[str, Callable[[CheckContext], Outcome | None]] = {
+    "labels in the network's order": label_checks.labels_in_order,
+    "several classes predicted": label_checks.several_classes,
+    "accuracy above chance": label_checks.above_chance,
     "eval mode": model_checks.eval_mode,
     "deterministic": model_checks.deterministic,
     "independent of the batch": model_checks.independent,
@@ -107,7 +110,7 @@ def run_checks(
         few, few_labels = prepared.take(torch.arange(min(EXAMPLES[level], len(images))))
         probe = Probe(model, few, few_labels, eps=eps, norm=norm, batch_size=batch_size, seed=seed)
         before = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-        context = CheckContext(model, probe, prepared.images, labels, report, level, before)
+        context = CheckContext(prepared, probe, report, level, before)
         for done, (name, check) in enumerate(CHECKS.items()):
             if progress is not None:
                 progress(name, done, len(CHECKS))

@@ -1,0 +1,70 @@
+"""Checks of predictions against labels: order of the classes, collapse to one class, accuracy at chance level."""
+
+from __future__ import annotations
+
+from deat_rb.evaluation.checks.context import RELABELED_POINTS, CheckContext, Outcome, Status, outcome, percent
+from deat_rb.evaluation.statistics import wilson
+
+
+def labels_in_order(context: CheckContext) -> Outcome:
+    """Check that the labels are in the network's order.
+
+    They are not where a one-to-one relabeling of the predictions, fitted on one half of the examples, raises accuracy
+    on the other half by over 20 points, or where accuracy is below that of guessing among the dataset's classes.
+    """
+    order, gain = context.label_order, context.label_order.gain
+    hint = "the labels are not in the network's order; use the class order of its training"
+    if context.out_of_order and gain > RELABELED_POINTS:
+        measured = f"Relabeling the predictions raises natural accuracy from {order.accuracy:.1f} % to "
+        return "fail", gain, f"{measured}{order.relabeled:.1f} %: {hint}."
+    if context.out_of_order:
+        measured = f"Natural accuracy is {order.accuracy:.1f} %, below that of guessing among the {order.n_classes} "
+        return "fail", gain, f"{measured}classes of the labels ({100 / order.n_classes:.1f} %): {hint}."
+    return "pass", gain, f"Relabeling the predictions changes natural accuracy by {gain:+z.1f} points."
+
+
+def several_classes(context: CheckContext) -> Outcome | None:
+    """Check that the network does not predict (nearly) one class for everything."""
+    predicted, labels = context.probe.clean.argmax(dim=1), context.probe.labels
+    commonest = int(predicted.bincount().argmax())
+    share, true_share = percent(predicted == commonest), percent(labels == commonest)
+    others = int((labels != commonest).sum())
+    if others < 5:
+        return None
+    collapsed = (share >= 90 and share - true_share > 40) or (share >= 99 and others >= 10)
+    status: Status = "fail" if collapsed else "warn" if share >= 75 and share - true_share > 40 else "pass"
+    return outcome(
+        status,
+        share,
+        f"{share:.1f} % of the images are predicted as one class, and {true_share:.1f} % belong to it",
+        "the network has collapsed to (nearly) one class, and no attack can lower its accuracy further",
+    )
+
+
+def above_chance(context: CheckContext) -> Outcome | None:
+    """Check that natural accuracy exceeds that of predictions that are independent of the labels.
+
+    That is the sum over classes of the shares of the predictions and of the labels, as in Cohen's kappa. Sets that are
+    too small to tell 20 points above chance pass.
+    """
+    from scipy.stats import binomtest
+
+    if context.out_of_order:
+        return None
+    predicted, labels = context.predicted
+    width = int(max(predicted.max(), labels.max())) + 1
+    shares = [values.bincount(minlength=width).double() / len(values) for values in (predicted, labels)]
+    chance = float((shares[0] * shares[1]).sum())
+    n_correct, n_examples = int((predicted == labels).sum()), len(labels)
+    if float(shares[1].max()) > 0.95:
+        return None
+    p_value = binomtest(n_correct, n_examples, min(chance, 1.0), alternative="greater").pvalue
+    certain = wilson(n_correct, n_examples)[1] < chance + 0.2
+    accuracy = 100 * n_correct / n_examples
+    return outcome(
+        "fail" if p_value > 0.05 and certain else "pass",
+        accuracy - 100 * chance,
+        f"Natural accuracy is {accuracy:.1f} %, and predictions independent of the images would have "
+        f"{100 * chance:.1f} %",
+        "the network has not learned to tell the classes apart, and its robust accuracy means nothing",
+    )
