@@ -177,3 +177,23 @@ def test_build_model_of_timm_and_torchvision() -> None:
     for arch, size in (("timm:resnet10t", 64), ("timm:vit_tiny_patch16_224", 32), ("torchvision:squeezenet1_1", 64)):
         model = build_model(arch, num_classes=7, image_size=size).eval()
         assert model(torch.rand(2, 3, size, size)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("number", [10**30, 10**6 + 1, -1])
+@pytest.mark.parametrize("field", ["num_classes", "image_size", "channels"])
+def test_model_spec_refuses_impossible_sizes(field: str, number: int) -> None:
+    sizes = {"num_classes": 10, "mean": (0.0,) * 3, "std": (1.0,) * 3, field: number}
+    with pytest.raises(ValidationError, match=field):
+        ModelSpec.model_validate({"arch": "wrn-10-1", **sizes})
+
+
+@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "fcn_resnet50", "raft_small", "mvit_v1_b"])
+def test_build_refuses_torchvision_models_that_do_not_classify(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Detection models would download their backbone."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("network access")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    with pytest.raises(DeatError, match=f"torchvision has no model '{name}' that classifies images"):
+        model_spec(f"torchvision:{name}", num_classes=10, image_size=224).build()

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from board_problems import make_run, network, snapshot, without_evaluating
 from rich.console import Console
-from untrusted_submissions import HARMLESS, NAME, Attempt, Setup, rows, written
+from submission_attempts import NAME, Attempt, Setup, written
+from untrusted_submissions import HARMLESS, rows
 
 from deat_rb.leaderboard import untrusted_weights
 from deat_rb.leaderboard.board import Board
