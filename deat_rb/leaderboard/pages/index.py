@@ -266,6 +266,7 @@ def _entry_row(ranked: RankedEntry) -> dict[str, Any]:
         "title": entry.name or "",
         "link": web_link(entry.link),
         "method": entry.method or "",
+        "baseline": entry.method == "standard",
         "notes": [entry.footnote] if entry.footnote else [],
         "natural": cells[0].value,
         "robust": entry.robust,

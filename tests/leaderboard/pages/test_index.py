@@ -53,6 +53,10 @@ def test_build_ranks_by_robust_accuracy(index: Document) -> None:
     ]
 
 
+def test_build_marks_baselines(index: Document) -> None:
+    assert [name.split()[0] for name in index.column(DIGITS, 1) if "baseline" in name] == ["Doe2021Made_Plain"]
+
+
 def test_build_ranks_by_the_best_known_attack(tmp_path: Path) -> None:
     weaker = made_up_board.entry("Doe2021Made_A", correct=(490, 433, 416, 405, 404))
     stronger = made_up_board.entry("Doe2021Made_B", correct=(490, 433, 416, 405, 405), external="60.00")
