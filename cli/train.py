@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,11 +82,11 @@ def train(
     if "arch" in given:
         import_from_current_folder(given["arch"])
     options = make_options({**recorded, **given})
-    planned = plan(options)
-    if not (dry_run or seeds or planned.ranks > 1):
-        check_free(Path(output) / (name or default_name(planned.config)))
+    if not (dry_run or seeds or "WORLD_SIZE" in os.environ):
+        check_free(Path(output) / (name or default_name(options)))
+    planned = plan(options, dry=dry_run)
     if is_main():
-        print_plan(planned)
+        print_plan(planned, seeds or ())
     if dry_run:
         return
     with TrainingProgress(seeds=seeds or ()) as progress:

@@ -178,9 +178,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def print_plan(planned: TrainingPlan) -> None:
-    """Print a plan."""
+def print_plan(planned: TrainingPlan, seeds: Sequence[int] = ()) -> None:
+    """Print a plan, of several runs if there are seeds."""
     for name, text in planned.lines():
+        if name == "cost" and seeds:
+            print(f"{'seeds':<10} {', '.join(map(str, seeds))}: a run each, with the cost of each")
         print(f"{name:<10} {text}")
 
 

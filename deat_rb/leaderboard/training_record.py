@@ -88,6 +88,7 @@ def training_command(config: RunConfig) -> str:
         if each.kind in ("flag", "off"):
             words += [each.flag] if value is (each.kind == "flag") else []
             continue
-        shown = format_fraction(value) if each.metavar == "FRACTION" else str(value)
+        numbers = value if isinstance(value, tuple) else (value,)
+        shown = ",".join(format_fraction(number) if each.metavar == "FRACTION" else str(number) for number in numbers)
         words += [each.flag, Path(shown).name if each.metavar == "PATH" else shown]
     return shlex.join(words)

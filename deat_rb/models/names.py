@@ -39,10 +39,9 @@ def canonical_arch(arch: str) -> str:
             return PREACTRESNET18 if resnet[2] is None else PREACTRESNET18_BN
     wide = re.fullmatch(r"(?:wrn|wide-?resnet)-?(\d{1,3})-(\d{1,3})", arch.lower())
     if wide is None:
-        raise DeatError(
-            f"architecture '{arch}' is unknown: {did_you_mean(arch, KNOWN)} "
-            "Others are timm:NAME, torchvision:NAME and package.module:factory"
-        )
+        hint = did_you_mean(arch, KNOWN)
+        raise DeatError(f"architecture '{arch}' is unknown: {hint}{'' if hint.endswith('?') else ';'} others are "
+                        "timm:NAME, torchvision:NAME and package.module:factory")  # fmt: skip
     depth, width = int(wide[1]), int(wide[2])
     if depth < 10 or depth % 6 != 4 or width < 1:
         raise DeatError(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deat_rb.models.spec import ModelSpec
-from deat_rb.runs.options import MAY_CHANGE, METHOD_OPTIONS, TrainOptions
+from deat_rb.runs.options import MAY_CHANGE, TrainOptions
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.options import validate
 
@@ -70,11 +70,6 @@ class RunConfig(TrainOptions):
                 if was.extended(self.optim.epochs).optim.lr_epochs == self.optim.lr_epochs:
                     differing = [name for name in differing if name not in ("epochs", "lr_epochs")]
         return differing
-
-    def method_options(self) -> dict[str, Any]:
-        """Return the options for `deat_rb.create`."""
-        return {name: getattr(self.attack, name) or None if name == "lr_per_replay" else getattr(self.attack, name)
-                for name in METHOD_OPTIONS}  # fmt: skip
 
     def _facts(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in RunConfig.model_fields if name not in TrainOptions.model_fields}

@@ -13,7 +13,7 @@ from deat_rb.runs.defaults import DATASET_DEFAULTS, DEFAULT_TEXTS, SETTINGS
 from deat_rb.training.options import OptimConfig, RuntimeConfig
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import read_json
-from deat_rb.utils.options import Fraction, Option, OptionGroup, Size, option, validate
+from deat_rb.utils.options import Fraction, Numbers, Option, OptionGroup, Size, option, validate
 
 
 class DataConfig(OptionGroup):
@@ -44,6 +44,19 @@ class ModelConfig(OptionGroup):
         "package.module:factory.", metavar="NAME",
     )  # fmt: skip
     init_from: str | None = option(None, "Initialize the weights from this checkpoint.", metavar="PATH")
+    weights_key: str | None = option(
+        None,
+        "Key of the state dict in that checkpoint, where it has several, such as state_dict_ema.",
+        metavar="KEY",
+        default_text="state_dict, model or another usual one",
+    )
+    mean: Numbers | None = option(
+        None, "Mean per channel that the network subtracts from its images in [0, 1], such as 0.485,0.456,0.406.",
+        default_text="the dataset's",
+    )  # fmt: skip
+    std: Numbers | None = option(
+        None, "Standard deviation per channel by which the network divides its images.", default_text="the dataset's"
+    )
 
 
 class AttackConfig(OptionGroup):
@@ -118,6 +131,11 @@ class TrainOptions(BaseModel):
     def given(self) -> dict[str, Any]:
         """Return the options that were given, by name."""
         return {name: value for group in GROUPS for name, value in getattr(self, group).given().items()}
+
+    def method_options(self) -> dict[str, Any]:
+        """Return the options for `deat_rb.create`; None where the method has its own value."""
+        values = {name: getattr(self.attack, name) for name in METHOD_OPTIONS}
+        return {name: None if value is False else value for name, value in values.items()}
 
     def but(self, **changes: Any) -> TrainOptions:
         """Return the same options with some changed.

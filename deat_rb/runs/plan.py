@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from deat_rb.attacks.pgd import PGD
 from deat_rb.data.datasets import Dataset, load_data
 from deat_rb.data.images import LabeledImages, subset, train_val_split
+from deat_rb.methods.build import configure
 from deat_rb.methods.describe import describe
 from deat_rb.methods.registry import create, recipe
+from deat_rb.methods.schedules import AccuracyThreshold, EveryDEpochs, GradientMagnitude
 from deat_rb.methods.trainers import AttackTrainer, ReplayTrainer
-from deat_rb.models.spec import NormalizedModel, model_spec
+from deat_rb.models.names import canonical_arch
+from deat_rb.models.spec import DATASETS as SPEC_DATASETS
+from deat_rb.models.spec import model_spec, robustbench_class
 from deat_rb.models.weights import load_weights
 from deat_rb.runs.config import RunConfig
 from deat_rb.runs.defaults import dataset_defaults, setting_defaults
@@ -25,9 +32,12 @@ from deat_rb.utils.devices import check_sync_bn, resolve_device, resolve_precisi
 from deat_rb.utils.distributed import world
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.options import validate
-from deat_rb.utils.safe_load import load_tensors
+from deat_rb.utils.safe_load import load_state_dict
 from deat_rb.utils.units import check_eps, format_fraction
 from deat_rb.utils.versions import versions
+
+RARE = 10
+"""A class is rare that has fewer than one in this many images of the most frequent class."""
 
 
 @dataclass(eq=False)
@@ -41,6 +51,7 @@ class TrainingPlan:
         val: The images held out of them for validation.
         trainer: The method and the model.
         ranks: How many processes train together.
+        notes: What the user should know, such as which weights of a checkpoint were loaded.
     """
 
     config: RunConfig
@@ -49,6 +60,7 @@ class TrainingPlan:
     val: LabeledImages
     trainer: Trainer = field(repr=False)
     ranks: int = 1
+    notes: tuple[str, ...] = ()
 
     @property
     def batches(self) -> int:
@@ -61,10 +73,26 @@ class TrainingPlan:
         None where they depend on the run (guided and accuracy schedules, friendly attacks, stopping rules) or on an
         attack or a trainer that is not built in.
         """
-        trainer, crafter, epochs, m = self.trainer, self.trainer.crafter, self.config.optim.epochs, self.batches
+        trainer, epochs = self.trainer, self.config.optim.epochs
         steps = trainer.schedule.total_steps(epochs)
         may_stop = trainer.stopping is not None and self.config.optim.early_stopping
-        if steps is None or may_stop or type(crafter) is not PGD or crafter.tau is not None:
+        if steps is None or may_stop or getattr(trainer.crafter, "tau", None) is not None:
+            return None
+        return self._passes(steps)
+
+    def most_costs(self) -> dict[str, int] | None:
+        """Return upper bounds of `costs`; None for an attack, a schedule or a trainer that is not built in."""
+        schedule, epochs = self.trainer.schedule, self.config.optim.epochs
+        steps = schedule.total_steps(epochs)
+        if steps is None and type(schedule) in (GradientMagnitude, AccuracyThreshold):  # a step more per epoch at most
+            most = math.inf if schedule.max_steps is None else schedule.max_steps
+            steps = int(sum(min(schedule.steps + epoch, most) for epoch in range(epochs)))
+        return None if steps is None else self._passes(steps)
+
+    def _passes(self, steps: int) -> dict[str, int] | None:
+        """Return the passes and updates of a run that takes ``steps`` attack steps, summed over its epochs."""
+        trainer, crafter, epochs, m = self.trainer, self.trainer.crafter, self.config.optim.epochs, self.batches
+        if type(crafter) is not PGD:
             return None
         if type(trainer) is ReplayTrainer:
             return {"backward passes": steps * m, "forward passes": steps * m, "updates": steps * m}
@@ -76,55 +104,101 @@ class TrainingPlan:
         return {"backward passes": (steps + epochs) * m, "forward passes": forwards * m, "updates": epochs * m}
 
     def lines(self) -> list[tuple[str, str]]:
-        """Return the plan in words, as ``--dry-run`` prints it."""
+        """Return the plan in words, as ``--dry-run`` prints it, warnings last."""
         data, attack, optim, runtime = self.config.data, self.config.attack, self.config.optim, self.config.runtime
-        text = describe(attack.method)
-        costs = self.costs()
-        cost = (
-            ", ".join(f"{count:,} {name}" for name, count in costs.items())
-            if costs
-            else f"depends on the run ({text.cost}; M = {self.batches})"
-        )
+        text = describe(attack.method, eps=attack.eps, **self.config.method_options())
+        costs, most = self.costs(), self.most_costs()
+        passes = ", ".join(f"{count:,} {name}" for name, count in (costs or most or {}).items())
+        if costs:
+            cost = passes
+        elif most:
+            cost = f"at most {passes} ({text.cost}; M = {self.batches})"
+        else:
+            cost = f"counted during training ({text.cost}; M = {self.batches})"
         parameters = sum(parameter.numel() for parameter in self.trainer.model.parameters())
+        weights = f", weights from {self.config.model.init_from}" if self.config.model.init_from else ""
+        ranks = f", {self.ranks} ranks" if self.ranks > 1 else ""
+        compiled = ", compiled" if runtime.compile else ""
+        per_replay = ", updated after each replay" if attack.lr_per_replay else ""
+        alpha = "" if self.trainer.alpha is None else f", alpha = {format_fraction(self.trainer.alpha)}"
+        if alpha and self.trainer.schedule.guided:
+            alpha += " in the first epoch"
         return [
             ("method", f"{attack.method} ({text.paper})"),
-            ("attack", f"{text.attack}; here eps = {format_fraction(attack.eps)}, alpha = {_size(self.trainer.alpha)}"),
+            ("attack", f"{text.attack}; eps = {format_fraction(attack.eps)}{alpha}"),
             ("loss", text.loss),
             ("schedule", text.schedule),
             ("stop", text.stop if optim.early_stopping or text.stop == "-" else f"{text.stop}: only recorded"),
-            ("setting", f"{attack.setting}: {optim.epochs} epochs, {optim.lr_schedule} LR up to {optim.lr:g}"),
-            ("precision", f"{runtime.precision} on {resolve_device(runtime.device)}"
-                          f"{f', {self.ranks} ranks' if self.ranks > 1 else ''}"),
-            ("model", f"{self.config.model.arch}, {parameters:,} parameters, {self.config.network.num_classes} "
-                      "classes"),
+            ("setting", f"{attack.setting}: {optim.epochs} epochs, {optim.lr_schedule} LR up to {optim.lr:g}"
+                        f"{per_replay}"),
+            ("optimizer", f"SGD, momentum {optim.momentum:g}, weight decay {optim.weight_decay:g}, batches of "
+                          f"{data.batch_size}, seed {optim.seed}"),
+            ("precision", f"{runtime.precision} on {resolve_device(runtime.device)}{ranks}{compiled}"),
+            ("model", f"{self.config.model.arch}, {parameters:,} parameters, {self.config.network.num_classes} classes"
+                      f"{weights}"),
             ("data", f"{data.dataset}: {len(self.train):,} training, {len(self.val):,} validation, "
                      f"{len(self.data.test):,} test images of {data.image_size}x{data.image_size}"),
             *(("files", note) for note in self.data.notes),
+            *([] if self.data.is_placeholder else [("classes", self._class_counts())]),
             ("result", f"the weights of the {optim.select} epoch"),
             ("cost", cost),
+            *(("note", note) for note in self.notes),
+            *(("warning", warning) for warning in self.warnings()),
         ]  # fmt: skip
 
+    def warnings(self) -> list[str]:
+        """Return sentences about options and data that probably are not what the user wants."""
+        schedule, method, epochs = self.trainer.schedule, self.config.attack.method, self.config.optim.epochs
+        warnings = []
+        if isinstance(schedule, EveryDEpochs) and schedule.every >= epochs:
+            percent = f"{method}% raises them by training accuracy" if schedule.every < 100 else "give a smaller D"
+            warnings.append(
+                f"{method} adds a replay every {schedule.every} epochs, and this run has {epochs}: it never adds one; "
+                f"{percent}"
+            )
+        counts = [] if self.data.is_placeholder else self._counts()
+        rare = [self.data.classes[label] for label, count in enumerate(counts) if RARE * count < max(counts)]
+        if rare:
+            named = ", ".join(f"'{name}'" for name in rare[:3]) + (f" and {len(rare) - 3} more" * (len(rare) > 3))
+            warnings.append(
+                f"rare classes, with less than a tenth of the most frequent one's images: {named}; the accuracy over "
+                "all images says little about them"
+            )
+        return warnings
 
-def _size(alpha: float | None) -> str:
-    return "-" if alpha is None else format_fraction(alpha)
+    def _counts(self) -> list[int]:
+        counts: list[int] = torch.bincount(self.train.labels, minlength=len(self.data.classes)).tolist()
+        return counts
+
+    def _class_counts(self) -> str:
+        counts, names = self._counts(), self.data.classes
+        fewest, most = min(counts), max(counts)
+        if fewest == most:
+            return f"{fewest:,} training images each"
+        return (f"{fewest:,} ('{names[counts.index(fewest)]}') to {most:,} ('{names[counts.index(most)]}') training "
+                "images")  # fmt: skip
 
 
-def plan(options: TrainOptions, *, continues: RunConfig | None = None, started: bool = False) -> TrainingPlan:
+def plan(
+    options: TrainOptions, *, continues: RunConfig | None = None, started: bool = False, dry: bool = False
+) -> TrainingPlan:
     """Resolve options, load the data and build the model; write nothing.
+
+    What can be refused without the data is refused before any image is decoded.
 
     Args:
         options: The options.
         continues: The configuration of the run to continue, whose data these have to be.
         started: Whether that run has a checkpoint, so that the weights it was initialized from are not needed.
+        dry: Whether the plan is only to be looked at: nothing is downloaded then.
 
     Raises:
         DeatError: Something is not admissible.
     """
-    asked = options.data
-    method, row = recipe(_for_dataset(options.attack.method, asked.dataset))
+    asked, given = options.data, options.given()
     defaults = dataset_defaults(asked.dataset)
-    given = options.given()
-    arch = given.get("arch", defaults.arch)
+    method, row = recipe(_for_dataset(options.attack.method, asked.dataset))
+    arch = canonical_arch(given.get("arch", defaults.arch))
     setting = setting_defaults(options.attack.setting, row, arch)
     setting["epochs"] *= defaults.epoch_factor
     eps = check_eps(given.get("eps", defaults.eps), "--eps")
@@ -137,11 +211,38 @@ def plan(options: TrainOptions, *, continues: RunConfig | None = None, started: 
         )
     device = resolve_device(options.runtime.device)
     check_sync_bn(options.runtime.sync_bn, device)
+    values = {
+        **options.flat(),
+        "batch_size": defaults.batch_size,
+        **setting,
+        **given,
+        "method": method,
+        "data_dir": _absolute(asked.data_dir),
+        "init_from": _absolute(options.model.init_from),
+        "eps": eps,
+        "arch": arch,
+        "precision": resolve_precision(given.get("precision", setting["precision"]), device),
+    }
+    resolved = validate(TrainOptions, values)
+    check_layout(resolved.optim.lr_schedule, resolved.optim.lr_epochs, "--lr-epochs")
+    configure(method, row, eps=eps, **resolved.method_options())
+    _check_arch(resolved)
+    source = resolved.model.init_from
+    weights = load_state_dict(source, resolved.model.weights_key) if source is not None and not started else None
+    mean, std = resolved.model.mean, resolved.model.std
+    if (mean is None) != (std is None):
+        raise DeatError("--mean and --std belong together: give both, or neither for the dataset's own")
+    if source is None and resolved.model.weights_key is not None:
+        raise DeatError("--weights-key chooses among the state dicts of a checkpoint: give that by --init-from")
     together = world(cpu=device.type == "cpu")
     # One process of each machine downloads, unpacks and reads the images, and the others use what it has stored.
     data = together.local_main_first(
         lambda: load_data(
-            asked.dataset, data_dir=asked.data_dir, image_size=asked.image_size, memory_limit=asked.memory_limit
+            asked.dataset,
+            data_dir=asked.data_dir,
+            image_size=asked.image_size,
+            memory_limit=asked.memory_limit,
+            download=not dry,
         )
     )
     if continues is not None and data.fingerprint != continues.data_fingerprint:
@@ -153,30 +254,18 @@ def plan(options: TrainOptions, *, continues: RunConfig | None = None, started: 
     if asked.train_size is not None:
         train = subset(train, asked.train_size, options.optim.seed)
     channels, size = train.shape[0], train.shape[-1]
-    spec = model_spec(
-        arch, num_classes=len(data.classes), image_size=size, channels=channels, mean=data.mean, std=data.std
-    )
-    values = {
-        **options.flat(),
-        "batch_size": defaults.batch_size,
-        **setting,
-        **given,
-        "method": method,
-        "data_dir": _absolute(asked.data_dir),
-        "init_from": _absolute(options.model.init_from),
-        "eps": eps,
-        "arch": spec.arch,
+    mean, std = mean or data.mean, std or data.std
+    spec = model_spec(arch, num_classes=len(data.classes), image_size=size, channels=channels, mean=mean, std=std)
+    facts = {
         "image_size": size,
         "train_size": len(train),
         "val_size": len(val),
-        "precision": resolve_precision(given.get("precision", setting["precision"]), device),
         "classes": data.classes,
         "network": spec,
         "data_fingerprint": data.fingerprint,
         "versions": versions(),
     }
-    config = validate(RunConfig, values)
-    check_layout(config.optim.lr_schedule, config.optim.lr_epochs, "--lr-epochs")
+    config = validate(RunConfig, {**resolved.flat(), **facts})
     batch_size = config.data.batch_size
     if len(train) < batch_size:
         raise DeatError(
@@ -188,9 +277,36 @@ def plan(options: TrainOptions, *, continues: RunConfig | None = None, started: 
             "BatchNorm cannot learn; give another --batch-size or --train-size"
         )
     _check_shares(len(train), batch_size, together.size)
-    trainer = create(method, _initial(config, started), eps=eps, **config.method_options())
+    with seeding.preserved():
+        seeding.seed_global(config.optim.seed, "weights")
+        model = spec.build()
+    if weights is not None:
+        load_weights(model, weights.tensors, source=str(source))
+    trainer = create(method, model, eps=eps, **config.method_options())
     trainer.check_attack(train.first(min(8, len(train))).tensors()[0])
-    return TrainingPlan(config, data, train, val, trainer, together.size)
+    notes = (weights.note,) if weights is not None and weights.note else ()
+    return TrainingPlan(config, data, train, val, trainer, together.size, notes)
+
+
+def _check_arch(options: TrainOptions) -> None:
+    """Raise an error for an architecture that does not exist or does not take the dataset's images.
+
+    The network is built here with as many classes as the dataset seems to have, so that this needs no image.
+    """
+    dataset, size = options.data.dataset, options.data.image_size or 32
+    if dataset in SPEC_DATASETS:
+        classes, size = SPEC_DATASETS[dataset][0], 32
+    else:
+        train = Path(options.data.data_dir or "", "train")
+        classes = sum(path.is_dir() and path.name[0] != "." for path in train.iterdir()) if train.is_dir() else 2
+    network = options.model
+    spec = model_spec(network.arch, num_classes=max(classes, 2), image_size=size, mean=network.mean, std=network.std)
+    if ":" not in spec.arch:
+        robustbench_class(spec)
+        return
+    if dataset != "digits":  # their images cost nothing
+        with seeding.preserved():
+            spec.build()
 
 
 def _check_shares(images: int, batch_size: int, ranks: int) -> None:
@@ -215,16 +331,6 @@ def _absolute(path: str | None) -> str | None:
     return None if path is None else str(Path(path).resolve())
 
 
-def _initial(config: RunConfig, started: bool) -> NormalizedModel:
-    with seeding.preserved():
-        seeding.seed_global(config.optim.seed, "weights")
-        model = config.network.build()
-    source = config.model.init_from
-    if source is not None and not started:
-        load_weights(model, load_tensors(Path(source)), source=source)
-    return model
-
-
 def default_val_size(images: int) -> int:
     """Return how many images are held out: 1,000 of CIFAR-10's 50,000, in proportion for fewer, at least 100.
 
@@ -233,7 +339,9 @@ def default_val_size(images: int) -> int:
     return max(min(100, images // 5), min(1000, images // 50))
 
 
-def default_name(config: RunConfig) -> str:
+def default_name(options: TrainOptions) -> str:
     """Return a run's default name."""
-    arch = config.model.arch.replace(":", "-")
-    return f"{config.attack.method}-{config.data.dataset}-{arch}-s{config.optim.seed}".replace("/", "-")
+    dataset = options.data.dataset
+    method, _ = recipe(_for_dataset(options.attack.method, dataset))
+    arch = canonical_arch(options.given().get("arch", dataset_defaults(dataset).arch)).replace(":", "-")
+    return f"{method}-{dataset}-{arch}-s{options.optim.seed}".replace("/", "-")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
@@ -46,6 +47,25 @@ _BYTES = TypeAdapter(ByteSize)
 Size = Annotated[int, BeforeValidator(parse_size)]
 """A size in bytes, which may be written with a unit."""
 
+
+def parse_numbers(text: str | Sequence[float]) -> tuple[float, ...]:
+    """Return the numbers of a text such as ``0.485,0.456,0.406``.
+
+    Raises:
+        DeatError: It has something else than finite numbers.
+    """
+    try:
+        numbers = tuple(float(part) for part in (text.split(",") if isinstance(text, str) else text))
+    except (TypeError, ValueError):
+        numbers = ()
+    if not numbers or not all(math.isfinite(number) for number in numbers):
+        raise DeatError(f"'{text}' is not a list of numbers; give such as 0.485,0.456,0.406")
+    return numbers
+
+
+Numbers = Annotated[tuple[float, ...], BeforeValidator(parse_numbers)]
+"""Numbers separated by commas, such as one per channel."""
+
 Model = TypeVar("Model", bound=BaseModel)
 
 METAVARS: dict[Any, str] = {
@@ -54,6 +74,7 @@ METAVARS: dict[Any, str] = {
     str: "TEXT",
     parse_fraction: "FRACTION",
     parse_size: "SIZE",
+    parse_numbers: "NUMBERS",
 }
 """Placeholders of the values, by their type or by what parses them."""
 
@@ -171,9 +192,15 @@ def _described(name: str, title: str, field: FieldInfo) -> Option:
         metavar=extra["metavar"] or METAVARS.get(next(iter(parsers), kind), "TEXT"),
         choices=choices,
         bounds=", ".join(bounds),
-        kind=("off" if field.default else "flag") if kind is bool else "many" if get_origin(kind) is tuple else "value",
+        kind=_kind(kind, field.default, parsed=bool(parsers)),
         may_change=extra["may_change"],
     )
+
+
+def _kind(kind: Any, default: Any, parsed: bool) -> Literal["value", "flag", "off", "many"]:
+    if kind is bool:
+        return "off" if default else "flag"
+    return "many" if get_origin(kind) is tuple and not parsed else "value"
 
 
 def _spelled(default: Any) -> str:

@@ -54,7 +54,7 @@ def test_a_flat_config_json_is_written_again_in_groups(old: Path) -> None:
     assert list(written) == [
         "data", "model", "attack", "optim", "runtime", "output", "network", "classes", "data_fingerprint", "versions"
     ]  # fmt: skip
-    assert written["model"] == {"arch": "wrn-10-1", "init_from": None}
+    assert (written["model"]["arch"], written["model"]["init_from"]) == ("wrn-10-1", None)
     assert RunConfig.model_validate(written) == config
 
 

@@ -1,10 +1,262 @@
+"""Training plans: resolved options, costs, warnings, and refusals before any image is decoded."""
+
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
-from deat_rb.runs.options import make_options
-from deat_rb.runs.plan import plan
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from small_runs import SMALL, planned, state
+
+import deat_rb
+from deat_rb.cli import main
+from deat_rb.data.images import LabeledImages
+from deat_rb.methods import registry
+from deat_rb.methods.recipes import Recipe
+from deat_rb.runs.options import make_options, read_options
+from deat_rb.runs.plan import default_name, plan
+from deat_rb.runs.train import train
+from deat_rb.utils.errors import DeatError
+
+
+def test_plan_of_a_config_json_uses_as_many_images(tmp_path: Path) -> None:
+    first = planned(train_size=None, batch_size=50)
+    assert len(first.train) + len(first.val) == len(first.data.train)
+    path = tmp_path / "config.json"
+    path.write_text(first.config.model_dump_json())
+    again = plan(make_options(read_options(path)))
+    assert (len(again.train), len(again.val)) == (len(first.train), len(first.val))
+
+
+def test_plan_initializes_from_given_weights(tmp_path: Path) -> None:
+    first, _ = train(SMALL, output=tmp_path, name="first")
+    weights = first.path / "last.safetensors"
+    begun = planned(init_from=str(weights), seed=9).trainer.model.state_dict()
+    assert all(torch.equal(begun[name], tensor) for name, tensor in state(first).items())
+    with pytest.raises(DeatError, match=r"nowhere\.pt"):
+        planned(init_from="nowhere.pt")
+
+
+def test_plan_validation_images_are_not_trained_on() -> None:
+    ready = planned(train_size=None, batch_size=50)
+
+    def rows(data: LabeledImages) -> set[bytes]:
+        return {image.numpy().tobytes() for image in data.in_memory().images}
+
+    assert len(ready.val) == 16
+    assert not rows(ready.val) & rows(ready.train)
+    assert rows(ready.val) | rows(ready.train) == rows(ready.data.train)
+
+
+@pytest.mark.parametrize(
+    ("method", "costs"),
+    [  # M = 2 mini-batches, T = 2 epochs
+        ("standard", {"backward passes": 4, "forward passes": 4, "updates": 4}),
+        ("free-3", {"backward passes": 12, "forward passes": 12, "updates": 12}),
+        ("deat-1", {"backward passes": 6, "forward passes": 6, "updates": 6}),
+        ("pgd-2", {"backward passes": 12, "forward passes": 12, "updates": 4}),
+        ("trades", {"backward passes": 44, "forward passes": 52, "updates": 4}),
+        ("mart", {"backward passes": 44, "forward passes": 48, "updates": 4}),
+    ],
+)
+def test_costs_are_what_a_run_counts(method: str, costs: dict[str, int], tmp_path: Path) -> None:
+    ready = planned(method=method)
+    assert ready.batches == 2
+    assert ready.costs() == costs
+    _, history = train(ready, output=tmp_path)
+    counted = {name: sum(getattr(row, name.replace(" passes", "s")) for row in history.rows) for name in costs}
+    assert counted == costs
+
+
+@pytest.mark.parametrize("method", ["m-deat", "deat-40%", "m+pgd", "u-fgsm", "m+u-fgsm", "fat-2", "f+mart"])
+def test_costs_are_none_where_they_depend_on_the_run(method: str) -> None:
+    ready = planned(method=method)
+    assert ready.costs() is None
+    assert dict(ready.lines())["cost"].startswith("at most ")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "passes"),
+    [  # M = 2 mini-batches, T = 4 epochs
+        ("m-deat", {}, 20),  # 1 + 2 + 3 + 4 replays
+        ("m+pgd", {"max_steps": 2}, 22),  # 1 + 2 + 2 + 2 steps, and 4 updates
+        ("deat-40%", {}, 20),
+        ("u-fgsm", {}, 16),
+        ("fat-3", {}, 32),
+    ],
+)
+def test_most_costs_bound_what_a_run_counts(method: str, options: dict[str, int], passes: int, tmp_path: Path) -> None:
+    ready = planned(method=method, epochs=4, **options)
+    most = ready.most_costs()
+    assert most is not None
+    assert most["backward passes"] == passes
+    _, history = train(ready, output=tmp_path)
+    for name, bound in most.items():
+        assert sum(getattr(row, name.replace(" passes", "s")) for row in history.rows) <= bound
+
+
+class Idle(deat_rb.PGD):
+    """An attack of one's own that computes no gradient."""
+
+    def forward(self, inputs: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        return inputs
+
+
+class Own(deat_rb.PGD):
+    """An attack of one's own that takes as many passes as it likes."""
+
+    def forward(self, inputs: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        return self.craft(super().forward(inputs, labels), labels)[0]
+
+
+OWN: dict[str, type[deat_rb.PGD]] = {"own": Own, "idle": Idle}
+
+
+def test_plan_of_own_attacks_has_no_costs_and_refuses_one_without_gradient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_registered", {name: Recipe(attack=attack) for name, attack in OWN.items()})
+    own = planned(method="own")
+    assert (own.costs(), own.most_costs()) == (None, None)
+    assert dict(own.lines())["cost"].startswith("counted during training")
+    with pytest.raises(DeatError, match="computes no gradient at its inputs"):
+        train({**SMALL, "method": "idle"}, output=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_lines_state_the_plan() -> None:
+    lines = dict(planned(method="DEAT-3", epochs=None, eps=8 / 255).lines())
+    assert lines["method"].startswith("deat-3 (section 4.1")
+    assert "eps = 8/255, alpha = 10/255" in lines["attack"]
+    assert lines["setting"] == "fast: 24 epochs, cyclic LR up to 0.1"
+    assert lines["precision"] == "fp32 on cpu"
+    assert "64 training, 16 validation, 500 test images of 32x32" in lines["data"]
+    assert lines["result"] == "the weights of the last epoch"
+    # 3 * (1 + ... + 8) = 108 replays of 2 batches.
+    assert lines["cost"] == "216 backward passes, 216 forward passes, 216 updates"
+
+
+def test_default_name_is_a_file_name() -> None:
+    assert default_name(planned(method="DEAT-40%", seed=3).config) == "deat-40%-digits-training_problems-network-s3"
+
+
+@pytest.mark.parametrize(
+    ("options", "line", "text"),
+    [
+        ({"method": "pgd-7", "steps": 10}, "attack", "10 steps of"),
+        ({"method": "pgd-7", "steps": 10}, "cost", "44 backward passes"),  # 2 epochs of 2 batches, 10 + 1 each
+        ({"method": "pgd-7", "alpha": "1/255"}, "attack", "7 steps of 1/255"),
+        ({"method": "pgd-7", "attack_mode": "eval"}, "attack", "in eval mode"),
+        ({"method": "trades", "beta": 3}, "loss", "CE(clean) + 3 KL"),
+        ({"method": "m+trades", "beta": 0}, "loss", "CE(clean)"),
+        ({"method": "mart", "beta": 2}, "loss", "MART, lambda 2"),
+        ({"method": "fat-5", "tau": 1}, "attack", "tau = 1"),
+        ({"method": "m-deat", "max_steps": 4, "gamma": 1.5}, "schedule", "gradient magnitude, at most 4, gamma 1.5"),
+        ({"method": "m-deat", "steps": 2}, "schedule", "from 2"),
+        ({"method": "free-4", "lr_per_replay": True}, "setting", "updated after each replay"),
+        ({"method": "u-fgsm", "early_stopping": False}, "stop", "only recorded"),
+        ({"momentum": 0.5, "weight_decay": 0, "seed": 3}, "optimizer", "momentum 0.5, weight decay 0, batches of 32, "
+         "seed 3"),
+        ({"compile": True}, "precision", "fp32 on cpu, compiled"),
+    ],
+)  # fmt: skip
+def test_lines_state_the_values_that_run(options: dict[str, Any], line: str, text: str) -> None:
+    ready = planned(**options)
+    assert text in dict(ready.lines())[line]
+    assert dict(ready.lines())["loss"] != "CE(clean) + 6 KL"
+
+
+def test_lines_warn_of_a_schedule_that_never_rises() -> None:
+    sentence = "deat-40 adds a replay every 40 epochs, and this run has 40: it never adds one; deat-40% raises them"
+    assert sentence in dict(planned(method="deat-40", epochs=40).lines())["warning"]
+    for method, epochs in (("deat-40", 41), ("deat-3", 4), ("deat-40%", 2), ("m-deat", 1)):
+        assert "warning" not in dict(planned(method=method, epochs=epochs).lines())
+
+
+def colours(root: Path, counts: dict[str, int]) -> dict[str, Any]:
+    """A folder with so many training images per class and 2 test images, and the options to train on it."""
+    for part in ("train", "test"):
+        for number, (name, count) in enumerate(counts.items()):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for index in range(count if part == "train" else 2):
+                Image.new("RGB", (8, 8), (80 * number, index, 0)).save(folder / f"{index}.png")
+    return {"dataset": "folder", "data_dir": str(root), "image_size": 8, "train_size": None, "val_size": 6}
+
+
+def test_lines_count_the_classes_and_warn_of_rare_ones(tmp_path: Path) -> None:
+    lines = dict(planned(**colours(tmp_path / "even", {"a": 20, "b": 20, "c": 20})).lines())
+    assert lines["classes"] == "18 training images each"
+    assert "warning" not in lines
+    lines = dict(planned(**colours(tmp_path / "rare", {"a": 55, "rare": 5, "b": 60})).lines())
+    assert re.fullmatch(r"[45] \('rare'\) to 5\d \('b'\) training images", lines["classes"])
+    assert "rare classes" in lines["warning"]
+    assert "'rare'" in lines["warning"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"arch": "wrn-10-1", "image_size": 64}, "architecture 'wrn-10-1' takes 3x32x32 images, not 3x64x64"),
+        ({"arch": "torchvision:alexnet", "image_size": 8}, "'torchvision:alexnet' does not take"),
+        ({"arch": "vit"}, "'vit' is unknown: known are preactresnet18, wrn-34-10, wrn-10-1; others are timm:NAME"),
+        ({"arch": "wrn-10"}, "did you mean .*[?] others are timm:NAME, torchvision:NAME and package.module:factory"),
+        ({"method": "pgd-1", "beta": 3}, "the method pgd-1 has no beta"),
+        ({"lr_schedule": "flat", "lr_epochs": 3}, "--lr-epochs = 3"),
+        ({"init_from": "nowhere.pt"}, "nowhere.pt"),
+        ({"mean": "0.5,0.5,0.5"}, "--mean and --std belong together"),
+        ({"mean": "0.5,0.5,0.5", "std": "1,1"}, "must have one number per channel"),
+        ({"weights_key": "ema"}, "--weights-key chooses among the state dicts of a checkpoint: give that by --init"),
+        ({"track": ["tensorbord"]}, "--track tensorbord is unknown"),
+    ],
+)
+def test_plan_refuses_before_any_image_is_decoded(
+    options: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(*arguments: object, **keywords: object) -> None:
+        raise AssertionError("images were decoded")
+
+    where = colours(tmp_path, {"a": 2, "b": 2})
+    monkeypatch.setattr("deat_rb.runs.plan.load_data", decode)
+    with pytest.raises(DeatError, match=message):
+        plan(make_options({**SMALL, **where, **options}))
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_dry_run_neither_downloads_nor_writes(dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(*arguments: object, **keywords: object) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr("socket.socket.connect", connect)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["train", "--dry-run", "--dataset", dataset, "--method", "pgd-7",
+                                       "--arch", "wrn-10-1", "--device", "cpu"])  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert re.search(rf"data +{dataset}: 49,000 training, 1,000 validation, 10,000 test images of 32x32", result.stdout)
+    assert f"files      {dataset} has not been downloaded yet" in result.stdout
+    # 383 batches of 128, 10 epochs of 7 steps and an update.
+    assert "30,640 backward passes" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_plan_takes_the_state_dict_under_weights_key_and_names_the_others(tmp_path: Path) -> None:
+    raw = {name: torch.zeros_like(tensor) for name, tensor in planned().trainer.model.state_dict().items()}
+    good = planned(seed=3).trainer.model.state_dict()
+    torch.save({"state_dict": raw, "state_dict_ema": good}, tmp_path / "both.pt")
+    source = str(tmp_path / "both.pt")
+    chosen = planned(init_from=source, weights_key="state_dict_ema")
+    assert all(torch.equal(good[name], tensor) for name, tensor in chosen.trainer.model.state_dict().items())
+    assert "'state_dict_ema'" in dict(planned(init_from=source).lines())["note"]
+
+
+def test_plan_normalizes_by_mean_and_std() -> None:
+    network = planned(mean="0.1,0.2,0.3", std="0.4,0.5,0.6").config.network
+    assert (network.mean, network.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
 def test_plan_lines_say_which_files_of_a_folder_were_left_out(image_folder: Path, tmp_path: Path) -> None:

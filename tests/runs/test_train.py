@@ -7,14 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import SMALL, identical, planned, state
+from small_runs import SMALL, identical, planned
 
 import deat_rb
-from deat_rb.data.images import LabeledImages
-from deat_rb.methods import registry
-from deat_rb.methods.recipes import Recipe
-from deat_rb.runs.options import make_options, read_options
-from deat_rb.runs.plan import default_name, plan
+from deat_rb.runs.options import read_options
 from deat_rb.runs.plots import plot_curves
 from deat_rb.runs.train import train
 from deat_rb.training.callbacks import Callback
@@ -49,24 +45,6 @@ def test_train_repeats_a_config_json_bit_for_bit(tmp_path: Path) -> None:
     assert not identical(first, other)
 
 
-def test_plan_of_a_config_json_uses_as_many_images(tmp_path: Path) -> None:
-    first = planned(train_size=None, batch_size=50)
-    assert len(first.train) + len(first.val) == len(first.data.train)
-    path = tmp_path / "config.json"
-    path.write_text(first.config.model_dump_json())
-    again = plan(make_options(read_options(path)))
-    assert (len(again.train), len(again.val)) == (len(first.train), len(first.val))
-
-
-def test_plan_initializes_from_given_weights(tmp_path: Path) -> None:
-    first, _ = train(SMALL, output=tmp_path, name="first")
-    weights = first.path / "last.safetensors"
-    begun = planned(init_from=str(weights), seed=9).trainer.model.state_dict()
-    assert all(torch.equal(begun[name], tensor) for name, tensor in state(first).items())
-    with pytest.raises(DeatError, match=r"nowhere\.pt"):
-        planned(init_from="nowhere.pt")
-
-
 def test_train_never_uses_a_test_image(tmp_path: Path) -> None:
     """Law 7: the run goes through although its test images cannot be looked at."""
 
@@ -81,71 +59,6 @@ def test_train_never_uses_a_test_image(tmp_path: Path) -> None:
     assert run.selected_weights_path.is_file()
 
 
-def test_plan_validation_images_are_not_trained_on() -> None:
-    ready = planned(train_size=None, batch_size=50)
-
-    def rows(data: LabeledImages) -> set[bytes]:
-        return {image.numpy().tobytes() for image in data.in_memory().images}
-
-    assert len(ready.val) == 16
-    assert not rows(ready.val) & rows(ready.train)
-    assert rows(ready.val) | rows(ready.train) == rows(ready.data.train)
-
-
-@pytest.mark.parametrize(
-    ("method", "costs"),
-    [  # M = 2 mini-batches, T = 2 epochs
-        ("standard", {"backward passes": 4, "forward passes": 4, "updates": 4}),
-        ("free-3", {"backward passes": 12, "forward passes": 12, "updates": 12}),
-        ("deat-1", {"backward passes": 6, "forward passes": 6, "updates": 6}),
-        ("pgd-2", {"backward passes": 12, "forward passes": 12, "updates": 4}),
-        ("trades", {"backward passes": 44, "forward passes": 52, "updates": 4}),
-        ("mart", {"backward passes": 44, "forward passes": 48, "updates": 4}),
-    ],
-)
-def test_costs_are_what_a_run_counts(method: str, costs: dict[str, int], tmp_path: Path) -> None:
-    ready = planned(method=method)
-    assert ready.batches == 2
-    assert ready.costs() == costs
-    _, history = train(ready, output=tmp_path)
-    counted = {name: sum(getattr(row, name.replace(" passes", "s")) for row in history.rows) for name in costs}
-    assert counted == costs
-
-
-@pytest.mark.parametrize("method", ["m-deat", "deat-40%", "m+pgd", "u-fgsm", "m+u-fgsm", "fat-2", "f+mart"])
-def test_costs_are_none_where_they_depend_on_the_run(method: str) -> None:
-    ready = planned(method=method)
-    assert ready.costs() is None
-    assert dict(ready.lines())["cost"].startswith("depends on the run")
-
-
-class Idle(deat_rb.PGD):
-    """An attack of one's own that computes no gradient."""
-
-    def forward(self, inputs: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        return inputs
-
-
-class Own(deat_rb.PGD):
-    """An attack of one's own that takes as many passes as it likes."""
-
-    def forward(self, inputs: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        return self.craft(super().forward(inputs, labels), labels)[0]
-
-
-OWN: dict[str, type[deat_rb.PGD]] = {"own": Own, "idle": Idle}
-
-
-def test_plan_of_own_attacks_has_no_costs_and_refuses_one_without_gradient(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(registry, "_registered", {name: Recipe(attack=attack) for name, attack in OWN.items()})
-    assert planned(method="own").costs() is None
-    with pytest.raises(DeatError, match="computes no gradient at its inputs"):
-        train({**SMALL, "method": "idle"}, output=tmp_path / "runs")
-    assert not (tmp_path / "runs").exists()
-
-
 def test_train_resets_peak_memory_in_each_epoch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     begun: list[str] = []
     monkeypatch.setattr(
@@ -153,18 +66,6 @@ def test_train_resets_peak_memory_in_each_epoch(monkeypatch: pytest.MonkeyPatch,
     )
     train(SMALL, output=tmp_path)
     assert begun == ["cpu", "cpu"]
-
-
-def test_lines_state_the_plan() -> None:
-    lines = dict(planned(method="DEAT-3", epochs=None, eps=8 / 255).lines())
-    assert lines["method"].startswith("deat-3 (section 4.1")
-    assert "eps = 8/255, alpha = 10/255" in lines["attack"]
-    assert lines["setting"] == "fast: 24 epochs, cyclic LR up to 0.1"
-    assert lines["precision"] == "fp32 on cpu"
-    assert "64 training, 16 validation, 500 test images of 32x32" in lines["data"]
-    assert lines["result"] == "the weights of the last epoch"
-    # 3 * (1 + ... + 8) = 108 replays of 2 batches.
-    assert lines["cost"] == "216 backward passes, 216 forward passes, 216 updates"
 
 
 @pytest.mark.parametrize(
@@ -206,10 +107,6 @@ def test_train_refuses_bad_and_taken_names(tmp_path: Path) -> None:
     with pytest.raises(DeatError, match=r"there is a run at .*mine already"):
         train(SMALL, output=tmp_path, name="mine")
     assert (run.path / "metrics.jsonl").read_bytes() == before
-
-
-def test_default_name_is_a_file_name() -> None:
-    assert default_name(planned(method="DEAT-40%", seed=3).config) == "deat-40%-digits-training_problems-network-s3"
 
 
 def test_train_interrupted_has_curves_and_loads(tmp_path: Path) -> None:
