@@ -40,7 +40,7 @@ class ModelConfig(OptionGroup):
     """Model."""
 
     arch: str = option(
-        "preactresnet18", "Architecture: preactresnet18, wrn-D-W, timm:NAME, torchvision:NAME or "
+        "preactresnet18", "Architecture: preactresnet18, resnet18, wrn-D-W, timm:NAME, torchvision:NAME or "
         "package.module:factory.", metavar="NAME",
     )  # fmt: skip
     init_from: str | None = option(None, "Initialize the weights from this checkpoint.", metavar="PATH")
