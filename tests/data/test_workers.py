@@ -248,6 +248,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="re
 
 
 @needs_proc
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "last_line"), [("interrupt", "KeyboardInterrupt"), ("error", "ZeroDivisionError"), ("kill", "")]
 )
@@ -268,6 +269,7 @@ def test_workers_end_with_the_training_process(script: Any, mode: str, last_line
 
 
 @needs_proc
+@pytest.mark.slow
 def test_workers_ignore_ctrl_c_so_that_training_can_finish_its_batch(script: Any) -> None:
     process, _ = script("deferred")
     os.killpg(process.pid, signal.SIGINT)
