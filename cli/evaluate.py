@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .network_options import description, import_from_current_folder, network_options
-from .options import attack_names, fraction_list, json_file
+from .options import attack_names, fraction_list, json_file, size
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +63,9 @@ def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> N
     help="Evaluation dataset (taken from the run for run directories): digits, cifar10, cifar100, folder.",
 )
 @click.option("--data-dir", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the dataset.")
+@click.option("--memory-limit", type=size, metavar="SIZE",
+              help="Decode a folder's test images batch by batch if all of them would take more memory than this, such "
+              "as 8G.  [default: the run's]")  # fmt: skip
 @network_options
 @click.option("--schema", is_flag=True, is_eager=True, expose_value=False, callback=_print_schema,
               help="Print the JSON schema of eval.json.")  # fmt: skip
@@ -84,6 +87,7 @@ def evaluate(
     resume: bool | None,
     dataset: str | None,
     data_dir: Path | None,
+    memory_limit: int | None,
     **options: Any,
 ) -> None:
     """Attack a trained network and report its robust accuracy.
@@ -121,12 +125,13 @@ def evaluate(
     for name in targets:
         import_from_current_folder(name)
     network = description(**options)
-    opened = [open_target(target, norm=norm, dataset=dataset, data_dir=data_dir, **network) for target in targets]
+    data: dict[str, Any] = {"dataset": dataset, "data_dir": data_dir, "memory_limit": memory_limit}
+    opened = [open_target(target, norm=norm, **data, **network) for target in targets]
     console = Console()
     command = {"command": shlex.join(("deat-rb", *sys.argv[1:]))}
     reports = []
     for target in opened:
-        images, labels = target.examples(n_examples)
+        images, labels = target.test_images(n_examples)
         own = target.eps if norm == "Linf" else 0.5
         places = [place for place in (target.run, json_path) if place is not None]
         written: list[Path] = []

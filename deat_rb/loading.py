@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deat_rb.data.datasets import Dataset, load_data
-from deat_rb.data.images import interleave_classes
+from deat_rb.data.images import ImageSet, LabeledImages, interleave_classes
 from deat_rb.data.normalization import Normalization
 from deat_rb.models.check import trial_logits
 from deat_rb.models.class_names import match_classes, read_class_names
@@ -123,14 +123,24 @@ class EvalTarget:
         Raises:
             DeatError: There are not that many.
         """
+        images, labels = self.test_images(count)
+        return (images if isinstance(images, Tensor) else images.tensors()[0]), labels
+
+    def test_images(self, count: int | None = None) -> tuple[Tensor | LabeledImages, Tensor]:
+        """Return `examples`, leaving images in their files if they exceed the memory limit.
+
+        Raises:
+            DeatError: There are not that many.
+        """
         test = interleave_classes(self.data.test)
         if count is not None and not 1 <= count <= len(test):
             raise DeatError(f"--n-examples {count} is not possible with {len(test)} test images: "
                             f"give a number from 1 to {len(test)}")  # fmt: skip
-        images, labels = (test if count is None else test.first(count)).tensors()
+        test = test if count is None else test.first(count)
+        labels = test.labels
         if self.logit_of_class:
-            labels = torch.tensor(self.logit_of_class)[labels.cpu()].to(labels.device)
-        return images, labels
+            labels = torch.tensor(self.logit_of_class)[labels]
+        return (test.tensors()[0] if isinstance(test, ImageSet) else test), labels
 
 
 def load_model(path: str | Path, *, device: torch.device | str = "cpu", trust_code: bool = False) -> nn.Module:
@@ -225,7 +235,7 @@ def _open_checkpoint(path: Path, options: NetworkOptions, dataset: str | None) -
     weights = load_state_dict(path, options.weights_key)
     bare = strip_wrappers(weights.tensors)
     if options.arch is None:
-        raise DeatError(f"{path} does not say its network and data: give --arch")
+        raise DeatError(f"{path} does not say its network{' and data' if dataset else ''}: give --arch")
     arch = detect_variant(canonical_arch(options.arch), bare)
     if options.normalization is not None and "mu" in bare:
         raise DeatError(f"{path} has its own mean and standard deviation: leave out --mean, --std and --normalize")
@@ -305,6 +315,7 @@ def open_target(
     weights_key: str | None = None,
     model_dir: str | Path | None = None,
     norm: str = "Linf",
+    memory_limit: int | None = None,
     trust_code: bool = False,
 ) -> EvalTarget:
     """Open a network and the data to evaluate it on.
@@ -323,6 +334,8 @@ def open_target(
         weights_key: Key of the state dict in a checkpoint.
         model_dir: Folder of RobustBench's weights.
         norm: Threat model of RobustBench's zoo.
+        memory_limit: Bytes that the decoded test images of a folder may take; larger ones stay in their files. By
+            default a run's own limit, and none for others.
         trust_code: See `load_model`.
 
     Raises:
@@ -339,7 +352,8 @@ def open_target(
             raise DeatError(f"--dataset {dataset} is for checkpoints: the {kind} {path} says its network and data "
                             "itself")  # fmt: skip
         network = open_network(target, options)
-        return _of_run(path, network, data_dir) if path.is_dir() else _of_entry(path, network, data_dir)
+        return (_of_run(path, network, data_dir, memory_limit) if path.is_dir()
+                else _of_entry(path, network, data_dir))  # fmt: skip
     if dataset is None and named:
         raise DeatError(f"{target} does not say on which data it is to be evaluated: give --dataset")
     if dataset is None:
@@ -349,11 +363,11 @@ def open_target(
     if named or arch is None:
         network = open_network(target, options, dataset=dataset)
         size = (image_size or network.image_size) if dataset == "folder" else image_size
-        data = load_data(dataset, data_dir=data_dir, image_size=size)
+        data = _load_test_data(dataset, data_dir, size, memory_limit)
     else:  # the data may say how many classes the network has; what can be refused before they are decoded is
         load_state_dict(path, weights_key)
         _check_size(str(path), arch, image_size, dataset)
-        data = load_data(dataset, data_dir=data_dir, image_size=image_size)
+        data = _load_test_data(dataset, data_dir, image_size, memory_limit)
         if num_classes is not None and num_classes < len(data.classes):
             raise DeatError(f"--num-classes {num_classes} is too few: {data.name} has {len(data.classes)} classes")
         logits = num_classes or len(names) or len(data.classes)
@@ -370,11 +384,18 @@ def _check_size(source: str, arch: str, image_size: int | None, dataset: str | N
                         "the images that it was trained on")  # fmt: skip
 
 
-def _of_run(path: Path, network: Network, data_dir: str | Path | None) -> EvalTarget:
+def _load_test_data(
+    dataset: str, data_dir: str | Path | None, image_size: int | None, memory_limit: int | None
+) -> Dataset:
+    return load_data(dataset, data_dir=data_dir, image_size=image_size, memory_limit=memory_limit, test_only=True)
+
+
+def _of_run(path: Path, network: Network, data_dir: str | Path | None, memory_limit: int | None) -> EvalTarget:
     run = RunDirectory.open(path)
     config = run.config
     own = config.data
-    data = load_data(own.dataset, data_dir=data_dir or own.data_dir, image_size=own.image_size)
+    limit = own.memory_limit if memory_limit is None else memory_limit
+    data = _load_test_data(own.dataset, data_dir or own.data_dir, own.image_size, limit)
     same_data = data.fingerprint == config.data_fingerprint
     if not same_data:
         network = replace(network, notes=(*network.notes, "the data are not those that the run was trained on"))

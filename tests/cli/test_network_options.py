@@ -1,0 +1,126 @@
+"""Options about networks that do not describe themselves: `deat-rb eval` and `predict` of checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from deat_rb.cli import main
+from deat_rb.cli.network_options import import_from_current_folder
+from deat_rb.models.spec import build_model
+from deat_rb.utils.errors import DeatError
+
+COMMAND = str(Path(sys.executable).parent / "deat-rb")
+FAST = ["--attacks", "natural", "--checks", "none", "--no-page", "--device", "cpu", "--n-examples", "4"]
+MODULE = """
+import torch
+from my_layers import Means
+def trained(): return Means()
+def build(num_classes): return Means()
+"""
+LAYERS = """
+import torch
+class Means(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+    def forward(self, images): return images.mean((2, 3)) * self.scale
+"""
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="deat-rb")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with a module, a checkpoint for it, and an image of each class."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    (tmp_path / "mynet.py").write_text(MODULE)
+    (tmp_path / "my_layers.py").write_text(LAYERS)
+    torch.save({"scale": torch.tensor(2.0)}, tmp_path / "net.pt")
+    (tmp_path / "classes.txt").write_text("rot\ngrün\nblau\n")
+    for index, name in enumerate(("r", "g", "b")):
+        Image.new("RGB", (9, 9), tuple(255 * (channel == index) for channel in range(3))).save(f"{name}.png")
+    for part in ("train", "test"):
+        for index, name in enumerate(("blau", "grün", "rot")):
+            (tmp_path / "data" / part / name).mkdir(parents=True)
+            colour = tuple(255 * (channel == 2 - index) for channel in range(3))
+            for number in range(2):
+                Image.new("RGB", (9, 9), colour).save(tmp_path / "data" / part / name / f"{number}.png")
+    return tmp_path
+
+
+def test_eval_finds_a_module_in_the_current_folder(here: Path) -> None:
+    """Through the installed command, whose path does not have the current folder."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [COMMAND, "eval", "net.pt", "--arch", "mynet:build", "--classes", "classes.txt", "--image-size", "8",
+               "--dataset", "folder", "--data-dir", "data", "--json", "report.json", *FAST]  # fmt: skip
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((here / "report.json").read_text())
+    assert report["results"]["natural"]["accuracy"] == 1
+    assert report["provenance"]["note"] == "labels were matched to logits by class name (all 3 classes)"
+
+
+def test_import_from_current_folder_ignores_installed_packages_and_paths(here: Path) -> None:
+    before = list(sys.path)
+    for name in ("timm:resnet18", "wrn-10-1", "torchvision:resnet18", "no_such_module:net", "a/b:c", "json:loads"):
+        import_from_current_folder(name)
+    assert sys.path == before
+
+
+def test_import_from_current_folder_names_what_fails(here: Path) -> None:
+    (here / "broken.py").write_text("raise OSError('no weights\\nat all')")
+    with pytest.raises(DeatError, match=r"^'broken:net' cannot be imported from .* \(OSError: no weights\)$"):
+        import_from_current_folder("broken:net")
+
+
+def test_predict_of_a_checkpoint(here: Path) -> None:
+    result = run("predict", "net.pt", "r.png", "b.png", "--arch", "mynet:build", "--classes", "classes.txt",
+                 "--image-size", 8, "--json", "--device", "cpu")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    guesses = [each["guesses"][0] for each in json.loads(result.output)]
+    assert [(guess["index"], guess["name"]) for guess in guesses] == [(0, "rot"), (2, "blau")]
+    # Logits 2, 0, 0: e^2 / (e^2 + 2).
+    assert guesses[0]["confidence"] == pytest.approx(0.786986, abs=1e-6)
+    named = run("predict", "mynet:trained", "g.png", "--image-size", 8, "--json", "--device", "cpu")
+    assert json.loads(named.output)[0]["guesses"][0]["name"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["net.pt"], "net.pt does not say its network: give --arch"),
+        (["net.pt", "--arch", "mynet:build"], "takes images of several sizes (mynet:build): give --image-size"),
+        (["net.pt", "--arch", "mynet:build", "--image-size", "8"], "give --classes or --num-classes"),
+        (["mynet:trained", "--image-size", "8", "--classes", "two.txt"], "has 3 logits and 2 class names"),
+        (["mynet:trained"], "give --image-size"),
+        (["net.pt", "--mean", "1,x"], "'1,x' is not a list of numbers such as 0.4914"),
+    ],
+)
+def test_predict_says_what_is_missing(here: Path, arguments: list[str], message: str) -> None:
+    (here / "two.txt").write_text("a\nb\n")
+    result = run("predict", *arguments[:1], "r.png", *arguments[1:], "--device", "cpu")
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_eval_with_a_named_normalization(here: Path) -> None:
+    torch.save(build_model("wrn-10-1", num_classes=3).net.state_dict(), here / "wrn.pt")
+    given = ["eval", "wrn.pt", "--arch", "wrn-10-1", "--dataset", "folder", "--data-dir", "data", *FAST]
+    assert run(*given, "--normalize", "cifar10", "--json", "a.json").exit_code == 0
+    numbers = ["--mean", "0.4914,0.4822,0.4465", "--std", "0.2471,0.2435,0.2616"]
+    assert run(*given, *numbers, "--json", "b.json").exit_code == 0
+    first, second = (json.loads((here / name).read_text()) for name in ("a.json", "b.json"))
+    assert first["model_sha256"] == second["model_sha256"]
+    assert first["provenance"]["normalization"].startswith("mean 0.4914")
