@@ -1,7 +1,7 @@
 """The command ``deat-rb``.
 
-A command's module is imported when that command runs, so that ``--help`` does not wait for torch. Here, and nowhere
-else, an error becomes an exit status: 2 for what the user can put right, 130 for Ctrl-C.
+A command's module is imported when the command runs, so that ``--help`` does not wait for torch. Errors become exit
+statuses here and nowhere else: 2 for an error that the user can correct, 130 for Ctrl-C.
 """
 
 from __future__ import annotations
@@ -25,27 +25,26 @@ COMMANDS = {
     "methods": ("methods", "List the methods, or explain one."),
 }
 
-_SYSTEM_REFUSALS = {
-    errno.ENOSPC: "the disk that holds it is full; free some space or choose another folder",
-    errno.EDQUOT: "your quota of the disk that holds it is used up; free some space or choose another folder",
-    errno.EROFS: "it lies on a read-only file system; choose another folder",
-    errno.ENAMETOOLONG: "no file can have so long a name; give another",
-    errno.ELOOP: "it is a link that leads in a circle; give the file itself",
+_SYSTEM_ERRORS = {
+    errno.ENOSPC: "the disk is full; free some space or choose another folder",
+    errno.EDQUOT: "your disk quota is used up; free some space or choose another folder",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.ELOOP: "it is a symbolic link to itself; give the file itself",
     errno.EACCES: "permission denied; choose another folder or change its permissions",
 }
+"""Errors of the operating system that the user can correct, in words."""
 
 
-def _shown(message: str) -> str:
-    """A message in which the names of files and the like cannot move the cursor or hide anything."""
-    from deat_rb.utils.text import printable
-
-    return printable(message, 4000)
-
-
-class _Refusal(click.ClickException):
-    """Printed as ``Error: <sentence>`` on stderr."""
+class _UserError(click.ClickException):
+    """Printed as ``Error: <sentence>`` on stderr, without control characters that names of files may contain."""
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        from deat_rb.utils.text import printable
+
+        super().__init__(printable(message, 4000))
 
 
 class _Commands(click.Group):
@@ -75,22 +74,22 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except DeatError as error:
-            raise _Refusal(_shown(str(error))) from None
+            raise _UserError(str(error)) from None
         except KeyboardInterrupt as interrupt:
-            kept = interrupt.kept if isinstance(interrupt, Interrupted) else ""
-            click.echo(f"Interrupted: {kept or 'nothing was kept'}", err=True)
+            saved = interrupt.kept if isinstance(interrupt, Interrupted) else ""
+            click.echo(f"Interrupted: {saved or 'nothing was saved'}", err=True)
             ctx.exit(130)
         except OSError as error:
-            if error.errno not in _SYSTEM_REFUSALS:
+            if error.errno not in _SYSTEM_ERRORS:
                 raise
-            what = f"'{error.filename}'" if error.filename else "a file"
-            raise _Refusal(_shown(f"cannot use {what}: {_SYSTEM_REFUSALS[error.errno]}")) from None
+            file = f"'{error.filename}'" if error.filename else "a file"
+            raise _UserError(f"cannot use {file}: {_SYSTEM_ERRORS[error.errno]}") from None
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="deat-rb")
 def main() -> None:
-    """Train robust networks by gradient-guided dynamic efficient adversarial training.
+    """Adversarial training with gradient-guided methods, and robustness evaluation.
 
-    Sizes such as --eps are in units of the image range [0, 1] and may be written 8/255.
+    Images are in [0, 1], and so are --eps and --alpha, which may be written 8/255.
     """

@@ -1,4 +1,4 @@
-"""The command's own part: what it accepts, what it prints, and with which status it ends."""
+"""The command line: options, output, error messages and exit statuses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(*arguments: object) -> Result:
 
 
 def refusal(*arguments: object) -> str:
-    """The sentence of a command that ends with status 2 and prints nothing else."""
+    """Return the error message of a command that exits with status 2 and prints nothing else."""
     result = run(*arguments)
     assert (result.exit_code, result.stdout) == (2, ""), result.output
     last = result.stderr.splitlines()[-1]
@@ -41,7 +41,7 @@ def refusal(*arguments: object) -> str:
 
 @pytest.fixture
 def command_that(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], Sequence[str]]:
-    """Adds a command that raises something, and says how to call it."""
+    """Add a command that raises an error; return its arguments."""
 
     def add(error: BaseException) -> Sequence[str]:
         module = ModuleType("deat_rb.cli.broken")
@@ -60,7 +60,7 @@ def command_that(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], S
 # Help
 
 
-def test_help_says_of_each_command_what_the_command_says_itself() -> None:
+def test_help_lists_each_command_with_its_own_first_sentence() -> None:
     help_text = run("--help").output
     for name, (_, sentence) in COMMANDS.items():
         command = main.get_command(click.Context(main), name)
@@ -68,58 +68,58 @@ def test_help_says_of_each_command_what_the_command_says_itself() -> None:
         assert re.search(rf"^  {name} +{re.escape(sentence)}$", help_text, re.MULTILINE)
 
 
-def test_the_command_is_installed_under_its_name_and_runs_as_a_module() -> None:
+def test_version_of_the_installed_command_and_of_the_module() -> None:
     script = Path(sys.executable).with_name("deat-rb")
     for command in ([script], [sys.executable, "-m", "deat_rb"]):
         done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
         assert done.stdout == "deat-rb, version 0.1.0\n"
 
 
-def test_an_unknown_command_is_refused_with_the_nearest() -> None:
+def test_resolve_command_suggests_the_nearest_name() -> None:
     assert refusal("trian") == "there is no command 'trian': did you mean 'train'?"
 
 
-# Errors become statuses
+# Errors and exit statuses
 
 
-def test_a_deat_error_is_one_sentence_and_status_2(command_that: Callable[[BaseException], Sequence[str]]) -> None:
+def test_invoke_prints_a_deat_error_and_exits_with_2(command_that: Callable[[BaseException], Sequence[str]]) -> None:
     assert refusal(*command_that(DeatError("eps = 7 is outside (0, 1]"))) == "eps = 7 is outside (0, 1]"
 
 
 @pytest.mark.parametrize(
-    ("interrupt", "said"),
+    ("interrupt", "message"),
     [
-        (KeyboardInterrupt(), "Interrupted: nothing was kept\n"),
+        (KeyboardInterrupt(), "Interrupted: nothing was saved\n"),
         (Interrupted("epochs 1 to 3 are in runs/a"), "Interrupted: epochs 1 to 3 are in runs/a\n"),
     ],
 )
-def test_ctrl_c_is_status_130_and_says_what_was_kept(
-    interrupt: BaseException, said: str, command_that: Callable[[BaseException], Sequence[str]]
+def test_invoke_exits_with_130_on_ctrl_c(
+    interrupt: BaseException, message: str, command_that: Callable[[BaseException], Sequence[str]]
 ) -> None:
     result = run(*command_that(interrupt))
-    assert (result.exit_code, result.stderr) == (130, said)
+    assert (result.exit_code, result.stderr) == (130, message)
 
 
 @pytest.mark.parametrize(
     ("number", "reason"),
     [
-        (errno.ENOSPC, "the disk that holds it is full; free some space or choose another folder"),
-        (errno.EROFS, "it lies on a read-only file system; choose another folder"),
+        (errno.ENOSPC, "the disk is full; free some space or choose another folder"),
+        (errno.EROFS, "the file system is read-only; choose another folder"),
         (errno.EACCES, "permission denied; choose another folder or change its permissions"),
     ],
 )
-def test_what_the_system_refuses_is_one_sentence(
+def test_invoke_prints_an_error_of_the_operating_system_as_one_sentence(
     number: int, reason: str, command_that: Callable[[BaseException], Sequence[str]]
 ) -> None:
     assert refusal(*command_that(OSError(number, os.strerror(number), "runs/a"))) == f"cannot use 'runs/a': {reason}"
 
 
-def test_an_error_of_our_own_making_keeps_its_traceback(command_that: Callable[[BaseException], Sequence[str]]) -> None:
+def test_invoke_does_not_catch_a_bug(command_that: Callable[[BaseException], Sequence[str]]) -> None:
     result = run(*command_that(ZeroDivisionError()))
     assert isinstance(result.exception, ZeroDivisionError)
 
 
-def test_a_reader_that_goes_away_is_no_error() -> None:
+def test_help_into_a_closed_pipe_is_no_error() -> None:
     program = "from deat_rb.cli import main; main(['--help'])"
     reader, writer = os.pipe()
     os.close(reader)
@@ -152,7 +152,7 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def described(checkpoint: Path, image_folder: Path) -> list[str | Path]:
-    """A checkpoint with all that is needed to evaluate it."""
+    """A checkpoint with the options that are needed to evaluate it."""
     return [checkpoint, "--arch", "wrn-10-1", "--dataset", "folder", "--data-dir", image_folder]
 
 
@@ -170,7 +170,7 @@ def test_eval_of_a_checkpoint(described: list[str | Path], tmp_path: Path) -> No
     assert set(report.verdicts) == {"natural", "fgsm", "pgd-2"}
 
 
-def test_eval_writes_nothing_for_a_checkpoint_without_json(
+def test_eval_of_a_checkpoint_writes_nothing_without_json(
     described: list[str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -180,7 +180,7 @@ def test_eval_writes_nothing_for_a_checkpoint_without_json(
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
 
 
-def test_eval_of_a_run_takes_all_from_the_run_and_keeps_the_report_there(digits_run: Path) -> None:
+def test_eval_of_a_run_uses_its_config_and_writes_eval_json(digits_run: Path) -> None:
     result = run("eval", digits_run, "--attacks", "fgsm", "--n-examples", 20, "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1] == f"written: {digits_run / 'eval.json'}"
@@ -220,20 +220,22 @@ def test_eval_refuses(flags: list[str], sentence: str, described: list[str | Pat
     ("given", "missing"),
     [([], "--arch and --dataset"), (["--arch", "wrn-10-1"], "--dataset"), (["--dataset", "digits"], "--arch")],
 )
-def test_eval_says_what_a_checkpoint_does_not(given: list[str], missing: str, checkpoint: Path) -> None:
+def test_eval_of_a_checkpoint_names_the_options_that_are_missing(
+    given: list[str], missing: str, checkpoint: Path
+) -> None:
     assert refusal("eval", checkpoint, *given).endswith(f"does not say its network and data: give {missing}")
 
 
-def test_eval_of_nothing() -> None:
+def test_eval_of_a_path_that_does_not_exist() -> None:
     assert refusal("eval", "nowhere.pt") == "nowhere.pt does not exist"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends a signal that Windows does not have")
-def test_ctrl_c_while_attacking(described: list[str | Path]) -> None:
-    # Within such an eps nothing is broken, so that no image is done before the last step.
+def test_eval_exits_with_130_on_ctrl_c(described: list[str | Path]) -> None:
+    # Within such an eps no image is misclassified, so that the attack takes all of its steps.
     flags = ["--attacks", "pgd-100000", "--eps", "1e-12"]
     command = [sys.executable, "-m", "deat_rb", "eval", *map(str, described), *flags]
-    # A shell starts what it puts into the background with SIGINT ignored, and that is inherited.
+    # A shell starts background processes with SIGINT ignored, and that is inherited.
     running = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     )
@@ -241,14 +243,14 @@ def test_ctrl_c_while_attacking(described: list[str | Path]) -> None:
     assert running.stderr.readline().startswith("natural: ")
     time.sleep(0.5)
     running.send_signal(signal.SIGINT)
-    assert running.communicate(timeout=60)[1] == "Interrupted: nothing was kept\n"
+    assert running.communicate(timeout=60)[1] == "Interrupted: nothing was saved\n"
     assert running.returncode == 130
 
 
 # export
 
 
-def test_export_takes_its_figures_from_eval(digits_run: Path, tmp_path: Path) -> None:
+def test_export_writes_the_accuracies_of_eval_json(digits_run: Path, tmp_path: Path) -> None:
     assert run("eval", digits_run, "--attacks", "fgsm", "--n-examples", 20, "--device", "cpu").exit_code == 0
     result = run("export", digits_run, "--model-name", "Wang2021Gradient_R18", "--as-dataset", "cifar10",
                  "--output", tmp_path, "--venue", "At home, 2021")  # fmt: skip
@@ -273,12 +275,12 @@ def test_export_refuses(digits_run: Path, tmp_path: Path) -> None:
 # methods
 
 
-def test_methods_lists_every_row() -> None:
+def test_methods_lists_every_method() -> None:
     names = {line.split()[0] for line in run("methods").stdout.splitlines() if line.split()}
     assert {"standard", "free-8", "deat-40%", "m-deat", "pgd-7", "m+u-fgsm", "fat-5", "f+mart", "m+trades"} <= names
 
 
-def test_methods_for_programs() -> None:
+def test_methods_as_json() -> None:
     rows = json.loads(run("methods", "--json").stdout)
     assert {"name", "family", "attack", "loss", "schedule", "stop", "cost", "paper"} == set(rows[0])
     assert len(rows) >= 16
@@ -286,11 +288,11 @@ def test_methods_for_programs() -> None:
     assert one == {**next(row for row in rows if row["name"] == "m+trades"), "explanation": one["explanation"]}
 
 
-def test_methods_explains_one() -> None:
+def test_methods_of_one_method() -> None:
     text = run("methods", "M+TRADES").stdout
     assert "m+trades" in text
     assert "Algorithm 4" in text
 
 
-def test_methods_refuses_an_unknown_one() -> None:
+def test_methods_suggests_the_nearest_name() -> None:
     assert "there is no method 'm+trds': did you mean" in refusal("methods", "m+trds")
