@@ -1,4 +1,4 @@
-"""Speed and memory of training and evaluation beside plain loops and beside the bare passes: ``python -m benchmarks``.
+"""Benchmarks of training and evaluation beside plain loops and bare passes: ``python -m benchmarks``.
 
-Not part of the installed package: run it from the repository's root.
+They are not installed; run them in the root of the repository.
 """

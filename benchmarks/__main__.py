@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 WIDTH = 200
-"""Of the tables where no terminal limits it."""
+"""Width of the tables where no terminal limits it."""
 
 QUICK = {"arch": "wrn-10-1", "batch_size": 8, "repeats": 1, "images": 8}
 
 
-class Refusal(click.ClickException):
+class UserError(click.ClickException):
     """Printed as ``Error: <sentence>`` on stderr."""
 
     exit_code = 2
@@ -30,7 +30,7 @@ class Refusal(click.ClickException):
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for; see the command's help."""
+    """The command's options; see its help."""
 
     arch: str
     batch_size: int
@@ -47,7 +47,7 @@ class Options:
 
 @dataclass
 class Results:
-    """What was measured, as the JSON file has it."""
+    """The measurements, as written to the JSON file."""
 
     environment: dict[str, Any]
     options: dict[str, Any]
@@ -59,14 +59,14 @@ class Results:
 
 
 class Progress:
-    """Says on stderr what is under way: in place on a terminal, else a line for each part."""
+    """Shows on stderr what is running: in place on a terminal, else a line for each part."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
         self._part = ""
 
     def __call__(self, text: str) -> None:
-        """Something is about to run; ``method: side``."""
+        """Show what runs next, ``method: side``."""
         seconds = time.monotonic() - self._began
         if sys.stderr.isatty():
             click.echo(f"\r\033[K{seconds:6.0f} s  {text}", nl=False, err=True)
@@ -75,7 +75,7 @@ class Progress:
             click.echo(f"{seconds:6.0f} s  {part}", err=True)
 
     def done(self) -> None:
-        """Clears the line."""
+        """Clear the line."""
         if sys.stderr.isatty():
             click.echo("\r\033[K", nl=False, err=True)
 
@@ -85,23 +85,34 @@ def _names(context: click.Context, parameter: click.Parameter, text: str | None)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--arch", default="preactresnet18", show_default=True, help="Of CIFAR's size, as for deat-rb train.")
+@click.option("--arch", default="preactresnet18", show_default=True, help="Architecture, as for deat-rb train.")
 @click.option("--batch-size", type=click.IntRange(min=2), default=128, show_default=True)
 @click.option("--precision", "precisions", callback=_names, default="bf16,fp32", show_default=True, metavar="A,B")
-@click.option("--methods", callback=_names, metavar="A,B", help="By default all.")
-@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds after the warm-up.")
-@click.option("--threads", type=click.IntRange(min=1), help="Of torch; by default its own choice.")
+@click.option("--methods", callback=_names, metavar="A,B", help="By default all methods.")
+@click.option(
+    "--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Number of rounds after the warm-up."
+)
+@click.option("--threads", type=click.IntRange(min=1), help="torch's number of threads; by default its own choice.")
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="cpu, cuda, cuda:1, mps or auto.")
-@click.option("--compile", "compiled", is_flag=True, help="Our passes by torch.compile.")
-@click.option("--no-speed", is_flag=True, help="Leave the training steps' times out.")
-@click.option("--memory", is_flag=True, help="Peak memory, too.")
-@click.option("--overhead", is_flag=True, help="The share of shuffling, augmentation and metrics, too.")
-@click.option("--eval", "evaluation", is_flag=True, help="PGD-100 beside torchattacks, AutoAttack beside RobustBench.")
-@click.option("--run", type=click.Path(path_type=Path), help="Evaluate this run; by default a network is trained.")
-@click.option("--images", type=click.IntRange(min=1), default=500, show_default=True, help="That are evaluated.")
+@click.option("--compile", "compiled", is_flag=True, help="Compile our passes with torch.compile.")
+@click.option("--no-speed", is_flag=True, help="Do not time training steps.")
+@click.option("--memory", is_flag=True, help="Also measure peak memory.")
+@click.option("--overhead", is_flag=True, help="Also measure the overhead of shuffling, augmentation and metrics.")
+@click.option(
+    "--eval",
+    "evaluation",
+    is_flag=True,
+    help="Also time PGD-100 beside torchattacks and AutoAttack beside RobustBench.",
+)
+@click.option("--run", type=click.Path(path_type=Path), help="Run to evaluate; by default a network is trained.")
+@click.option(
+    "--images", type=click.IntRange(min=1), default=500, show_default=True, help="Number of images to evaluate."
+)
 @click.option("--no-autoattack", is_flag=True, help="Leave AutoAttack out of --eval.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write all times here.")
-@click.option("--quick", is_flag=True, help="A smoke run: WRN-10-1, batches of 8, one round. Its figures say nothing.")
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write all measurements to this file."
+)
+@click.option("--quick", is_flag=True, help="Smoke test: WRN-10-1, batches of 8, one round; its times mean nothing.")
 @click.pass_context
 def main(
     context: click.Context,
@@ -116,10 +127,10 @@ def main(
     quick: bool,
     **given: Any,
 ) -> None:
-    """Times every method's training step beside (a) a plain loop as its authors publish it and (b) the bare passes.
+    """Time every method's training step beside (a) a plain loop as its authors publish it and (b) its bare passes.
 
-    All sides of a method run in turn in this process; ratios are the medians of the rounds' ratios. A target that is
-    missed is said, and is no error.
+    The sides of a method alternate in this process; ratios are medians over the rounds. A missed target is
+    reported, and is no error.
     """
     if quick:
         commandline = click.core.ParameterSource.COMMANDLINE
@@ -127,24 +138,24 @@ def main(
     options = Options(**given, autoattack=not no_autoattack, quick=quick)
     try:
         if json_path is not None and not json_path.parent.is_dir():
-            raise DeatError(f"--json {json_path}: there is no folder {json_path.parent} to write it into")
+            raise DeatError(f"--json {json_path}: there is no folder {json_path.parent}")
         if not (evaluation or memory or overhead) and no_speed:
-            raise DeatError("--no-speed leaves nothing to measure; add --memory, --overhead or --eval")
+            raise DeatError("--no-speed leaves nothing to measure: add --memory, --overhead or --eval")
         parts = {"speed": not no_speed, "memory": memory, "overhead": overhead, "evaluation": evaluation}
         results = measure(options, threads, [name for name, asked in parts.items() if asked])
     except DeatError as error:
-        raise Refusal(str(error)) from None
+        raise UserError(str(error)) from None
     if json_path is not None:
         json_path.write_text(json.dumps(asdict(results), indent=2, default=str) + "\n", encoding="utf-8")
     if any(each["equal"] and each["differing"] for each in results.evaluation):
-        raise click.ClickException("AutoAttack's verdicts are not RobustBench's")
+        raise click.ClickException("AutoAttack's verdicts differ from RobustBench's")
 
 
 def measure(options: Options, threads: int | None, parts: list[str]) -> Results:
-    """Measures and prints what was asked for.
+    """Measure and print the requested parts.
 
     Raises:
-        DeatError: If a name is unknown or the device is not there.
+        DeatError: A name is unknown or there is no such device.
     """
     import torch
     from rich.console import Console
@@ -250,10 +261,10 @@ def _evaluation(options: Options, device: Any, results: Results, console: Consol
     from benchmarks.tables import evaluation_table
 
     epochs = 1 if options.quick else evaluation.EPOCHS
-    subject = evaluation.subject_of(options.run, options.images, str(device), epochs=epochs, notify=progress)
+    target = evaluation.make_target(options.run, options.images, str(device), epochs=epochs, notify=progress)
     found = [
         evaluation.against_torchattacks(
-            subject,
+            target,
             batch_size=options.batch_size,
             repeats=options.repeats,
             notify=lambda side: progress(f"PGD: {side}"),
@@ -262,11 +273,11 @@ def _evaluation(options: Options, device: Any, results: Results, console: Consol
     if options.autoattack:
         found.append(
             evaluation.against_robustbench(
-                subject, batch_size=options.batch_size, notify=lambda side: progress(f"AutoAttack: {side}")
+                target, batch_size=options.batch_size, notify=lambda side: progress(f"AutoAttack: {side}")
             )
         )
     progress.done()
-    console.print(f"Evaluated: {subject.source}")
+    console.print(f"Evaluated: {target.source}")
     console.print(evaluation_table(found))
     results.evaluation = [asdict(each) | {"speedup": each.speedup} for each in found]
 

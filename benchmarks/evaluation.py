@@ -1,4 +1,4 @@
-"""Evaluation beside torchattacks' PGD and beside RobustBench's AutoAttack, on a model that half withstands."""
+"""Evaluation times beside torchattacks' PGD and RobustBench's AutoAttack, on a model of robust accuracy below 1/2."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EPS_STEP = 0.01
 
 @dataclass(frozen=True)
 class EvalTarget:
-    """What is evaluated.
+    """A model and its test images.
 
     Attributes:
         model: In eval mode, on the device; takes images in [0, 1].
@@ -48,26 +48,26 @@ class EvalTarget:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return next(self.model.parameters()).device
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One attack, by ours and by theirs.
+    """Times and accuracies of one attack, ours and theirs.
 
     Attributes:
         attack: Its name.
-        against: Whose implementation is beside ours.
+        against: The other implementation.
         examples: N.
         eps: The radius, in [0, 1] pixel units.
         ours: Seconds, by round.
         theirs: Seconds, by round.
         ours_accuracy: Robust accuracy in [0, 1].
         theirs_accuracy: Robust accuracy in [0, 1].
-        differing: How many examples' verdicts differ.
-        equal: Whether they have to be the same: AutoAttack's are seeded alike, the starts of PGD are not.
-        target: How many times as fast ours is to be, where that is said.
+        differing: Number of examples whose verdicts differ.
+        equal: Whether verdicts have to be equal: AutoAttack's seeds are the same, PGD's random starts are not.
+        target: The speedup to be reached, if there is a target.
     """
 
     attack: str
@@ -84,24 +84,23 @@ class Comparison:
 
     @property
     def speedup(self) -> float:
-        """How many times as fast ours is."""
+        """Their time divided by ours."""
         return ratio(self.theirs, self.ours)
 
 
-def subject_of(
+def make_target(
     run: Path | None, count: int, device: str, *, epochs: int = EPOCHS, notify: Notify = lambda text: None
 ) -> EvalTarget:
-    """Opens a run or, without one, trains WRN-10-1 on the embedded digits by FREE-4 for a moment.
+    """Open a run or, without one, train WRN-10-1 on the digits by FREE-4 for three epochs.
 
-    The radius is the run's own, or the smallest at which the trained network withstands PGD-20 on less than half of
-    the images.
+    The radius is the run's own, or the smallest at which the trained network has PGD-20 accuracy below 1/2.
 
     Args:
         run: A run directory.
-        count: How many test images.
-        device: Where.
-        epochs: Of that training.
-        notify: Is told what is about to run.
+        count: Number of test images.
+        device: The device.
+        epochs: Number of epochs of that training.
+        notify: Called with the name of what runs next.
 
     Raises:
         DeatError: The run cannot be used.
@@ -136,86 +135,86 @@ def _eps_below_half(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def against_torchattacks(
-    subject: EvalTarget, *, batch_size: int, repeats: int, steps: int = PGD_STEPS, notify: Notify = lambda side: None
+    target: EvalTarget, *, batch_size: int, repeats: int, steps: int = PGD_STEPS, notify: Notify = lambda side: None
 ) -> Comparison:
-    """PGD beside torchattacks' PGD, both of steps of eps / 4.
+    """Time PGD and torchattacks' PGD, both with step size eps / 4.
 
     Args:
-        subject: The model and the images.
-        batch_size: How many are attacked together.
-        repeats: Rounds.
-        steps: Of PGD.
-        notify: Is told which side is about to run.
+        target: The model and the images.
+        batch_size: N.
+        repeats: Number of rounds.
+        steps: Number of PGD's steps.
+        notify: Called with the name of the side that runs next.
     """
     verdicts: dict[str, Tensor] = {}
-    attack = torchattacks.PGD(subject.model, eps=subject.eps, alpha=subject.eps / 4, steps=steps, random_start=True)
+    attack = torchattacks.PGD(target.model, eps=target.eps, alpha=target.eps / 4, steps=steps, random_start=True)
 
     def ours() -> None:
         name = f"pgd-{steps}"
-        options: dict[str, Any] = {"eps": subject.eps, "batch_size": batch_size}
-        verdicts["ours"] = evaluate(subject.model, subject.images, subject.labels, attacks=[name], **options).verdicts[
+        options: dict[str, Any] = {"eps": target.eps, "batch_size": batch_size}
+        verdicts["ours"] = evaluate(target.model, target.images, target.labels, attacks=[name], **options).verdicts[
             name
         ]
 
     def theirs() -> None:
         seeding.seed_global(0, "benchmark")
         correct = []
-        for begin in range(0, len(subject.images), batch_size):
+        for begin in range(0, len(target.images), batch_size):
             rows = slice(begin, begin + batch_size)
-            images, labels = subject.images[rows].to(subject.device), subject.labels[rows].to(subject.device)
+            images, labels = target.images[rows].to(target.device), target.labels[rows].to(target.device)
             adv = attack(images, labels)
             with torch.no_grad():
-                correct.append((subject.model(adv).argmax(dim=1) == labels).cpu())
+                correct.append((target.model(adv).argmax(dim=1) == labels).cpu())
         verdicts["theirs"] = torch.cat(correct)
 
     with seeding.preserved():
         sides = {"torchattacks": Side(theirs), "ours": Side(ours)}
-        times = alternate(sides, repeats, clock=device_clock(subject.device), notify=notify)
-    return _compared(f"pgd-{steps}", "torchattacks", subject, times, verdicts, equal=False, target=PGD_TARGET)
+        times = alternate(sides, repeats, clock=device_clock(target.device), notify=notify)
+    return _compared(f"pgd-{steps}", "torchattacks", target, times, verdicts, equal=False, speedup=PGD_TARGET)
 
 
-def against_robustbench(subject: EvalTarget, *, batch_size: int, notify: Notify = lambda side: None) -> Comparison:
-    """AutoAttack's standard version beside `robustbench.benchmark`, seeded alike, once each.
+def against_robustbench(target: EvalTarget, *, batch_size: int, notify: Notify = lambda side: None) -> Comparison:
+    """Time AutoAttack's standard version and `robustbench.benchmark` with the same seed, once each.
 
     Args:
-        subject: The model and the images.
-        batch_size: How many are attacked together.
-        notify: Is told which side is about to run.
+        target: The model and the images.
+        batch_size: N.
+        notify: Called with the name of the side that runs next.
     """
     verdicts: dict[str, Tensor] = {}
 
     def ours() -> None:
         report = evaluate(
-            subject.model,
-            subject.images,
-            subject.labels,
+            target.model,
+            target.images,
+            target.labels,
             attacks=["autoattack"],
-            eps=subject.eps,
+            eps=target.eps,
             batch_size=batch_size,
             seed=0,
         )
         verdicts["ours"] = report.verdicts["autoattack"]
 
     def theirs() -> None:
-        options: dict[str, Any] = {"eps": subject.eps, "batch_size": batch_size}
+        options: dict[str, Any] = {"eps": target.eps, "batch_size": batch_size}
         verdicts["theirs"] = robustbench_benchmark.benchmark(
-            subject.model, subject.images, subject.labels, seed=0, **options
+            target.model, target.images, target.labels, seed=0, **options
         )[2]
 
     sides = {"robustbench": Side(theirs), "ours": Side(ours)}
-    times = alternate(sides, 1, warm_up=False, clock=device_clock(subject.device), notify=notify)
-    return _compared("autoattack", "robustbench", subject, times, verdicts, equal=True)
+    times = alternate(sides, 1, warm_up=False, clock=device_clock(target.device), notify=notify)
+    return _compared("autoattack", "robustbench", target, times, verdicts, equal=True)
 
 
 def _compared(
     attack: str,
     against: str,
-    subject: EvalTarget,
+    target: EvalTarget,
     times: Times,
     verdicts: dict[str, Tensor],
     *,
     equal: bool,
-    target: float | None = None,
+    speedup: float | None = None,
 ) -> Comparison:
     ours, theirs = verdicts["ours"], verdicts["theirs"]
     theirs_accuracy = float(theirs.float().mean())
@@ -223,12 +222,12 @@ def _compared(
         attack,
         against,
         examples=len(ours),
-        eps=subject.eps,
+        eps=target.eps,
         ours=times["ours"],
         theirs=times[against],
         ours_accuracy=float(ours.float().mean()),
         theirs_accuracy=theirs_accuracy,
         differing=int((ours != theirs).sum()),
         equal=equal,
-        target=target if theirs_accuracy < BELOW else None,
+        target=speedup if theirs_accuracy < BELOW else None,
     )

@@ -1,4 +1,4 @@
-"""The limit: the bare passes of the network that a method takes, in the best layout and precision, and nothing else."""
+"""The lower limit of a method's time: its forward and backward passes alone, in the fastest layout and precision."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Pass:
     Attributes:
         kind: ``forward`` without a gradient; ``input``: with the gradient of the images alone; ``update``: with those
             of the parameters; ``replay``: with both.
-        rows: How many images take it.
-        training: The mode it runs in.
+        rows: Number of images.
+        training: Whether the model is in train mode.
         cast: Whether it runs under autocast.
     """
 
@@ -39,7 +39,7 @@ class Pass:
 
 @contextmanager
 def observed(trainer: Trainer) -> Iterator[list[Pass]]:
-    """Notes the passes that a trainer's steps take meanwhile."""
+    """Record the passes of a trainer's steps."""
     passes: list[Pass] = []
     with_gradient: Kind = "replay" if isinstance(trainer, ReplayTrainer) else "input"
 
@@ -61,12 +61,12 @@ def observed(trainer: Trainer) -> Iterator[list[Pass]]:
 
 
 class Limit:
-    """Takes given passes.
+    """Runs a list of passes.
 
     Args:
         model: In channels_last, on the device.
-        passes: In their order; updates that follow each other go backward together, as those of TRADES and MART.
-        precision: fp32, bf16 or fp16: of the passes that run under autocast.
+        passes: In order; consecutive updates share one backward pass, as in TRADES and MART.
+        precision: fp32, bf16 or fp16, for the passes under autocast.
     """
 
     def __init__(self, model: nn.Module, passes: list[Pass], precision: str) -> None:
@@ -76,15 +76,15 @@ class Limit:
         self.parameters = list(model.parameters())
 
     def __call__(self, images: Tensor) -> None:
-        """Takes all passes with the images (N, C, H, W), in channels_last."""
-        # A cast of a weight that a forward without a gradient leaves in autocast's cache would end others' gradients.
+        """Run all passes on images (N, C, H, W) in channels_last."""
+        # An autocast per group: a weight that is cast in a forward without gradient stays in the cache without one.
         for group, passes in groupby(self.passes, key=lambda a_pass: GROUP[a_pass.kind]):
             if group == "craft":
                 with self._autocast():
                     for a_pass in passes:
                         self._craft(a_pass, images)
             else:
-                self._learn(list(passes), images)
+                self._update(list(passes), images)
         self.model.train()
 
     def _autocast(self) -> Any:
@@ -107,7 +107,7 @@ class Limit:
         logits = self._forward(a_pass, images)
         torch.autograd.grad(logits, images, torch.ones_like(logits))
 
-    def _learn(self, passes: list[Pass], images: Tensor) -> None:
+    def _update(self, passes: list[Pass], images: Tensor) -> None:
         if passes[0].kind == "replay":
             for a_pass in passes:
                 self._backward([a_pass], images.detach().requires_grad_())

@@ -1,4 +1,4 @@
-"""Peak memory of a training step and of the bare passes, each in a process of its own, as a peak never falls."""
+"""Peak memory of a training step and of its bare passes, each in its own process since a peak never decreases."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ RUNS = 3
 
 @dataclass(frozen=True)
 class Memory:
-    """Peaks of one method in one precision, in bytes.
+    """Peak memory of one method in one precision, in bytes.
 
     Attributes:
         method: Its name, and those of the methods whose step is the same.
         precision: fp32, bf16 or fp16.
-        ours: Of the training step: the process's resident set or, on a GPU, what torch allocated.
-        ours_before: Before the first step, the network and torch itself included.
-        limit: Of the bare passes.
-        limit_before: Before the first of them.
+        ours: Peak of the training step: the process's resident set or, on a GPU, torch's allocations.
+        ours_before: Peak before the first step, with the network and torch itself.
+        limit: Peak of the bare passes.
+        limit_before: Peak before the first of them.
     """
 
     method: str
@@ -42,12 +42,12 @@ class Memory:
 
     @property
     def of_limit(self) -> float:
-        """The training step's peak in those of the bare passes."""
+        """The training step's peak divided by that of the bare passes."""
         return self.ours / self.limit
 
     @property
     def growth_of_limit(self) -> float:
-        """The same of what the steps add to the memory before them."""
+        """The same ratio of what the steps add to the memory before them."""
         return (self.ours - self.ours_before) / max(self.limit - self.limit_before, 1)
 
 
@@ -71,13 +71,13 @@ def measure(
     *,
     compiled: bool = False,
 ) -> Memory:
-    """Measures one method: its step first, and then the passes that it was seen to take.
+    """Measure one method: its step, then the passes recorded from it.
 
     Args:
         arch: As for `Problem`.
         batch_size: N.
-        device: Where.
-        names: Its own, and those of the methods whose step is the same.
+        device: The device.
+        names: The method, and those whose step is the same.
         precision: fp32, bf16 or fp16.
         compiled: Whether `torch.compile` makes our passes.
     """
@@ -93,13 +93,13 @@ def _alone(job: _Job, passes: list[Pass] | None) -> tuple[int, int, list[Pass]]:
 
 
 def _peak(job: _Job, passes: list[Pass] | None) -> tuple[int, int, list[Pass]]:
-    """Takes the passes or, where there are none, the method's steps; returns the peak, that before, and the passes."""
+    """Run the passes or, without any, the method's steps; return the peak, the peak before, and the passes."""
     torch.set_num_threads(job.threads)
     device = torch.device(job.device)
     problem = Problem(job.arch, job.batch_size, device)
     if passes is not None:
         with Step(problem, job.method, job.precision):
-            pass  # that both processes have imported the same
+            pass  # both processes then have imported the same modules
         before, after = _around(limit_side(problem, passes, job.precision), device)
         return after, before, passes
     with Step(problem, job.method, job.precision, compiled=job.compiled) as step:
@@ -116,9 +116,9 @@ def _around(side: Side, device: torch.device) -> tuple[int, int]:
 
 
 def peak(device: torch.device) -> int:
-    """This process's peak so far, in bytes.
+    """Return this process's peak memory in bytes.
 
-    On Linux ``getrusage`` begins with the peak of the process that started this one; ``VmHWM`` does not.
+    On Linux ``getrusage`` includes the peak of the parent process; ``VmHWM`` does not.
     """
     status = Path("/proc/self/status")
     if device.type == "cpu" and sys.platform == "linux":

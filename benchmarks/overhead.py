@@ -1,4 +1,4 @@
-"""What a training step pays for shuffling, augmentation and metrics."""
+"""Overhead of shuffling, augmentation and metrics, per training step."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ BATCHES = 8
 
 @dataclass(frozen=True)
 class Overhead:
-    """One method in one precision.
+    """Overhead of one method in one precision.
 
     Attributes:
         method: Its name, and those of the methods whose step is the same.
         precision: fp32, bf16 or fp16.
-        beside: Seconds per batch of what is beside crafting and learning, by round.
-        step: Of the whole training step, by round.
+        beside: Seconds per batch of loading and metrics, by round.
+        step: Seconds of the training step, by round.
     """
 
     method: str
@@ -40,7 +40,7 @@ class Overhead:
 
     @property
     def share(self) -> float:
-        """Of a step with its loading: the median of the rounds' shares."""
+        """Share of the overhead in a step with its loading: the median over the rounds."""
         return ratio(self.beside, [beside + step for beside, step in zip(self.beside, self.step, strict=True)])
 
 
@@ -53,15 +53,15 @@ def measure(
     compiled: bool = False,
     notify: Notify = lambda side: None,
 ) -> Iterator[list[Overhead]]:
-    """Measures method after method, those that are `alike` once, what is beside the step in turn with the step.
+    """Measure the methods, those that are `alike` once, alternating overhead and step.
 
     Args:
         problem: The network and the batch.
-        methods: Their names.
+        methods: Names of the methods.
         precisions: fp32, bf16, fp16.
-        repeats: Rounds.
+        repeats: Number of rounds.
         compiled: Whether `torch.compile` makes the passes.
-        notify: Is told what is about to run.
+        notify: Called with the name of what runs next.
     """
     beside = Beside(problem)
     for names in alike(problem, methods):
@@ -79,19 +79,19 @@ def measure(
 
 
 class Beside:
-    """Loading of some shuffled and augmented batches, and of each what is done for the metrics alone.
+    """Loads shuffled, augmented batches and computes the metrics of each.
 
     Args:
-        problem: Whose images' shape and device it takes.
+        problem: Gives shape and device of the images.
     """
 
     def __init__(self, problem: Problem) -> None:
         images, labels = problem.images, problem.labels
         count = BATCHES * len(images)
         pixels = torch.randint(0, 256, (count, *images.shape[1:]), dtype=torch.uint8)
-        truth = labels.cpu().repeat(BATCHES)
+        true_labels = labels.cpu().repeat(BATCHES)
         self.batches = Batches(
-            ImageSet(pixels, truth),
+            ImageSet(pixels, true_labels),
             len(images),
             shuffle=True,
             augment=True,
@@ -104,7 +104,7 @@ class Beside:
         self.optimizer = torch.optim.SGD(problem.model.parameters(), lr=LR)
 
     def run(self) -> None:
-        """An epoch of them."""
+        """Run one epoch."""
         sums = EpochAccumulator()
         for number, (images, labels) in enumerate(self.batches):
             set_rate(self.optimizer, LR)

@@ -1,4 +1,4 @@
-"""What all measurements are about: a network, a batch, and a method of training as `deat_rb.fit` runs it."""
+"""The measured problem: a network, a batch, and a method's training step as in `deat_rb` training."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from deat_rb.utils.errors import DeatError
 
 LR = 0.01
 REPLAYS = 4
-"""Of the methods whose replays grow."""
+"""Number of replays of methods whose schedule raises them."""
 
 
 class Problem:
     """A network with fresh weights and a batch of random images, half of which it classifies correctly.
 
-    Half correct is how training finds them on the way; friendly crafting's cost depends on it.
+    In training about half are correct on the way, and the cost of FAT's early stop depends on it.
 
     Args:
         arch: As for `deat_rb.build_model`, with CIFAR-10's images and classes.
         batch_size: N.
-        device: Where.
+        device: The device.
 
     Attributes:
         model: The network, contiguous (NCHW), in train mode.
@@ -65,12 +65,12 @@ class Problem:
         self.model.train()
 
     def copy(self) -> nn.Module:
-        """The network again."""
+        """Return a copy of the network."""
         return copy.deepcopy(self.model)
 
 
 class Step:
-    """A method's training step, with its steps fixed; its figures are taken as in `deat_rb.fit`.
+    """A method's training step with a fixed number of attack steps; metrics are summed as in training.
 
     Args:
         problem: The network and the batch.
@@ -78,7 +78,7 @@ class Step:
         precision: fp32, bf16 or fp16.
         compiled: Whether `torch.compile` makes the passes.
 
-    Use it as a context manager: within, the network is prepared.
+    Use it as a context manager, inside of which the network is prepared.
     """
 
     def __init__(self, problem: Problem, method: str, precision: str, *, compiled: bool = False) -> None:
@@ -99,26 +99,26 @@ class Step:
         self._stack.close()
 
     def run(self) -> None:
-        """One step."""
+        """Run one step."""
         images, labels = self.engine.to_device(self.problem.images, self.problem.labels)
         set_rate(self.optimizer, LR)
         seeding.seed_global(0, "batch", 1, 0)
         self.sums.add(self.trainer.training_step(images, labels, self.optimizer, self.engine))
 
     def passes(self) -> list[Pass]:
-        """The passes that a step takes, observed."""
+        """Return the passes of a step."""
         restore(self.trainer.model, self.problem)
         with observed(self.trainer) as passes:
             self.run()
         return passes
 
     def side(self) -> Side:
-        """What is timed; every time from the same weights."""
+        """Return the side that is timed, always from the same weights."""
         return Side(self.run, lambda: restore(self.trainer.model, self.problem))
 
 
 def fix_steps(trainer: Trainer) -> None:
-    """Sets the steps of a schedule that raises them: four replays, or all steps of the method's own plain form."""
+    """Fix the steps of a schedule that raises them: four replays, or the schedule's bound."""
     if isinstance(trainer.schedule, Constant):
         return
     bound = trainer.schedule.max_steps
@@ -126,12 +126,12 @@ def fix_steps(trainer: Trainer) -> None:
 
 
 def restore(model: nn.Module, problem: Problem) -> None:
-    """Gives a copy of the network its first weights back."""
+    """Restore the initial weights of a copy of the network."""
     model.load_state_dict(problem.model.state_dict())
 
 
 def published_side(problem: Problem, method: str, trainer: Trainer, steps: int | None = None) -> Side:
-    """(a): the published loop with a trainer's eps, step size and steps."""
+    """Return side (a): the published loop with a trainer's eps, step size and steps."""
     model = problem.copy()
     count = trainer.steps if steps is None else steps
     loop = PublishedLoop(method, model, eps=trainer.eps, alpha=trainer.alpha or trainer.eps, steps=count, lr=LR)
@@ -144,7 +144,7 @@ def published_side(problem: Problem, method: str, trainer: Trainer, steps: int |
 
 
 def limit_side(problem: Problem, passes: list[Pass], precision: str) -> Side:
-    """(b): the bare passes in channels_last."""
+    """Return side (b): the bare passes in channels_last."""
     model = problem.copy().to(memory_format=torch.channels_last)
     limit = Limit(model, passes, precision)
     images = problem.images.contiguous(memory_format=torch.channels_last)
@@ -152,7 +152,7 @@ def limit_side(problem: Problem, passes: list[Pass], precision: str) -> Side:
 
 
 def full_pass_side(problem: Problem) -> Side:
-    """One forward and one backward with all gradients, in float32 and contiguous."""
+    """Return one forward and one backward pass with all gradients, in float32 and NCHW."""
     model = problem.copy()
 
     def run() -> None:
@@ -167,13 +167,13 @@ def full_pass_side(problem: Problem) -> Side:
 
 @dataclass(frozen=True)
 class Environment:
-    """Where it was measured.
+    """The machine and the versions of a measurement.
 
     Attributes:
-        processor: Of the computer, or the GPU.
+        processor: Name of the CPU or GPU.
         capability: The vector instructions that torch uses, or the GPU's compute capability.
-        threads: Of torch.
-        versions: Of what matters.
+        threads: torch's number of threads.
+        versions: Versions of Python and the packages.
     """
 
     processor: str
@@ -183,7 +183,7 @@ class Environment:
 
     @classmethod
     def of(cls, device: torch.device) -> Environment:
-        """Looks around."""
+        """Describe this machine."""
         names = ("deat-rb", "torch", "torchattacks", "robustbench", "pyautoattack")
         versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
         if device.type == "cuda":

@@ -1,10 +1,10 @@
-"""The methods as their authors publish them: plain loops in float32 and NCHW, one ``backward()`` per gradient.
+"""The methods as their authors implement them: plain loops in float32 and NCHW, one ``backward()`` per gradient.
 
-The mathematics is that of `deat_rb`; a test holds a step's weights to it. What differs is the writing, as in the public
-scripts of fast_adversarial (PGD, U-FGSM, FREE, and DEAT after it), TRADES, MART and FAT: the inner steps go backward by
-``loss.backward()``, which forms the gradients of all parameters; TRADES forwards the clean images anew, with a graph,
-in each of them, and goes backward through both forwards; friendly crafting decides example by example in Python; loss
-and accuracy are read in each batch.
+The mathematics is that of `deat_rb`; a test compares the weights after a step. The implementation follows the public
+scripts of fast_adversarial (PGD, U-FGSM, FREE, and DEAT after it), TRADES, MART and FAT: inner steps call
+``loss.backward()``, which computes the gradients of all parameters; TRADES forwards the clean images again in each
+step, with a graph, and backpropagates through both forwards; FAT's early stop loops over examples in Python; loss and
+accuracy are read in each batch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the field's own name for it
+from torch.nn import functional as F  # noqa: N812 - torch's usual name for it
 
 from deat_rb.utils.errors import DeatError
 
@@ -23,20 +23,20 @@ TAU = 3
 
 
 class PublishedLoop:
-    """One method's loop over batches.
+    """One method's training loop over batches.
 
     Args:
         method: Its canonical name, such as ``m+trades``.
         model: Takes images in [0, 1], (N, C, H, W), and returns logits (N, K); in train mode.
         eps: The radius, in [0, 1] pixel units.
         alpha: The step size, in the same unit.
-        steps: The inner steps or replays.
+        steps: Number of inner steps or replays.
         lr: The learning rate.
 
     Attributes:
         optimizer: SGD with momentum 0.9 and weight decay 5e-4.
-        loss: The losses' sum over all examples so far.
-        correct: How many examples so far were classified correctly as trained on.
+        loss: Sum of the losses of all examples so far.
+        correct: Number of training examples classified correctly so far.
 
     Raises:
         DeatError: There is no published loop for the method.
@@ -56,59 +56,59 @@ class PublishedLoop:
         self.carried: Tensor | None = None
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
-        """Learns from a batch: images (N, C, H, W) in [0, 1] and labels (N,)."""
+        """Train on a batch: images (N, C, H, W) in [0, 1] and labels (N,)."""
         self.body(self, images, labels)
 
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """One step on the mean ``loss``; loss and accuracy are read, as the scripts do."""
+        """Update the weights by the mean ``loss``, and read loss and accuracy, as the scripts do."""
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         self.note(loss, logits, labels)
 
     def note(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Reads loss and accuracy of a batch."""
+        """Read loss and accuracy of a batch."""
         self.loss += loss.item() * len(labels)
         self.correct += int((logits.max(1)[1] == labels).sum().item())
 
     def ascend(self, delta: Tensor, gradient: Tensor, images: Tensor) -> Tensor:
-        """A step of delta, kept within eps and with the images in [0, 1]."""
+        """Return delta after a step, clamped to eps and to images in [0, 1]."""
         delta = torch.clamp(delta + self.alpha * torch.sign(gradient), -self.eps, self.eps)
         return torch.max(torch.min(delta, 1 - images), 0 - images)
 
     def uniform_delta(self, images: Tensor) -> Tensor:
-        """U(-eps, eps), with the images in [0, 1]."""
+        """Return delta from U(-eps, eps), clamped to images in [0, 1]."""
         delta = torch.zeros_like(images).uniform_(-self.eps, self.eps)
         return torch.max(torch.min(delta, 1 - images), 0 - images)
 
     def normal_start(self, images: Tensor) -> Tensor:
-        """The images with 0.001 * N(0, 1)."""
+        """Return the images plus 0.001 * N(0, 1), clamped to [0, 1]."""
         return torch.clamp(images + 0.001 * torch.randn_like(images), 0, 1)
 
     def project(self, adv: Tensor, images: Tensor) -> Tensor:
-        """Brings images back to within eps of the clean ones, and into [0, 1]."""
+        """Return images projected to within eps of the clean ones and to [0, 1]."""
         adv = torch.min(torch.max(adv, images - self.eps), images + self.eps)
         return torch.clamp(adv, 0.0, 1.0)
 
 
 def family(method: str) -> str:
-    """The name of a method's loop: ``trades`` of ``m+trades``, ``deat`` of ``deat-40%``."""
+    """Return the name of a method's loop: ``trades`` for ``m+trades``, ``deat`` for ``deat-40%``."""
     return re.sub(r"^m[+-]|-\d+%?$", "", method)
 
 
 def kl_sum(adv_logits: Tensor, clean_logits: Tensor) -> Tensor:
-    """KL(clean || adversarial), summed over the batch."""
+    """Return KL(clean || adversarial), summed over the batch."""
     return F.kl_div(F.log_softmax(adv_logits, dim=1), F.softmax(clean_logits, dim=1), reduction="sum")
 
 
 def standard(loop: PublishedLoop, images: Tensor, labels: Tensor) -> None:
-    """Plain training."""
+    """Train on clean images."""
     logits = loop.model(images)
     loop.update(F.cross_entropy(logits, labels), logits, labels)
 
 
 def replays(loop: PublishedLoop, images: Tensor, labels: Tensor, delta: Tensor) -> Tensor:
-    """Updates weights and delta (N, C, H, W) from the same backward passes; returns the last delta."""
+    """Update weights and delta (N, C, H, W) by the same backward passes; return the last delta."""
     delta = delta.detach().requires_grad_()
     for _ in range(loop.steps):
         logits = loop.model(images + delta)
@@ -125,18 +125,18 @@ def replays(loop: PublishedLoop, images: Tensor, labels: Tensor, delta: Tensor) 
 
 
 def free(loop: PublishedLoop, images: Tensor, labels: Tensor) -> None:
-    """FREE (Shafahi et al. 2019): delta is carried from batch to batch."""
+    """Train by FREE (Shafahi et al. 2019): delta is carried from batch to batch."""
     delta = torch.zeros_like(images) if loop.carried is None else loop.carried
     loop.carried = replays(loop, images, labels, torch.max(torch.min(delta, 1 - images), 0 - images))
 
 
 def deat(loop: PublishedLoop, images: Tensor, labels: Tensor) -> None:
-    """DEAT and M-DEAT: delta begins anew in each batch."""
+    """Train by DEAT or M-DEAT: delta is drawn anew for each batch."""
     replays(loop, images, labels, loop.uniform_delta(images))
 
 
 def pgd(loop: PublishedLoop, images: Tensor, labels: Tensor) -> None:
-    """PGD-N (Madry et al. 2018) and, in one step, U-FGSM (Wong et al. 2020)."""
+    """Train by PGD-N (Madry et al. 2018) or, with one step, U-FGSM (Wong et al. 2020)."""
     delta = loop.uniform_delta(images).requires_grad_()
     for _ in range(loop.steps):
         F.cross_entropy(loop.model(images + delta), labels).backward()
@@ -148,7 +148,7 @@ def pgd(loop: PublishedLoop, images: Tensor, labels: Tensor) -> None:
 
 
 def craft(loop: PublishedLoop, images: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:
-    """Steps of TRADES and MART; ``objective`` maps adversarial images (N, C, H, W) to a scalar."""
+    """Return the adversarial examples of TRADES or MART; ``objective`` maps images (N, C, H, W) to a scalar."""
     adv = loop.normal_start(images)
     for _ in range(loop.steps):
         adv.requires_grad_()
@@ -159,7 +159,7 @@ def craft(loop: PublishedLoop, images: Tensor, objective: Callable[[Tensor], Ten
 
 
 def trades_update(loop: PublishedLoop, images: Tensor, adv: Tensor, labels: Tensor) -> None:
-    """The outer step of TRADES (Zhang et al. 2019)."""
+    """Update the weights by TRADES' loss (Zhang et al. 2019)."""
     clean_logits, adv_logits = loop.model(images), loop.model(adv)
     natural = F.cross_entropy(clean_logits, labels)
     robust = kl_sum(adv_logits, clean_logits) / len(images)
@@ -167,13 +167,13 @@ def trades_update(loop: PublishedLoop, images: Tensor, adv: Tensor, labels: Tens
 
 
 def trades(loop: PublishedLoop, images: Tensor, labels: Tensor) -> None:
-    """TRADES: both logits are computed, and gone backward through, in each step."""
+    """Train by TRADES: each step forwards both images and backpropagates through both."""
     adv = craft(loop, images, lambda adv: kl_sum(loop.model(adv), loop.model(images)))
     trades_update(loop, images, adv, labels)
 
 
 def mart_update(loop: PublishedLoop, images: Tensor, adv: Tensor, labels: Tensor) -> None:
-    """The outer step of MART (Wang et al. 2020)."""
+    """Update the weights by MART's loss (Wang et al. 2020)."""
     clean_logits, adv_logits = loop.model(images), loop.model(adv)
     adv_probabilities = F.softmax(adv_logits, dim=1)
     ranked = torch.argsort(adv_probabilities, dim=1)[:, -2:]
@@ -189,16 +189,16 @@ def mart_update(loop: PublishedLoop, images: Tensor, adv: Tensor, labels: Tensor
 
 
 def mart(loop: PublishedLoop, images: Tensor, labels: Tensor) -> None:
-    """MART: crafts on cross-entropy."""
+    """Train by MART, whose attack maximizes cross-entropy."""
     adv = craft(loop, images, lambda adv: F.cross_entropy(loop.model(adv), labels))
     mart_update(loop, images, adv, labels)
 
 
 def friendly(loop: PublishedLoop, images: Tensor, labels: Tensor, on_kl: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Friendly crafting (Zhang et al. 2020), in eval mode; who has stopped leaves the batch.
+    """Generate FAT's adversarial examples (Zhang et al. 2020) in eval mode; stopped examples leave the batch.
 
     Returns:
-        Clean images, adversarial images and labels, in the order in which they stopped.
+        Clean images, adversarial images and labels, in the order of their stops.
     """
     loop.model.eval()
     clean_logits = loop.model(images).detach() if on_kl else images.new_empty(len(images))
@@ -228,25 +228,25 @@ def friendly(loop: PublishedLoop, images: Tensor, labels: Tensor, on_kl: bool = 
             break
     loop.model.train()
     done.append((images, adv.detach(), labels))
-    clean, crafted, truth = (torch.cat(parts) for parts in zip(*done, strict=True))
-    return clean, crafted, truth
+    clean, adversarial, ordered_labels = (torch.cat(parts) for parts in zip(*done, strict=True))
+    return clean, adversarial, ordered_labels
 
 
 def fat(loop: PublishedLoop, images: Tensor, labels: Tensor) -> None:
-    """FAT: plain training on friendly examples."""
+    """Train by FAT: cross-entropy on its adversarial examples."""
     _, adv, labels = friendly(loop, images, labels)
     logits = loop.model(adv)
     loop.update(F.cross_entropy(logits, labels), logits, labels)
 
 
 def f_trades(loop: PublishedLoop, images: Tensor, labels: Tensor) -> None:
-    """TRADES on friendly examples."""
+    """Train by TRADES on FAT's adversarial examples."""
     images, adv, labels = friendly(loop, images, labels, on_kl=True)
     trades_update(loop, images, adv, labels)
 
 
 def f_mart(loop: PublishedLoop, images: Tensor, labels: Tensor) -> None:
-    """MART on friendly examples, which its public code crafts on KL."""
+    """Train by MART on FAT's adversarial examples, for which FAT's public code maximizes KL."""
     images, adv, labels = friendly(loop, images, labels, on_kl=True)
     mart_update(loop, images, adv, labels)
 

@@ -1,4 +1,4 @@
-"""Training steps beside the published loops and beside the bare passes."""
+"""Times of training steps beside the published loops and beside the bare passes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TARGETS: Mapping[str, Mapping[str, float]] = {
     "bf16": {"pgd-7": 3.5, "trades": 5.5, "mart": 3.2, "m-deat": 2.2},
     "fp32": {"pgd-7": 1.6, "trades": 2.6, "mart": 1.5, "m-deat": 1.15},
 }
-"""How many times as fast as the published loop, for PreActResNet-18 and batches of 128 on two CPU cores."""
+"""Speedups over the published loop to be reached, for PreActResNet-18 and batches of 128 on two CPU cores."""
 
 PUBLISHED_FULL_PASS = 3.04
 PUBLISHED_SECONDS = {"pgd-7": 25.0, "trades": 64.0, "mart": 34.0, "m-deat": 5.4}
@@ -33,18 +33,18 @@ FAITHFUL = 0.1
 
 @dataclass(frozen=True)
 class Row:
-    """One method in one precision.
+    """Times of one method in one precision.
 
     Attributes:
         method: Its name, and those of the methods whose step is the same.
-        precision: Ours and the limit's; the published loop runs in float32.
-        steps: The steps or replays.
-        passes: Forwards with their backwards, if they have one, in mini-batches.
+        precision: Of ours and the limit; the published loop runs in float32.
+        steps: Number of steps or replays.
+        passes: Forward passes, with their backward pass if they have one, in mini-batches.
         batch_size: N.
         published: Seconds per batch of the published loop, by round.
-        ours: Of the training step.
-        limit: Of the bare passes.
-        target: How many times as fast as the published loop it is to be, where that is said.
+        ours: Seconds of the training step.
+        limit: Seconds of the bare passes.
+        target: The speedup over the published loop to be reached, if there is a target.
     """
 
     method: str
@@ -59,34 +59,34 @@ class Row:
 
     @property
     def milliseconds_per_image(self) -> float:
-        """Of the training step."""
+        """Milliseconds per image of the training step."""
         return 1000 * median(self.ours) / self.batch_size
 
     @property
     def passes_per_second(self) -> float:
-        """Mini-batch passes of the training step."""
+        """Mini-batch passes per second of the training step."""
         return self.passes / median(self.ours)
 
     @property
     def speedup(self) -> float:
-        """How many times as fast as the published loop."""
+        """The published loop's time divided by ours."""
         return ratio(self.published, self.ours)
 
     @property
     def of_limit(self) -> float:
-        """The bare passes' share of the training step."""
+        """The bare passes' time divided by the training step's."""
         return ratio(self.limit, self.ours)
 
 
 @dataclass(frozen=True)
 class Faithful:
-    """Whether a published loop costs what the authors' script costs, in full passes.
+    """Cost of a published loop beside the authors' script, in full passes.
 
     Attributes:
         method: Its name.
-        steps: Its steps or replays.
+        steps: Number of steps or replays.
         loop: The loop's time in its own full passes: the median of the rounds' ratios.
-        script: The script's.
+        script: The script's time in its full passes.
     """
 
     method: str
@@ -96,29 +96,29 @@ class Faithful:
 
     @property
     def deviation(self) -> float:
-        """By which share the loop costs more."""
+        """Relative excess of the loop's cost."""
         return self.loop / self.script - 1
 
 
 def check_methods(names: Sequence[str]) -> list[str]:
-    """The canonical names of the methods to be measured; of none, all that have a published loop.
+    """Return the canonical names of methods; without names, of all methods with a published loop.
 
     Raises:
         DeatError: There is no such method, or no published loop for it.
     """
-    found = [recipe(name)[0] for name in names or known_methods()]
+    canonical = [recipe(name)[0] for name in names or known_methods()]
     if not names:
-        return [name for name in found if family(name) in LOOPS]
-    for name in found:
+        return [name for name in canonical if family(name) in LOOPS]
+    for name in canonical:
         if family(name) not in LOOPS:
-            raise DeatError(f"--methods {name} has no published loop to be compared with; leave it out")
-    return list(dict.fromkeys(found))
+            raise DeatError(f"--methods {name} has no published loop to compare with; leave it out")
+    return list(dict.fromkeys(canonical))
 
 
 def alike(problem: Problem, methods: Sequence[str]) -> list[tuple[str, ...]]:
-    """Groups methods whose steps are the same once `fix_steps` has fixed them, such as PGD-7 and M+PGD at its bound.
+    """Group methods whose training steps are the same after `fix_steps`, such as PGD-7 and M+PGD at its bound.
 
-    One measurement is then all of theirs. The first of a group is one that a target or the authors' time is for.
+    A group is measured once. Its first method is one with a target or a known time of the authors' script.
     """
     groups: dict[tuple[str, int, float | None], list[str]] = {}
     for name in methods:
@@ -129,7 +129,7 @@ def alike(problem: Problem, methods: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def targets_apply(arch: str, problem: Problem) -> bool:
-    """Whether the targets beside the published loops are for this network, batch and device."""
+    """Return whether the targets hold for this network, batch and device."""
     return arch == "preactresnet18" and len(problem.images) == 128 and problem.device.type == "cpu"
 
 
@@ -144,20 +144,20 @@ def measure(
     clock: Clock | None = None,
     notify: Notify = lambda side: None,
 ) -> Iterator[tuple[list[Row], Faithful | None]]:
-    """Measures method after method, those that are `alike` once; all sides of a method run in turn.
+    """Measure the methods, those that are `alike` once, alternating the sides of a method.
 
     Args:
         problem: The network and the batch.
-        methods: Their names.
+        methods: Names of the methods.
         precisions: fp32, bf16, fp16.
-        repeats: Rounds.
-        with_targets: Whether the targets beside the published loops are for this problem.
+        repeats: Number of rounds.
+        with_targets: Whether the targets hold for this problem.
         compiled: Whether `torch.compile` makes our passes.
-        clock: Gives seconds; by default the device's.
-        notify: Is told what is about to run.
+        clock: Returns seconds; by default the device's.
+        notify: Called with the name of what runs next.
 
     Yields:
-        A method's rows, one per precision, and how faithful its published loop is, where the authors' time is known.
+        A group's rows, one per precision, and the cost of its published loop, if the authors' time is known.
     """
     clock = clock or device_clock(problem.device)
     for names in alike(problem, methods):
@@ -177,7 +177,7 @@ def measure(
                 passes[precision] = step.passes()
                 sides[f"ours {precision}"] = step.side()
                 sides[f"limit {precision}"] = limit_side(problem, passes[precision], precision)
-            times = alternate(sides, repeats, clock=clock, notify=partial(_tell, notify, method))
+            times = alternate(sides, repeats, clock=clock, notify=partial(_notify, notify, method))
         rows = [
             Row(
                 ", ".join(names),
@@ -195,7 +195,7 @@ def measure(
         yield rows, _faithful(method, trainer.steps, times) if known_script else None
 
 
-def _tell(notify: Notify, method: str, side: str) -> None:
+def _notify(notify: Notify, method: str, side: str) -> None:
     notify(f"{method}: {side}")
 
 

@@ -1,4 +1,4 @@
-"""The measurements as tables."""
+"""Tables of the measurements."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from benchmarks.speed import FAITHFUL, LIMIT_TARGET, Faithful, Row
 
 
 def at_least(value: float, target: float | None) -> str:
-    """A figure and whether it reaches its target."""
+    """Return a value and whether it reaches its target."""
     if target is None:
         return f"{value:.2f}"
     return f"{value:.2f} ({'met' if value >= target else 'missed'}: {target:g})"
 
 
 def at_most(value: float, target: float) -> str:
-    """A figure and whether it stays under its target."""
+    """Return a value and whether it stays below its target."""
     return f"{value:.3f} ({'met' if value <= target else 'missed'}: {target:g})"
 
 
 def speed_table(rows: Sequence[Row], precision: str) -> Table:
-    """All methods in one precision."""
+    """Return the table of all methods in one precision."""
     table = _table(
         f"Training steps in {precision}, seconds per batch of {rows[0].batch_size if rows else 0}",
         "method", "steps", "passes", "(a) published", "ours", "(b) bare passes", "ms/image", "passes/s",
@@ -50,7 +50,7 @@ def speed_table(rows: Sequence[Row], precision: str) -> Table:
 
 
 def faithful_table(found: Sequence[Faithful]) -> Table:
-    """Whether the published loops cost what the authors' scripts cost."""
+    """Return the table of the published loops' costs beside the authors' scripts."""
     table = _table(
         "(a) beside the authors' scripts, each in its own full passes (NCHW, fp32)",
         "method", "steps", "(a)", "script", "deviation",
@@ -68,7 +68,7 @@ def faithful_table(found: Sequence[Faithful]) -> Table:
 
 
 def memory_table(found: Sequence[Memory]) -> Table:
-    """Peak memory beside that of the bare passes."""
+    """Return the table of peak memory beside the bare passes."""
     table = _table(
         "Peak memory, MiB",
         "method",
@@ -91,7 +91,7 @@ def memory_table(found: Sequence[Memory]) -> Table:
 
 
 def overhead_table(found: Sequence[Overhead]) -> Table:
-    """Shuffling, augmentation and metrics as a share of a step."""
+    """Return the table of the overhead of shuffling, augmentation and metrics."""
     table = _table(
         "Shuffling, augmentation and metrics, milliseconds per batch",
         "method", "precision", "beside the step", "step", "share",
@@ -108,7 +108,7 @@ def overhead_table(found: Sequence[Overhead]) -> Table:
 
 
 def evaluation_table(found: Sequence[Comparison]) -> Table:
-    """Attacks beside others' implementations."""
+    """Return the table of attacks beside other implementations."""
     table = _table(
         "Evaluation, seconds",
         "attack", "images", "eps", "beside", "theirs", "ours", "times theirs", "robust: theirs", "ours", "verdicts",

@@ -1,4 +1,4 @@
-"""Times of several sides of a comparison, taken in turn in one process."""
+"""Alternating timing of the sides of a comparison in one process."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Times = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Side:
-    """What is timed.
+    """One side of a comparison.
 
     Attributes:
-        run: The work.
-        prepare: Puts everything back to where ``run`` begins; not timed.
+        run: The work that is timed.
+        prepare: Restores the state before ``run``; not timed.
     """
 
     run: Callable[[], object]
@@ -28,7 +28,7 @@ class Side:
 
 
 def device_clock(device: torch.device) -> Clock:
-    """A clock that first waits for what is queued on the device."""
+    """Return a clock that first waits for the device's queue."""
     if device.type == "cpu":
         return time.perf_counter
 
@@ -47,17 +47,17 @@ def alternate(
     clock: Clock = time.perf_counter,
     notify: Notify = lambda side: None,
 ) -> Times:
-    """Times every side ``repeats`` times, in turn.
+    """Time every side ``repeats`` times, in turn.
 
-    What slows the machine down for a while then slows all sides. Every other round runs backwards, so that no side
-    always comes after the same one.
+    A temporary slowdown of the machine then affects all sides. Every other round runs backwards, so that no side
+    always follows the same one.
 
     Args:
-        sides: By name.
-        repeats: Rounds.
-        warm_up: Whether each runs once untimed before.
-        clock: Gives seconds.
-        notify: Is told the side that is about to run.
+        sides: The sides by name.
+        repeats: Number of rounds.
+        warm_up: Whether each side runs once before, untimed.
+        clock: Returns seconds.
+        notify: Called with the name of the side that runs next.
 
     Returns:
         Seconds, by side and round.
@@ -77,5 +77,5 @@ def alternate(
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """The median of the rounds' ratios ``above / below``."""
+    """Return the median over the rounds of ``above / below``."""
     return median(a / b for a, b in zip(above, below, strict=True))

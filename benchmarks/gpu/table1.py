@@ -50,7 +50,7 @@ def _expected_passes(method: str, epochs: int) -> int:
 
 
 def table1(session: Session) -> None:
-    """The paper's Table 1 (fast setting): train each method, and evaluate it on the first test images.
+    """Train each method of the paper's Table 1 (fast setting), and evaluate it on the first test images.
 
     A method that would not fit into the rest of the budget is left out and recorded as such.
     """
@@ -133,7 +133,7 @@ def full(session: Session) -> None:
 
 
 def parity(session: Session) -> None:
-    """Verdicts on the device beside the CPU's, example for example, in float32 and in TF32."""
+    """Compare verdicts on the device with the CPU's, example for example, in float32 and in TF32."""
     images, labels = interleave_classes(_data(session).test).first(session.options.parity_size).tensors()
     model = load_model(ENTRY)
     reference = None
