@@ -178,6 +178,18 @@ def image_suffixes() -> frozenset[str]:
     )
 
 
+def class_names(root: Path) -> list[str]:
+    """Return the names of the class folders in ``root``, in alphabetical order, without looking into them.
+
+    Raises:
+        DeatError: The folder cannot be read.
+    """
+    try:
+        return _scan(str(root), {}, Counter())[0]
+    except OSError as error:
+        raise DeatError(f"{error.filename or root} cannot be read: {error.strerror}") from error
+
+
 def image_files(root: Path) -> tuple[dict[str, list[str]], Counter[str]]:
     """List the image files of each class, ``<class>/**``.
 

@@ -11,6 +11,7 @@ import torch
 
 from deat_rb.attacks.pgd import PGD
 from deat_rb.data.datasets import Dataset, load_data
+from deat_rb.data.image_folder import class_names
 from deat_rb.data.images import LabeledImages, subset, train_val_split
 from deat_rb.methods.build import configure
 from deat_rb.methods.describe import describe
@@ -298,7 +299,7 @@ def _check_arch(options: TrainOptions) -> None:
         classes, size = SPEC_DATASETS[dataset][0], 32
     else:
         train = Path(options.data.data_dir or "", "train")
-        classes = sum(path.is_dir() and path.name[0] != "." for path in train.iterdir()) if train.is_dir() else 2
+        classes = len(class_names(train)) if train.is_dir() else 2
     network = options.model
     spec = model_spec(network.arch, num_classes=max(classes, 2), image_size=size, mean=network.mean, std=network.std)
     if ":" not in spec.arch:

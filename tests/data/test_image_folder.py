@@ -16,7 +16,7 @@ from children import run_in_child
 from PIL import Image
 
 from deat_rb.data.datasets import Dataset, load_data
-from deat_rb.data.image_folder import Paths, image_files, read_image
+from deat_rb.data.image_folder import Paths, class_names, image_files, read_image
 from deat_rb.utils.errors import DeatError
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
@@ -209,6 +209,7 @@ def test_image_files_leaves_out_hidden_and_system_names_and_counts_them(folder: 
             write_image(folder / part / place / "0-checkpoint.png", (1, 2, 3))
         write_image(folder / part / "red" / "._0.png", (1, 2, 3))
     data = load(folder)
+    assert class_names(folder / "train") == list(data.classes)
     assert (data.classes, data.fingerprint) == (before.classes, before.fingerprint)
     assert data.left_out == {"hidden": 12}
     assert data.notes == ("12 files left out: hidden (12)",)
