@@ -191,7 +191,8 @@ def plan(
         options: The options.
         continues: The configuration of the run to continue, whose data these have to be.
         started: Whether that run has a checkpoint, so that the weights it was initialized from are not needed.
-        dry: Whether the plan is only to be looked at: nothing is downloaded then.
+        dry: Whether the plan is only to be looked at, not trained: then nothing is downloaded, and of a folder no more
+            images are decoded than the attack is checked on.
 
     Raises:
         DeatError: Something is not admissible.
@@ -242,7 +243,8 @@ def plan(
             asked.dataset,
             data_dir=asked.data_dir,
             image_size=asked.image_size,
-            memory_limit=asked.memory_limit,
+            memory_limit=0 if dry else asked.memory_limit,
+            test_only=dry and asked.dataset == "folder",  # leaves the training images in their files
             download=not dry,
         )
     )
@@ -255,6 +257,9 @@ def plan(
     if asked.train_size is not None:
         train = subset(train, asked.train_size, options.optim.seed)
     channels, size = train.shape[0], train.shape[-1]
+    unknown = dry and data.known_fingerprint is None
+    if unknown:  # without decoding all images
+        mean, std = mean or (0.0,) * channels, std or (1.0,) * channels
     mean, std = mean or data.mean, std or data.std
     spec = model_spec(arch, num_classes=len(data.classes), image_size=size, channels=channels, mean=mean, std=std)
     facts = {
@@ -263,7 +268,7 @@ def plan(
         "val_size": len(val),
         "classes": data.classes,
         "network": spec,
-        "data_fingerprint": data.fingerprint,
+        "data_fingerprint": "" if unknown else data.fingerprint,
         "versions": versions(),
     }
     config = validate(RunConfig, {**resolved.flat(), **facts})

@@ -244,6 +244,27 @@ def test_dry_run_neither_downloads_nor_writes(dataset: str, tmp_path: Path, monk
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("memory_limit", ["1", "1G"])
+def test_dry_run_of_a_folder_decodes_few_images_and_writes_nothing(
+    memory_limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = colours(tmp_path / "data", {"a": 30, "b": 30})
+    decoded: list[Path] = []
+
+    def open_image(path: Path, *arguments: Any, **keywords: Any) -> Image.Image:
+        decoded.append(path)
+        return open_of_pillow(path, *arguments, **keywords)
+
+    open_of_pillow = Image.open
+    monkeypatch.setattr(Image, "open", open_image)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    lines = dict(plan(make_options({**SMALL, **where, "memory_limit": memory_limit}), dry=True).lines())
+    assert "54 training, 6 validation, 4 test images of 8x8" in lines["data"]
+    assert lines["classes"] == "27 training images each"
+    assert len(decoded) == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
 def test_plan_takes_the_state_dict_under_weights_key_and_names_the_others(tmp_path: Path) -> None:
     raw = {name: torch.zeros_like(tensor) for name, tensor in planned().trainer.model.state_dict().items()}
     good = planned(seed=3).trainer.model.state_dict()
