@@ -11,16 +11,28 @@ ROUNDING = 1e-6
 """How far outside [0, 1] pixels may be: resampling of float images ends that far outside, and attacks clamp."""
 
 
-def check_batch(images: Tensor, labels: Tensor, num_classes: int | None = None) -> None:
-    """Check shape, dtype and range of images and labels. It synchronizes with the device: use it once per loader.
+def check_batch(images: Tensor, labels: Tensor, num_classes: int | None = None, *, allow_nan: bool = False) -> None:
+    """Check types, shapes and values of a batch; this waits for its device.
 
     Args:
-        images: Must be floating-point (N, C, H, W) in [0, 1].
-        labels: Must be int64 (N,), from 0 to ``num_classes`` - 1.
-        num_classes: The number of classes, if known.
+        images: Floating-point (N, C, H, W) in [0, 1].
+        labels: int64 (N,), from 0 to ``num_classes`` - 1.
+        num_classes: The number of classes, where it is known.
+        allow_nan: Whether images with NaN pass.
 
     Raises:
         DeatError: One of them is not as stated.
+    """
+    check_types(images, labels)
+    _check_pixels(images, allow_nan)
+    check_label_values(labels, num_classes)
+
+
+def check_types(images: Tensor, labels: Tensor) -> None:
+    """Check types and shapes of a batch, without reading its values.
+
+    Raises:
+        DeatError: They are not those of images and labels.
     """
     if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
         raise DeatError(f"images and labels must be tensors, not {type(images).__name__} and {type(labels).__name__}")
@@ -30,15 +42,20 @@ def check_batch(images: Tensor, labels: Tensor, num_classes: int | None = None) 
         )
     if images.ndim != 4 or images.numel() == 0:
         raise DeatError(f"images must have the shape (N, C, H, W) and not be empty, not {_describe(images)}")
+    _check_label_types(labels, len(images))
+
+
+def _check_pixels(images: Tensor, allow_nan: bool) -> None:
     low, high = (bound.item() for bound in images.detach().aminmax())
     if low != low:
+        if allow_nan:
+            return
         raise DeatError("the images contain NaN: look for a division by zero where they are made")
     if low < -ROUNDING or high > 1 + ROUNDING:
         raise DeatError(
             f"images must be in [0, 1], not in [{_shown(low)}, {_shown(high)}]: "
             "divide by 255 if they are 0 to 255; normalization belongs in the model, as its first layer"
         )
-    _check_labels(labels, len(images), num_classes)
 
 
 def _shown(bound: float) -> str:
@@ -48,11 +65,24 @@ def _shown(bound: float) -> str:
 
 
 def _check_labels(labels: Tensor, count: int, num_classes: int | None) -> None:
+    _check_label_types(labels, count)
+    check_label_values(labels, num_classes)
+
+
+def _check_label_types(labels: Tensor, count: int) -> None:
     if labels.ndim != 1 or labels.dtype != torch.int64:
         raise DeatError(f"labels must be int64 class numbers of shape (N,), not {_describe(labels)}")
     if len(labels) != count:
         raise DeatError(f"{count} images have {len(labels)} labels: each image needs one")
-    if count == 0:
+
+
+def check_label_values(labels: Tensor, num_classes: int | None = None) -> None:
+    """Check that labels (N,) are from 0 to ``num_classes`` - 1; this waits for their device.
+
+    Raises:
+        DeatError: One is not.
+    """
+    if len(labels) == 0:
         return
     low, high = (int(bound) for bound in labels.aminmax())
     if low < 0 or (num_classes is not None and high >= num_classes):

@@ -9,11 +9,11 @@ from numbers import Integral, Real
 from typing import Any
 
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
 
 from deat_rb.methods.losses import surrogate
 from deat_rb.methods.recipes import CONSTANT, PAPER_EPS, Recipe, path_of, resolve
 from deat_rb.training.base import Schedule
+from deat_rb.training.checks import check_parameters
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.units import check_eps, parse_scalar
@@ -77,7 +77,7 @@ def build(method: ConfiguredMethod, model: nn.Module) -> Trainer:
     Raises:
         DeatError: If the attack cannot be created with the row's values, or the model cannot be trained.
     """
-    _check_trainable(model)
+    check_parameters(model)
     row = method.recipe
     accepts = _parameters(row)
     schedule: Schedule | None = None
@@ -99,23 +99,6 @@ def build(method: ConfiguredMethod, model: nn.Module) -> Trainer:
         attack, loss=loss, schedule=schedule, stopping=stopping, name=method.name, **row.trainer_options
     )
     return trainer
-
-
-def _check_trainable(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise DeatError(f"model: {type(model).__name__} (a torch.nn.Module that returns logits)")
-    parameters = list(model.parameters())
-    if not parameters:
-        raise DeatError("the model has no parameters, so there is nothing to train")
-    if any(isinstance(parameter, UninitializedParameter) for parameter in parameters):
-        raise DeatError("the model has lazy layers without weights: forward one batch through it before training")
-    if any(parameter.is_inference() for parameter in parameters):
-        raise DeatError("the model was created inside torch.inference_mode(), so it cannot be trained")
-    if not any(parameter.requires_grad for parameter in parameters):
-        raise DeatError(
-            "all parameters of the model are frozen (requires_grad is False), so there is nothing to train: "
-            "unfreeze those to train"
-        )
 
 
 def _number(name: str, value: Any) -> Any:

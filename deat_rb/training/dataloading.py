@@ -1,27 +1,34 @@
-"""Data loading for `fit`: any iterable of (images, labels), its first batch checked, sharded across ranks."""
+"""Data loading for `fit`: any iterable of (images, labels), sharded across ranks."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sized
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from deat_rb.data.check import check_batch
-from deat_rb.training.engine import Engine
+from deat_rb.training.base import Batch
+from deat_rb.training.checks import BatchChecker
 from deat_rb.utils import seeding
 from deat_rb.utils.distributed import World
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.module_state import preserve_modes
 
-if TYPE_CHECKING:
-    from deat_rb.training.base import Batch, TrainerBase
+Check = Callable[[Any, int], Batch]
 
 
-def count_batches(loader: Iterable[Batch]) -> int:
+def check_loader(loader: Iterable[Any], name: str) -> None:
+    """Check that a loader can be iterated, without creating an iterator, which would start a DataLoader's workers.
+
+    Raises:
+        DeatError: It cannot.
+    """
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise DeatError(f"{name} is a {type(loader).__name__}, which cannot be iterated; give one such as a DataLoader")
+
+
+def count_batches(loader: Iterable[Any]) -> int:
     """Return the number of batches of an epoch; a loader without a length is read once to count them."""
     with contextlib.suppress(TypeError):  # len() of a DataLoader over an IterableDataset raises
         if isinstance(loader, Sized):
@@ -37,17 +44,17 @@ class ShardedLoader:
         world: The ranks.
     """
 
-    def __init__(self, loader: Iterable[Batch], world: World) -> None:
+    def __init__(self, loader: Iterable[Any], world: World) -> None:
         self.loader = loader
         self.world = world
 
-    def epoch_batches(self, epoch: int, batch: int, seed: int) -> Iterator[tuple[Batch, int]]:
+    def epoch_batches(self, epoch: int, batch: int, seed: int, check: Check) -> Iterator[tuple[Batch, int]]:
         """Yield as `epoch_batches` does.
 
         Raises:
             DeatError: A batch has fewer images than there are ranks.
         """
-        for (images, labels), total in epoch_batches(self.loader, epoch, batch, seed):
+        for (images, labels), total in epoch_batches(self.loader, epoch, batch, seed, check):
             if total < self.world.size:
                 raise DeatError(
                     f"a batch of {total} images cannot be divided among {self.world.size} ranks; "
@@ -68,77 +75,81 @@ class PreShardedLoader:
     def __init__(self, loader: Any, world: World) -> None:
         self.loader = loader.divided(world.rank, world.size)
 
-    def epoch_batches(self, epoch: int, batch: int, seed: int) -> Iterator[tuple[Batch, int]]:
+    def epoch_batches(self, epoch: int, batch: int, seed: int, check: Check) -> Iterator[tuple[Batch, int]]:
         """Yield as `epoch_batches` does."""
-        for number, (part, _) in enumerate(epoch_batches(self.loader, epoch, batch, seed), start=batch):
+        for number, (part, _) in enumerate(epoch_batches(self.loader, epoch, batch, seed, check), start=batch):
             yield part, self.loader.examples_in(number)
 
 
-Loader = Iterable["Batch"] | ShardedLoader | PreShardedLoader
+Loader = Iterable[Any] | ShardedLoader | PreShardedLoader
 
 
-def shard(loader: Iterable[Batch], world: World) -> Loader:
+def shard(loader: Iterable[Any], world: World) -> Loader:
     """Return the loader of this rank's shares; with one rank the loader itself."""
     if world.size == 1:
         return loader
     return PreShardedLoader(loader, world) if hasattr(loader, "divided") else ShardedLoader(loader, world)
 
 
-def epoch_batches(loader: Loader, epoch: int, batch: int, seed: int) -> Iterator[tuple[Batch, int]]:
+def epoch_batches(loader: Loader, epoch: int, batch: int, seed: int, check: Check) -> Iterator[tuple[Batch, int]]:
     """Iterate over the batches of an epoch from batch number ``batch`` on, from 0.
 
     A loader without ``starting_at`` is read from its beginning, and the earlier batches are discarded.
+
+    Args:
+        loader: What `shard` returns.
+        epoch: The epoch, from 1.
+        batch: The first batch, from 0.
+        seed: The seed of the run.
+        check: Returns what the loader yields as a checked batch, given its number; see `BatchChecker.check_values`.
 
     Yields:
         A batch, or this rank's share of it, and the number of examples of the global batch.
     """
     if isinstance(loader, ShardedLoader | PreShardedLoader):
-        yield from loader.epoch_batches(epoch, batch, seed)
+        yield from loader.epoch_batches(epoch, batch, seed, check)
         return
     set_epoch = getattr(loader, "set_epoch", None)
     if set_epoch is not None:
         set_epoch(epoch)
-    starting_at: Callable[[int], Iterator[Batch]] | None = getattr(loader, "starting_at", None)
-    for each in _seeded(iter(loader), epoch, batch, seed) if starting_at is None else starting_at(batch):
-        yield each, len(each[-1])  # `check_first_batch` refuses anything but pairs of tensors
+    starting_at: Callable[[int], Iterator[Any]] | None = getattr(loader, "starting_at", None)
+    batches = _seeded(iter(loader), epoch, batch, seed) if starting_at is None else starting_at(batch)
+    for number, each in enumerate(batches, start=batch):
+        images, labels = check(each, number)
+        yield (images, labels), len(labels)
 
 
-def _seeded(batches: Iterator[Batch], epoch: int, first: int, seed: int) -> Iterator[Batch]:
+def _seeded(batches: Iterator[Any], epoch: int, first: int, seed: int) -> Iterator[Any]:
     """Seed torch's generators before each batch, so that what a loader draws depends on epoch and batch alone."""
     for number in itertools.count():
         seeding.seed_global(seed, "load", epoch, number)
-        batch = next(batches, None)
-        if batch is None:
+        try:
+            batch = next(batches)
+        except StopIteration:
             return
         if number >= first:
             yield batch
 
 
-def materialize(trainer: TrainerBase, loader: Iterable[Batch], engine: Engine) -> Batch:
+def materialize(checker: BatchChecker, loader: Iterable[Any]) -> Batch:
     """Return all images and labels of a validation loader as one batch on the device.
 
     Raises:
         DeatError: There are none, or they cannot be used.
     """
-    batches = list(loader)
+    check_loader(loader, checker.name)
+    batches = [
+        checker.check_values(batch, f"validation batch {number}") for number, batch in enumerate(loader, start=1)
+    ]
     if not batches:
         raise DeatError("the validation loader yields no batch; give validation images or no val_loader")
-    images, labels = torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
-    check_first_batch(trainer, (images, labels), engine)
-    return engine.to_device(images, labels)
-
-
-def check_first_batch(trainer: TrainerBase, batch: Any, engine: Engine) -> None:
-    """Check a batch, the model's outputs on it and whether the attack can be trained with.
-
-    Raises:
-        DeatError: One of them cannot be used.
-    """
-    if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
-        raise DeatError("a loader must yield pairs of tensors (images, labels), and this one yields something else")
-    images, labels = batch
-    check_batch(images, labels)
-    with preserve_modes(trainer.model), torch.no_grad():
-        classes = trainer.model.eval()(images[:1].to(engine.device)).shape[1]
-    check_batch(images, labels, classes)
-    trainer.check_attack(images.to(engine.device))
+    kinds = {(images.shape[1:], images.dtype): None for images, _ in batches}
+    if len(kinds) > 1:
+        (first, _), (other, _) = list(kinds)[:2]
+        what = f"{tuple(first)} and {tuple(other)}" if first != other else "different types"
+        raise DeatError(f"the validation images must have one shape and type, not {what}; resize or convert them")
+    images, labels = checker.engine.to_device(
+        torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
+    )
+    checker.check_model(images, labels, "the validation images")
+    return images, labels

@@ -131,9 +131,11 @@ class Engine:
         return (count if self.global_batch is None else self.global_batch) / self.world.size
 
     def to_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Move a batch to the device, the images in channels_last."""
-        images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-        return images, labels.to(self.device, non_blocking=True)
+        """Return copies of a batch on the device, the images in channels_last."""
+        moved = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+        if moved.data_ptr() == images.data_ptr():  # a model or an attack may write to what it is given
+            moved = moved.clone()
+        return moved, labels.to(self.device, non_blocking=True)
 
     def rank_slice(self, count: int) -> slice:
         """Return which examples of the global batch this rank's ``count`` examples are."""

@@ -10,6 +10,7 @@ from deat_rb.training.base import Batch, TrainerBase
 from deat_rb.training.best_weights import BestWeights
 from deat_rb.training.callbacks import Callback
 from deat_rb.training.checkpointing import Checkpointing, MetricsWriter
+from deat_rb.training.checks import check_fit
 from deat_rb.training.early_stopping import EarlyStopping
 from deat_rb.training.engine import Engine
 from deat_rb.training.history import History
@@ -74,6 +75,7 @@ def fit(
         raise DeatError("select = 'best' needs validation images; give a val_loader or select = 'last'")
     if resume and run is None:
         raise DeatError("resume = True needs the run to resume; give run")
+    check_fit(trainer.model)
     target = resolve_device(runtime.device if "device" in given else str(next(trainer.model.parameters()).device))
     ranks = world(cpu=target.type == "cpu")
     precision = resolve_precision(runtime.precision, target)

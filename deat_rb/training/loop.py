@@ -14,7 +14,8 @@ from torch import Tensor
 from deat_rb.attacks.gradient_probe import lipschitz_lower_bound
 from deat_rb.training.base import Batch
 from deat_rb.training.callbacks import Action, Callback
-from deat_rb.training.dataloading import Loader, check_first_batch, count_batches, epoch_batches, materialize, shard
+from deat_rb.training.checks import BatchChecker, BatchError
+from deat_rb.training.dataloading import Loader, check_loader, count_batches, epoch_batches, materialize, shard
 from deat_rb.training.history import History
 from deat_rb.training.lr import LR_SCHEDULES, set_rate
 from deat_rb.training.metrics import EpochStats
@@ -61,6 +62,7 @@ class Loop:
         self.state = state
         self.lr = lr
         self.callbacks = callbacks
+        self.checker = BatchChecker(state.trainer, state.engine)
         self.requests = StopRequests(enabled=state.run is not None)
         state.warn = self._warn
 
@@ -68,7 +70,9 @@ class Loop:
         """Train to the end; see `deat_rb.training.fit.fit`."""
         state, trainer = self.state, self.state.trainer
         trainer.set_device(state.engine.device)
-        validation = materialize(trainer, val_loader, state.engine) if val_loader is not None else None
+        validation = None
+        if val_loader is not None:
+            validation = materialize(BatchChecker(trainer, state.engine, "the validation loader"), val_loader)
         rule = trainer.stopping
         if rule is not None and rule.validation_steps and validation is None:
             raise DeatError(f"{trainer.attack} stops early by its accuracy on validation images; give a val_loader")
@@ -76,6 +80,7 @@ class Loop:
             raise DeatError(
                 "the training loader is an iterator, which ends after one epoch; give an iterable such as a DataLoader"
             )
+        check_loader(loader, self.checker.name)
         state.batches = count_batches(loader)
         shards = shard(loader, state.world)
         try:
@@ -90,6 +95,12 @@ class Loop:
                 f"lost contact with another of the {state.world.size} ranks, so this one ends too; "
                 f"{state.describe_saved()}"
             ) from error
+        except BatchError as error:
+            if state.epoch == 1 and state.batch == 0:
+                raise
+            if state.world.size == 1:
+                self._act(Action.SAVE)
+            raise DeatError(f"{error}; {state.describe_saved()}") from None
         except UnwritableError as error:
             raise DeatError(f"{error}; {state.describe_saved()}") from error
         except KeyboardInterrupt:
@@ -127,11 +138,13 @@ class Loop:
             each.on_epoch_start(state.epoch, state.epochs, state.batches, steps)
         state.start_clock()
         seeding.seed_global(state.seed, "epoch", state.epoch)
-        for batch, total in epoch_batches(loader, state.epoch, state.batch, state.seed):
-            if state.epoch == 1 and state.batch == 0:
-                check_first_batch(trainer, batch, engine)
-                self._act(Action.SAVE)
+        for batch, total in epoch_batches(loader, state.epoch, state.batch, state.seed, self._check):
             images, labels = engine.to_device(*batch)
+            self.checker.check_model(images, labels, self._where(state.batch))
+            if state.epoch == 1 and state.batch == 0:
+                self._act(Action.SAVE)
+            if engine.device.type != "cpu":
+                labels = state.inputs.note(images, labels, self.checker.num_classes, state.batch)
             engine.global_batch = total
             trainer.set_replay_lr(partial(self._rate, state.batch))
             set_rate(state.optimizer, self._rate(state.batch, 0.0))
@@ -148,6 +161,12 @@ class Loop:
         for each in self.callbacks:
             each.on_train_epoch_end()
         return self._metrics(steps, alpha)
+
+    def _where(self, batch: int) -> str:
+        return f"batch {batch + 1} of epoch {self.state.epoch}"
+
+    def _check(self, batch: Any, number: int) -> Batch:
+        return self.checker.check_values(batch, self._where(number))
 
     def _step(self, images: Tensor, labels: Tensor, total: int) -> None:
         """Train on a batch, or on this rank's share of a batch of ``total`` examples."""

@@ -13,6 +13,7 @@ from torch.optim import SGD
 
 from deat_rb.training.base import TrainerBase
 from deat_rb.training.callbacks import Action, Callback
+from deat_rb.training.checks import InputFlags
 from deat_rb.training.engine import Engine
 from deat_rb.training.metrics import BatchStats, EpochStats
 from deat_rb.training.state import TrainingState
@@ -91,25 +92,37 @@ class NonFiniteMonitor(Callback):
         if now - self._checked_at <= CHECK_EVERY:
             return Action.CONTINUE
         self._checked_at = now
-        return Action.ABORT if self._flags.found() else Action.CONTINUE
+        return Action.ABORT if self._found() else Action.CONTINUE
 
     def on_action(self, action: Action) -> None:
         """Raise on ABORT, and before a checkpoint would save what is not finite."""
-        if action == Action.ABORT or self.state.world.max_over_ranks(self._flags.found() is not None):
+        if action == Action.ABORT or self.state.world.max_over_ranks(self._found() is not None):
             self._raise()
 
     def on_train_epoch_end(self) -> None:  # noqa: D102
         all_skipped = self.state.sums.batches == 0 and self.state.skipped > 0
-        if self.state.world.max_over_ranks(all_skipped or self._flags.found() is not None):
+        if self.state.world.max_over_ranks(all_skipped or self._found() is not None):
             self._raise()
 
     def on_epoch_end(self, row: EpochStats) -> None:  # noqa: D102
-        self._flags = NonFiniteFlags()
+        self._flags, self.state.inputs = NonFiniteFlags(), InputFlags()
+
+    def _found(self) -> str | None:
+        """Return what is wrong with the first bad batch of the epoch; waits for the device."""
+        if bad := self.state.inputs.found():
+            return f"batch {bad[0]} of epoch {self.state.epoch} cannot be trained on: {bad[1]}"
+        if bad := self._flags.found():
+            return self._diverged(*bad)
+        return None
+
+    def _diverged(self, batch: int, what: str) -> str:
+        return f"training diverged: {what} became NaN or Inf at batch {batch} of epoch {self.state.epoch}"
 
     def _raise(self) -> None:
         """Raise, after loading the weights of the last good epoch into the model."""
         state = self.state
-        batch, what = self._flags.found() or (state.batch, "the loss, l_X or a gradient")
+        what = self._found() or self._diverged(state.batch, "the loss, l_X or a gradient")
+        advice = "" if state.inputs.found() else "; try a smaller --lr, or --on-nonfinite skip"
         good = "no epoch has ended yet"
         if state.recent:
             good = f"the model has the weights of epoch {state.recent[-1].row.epoch}"
@@ -117,10 +130,7 @@ class NonFiniteMonitor(Callback):
         if state.saved is not None:
             path, epoch, saved_batch = state.saved
             good += f"; the checkpoint {path} (epoch {epoch}, batch {saved_batch}) is unaffected"
-        raise DeatError(
-            f"training diverged: {what} became NaN or Inf at batch {batch} of epoch {state.epoch}; {good}; "
-            "try a smaller --lr, or --on-nonfinite skip"
-        )
+        raise DeatError(f"{what}; {good}{advice}")
 
 
 class Snapshot:

@@ -17,6 +17,7 @@ from torch.optim import SGD
 
 from deat_rb.training.base import Stop, TrainerBase
 from deat_rb.training.checkpoint import Checkpoint
+from deat_rb.training.checks import InputFlags
 from deat_rb.training.engine import Engine
 from deat_rb.training.history import History
 from deat_rb.training.lr import set_rate
@@ -52,6 +53,7 @@ class TrainingState:
         batch: How many of its batches are done.
         skipped: How many of these were rolled back.
         skip_batch: Whether the current batch is left out of the epoch's sums; reset before each batch.
+        inputs: Record of batches that cannot be trained on, for values that lie on an accelerator.
         sums: Sums over the epoch's batches on this rank.
         history: The finished epochs.
         stop: The decision of a stopping rule that has ended training.
@@ -72,6 +74,7 @@ class TrainingState:
     batch: int = 0
     skipped: int = 0
     skip_batch: bool = False
+    inputs: InputFlags = field(default_factory=InputFlags)
     sums: EpochAccumulator = field(default_factory=EpochAccumulator)
     history: History = field(default_factory=History)
     stop: Stop | None = None

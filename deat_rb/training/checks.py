@@ -1,0 +1,187 @@
+"""Checks of the model, the loaders and every batch before they are trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deat_rb.data.check import ROUNDING, check_batch, check_label_values, check_types
+from deat_rb.models.check import check_trainable, trial_logits
+from deat_rb.training.base import Batch, TrainerBase
+from deat_rb.training.engine import Engine
+from deat_rb.utils.errors import DeatError
+from deat_rb.utils.module_state import preserve_state, require_autograd
+
+
+class BatchError(DeatError):
+    """A batch that cannot be trained on, where the earlier ones could."""
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Check that a model has parameters to train.
+
+    Raises:
+        DeatError: It has none, all are frozen, or some are lazy or inference tensors.
+    """
+    if not isinstance(model, nn.Module):
+        raise DeatError(f"model: {type(model).__name__} (a torch.nn.Module that returns logits)")
+    parameters = list(model.parameters())
+    if not parameters:
+        raise DeatError("the model has no parameters, so there is nothing to train")
+    if any(torch.nn.parameter.is_lazy(tensor) for tensor in (*parameters, *model.buffers())):
+        raise DeatError("the model has lazy layers without weights: forward one batch through it before training")
+    if any(parameter.is_inference() for parameter in parameters):
+        raise DeatError("the model was created inside torch.inference_mode(), so it cannot be trained")
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise DeatError(
+            "all parameters of the model are frozen (requires_grad is False), so there is nothing to train: "
+            "unfreeze those to train"
+        )
+
+
+def check_fit(model: nn.Module) -> None:
+    """Check that a model can be trained here, and saved afterwards.
+
+    Raises:
+        DeatError: It cannot, or gradients are disabled by `torch.inference_mode` or `torch.no_grad`.
+    """
+    require_autograd("training")
+    if not torch.is_grad_enabled():
+        raise DeatError("training needs gradients, which torch.no_grad() disables: call fit outside of no_grad")
+    check_parameters(model)
+    check_trainable(model, source="the model")
+
+
+class BatchChecker:
+    """Checks of the batches of a loader.
+
+    Where a value can be read without waiting for an accelerator, it is checked before the batch is trained on; the others
+    are left to `InputFlags`.
+
+    Args:
+        trainer: The method and its model.
+        engine: Device, precision and ranks.
+        name: What error messages call the loader.
+    """
+
+    def __init__(self, trainer: TrainerBase, engine: Engine, name: str = "the training loader") -> None:
+        self.trainer = trainer
+        self.engine = engine
+        self.name = name
+        self.num_classes: int | None = None
+        self._kinds: set[tuple[torch.Size, torch.dtype, bool]] = set()
+
+    def check_values(self, batch: Any, where: str) -> Batch:
+        """Return what a loader yields as a pair of images and labels.
+
+        Args:
+            batch: What the loader yields.
+            where: Names the batch in error messages.
+
+        Raises:
+            BatchError: It is no batch of images and labels.
+        """
+        images, labels = _as_pair(batch, self.name, where)
+        try:
+            if self.num_classes is None:
+                check_batch(images, labels)
+                return images, labels
+            check_types(images, labels)
+            if images.device.type == self.engine.device.type == "cpu":
+                check_batch(images, labels, self.num_classes, allow_nan=True)  # NaN is left to `NonFiniteMonitor`
+            elif labels.device.type == "cpu":
+                check_label_values(labels, self.num_classes)
+        except DeatError as error:
+            raise BatchError(f"{where}: {error}") from None
+        return images, labels
+
+    def check_model(self, images: Tensor, labels: Tensor, where: str) -> None:
+        """Check what the model returns in train and in eval mode, once for each shape and type of images.
+
+        Args:
+            images: (N, C, H, W), on the device.
+            labels: (N,), on the device.
+            where: Names the batch in error messages.
+
+        Raises:
+            BatchError: The model or the attack cannot be trained with these images.
+        """
+        kind = images.shape[1:], images.dtype, len(images) == 1
+        if kind in self._kinds:
+            return
+        engine, model = self.engine, self.trainer.model
+        try:
+            with preserve_state(model), engine.eager(model), engine.autocast():
+                if model.training and not (engine.sync_bn and engine.world.size > 1):  # SyncBatchNorm communicates
+                    trial_logits(model, images[:2], source="the model in train mode", advice=ADVICE)
+                num_classes = trial_logits(model.eval(), images[:2], advice=ADVICE).shape[1]
+            check_label_values(labels, num_classes)
+            self.trainer.check_attack(images)
+        except DeatError as error:
+            reason = str(error)
+            if len(images) == 1 and "more than 1 value per channel" in reason:
+                reason = (
+                    "it has a single image, from which BatchNorm cannot compute statistics: use another batch size, or "
+                    "drop_last=True"
+                )
+            raise BatchError(f"{where}: {reason}") from None
+        self._kinds.add(kind)
+        self.num_classes = num_classes
+
+
+ADVICE = "wrap the model so that it returns its logits (N, K), with images that it was made for"
+
+
+def _as_pair(batch: Any, name: str, where: str) -> Batch:
+    needed = f"{where}: {name} must yield pairs of tensors (images (N, C, H, W), labels (N,))"
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        images, labels = batch
+        if isinstance(labels, int) or (isinstance(labels, Tensor) and labels.ndim == 0):
+            raise BatchError(
+                f"{needed}, and this one yields single examples, as a Dataset does: give "
+                "torch.utils.data.DataLoader(dataset, batch_size=128, shuffle=True)"
+            )
+        if isinstance(images, Tensor) and isinstance(labels, Tensor):
+            return images, labels
+    raise BatchError(f"{needed}, and this one yields {_describe(batch)}")
+
+
+def _describe(batch: Any) -> str:
+    """Describe what a loader yields."""
+    if isinstance(batch, Mapping):
+        return f"a {type(batch).__name__} with the keys {', '.join(map(str, batch))}"
+    if isinstance(batch, tuple | list):
+        return f"a {type(batch).__name__} of {len(batch)} ({', '.join(type(part).__name__ for part in batch[:4])})"
+    return f"a {type(batch).__name__}"
+
+
+class InputFlags:
+    """On-device record of the first batch of an epoch with an image outside of [0, 1] or a label out of range."""
+
+    WATCHED = ("an image has values outside of [0, 1]", "a label is negative or not below the number of classes")
+
+    def __init__(self) -> None:
+        self._first: Tensor | None = None
+
+    def note(self, images: Tensor, labels: Tensor, num_classes: int | None, batch: int) -> Tensor:
+        """Record a batch, from 0.
+
+        Returns:
+            The labels, clamped to the classes: an invalid one would end an accelerator's context.
+        """
+        low, high = images.detach().aminmax()
+        clamped = labels.clamp(0, None if num_classes is None else num_classes - 1)
+        bad = torch.stack([(low < -ROUNDING) | (high > 1 + ROUNDING), (clamped != labels).any()])
+        if self._first is None:
+            self._first = torch.full_like(bad, -1, dtype=torch.long)
+        self._first = torch.where(bad & (self._first < 0), batch, self._first)
+        return clamped
+
+    def found(self) -> tuple[int, str] | None:
+        """Return the first bad batch, from 1, and what is wrong with it; waits for the device."""
+        first = [] if self._first is None else self._first.tolist()
+        bad = [(batch + 1, what) for batch, what in zip(first, self.WATCHED, strict=False) if batch >= 0]
+        return min(bad) if bad else None
