@@ -39,13 +39,14 @@ def trial_logits(
     """
     shape = "x".join(map(str, images.shape[1:]))
     copy = images.clone()
+    version = copy._version  # counts in-place operations, also those that change no value here
     try:
         with torch.no_grad(), seeding.preserved():
             logits = model(copy)
     except Exception as error:  # any exception: the forward pass is user code
         raise DeatError(f"{source} does not take {images.dtype} images of {shape} on {images.device} "
                         f"({type(error).__name__}: {first_line(error)}): {advice}") from error  # fmt: skip
-    if not torch.equal(copy, images):
+    if copy._version != version or not torch.equal(copy, images):
         raise DeatError(f"{source} changes its input in place (as x.sub_(...) and Normalize(inplace=True) do): write "
                         "its forward without in-place operations on the images")  # fmt: skip
     if not isinstance(logits, Tensor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from deat_rb.models.check import check_trainable, trial_logits
 from deat_rb.training.base import Batch, TrainerBase
 from deat_rb.training.engine import Engine
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.module_state import preserve_state, require_autograd
+from deat_rb.utils.module_state import preserve_state
 
 
 class BatchError(DeatError):
@@ -48,9 +49,9 @@ def check_fit(model: nn.Module) -> None:
     Raises:
         DeatError: It cannot, or gradients are disabled by `torch.inference_mode` or `torch.no_grad`.
     """
-    require_autograd("training")
-    if not torch.is_grad_enabled():
-        raise DeatError("training needs gradients, which torch.no_grad() disables: call fit outside of no_grad")
+    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+        context = "torch.inference_mode()" if torch.is_inference_mode_enabled() else "torch.no_grad()"
+        raise DeatError(f"training needs gradients, which {context} disables: call fit outside of it")
     check_parameters(model)
     check_trainable(model, source="the model")
 
@@ -58,19 +59,24 @@ def check_fit(model: nn.Module) -> None:
 class BatchChecker:
     """Checks of the batches of a loader.
 
-    Where a value can be read without waiting for an accelerator, it is checked before the batch is trained on; the others
-    are left to `InputFlags`.
+    Values that can be read without waiting for an accelerator are checked before the batch is trained on; `InputFlags`
+    records the others.
 
     Args:
         trainer: The method and its model.
         engine: Device, precision and ranks.
+        validation: Whether the batches are forwarded in eval mode only.
+
+    Attributes:
         name: What error messages call the loader.
+        num_classes: The number of the model's outputs, once `check_model` has seen them.
     """
 
-    def __init__(self, trainer: TrainerBase, engine: Engine, name: str = "the training loader") -> None:
+    def __init__(self, trainer: TrainerBase, engine: Engine, *, validation: bool = False) -> None:
         self.trainer = trainer
         self.engine = engine
-        self.name = name
+        self.validation = validation
+        self.name = "the validation loader" if validation else "the training loader"
         self.num_classes: int | None = None
         self._kinds: set[tuple[torch.Size, torch.dtype, bool]] = set()
 
@@ -113,9 +119,12 @@ class BatchChecker:
         if kind in self._kinds:
             return
         engine, model = self.engine, self.trainer.model
+        train_mode = not self.validation and model.training
+        if engine.sync_bn and engine.world.size > 1:  # SyncBatchNorm communicates in train mode
+            train_mode = False
         try:
             with preserve_state(model), engine.eager(model), engine.autocast():
-                if model.training and not (engine.sync_bn and engine.world.size > 1):  # SyncBatchNorm communicates
+                if train_mode:
                     trial_logits(model, images[:2], source="the model in train mode", advice=ADVICE)
                 num_classes = trial_logits(model.eval(), images[:2], advice=ADVICE).shape[1]
             check_label_values(labels, num_classes)
@@ -132,14 +141,14 @@ class BatchChecker:
         self.num_classes = num_classes
 
 
-ADVICE = "wrap the model so that it returns its logits (N, K), with images that it was made for"
+ADVICE = "images must have the shape and type that the model takes, and its output must be the logits (N, K)"
 
 
 def _as_pair(batch: Any, name: str, where: str) -> Batch:
     needed = f"{where}: {name} must yield pairs of tensors (images (N, C, H, W), labels (N,))"
     if isinstance(batch, tuple | list) and len(batch) == 2:
         images, labels = batch
-        if isinstance(labels, int) or (isinstance(labels, Tensor) and labels.ndim == 0):
+        if isinstance(labels, Integral) or (isinstance(labels, Tensor) and labels.ndim == 0):
             raise BatchError(
                 f"{needed}, and this one yields single examples, as a Dataset does: give "
                 "torch.utils.data.DataLoader(dataset, batch_size=128, shuffle=True)"

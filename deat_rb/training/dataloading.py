@@ -25,7 +25,7 @@ def check_loader(loader: Iterable[Any], name: str) -> None:
         DeatError: It cannot.
     """
     if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
-        raise DeatError(f"{name} is a {type(loader).__name__}, which cannot be iterated; give one such as a DataLoader")
+        raise DeatError(f"{name} ({type(loader).__name__}) cannot be iterated; give an iterable such as a DataLoader")
 
 
 def count_batches(loader: Iterable[Any]) -> int:

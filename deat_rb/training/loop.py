@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,13 +20,10 @@ from deat_rb.training.lr import LR_SCHEDULES, set_rate
 from deat_rb.training.metrics import EpochStats
 from deat_rb.training.signals import StopRequests
 from deat_rb.training.state import TrainingState
-from deat_rb.training.validation import validate
+from deat_rb.training.validation import validate_epoch
 from deat_rb.utils import seeding
 from deat_rb.utils.distributed import is_peer_failure
 from deat_rb.utils.errors import DeatError, Interrupted, UnwritableError
-
-STOP_BATCH = 128
-"""How many validation images a stopping rule's own attack is run on."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ class Loop:
         trainer.set_device(state.engine.device)
         validation = None
         if val_loader is not None:
-            validation = materialize(BatchChecker(trainer, state.engine, "the validation loader"), val_loader)
+            validation = materialize(BatchChecker(trainer, state.engine, validation=True), val_loader)
         rule = trainer.stopping
         if rule is not None and rule.validation_steps and validation is None:
             raise DeatError(f"{trainer.attack} stops early by its accuracy on validation images; give a val_loader")
@@ -234,34 +230,11 @@ class Loop:
         )
 
     def _validate(self, row: EpochStats, batch: Batch | None) -> EpochStats:
-        """Add the accuracies on the validation images to an epoch's metrics."""
         if batch is None:
             return row
-        state, rule = self.state, self.state.trainer.stopping
         for each in self.callbacks:
             each.on_validation_start()
-        began = time.perf_counter()
-        images, labels = batch
-        options: dict[str, Any] = {"eps": state.trainer.eps, "seed": state.seed}
-        with self.requests.at_once(), state.engine.eager(state.model), state.engine.autocast():
-            full = validate(state.model, images, labels, steps=20, **options)
-            row = replace(
-                row,
-                val_acc=full.natural,
-                val_robust_acc=full.robust,
-                val_forwards=full.forwards,
-                val_backwards=full.backwards,
-            )
-            if rule is not None and rule.validation_steps:
-                few = images[:STOP_BATCH], labels[:STOP_BATCH]
-                own = validate(state.model, *few, steps=rule.validation_steps, **options)
-                row = replace(
-                    row,
-                    stop_robust_acc=own.robust,
-                    val_forwards=row.val_forwards + own.forwards,
-                    val_backwards=row.val_backwards + own.backwards,
-                )
-        return replace(row, val_seconds=time.perf_counter() - began)
+        return validate_epoch(self.state, row, batch, self.requests)
 
     def _warn(self, message: str) -> None:
         for each in self.callbacks:

@@ -112,6 +112,7 @@ class EpochStats:
         train_acc: Accuracy on the adversarial examples trained on, in [0, 1].
         val_acc: Natural accuracy on the validation images, in [0, 1].
         val_robust_acc: PGD-20 accuracy on the validation images, in [0, 1].
+        val_top_predicted: The fraction of the validation images that are predicted as one class, the most common one.
         stop_robust_acc: PGD-5 accuracy on the stopping rule's own batch, in [0, 1].
         backwards: Backward passes in units of mini-batches.
         forwards: Forward passes in units of mini-batches.
@@ -138,6 +139,7 @@ class EpochStats:
     train_acc: float = 0.0
     val_acc: float | None = None
     val_robust_acc: float | None = None
+    val_top_predicted: float | None = None
     stop_robust_acc: float | None = None
     backwards: float = 0.0
     forwards: float = 0.0

@@ -118,7 +118,9 @@ class TrainingState:
         if self.run is None:
             return f"{len(self.history.rows)} of {self.epochs} epochs were trained; the model holds the newest weights"
         epochs, batches = (self.saved.epoch - 1, self.saved.batch) if self.saved else (0, 0)
-        done = f"{epochs} of {self.epochs} epochs" + (f" and {batches} batches of the next" if batches else "")
+        done = f"{epochs} of {self.epochs} epochs" + (
+            f" and {batches} batch{'es' if batches > 1 else ''} of the next" if batches else ""
+        )
         return f"{self.run.path} keeps {done}; deat-rb train --resume {self.run.path} resumes it"
 
 

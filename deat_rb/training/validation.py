@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import time
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +12,23 @@ from torch import Tensor, nn
 from deat_rb.attacks.functional import CountingModel, pgd
 from deat_rb.attacks.losses import cross_entropy
 from deat_rb.attacks.threat_models import Linf
+from deat_rb.training.base import Batch
+from deat_rb.training.metrics import EpochStats
+from deat_rb.training.signals import StopRequests
+from deat_rb.training.state import TrainingState
 from deat_rb.utils import seeding
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.module_state import preserve_state
 from deat_rb.utils.units import check_eps
+
+STOP_BATCH = 128
+"""How many validation images a stopping rule's own attack is run on."""
+
+COLLAPSED = 0.95
+"""The fraction of equal predictions from which on a model counts as collapsed."""
+
+FEW = 10
+"""The number of validation images below which equal predictions mean nothing."""
 
 
 class Validation(NamedTuple):
@@ -24,12 +39,23 @@ class Validation(NamedTuple):
         robust: Accuracy under PGD, in [0, 1].
         forwards: Images forwarded.
         backwards: Images for which a gradient was computed.
+        top_prediction: The class predicted for the most images without an attack, from 0.
+        top_predicted: The fraction of the images for which it is predicted.
+        top_label: The fraction of the images that have the most common label.
     """
 
     natural: float
     robust: float
     forwards: int
     backwards: int
+    top_prediction: int = 0
+    top_predicted: float = 0.0
+    top_label: float = 0.0
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether nearly all images are predicted as one class, although fewer have one label."""
+        return self.top_predicted >= max(COLLAPSED, self.top_label + 1 - COLLAPSED)
 
 
 def validate(
@@ -58,6 +84,7 @@ def validate(
     threat, name = Linf(check_eps(eps)), f"pgd-{steps}"
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), images.device)
     natural = robust = 0
+    predictions: list[Tensor] = []
     with preserve_state(model):
         counting = CountingModel(model.eval().requires_grad_(False))
         for number, (clean, target) in enumerate(zip(images.split(batch_size), labels.split(batch_size), strict=True)):
@@ -66,7 +93,8 @@ def validate(
                 logits = counting(clean)
             if logits.isnan().any():
                 raise DeatError("the model outputs NaN: it has diverged and cannot be evaluated")
-            correct = logits.argmax(dim=1) == target
+            predictions.append(logits.argmax(dim=1))
+            correct = predictions[-1] == target
             natural += int(correct.sum())
             if not correct.any():
                 continue
@@ -77,4 +105,48 @@ def validate(
                               alpha=eps / 4 if alpha is None else alpha, steps=steps, loss=cross_entropy,
                               threat=threat)  # fmt: skip
             robust += int((~output.misclassified).sum())
-    return Validation(natural / len(images), robust / len(images), counting.forwards, counting.backwards)
+    counts = torch.cat(predictions).bincount()
+    return Validation(
+        natural=natural / len(images),
+        robust=robust / len(images),
+        forwards=counting.forwards,
+        backwards=counting.backwards,
+        top_prediction=int(counts.argmax()),
+        top_predicted=int(counts.max()) / len(images),
+        top_label=int(labels.bincount().max()) / len(images),
+    )
+
+
+def validate_epoch(state: TrainingState, row: EpochStats, batch: Batch, requests: StopRequests) -> EpochStats:
+    """Return an epoch's metrics with the accuracies on all validation images and those that its stopping rule needs."""
+    began = time.perf_counter()
+    images, labels = batch
+    rule = state.trainer.stopping
+    options: dict[str, Any] = {"eps": state.trainer.eps, "seed": state.seed}
+    with requests.at_once(), state.engine.eager(state.model), state.engine.autocast():
+        full = validate(state.model, images, labels, steps=20, **options)
+        row = replace(
+            row,
+            val_acc=full.natural,
+            val_robust_acc=full.robust,
+            val_top_predicted=full.top_predicted,
+            val_forwards=full.forwards,
+            val_backwards=full.backwards,
+        )
+        if full.collapsed and len(images) >= FEW:
+            state.warn(
+                f"epoch {state.epoch}: {full.top_predicted:.0%} of the validation images are predicted as class "
+                f"{full.top_prediction}, and {full.top_label:.0%} have the most common label: the model has collapsed "
+                "to one class"
+            )
+        if rule is not None and rule.validation_steps:
+            own = validate(
+                state.model, images[:STOP_BATCH], labels[:STOP_BATCH], steps=rule.validation_steps, **options
+            )
+            row = replace(
+                row,
+                stop_robust_acc=own.robust,
+                val_forwards=row.val_forwards + own.forwards,
+                val_backwards=row.val_backwards + own.backwards,
+            )
+    return replace(row, val_seconds=time.perf_counter() - began)

@@ -44,7 +44,9 @@ def test_best_weights_end_in_the_model_and_the_run(
     robust: list[float], select: Any, epoch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     script = list(robust)
-    monkeypatch.setattr("deat_rb.training.loop.validate", lambda *args, **options: Validation(0.9, script.pop(0), 3, 2))
+    monkeypatch.setattr(
+        "deat_rb.training.validation.validate", lambda *args, **options: Validation(0.9, script.pop(0), 3, 2)
+    )
     model, run = normalized(), RunDirectory.create(tmp_path / "run", run_config(select=select or "best"))
     seen = Seen(model)
     history = deat_rb.create("pgd-1", model).fit(
@@ -62,7 +64,9 @@ def test_best_weights_end_in_the_model_and_the_run(
 def test_best_weights_prefer_natural_accuracy_at_equal_robustness(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain training has 0 % PGD-20 accuracy in every epoch: its first epoch is not the best."""
     script = [(0.3, 0.0), (0.9, 0.0), (0.8, 0.0)]
-    monkeypatch.setattr("deat_rb.training.loop.validate", lambda *args, **options: Validation(*script.pop(0), 3, 2))
+    monkeypatch.setattr(
+        "deat_rb.training.validation.validate", lambda *args, **options: Validation(*script.pop(0), 3, 2)
+    )
     history = deat_rb.create("standard", made()).fit(loader(), [images_and_labels()], epochs=3, select="best")
     assert history.selected == 2
 
@@ -82,7 +86,9 @@ def test_best_weights_after_a_stop_are_those_the_rule_keeps(
     select: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     robust = [0.3, 0.4, 0.9]  # what is sick may look best
-    monkeypatch.setattr("deat_rb.training.loop.validate", lambda *args, **options: Validation(0.9, robust.pop(0), 3, 2))
+    monkeypatch.setattr(
+        "deat_rb.training.validation.validate", lambda *args, **options: Validation(0.9, robust.pop(0), 3, 2)
+    )
     model, run = normalized(), RunDirectory.create(tmp_path / "run", run_config(select=select))
     seen = Seen(model)
     trainer = deat_rb.AttackTrainer(deat_rb.PGD(model, steps=1), stopping=AfterEpoch(3, keep=2))
@@ -100,7 +106,9 @@ def test_best_weights_ignore_epochs_after_the_one_kept(
     robust: list[float], keep: int, selected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     last, script = len(robust), list(robust)
-    monkeypatch.setattr("deat_rb.training.loop.validate", lambda *args, **options: Validation(0.9, script.pop(0), 3, 2))
+    monkeypatch.setattr(
+        "deat_rb.training.validation.validate", lambda *args, **options: Validation(0.9, script.pop(0), 3, 2)
+    )
     model, run = normalized(), RunDirectory.create(tmp_path / "run", run_config(select="best"))
     seen = Seen(model)
     trainer = deat_rb.AttackTrainer(deat_rb.PGD(model, steps=1), stopping=AfterEpoch(last, keep=keep))

@@ -11,7 +11,8 @@ from training_problems import images_and_labels, loader, made
 
 import deat_rb
 import deat_rb.methods
-from deat_rb.training.validation import Validation
+from deat_rb.training import Callback
+from deat_rb.training.validation import Validation, validate
 
 
 def test_validate_runs_pgd_20_on_all_and_pgd_5_on_128_images(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,9 +22,78 @@ def test_validate_runs_pgd_20_on_all_and_pgd_5_on_128_images(monkeypatch: pytest
         calls.append((images, options))
         return Validation(0.5, 0.4, len(images) * (1 + options["steps"]), len(images) * options["steps"])
 
-    monkeypatch.setattr("deat_rb.training.loop.validate", watched)
+    monkeypatch.setattr("deat_rb.training.validation.validate", watched)
     held = images_and_labels(150, seed=77)
     [row] = deat_rb.create("u-fgsm", made()).fit(loader(), [held], epochs=1).rows
     assert (row.val_forwards, row.val_backwards) == (150 * 21 + 128 * 6, 150 * 20 + 128 * 5)
     assert [(len(images), options["steps"]) for images, options in calls] == [(150, 20), (128, 5)]
     assert all(torch.equal(images, held[0][: len(images)]) for images, _ in calls)
+
+
+def test_validate_counts_the_most_common_prediction_and_label() -> None:
+    model: nn.Module = made().eval()
+    images, labels = images_and_labels(40)
+    labels = torch.where(torch.arange(40) < 16, 3, labels)
+    predicted = model(images).argmax(dim=1)
+    found = validate(model, images, labels, eps=8 / 255, steps=1, batch_size=7)
+    counts = predicted.bincount(minlength=4)
+    assert (found.top_prediction, found.top_predicted) == (int(counts.argmax()), int(counts.max()) / 40)
+    assert found.top_label == int((labels == 3).sum()) / 40
+
+
+@pytest.mark.parametrize(
+    ("predicted", "label", "collapsed"),
+    [
+        (1.0, 0.2, True),
+        (0.95, 0.2, True),
+        (0.94, 0.2, False),
+        (1.0, 0.95, True),
+        (1.0, 0.97, False),
+        (0.97, 0.94, False),
+    ],
+)
+def test_validation_collapsed_is_one_prediction_for_several_labels(
+    predicted: float, label: float, collapsed: bool
+) -> None:
+    assert Validation(0.2, 0.2, 0, 0, top_predicted=predicted, top_label=label).collapsed is collapsed
+
+
+class ByColor(nn.Module):
+    """Classify `images_and_labels` by their red and green channel, plus a bias for class 2."""
+
+    def __init__(self, bias: float) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.tensor([0, 0, bias, 0]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        red, green = (images.mean(dim=(2, 3))[:, :2] - 0.475).unbind(dim=1)
+        return 20 * torch.stack([-red - green, red - green, green - red, red + green], dim=1) + self.bias
+
+
+class Warnings(Callback):
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def on_warning(self, message: str) -> None:
+        self.messages.append(message)
+
+
+def test_fit_warns_of_a_collapsed_model_epoch_by_epoch() -> None:
+    def fit(bias: float, validation: int) -> tuple[list[float | None], list[str]]:
+        warnings = Warnings()
+        history = deat_rb.create("pgd-1", ByColor(bias)).fit(
+            loader(1), [images_and_labels(validation)], epochs=2, lr=1e-6, callbacks=[warnings]
+        )
+        return [row.val_top_predicted for row in history.rows], warnings.messages
+
+    shares, messages = fit(50.0, 40)
+    assert shares == [1.0, 1.0]
+    assert messages == [
+        f"epoch {epoch}: 100% of the validation images are predicted as class 2, and 25% have the most common label: "
+        "the model has collapsed to one class"
+        for epoch in (1, 2)
+    ]
+    shares, messages = fit(0.0, 40)
+    assert 0.25 <= (shares[0] or 0) <= 0.4
+    assert messages == []
+    assert fit(50.0, 4)[1] == []  # too few images to tell
