@@ -220,7 +220,7 @@ def test_parse_attacks_refuses_unknown_names(given: str, message: str) -> None:
 
 def bad_input() -> Iterator[tuple[str, dict[str, object], str]]:
     images, labels, _ = plane_images()
-    yield "range", {"images": images * 3 - 1}, "normalisation"
+    yield "range", {"images": images * 3 - 1}, "normalization"
     yield "bytes", {"images": (images * 255).byte()}, "255"
     yield "nan", {"images": images / 0 * 0}, "NaN"
     yield "label", {"labels": labels + 1}, "label 2 is out of range"
