@@ -166,7 +166,7 @@ def test_resume_does_not_need_the_initial_weights(tmp_path: Path) -> None:
     weights = train({**SMALL, "epochs": 1}, output=tmp_path, name="first")[0].path / "last.safetensors"
     begun = {**SMALL, "init_from": str(weights)}
     whole, _ = train(begun, output=tmp_path, name="whole")
-    with pytest.raises(Interrupted, match="keeps 0 of 2 epochs and 1 batches"):
+    with pytest.raises(Interrupted, match="keeps 0 of 2 epochs and 1 batch of"):
         train(begun, output=tmp_path, name="run", callbacks=[Stops(1)])
     weights.unlink()
     run, _ = resume(tmp_path / "run", {}, trust_code=True)
@@ -331,7 +331,7 @@ def test_resume_on_a_full_disk_reports_the_disk(stopped: Path, monkeypatch: pyte
     monkeypatch.setattr("deat_rb.utils.files._write_synced", full)
     monkeypatch.setattr("deat_rb.runs.train.plot_curves", lambda rows, path, title: full(path, b""))
     callback = Stops(10**6)
-    with pytest.raises(DeatError, match=r"No space left .*run keeps 1 of 2 epochs and 1 batches of the next; deat-rb"):
+    with pytest.raises(DeatError, match=r"No space left .*run keeps 1 of 2 epochs and 1 batch of the next; deat-rb"):
         resume(stopped, {}, callbacks=[callback], trust_code=True)
     assert [warning.partition(":")[0] for warning in callback.warnings] == [
         "the curves and the trackers are not complete"
