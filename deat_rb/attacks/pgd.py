@@ -69,7 +69,7 @@ class PGD(StatelessAttack):
         if not (math.isfinite(alpha) and alpha > 0):
             raise DeatError(f"alpha = {alpha:g} is not a positive number; give a step size such as 2/255")
         if alpha > 1:
-            raise DeatError(f"alpha = {alpha:g} is above 1; images are in [0, 1], so give a step size such as 2/255")
+            raise DeatError(f"alpha = {alpha:.10g} is above 1; images are in [0, 1], so give a step size such as 2/255")
         if tau is not None and not (isinstance(tau, int) and tau >= 0):
             raise DeatError(
                 f"tau = {tau} is not a whole number of 0 or more; it counts steps after a misclassification"

@@ -155,7 +155,7 @@ def check_radius(eps: str | float, name: str = "eps", *, norm: str = "Linf") -> 
     value = parse_fraction(eps)
     if norm == "Linf" and not 0 <= value <= 1:
         raise DeatError(
-            f"{name} = {value:g} is outside [0, 1]; images are in [0, 1], so give a size in that unit, such as 8/255"
+            f"{name} = {value:.10g} is outside [0, 1]; images are in [0, 1], so give a size in that unit, such as 8/255"
         )
     if not (math.isfinite(value) and value >= 0):
         raise DeatError(f"{name} = {value:g} is not a radius of 0 or more; give one in [0, 1] pixel units, such as 0.5")

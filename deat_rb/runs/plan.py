@@ -304,7 +304,7 @@ def _check_arch(options: TrainOptions) -> None:
         classes, size = SPEC_DATASETS[dataset][0], 32
     else:
         train = Path(options.data.data_dir or "", "train")
-        classes = len(class_names(train)) if train.is_dir() else 2
+        classes = len(class_names(train)) if os.path.isdir(train) else 2
     network = options.model
     spec = model_spec(network.arch, num_classes=max(classes, 2), image_size=size, mean=network.mean, std=network.std)
     if ":" not in spec.arch:

@@ -65,6 +65,6 @@ def check_eps(eps: float, name: str = "eps") -> float:
     """
     if not (math.isfinite(eps) and 0 < eps <= 1):
         raise DeatError(
-            f"{name} = {eps:g} is outside (0, 1]; images are in [0, 1], so give a size in that unit, such as 8/255"
+            f"{name} = {eps:.10g} is outside (0, 1]; images are in [0, 1], so give a size in that unit, such as 8/255"
         )
     return float(eps)

@@ -1,8 +1,6 @@
-"""Sizes as people write them, and the Linf ball: starts, steps and projections on numbers worked out by hand."""
+"""The Linf ball: starts, steps and projections on numbers worked out by hand."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
@@ -10,53 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deat_rb.attacks.threat_models import Linf
-from deat_rb.utils.errors import DeatError
-from deat_rb.utils.units import check_eps, format_fraction, parse_fraction
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("8/255", 8 / 255), (" 8 / 255 ", 8 / 255), ("2.5/255", 2.5 / 255), ("0.03", 0.03), ("1e-2", 0.01), (1, 1.0)],
-)
-def test_sizes_are_read(text: str | float, value: float) -> None:
-    assert parse_fraction(text) == value
-
-
-@pytest.mark.parametrize("text", ["", "eight", "8/", "/255", "8/255/2", "8:255", "8/255px"])
-def test_what_is_no_size_is_named(text: str) -> None:
-    with pytest.raises(DeatError, match="is not a number; write a fraction such as 8/255") as error:
-        parse_fraction(text)
-    assert f"'{text}'" in str(error.value)
-
-
-def test_a_division_by_zero_is_named() -> None:
-    with pytest.raises(DeatError, match="'8/0' divides by zero"):
-        parse_fraction("8/0")
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(8 / 255, "8/255"), (10 / 255, "10/255"), (1.0, "255/255"), (0.03, "0.03"), (0.0, "0"), (8.5 / 255, "0.0333333")],
-)
-def test_sizes_are_written_as_people_do(value: float, text: str) -> None:
-    assert format_fraction(value) == text
-
-
-@given(st.integers(1, 255))
-def test_a_whole_255th_survives_writing_and_reading(parts: int) -> None:
-    assert parse_fraction(format_fraction(parts / 255)) == parts / 255
-
-
-@pytest.mark.parametrize("eps", [0.0, -8 / 255, 8.0, 1.0001, math.inf, math.nan])
-def test_an_eps_outside_the_images_unit_is_refused(eps: float) -> None:
-    with pytest.raises(DeatError, match=r"eps = .* is outside \(0, 1\].*such as 8/255"):
-        check_eps(eps)
-
-
-def test_the_message_names_the_option() -> None:
-    assert check_eps(1) == 1.0
-    with pytest.raises(DeatError, match=r"^--eps = 8 is outside"):
-        check_eps(8, "--eps")
 
 
 def test_a_step_and_its_projection() -> None:
