@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from deat_rb.data.datasets import DATASETS, Dataset, load_data
@@ -34,8 +36,21 @@ def first_test_examples(data: Dataset, count: int | None = None) -> tuple[Tensor
     return test.first(count).tensors()
 
 
-def load_board_dataset(name: str, *, data_dir: Path | None, image_size: int | None) -> Dataset:
-    """Load a dataset from where it lies; arguments as for `deat_rb.data.datasets.load_data`.
+def sha256_test_examples(data: Dataset, count: int) -> str:
+    """Return `sha256_tensors` of the first test images and labels, without holding all images in memory."""
+    test = interleave_classes(data.test).first(count)
+    digest = hashlib.sha256(f"images\0{torch.float32}\0{(count, *test.shape)}\0".encode())
+    for start in range(0, count, 256):
+        digest.update(test.select(range(start, min(start + 256, count))).tensors()[0].numpy().tobytes())
+    digest.update(f"labels\0{torch.int64}\0{(count,)}\0".encode())
+    digest.update(test.labels.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_board_dataset(
+    name: str, *, data_dir: Path | None, image_size: int | None, memory_limit: int | None = None
+) -> Dataset:
+    """Load the test part of a dataset from where it lies; arguments as for `deat_rb.data.datasets.load_data`.
 
     Raises:
         DeatError: It is not there.
@@ -50,7 +65,7 @@ def load_board_dataset(name: str, *, data_dir: Path | None, image_size: int | No
         if not any((Path(str(data_dir)) / part).exists() for part in (source.base_folder, source.filename)):
             raise DeatError(f"{data_dir} has neither {source.base_folder} nor {source.filename}, and a board downloads "
                             "nothing: give the right folder by --data-dir")  # fmt: skip
-    return load_data(name, data_dir=data_dir, image_size=image_size)
+    return load_data(name, data_dir=data_dir, image_size=image_size, memory_limit=memory_limit, test_only=True)
 
 
 def load_entry_data(entry: Entry, data_dir: Path | None) -> Dataset:
@@ -62,4 +77,5 @@ def load_entry_data(entry: Entry, data_dir: Path | None) -> Dataset:
     loader = dataset_loader(entry)
     if loader == "folder" and data_dir is None:
         raise DeatError(f"--data-dir is missing: give the folder of {entry.dataset}")
-    return load_data(loader, data_dir=data_dir, image_size=None if entry.model is None else entry.model.image_size)
+    size = None if entry.model is None else entry.model.image_size
+    return load_data(loader, data_dir=data_dir, image_size=size, test_only=True)

@@ -9,10 +9,11 @@ from typing import Any, cast
 from torch import nn
 
 from deat_rb.data.datasets import Dataset
+from deat_rb.data.images import interleave_classes
 from deat_rb.evaluation.evaluate import evaluate
 from deat_rb.evaluation.report import Check, Report
 from deat_rb.evaluation.statistics import wilson
-from deat_rb.leaderboard.datasets import first_test_examples
+from deat_rb.leaderboard.datasets import first_test_examples, sha256_test_examples
 from deat_rb.leaderboard.entry import ATTACKS, Accuracy
 from deat_rb.leaderboard.submission import Submission
 from deat_rb.utils.errors import DeatError
@@ -58,12 +59,14 @@ def check_claim(claim: Report, submission: Submission) -> None:
     missing = [attack for attack in ATTACKS if attack not in claim.results]
     if missing:
         raise DeatError(f"{evaluation} has no {', '.join(missing)}: {again}")
-    images, labels = first_test_examples(submission.data, min(claim.n_examples, len(submission.data.test)))
     hashes = {
         "weights": (claim.provenance.get("weights_sha256"), submission.weights_sha256),
         "data": (claim.provenance.get("data_sha256"), submission.data.fingerprint),
         "model": (claim.model_sha256, sha256_tensors(submission.model.state_dict())),
-        "test images": (claim.examples_sha256, sha256_tensors({"images": images, "labels": labels})),
+        "test images": (
+            claim.examples_sha256,
+            sha256_test_examples(submission.data, min(claim.n_examples, len(submission.data.test))),
+        ),
     }
     for name, (claimed, actual) in hashes.items():
         if claimed != actual:
@@ -177,8 +180,8 @@ def evaluate_sample(
     """
     draw = random.SystemRandom()
     rows = sorted(draw.sample(range(n_examples), min(sample, n_examples)))
-    images, labels = first_test_examples(data, n_examples)
-    report = evaluate(model, images[rows], labels[rows], attacks=ATTACKS[1:], eps=eps, checks="quick",
+    images, labels = interleave_classes(data.test).select(rows).tensors()
+    report = evaluate(model, images, labels, attacks=ATTACKS[1:], eps=eps, checks="quick",
                       seed=draw.randrange(2**31), keep_adversarial=False, **options)  # fmt: skip
     return rows, report
 

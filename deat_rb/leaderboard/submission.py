@@ -56,6 +56,7 @@ class SubmissionMetadata:
         image_size: Height and width of a checkpoint's input, for an image folder.
         arch: Architecture of a checkpoint, if its ``model_info`` names none that is known.
         eps: Radius of a checkpoint without a ``model_info``, in [0, 1] pixel units, such as ``8/255``.
+        memory_limit: Bytes that the decoded test images may take, as for `load_data`.
         dataset_name: The board's name for an image folder.
         dataset_note: A description of that dataset.
         info: The ``model_info`` file of a checkpoint that is not in an export.
@@ -76,6 +77,7 @@ class SubmissionMetadata:
     image_size: int | None = None
     arch: str | None = None
     eps: str | float | None = None
+    memory_limit: int | None = None
     dataset_name: str | None = None
     dataset_note: str | None = None
     info: Path | None = None
@@ -202,7 +204,8 @@ def _open_run(target: Path, metadata: SubmissionMetadata, scratch: Path) -> Subm
         weights = f"{config.optim.select}.safetensors"
         digest = copy_untrusted_weights(target / weights, copied / weights)
         model = load_checked(copied / weights, spec, source=target / weights)
-        data = load_board_dataset(config.data.dataset, data_dir=metadata.data_dir, image_size=config.data.image_size)
+        data = load_board_dataset(config.data.dataset, data_dir=metadata.data_dir, image_size=config.data.image_size,
+                                  memory_limit=metadata.memory_limit)  # fmt: skip
         if data.fingerprint != config.data_fingerprint:
             raise DeatError(f"{target} was trained on another dataset than {config.data.dataset} here (SHA-256 "
                             f"{config.data_fingerprint[:12]}..., here {data.fingerprint[:12]}...)")  # fmt: skip
@@ -238,7 +241,8 @@ def _open_checkpoint(weights: Path, metadata: SubmissionMetadata, scratch: Path)
     copied = scratch / "weights.safetensors"
     with _named_as_submitted({copied: weights}):
         digest = copy_untrusted_weights(weights, copied)
-        data = load_board_dataset(loader, data_dir=metadata.data_dir, image_size=metadata.image_size)
+        data = load_board_dataset(loader, data_dir=metadata.data_dir, image_size=metadata.image_size,
+                                  memory_limit=metadata.memory_limit)  # fmt: skip
         num_classes = None if metadata.arch is None else len(data.classes)
         spec = exported_spec(copied, arch=arch, num_classes=num_classes, image_size=data.test.shape[-1])
         model = load_checked(copied, spec, source=weights)

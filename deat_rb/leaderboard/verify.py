@@ -47,6 +47,7 @@ def verify(
     *,
     sample: int = SAMPLE,
     data_dirs: Mapping[str, Path] | None = None,
+    memory_limit: int | None = None,
     batch_size: int = 128,
     device: str | None = None,
     progress: Progress | None = None,
@@ -57,6 +58,7 @@ def verify(
         path: The board.
         sample: Examples measured per model; 0 measures none.
         data_dirs: Folder of each dataset, by the board's name for it; the digits need none.
+        memory_limit: Bytes that the decoded test images of a dataset may take, as for `load_data`.
         batch_size: Images attacked together.
         device: Device of the evaluation.
         progress: See `deat_rb.evaluation.evaluate.evaluate`.
@@ -78,7 +80,7 @@ def verify(
                 result.notes.append(f"{entry.key}: the board does not store its weights")
                 continue
             model = load_network(entry, board.path)
-            data = _dataset(entry, data_dirs or {}, datasets) if sample else None
+            data = _dataset(entry, data_dirs or {}, datasets, memory_limit) if sample else None
             if data is not None:
                 n_examples, eps = cast(int, entry.n_examples), parse_fraction(entry.eps)
                 _, report = evaluate_sample(model, data, n_examples, sample, eps, batch_size=batch_size,
@@ -151,7 +153,12 @@ def _check_datasets(entries: list[Entry]) -> Iterator[str]:
             yield f"{entry.key} was measured on other data than {first.key}"
 
 
-def _dataset(entry: Entry, data_dirs: Mapping[str, Path], loaded: dict[tuple[str, int], Dataset]) -> Dataset | None:
+def _dataset(
+    entry: Entry,
+    data_dirs: Mapping[str, Path],
+    loaded: dict[tuple[str, int], Dataset],
+    memory_limit: int | None,
+) -> Dataset | None:
     """Load an entry's dataset once for all entries; return None if its folder was not given.
 
     Raises:
@@ -162,7 +169,10 @@ def _dataset(entry: Entry, data_dirs: Mapping[str, Path], loaded: dict[tuple[str
     image_size = cast(ModelSpec, entry.model).image_size
     if (entry.dataset, image_size) not in loaded:
         loaded[entry.dataset, image_size] = load_board_dataset(
-            dataset_loader(entry), data_dir=data_dirs.get(entry.dataset), image_size=image_size
+            dataset_loader(entry),
+            data_dir=data_dirs.get(entry.dataset),
+            image_size=image_size,
+            memory_limit=memory_limit,
         )
     data = loaded[entry.dataset, image_size]
     if data.fingerprint != entry.data_sha256 or len(data.test) != entry.n_test:
