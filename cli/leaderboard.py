@@ -74,11 +74,12 @@ def leaderboard(context: click.Context, board: Path | None, dataset: str | None,
 def build(context: click.Context, board: Path | None) -> None:
     """Write the board's HTML pages, which need no network."""
     from deat_rb.leaderboard.pages import index as board_page
+    from deat_rb.utils.text import printable
 
     left_out: list[str] = []
     index = board_page.build(_chosen(context, board), left_out=left_out)
     _print_left_out(left_out)
-    click.echo(f"written: {index}")
+    click.echo(f"written: {printable(str(index))}")
 
 
 @leaderboard.command("verify")
@@ -87,11 +88,19 @@ def build(context: click.Context, board: Path | None) -> None:
               help="Re-measure this many random examples of each model (at least 50; 0 for none).")  # fmt: skip
 @click.option("--data-dir", "data_dirs", multiple=True, metavar="NAME=DIR",
               help="Folder of a dataset; repeatable. The digits need none.")  # fmt: skip
+@click.option("--memory-limit", metavar="SIZE",
+              help="Leave a folder's test images in files if they would take more memory, such as 8G.")  # fmt: skip
 @click.option("--batch-size", type=int, default=128, show_default=True, metavar="N", help="Images attacked together.")
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, ...")
 @click.pass_context
 def verify(
-    context: click.Context, board: Path | None, sample: int, data_dirs: tuple[str, ...], batch_size: int, device: str
+    context: click.Context,
+    board: Path | None,
+    sample: int,
+    data_dirs: tuple[str, ...],
+    memory_limit: str | None,
+    batch_size: int,
+    device: str,
 ) -> None:
     """Check and hash every file, and re-measure random examples of every model.
 
@@ -101,6 +110,7 @@ def verify(
     from deat_rb.leaderboard.verify import verify as verify_board
     from deat_rb.utils.devices import resolve_device
     from deat_rb.utils.errors import DeatError
+    from deat_rb.utils.options import parse_size
 
     folders = {}
     for text in data_dirs:
@@ -109,9 +119,10 @@ def verify(
             raise DeatError(f"--data-dir {text} must have the form NAME=DIR, such as cifar10=data")
         folders[name] = Path(folder)
     where = str(resolve_device(device))
+    limit = None if memory_limit is None else parse_size(memory_limit)
     with EvaluationProgress(sample) as progress:
         result = verify_board(_chosen(context, board), sample=sample, data_dirs=folders, batch_size=batch_size,
-                             device=where, progress=progress)  # fmt: skip
+                             memory_limit=limit, device=where, progress=progress)  # fmt: skip
     for note in result.notes:
         click.echo(f"note: {note}")
     for problem in result.problems:

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from .network_options import numbers
+
 
 @click.command("submit")
 @click.argument("target", metavar="RUN|EXPORT|CHECKPOINT", type=click.Path(path_type=Path))
@@ -21,6 +23,16 @@ import click
               help="Folder of the dataset; the digits need none.")  # fmt: skip
 @click.option("--image-size", type=int, metavar="PIXELS",
               help="Height and width of a checkpoint's input, for an image folder.  [default: 32]")  # fmt: skip
+@click.option("--classes", "class_file", type=click.Path(path_type=Path), metavar="FILE",
+              help="Class names, one per line in the order of a checkpoint's logits, for an image folder.")  # fmt: skip
+@click.option("--mean", type=numbers, metavar="R,G,B",
+              help="Mean of a checkpoint's normalization, of images in [0, 1], if its weights have none.")  # fmt: skip
+@click.option("--std", type=numbers, metavar="R,G,B", help="Standard deviation of a checkpoint's normalization.")
+@click.option("--normalize", metavar="NAME", help="--mean and --std of cifar10, cifar100, digits or imagenet.")
+@click.option("--weights-key", metavar="KEY",
+              help="State dict to load from a checkpoint that has several, such as state_dict_ema.")  # fmt: skip
+@click.option("--memory-limit", metavar="SIZE",
+              help="Leave a folder's test images in files if they would take more memory, such as 8G.")  # fmt: skip
 @click.option("--dataset-name", metavar="NAME", help="The board's name for an image folder, such as cifar10-jpeg.")
 @click.option("--dataset-note", metavar="TEXT", help="Description of an image folder; the board keeps the first.")
 @click.option("--paper", "link", metavar="URL", help="Link to the paper.  [default: DEAT's, for its methods]")
@@ -50,6 +62,11 @@ def submit(
     keep_weights: bool,
     batch_size: int,
     device: str,
+    class_file: Path | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    normalize: str | None,
+    memory_limit: str | None,
     **metadata: Any,
 ) -> None:
     """Submit a trained network to a leaderboard.
@@ -65,16 +82,27 @@ def submit(
     from deat_rb.leaderboard.ranking import rank
     from deat_rb.leaderboard.submission import SubmissionMetadata
     from deat_rb.leaderboard.tables import as_tables
+    from deat_rb.models.class_names import read_class_names
+    from deat_rb.models.normalization import parse_normalization
     from deat_rb.utils.devices import resolve_device
+    from deat_rb.utils.options import parse_size
+    from deat_rb.utils.text import printable
 
     where = resolve_device(device)
+    more: dict[str, Any] = {
+        "classes": None if class_file is None else read_class_names(class_file),
+        "normalization": parse_normalization(mean, std, normalize),
+        "memory_limit": None if memory_limit is None else parse_size(memory_limit),
+    }
     with EvaluationProgress(n_examples or sample) as progress:
         entry = Board(board).submit(
-            target, SubmissionMetadata(**metadata), n_examples=n_examples, sample=sample, evaluate_anew=evaluate_anew,
-            replace=replace, keep_weights=keep_weights, batch_size=batch_size, device=str(where), progress=progress,
+            target, SubmissionMetadata(**metadata, **more), n_examples=n_examples, sample=sample,
+            evaluate_anew=evaluate_anew, replace=replace, keep_weights=keep_weights, batch_size=batch_size,
+            device=str(where), progress=progress,
         )  # fmt: skip
     console = Console()
     own = [each for each in rank(Board(board).entries(left_out=[])) if each.entry.key == entry.key]
     for table in as_tables(own, console.width):
         console.print(table)
-    console.print(f"written: {board / 'entries' / entry.key}.json", highlight=False, soft_wrap=True, markup=False)
+    written = printable(str(board / "entries" / entry.key))
+    console.print(f"written: {written}.json", highlight=False, soft_wrap=True, markup=False)

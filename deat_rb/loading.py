@@ -227,7 +227,7 @@ def _open_entry(file: Path) -> Network:
 
     entry, model = open_entry(file)
     provenance = {"entry": entry.key, "weights_sha256": str(entry.weights_sha256)}
-    return Network(model, str(file), provenance, (), False, eps=parse_fraction(entry.eps))
+    return Network(model, str(file), provenance, tuple(entry.classes or ()), eps=parse_fraction(entry.eps))
 
 
 def _open_checkpoint(path: Path, options: NetworkOptions, dataset: str | None) -> Network:

@@ -120,7 +120,7 @@ class Board:
             "eps": format_fraction(submission.eps),
             "n_test": len(submission.data.test),
             "model": submission.spec,
-            "classes": submission.data.classes,
+            "classes": submission.classes,
             "data_sha256": fingerprint,
             "submitted": datetime.now(UTC).date().isoformat(),
         }

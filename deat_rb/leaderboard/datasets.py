@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,15 @@ def dataset_loader(entry: Entry) -> str:
     return entry.dataset if entry.dataset in DATASETS else "folder"
 
 
-def first_test_examples(data: Dataset, count: int | None = None) -> tuple[Tensor, Tensor]:
+def first_test_examples(
+    data: Dataset, count: int | None = None, *, logit_of_class: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
     """Return the first test images, (N, C, H, W), and labels (N,), in the order of `EvalTarget.examples`.
+
+    Args:
+        data: The dataset.
+        count: Number of images; by default all.
+        logit_of_class: See `deat_rb.models.class_names.match_classes`.
 
     Raises:
         DeatError: There are fewer than ``count``.
@@ -33,7 +41,13 @@ def first_test_examples(data: Dataset, count: int | None = None) -> tuple[Tensor
     count = len(test) if count is None else count
     if not 1 <= count <= len(test):
         raise DeatError(f"--n-examples {count} is not possible (1 to {len(test)} test images)")
-    return test.first(count).tensors()
+    images, labels = test.first(count).tensors()
+    return images, indices_of_logits(labels, logit_of_class)
+
+
+def indices_of_logits(labels: Tensor, logit_of_class: Sequence[int]) -> Tensor:
+    """Return labels as indices of a network's logits; see `deat_rb.models.class_names.match_classes`."""
+    return torch.tensor(logit_of_class)[labels] if logit_of_class else labels
 
 
 def sha256_test_examples(data: Dataset, count: int) -> str:

@@ -13,7 +13,7 @@ from deat_rb.data.images import interleave_classes
 from deat_rb.evaluation.evaluate import evaluate
 from deat_rb.evaluation.report import Check, Report
 from deat_rb.evaluation.statistics import wilson
-from deat_rb.leaderboard.datasets import first_test_examples, sha256_test_examples
+from deat_rb.leaderboard.datasets import first_test_examples, indices_of_logits, sha256_test_examples
 from deat_rb.leaderboard.entry import ATTACKS, Accuracy
 from deat_rb.leaderboard.submission import Submission
 from deat_rb.utils.errors import DeatError
@@ -134,7 +134,7 @@ def evaluate_fully(submission: Submission, n_examples: int | None, **options: An
     Raises:
         DeatError: A check fails, or its ``model_info`` claims other accuracies.
     """
-    images, labels = first_test_examples(submission.data, n_examples)
+    images, labels = first_test_examples(submission.data, n_examples, logit_of_class=submission.logit_of_class)
     report = evaluate(submission.model, images, labels, attacks=ATTACKS[1:], eps=submission.eps, checks="quick",
                       keep_adversarial=False, **options)  # fmt: skip
     refuse_failed(report.checks, str(submission.source))
@@ -163,7 +163,14 @@ def verify_claim(submission: Submission, n_examples: int | None, sample: int, **
 
 
 def evaluate_sample(
-    model: nn.Module, data: Dataset, n_examples: int, sample: int, eps: float, **options: Any
+    model: nn.Module,
+    data: Dataset,
+    n_examples: int,
+    sample: int,
+    eps: float,
+    *,
+    logit_of_class: Sequence[int] = (),
+    **options: Any,
 ) -> tuple[list[int], Report]:
     """Evaluate on random examples that a submitter cannot know beforehand.
 
@@ -173,6 +180,7 @@ def evaluate_sample(
         n_examples: The examples are drawn from the first ``n_examples`` test images, by the operating system.
         sample: Number of examples.
         eps: The radius.
+        logit_of_class: See `deat_rb.models.class_names.match_classes`.
         options: Of `deat_rb.evaluation.evaluate.evaluate`.
 
     Returns:
@@ -181,6 +189,7 @@ def evaluate_sample(
     draw = random.SystemRandom()
     rows = sorted(draw.sample(range(n_examples), min(sample, n_examples)))
     images, labels = interleave_classes(data.test).select(rows).tensors()
+    labels = indices_of_logits(labels, logit_of_class)
     report = evaluate(model, images, labels, attacks=ATTACKS[1:], eps=eps, checks="quick",
                       seed=draw.randrange(2**31), keep_adversarial=False, **options)  # fmt: skip
     return rows, report

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from deat_rb.data.datasets import DATASETS, Dataset
+from deat_rb.data.normalization import Normalization
 from deat_rb.evaluation.report import Report
 from deat_rb.leaderboard.datasets import load_board_dataset
 from deat_rb.leaderboard.entry import (
@@ -24,8 +25,10 @@ from deat_rb.leaderboard.entry import (
 from deat_rb.leaderboard.training_record import metrics_rows, training_facts
 from deat_rb.leaderboard.untrusted import MAX_JSON, parse_json_object, read_limited, symlink_in_path
 from deat_rb.leaderboard.untrusted_weights import copy_untrusted_weights, load_checked
+from deat_rb.models.class_names import MatchedClasses, match_classes
 from deat_rb.models.names import PRETRAINED
 from deat_rb.models.spec import ModelSpec, NormalizedModel
+from deat_rb.models.weights import strip_wrappers
 from deat_rb.robustbench.format import ExportPaths, exported_spec, known_architecture, spelled_architecture
 from deat_rb.runs.directory import CONFIG, METRICS, RunDirectory
 from deat_rb.utils import compat
@@ -57,6 +60,9 @@ class SubmissionMetadata:
         arch: Architecture of a checkpoint, if its ``model_info`` names none that is known.
         eps: Radius of a checkpoint without a ``model_info``, in [0, 1] pixel units, such as ``8/255``.
         memory_limit: Bytes that the decoded test images may take, as for `load_data`.
+        classes: Class names in the order of a checkpoint's logits, for an image folder.
+        normalization: Mean and standard deviation of a checkpoint's network, if its weights have none.
+        weights_key: Key of the state dict in a checkpoint that has several.
         dataset_name: The board's name for an image folder.
         dataset_note: A description of that dataset.
         info: The ``model_info`` file of a checkpoint that is not in an export.
@@ -78,6 +84,9 @@ class SubmissionMetadata:
     arch: str | None = None
     eps: str | float | None = None
     memory_limit: int | None = None
+    classes: tuple[str, ...] | None = None
+    normalization: Normalization | None = None
+    weights_key: str | None = None
     dataset_name: str | None = None
     dataset_note: str | None = None
     info: Path | None = None
@@ -126,6 +135,8 @@ class Submission:
         claim: The evaluation that came with a run.
         weights_sha256: SHA-256 of the weights' file as submitted.
         claimed: Accuracy in percent by attack, from a ``model_info``.
+        classes: Class names in the order of the logits.
+        logit_of_class: See `deat_rb.models.class_names.match_classes`.
     """
 
     source: Path
@@ -138,6 +149,8 @@ class Submission:
     claim: Report | None
     weights_sha256: str
     claimed: dict[str, float] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+    logit_of_class: tuple[int, ...] = ()
 
 
 def open_submission(target: Path, metadata: SubmissionMetadata, scratch: Path) -> Submission:
@@ -185,9 +198,10 @@ def _weights_in_export(folder: Path, model_name: str) -> Path:
 
 
 def _open_run(target: Path, metadata: SubmissionMetadata, scratch: Path) -> Submission:
-    if any(getattr(metadata, name) is not None for name in ("info", "dataset", "arch", "image_size", "eps")):
-        raise DeatError("--info, --dataset, --arch, --image-size and --eps are for checkpoints: "
-                        f"the run {target} has its own")  # fmt: skip
+    for name in ("info", "dataset", "arch", "image_size", "eps", "classes", "normalization", "weights_key"):
+        if getattr(metadata, name) is not None:
+            flag = "--mean, --std or --normalize" if name == "normalization" else f"--{name.replace('_', '-')}"
+            raise DeatError(f"{flag} is for checkpoints: the run {target} has its own")
     copied = scratch / "run"
     copied.mkdir()
     for name in (CONFIG, METRICS, EVALUATION):
@@ -209,11 +223,12 @@ def _open_run(target: Path, metadata: SubmissionMetadata, scratch: Path) -> Subm
         if data.fingerprint != config.data_fingerprint:
             raise DeatError(f"{target} was trained on another dataset than {config.data.dataset} here (SHA-256 "
                             f"{config.data_fingerprint[:12]}..., here {data.fingerprint[:12]}...)")  # fmt: skip
-        _check_fits(spec, data, target)
+        _check_fits(spec, data, target, num_classes=len(data.classes))
         rows = metrics_rows(copied / METRICS, target / METRICS)
         facts = {**training_facts(config, rows), "architecture": _architecture(spec), **metadata.declared_fields()}
         claim = _claim(target, copied) if (copied / EVALUATION).exists() else None
-    return Submission(target, model, spec, data, dataset_name, config.attack.eps, facts, claim, digest)
+    return Submission(target, model, spec, data, dataset_name, config.attack.eps, facts, claim, digest,
+                      classes=data.classes)  # fmt: skip
 
 
 def _claim(target: Path, copied: Path) -> Report:
@@ -238,21 +253,37 @@ def _open_checkpoint(weights: Path, metadata: SubmissionMetadata, scratch: Path)
         raise DeatError(f"{source} has the unknown architecture '{printable(str(info.architecture), 80)}': give "
                         "--arch, such as preactresnet18 or wrn-34-10")  # fmt: skip
     _check_arch(arch, weights)
+    if loader != "folder" and metadata.classes is not None:
+        raise DeatError(f"--classes is for image folders: {loader} has its own classes")
+    if ":" in arch and loader == "folder" and metadata.image_size is None:
+        raise DeatError(f"{weights} takes images of several sizes ({arch}): give --image-size, the height and width of "
+                        "the images that it was trained on")  # fmt: skip
     copied = scratch / "weights.safetensors"
     with _named_as_submitted({copied: weights}):
-        digest = copy_untrusted_weights(weights, copied)
+        digest = copy_untrusted_weights(weights, copied, weights_key=metadata.weights_key)
         data = load_board_dataset(loader, data_dir=metadata.data_dir, image_size=metadata.image_size,
                                   memory_limit=metadata.memory_limit)  # fmt: skip
-        num_classes = None if metadata.arch is None else len(data.classes)
+        num_classes = None if metadata.arch is None else len(metadata.classes or data.classes)
         spec = exported_spec(copied, arch=arch, num_classes=num_classes, image_size=data.test.shape[-1])
+        if metadata.normalization is not None:
+            if "mu" in strip_wrappers(load_tensors(copied)):
+                raise DeatError(f"{weights} has its own mean and standard deviation: leave out --mean, --std and "
+                                "--normalize")  # fmt: skip
+            mean, std = metadata.normalization
+            spec = spec.model_copy(update={"mean": mean, "std": std})
         model = load_checked(copied, spec, source=weights)
-        _check_fits(spec, data, source)
+        matched = MatchedClasses(data.classes)
+        if metadata.classes is not None:
+            matched = match_classes(data.classes, metadata.classes, spec.num_classes, source=str(weights),
+                                    dataset=data.name)  # fmt: skip
+        _check_fits(spec, data, source, num_classes=len(matched.classes))
     claimed = {"natural": info.clean_acc, "autoattack": info.autoattack_acc}
     own = info.model_dump(exclude={"dataset", "eps", "clean_acc", "autoattack_acc"}, exclude_none=True)
     facts = {"architecture": _architecture(spec), **own, **metadata.declared_fields()}
     return Submission(
         weights, model, spec, data, dataset_name, parse_fraction(info.eps), facts, None, digest,
-        {attack: float(text) for attack, text in claimed.items() if text is not None},
+        {attack: float(text) for attack, text in claimed.items() if text is not None}, matched.classes,
+        matched.logit_of_class,
     )  # fmt: skip
 
 
@@ -291,9 +322,9 @@ def _check_arch(arch: str, source: Path) -> None:
         raise DeatError(f"{source} has the architecture {arch}, which is too large (at most twice a WRN-94-16)")
 
 
-def _check_fits(spec: ModelSpec, data: Dataset, source: Path) -> None:
+def _check_fits(spec: ModelSpec, data: Dataset, source: Path, *, num_classes: int) -> None:
     takes, has = (spec.channels, spec.image_size, spec.image_size), tuple(data.test.shape)
-    if takes != has or spec.num_classes != len(data.classes):
+    if takes != has or spec.num_classes != num_classes:
         raise DeatError(f"{source} is a network with {spec.num_classes} classes for images of shape {takes}, but "
                         f"{data.name} has {len(data.classes)} classes and images of shape {has}")  # fmt: skip
 

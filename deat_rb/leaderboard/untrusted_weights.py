@@ -15,37 +15,42 @@ from deat_rb.models.spec import ModelSpec, NormalizedModel
 from deat_rb.models.weights import check_weights
 from deat_rb.utils import seeding
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.safe_load import load_tensors, save_tensors
+from deat_rb.utils.safe_load import load_state_dict, load_tensors, save_tensors
 
 MAX_WEIGHTS = 2 * 2**30
 """Largest file of weights in bytes, unpacked; RobustBench's largest, a WRN-94-16 in float32, has 1.5e9."""
 
 
-def copy_untrusted_weights(source: Path, target: Path) -> str:
+def copy_untrusted_weights(source: Path, target: Path, *, weights_key: str | None = None) -> str:
     """Read untrusted weights without executing code and write their tensors as safetensors.
 
     Args:
         source: A file of safetensors or of `torch.save`.
         target: The safetensors file, in a folder of one's own.
+        weights_key: Key of the state dict, as for `load_state_dict`.
 
     Returns:
         The SHA-256 of the submitted file.
 
     Raises:
-        DeatError: The file is too large (unpacked, too), a symlink, contains anything but tensors, or is damaged.
+        DeatError: The file is too large (unpacked, too), a symlink, contains anything but tensors, is damaged,
+            or has several state dicts and ``weights_key`` is None.
     """
     data = read_limited(source, MAX_WEIGHTS)
     received = target.with_name(f"received{source.suffix}")
     received.write_bytes(data)
     _check_size(sum(member.file_size for member in _members(received)), source)
     try:
-        tensors = load_tensors(received)
+        weights = load_state_dict(received, weights_key)
+        if weights.others and weights_key is None:
+            keys = ", ".join(f"'{key}'" for key in (weights.key, *weights.others))
+            raise DeatError(f"{source} has several state dicts ({keys}): choose one by --weights-key")
     except DeatError as error:  # which names the copy
         raise DeatError(str(error).replace(str(received), str(source))) from None
     finally:
         received.unlink()
-    _check_size(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), source)
-    save_tensors(target, tensors)
+    _check_size(sum(tensor.numel() * tensor.element_size() for tensor in weights.tensors.values()), source)
+    save_tensors(target, weights.tensors)
     return hashlib.sha256(data).hexdigest()
 
 

@@ -16,6 +16,7 @@ from deat_rb.leaderboard.measure import SAMPLE, check_sample, compare_claim, eva
 from deat_rb.leaderboard.pages.index import INDEX
 from deat_rb.leaderboard.pages.model import page_of
 from deat_rb.leaderboard.weights import check_hash, load_network
+from deat_rb.models.class_names import match_classes
 from deat_rb.models.spec import ModelSpec
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.text import printable
@@ -82,9 +83,14 @@ def verify(
             model = load_network(entry, board.path)
             data = _dataset(entry, data_dirs or {}, datasets, memory_limit) if sample else None
             if data is not None:
-                n_examples, eps = cast(int, entry.n_examples), parse_fraction(entry.eps)
-                _, report = evaluate_sample(model, data, n_examples, sample, eps, batch_size=batch_size,
-                                            device=device, progress=progress)  # fmt: skip
+                num_classes = cast(ModelSpec, entry.model).num_classes
+                matched = match_classes(data.classes, entry.classes or (), num_classes, source=entry.key,
+                                        dataset=data.name)  # fmt: skip
+                _, report = evaluate_sample(
+                    model, data, cast(int, entry.n_examples), sample, parse_fraction(entry.eps),
+                    logit_of_class=matched.logit_of_class,
+                    batch_size=batch_size, device=device, progress=progress,
+                )  # fmt: skip
                 compare_claim({name: 100 * each.accuracy for name, each in entry.figures.items()}, report, "the entry")
                 refuse_failed(report.checks, "the model")
                 result.measured += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -41,6 +42,22 @@ def test_submit_prints_no_control_characters(tmp_path: Path) -> None:
         assert done.exit_code == 2
         assert done.output.count("\n") == 1
         assert not re.search("[\x1b\x07\u202e]", done.output)
+
+
+def test_commands_work_in_folders_whose_names_are_not_utf8(tmp_path: Path, fake: FakeEvaluation) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    done = cli("submit", make_run(folder / "run"), "--board", folder / "board", "--model-name", NAME, "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    assert r"caf\udce9/board" in done.output
+    for arguments in (("build",), ("verify", "--sample", 0), ("--csv",), ("export", "--robustbench", folder / "out",
+                                                                       "--as-dataset", "cifar10")):  # fmt: skip
+        assert cli("leaderboard", "--board", folder / "board", *arguments).exit_code == 0
+    data = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9"))
+    refused = cli("submit", make_run(folder / "other", dataset="folder"), "--board", folder / "board",
+                  "--model-name", f"{NAME}_2", "--data-dir", data)  # fmt: skip
+    assert refused.exit_code == 2
+    assert "other: --dataset-name is missing" in refused.output
 
 
 def test_leaderboard_prints_every_format(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 from board_problems import digits, make_run, snapshot, submit
 
 from deat_rb.leaderboard.board import Board
-from deat_rb.leaderboard.datasets import first_test_examples
+from deat_rb.leaderboard.datasets import first_test_examples, sha256_test_examples
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.safe_load import sha256_tensors
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "folder"])
@@ -35,3 +36,8 @@ def test_submit_takes_no_data_from_where_a_submission_says_and_downloads_none(
 def test_first_test_examples_refuses_impossible_counts(count: int) -> None:
     with pytest.raises(DeatError, match=rf"--n-examples {count} is not possible \(1 to 500 test images\)"):
         first_test_examples(digits(), count)
+
+
+def test_sha256_test_examples_is_that_of_the_tensors() -> None:
+    images, labels = first_test_examples(digits(), 300)
+    assert sha256_test_examples(digits(), 300) == sha256_tensors({"images": images, "labels": labels})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ import torch
 from board_problems import NAME, FakeEvaluation, bare_state, make_checkpoint, make_run, network, snapshot, submit
 from torch import Tensor
 
+from deat_rb.data.datasets import Dataset, load_data
 from deat_rb.leaderboard.board import Board
+from deat_rb.leaderboard.datasets import first_test_examples, load_board_dataset
 from deat_rb.leaderboard.submission import SubmissionMetadata
 from deat_rb.leaderboard.untrusted_weights import as_safetensors
+from deat_rb.leaderboard.verify import verify
 from deat_rb.models.spec import build_model
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.safe_load import load_tensors
 
 
 def test_submit_reads_a_runs_training(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
@@ -126,7 +131,7 @@ def test_submit_takes_an_architecture_by_flag(tmp_path: Path, board: Board, fake
     for arch in ("os:system", "wrn-16-1"):
         with pytest.raises(DeatError, match=r"never runs submitted code|another|differ"):
             submit(board, weights, "Other2021Name", data_dir=tmp_path, arch=arch)
-    with pytest.raises(DeatError, match="--image-size and --eps are for checkpoints"):
+    with pytest.raises(DeatError, match=r"--arch is for checkpoints: the run .* has its own"):
         submit(board, make_run(tmp_path / "run"), "Other2021Name", arch="wrn-10-1")
 
 
@@ -202,3 +207,100 @@ def test_submit_validates_a_runs_texts_before_evaluating(tmp_path: Path, board: 
     with pytest.raises(DeatError, match="method: has HTML"):
         submit(board, run)
     assert fake.calls == []
+
+
+# Checkpoints that do not say everything
+
+
+@pytest.fixture
+def really_loaded(fake: FakeEvaluation, monkeypatch: pytest.MonkeyPatch) -> FakeEvaluation:
+    """The fake evaluation, with datasets that are loaded from where they lie."""
+    monkeypatch.setattr("deat_rb.leaderboard.submission.load_board_dataset", load_board_dataset)
+    monkeypatch.setattr("deat_rb.leaderboard.verify.load_board_dataset", load_board_dataset)
+    monkeypatch.setattr("board_problems.places_of_digits", lambda: defaultdict(int))
+    return fake
+
+
+def four_classes(folder: Path, names: tuple[str, ...] = ("blue", "green", "grey", "red")) -> dict[str, Any]:
+    """A checkpoint for the folder of colors, and what `submit` takes for it."""
+    model = build_model("wrn-10-1", num_classes=len(names))
+    torch.save({name.removeprefix("net."): value for name, value in model.state_dict().items()}, folder / "last.pt")
+    return {"target": folder / "last.pt", "arch": "wrn-10-1", "dataset": "folder", "eps": "8/255",
+            "dataset_name": "colors", "classes": names}  # fmt: skip
+
+
+def test_submit_matches_labels_by_class_name(
+    tmp_path: Path, board: Board, image_folder: Path, really_loaded: FakeEvaluation
+) -> None:
+    """Logits are in another order than the folder's classes, and there are more of them."""
+    names = ("red", "white", "grey", "green", "blue")
+    entry = submit(board, **four_classes(tmp_path, names), data_dir=image_folder)
+    assert entry.classes == names
+    data = load_board_dataset("folder", data_dir=image_folder, image_size=32)
+    by_name = [names[label] for label in really_loaded.calls[0]["labels"]]
+    assert by_name == [data.classes[label] for label in first_test_examples(data)[1]]
+    verified = verify(board.path, data_dirs={"colors": image_folder}, sample=50)
+    assert (verified.problems, verified.measured) == ([], 1)
+    by_name = [names[label] for label in really_loaded.calls[1]["labels"]]
+    assert sorted(by_name) == sorted(data.classes[label] for label in first_test_examples(data)[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"classes": ("red", "green", "blue", "black")}, "the class 'grey', which"),
+     ({"dataset": "digits", "dataset_name": None, "data_dir": None}, "--classes is for image folders: digits has"),
+     ({"arch": "torchvision:resnet18"}, "takes images of several sizes .*: give --image-size"),
+     ({"weights_key": "state_dict_ema"}, "state_dict_ema")],
+)  # fmt: skip
+def test_submit_refuses_checkpoints_that_do_not_say_enough(
+    tmp_path: Path, board: Board, image_folder: Path, really_loaded: FakeEvaluation, changes: dict[str, Any],
+    message: str,
+) -> None:  # fmt: skip
+    with pytest.raises(DeatError, match=message):
+        submit(board, **{**four_classes(tmp_path), "data_dir": image_folder, **changes})
+
+
+def test_submit_takes_a_normalization(
+    tmp_path: Path, board: Board, image_folder: Path, really_loaded: FakeEvaluation
+) -> None:
+    options = four_classes(tmp_path)
+    normalization = ((0.4, 0.5, 0.6), (0.2, 0.3, 0.2))
+    with pytest.raises(DeatError, match="has its own mean and standard deviation: leave out --mean"):
+        submit(board, **options, data_dir=image_folder, normalization=normalization)
+    state = {name: value for name, value in torch.load(options["target"]).items() if name not in ("mu", "sigma")}
+    torch.save(state, options["target"])
+    entry = submit(board, **options, data_dir=image_folder, normalization=normalization)
+    assert entry.model is not None
+    assert (entry.model.mean, entry.model.std) == normalization
+    stored = load_tensors(board.path / entry.weights_place)
+    assert stored["mu"].flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
+
+
+def test_submit_refuses_to_choose_among_several_state_dicts(
+    tmp_path: Path, board: Board, image_folder: Path, really_loaded: FakeEvaluation
+) -> None:
+    options = four_classes(tmp_path)
+    state = torch.load(options["target"])
+    averaged = {name: value * 0.5 if value.is_floating_point() and name != "sigma" else value
+                for name, value in state.items()}  # fmt: skip
+    torch.save({"state_dict": state, "state_dict_ema": averaged}, options["target"])
+    with pytest.raises(DeatError, match=r"has several state dicts \('state_dict', 'state_dict_ema'\): choose one"):
+        submit(board, **options, data_dir=image_folder)
+    entry = submit(board, **options, data_dir=image_folder, weights_key="state_dict_ema")
+    stored = load_tensors(board.path / entry.weights_place)
+    assert torch.equal(stored["net.conv1.weight"], averaged["conv1.weight"])
+
+
+def test_submit_decodes_only_test_images_within_the_limit(
+    tmp_path: Path, board: Board, image_folder: Path, really_loaded: FakeEvaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[dict[str, Any]] = []
+
+    def spy(name: str, **options: Any) -> Dataset:
+        loaded.append(options)
+        return load_data(name, **options)
+
+    monkeypatch.setattr("deat_rb.leaderboard.datasets.load_data", spy)
+    submit(board, **four_classes(tmp_path), data_dir=image_folder, memory_limit=1000)
+    verify(board.path, data_dirs={"colors": image_folder}, sample=50, memory_limit=1000)
+    assert [(each["test_only"], each["memory_limit"]) for each in loaded] == [(True, 1000)] * 2
