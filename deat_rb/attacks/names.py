@@ -63,22 +63,22 @@ def parse_attacks(attacks: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(("natural", *(_canonical(name) for name in names))))
 
 
-def _canonical(given: str) -> str:
-    if not isinstance(given, str):
-        raise DeatError(f"attack: {type(given).__name__} (a text such as 'pgd-100')")
-    name = given.strip().lower()
+def _canonical(text: str) -> str:
+    if not isinstance(text, str):
+        raise DeatError(f"attack: {type(text).__name__} (a text such as 'pgd-100')")
+    name = text.strip().lower()
     if name in PLAIN or name in AUTOATTACK or name == "square":
         return name
     if name.startswith(PREFIX):
-        return str(parse_torchattack(given))
+        return str(parse_torchattack(text))
     match = re.fullmatch(r"(pgd|cw)-([0-9]{1,6})(?:x([0-9]{1,3}))?", name)
     if match is None:
-        raise DeatError(f"there is no attack '{given.strip()}': {did_you_mean(name, KNOWN)}")
+        raise DeatError(f"there is no attack '{text.strip()}': {did_you_mean(name, KNOWN)}")
     kind, steps, restarts = match[1], int(match[2]), int(match[3] or 1)
     if steps == 0:
-        raise DeatError(f"attack '{given.strip()}' has 0 steps; give 1 or more, such as {kind}-20")
+        raise DeatError(f"attack '{text.strip()}' has 0 steps; give 1 or more, such as {kind}-20")
     if restarts == 0:
-        raise DeatError(f"attack '{given.strip()}' has 0 starts; give 1 or more, such as {kind}-{steps}x5")
+        raise DeatError(f"attack '{text.strip()}' has 0 starts; give 1 or more, such as {kind}-{steps}x5")
     return f"{kind}-{steps}" + (f"x{restarts}" if restarts > 1 else "")
 
 
@@ -145,7 +145,7 @@ def _parameters(name: str) -> dict[str, inspect.Parameter]:
     usable = {
         known: {parameter.name: parameter for parameter in parameters[2:]}
         for known, parameters in attacks.items()
-        if parameters[1].name == "model" and all(given.default is not given.empty for given in parameters[2:])
+        if parameters[1].name == "model" and all(each.default is not each.empty for each in parameters[2:])
     }
     if name not in usable:
         why = "needs more than a model, so it cannot be used here" if name in attacks else "does not exist"
@@ -164,10 +164,10 @@ def _keywords(text: str, call: str) -> dict[str, Value]:
         expression = None
     if not isinstance(expression, ast.Call) or not isinstance(expression.func, ast.Name) or expression.args:
         raise DeatError(f"attack '{text}' cannot be read: write torchattacks.NAME(argument=value, ...)")
-    given = [(_name(text, keyword), _literal(text, call, keyword.value)) for keyword in expression.keywords]
-    if len(dict(given)) < len(given):
+    arguments = [(_name(text, keyword), _literal(text, call, keyword.value)) for keyword in expression.keywords]
+    if len(dict(arguments)) < len(arguments):
         raise DeatError(f"attack '{text}' has an argument twice: remove one")
-    return dict(given)
+    return dict(arguments)
 
 
 def _name(text: str, keyword: ast.keyword) -> str:

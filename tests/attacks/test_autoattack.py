@@ -64,7 +64,7 @@ def test_autoattack_with_few_classes(
     assert found.parameters["parts"] == parts
     assert found.parameters["targets"] == targets
     assert 0 < found.n_correct < report.results["natural"].n_correct
-    # Nothing that AutoAttack leaves may fall to a weaker attack on networks as plain as these.
+    # On such plain networks no weaker attack succeeds where AutoAttack does not.
     assert not (report.verdicts["autoattack"] & ~report.verdicts["pgd-20"]).any()
     assert [name for name in told if "/" in name] == [f"autoattack/{part}" for part in parts.split(", ")]
     assert (found.notes[0] == f"{classes} classes: the DLR loss of apgd-t is undefined, so AutoAttack ran without"
@@ -74,7 +74,7 @@ def test_autoattack_with_few_classes(
     assert found.backwards > 0
 
 
-def test_parts_of_autoattack() -> None:
+def test_parts_for_depends_on_the_number_of_classes() -> None:
     assert parts_for(10) == (("apgd-ce", "apgd-t", "fab-t", "square"), 9)
     assert parts_for(100) == (("apgd-ce", "apgd-t", "fab-t", "square"), 9)
     assert parts_for(5)[1] == 4
@@ -84,8 +84,8 @@ def test_parts_of_autoattack() -> None:
     assert parts_for(2, "rand")[0] == ("apgd-ce",)
 
 
-def test_every_part_has_its_restarts_and_its_aim() -> None:
-    """As in pyautoattack's `run_standard_evaluation`, whatever ran before it."""
+def test_autoattack_stages_have_their_restarts_and_targets() -> None:
+    """As in pyautoattack's `run_standard_evaluation`, whichever stage ran before."""
     suite = _Suite("plus", AttackContext("Linf", 0.1, 0, 10, torch.device("cpu")), 9, [])
     model = CountingModel(nn.Flatten())
     for name in ("fab", "fab-t", "fab", "apgd-ce", "apgd-dlr", "apgd-t"):
@@ -95,8 +95,8 @@ def test_every_part_has_its_restarts_and_its_aim() -> None:
         assert name.startswith("fab") or name == "apgd-t" or attack.loss == name.removeprefix("apgd-")
 
 
-def test_images_that_moved_on_after_they_were_broken_are_put_back() -> None:
-    """The brighter half decides; the last image is broken at the second look, and back where it was at the third."""
+def test_leaving_restores_the_first_misclassified_images() -> None:
+    """The brighter half decides; the last image is misclassified in the second pass and correct again in the third."""
     staying = torch.tensor([0.9, 0.1]).expand(16, 2)
     leaving = _Leaving(lambda images: images.flatten(1), torch.zeros(17, dtype=torch.int64))
     looks = [torch.cat([staying, torch.tensor([last])]).view(17, 1, 1, 2)
@@ -107,7 +107,7 @@ def test_images_that_moved_on_after_they_were_broken_are_put_back() -> None:
     assert torch.equal(leaving.restore(looks[2]), looks[1])
 
 
-def test_a_batch_never_gets_so_small_that_it_rounds_otherwise() -> None:
+def test_leaving_forwards_at_least_the_smallest_batch() -> None:
     sizes: list[int] = []
 
     def model(images: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def test_a_batch_never_gets_so_small_that_it_rounds_otherwise() -> None:
     kept = torch.tensor([0.9, 0.1])
     for broken in (0, 2, 15, 20, 20):
         leaving(torch.cat([kept.flip(0).expand(broken, 2), kept.expand(20 - broken, 2)]).view(20, 1, 1, 2))
-    # All are looked at until some are broken, then the 18 others, then 16 of which 5 stay, and of none that stays none.
+    # All are forwarded until some are misclassified, then the 18 others, then 16 (5 remain), and in the end none.
     assert sizes == [20, 20, 18, 16]
 
 

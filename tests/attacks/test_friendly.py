@@ -1,4 +1,4 @@
-"""Friendly crafting on models of one pixel, where every iterate of every example is known."""
+"""FAT's early stop on models of one pixel, where every iterate of every example is known."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def sigmoid(x: float) -> float:
 
 
 class Threshold(nn.Module):
-    """One pixel x: logits (5 (t - x), 5 (x - t)), so label 0 is right below t = 0.45 and crafting moves x up."""
+    """One pixel x: logits (5 (t - x), 5 (x - t)), so label 0 is right below t = 0.45 and the attack moves x up."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ FIRST_WRONG = [2, 4, 1, 2, 2, 0]
 
 
 def expected_path(tau: int, steps: int) -> tuple[list[int], int]:
-    """How many steps each example takes, and how many example-passes that costs: one more where it is seen to stop."""
+    """How many steps each example takes, and how many example-passes that costs: one more for a stop."""
     taken = [min(first + tau, steps) for first in FIRST_WRONG]
     return taken, sum(count + (count < steps) for count in taken)
 
@@ -53,7 +53,7 @@ def expected_path(tau: int, steps: int) -> tuple[list[int], int]:
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("tau", [0, 1, 2, 3])
 @pytest.mark.parametrize("steps", [1, 3, 5])
-def test_an_example_stops_tau_steps_after_it_is_misclassified(mode: AttackMode, tau: int, steps: int) -> None:
+def test_early_stop_takes_tau_steps_after_misclassification(mode: AttackMode, tau: int, steps: int) -> None:
     images = torch.tensor(STARTS).view(6, 1, 1, 1)
     labels = torch.tensor(LABELS)
     taken, passes = expected_path(tau, steps)
@@ -64,7 +64,7 @@ def test_an_example_stops_tau_steps_after_it_is_misclassified(mode: AttackMode, 
     assert found.flatten().tolist() == pytest.approx(expected, abs=1e-6)
 
     # l_X: each example's gradient at the last iterate that it left. CE = ln(1 + e^-2a) with a = 5 (t - x) for label 0
-    # has the derivative 10 sigmoid(-2a); for label 1 a changes its sign. Who never moves has none.
+    # has the derivative 10 sigmoid(-2a); for label 1 a changes its sign. An example that never moves has none.
     norms = []
     for x, way, count in zip(STARTS, towards, taken, strict=True):
         last = x + way * 0.1 * min(count - 1, 4)
@@ -75,13 +75,13 @@ def test_an_example_stops_tau_steps_after_it_is_misclassified(mode: AttackMode, 
 
 
 def crafting(model: nn.Module, mode: AttackMode, *, tau: int, steps: int) -> PGD:
-    """A friendly attack whose model is in the mode that a call would set."""
+    """A FAT attack whose model is in the mode that a call would set."""
     model.train(mode == "train")
     return PGD(model, eps=0.4, alpha=0.1, start="none", attack_mode=mode, tau=tau, steps=steps)
 
 
-def test_outputs_stay_with_their_labels() -> None:
-    # A shuffled batch gives the shuffled result: nobody gets another's perturbation when the batch shrinks.
+def test_early_stop_keeps_the_order_of_examples() -> None:
+    # A shuffled batch gives the shuffled result: perturbations are not mixed up when the batch shrinks.
     images, labels = torch.tensor(STARTS).view(6, 1, 1, 1), torch.tensor(LABELS)
     order = torch.tensor([3, 5, 0, 2, 4, 1])
     attack = crafting(Threshold(), "eval", tau=1, steps=5)
@@ -93,7 +93,7 @@ def test_outputs_stay_with_their_labels() -> None:
 
 @pytest.mark.parametrize("loss", ["ce", "kl", "margin"])
 @pytest.mark.parametrize("tau", [0, 1, 3])
-def test_the_shrinking_batch_and_the_masks_agree(loss: str, tau: int) -> None:
+def test_early_stop_by_masks_equals_the_shrinking_batch(loss: str, tau: int) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.Tanh(), nn.Linear(16, 4)).double()
     images, labels = torch.rand(20, 3, 4, 4, dtype=torch.float64), torch.randint(4, (20,))
     start = (images + 0.01 * torch.randn_like(images)).clamp(0, 1)
@@ -108,20 +108,20 @@ def test_the_shrinking_batch_and_the_masks_agree(loss: str, tau: int) -> None:
     assert 0 < float(shrunk.backwards) <= 6
 
 
-def test_those_that_stopped_leave_the_forward_on_a_cpu_in_eval() -> None:
+def test_early_stop_forwards_only_moving_examples_on_a_cpu() -> None:
     seen: dict[str, list[int]] = {"train": [], "eval": []}
     for mode, sizes in seen.items():
         attack = crafting(Threshold(), "train" if mode == "train" else "eval", tau=0, steps=5)
         attack.model.register_forward_pre_hook(lambda _, inputs, sizes=sizes: sizes.append(len(inputs[0])))
         attack.craft(torch.tensor(STARTS).view(6, 1, 1, 1), torch.tensor(LABELS))
-    # First wrong after 2, 4, 1, 2, 2, 0 steps: 6 are asked, then 5, 4, 1 and 1.
+    # First wrong after 2, 4, 1, 2, 2, 0 steps: 6 are forwarded, then 5, 4, 1 and 1.
     assert seen["eval"] == [6, 5, 4, 1, 1]
     assert seen["train"] == [6, 6, 6, 6, 6]
 
 
-def test_patience_is_not_given_back_when_an_example_recovers() -> None:
+def test_early_stop_counts_misclassified_steps_in_total() -> None:
     class Valley(nn.Module):
-        """Logits (|x - 0.5| - 0.06, 0): label 0 is wrong within 0.06 of 0.5, and crafting goes there and swings."""
+        """Logits (|x - 0.5| - 0.06, 0): label 0 is wrong within 0.06 of 0.5, and the attack oscillates there."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -140,7 +140,7 @@ def test_patience_is_not_given_back_when_an_example_recovers() -> None:
         assert float(stats.backwards) == passes
 
 
-def test_patience_beyond_the_steps_is_plain_pgd() -> None:
+def test_early_stop_with_a_large_tau_is_plain_pgd() -> None:
     model = small_network()
     images, labels = batch_for(model)
     plain = PGD(model, steps=4, start="none", attack_mode="eval")
@@ -149,7 +149,7 @@ def test_patience_beyond_the_steps_is_plain_pgd() -> None:
     assert float(patient.craft(images, labels)[1].backwards) == 4
 
 
-def test_friendly_kl_costs_one_forward_more_and_no_backward() -> None:
+def test_early_stop_on_kl_costs_one_forward_more() -> None:
     images, labels = torch.tensor(STARTS).view(6, 1, 1, 1), torch.tensor(LABELS)
     attack = PGD(Threshold(), eps=0.4, alpha=0.1, steps=2, loss="kl", tau=5, attack_mode="train")
     _, stats = attack.craft(images, labels)

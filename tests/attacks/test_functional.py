@@ -1,4 +1,4 @@
-"""The evaluation's own attacks: iterates, leaving early, the start, and what counts as an adversarial image."""
+"""FGSM and PGD for evaluation: iterates, early removal from the batch, starts, and `admissible`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def batch(network: nn.Sequential) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("every", [1, 3, 5, 100])
-def test_verdicts_and_images_do_not_depend_on_how_often_examples_leave(
+def test_pgd_result_does_not_depend_on_leave_every(
     network: nn.Sequential, batch: tuple[Tensor, Tensor], every: int
 ) -> None:
     images, labels = batch
@@ -46,14 +46,14 @@ def test_verdicts_and_images_do_not_depend_on_how_often_examples_leave(
         assert ((network(crafted.images).argmax(1) != labels) == crafted.misclassified).all()
     assert (crafted.images[first == 0] == start[first == 0]).all()
     assert admissible(crafted.images, images, 0.04).all()
-    if every == 1:  # each example is forwarded up to the iterate that breaks it
+    if every == 1:  # each example is forwarded up to its first misclassified iterate
         assert counted.forwards == int((first.clamp(max=10) + 1).sum())
         assert counted.backwards == int((first + 1).clamp(max=10).sum())
-    if every == 100:  # those broken at the start leave after the first step, and nobody else
+    if every == 100:  # only those misclassified at the start leave, after the first step
         assert counted.forwards == 48 + 10 * int((first > 0).sum())
 
 
-def test_random_start_is_that_of_torch_under_the_stream_s_seed() -> None:
+def test_uniform_start_draws_from_the_generator() -> None:
     images = torch.rand(4, 3, 5, 5)
     start = uniform_start(images, 0.1, seeding.generator(2, "evaluate", "pgd-5", 1))
     with seeding.preserved():
@@ -62,7 +62,7 @@ def test_random_start_is_that_of_torch_under_the_stream_s_seed() -> None:
     assert torch.equal(start, torch.clamp(images + noise, 0, 1))
 
 
-def test_admissible() -> None:
+def test_admissible_checks_ball_bounds_and_finiteness() -> None:
     image = torch.full((6, 1, 1, 2), 0.95)
     adv = image.clone()
     adv[1] += 0.03
@@ -73,7 +73,7 @@ def test_admissible() -> None:
     assert admissible(adv, image, 0.03).tolist() == [True, True, False, False, False, False]
 
 
-def test_gradient_survives_a_caller_s_no_grad() -> None:
+def test_logits_and_gradient_works_under_no_grad() -> None:
     images, labels, _ = plane_images()
     with torch.no_grad():
         _, gradient = logits_and_gradient(Plane(), images, labels, losses.margin)

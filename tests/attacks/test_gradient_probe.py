@@ -1,4 +1,4 @@
-"""l_X seen from outside (law 3): right, in pixel space, for any attack, and without another pass."""
+"""Input-gradient probe: l_X in pixel space, for any attack, without an extra pass (invariant 3)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FORWARDS = {"PGD": 3, "MIFGSM": 3, "DIFGSM": 3, "FFGSM": 1, "TPGD": 4}
 
 
 def still(model: nn.Module) -> SGD:
-    """An optimiser that moves nothing."""
+    """An optimizer that changes nothing."""
     return SGD(model.parameters(), lr=0.0)
 
 
@@ -43,7 +43,7 @@ def craft(trainer: Trainer, images: Tensor, labels: Tensor) -> float:
 
 
 @pytest.mark.parametrize("ours", [True, False])
-def test_l_x_by_hand_on_a_plane(ours: bool) -> None:
+def test_l_x_of_a_linear_model_by_hand(ours: bool) -> None:
     """The margin's weights have the L1 norm 10; an example's gradient is that times the other class's probability."""
     images, labels, _ = plane_images()
     margins = (0.9, 1.2, 0.8, -1.2, -0.9, 1.2, -0.4, 0.8)
@@ -60,8 +60,8 @@ def test_l_x_by_hand_on_a_plane(ours: bool) -> None:
 
 
 @pytest.mark.parametrize("name", [*AVERAGED, *SUMMED])
-def test_l_x_is_that_of_each_example_alone_at_the_last_step(name: str) -> None:
-    """Each example's own loss, differentiated alone, where the attack asked for its last gradient."""
+def test_l_x_equals_that_of_single_examples_at_the_last_step(name: str) -> None:
+    """Each example's own loss, differentiated alone, at the iterate of the last gradient."""
     model = made().eval()
     images, _ = images_and_labels()
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_l_x_is_that_of_each_example_alone_at_the_last_step(name: str) -> None:
         ({"loss": "kl", "start": "normal"}, lambda model: torchattacks.TPGD(model, steps=3)),
     ],
 )
-def test_l_x_of_torchattacks_equals_that_of_our_own(ours: dict[str, Any], theirs: Callable[[nn.Module], Any]) -> None:
+def test_l_x_of_torchattacks_pgd_equals_ours(ours: dict[str, Any], theirs: Callable[[nn.Module], Any]) -> None:
     images, labels = images_and_labels()
     seen = []
     for attack in (theirs(made().double()), deat_rb.PGD(made().double(), steps=3, attack_mode="eval", **ours)):
@@ -108,7 +108,7 @@ def test_l_x_of_torchattacks_equals_that_of_our_own(ours: dict[str, Any], theirs
 
 @pytest.mark.parametrize("name", [*AVERAGED, *SUMMED])
 @pytest.mark.parametrize("steps", [1, 3])
-def test_whether_a_loss_is_averaged_is_found_out_on_any_network(name: str, steps: int) -> None:
+def test_uses_mean_reduction_tells_mean_from_sum(name: str, steps: int) -> None:
     """TPGD's first gradient is that of its random start: 0.001 N(0,1) decides whether it is large or small."""
     wrong = []
     for seed in range(25):
@@ -121,7 +121,7 @@ def test_whether_a_loss_is_averaged_is_found_out_on_any_network(name: str, steps
     assert wrong == []
 
 
-def test_finding_out_leaves_model_and_generators_as_they_were() -> None:
+def test_uses_mean_reduction_preserves_model_and_generators() -> None:
     model = used()
     before, state = Snapshot(model), torch.get_rng_state()
     assert uses_mean_reduction(torchattacks.PGD(model, steps=2), images_and_labels()[0])
@@ -130,11 +130,11 @@ def test_finding_out_leaves_model_and_generators_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("name", FORWARDS)
-def test_the_probe_costs_no_pass(name: str) -> None:
+def test_gradient_probe_adds_no_pass(name: str) -> None:
     model = made()
     trainer = deat_rb.AttackTrainer((AVERAGED | SUMMED)[name](model))
     images, labels = images_and_labels()
-    craft(trainer, images, labels)  # finds out once whether the loss is averaged
+    craft(trainer, images, labels)  # determines once whether the loss is averaged
     with Passes().of(model) as passes:
         stats = trainer.training_step(images, labels, still(model))
     backwards = min(3, FORWARDS[name])
@@ -143,7 +143,7 @@ def test_the_probe_costs_no_pass(name: str) -> None:
 
 
 @pytest.mark.parametrize("samples", [2, 4])
-def test_images_forwarded_more_than_once_are_counted_once_for_each_backward(samples: int) -> None:
+def test_gradient_probe_counts_a_backward_per_gradient(samples: int) -> None:
     model = made()
     trainer = deat_rb.AttackTrainer(torchattacks.EOTPGD(model, steps=2, eot_iter=samples))
     images, labels = images_and_labels()
@@ -156,8 +156,8 @@ def test_images_forwarded_more_than_once_are_counted_once_for_each_backward(samp
 
 
 @pytest.mark.parametrize("name", ["PGD", "TPGD", "MIFGSM", "DIFGSM", "APGD", "PGDL2"])
-def test_attacks_of_torchattacks_are_guided(name: str) -> None:
-    """Also those that view gradients as vectors, which a network in channels_last gives otherwise."""
+def test_attack_trainer_guides_attacks_of_torchattacks(name: str) -> None:
+    """Also those that flatten gradients by `view`, with a network in channels_last."""
     model = made()
     attack = getattr(torchattacks, name)(model, steps=1)
     trainer = deat_rb.AttackTrainer(attack, schedule=deat_rb.GradientMagnitude(max_steps=3))
@@ -175,7 +175,7 @@ def test_attacks_of_torchattacks_are_guided(name: str) -> None:
     ],
     ids=["torchattacks", "ours"],
 )
-def test_l_x_is_in_pixel_space_where_the_model_takes_normalised_images(attack: Callable[[nn.Module], Any]) -> None:
+def test_l_x_is_in_pixel_space_for_normalized_inputs(attack: Callable[[nn.Module], Any]) -> None:
     model = made().eval()
     mean, std = [0.4, 0.5, 0.6], [0.1, 0.25, 0.5]
     offset, scale = torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
@@ -200,7 +200,7 @@ def test_l_x_is_in_pixel_space_where_the_model_takes_normalised_images(attack: C
 
 
 @pytest.mark.parametrize("name", ["GN", "Square"])
-def test_an_attack_without_gradients_cannot_be_guided(name: str) -> None:
+def test_attack_trainer_refuses_an_attack_without_gradients(name: str) -> None:
     attack = torchattacks.GN(made()) if name == "GN" else torchattacks.Square(made(), n_queries=2)
     attack.steps, attack.eps = 2, 8 / 255
     trainer = deat_rb.AttackTrainer(attack, schedule=deat_rb.GradientMagnitude(max_steps=3))
@@ -208,12 +208,12 @@ def test_an_attack_without_gradients_cannot_be_guided(name: str) -> None:
         trainer.fit([images_and_labels()], epochs=1)
 
 
-def test_an_attack_without_steps_cannot_be_scheduled() -> None:
+def test_attack_trainer_refuses_a_schedule_for_an_attack_without_steps() -> None:
     with pytest.raises(DeatError, match="FFGSM has no steps, so a schedule cannot set them"):
         deat_rb.AttackTrainer(torchattacks.FFGSM(made()), schedule=deat_rb.GradientMagnitude())
 
 
-def test_an_attack_without_a_step_size_can() -> None:
+def test_attack_trainer_schedules_an_attack_without_a_step_size() -> None:
     trainer = deat_rb.AttackTrainer(torchattacks.APGD(made(), steps=5), schedule=deat_rb.GradientMagnitude(start=2))
     assert trainer.alpha is None
     assert trainer.crafter.steps == 2
@@ -223,7 +223,7 @@ def test_an_attack_without_a_step_size_can() -> None:
     assert history.steps == [2, 3]
 
 
-def test_the_probe_alone() -> None:
+def test_gradient_probe_records_gradient_and_passes() -> None:
     images = plane_images()[0]
     model = Plane()
     with GradientProbe(model) as probe:

@@ -1,4 +1,4 @@
-"""The losses on two-class softmaxes worked out by hand, against numpy, and where logits are as large as they get."""
+"""Losses on two-class softmaxes by hand, against NumPy, and for very large logits."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ SURE, UNSURE = torch.tensor([[math.log(3.0), 0.0]]), torch.tensor([[0.0, 0.0]])
 FIRST, SECOND = torch.tensor([0]), torch.tensor([1])
 
 
-def test_cross_entropy_of_a_two_class_softmax() -> None:
+def test_cross_entropy_by_hand() -> None:
     assert losses.cross_entropy(SURE, FIRST).item() == pytest.approx(math.log(4 / 3))
     assert losses.cross_entropy(SURE, SECOND).item() == pytest.approx(math.log(4))
 
 
-def test_kl_of_two_class_softmaxes_has_the_clean_side_first() -> None:
+def test_kl_divergence_by_hand() -> None:
     # KL(clean || adv): the expectation is over the clean prediction. KL((3/4, 1/4) || (1/2, 1/2)) = 3/4 ln 3 - ln 2 ...
     assert losses.kl_divergence(UNSURE, SURE).item() == pytest.approx(0.75 * math.log(3) - math.log(2))
     # ... and KL((1/2, 1/2) || (3/4, 1/4)) = ln 2 - 1/2 ln 3 is another number.
@@ -36,7 +36,7 @@ def test_kl_of_two_class_softmaxes_has_the_clean_side_first() -> None:
     assert losses.kl_divergence(SURE, SURE).item() == 0
 
 
-def test_the_gradient_of_kl_is_the_difference_of_the_predictions() -> None:
+def test_kl_divergence_gradient_is_the_difference_of_predictions() -> None:
     adv = UNSURE.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(losses.kl_divergence(adv, SURE).sum(), adv)
     torch.testing.assert_close(gradient, torch.tensor([[0.5 - 0.75, 0.5 - 0.25]]))
@@ -47,19 +47,19 @@ def test_margin_is_positive_once_misclassified() -> None:
     assert losses.margin(logits, torch.tensor([0, 1, 2, 0])).tolist() == [3.0, -1.5, 1.5, 0.0]
 
 
-def test_the_gradient_of_the_margin_touches_two_logits() -> None:
+def test_margin_gradient_is_nonzero_for_two_logits() -> None:
     logits = torch.tensor([[1.0, 4.0, 2.5]], requires_grad=True)
     (gradient,) = torch.autograd.grad(losses.margin(logits, torch.tensor([1])).sum(), logits)
     assert gradient.tolist() == [[0.0, -1.0, 1.0]]
 
 
-def test_boosted_cross_entropy_of_a_two_class_softmax() -> None:
+def test_boosted_cross_entropy_by_hand() -> None:
     # -ln p_y - ln(1.0001 - p_other): with p_y = 3/4 and with p_y = 1/4.
     assert methods_losses.boosted_cross_entropy(SURE, FIRST).item() == pytest.approx(math.log(4 / 3) - math.log(0.7501))
     assert methods_losses.boosted_cross_entropy(SURE, SECOND).item() == pytest.approx(math.log(4) - math.log(0.2501))
 
 
-def test_the_boosted_term_is_bounded_by_the_public_codes_1_0001() -> None:
+def test_boosted_cross_entropy_is_bounded() -> None:
     # At p_other = 1 what is left of the second term is -ln 0.0001 = 9.2103; cross-entropy takes the rest, here 2e4.
     logits = torch.tensor([[1e4, -1e4], [-1e4, 1e4]])
     right, wrong = methods_losses.boosted_cross_entropy(logits, torch.tensor([0, 0])).tolist()
@@ -67,14 +67,14 @@ def test_the_boosted_term_is_bounded_by_the_public_codes_1_0001() -> None:
     assert wrong - 2e4 == pytest.approx(9.2103, abs=2e-3)
 
 
-def test_the_strongest_wrong_class_is_the_one_that_is_boosted() -> None:
+def test_boosted_cross_entropy_uses_the_strongest_wrong_class() -> None:
     logits = torch.log(torch.tensor([[0.2, 0.5, 0.3]]))
     found = [methods_losses.boosted_cross_entropy(logits, torch.tensor([k])).item() for k in range(3)]
     expected = [-math.log(0.2) - math.log(0.5001), -math.log(0.5) - math.log(0.7001), -math.log(0.3) - math.log(0.5001)]
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_trades_and_mart_are_their_papers_sums() -> None:
+def test_trades_and_mart_by_hand() -> None:
     # Clean (3/4, 1/4), adversarial (1/2, 1/2), label 0.
     kl = 0.75 * math.log(3) - math.log(2)
     assert methods_losses.trades(UNSURE, FIRST, SURE).item() == pytest.approx(math.log(4 / 3) + 6 * kl, rel=1e-5)
@@ -119,7 +119,7 @@ NAMES = ("cross_entropy", "kl_divergence", "margin", "boosted_cross_entropy", "t
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**31), st.integers(2, 7), st.floats(0.1, 12))
-def test_every_loss_is_its_papers_formula(seed: int, classes: int, scale: float) -> None:
+def test_losses_equal_the_papers_formulas(seed: int, classes: int, scale: float) -> None:
     numbers = np.random.default_rng(seed)
     adv, clean = numbers.normal(scale=scale, size=(2, 6, classes))
     labels = numbers.integers(classes, size=6)
@@ -131,7 +131,7 @@ def test_every_loss_is_its_papers_formula(seed: int, classes: int, scale: float)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_are_those_of_finite_differences(name: str) -> None:
+def test_loss_gradients_equal_finite_differences(name: str) -> None:
     stream = torch.Generator().manual_seed(0)
     adv, clean = torch.randn(2, 4, 3, dtype=torch.float64, generator=stream).requires_grad_()
     labels = torch.tensor([0, 1, 2, 1])
@@ -140,7 +140,7 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", NAMES)
-def test_saturated_logits_give_finite_losses_and_gradients(name: str, dtype: torch.dtype) -> None:
+def test_losses_are_finite_for_saturated_logits(name: str, dtype: torch.dtype) -> None:
     """All pairs of logits out of {-1e4, 0, 1e4}^3 with all labels."""
     corners = list(itertools.product((-1e4, 0.0, 1e4), repeat=3))
     rows = [(a, c, y) for a in corners for c in corners for y in range(3)]
@@ -158,7 +158,7 @@ def test_saturated_logits_give_finite_losses_and_gradients(name: str, dtype: tor
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_logits_are_widened_first(dtype: torch.dtype) -> None:
+def test_losses_of_half_precision_logits_are_computed_in_float32(dtype: torch.dtype) -> None:
     adv = torch.tensor([[2.0, -1.0, 0.5], [0.25, 0.75, 3.0]])  # exact in both
     clean = torch.tensor([[1.5, 0.0, -0.5], [4.0, 0.5, 1.0]])
     labels = torch.tensor([0, 1])
@@ -166,7 +166,7 @@ def test_half_precision_logits_are_widened_first(dtype: torch.dtype) -> None:
         assert torch.equal(call(name, adv.to(dtype), labels, clean.to(dtype)), call(name, adv, labels, clean)), name
 
 
-def test_surrogates_by_name() -> None:
+def test_surrogate_returns_losses_by_name() -> None:
     ce, trades, mart = (methods_losses.surrogate(name, beta=2.0) for name in ("ce", "trades", "mart"))
     assert (ce.name, trades.name, mart.name) == ("ce", "trades", "mart")
     assert (ce.needs_clean, trades.needs_clean, mart.needs_clean) == (False, True, True)
@@ -176,12 +176,12 @@ def test_surrogates_by_name() -> None:
     assert methods_losses.surrogate(mart) is mart
 
 
-def test_the_papers_beta_is_six() -> None:
+def test_surrogate_beta_is_six_by_default() -> None:
     found = methods_losses.surrogate("trades").function(UNSURE, FIRST, SURE)
     assert torch.equal(found, methods_losses.trades(UNSURE, FIRST, SURE, beta=6.0))
 
 
-def test_an_unknown_surrogate_names_the_nearest() -> None:
+def test_surrogate_suggests_the_nearest_name() -> None:
     with pytest.raises(DeatError, match="no surrogate loss 'trade': did you mean 'trades'"):
         methods_losses.surrogate("trade")
     with pytest.raises(DeatError, match="known are ce, trades, mart"):

@@ -1,4 +1,4 @@
-"""The names of attacks: what is read, how it is spelled, and that nothing is executed."""
+"""Names of attacks: parsing, canonical spelling, and that nothing is executed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from deat_rb.utils.errors import DeatError
         ("", ("",)),
     ],
 )
-def test_commas_inside_parentheses_do_not_divide(text: str, names: tuple[str, ...]) -> None:
+def test_split_names_ignores_commas_in_parentheses(text: str, names: tuple[str, ...]) -> None:
     assert split_names(text) == names
 
 
@@ -40,17 +40,17 @@ def test_commas_inside_parentheses_do_not_divide(text: str, names: tuple[str, ..
         ("torchattacks.UPGD(loss='ce', random_start=True)", "torchattacks.UPGD(loss='ce', random_start=True)"),
     ],
 )
-def test_spelling(given: str, spelled: str) -> None:
+def test_parse_attacks_returns_canonical_names(given: str, spelled: str) -> None:
     assert parse_attacks([given]) == ("natural", spelled)
     assert parse_attacks([spelled]) == ("natural", spelled)
 
 
-def test_parts_of_a_name() -> None:
+def test_steps_and_restarts_splits_a_name() -> None:
     assert steps_and_restarts("pgd-50x5") == ("pgd", 50, 5)
     assert steps_and_restarts("cw-20") == ("cw", 20, 1)
 
 
-def test_settings_are_the_given_ones_then_the_evaluation_s_then_the_defaults() -> None:
+def test_settings_prefers_written_arguments_then_known_then_defaults() -> None:
     settings = parse_torchattack("torchattacks.PGD(steps=3)").settings(eps=0.1, seed=7)
     assert settings == {"eps": 0.1, "alpha": 2 / 255, "steps": 3, "random_start": True}
     assert parse_torchattack("torchattacks.PGD(eps=4/255)").settings(eps=0.1)["eps"] == 4 / 255
@@ -88,12 +88,12 @@ def test_settings_are_the_given_ones_then_the_evaluation_s_then_the_defaults() -
         ("torchattacks.PGD(eps=" + "(" * 300 + ")" * 300 + ")", "cannot be read"),
     ],
 )
-def test_refusals(given: str, sentence: str) -> None:
+def test_parse_attacks_refuses_invalid_names(given: str, sentence: str) -> None:
     with pytest.raises(DeatError, match=re.escape(sentence)):
         parse_attacks([given])
 
 
-def test_nothing_is_executed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_parse_torchattack_executes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     for value in ("print(1)", "__import__('os').getpid()", "[print(1)]", "(lambda: 1)()"):
         with pytest.raises(DeatError, match="which is not a number, text or fraction"):
             parse_attacks([f"torchattacks.PGD(steps={value})"])

@@ -1,4 +1,4 @@
-"""PGD on models whose optimum is known, against torchattacks bit for bit, and what a call may not change."""
+"""PGD on models whose optimum is known, against torchattacks bit for bit, and what a call preserves."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def sigmoid(x: float) -> float:
 
 @pytest.mark.parametrize("loss", ["ce", "margin"])
 @pytest.mark.parametrize("start", ["uniform", "normal", "none"])
-def test_a_linear_models_optimum_is_reached(loss: str, start: str) -> None:
+def test_pgd_reaches_the_optimum_of_a_linear_model(loss: str, start: str) -> None:
     # The worst perturbation of Linf norm eps is -eps sign(w) for label 0 and +eps sign(w) for label 1, cut to [0, 1].
     images, labels, _ = plane_images()
     towards = torch.where(labels == 0, -1.0, 1.0)[:, None] * WEIGHTS.sign()
@@ -50,14 +50,14 @@ def test_a_linear_models_optimum_is_reached(loss: str, start: str) -> None:
     torch.testing.assert_close(adv, optimum, rtol=0, atol=1e-6)
 
 
-def test_fewer_steps_go_as_far_as_alpha_carries() -> None:
+def test_pgd_moves_alpha_per_step() -> None:
     images, labels = torch.full((1, 1, 2, 2), 0.5), torch.tensor([0])
     adv = PGD(Plane(), eps=0.5, alpha=0.125, steps=3, start="none")(images, labels)
     assert adv.flatten().tolist() == [0.125, 0.875, 0.125, 0.875]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_l_x_is_the_last_gradients_l1_norm(steps: int) -> None:
+def test_pgd_l_x_is_the_l1_norm_of_the_last_gradient(steps: int) -> None:
     # With label 0 and margin m = w.x + 1 the loss is ln(1 + e^-m), its gradient -sigmoid(-m) w, of L1 norm
     # 10 sigmoid(-m). Images of margins 1 and 1.75; each step of 1/64 takes 10/64 off them.
     images = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.75, 0.5]]).view(2, 1, 2, 2)
@@ -71,13 +71,13 @@ def test_l_x_is_the_last_gradients_l1_norm(steps: int) -> None:
     assert (stats.forwards, stats.backwards) == (steps, steps)
 
 
-def test_l_x_of_the_margin_is_that_of_the_weights() -> None:
+def test_pgd_l_x_of_the_margin_by_hand() -> None:
     images, labels, _ = plane_images()
     _, stats = PGD(Plane(), eps=0.1, alpha=0.05, steps=2, loss="margin").craft(images, labels)
     assert stats.l_x.item() == pytest.approx(8 * L1_OF_WEIGHTS)
 
 
-def test_kl_moves_away_from_the_clean_prediction() -> None:
+def test_pgd_on_kl_moves_away_from_the_clean_prediction() -> None:
     # The clean image has m = 1, its neighbour 0.125 to the right in w_1 has m = 1.125. The gradient of
     # KL(clean || adv) is (sigmoid(m_adv) - sigmoid(m_clean)) w, positive along w: away from the clean image.
     images = torch.full((1, 1, 2, 2), 0.5)
@@ -93,7 +93,7 @@ def test_kl_moves_away_from_the_clean_prediction() -> None:
     assert (stats.forwards, stats.backwards) == (2, 1)  # one forward more, for the clean prediction
 
 
-def test_kl_has_no_gradient_where_it_is_zero() -> None:
+def test_pgd_on_kl_does_not_move_from_the_clean_image() -> None:
     images = torch.full((2, 1, 2, 2), 0.5)
     adv, stats = PGD(Plane(), loss="kl", start="none", steps=3).craft(images, None)
     assert torch.equal(adv, images)
@@ -101,7 +101,7 @@ def test_kl_has_no_gradient_where_it_is_zero() -> None:
 
 
 @pytest.mark.parametrize("loss", ["ce", "kl", "margin"])
-def test_no_steps_are_the_start_and_cost_nothing(loss: str) -> None:
+def test_pgd_without_steps_returns_the_start(loss: str) -> None:
     images, labels, _ = plane_images()
     adv, stats = PGD(Plane(), loss=loss, start="none", steps=0).craft(images, labels)
     assert torch.equal(adv, images)
@@ -121,7 +121,7 @@ def both(ours: Attack, theirs: Attack, images: Tensor, labels: Tensor) -> tuple[
 
 @pytest.mark.parametrize("random_start", [True, False])
 @pytest.mark.parametrize(("eps", "alpha", "steps"), [(EPS, ALPHA, 1), (EPS, ALPHA, 7), (0.1, 0.03, 4)])
-def test_pgd_is_torchattacks_bit_for_bit(random_start: bool, eps: float, alpha: float, steps: int) -> None:
+def test_pgd_equals_torchattacks_pgd(random_start: bool, eps: float, alpha: float, steps: int) -> None:
     model = small_network()
     images, labels = batch_for(model)
     start = "uniform" if random_start else "none"
@@ -132,7 +132,7 @@ def test_pgd_is_torchattacks_bit_for_bit(random_start: bool, eps: float, alpha: 
 
 
 @pytest.mark.parametrize("steps", [1, 5])
-def test_pgd_on_kl_is_torchattacks_tpgd_bit_for_bit(steps: int) -> None:
+def test_pgd_on_kl_equals_torchattacks_tpgd(steps: int) -> None:
     model = small_network()
     images, labels = batch_for(model)
     ours = PGD(model, eps=EPS, alpha=ALPHA, steps=steps, loss="kl", start="normal", attack_mode="eval")
@@ -140,19 +140,19 @@ def test_pgd_on_kl_is_torchattacks_tpgd_bit_for_bit(steps: int) -> None:
     assert torch.equal(found, expected)
 
 
-def test_one_large_step_is_torchattacks_ffgsm_bit_for_bit() -> None:
+def test_pgd_with_one_step_equals_torchattacks_ffgsm() -> None:
     model = small_network()
     images, labels = batch_for(model)
     torch.manual_seed(5)
     theirs = torchattacks.FFGSM(model, eps=EPS, alpha=10 / 255)(images, labels)
     torch.manual_seed(5)
-    # FFGSM draws normal numbers first and throws them away, so its start is handed over.
+    # FFGSM draws normal numbers first and discards them, so its start is passed in.
     start = (images + torch.randn_like(images).uniform_(-EPS, EPS)).clamp(0, 1)
     ours = PGD(model, eps=EPS, alpha=10 / 255, steps=1, attack_mode="eval")
     assert torch.equal(ours.craft(images, labels, adv=start)[0], theirs)
 
 
-def test_one_step_of_eps_is_torchattacks_fgsm() -> None:
+def test_pgd_with_one_step_of_eps_equals_torchattacks_fgsm() -> None:
     model = small_network()
     images, labels = batch_for(model)
     ours = PGD(model, eps=EPS, alpha=EPS, steps=1, start="none", attack_mode="eval")
@@ -161,7 +161,7 @@ def test_one_step_of_eps_is_torchattacks_fgsm() -> None:
     torch.testing.assert_close(ours(images, labels), theirs(images, labels), rtol=0, atol=1.2e-7)
 
 
-def test_normalised_images_are_taken_as_torchattacks_takes_them() -> None:
+def test_pgd_with_normalization_used_equals_torchattacks() -> None:
     model = small_network()
     images, labels = batch_for(model)
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
@@ -174,7 +174,7 @@ def test_normalised_images_are_taken_as_torchattacks_takes_them() -> None:
     assert attacks[0]._normalization_applied is True
 
 
-def test_train_mode_is_torchattacks_in_train_mode() -> None:
+def test_pgd_in_train_mode_equals_torchattacks_in_train_mode() -> None:
     model = small_network()
     model[3] = nn.Identity()  # for the dropout, which draws from the generator that the start is drawn from
     images, labels = batch_for(model)
@@ -201,7 +201,7 @@ def test_train_mode_is_torchattacks_in_train_mode() -> None:
     mode=st.sampled_from(["train", "eval"]),
     training=st.booleans(),
 )
-def test_whatever_is_crafted_stays_in_the_ball_and_touches_nothing(
+def test_pgd_stays_in_the_ball_and_preserves_the_model(
     seed: int,
     eps: float,
     alpha: float,
@@ -222,7 +222,7 @@ def test_whatever_is_crafted_stays_in_the_ball_and_touches_nothing(
     attack = PGD(model, eps=eps, alpha=alpha, steps=steps, loss=loss, start=start, tau=tau, attack_mode=mode)
     adv = attack(images, labels)
 
-    # A start of 0.001 N(0, 1) is projected by the first step only, which a friendly example may not take.
+    # A start of 0.001 N(0, 1) is projected by the first step only, which an early-stopped example may not take.
     stepped = steps > 0 and tau is None
     bound = eps if stepped or start != "normal" else max(eps, 0.006)
     assert (adv - images).abs().max() <= bound + 1e-6
@@ -244,7 +244,7 @@ def test_whatever_is_crafted_stays_in_the_ball_and_touches_nothing(
     tau=st.sampled_from([None, 1]),
     scale=st.sampled_from([1.0, 2.0**16, 3.0]),
 )
-def test_l_x_depends_neither_on_the_batch_nor_on_the_loss_scale(
+def test_pgd_l_x_does_not_depend_on_batch_or_loss_scale(
     seed: int, cut: int, loss: str, tau: int | None, scale: float
 ) -> None:
     model = small_network().double()
@@ -260,11 +260,11 @@ def test_l_x_depends_neither_on_the_batch_nor_on_the_loss_scale(
     torch.testing.assert_close(torch.cat([adv for adv, _ in parts]), whole_adv, rtol=0, atol=1e-12)
 
 
-# ------------------------------------------------------------------------------------------------ the quiet base class
+# ------------------------------------------------------------------------------------------------ StatelessAttack
 
 
 class Recorder(nn.Module):
-    """Notes the modes its parts are in at each forward, and fails at the ``fails_at``-th."""
+    """Records the modes of its modules at each forward, and fails at the ``fails_at``-th."""
 
     def __init__(self, fails_at: int = 0) -> None:
         super().__init__()
@@ -285,7 +285,7 @@ IMAGES, FOUR = torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(0)
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_the_model_is_in_the_mode_asked_for_and_back_again(training: bool, mode: AttackMode) -> None:
+def test_pgd_runs_in_the_attack_mode_and_restores_the_mode(training: bool, mode: AttackMode) -> None:
     model = Recorder().train(training)
     PGD(model, steps=2, attack_mode=mode)(IMAGES, FOUR)
     assert model.modes == [(mode == "train",) * 3] * 2
@@ -293,7 +293,7 @@ def test_the_model_is_in_the_mode_asked_for_and_back_again(training: bool, mode:
     assert model.state_dict()["norm.num_batches_tracked"].item() == 0
 
 
-def test_what_its_owner_froze_in_eval_stays_frozen_in_train_mode() -> None:
+def test_pgd_in_train_mode_keeps_frozen_modules_in_eval_mode() -> None:
     model = Recorder().train()
     model.norm.eval()
     PGD(model, steps=1)(IMAGES, FOUR)
@@ -301,7 +301,7 @@ def test_what_its_owner_froze_in_eval_stays_frozen_in_train_mode() -> None:
     assert (model.training, model.norm.training, model.drop.training) == (True, False, True)
 
 
-def test_torchattacks_own_choice_of_modes_holds() -> None:
+def test_set_model_training_mode_overrides_the_attack_mode() -> None:
     model = Recorder().eval()
     attack = PGD(model, steps=1)
     attack.set_model_training_mode(model_training=True, batchnorm_training=False, dropout_training=False)
@@ -310,7 +310,7 @@ def test_torchattacks_own_choice_of_modes_holds() -> None:
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_an_attack_that_raises_leaves_no_trace_either(mode: AttackMode) -> None:
+def test_stateless_attack_restores_the_model_after_an_exception(mode: AttackMode) -> None:
     model = Recorder(fails_at=2).train()
     model.drop.eval()
     model.out.bias.requires_grad_(False)
@@ -330,7 +330,7 @@ def test_an_attack_that_raises_leaves_no_trace_either(mode: AttackMode) -> None:
     assert not model._forward_pre_hooks
 
 
-def test_an_attack_that_calls_backward_leaves_no_gradients() -> None:
+def test_stateless_attack_restores_gradients_after_backward() -> None:
     class Careless(StatelessAttack):
         def forward(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
             torch.autograd.backward(self.get_logits(inputs).sum())
@@ -342,12 +342,12 @@ def test_an_attack_that_calls_backward_leaves_no_gradients() -> None:
     assert torch.equal(model.state_dict()["norm.running_mean"], torch.zeros(3))
 
 
-def test_it_can_be_nested_as_torchattacks_nests() -> None:
+def test_pgd_can_be_nested_in_multiattack() -> None:
     model = small_network()
     images, labels = batch_for(model)
     ours = PGD(model, steps=2, attack_mode="eval")
     ours.set_normalization_used([0.5] * 3, [0.25] * 3)
-    ours.extra = torch.rand(3)  # torchattacks' own class compares a tensor with everything ever set, which raises
+    ours.extra = torch.rand(3)  # torchattacks' base class compares a tensor with all earlier attributes, which raises
     ours.inner = PGD(model, steps=1)
     ours.set_device("cpu")
     assert list(ours._attacks) == ["inner.0"]
@@ -359,7 +359,7 @@ def test_it_can_be_nested_as_torchattacks_nests() -> None:
     assert 0 < int(robust.sum()) <= int(single.sum())
 
 
-def test_under_no_grad_it_still_crafts() -> None:
+def test_pgd_works_under_no_grad() -> None:
     model = small_network()
     images, labels = batch_for(model)
     attack = PGD(model, steps=2, start="none", attack_mode="eval")
@@ -383,7 +383,7 @@ REFUSALS: list[tuple[Callable[[nn.Module], object], str]] = [
 
 
 @pytest.mark.parametrize(("make", "message"), REFUSALS)
-def test_bad_settings_are_refused_when_it_is_made(make: Callable[[nn.Module], object], message: str) -> None:
+def test_constructor_refuses_invalid_settings(make: Callable[[nn.Module], object], message: str) -> None:
     with pytest.raises(DeatError, match=message):
         make(Plane())
 
@@ -393,8 +393,8 @@ def test_bad_settings_are_refused_when_it_is_made(make: Callable[[nn.Module], ob
 
 @pytest.mark.parametrize("tau", [None, 3])
 @pytest.mark.parametrize("start", ["normal", "none"])
-def test_the_first_step_on_kl_is_taken_in_full_precision(start: str, tau: int | None) -> None:
-    """In bf16 images 0.001 apart are the same, and the gradient of their KL divergence is rounding."""
+def test_pgd_takes_the_first_step_on_kl_in_full_precision(start: str, tau: int | None) -> None:
+    """In bf16 images 0.001 apart are equal, and the gradient of their KL divergence is rounding noise."""
     model = small_network()
     images, labels = batch_for(model)
     seen: list[bool] = []
@@ -414,7 +414,7 @@ def test_the_first_step_on_kl_is_taken_in_full_precision(start: str, tau: int | 
 
 
 @pytest.mark.parametrize(("loss", "start"), [("ce", "normal"), ("margin", "none"), ("kl", "uniform")])
-def test_all_other_steps_are_taken_as_autocast_has_them(loss: str, start: str) -> None:
+def test_pgd_takes_all_other_steps_under_autocast(loss: str, start: str) -> None:
     model = small_network()
     images, labels = batch_for(model)
     seen: list[bool] = []

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from deat_rb.attacks.threat_models import Linf
 
 
-def test_a_step_and_its_projection() -> None:
+def test_linf_ascend_steps_and_projects() -> None:
     # eps 0.25, alpha 0.125; all of these are exact in binary.
     images = torch.tensor([0.5, 0.5, 0.5, 0.5, 0.0625, 0.9375]).view(1, 1, 2, 3)
     adv = torch.tensor([0.5, 0.625, 0.75, 0.25, 0.0, 1.0]).view(1, 1, 2, 3)
@@ -21,18 +21,18 @@ def test_a_step_and_its_projection() -> None:
     assert stepped.flatten().tolist() == expected
 
 
-def test_no_gradient_is_no_step() -> None:
+def test_linf_ascend_does_not_move_without_a_gradient() -> None:
     images = torch.full((1, 1, 1, 2), 0.5)
     assert torch.equal(Linf(0.25).ascend(images, images, torch.zeros_like(images), alpha=0.125), images)
 
 
-def test_the_projection_keeps_what_is_inside_and_cuts_the_rest() -> None:
+def test_linf_project_clips_to_the_ball_and_to_0_to_1() -> None:
     images = torch.tensor([0.5, 0.5, 0.125, 1.0]).view(1, 1, 2, 2)
     adv = torch.tensor([0.75, 2.0, -1.0, 0.875]).view(1, 1, 2, 2)
     assert Linf(0.25).project(adv, images).flatten().tolist() == [0.75, 0.75, 0.0, 0.875]
 
 
-def test_the_uniform_start_fills_the_ball_and_no_more() -> None:
+def test_linf_uniform_start_fills_the_ball() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         images = torch.full((40, 1, 16, 16), 0.5)
@@ -47,7 +47,7 @@ def test_the_uniform_start_fills_the_ball_and_no_more() -> None:
 
 
 @given(st.floats(1 / 255, 0.5), st.floats(1 / 255, 1.0), st.integers(0, 2**31))
-def test_ball_and_bounds_hold_whatever_comes(eps: float, alpha: float, seed: int) -> None:
+def test_linf_ascend_stays_in_the_ball_for_any_input(eps: float, alpha: float, seed: int) -> None:
     stream = torch.Generator().manual_seed(seed)
     images = torch.rand(2, 1, 3, 3, generator=stream)
     adv = 3 * torch.rand(2, 1, 3, 3, generator=stream) - 1

@@ -57,7 +57,7 @@ CASES = [
 
 
 def network(seed: int = 0) -> nn.Sequential:
-    """A small network with BatchNorm, in double precision: the sign of a gradient must not hang on rounding."""
+    """A small network with BatchNorm, in double precision: the sign of a gradient must not depend on rounding."""
     torch.manual_seed(seed)
     net = nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1, bias=False),

@@ -31,12 +31,12 @@ def plane_images() -> tuple[Tensor, Tensor, Tensor]:
     """
     images = torch.tensor(
         [
-            [0.5, 0.5, 0.8, 0.5],  # margin 0.9: broken
+            [0.5, 0.5, 0.8, 0.5],  # margin 0.9: misclassified
             [0.5, 0.5, 0.9, 0.5],  # margin 1.2: robust
-            [0.5, 0.1, 0.5, 0.5],  # margin 0.8: broken
+            [0.5, 0.1, 0.5, 0.5],  # margin 0.8: misclassified
             [0.5, 0.5, 0.1, 0.5],  # margin -1.2 for class 1: robust
-            [0.5, 0.5, 0.2, 0.5],  # margin -0.9 for class 1: broken
-            [0.5, 0.5, 0.9, 0.5],  # labelled 1: wrong without any attack
+            [0.5, 0.5, 0.2, 0.5],  # margin -0.9 for class 1: misclassified
+            [0.5, 0.5, 0.9, 0.5],  # labeled 1: wrong without any attack
             [0.0, 1.0, 1.0, 0.6],  # margin -0.4: class 1
             [0.0, 1.0, 1.0, 0.3],  # margin 0.8, and only w_3 and w_4 find room (1 and 2 are at their ends): loses 0.7
         ]

@@ -1,4 +1,4 @@
-"""Methods from outside: entry points, and the example of docs/own_method.md, run as it stands there."""
+"""Third-party methods: entry points, and the example of docs/own_method.md."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def _nothing_stays_registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def install(folder: Path, entries: str) -> None:
-    """Lays down what an installed package leaves of its entry points."""
+    """Write the metadata of an installed package with entry points."""
     info = folder / "nfgsm-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: nfgsm\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(f"[deat_rb.methods]\n{entries}\n")
 
 
-def test_an_entry_point_is_read_in_any_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entry_point_names_are_case_insensitive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_rows.py").write_text("from deat_rb.methods import Recipe\nROW = Recipe(steps=3)\n")
     install(tmp_path, "Mine = my_rows:ROW")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -54,7 +54,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def documented() -> ModuleType:
-    """The document's python code, run as it stands there."""
+    """The document's Python code, executed."""
     module = ModuleType("nfgsm")
     for block in blocks("python"):
         exec(compile(block, str(DOCUMENT), "exec"), module.__dict__)
@@ -66,7 +66,7 @@ def noise_of(images: Tensor, bound: float, seed: int) -> Tensor:
     return torch.empty_like(images).uniform_(-bound, bound)
 
 
-def test_the_documents_methods_are_known(documented: ModuleType) -> None:
+def test_own_method_doc_registers_its_methods(documented: ModuleType) -> None:
     assert known_methods()[-2:] == ["n-fgsm", "m+n-fgsm"]
     assert recipe("N-FGSM")[1] is documented.N_FGSM
     assert describe("n-fgsm").cost == "2MT"
@@ -74,7 +74,7 @@ def test_the_documents_methods_are_known(documented: ModuleType) -> None:
 
 
 @pytest.mark.usefixtures("documented")
-def test_n_fgsm_is_noise_of_two_eps_and_a_step_that_is_not_projected() -> None:
+def test_own_method_doc_n_fgsm_by_hand() -> None:
     # On a plane the step is -alpha sign(w) for label 0 and +alpha sign(w) for label 1, wherever it begins.
     images, labels, _ = plane_images()
     direction = torch.where(labels == 0, -1.0, 1.0)[:, None] * torch.tensor([1.0, -1.0, 1.0, -1.0])
@@ -89,7 +89,7 @@ def test_n_fgsm_is_noise_of_two_eps_and_a_step_that_is_not_projected() -> None:
 
 
 @pytest.mark.usefixtures("documented")
-def test_guided_n_fgsm_has_the_rules_steps_and_alphas_and_an_l_x() -> None:
+def test_own_method_doc_guided_n_fgsm_by_hand() -> None:
     images, labels, _ = plane_images()
     model = Plane()
     trainer = create("m+n-fgsm", model, eps=0.1)
@@ -114,7 +114,7 @@ def test_guided_n_fgsm_has_the_rules_steps_and_alphas_and_an_l_x() -> None:
     assert (float(stats.forwards), float(stats.backwards)) == (2, 2)
 
 
-def test_the_documents_entry_points_make_the_command_know_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_method_doc_entry_points_reach_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paper = known_methods()
     (snippet,) = blocks("toml")
     entries: dict[str, str] = tomllib.loads(snippet)["project"]["entry-points"]["deat_rb.methods"]
@@ -132,7 +132,9 @@ def test_the_documents_entry_points_make_the_command_know_them(tmp_path: Path, m
     assert create("N-FGSM", Plane()).attack == "n-fgsm"
 
 
-def test_the_document_replays_a_run(documented: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_own_method_doc_replays_a_run(
+    documented: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = RunDirectory.create(tmp_path / "run", run_config())
     for epoch, l_x in enumerate([1.0, 1.0, 2.0, 2.1, 9.0], start=1):
         run.append(EpochStats(epoch=epoch, l_x=l_x))

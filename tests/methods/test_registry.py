@@ -1,4 +1,4 @@
-"""The table of methods: its rows, the names they go by, what overrides them, and rows of one's own."""
+"""The registry of methods: rows, names, overrides, and registered methods."""
 
 from __future__ import annotations
 

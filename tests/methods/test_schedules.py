@@ -1,4 +1,4 @@
-"""Schedules on scripted statistics and on l_X sequences of real runs, whose steps are known in every epoch."""
+"""Schedules on given statistics and on l_X sequences of recorded runs, whose steps are known in every epoch."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ def magnitude(gamma: float = 1.0, max_steps: int = 8, start: int = 1) -> Gradien
 
 
 @pytest.mark.parametrize("run", RUNS, ids=[run["name"] for run in RUNS])
-def test_recorded_runs_take_the_recorded_steps_in_every_epoch(run: dict[str, Any]) -> None:
+def test_gradient_magnitude_reproduces_recorded_runs(run: dict[str, Any]) -> None:
     schedule = GradientMagnitude(gamma=run["gamma"], max_steps=run["max_steps"], start=run["start"])
     assert len(run["l_x"]) == len(run["steps"]) >= 50
     assert replay(schedule, rows(run["l_x"])) == run["steps"]
 
 
 @pytest.mark.parametrize("change", [{"gamma": 1.0}, {"gamma": 1.02}, {"max_steps": 7}, {"max_steps": 11}])
-def test_the_recorded_runs_tell_other_settings_apart(change: dict[str, Any]) -> None:
+def test_gradient_magnitude_with_other_settings_differs_from_recorded_runs(change: dict[str, Any]) -> None:
     settings = [{key: run[key] for key in ("gamma", "max_steps", "start")} | change for run in RUNS]
     replayed = [replay(GradientMagnitude(**each), rows(run["l_x"])) for each, run in zip(settings, RUNS, strict=True)]
     assert any(steps != run["steps"] for steps, run in zip(replayed, RUNS, strict=True))
 
 
-def test_the_rule_line_by_line() -> None:
+def test_gradient_magnitude_follows_algorithm_2() -> None:
     # Epoch 1: 1 step. After it 2. Epoch 2's l_X, 10, sets the threshold to gamma 10 = 12. 12 is not above it; 12.5 is:
     # 3 steps and a threshold of 15. 14 is below. 16 is above: 4 steps, threshold 19.2. 19 is below, 20 above.
     l_x = [99.0, 10.0, 12.0, 12.5, 14.0, 16.0, 19.0, 20.0, 1.0]
     assert replay(magnitude(gamma=1.2), rows(l_x)) == [1, 2, 2, 2, 3, 3, 4, 4, 5]
 
 
-def test_the_threshold_is_that_of_the_epoch_that_passed_it() -> None:
+def test_gradient_magnitude_threshold_is_that_of_the_last_increase() -> None:
     schedule = magnitude(gamma=1.5)
     seen = []
     for epoch, l_x in enumerate([7.0, 4.0, 5.0, 8.0, 11.0, 13.0], start=1):
@@ -63,26 +63,26 @@ def test_the_threshold_is_that_of_the_epoch_that_passed_it() -> None:
     assert seen == [None, 6.0, 6.0, 12.0, 12.0, 19.5]
 
 
-def test_a_falling_l_x_leaves_the_steps() -> None:
+def test_gradient_magnitude_keeps_the_steps_while_l_x_falls() -> None:
     assert replay(magnitude(), rows([9.0, 8.0, 7.0, 6.0, 5.0])) == [1, 2, 2, 2, 2]
 
 
 @pytest.mark.parametrize(("bound", "last"), [(1, 1), (2, 2), (8, 8), (10, 10)])
-def test_the_bound_is_reached_and_not_passed(bound: int, last: int) -> None:
+def test_gradient_magnitude_stops_at_max_steps(bound: int, last: int) -> None:
     steps = replay(magnitude(max_steps=bound), rows([2.0**epoch for epoch in range(20)]))
     assert steps[-1] == last
     assert max(steps) == last
 
 
-def test_at_the_bound_the_threshold_still_moves() -> None:
-    # Algorithm 2 sets it whenever it is passed; a bound raised later then does not find an old one.
+def test_gradient_magnitude_updates_the_threshold_at_max_steps() -> None:
+    # Algorithm 2 sets the threshold whenever l_X exceeds it, also at the bound.
     schedule = magnitude(max_steps=2)
     for epoch, l_x in enumerate([1.0, 2.0, 3.0, 5.0], start=1):
         schedule.update(EpochStats(epoch=epoch, l_x=l_x))
     assert (schedule.steps, schedule.threshold) == (2, 5.0)
 
 
-def test_a_start_of_none_begins_without_crafting() -> None:
+def test_gradient_magnitude_may_start_with_0_steps() -> None:
     assert replay(magnitude(start=0), rows([0.0, 1.0, 2.0, 3.0])) == [0, 1, 1, 2]
 
 
@@ -90,20 +90,20 @@ def test_a_start_of_none_begins_without_crafting() -> None:
     ("steps", "alpha", "expected"),
     [(1, 2, 8), (2, 2, 4), (3, 2, 8 / 3), (4, 2, 2), (5, 2, 2), (8, 2, 2), (1, 10, 10), (8, 10, 10), (0, 2, 8)],
 )
-def test_alpha_star_is_the_larger_of_alpha_and_eps_over_r(steps: int, alpha: float, expected: float) -> None:
+def test_gradient_magnitude_alpha_is_at_least_eps_over_r(steps: int, alpha: float, expected: float) -> None:
     schedule = magnitude(start=steps)
     assert schedule.alpha(alpha / 255, EPS) == pytest.approx(expected / 255)
 
 
 @given(st.floats(1e-4, 1.0), st.floats(1e-3, 1.0), st.integers(1, 20))
-def test_alpha_star_always_reaches_the_balls_edge(alpha: float, eps: float, steps: int) -> None:
+def test_gradient_magnitude_alpha_times_steps_reaches_eps(alpha: float, eps: float, steps: int) -> None:
     found = magnitude(start=steps, max_steps=20).alpha(alpha, eps)
     assert found * steps >= eps * (1 - 1e-12)
     assert found >= alpha
 
 
 @given(st.lists(st.floats(0.1, 1e6), max_size=40), st.floats(0.5, 2.0), st.integers(1, 10), st.floats(1e-3, 1e3))
-def test_steps_rise_one_by_one_and_the_scale_of_l_x_is_of_no_account(
+def test_gradient_magnitude_does_not_depend_on_the_scale_of_l_x(
     l_x: list[float], gamma: float, bound: int, scale: float
 ) -> None:
     steps = replay(magnitude(gamma, bound), rows(l_x))
@@ -126,26 +126,26 @@ def test_steps_rise_one_by_one_and_the_scale_of_l_x_is_of_no_account(
         (10, 4, [1, 1, 1, 1], 4),
     ],
 )
-def test_deat_d_takes_one_step_more_every_d_epochs(every: int, epochs: int, steps: list[int], total: int) -> None:
+def test_every_d_epochs_adds_a_step_every_d_epochs(every: int, epochs: int, steps: list[int], total: int) -> None:
     assert replay(EveryDEpochs(every), rows([0.0] * epochs)) == steps
     schedule = EveryDEpochs(every)
     assert schedule.total_steps(epochs) == total == sum(steps)
-    assert schedule.steps == 1  # asked, not moved
+    assert schedule.steps == 1  # unchanged by the call
 
 
-def test_deat_d_with_a_bound_and_another_start() -> None:
+def test_every_d_epochs_with_max_steps_and_start() -> None:
     schedule = EveryDEpochs(2, start=2, max_steps=3)
     assert schedule.total_steps(7) == 2 + 2 + 3 + 3 + 3 + 3 + 3
     assert replay(schedule, rows([0.0] * 7)) == [2, 2, 3, 3, 3, 3, 3]
 
 
-def test_a_constant_schedule_is_constant() -> None:
+def test_constant_keeps_its_steps() -> None:
     assert replay(Constant(7), rows([1.0, 100.0, 1.0])) == [7, 7, 7]
     assert Constant(7).total_steps(10) == 70
     assert Constant(0).total_steps(10) == 0
 
 
-def test_the_accuracy_has_to_be_above_the_threshold() -> None:
+def test_accuracy_threshold_adds_a_step_above_the_threshold() -> None:
     accuracies = [0.2, 0.4, 0.41, 0.39, 0.9]
     table = [{"train_acc": accuracy} for accuracy in accuracies]
     assert replay(AccuracyThreshold(0.4), table) == [1, 1, 1, 2, 2]
@@ -154,13 +154,13 @@ def test_the_accuracy_has_to_be_above_the_threshold() -> None:
     assert last.steps == 3
 
 
-def test_only_fixed_schedules_know_their_total() -> None:
+def test_total_steps_is_none_for_schedules_that_depend_on_statistics() -> None:
     assert magnitude().total_steps(10) is None
     assert AccuracyThreshold().total_steps(10) is None
 
 
 @pytest.mark.parametrize("schedule", [Constant(3), EveryDEpochs(), AccuracyThreshold()])
-def test_only_the_magnitude_changes_alpha(schedule: Schedule) -> None:
+def test_alpha_is_changed_by_gradient_magnitude_only(schedule: Schedule) -> None:
     assert schedule.alpha(0.01, EPS) == 0.01
     assert not schedule.guided
     assert magnitude().guided
@@ -178,7 +178,7 @@ MAKERS: list[Callable[[], Schedule]] = [
 
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("cut", [0, 1, 2, 3, 30])
-def test_a_schedule_goes_on_from_its_state_in_mid_run(make: Callable[[], Schedule], cut: int) -> None:
+def test_schedules_resume_from_state_dict(make: Callable[[], Schedule], cut: int) -> None:
     run = RUNS[0]
     table = [{**row, "train_acc": 0.3 + row["epoch"] / 100} for row in rows(run["l_x"])]
     whole = replay(make(), table)
@@ -189,7 +189,7 @@ def test_a_schedule_goes_on_from_its_state_in_mid_run(make: Callable[[], Schedul
     assert len(set(whole)) > 1 or isinstance(first, Constant)
 
 
-def test_a_replay_reads_the_rows_of_a_metrics_file() -> None:
+def test_replay_reads_rows_of_metrics() -> None:
     lines = [
         '{"epoch": 1, "l_x": 5.0, "steps": 1, "lr": 0.1, "val_acc": null, "of_a_later_version": 3}',
         '{"epoch": 2, "l_x": 4.0, "steps": 2, "lr": 0.1, "stopped": null}',
@@ -219,6 +219,6 @@ REFUSALS: list[tuple[Callable[[], Schedule], str]] = [
 
 
 @pytest.mark.parametrize(("make", "message"), REFUSALS)
-def test_bad_settings_are_refused_when_it_is_made(make: Callable[[], Schedule], message: str) -> None:
+def test_constructor_refuses_invalid_settings(make: Callable[[], Schedule], message: str) -> None:
     with pytest.raises(DeatError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""Stopping rules on scripted statistics: silent in health and on noise, at a surge they keep an epoch before it."""
+"""Stopping rules on given statistics: no stop in healthy runs or on noise; at a surge the epoch before it is kept."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def literal(values: Sequence[float], m: int = 2, gamma: float = 1.5) -> list[int
     return [t for t in ratios if t - 1 in ratios and ratios[t] > gamma * ratios[t - 1]]
 
 
-def test_a_falling_l_x_does_not_stop_though_the_literal_rule_would() -> None:
+def test_gradient_ratio_ignores_a_falling_l_x() -> None:
     assert literal(FALLING)[0] == 4
     assert replay(GradientRatio(), by_l_x(FALLING)) is None
 
 
 @pytest.mark.parametrize("surge", [160.0, 400.0, 1e4])
-def test_a_surge_stops_and_the_epoch_before_its_rise_is_kept(surge: float) -> None:
+def test_gradient_ratio_stops_at_a_surge_and_keeps_the_epoch_before(surge: float) -> None:
     stop = replay(GradientRatio(), by_l_x([*FALLING, surge]))
     assert stop is not None
     assert stop.keep == 6  # the last epoch before the rise that was measured: m = 2 before it ended
@@ -53,7 +53,7 @@ def test_a_surge_stops_and_the_epoch_before_its_rise_is_kept(surge: float) -> No
     assert stop.reason == f"l_X rose by {ratio / 87:.0%} an epoch (R = {ratio:.4g}) up to epoch 8"
 
 
-def test_the_rise_has_to_be_the_guard_s_share_an_epoch() -> None:
+def test_gradient_ratio_needs_a_rise_above_guard() -> None:
     # Two epochs back is 100: R > 40 needs more than 180.
     healthy = [100.0] * 6
     assert replay(GradientRatio(), by_l_x([*healthy, 180.0])) is None
@@ -62,7 +62,7 @@ def test_the_rise_has_to_be_the_guard_s_share_an_epoch() -> None:
     assert replay(GradientRatio(guard=0.2), by_l_x([*healthy, 140.1])) is not None
 
 
-def test_the_rise_has_to_be_gamma_times_the_one_before() -> None:
+def test_gradient_ratio_needs_a_rise_above_gamma_times_the_previous() -> None:
     # R^4 = (114 - 106) / 2 = 4 (under the guard, 5.3); R^5 = (x - 110) / 2 has to be above 1.5 * 4 = 6 and 5.5.
     begun = [100.0, 106.0, 110.0, 114.0]
     assert replay(GradientRatio(guard=0.05), by_l_x([*begun, 121.9])) is None
@@ -73,15 +73,15 @@ def test_the_rise_has_to_be_gamma_times_the_one_before() -> None:
     assert replay(GradientRatio(gamma=3.0, guard=0.05), by_l_x([*begun, 134.1])) is not None
 
 
-def test_a_steady_rise_is_no_surge() -> None:
+def test_gradient_ratio_ignores_a_steady_rise() -> None:
     # m = 1: R = 4, under the guard of 5; then 5.5, 6.5 and 8, over it, but each less than 1.5 times the one before.
     read_locked = [100.0, 104.0, 109.5, 116.0, 124.0]
     assert replay(GradientRatio(m=1, guard=0.05), by_l_x(read_locked)) is None
     assert replay(GradientRatio(m=1, gamma=1.2, guard=0.05), by_l_x(read_locked)) is not None
 
 
-def test_nothing_is_compared_before_there_are_two_ratios() -> None:
-    # Early l_X may climb as steeply as it likes: R^{m+1} has no ratio before it.
+def test_gradient_ratio_waits_for_two_ratios() -> None:
+    # Early l_X may rise steeply: R^{m+1} has no previous ratio.
     for m in (1, 2, 3):
         assert replay(GradientRatio(m=m, guard=0.05), by_l_x([1.0, 50.0, 1e4, 1e6][: m + 1])) is None
         stop = replay(GradientRatio(m=m, guard=0.05), by_l_x([*[1.0] * (m + 1), 100.0]))
@@ -90,7 +90,7 @@ def test_nothing_is_compared_before_there_are_two_ratios() -> None:
     assert replay(GradientRatio(guard=0.05), by_l_x([10.0, 13.0, 16.0, 19.0, 22.0, 25.0])) is None
 
 
-def test_m_is_the_distance_of_the_epochs_compared() -> None:
+def test_gradient_ratio_compares_epochs_m_apart() -> None:
     # Over m = 3 epochs the rise from 100 to 116 is 5.33 an epoch; over m = 2, from 100 to 116, it is 8.
     values = [100.0, 100.0, 100.0, 100.0, 100.0, 116.0]
     for m, per_epoch in ((1, 16), (2, 8), (3, 16 / 3)):
@@ -106,7 +106,7 @@ def test_m_is_the_distance_of_the_epochs_compared() -> None:
     st.floats(0.8, 1.02),
     st.sampled_from([1, 2, 3]),
 )
-def test_one_per_cent_of_noise_never_stops(noise: list[float], level: float, trend: float, m: int) -> None:
+def test_gradient_ratio_ignores_one_percent_of_noise(noise: list[float], level: float, trend: float, m: int) -> None:
     values = [level * trend**epoch * (1 + share) for epoch, share in enumerate(noise)]
     assert replay(GradientRatio(m=m), by_l_x(values)) is None
 
@@ -116,14 +116,14 @@ def test_one_per_cent_of_noise_never_stops(noise: list[float], level: float, tre
     st.floats(1e-3, 1e6),
     st.floats(1.9, 50.0),
 )
-def test_a_surge_out_of_noise_always_stops(noise: list[float], level: float, surge: float) -> None:
+def test_gradient_ratio_stops_at_a_surge_after_noise(noise: list[float], level: float, surge: float) -> None:
     values = [level * (1 + share) for share in noise] + [level * surge]
     stop = replay(GradientRatio(), by_l_x(values))
     assert stop is not None
     assert stop.keep == len(noise) - 1
 
 
-def test_a_failing_start_is_not_a_surge_when_l_x_only_falls_and_settles() -> None:
+def test_gradient_ratio_ignores_l_x_that_falls_and_settles() -> None:
     # An l_X sequence as early epochs have it: high at first, then near its level.
     assert replay(GradientRatio(), by_l_x([5824.0, 2829.0, 2977.0, 2693.0, 2784.0, 2880.0, 2968.0, 3028.0])) is None
 
@@ -131,30 +131,30 @@ def test_a_failing_start_is_not_a_surge_when_l_x_only_falls_and_settles() -> Non
 # ------------------------------------------------------------------------------------------------ the robustness drop
 
 
-def test_a_drop_of_more_than_twenty_points_stops() -> None:
+def test_robustness_drop_stops_at_a_drop_over_20_points() -> None:
     stop = replay(RobustnessDrop(), by_robustness([0.30, 0.40, 0.45, 0.24]))
     assert stop is not None
     assert stop.keep == 3
     assert stop.reason == "PGD-5 accuracy fell from 45.0% to 24.0% in epoch 4"
 
 
-def test_a_slow_decay_does_not_stop() -> None:
+def test_robustness_drop_ignores_a_slow_decay() -> None:
     assert replay(RobustnessDrop(), by_robustness([0.6, 0.45, 0.3, 0.15, 0.0])) is None
     assert replay(RobustnessDrop(), by_robustness([0.75, 0.5625])) is None
 
 
-def test_the_first_epoch_has_nothing_to_fall_from() -> None:
+def test_robustness_drop_never_stops_in_the_first_epoch() -> None:
     assert replay(RobustnessDrop(), by_robustness([0.0, 0.9])) is None
 
 
-def test_the_drop_is_the_one_asked_for() -> None:
+def test_robustness_drop_uses_its_drop() -> None:
     assert replay(RobustnessDrop(0.5), by_robustness([0.75, 0.28125])) is None
     stop = replay(RobustnessDrop(0.125, steps=7), by_robustness([0.75, 0.5]))
     assert stop is not None
     assert stop.reason.startswith("PGD-7 accuracy fell from 75.0% to 50.0%")
 
 
-def test_it_asks_for_its_validation_and_says_when_it_is_missing() -> None:
+def test_robustness_drop_needs_stop_robust_acc() -> None:
     assert RobustnessDrop().validation_steps == 5
     assert RobustnessDrop(steps=7).validation_steps == 7
     assert GradientRatio().validation_steps == 0
@@ -162,7 +162,7 @@ def test_it_asks_for_its_validation_and_says_when_it_is_missing() -> None:
         RobustnessDrop().update(EpochStats(epoch=3))
 
 
-def test_weights_are_kept_as_far_back_as_a_rule_may_point() -> None:
+def test_lookback_covers_the_epoch_to_keep() -> None:
     # The epoch before the last, and the epoch m before it.
     assert RobustnessDrop().lookback == 2
     assert [GradientRatio(m=m).lookback for m in (1, 2, 5)] == [2, 3, 6]
@@ -179,7 +179,7 @@ SCRIPTS: list[tuple[Callable[[], StoppingRule], list[dict[str, Any]], int]] = [
 
 @pytest.mark.parametrize(("make", "script", "kept"), SCRIPTS)
 @pytest.mark.parametrize("cut", range(10))
-def test_a_rule_goes_on_from_its_state_in_mid_run(
+def test_stopping_rules_resume_from_state_dict(
     make: Callable[[], StoppingRule], script: list[dict[str, Any]], kept: int, cut: int
 ) -> None:
     whole = replay(make(), script)
@@ -191,7 +191,7 @@ def test_a_rule_goes_on_from_its_state_in_mid_run(
     assert replay(second, script[cut:]) == whole
 
 
-def test_the_base_rule_never_stops() -> None:
+def test_stopping_rule_base_never_stops() -> None:
     rule = StoppingRule()
     assert rule.update(EpochStats(epoch=1, l_x=math.inf)) is None
     rule.load_state_dict(rule.state_dict())
@@ -208,6 +208,6 @@ REFUSALS: list[tuple[Callable[[], StoppingRule], str]] = [
 
 
 @pytest.mark.parametrize(("make", "message"), REFUSALS)
-def test_bad_settings_are_refused_when_it_is_made(make: Callable[[], StoppingRule], message: str) -> None:
+def test_constructor_refuses_invalid_settings(make: Callable[[], StoppingRule], message: str) -> None:
     with pytest.raises(DeatError, match=message):
         make()

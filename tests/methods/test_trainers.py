@@ -1,4 +1,4 @@
-"""The trainers: units, what a step learns and counts, and their life as torchattacks attacks."""
+"""Trainers: units, training steps and their statistics, and their use as torchattacks attacks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def still(model: nn.Module) -> SGD:
 
 
 class Waits(TorchDispatchMode):
-    """Notes every operation that makes the host wait for the device."""
+    """Records every operation that synchronizes with the device."""
 
     SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "_to_cpu", "equal", "is_nonzero")
 
@@ -49,10 +49,10 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# Units (law 1)
+# Units (invariant 1)
 
 
-def test_eps_and_alpha_are_in_pixels_whatever_the_model_normalises_by() -> None:
+def test_eps_and_alpha_are_in_pixel_units() -> None:
     model = normalized()
     images, labels = images_and_labels()
     adv = deat_rb.create("pgd-3", model, eps=0.1, alpha=0.02)(images, labels)
@@ -63,8 +63,8 @@ def test_eps_and_alpha_are_in_pixels_whatever_the_model_normalises_by() -> None:
     assert torch.allclose(moved, torch.full_like(moved, 0.02), atol=1e-6)
 
 
-def test_one_step_on_a_plane_by_hand() -> None:
-    """The loss of class 0 rises against w = (1, -2, 3, -4), that of class 1 along it; 0 and 1 are the ends."""
+def test_trainer_call_on_a_linear_model_by_hand() -> None:
+    """The loss of class 0 rises against w = (1, -2, 3, -4), that of class 1 along it; images stay in [0, 1]."""
     images, labels, _ = plane_images()
     trainer = deat_rb.create("pgd-1", Plane(), eps=0.1, alpha=0.05)
     trainer.crafter.start = "none"
@@ -78,7 +78,7 @@ def test_one_step_on_a_plane_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name", ["pgd-1", "free-1", "standard", "trades"])
-def test_figures_of_a_step_by_hand(name: str) -> None:
+def test_training_step_statistics_by_hand(name: str) -> None:
     """On two images of the plane, at eps 0.1 and with steps of 0.1 from the clean image: each loses 1.0 of margin."""
     images, labels, _ = plane_images()
     images, labels = images[[0, 1]], labels[[0, 1]]
@@ -88,7 +88,7 @@ def test_figures_of_a_step_by_hand(name: str) -> None:
     trainer.crafter.start = "none"
     stats = trainer.training_step(images, labels, still(model))
     clean, moved = (0.9, 1.2), (-0.1, 0.2)
-    # A replay learns from the images as they are before it moves them.
+    # A replay updates the weights on the images before it moves them.
     margins = moved if name == "pgd-1" else clean
     assert stats.examples == 2
     assert float(stats.loss) == pytest.approx(sum(math.log(1 + math.exp(-m)) for m in margins), rel=1e-4)
@@ -99,7 +99,7 @@ def test_figures_of_a_step_by_hand(name: str) -> None:
     assert (stats.forwards, stats.backwards, stats.updates) == (*passes, 1)
 
 
-def test_the_weights_descend_on_the_mean_loss() -> None:
+def test_training_step_descends_on_the_mean_loss() -> None:
     """Class 0's weights at a clean image x of label 0: w += lr * (1 - p) * x, and the bias likewise."""
     image, label = torch.full((1, 1, 2, 2), 0.5), torch.tensor([0])
     model = Plane()
@@ -112,8 +112,8 @@ def test_the_weights_descend_on_the_mean_loss() -> None:
 @pytest.mark.parametrize(
     "name", ["standard", "free-3", "m-deat", "pgd-2", "trades", "mart", "u-fgsm", "fat-2", "f+mart"]
 )
-def test_a_training_step_does_not_wait_for_the_device(name: str) -> None:
-    """Law 10; friendly crafting in eval mode looks at its masks on a CPU, where that is free, so here it trains."""
+def test_training_step_does_not_synchronize(name: str) -> None:
+    """Invariant 10. In eval mode on a CPU FAT reads its masks, which costs nothing there: here it is in train mode."""
     friendly = name in ("fat-2", "f+mart")
     model = made()
     trainer = deat_rb.create(name, model, attack_mode="train" if friendly else None)
@@ -125,7 +125,7 @@ def test_a_training_step_does_not_wait_for_the_device(name: str) -> None:
     assert waits.seen == []
 
 
-def test_a_training_step_around_torchattacks_waits_in_the_first_batch_at_most() -> None:
+def test_training_step_with_torchattacks_synchronizes_in_the_first_batch_only() -> None:
     model = made()
     trainer = deat_rb.AttackTrainer(torchattacks.PGD(model, steps=2))
     images, labels = images_and_labels()
@@ -135,8 +135,8 @@ def test_a_training_step_around_torchattacks_waits_in_the_first_batch_at_most() 
     assert waits.seen == []
 
 
-def test_waits_are_seen() -> None:
-    """The test above can fail: friendly crafting in eval mode on a CPU does look."""
+def test_waits_detects_synchronization() -> None:
+    """The test above can fail: FAT in eval mode on a CPU does read its masks."""
     model = made()
     with Waits() as waits:
         deat_rb.create("fat-2", model).training_step(*images_and_labels(), still(model))
@@ -144,7 +144,7 @@ def test_waits_are_seen() -> None:
     assert {"index", "_local_scalar_dense"} <= set(waits.seen)
 
 
-def test_a_surrogate_loss_of_ones_own() -> None:
+def test_attack_trainer_takes_a_loss_of_ones_own() -> None:
     """Twice the negated logit of the label: its mean moves the label's bias by 2 * lr."""
     model = Plane()
     loss = SurrogateLoss("own", lambda logits, labels: -2 * logits.gather(1, labels[:, None]).squeeze(1))
@@ -157,7 +157,7 @@ def test_a_surrogate_loss_of_ones_own() -> None:
 # Replays
 
 
-def test_a_replay_trainer_s_call_crafts_as_its_replays_with_the_weights_held_still() -> None:
+def test_replay_trainer_call_replays_with_fixed_weights() -> None:
     model = made().eval()
     images, labels = images_and_labels()
     attack = deat_rb.PGD(model, steps=3, alpha=10 / 255, attack_mode="eval")
@@ -168,7 +168,7 @@ def test_a_replay_trainer_s_call_crafts_as_its_replays_with_the_weights_held_sti
     assert torch.equal(adv, torchattacks.PGD(model, eps=EPS, alpha=10 / 255, steps=3)(images, labels))
 
 
-def test_free_carries_its_perturbation_over_a_short_batch_and_a_call_does_not_touch_it() -> None:
+def test_replay_trainer_carries_its_perturbation_over_a_short_batch() -> None:
     trainer = deat_rb.create("free-1", made())
     optimizer = still(trainer.model)
     assert isinstance(trainer, deat_rb.methods.ReplayTrainer)
@@ -194,7 +194,7 @@ def test_attack_trainer_refuses_what_is_not_an_attack() -> None:
             deat_rb.AttackTrainer(attack)
 
 
-def test_a_replay_trainer_refuses_what_it_cannot_share() -> None:
+def test_replay_trainer_refuses_other_attacks_and_losses() -> None:
     model = made()
     with pytest.raises(DeatError, match=r"deat_rb\.PGD on cross-entropy"):
         deat_rb.methods.ReplayTrainer(deat_rb.PGD(model, loss="kl"))
@@ -211,7 +211,7 @@ def test_a_replay_trainer_refuses_what_it_cannot_share() -> None:
 # The schedule
 
 
-def test_steps_and_step_size_follow_the_schedule() -> None:
+def test_trainer_steps_and_alpha_follow_the_schedule() -> None:
     trainer = deat_rb.create("m+pgd", made(), eps=EPS)
     alphas = []
     for steps in (1, 2, 3, 5):
@@ -224,7 +224,7 @@ def test_steps_and_step_size_follow_the_schedule() -> None:
     assert plain.alpha == pytest.approx(2 / 255)
 
 
-def test_a_guided_trainer_around_torchattacks_changes_that_attack() -> None:
+def test_apply_schedule_sets_the_steps_of_a_torchattacks_attack() -> None:
     attack = torchattacks.PGD(made(), eps=EPS, alpha=2 / 255, steps=5)
     trainer = deat_rb.AttackTrainer(attack, schedule=deat_rb.GradientMagnitude(max_steps=7))
     assert (attack.steps, attack.alpha) == (1, EPS)
@@ -248,8 +248,8 @@ def trainers(model: nn.Module) -> list[Trainer]:
 
 @pytest.mark.parametrize("which", range(4))
 @pytest.mark.parametrize("first", [True, False])
-def test_multi_attack(which: int, first: bool) -> None:
-    """MultiAttack itself puts modules into one mode; it must not leave an eval model in train mode, or moved."""
+def test_multiattack_takes_trainers(which: int, first: bool) -> None:
+    """MultiAttack itself puts modules into one mode; it must not leave an eval model in train mode, or changed."""
     model = made().eval()
     trainer, other = trainers(model)[which], torchattacks.PGD(model, steps=2)
     images, labels = images_and_labels()
@@ -259,7 +259,7 @@ def test_multi_attack(which: int, first: bool) -> None:
     assert float((adv - images).abs().max()) <= EPS + 1e-6
 
 
-def test_save(tmp_path: Path) -> None:
+def test_trainer_save_writes_adversarial_examples(tmp_path: Path) -> None:
     model = used()
     images, labels = images_and_labels(8)
     for trainer in trainers(model):
@@ -274,7 +274,7 @@ def test_save(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["pgd-2", "trades", "u-fgsm", "deat-2", "free-2", "torchattacks"])
-def test_normalised_images_give_the_same_adversarial_images(name: str) -> None:
+def test_trainer_with_normalization_used_gives_the_same_images(name: str) -> None:
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
     offset, scale = torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
     images, labels = images_and_labels()
@@ -297,8 +297,8 @@ def test_normalised_images_give_the_same_adversarial_images(name: str) -> None:
         assert float((adv * scale + offset - images).abs().max()) > 0.01
 
 
-def test_set_model_training_mode_decides_the_mode_of_crafting() -> None:
-    """In eval mode an image is crafted alone as in a batch, in train mode not, and BatchNorm can be told apart."""
+def test_set_model_training_mode_reaches_the_attack() -> None:
+    """In eval mode an example does not depend on its batch; in train mode it does, unless BatchNorm is in eval mode."""
     images, labels = images_and_labels()
     for trainer in (deat_rb.create("trades", made(), steps=2), deat_rb.create("deat-2", made(), steps=2),
                     deat_rb.AttackTrainer(torchattacks.PGD(made(), steps=2))):  # fmt: skip
@@ -318,7 +318,7 @@ def test_set_model_training_mode_decides_the_mode_of_crafting() -> None:
         assert alone()
 
 
-def test_set_device_and_set_model_reach_the_attack_inside() -> None:
+def test_set_device_and_set_model_reach_the_attack() -> None:
     for trainer in trainers(made()):
         trainer.set_device("meta")
         assert trainer.crafter.device == "meta"
@@ -327,7 +327,7 @@ def test_set_device_and_set_model_reach_the_attack_inside() -> None:
         assert trainer.crafter.model is other
 
 
-def test_assigning_tensors_does_not_raise() -> None:
+def test_trainer_attributes_may_be_tensors() -> None:
     for trainer in trainers(made()):
         values = [torch.ones(2), torch.zeros(2)]
         trainer.extra = values
@@ -335,7 +335,7 @@ def test_assigning_tensors_does_not_raise() -> None:
         assert list(trainer._attacks) == ["crafter.0"]
 
 
-def test_repr_is_a_short_line() -> None:
+def test_trainer_repr_is_one_line() -> None:
     for trainer in trainers(made()):
         trainer.fit([images_and_labels()], epochs=1, lr=0.01)
         text = repr(trainer)
@@ -345,8 +345,8 @@ def test_repr_is_a_short_line() -> None:
         assert len(text) < 1500
 
 
-def test_crafted_images_carry_no_graph() -> None:
-    """APGD gives images with one: kept, it would be walked again by the update's backward."""
+def test_adversarial_examples_carry_no_graph() -> None:
+    """APGD returns images with a graph, which the update's backward must not traverse."""
     model = made()
     images, _ = images_and_labels()
     with torch.no_grad():
@@ -360,7 +360,7 @@ def test_crafted_images_carry_no_graph() -> None:
 
 
 class Shifted(deat_rb.PGD):
-    """A PGD with a forward of its own, which training has to take, too."""
+    """A PGD with a forward of its own, which training has to use, too."""
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
         adv: Tensor = super().forward(inputs, labels)
@@ -368,7 +368,7 @@ class Shifted(deat_rb.PGD):
 
 
 class Own(StatelessAttack):
-    """Signed steps from the images, written as docs/own_method.md has it."""
+    """Signed steps from the images, as in docs/own_method.md."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__("Own", model, "train")
@@ -385,7 +385,7 @@ class Own(StatelessAttack):
         return adv.detach()
 
 
-def test_a_forward_of_ones_own_crafts_in_training_too() -> None:
+def test_training_uses_an_overridden_forward() -> None:
     images, labels = images_and_labels()
     model = made()
     trainer = deat_rb.AttackTrainer(Shifted(model, steps=1, start="none", attack_mode="eval"))
@@ -395,7 +395,7 @@ def test_a_forward_of_ones_own_crafts_in_training_too() -> None:
     assert float((adv - images).max()) > 0.2
 
 
-def test_an_attack_of_ones_own_moves_batchnorm_in_training_as_ours_does_and_not_when_called() -> None:
+def test_stateless_attack_updates_batchnorm_in_training_only() -> None:
     images, labels = images_and_labels()
     tracked = []
     for attack in (lambda model: deat_rb.PGD(model, steps=3, alpha=EPS / 4, start="none"), Own):
@@ -414,7 +414,7 @@ def test_an_attack_of_ones_own_moves_batchnorm_in_training_as_ours_does_and_not_
 
 @pytest.mark.parametrize("scale", [2.0**10, 2.0**16])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_a_replays_l_x_is_that_of_the_examples_whatever_the_loss_scale_and_the_batch(scale: float, parts: int) -> None:
+def test_replay_l_x_does_not_depend_on_batch_or_loss_scale(scale: float, parts: int) -> None:
     images, labels = images_and_labels(8)
 
     def l_x(engine: Engine, parts: int) -> float:
@@ -430,7 +430,7 @@ def test_a_replays_l_x_is_that_of_the_examples_whatever_the_loss_scale_and_the_b
     assert l_x(scaled, parts) == pytest.approx(l_x(Engine("cpu"), 1), rel=1e-4)
 
 
-def test_the_learning_rate_moves_with_each_replay_where_that_is_asked_for() -> None:
+def test_lr_per_replay_moves_the_learning_rate_each_replay() -> None:
     """Of two batches and four replays each, eighths of the whole."""
 
     def rate(batch: int, share: float) -> float:

@@ -17,7 +17,7 @@ EPS = 8 / 255
 
 @pytest.fixture(scope="module")
 def problem() -> tuple[nn.Module, Tensor, Tensor]:
-    """A small network with BatchNorm and 64 images: a class's colour under noise, a few of them mislabelled."""
+    """A small network with BatchNorm and 64 images: a class's colour under noise, a few of them mislabeled."""
     stream = torch.Generator().manual_seed(0)
     colours = torch.rand(10, 3, 1, 1, generator=stream)
     labels = torch.arange(320) % 10
@@ -50,7 +50,7 @@ def still_correct(model: nn.Module, adv: Tensor, labels: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("eps", [2 / 255, EPS])
-def test_fgsm_verdicts_are_torchattacks(problem: tuple[nn.Module, Tensor, Tensor], eps: float) -> None:
+def test_fgsm_verdicts_equal_torchattacks(problem: tuple[nn.Module, Tensor, Tensor], eps: float) -> None:
     model, images, labels = problem
     report = evaluate(model, images, labels, attacks="fgsm", eps=eps, batch_size=16)
     theirs = torch.cat(
@@ -66,7 +66,7 @@ def test_fgsm_verdicts_are_torchattacks(problem: tuple[nn.Module, Tensor, Tensor
     assert 0 < report.results["fgsm"].n_correct < int(natural.sum()) < 64
 
 
-def test_pgd_iterates_are_torchattacks_bit_for_bit(problem: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_pgd_iterates_equal_torchattacks(problem: tuple[nn.Module, Tensor, Tensor]) -> None:
     model, images, labels = problem
     eps = 3 / 255
     start = uniform_start(images, eps, seeding.generator(5))
@@ -80,7 +80,9 @@ def test_pgd_iterates_are_torchattacks_bit_for_bit(problem: tuple[nn.Module, Ten
 
 @pytest.mark.parametrize("steps", [2, 20])
 @pytest.mark.parametrize("eps", [2 / 255, 4 / 255])
-def test_pgd_is_torchattacks_or_stricter(problem: tuple[nn.Module, Tensor, Tensor], eps: float, steps: int) -> None:
+def test_pgd_verdicts_equal_torchattacks_or_are_stricter(
+    problem: tuple[nn.Module, Tensor, Tensor], eps: float, steps: int
+) -> None:
     model, images, labels = problem
     name = f"pgd-{steps}"
     report = evaluate(model, images, labels, attacks=name, eps=eps, batch_size=32, seed=11)
@@ -94,13 +96,15 @@ def test_pgd_is_torchattacks_or_stricter(problem: tuple[nn.Module, Tensor, Tenso
     robust = torch.cat(theirs) & report.verdicts["natural"]
     ours = report.verdicts[name]
     assert not (ours & ~robust).any(), "what torchattacks breaks is broken"
-    # The rest was broken at an iterate before the last one: here that is rare.
+    # The rest was misclassified at an iterate before the last one: here that is rare.
     assert int((robust & ~ours).sum()) <= 2
     assert 0 < int(ours.sum()) < 64
 
 
 @pytest.mark.parametrize("eps", [0.2, 0.4])
-def test_pgd_in_l2_is_torchattacks_or_stricter(problem: tuple[nn.Module, Tensor, Tensor], eps: float) -> None:
+def test_pgd_in_l2_verdicts_equal_torchattacks_or_are_stricter(
+    problem: tuple[nn.Module, Tensor, Tensor], eps: float
+) -> None:
     model, images, labels = problem
     report = evaluate(model, images, labels, attacks="pgd-10", eps=eps, norm="L2", batch_size=64, seed=11)
     with seeding.preserved():
@@ -112,7 +116,7 @@ def test_pgd_in_l2_is_torchattacks_or_stricter(problem: tuple[nn.Module, Tensor,
     assert int((robust & ~ours).sum()) <= 2
     assert 0 < int(ours.sum()) < int(report.verdicts["natural"].sum())
     survivors = ours & robust
-    # The same start and steps, but gradients of the mean and not the sum: other last bits, which a kink of a ReLU
-    # makes more of in some examples.
+    # The same start and steps, but gradients of the mean instead of the sum: the last bits differ, which ReLU kinks
+    # amplify in some examples.
     apart = (report.adversarial["pgd-10"] - adv)[survivors].abs().amax(dim=(1, 2, 3))
     assert float((apart < 1e-3).float().mean()) > 0.5

@@ -1,4 +1,4 @@
-"""The guidance is causal: the steps rise where l_X does, and stay where it falls or the model is held still."""
+"""Guided training: the steps rise where l_X does, and stay where it falls or the weights are fixed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deat_rb.training.history import History
 
 
 def batches(random_labels: bool) -> list[Batch]:
-    """Images whose colour tells the class, or whose labels nothing tells, so that they have to be memorised."""
+    """Images whose colour tells the class, or whose labels are random, so that they have to be memorized."""
     draw = torch.Generator().manual_seed(1)
     data = [images_and_labels(24, seed=seed) for seed in range(4)]
     if random_labels:
@@ -25,9 +25,9 @@ def trained(method: str, lr: float, random_labels: bool) -> History:
 
 
 @pytest.mark.parametrize("method", ["m+pgd", "m-deat"])
-def test_steps_follow_the_gradient_magnitude(method: str) -> None:
+def test_guided_training_follows_the_gradient_magnitude(method: str) -> None:
     rises = trained(method, 0.1, random_labels=True)
-    # Labels that have to be memorised make the loss steeper around each image.
+    # Labels that have to be memorized make the loss steeper around each image.
     assert rises.rows[-1].l_x > 2 * rises.rows[1].l_x
     assert rises.steps[:2] == [1, 2]
     assert rises.steps[-1] >= 6

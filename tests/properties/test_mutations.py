@@ -1,4 +1,4 @@
-"""The reference loops notice it: a method with another step size, start, projection or order fails beside its own."""
+"""The reference loops detect mutations: another step size, start, projection or order of operations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OTHER_START = {"uniform": "normal", "normal": "uniform"}
 
 
 def noticed(name: str) -> bool:
-    """Whether a case of the method ends with other weights or figures than its reference loop."""
+    """Whether a case of the method ends with other weights or statistics than its reference loop."""
     for case in CASES:
         if case[0] == name:
             try:
@@ -48,14 +48,14 @@ def change_trainers(monkeypatch: pytest.MonkeyPatch, change: Callable[[Trainer],
     monkeypatch.setattr(deat_rb, "create", changed)
 
 
-def test_fifteen_methods_are_put_to_it() -> None:
+def test_mutations_cover_the_fifteen_methods() -> None:
     families = {deat_rb.methods.registry.family(name) for name in METHODS}
     assert len(families) == 15
     assert not any(noticed(name) for name in METHODS), "unchanged, all are as their reference loops"
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_another_step_size(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutation_of_the_step_size_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def larger(trainer: Trainer) -> None:
         assert trainer.base_alpha is not None
         trainer.base_alpha *= 1.05
@@ -66,10 +66,10 @@ def test_another_step_size(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_another_start(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutation_of_the_start_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def elsewhere(trainer: Trainer) -> None:
         if isinstance(trainer, ReplayTrainer) and trainer.carry:
-            trainer.carry = False  # from zero in each batch, where FREE goes on with the last one's
+            trainer.carry = False  # from zero in each batch, where FREE carries it on
         else:
             trainer.crafter.start = OTHER_START[trainer.crafter.start]
 
@@ -79,7 +79,7 @@ def test_another_start(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("bound", ["ball", "image"])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_projection_left_out(name: str, bound: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutation_without_projection_is_noticed(name: str, bound: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def ascend(self: threat_models.Linf, adv: Tensor, images: Tensor, gradient: Tensor, alpha: float) -> Tensor:
         moved = adv + alpha * gradient.sign()
         if bound == "ball":
@@ -91,7 +91,7 @@ def test_a_projection_left_out(name: str, bound: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if "deat" in name or "free" in name])
-def test_a_delta_that_moves_with_the_gradient_after_the_update(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutation_of_the_replay_gradient_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Algorithm 1, lines 5-10: both gradients are from the same pass, before the update."""
     step, backward_and_step = ReplayTrainer.training_step, Engine.backward_and_step
     under_way: dict[str, Any] = {}
@@ -116,7 +116,7 @@ def test_a_delta_that_moves_with_the_gradient_after_the_update(name: str, monkey
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if "deat" not in name and "free" not in name])
-def test_an_update_before_the_last_step_of_crafting(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutation_with_an_early_update_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Algorithm 4, lines 6-13: all r steps come before the update."""
     craft = AttackTrainer.craft
 
@@ -132,7 +132,7 @@ def test_an_update_before_the_last_step_of_crafting(name: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if "trades" in name or "mart" in name])
-def test_the_adversarial_forward_before_the_clean_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutation_of_the_order_of_forwards_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their order decides what BatchNorm's running statistics are."""
 
     def swapped(
@@ -154,7 +154,7 @@ def test_the_adversarial_forward_before_the_clean_one(name: str, monkeypatch: py
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if "deat" not in name and "free" not in name])
-def test_crafting_in_the_other_mode(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutation_of_the_attack_mode_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def other(trainer: Trainer) -> None:
         assert isinstance(trainer.crafter, PGD)
         training = trainer.crafter.tau is not None  # friendly methods attack in eval mode, the others in train mode
@@ -165,7 +165,7 @@ def test_crafting_in_the_other_mode(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if "fat" in name or name.startswith("f+")])
-def test_less_patience(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutation_of_tau_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def less(trainer: Trainer) -> None:
         trainer.crafter.tau = 2
 

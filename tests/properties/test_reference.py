@@ -1,4 +1,4 @@
-"""The product against the plain loops of `reference_loops`: the same weights after training on the same batches."""
+"""Trainers against the plain loops of `reference_loops`: the same weights after training on the same batches."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from deat_rb.training.metrics import EpochStats
 
 
 @pytest.mark.parametrize(("name", "steps"), CASES)
-def test_trainers_train_as_the_reference_loop(name: str, steps: int | None) -> None:
+def test_training_step_equals_the_reference_loop(name: str, steps: int | None) -> None:
     assert_trains_as_the_reference_loop(name, steps)
 
 
 @pytest.mark.parametrize("name", ["free-2", "deat-2", "deat-40%", "m-deat", "m+pgd", "m+trades", "m+mart"])
-def test_product_moves_its_steps_as_the_reference_loop(name: str) -> None:
+def test_schedules_equal_the_reference_loop(name: str) -> None:
     """Nine epochs of the schedule, with gamma so low that r rises more than once, for M+PGD up to its bound."""
     expected, actual = network(), network()
     data = batches((6, 3))
@@ -64,7 +64,7 @@ def test_product_moves_its_steps_as_the_reference_loop(name: str) -> None:
     assert_same_state(actual, expected)
 
 
-def test_stopping_rules_are_the_reference_s() -> None:
+def test_stopping_rules_equal_the_reference() -> None:
     """On random walks; Algorithm 5 has two ratios to compare from epoch m + 2 on."""
     draw = torch.Generator().manual_seed(3)
     verdicts = set()
@@ -85,14 +85,14 @@ def test_stopping_rules_are_the_reference_s() -> None:
 # The reference itself, by hand.
 
 
-def test_friendly_reference_stops_some_examples_early_and_not_all() -> None:
+def test_reference_fat_stops_some_examples_early() -> None:
     for name, most in (("fat-5", 5), ("f+trades", 10), ("f+mart", 10)):
         (epoch,) = run(name, network(), [batches()], lr=LR, seed_batch=seed_batch)
         crafting = epoch.backwards / len(SIZES) - 1
         assert PATIENCE + 1 < crafting < most - 0.1
 
 
-def test_losses_by_hand() -> None:
+def test_reference_losses_by_hand() -> None:
     clean = torch.tensor([[0.5, 0.25, 0.25]]).log()
     adversarial = torch.tensor([[0.25, 0.5, 0.25]]).log()
     label = torch.tensor([0])
@@ -116,7 +116,7 @@ class Scale(nn.Module):
         return torch.cat([self.w * pixel, torch.zeros_like(pixel)], 1)
 
 
-def test_two_replays_by_hand() -> None:
+def test_reference_replays_by_hand() -> None:
     """FREE-2 on log(1 + exp(w x)): delta moves with the first w's gradient, the second update is at x + eps."""
     model, eps, decay = Scale(), 8 / 255, 5e-4
     data = [(torch.full((1, 1, 1, 1), 0.5, dtype=torch.float64), torch.tensor([1]))]
@@ -134,7 +134,7 @@ def test_two_replays_by_hand() -> None:
     assert (epoch.backwards, epoch.forwards, epoch.updates, epoch.correct) == (2, 2, 2, 0)
 
 
-def test_rules_by_hand() -> None:
+def test_reference_rules_by_hand() -> None:
     def steps(*l_x: float) -> list[int]:
         return [magnitude_rule(l_x[:t], start=1, gamma=1.1, bound=4) for t in range(len(l_x) + 1)]
 
@@ -165,7 +165,7 @@ def test_reference_schedules_and_costs(name: str, steps: list[int], backwards: l
     assert [epoch.backwards / 2 for epoch in trace] == backwards
 
 
-def test_reference_accuracy_rule_waits_and_raises() -> None:
+def test_reference_accuracy_rule_by_hand() -> None:
     trace = run("deat-40%", network(), [batches()] * 4, lr=LR, seed_batch=seed_batch)
     raised = [later.steps - epoch.steps for epoch, later in itertools.pairwise(trace)]
     assert raised == [int(epoch.accuracy > 0.4) for epoch in trace[:-1]]
