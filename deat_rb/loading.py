@@ -420,8 +420,8 @@ def _combined(network: Network, data: Dataset, *, same_data: bool = False) -> Ev
     logits = trial_logits(network.model, images, source=network.source, advice="use other data or another model")
     matched = match_classes(data.classes, network.classes, logits.shape[1], source=network.source, dataset=data.name,
                             must_match=network.all_classes_known)  # fmt: skip
-    notes = [*network.notes, *([matched.note] if matched.note and not same_data else [])]
     provenance = {**network.provenance, "dataset": data.name, "data_sha256": data.fingerprint}
+    notes = [*network.notes, *([matched.note] if matched.note and not same_data else []), *data.notes]
     if notes:
         provenance["note"] = "; ".join(notes)
     return EvalTarget(network.model, data, network.eps, provenance, classes=matched.classes,
