@@ -46,7 +46,7 @@ def train(
     Without options: M+TRADES on the embedded digits, a few minutes on a laptop. Images are in [0, 1], and so are --eps
     and --alpha. The run directory holds configuration, metrics, weights and curves.
     """
-    from deat_rb.cli.training_progress import TrainingProgress, print_plan, print_result, print_seeds
+    from deat_rb.cli.training_progress import DecodingProgress, TrainingProgress, print_plan, print_result, print_seeds
     from deat_rb.models.names import check_trust
     from deat_rb.runs.directory import check_free, check_name
     from deat_rb.runs.options import make_options, read_options
@@ -59,39 +59,41 @@ def train(
 
     if name is not None:
         check_name(name)
-    given = {key: value for key, value in flags.items() if value not in (None, ())}
-    if seeds and "seed" in given:
-        raise DeatError(f"--seed {given['seed']} and --seeds {','.join(map(str, seeds))} exclude each other; give one")
+    explicit = {key: value for key, value in flags.items() if value not in (None, ())}
+    if seeds and "seed" in explicit:
+        raise DeatError(
+            f"--seed {explicit['seed']} and --seeds {','.join(map(str, seeds))} exclude each other; give one"
+        )
     if resume is not None:
         if config is not None or name is not None or seeds or dry_run:
             raise DeatError("--resume continues a run as it is: leave out --config, --name, --seeds and --dry-run")
         with TrainingProgress() as progress:
-            run, history = resume_training(resume, given, callbacks=[progress], trust_code=trust_code)
+            run, history = resume_training(resume, explicit, callbacks=[progress], trust_code=trust_code)
         if is_main():
             print_result(run, history)
         return
     recorded = read_options(config) if config is not None else {}
-    if "arch" not in given and "arch" in recorded:
+    if "arch" not in explicit and "arch" in recorded:
         check_trust(recorded["arch"], trust_code, source=str(config))
     for option in ("method", "setting"):
-        if option in given and recorded.get(option, given[option]) != given[option]:
+        if option in explicit and recorded.get(option, explicit[option]) != explicit[option]:
             raise DeatError(
-                f"--{option} {given[option]} beside --config: {config} holds all options that {recorded[option]} "
+                f"--{option} {explicit[option]} beside --config: {config} holds all options that {recorded[option]} "
                 "stands for; leave --config out and give the options to keep"
             )
-    if "arch" in given:
-        import_from_current_folder(given["arch"])
-    options = make_options({**recorded, **given})
+    if "arch" in explicit:
+        import_from_current_folder(explicit["arch"])
+    options = make_options({**recorded, **explicit})
     if not (dry_run or seeds or "WORLD_SIZE" in os.environ):
         check_free(Path(output) / (name or default_name(options)))
-    planned = plan(options, dry=dry_run)
+    planned = plan(options, dry=dry_run, progress=DecodingProgress())
     if is_main():
         print_plan(planned, seeds or ())
     if dry_run:
         return
     with TrainingProgress(seeds=seeds or ()) as progress:
         where: dict[str, Any] = {"output": output, "name": name, "callbacks": [progress]}
-        results = train_seeds(options, seeds, **where) if seeds else [run_training(planned, **where)]
+        results = train_seeds(options, seeds, data=planned.data, **where) if seeds else [run_training(planned, **where)]
     if not is_main():
         return
     for run, history in results:

@@ -170,6 +170,29 @@ class TrainingProgress(Callback, AbstractContextManager["TrainingProgress"]):
         self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
+class DecodingProgress:
+    """Prints now and then how many images have been decoded, on stderr; called as `load_data` calls its ``progress``.
+
+    Args:
+        console: Where to print; by default stderr.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        from rich.console import Console
+
+        self.console = console or Console(stderr=True, quiet=not is_main())
+        self._started = self._shown = monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Print a line if the last one was some time ago."""
+        now = monotonic()
+        if now - self._shown < (10 if self.console.is_interactive else LINE_EVERY) or not done:
+            return
+        self._shown = now
+        left = duration((now - self._started) / done * (total - done))
+        self.console.print(f"decoding images: {done:,} of {total:,}, about {left} left", highlight=False)
+
+
 def duration(seconds: float) -> str:
     """Return a time in words, such as ``45 s``, ``12 min`` or ``3 h 20 min``."""
     if seconds < 90:

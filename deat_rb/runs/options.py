@@ -128,9 +128,9 @@ class TrainOptions(BaseModel):
         """Return all options by name."""
         return {name: value for group in GROUPS for name, value in getattr(self, group)}
 
-    def given(self) -> dict[str, Any]:
-        """Return the options that were given, by name."""
-        return {name: value for group in GROUPS for name, value in getattr(self, group).given().items()}
+    def explicit(self) -> dict[str, Any]:
+        """Return the options that were set to something, by name."""
+        return {name: value for group in GROUPS for name, value in getattr(self, group).explicit().items()}
 
     def method_options(self) -> dict[str, Any]:
         """Return the options for `deat_rb.create`; None where the method has its own value."""
@@ -143,7 +143,7 @@ class TrainOptions(BaseModel):
         Raises:
             DeatError: A value is not admissible.
         """
-        return make_options({**self.given(), **changes})
+        return make_options({**self.explicit(), **changes})
 
 
 GROUPS: dict[str, type[OptionGroup]] = {
@@ -161,8 +161,8 @@ METHOD_OPTIONS = tuple(name for name in AttackConfig.model_fields if name not in
 
 def train_options() -> list[Option]:
     """Return the descriptions of all options, in the order of the groups."""
-    found = [each for group in GROUPS.values() for each in group.options()]
-    return [replace(each, default=DEFAULT_TEXTS.get(each.name, each.default)) for each in found]
+    options = [each for group in GROUPS.values() for each in group.options()]
+    return [replace(each, default=DEFAULT_TEXTS.get(each.name, each.default)) for each in options]
 
 
 MAY_CHANGE = tuple(each.name for each in train_options() if each.may_change)
@@ -170,7 +170,7 @@ MAY_CHANGE = tuple(each.name for each in train_options() if each.may_change)
 
 
 def nest(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Sort options given by name into their groups; earlier versions' names and layout are understood."""
+    """Sort options by name into their groups; read the names and the layout of earlier versions, too."""
     nested = dict(values)
     if isinstance(spec := nested.get("model"), Mapping) and "num_classes" in spec:  # before there were groups
         nested["network"] = nested.pop("model")
@@ -190,7 +190,7 @@ def read_options(path: str | Path) -> dict[str, Any]:
     """Read the options of a ``config.json``, a run's own or one written by hand.
 
     Returns:
-        The options that are given in it, by name.
+        Its options, by name.
 
     Raises:
         DeatError: The file does not hold such options.
@@ -199,7 +199,7 @@ def read_options(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DeatError(f"{path} does not hold a JSON object of training options; a run's config.json does")
     facts = {"network", "classes", "data_fingerprint", "versions"}
-    return make_options({key: value for key, value in nest(content).items() if key not in facts}).given()
+    return make_options({key: value for key, value in nest(content).items() if key not in facts}).explicit()
 
 
 def make_options(values: Mapping[str, Any]) -> TrainOptions:

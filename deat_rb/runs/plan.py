@@ -13,6 +13,7 @@ from deat_rb.attacks.pgd import PGD
 from deat_rb.data.datasets import Dataset, load_data
 from deat_rb.data.image_folder import class_names
 from deat_rb.data.images import LabeledImages, subset, train_val_split
+from deat_rb.data.statistics import Progress
 from deat_rb.methods.build import configure
 from deat_rb.methods.describe import describe
 from deat_rb.methods.registry import create, recipe
@@ -24,13 +25,13 @@ from deat_rb.models.spec import model_spec, robustbench_class
 from deat_rb.models.weights import load_weights
 from deat_rb.runs.config import RunConfig
 from deat_rb.runs.defaults import dataset_defaults, setting_defaults
-from deat_rb.runs.options import TrainOptions
+from deat_rb.runs.options import DataConfig, TrainOptions
 from deat_rb.runs.trackers import check_trackers
 from deat_rb.training.lr import check_layout
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils import seeding
 from deat_rb.utils.devices import check_sync_bn, resolve_device, resolve_precision
-from deat_rb.utils.distributed import world
+from deat_rb.utils.distributed import World, world
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.options import validate
 from deat_rb.utils.safe_load import load_state_dict
@@ -181,7 +182,13 @@ class TrainingPlan:
 
 
 def plan(
-    options: TrainOptions, *, continues: RunConfig | None = None, started: bool = False, dry: bool = False
+    options: TrainOptions,
+    *,
+    continues: RunConfig | None = None,
+    started: bool = False,
+    dry: bool = False,
+    data: Dataset | None = None,
+    progress: Progress | None = None,
 ) -> TrainingPlan:
     """Resolve options, load the data and build the model; write nothing.
 
@@ -193,105 +200,131 @@ def plan(
         started: Whether that run has a checkpoint, so that the weights it was initialized from are not needed.
         dry: Whether the plan is only to be looked at, not trained: then nothing is downloaded, and of a folder no more
             images are decoded than the attack is checked on.
+        data: The dataset, if it has been loaded with these options.
+        progress: Called with the numbers of decoded and of all images, where these are not kept in memory.
 
     Raises:
         DeatError: Something is not admissible.
     """
-    asked, given = options.data, options.given()
-    defaults = dataset_defaults(asked.dataset)
-    method, row = recipe(_for_dataset(options.attack.method, asked.dataset))
-    arch = canonical_arch(given.get("arch", defaults.arch))
-    setting = setting_defaults(options.attack.setting, row, arch)
-    setting["epochs"] *= defaults.epoch_factor
-    eps = check_eps(given.get("eps", defaults.eps), "--eps")
-    check_trackers(options.output.track)
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks > 1 and ":" in options.runtime.device:
-        raise DeatError(
-            f"--device {options.runtime.device} is one device for all of the {ranks} processes; leave it out, and each "
-            "has its own"
-        )
-    device = resolve_device(options.runtime.device)
-    check_sync_bn(options.runtime.sync_bn, device)
-    values = {
-        **options.flat(),
-        "batch_size": defaults.batch_size,
-        **setting,
-        **given,
-        "method": method,
-        "data_dir": _absolute(asked.data_dir),
-        "init_from": _absolute(options.model.init_from),
-        "eps": eps,
-        "arch": arch,
-        "precision": resolve_precision(given.get("precision", setting["precision"]), device),
-    }
-    resolved = validate(TrainOptions, values)
-    check_layout(resolved.optim.lr_schedule, resolved.optim.lr_epochs, "--lr-epochs")
-    configure(method, row, eps=eps, **resolved.method_options())
-    _check_arch(resolved)
+    resolved = resolve(options)
     source = resolved.model.init_from
     weights = load_state_dict(source, resolved.model.weights_key) if source is not None and not started else None
-    mean, std = resolved.model.mean, resolved.model.std
-    if (mean is None) != (std is None):
-        raise DeatError("--mean and --std belong together: give both, or neither for the dataset's own")
-    if source is None and resolved.model.weights_key is not None:
-        raise DeatError("--weights-key chooses among the state dicts of a checkpoint: give that by --init-from")
-    together = world(cpu=device.type == "cpu")
-    # One process of each machine downloads, unpacks and reads the images, and the others use what it has stored.
-    data = together.local_main_first(
-        lambda: load_data(
-            asked.dataset,
-            data_dir=asked.data_dir,
-            image_size=asked.image_size,
-            memory_limit=0 if dry else asked.memory_limit,
-            test_only=dry and asked.dataset == "folder",  # leaves the training images in their files
-            download=not dry,
-        )
-    )
+    ranks = world(cpu=resolve_device(resolved.runtime.device).type == "cpu")
+    if data is None:
+        data = _load(resolved.data, ranks, dry, progress)
     if continues is not None and data.fingerprint != continues.data_fingerprint:
         raise DeatError(f"the data of {continues.data.dataset} are not those of the run; start a new run for them")
-    val_size = asked.val_size
+    train_size, val_size, seed = resolved.data.train_size, resolved.data.val_size, resolved.optim.seed
     if val_size is None:
-        val_size = default_val_size(min(asked.train_size or len(data.train), len(data.train)))
-    train, val = train_val_split(data.train, val_size, seed=options.optim.seed)
-    if asked.train_size is not None:
-        train = subset(train, asked.train_size, options.optim.seed)
+        val_size = default_val_size(min(train_size or len(data.train), len(data.train)))
+    train, val = train_val_split(data.train, val_size, seed=seed)
+    if train_size is not None:
+        train = subset(train, train_size, seed)
     channels, size = train.shape[0], train.shape[-1]
-    unknown = dry and data.known_fingerprint is None
-    if unknown:  # without decoding all images
+    mean, std, fingerprint = resolved.model.mean, resolved.model.std, ""
+    if dry and data.known_fingerprint is None:  # unknown without decoding all images
         mean, std = mean or (0.0,) * channels, std or (1.0,) * channels
-    mean, std = mean or data.mean, std or data.std
-    spec = model_spec(arch, num_classes=len(data.classes), image_size=size, channels=channels, mean=mean, std=std)
+    else:
+        mean, std, fingerprint = mean or data.mean, std or data.std, data.fingerprint
+    spec = model_spec(
+        resolved.model.arch, num_classes=len(data.classes), image_size=size, channels=channels, mean=mean, std=std
+    )
     facts = {
         "image_size": size,
         "train_size": len(train),
         "val_size": len(val),
         "classes": data.classes,
         "network": spec,
-        "data_fingerprint": "" if unknown else data.fingerprint,
+        "data_fingerprint": fingerprint,
         "versions": versions(),
     }
     config = validate(RunConfig, {**resolved.flat(), **facts})
-    batch_size = config.data.batch_size
-    if len(train) < batch_size:
-        raise DeatError(
-            f"{len(train)} training images are fewer than a batch of {batch_size}; give a smaller --batch-size"
-        )
-    if len(train) % batch_size == 1 and ":" in spec.arch:
-        raise DeatError(
-            f"{len(train)} training images in batches of {batch_size} leave one of a single image, from which "
-            "BatchNorm cannot learn; give another --batch-size or --train-size"
-        )
-    _check_shares(len(train), batch_size, together.size)
+    _check_batches(len(train), config, ranks.size)
     with seeding.preserved():
-        seeding.seed_global(config.optim.seed, "weights")
+        seeding.seed_global(seed, "weights")
         model = spec.build()
     if weights is not None:
         load_weights(model, weights.tensors, source=str(source))
-    trainer = create(method, model, eps=eps, **config.method_options())
+    trainer = create(config.attack.method, model, eps=config.attack.eps, **config.method_options())
     trainer.check_attack(train.first(min(8, len(train))).tensors()[0])
     notes = (weights.note,) if weights is not None and weights.note else ()
-    return TrainingPlan(config, data, train, val, trainer, together.size, notes)
+    return TrainingPlan(config, data, train, val, trainer, ranks.size, notes)
+
+
+def resolve(options: TrainOptions) -> TrainOptions:
+    """Return options with the defaults of the dataset, the setting and the method filled in, and checked without data.
+
+    Raises:
+        DeatError: Something is not admissible.
+    """
+    explicit, dataset, device_name = options.explicit(), options.data.dataset, options.runtime.device
+    defaults = dataset_defaults(dataset)
+    method, row = recipe(_for_dataset(options.attack.method, dataset))
+    arch = canonical_arch(explicit.get("arch", defaults.arch))
+    setting = setting_defaults(options.attack.setting, row, arch)
+    setting["epochs"] *= defaults.epoch_factor
+    check_trackers(options.output.track)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1 and ":" in device_name:
+        raise DeatError(
+            f"--device {device_name} is one device for all of the {ranks} ranks; leave it out, and each has its own"
+        )
+    device = resolve_device(device_name)
+    check_sync_bn(options.runtime.sync_bn, device)
+    values = {
+        **options.flat(),
+        "batch_size": defaults.batch_size,
+        **setting,
+        **explicit,
+        "method": method,
+        "data_dir": _absolute(options.data.data_dir),
+        "init_from": _absolute(options.model.init_from),
+        "eps": check_eps(explicit.get("eps", defaults.eps), "--eps"),
+        "arch": arch,
+        "precision": resolve_precision(explicit.get("precision", setting["precision"]), device),
+    }
+    resolved = validate(TrainOptions, values)
+    check_layout(resolved.optim.lr_schedule, resolved.optim.lr_epochs, "--lr-epochs")
+    configure(method, row, eps=resolved.attack.eps, **resolved.method_options())
+    if (resolved.model.mean is None) != (resolved.model.std is None):
+        raise DeatError("--mean and --std belong together: give both, or neither for the dataset's own")
+    if resolved.model.init_from is None and resolved.model.weights_key is not None:
+        raise DeatError("--weights-key chooses among the state dicts of a checkpoint: give that by --init-from")
+    _check_arch(resolved)
+    return resolved
+
+
+def _load(options: DataConfig, ranks: World, dry: bool, progress: Progress | None) -> Dataset:
+    # One process of each machine downloads, unpacks and reads the images, and the others use what it has stored.
+    return ranks.local_main_first(
+        lambda: load_data(
+            options.dataset,
+            data_dir=options.data_dir,
+            image_size=options.image_size,
+            memory_limit=0 if dry else options.memory_limit,
+            test_only=dry and options.dataset == "folder",  # leaves the training images in their files
+            download=not dry,
+            progress=progress,
+        )
+    )
+
+
+def _check_batches(images: int, config: RunConfig, ranks: int) -> None:
+    """Raise an error for batches that BatchNorm cannot be trained on."""
+    batch_size = config.data.batch_size
+    if images < batch_size:
+        raise DeatError(f"{images} training images are fewer than a batch of {batch_size}; give a smaller --batch-size")
+    if images % batch_size == 1 and ":" in config.model.arch:
+        raise DeatError(
+            f"{images} training images in batches of {batch_size} leave one of a single image, from which BatchNorm "
+            "cannot learn; give another --batch-size or --train-size"
+        )
+    for size in {batch_size, images % batch_size or batch_size} if ranks > 1 else ():
+        if size < 2 * ranks:
+            raise DeatError(
+                f"{images} training images in batches of {batch_size} leave one of {size}, too few for two images on "
+                f"each of {ranks} ranks; give another --batch-size or --train-size"
+            )
 
 
 def _check_arch(options: TrainOptions) -> None:
@@ -313,18 +346,6 @@ def _check_arch(options: TrainOptions) -> None:
     if dataset != "digits":  # their images cost nothing
         with seeding.preserved():
             spec.build()
-
-
-def _check_shares(images: int, batch_size: int, ranks: int) -> None:
-    """Raise an error for batches of which a rank would get less than the two images that BatchNorm needs."""
-    if ranks == 1:
-        return
-    for size in {batch_size, images % batch_size or batch_size}:
-        if size < 2 * ranks:
-            raise DeatError(
-                f"{images} training images in batches of {batch_size} leave one of {size}, too few for two images on "
-                f"each of {ranks} processes; give another --batch-size or --train-size"
-            )
 
 
 def _for_dataset(method: str, dataset: str) -> str:
@@ -349,5 +370,5 @@ def default_name(options: TrainOptions) -> str:
     """Return a run's default name."""
     dataset = options.data.dataset
     method, _ = recipe(_for_dataset(options.attack.method, dataset))
-    arch = canonical_arch(options.given().get("arch", dataset_defaults(dataset).arch)).replace(":", "-")
+    arch = canonical_arch(options.explicit().get("arch", dataset_defaults(dataset).arch)).replace(":", "-")
     return f"{method}-{dataset}-{arch}-s{options.optim.seed}".replace("/", "-")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from deat_rb.data.batches import Batches
+from deat_rb.data.datasets import Dataset
 from deat_rb.data.images import interleave_classes
 from deat_rb.models.names import check_trust
 from deat_rb.runs.config import RunConfig
@@ -18,7 +19,7 @@ from deat_rb.runs.directory import CURVES, RunDirectory, check_free, check_name
 from deat_rb.runs.options import MAY_CHANGE, TrainOptions, make_options
 from deat_rb.runs.plan import TrainingPlan, default_name, plan
 from deat_rb.runs.plots import plot_curves
-from deat_rb.runs.trackers import Trackers, check_trackers
+from deat_rb.runs.trackers import Trackers
 from deat_rb.training import checkpoint
 from deat_rb.training.callbacks import Callback
 from deat_rb.training.fit import fit
@@ -87,9 +88,8 @@ def resume(
     run = RunDirectory.open(path)
     config = run.config
     check_trust(config.model.arch, trust_code, source=f"the run {path}")
-    asked = make_options({**config.flat(), **{name: value for name, value in changes.items() if value is not None}})
-    check_trackers(asked.output.track)
-    ranks = _world(asked)
+    options = make_options({**config.flat(), **{name: value for name, value in changes.items() if value is not None}})
+    ranks = _world(options)
     with _exclusive(run, ranks):
         run.refuse_links()
         newest = checkpoint.newest(run.checkpoints, lambda damage: None)  # `fit` warns when it reads it
@@ -99,14 +99,14 @@ def resume(
                 f"{run.path / 'config.json'} was changed after the run had begun, in {', '.join(differing)}; "
                 "put back what it was, or start a new run"
             )
-        _refuse_changes(changes, asked, config, RESOLVED)
-        longer = config.extended(asked.optim.epochs)
+        _refuse_changes(changes, options, config, RESOLVED)
+        longer = config.extended(options.optim.epochs)
         if longer.optim.epochs > config.optim.epochs and state is not None and state.stopped is not None:
             raise DeatError(
                 f"--epochs = {longer.optim.epochs} does not extend a run that its stopping rule has ended "
                 f"({state.stopped}); start a new run, with --no-early-stopping if it is to go on"
             )
-        planned = plan(asked, continues=config, started=newest is not None)
+        planned = plan(options, continues=config, started=newest is not None)
         _refuse_changes(changes, planned.config, config)
         for package, version in versions().items():
             if config.versions.get(package, version) != version:
@@ -129,12 +129,11 @@ RESOLVED = ("method", "arch", "precision", "init_from")
 
 
 def _refuse_changes(changes: Mapping[str, Any], now: TrainOptions, before: RunConfig, but: Sequence[str] = ()) -> None:
-    was, asked = before.flat(), now.flat()
+    was, values = before.flat(), now.flat()
     for name in changes:
-        if name not in (*MAY_CHANGE, "epochs", *but) and asked[name] != was[name]:
-            raise DeatError(
-                f"--{name.replace('_', '-')} = {asked[name]} differs from the run's {was[name]}; start a new run for it"
-            )
+        if name not in (*MAY_CHANGE, "epochs", *but) and values[name] != was[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise DeatError(f"{flag} = {values[name]} differs from the run's {was[name]}; start a new run for it")
 
 
 def _world(options: TrainOptions) -> World:
@@ -205,6 +204,7 @@ def train_seeds(
     output: str | Path = "runs",
     name: str | None = None,
     callbacks: Sequence[Callback] = (),
+    data: Dataset | None = None,
 ) -> list[tuple[RunDirectory, History]]:
     """Train once with each of several seeds.
 
@@ -214,13 +214,15 @@ def train_seeds(
         output: The folder of all runs.
         name: The runs' name, to which ``-s`` and the seed are added.
         callbacks: Called during training, on rank 0.
+        data: The dataset, if it has been loaded.
 
     Raises:
         DeatError: Something is not admissible or one of the names is taken; then nothing has been written.
     """
     if len(set(seeds)) != len(seeds) or not seeds:
         raise DeatError(f"--seeds {','.join(map(str, seeds))}: seeds must be unique, e.g. 0,1,2")
-    plans = [plan(options.but(seed=seed)) for seed in seeds]
+    first = plan(options.but(seed=seeds[0]), data=data)
+    plans = [first, *(plan(options.but(seed=seed), data=first.data) for seed in seeds[1:])]
     names = [f"{name}-s{p.config.optim.seed}" if name else default_name(p.config) for p in plans]
     for each in names:
         check_free(Path(output) / each)

@@ -163,7 +163,7 @@ class OptionGroup(BaseModel):
         """Validate the options that this group has among ``values``."""
         return cls.model_validate({name: value for name, value in values.items() if name in cls.model_fields})
 
-    def given(self) -> dict[str, Any]:
+    def explicit(self) -> dict[str, Any]:
         """Return the options that were set to something, as opposed to left at their defaults."""
         return {name: getattr(self, name) for name in self.model_fields_set if getattr(self, name) is not None}
 

@@ -21,16 +21,16 @@ def test_make_options_defaults() -> None:
     options = make_options({})
     assert (options.attack.method, options.attack.setting, options.data.dataset) == ("m+trades", "fast", "digits")
     assert (options.optim.momentum, options.optim.weight_decay, options.optim.seed) == (0.9, 5e-4, 0)
-    assert options.given() == {}
+    assert options.explicit() == {}
 
 
 def test_make_options_leaves_out_what_is_none() -> None:
-    assert make_options({"method": "pgd-7", "epochs": None, "alpha": None}).given() == {"method": "pgd-7"}
+    assert make_options({"method": "pgd-7", "epochs": None, "alpha": None}).explicit() == {"method": "pgd-7"}
 
 
 def test_make_options_reads_text_as_from_the_command_line() -> None:
     typed = {"epochs": "3", "eps": "8/255", "alpha": "0.01", "memory_limit": "8G", "track": ("tensorboard",)}
-    assert make_options(typed).given() == {
+    assert make_options(typed).explicit() == {
         "epochs": 3, "eps": 8 / 255, "alpha": 0.01, "memory_limit": 8 * 10**9, "track": ("tensorboard",),
     }  # fmt: skip
 

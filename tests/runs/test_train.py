@@ -1,4 +1,4 @@
-"""`deat-rb train` from Python: plans, their costs, whole runs on a part of the digits, and running one again."""
+"""Runs of `deat-rb train` from Python, on a part of the digits."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from small_runs import SMALL, identical, planned
 
 import deat_rb
-from deat_rb.runs.options import read_options
+from deat_rb.data.datasets import Dataset, load_data
+from deat_rb.runs.options import make_options, read_options
 from deat_rb.runs.plots import plot_curves
-from deat_rb.runs.train import train
+from deat_rb.runs.train import train, train_seeds
 from deat_rb.training.callbacks import Callback
 from deat_rb.training.metrics import EpochAccumulator, EpochStats
 from deat_rb.utils.errors import DeatError
@@ -137,3 +138,23 @@ def test_plot_curves_of_one_epoch_without_validation(tmp_path: Path) -> None:
     content = path.read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     assert (int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")) == (1100, 704)
+
+
+def test_train_seeds_loads_the_data_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+
+    def load(name: str, **options: Any) -> Dataset:
+        loaded.append(name)
+        return load_data(name, **options)
+
+    monkeypatch.setattr("deat_rb.runs.plan.load_data", load)
+    results = train_seeds(make_options({**SMALL, "epochs": 1}), [3, 4], output=tmp_path, name="runs")
+    assert loaded == ["digits"]
+    assert [(run.path.name, run.config.optim.seed) for run, _ in results] == [("runs-s3", 3), ("runs-s4", 4)]
+    alone, _ = train({**SMALL, "epochs": 1, "seed": 4}, output=tmp_path, name="alone")
+    assert identical(results[1][0], alone)
+
+
+def test_train_seeds_refuses_a_seed_twice(tmp_path: Path) -> None:
+    with pytest.raises(DeatError, match="--seeds 1,1: seeds must be unique"):
+        train_seeds(make_options(SMALL), [1, 1], output=tmp_path)

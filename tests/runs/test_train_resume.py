@@ -342,7 +342,7 @@ def test_train_refuses_devices_before_anything_is_written(tmp_path: Path, monkey
     with pytest.raises(DeatError, match="--sync-bn needs GPUs"):
         train({**SMALL, "sync_bn": True}, output=tmp_path / "runs")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(DeatError, match="--device cuda:1 is one device for all of the 2 processes; leave it out"):
+    with pytest.raises(DeatError, match="--device cuda:1 is one device for all of the 2 ranks; leave it out"):
         train({**SMALL, "device": "cuda:1"}, output=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
