@@ -60,9 +60,9 @@ class PGD(StatelessAttack):
     ) -> None:
         super().__init__("PGD", model, attack_mode)
         if loss not in LOSSES:
-            raise DeatError(f"there is no attack loss '{loss}': {did_you_mean(loss, LOSSES)}")
+            raise DeatError(f"there is no attack loss '{loss}': {did_you_mean(str(loss), LOSSES)}")
         if start not in STARTS:
-            raise DeatError(f"there is no start '{start}': {did_you_mean(start, STARTS)}")
+            raise DeatError(f"there is no start '{start}': {did_you_mean(str(start), STARTS)}")
         if not isinstance(steps, int) or steps < 0:
             raise DeatError(f"steps = {steps} is not a whole number of 0 or more")
         alpha = parse_scalar(alpha)

@@ -55,5 +55,5 @@ def surrogate(name: str | SurrogateLoss, *, beta: float = 6.0) -> SurrogateLoss:
         return SurrogateLoss("ce", cross_entropy)
     regularized = {"trades": trades, "mart": mart}
     if name not in regularized:
-        raise DeatError(f"there is no surrogate loss '{name}': {did_you_mean(name, ('ce', *regularized))}")
+        raise DeatError(f"there is no surrogate loss '{name}': {did_you_mean(str(name), ('ce', *regularized))}")
     return SurrogateLoss(name, partial(regularized[name], beta=beta), needs_clean=True)

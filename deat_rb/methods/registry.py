@@ -81,6 +81,8 @@ def recipe(name: str) -> tuple[str, Recipe]:
     Raises:
         DeatError: If there is no such method, or its number is out of range.
     """
+    if not isinstance(name, str):
+        raise DeatError(f"method: {type(name).__name__} (a name such as 'm+trades')")
     requested = name.strip().lower()
     if requested in DEFAULT_PERCENT:
         requested = "deat-40%"

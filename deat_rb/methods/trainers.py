@@ -84,7 +84,7 @@ class AttackTrainer(Trainer):
     ) -> BatchStats:
         """Generate adversarial examples (Algorithm 4, lines 6-12), then update the weights once (line 13)."""
         self.require_pixels()
-        require_autograd("training")
+        require_autograd("training", grad_mode=True)
         engine = engine or Engine(images.device)
         # A compiled pass computes all requested gradients; an eager one does not cache casts of frozen weights.
         with engine.autocast(), frozen_parameters(self.model) if engine.compiled else nullcontext():
@@ -183,7 +183,7 @@ class ReplayTrainer(Trainer):
     ) -> BatchStats:
         """Replay one batch r times (Algorithm 1, lines 4-10)."""
         self.require_pixels()
-        require_autograd("training")
+        require_autograd("training", grad_mode=True)
         engine = engine or Engine(images.device)
         threat = Linf(self.eps)
         adv, gradient = self.initialize(images, engine.rank_slice(len(images))), images

@@ -78,17 +78,20 @@ def _restore_entries(current: dict[str, T], saved: dict[str, T]) -> None:
             current[name] = tensor
 
 
-def require_autograd(purpose: str) -> None:
+def require_autograd(purpose: str, *, grad_mode: bool = False) -> None:
     """Check that gradients can be computed here.
 
     Args:
         purpose: What needs them, for the message.
+        grad_mode: Whether `torch.no_grad` is refused, too.
 
     Raises:
-        DeatError: Inside `torch.inference_mode`.
+        DeatError: Inside `torch.inference_mode`, or `torch.no_grad` if that is refused.
     """
     if torch.is_inference_mode_enabled():
         raise DeatError(
             f"{purpose} needs gradients, which torch.inference_mode() disables: call it outside of inference_mode "
-            "(torch.no_grad() is fine; in Lightning, Trainer(inference_mode=False))"
+            "(in Lightning: Trainer(inference_mode=False))"
         )
+    if grad_mode and not torch.is_grad_enabled():
+        raise DeatError(f"{purpose} needs gradients, which torch.no_grad() disables: call it outside of no_grad")

@@ -245,6 +245,8 @@ def test_attacks_and_training_name_inference_mode(name: str) -> None:
     images, labels = images_and_labels()
     with torch.no_grad():
         trainer(images, labels)
+        with pytest.raises(DeatError, match=r"training needs gradients, which torch\.no_grad\(\) disables"):
+            trainer.training_step(images, labels, torch.optim.SGD(model.parameters(), lr=0.1))
     with torch.inference_mode():
         with pytest.raises(DeatError, match=r"needs gradients, which torch\.inference_mode\(\) disables"):
             trainer(images, labels)
