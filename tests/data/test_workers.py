@@ -284,7 +284,8 @@ def test_workers_can_be_spawned(script: Any, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
     process, pids = script("spawn")
     output, errors = process.communicate(timeout=60)
-    assert (output, errors, process.returncode) == ("read 14 asked 0\n", "", 0)
+    assert (output, process.returncode) == ("read 14 asked 0\n", 0)
+    assert "Traceback" not in errors  # on a busy machine Python 3.12's resource tracker may warn of a semaphore
     assert not alive(pids)
 
 
