@@ -11,7 +11,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,7 @@ def load_data(
         memory_limit: Bytes that the decoded images of a folder may take, one byte per value. Larger datasets stay in
             their files and are decoded by worker processes in each epoch; batches, fingerprint, mean and standard
             deviation are the same. By default all images are held in memory.
-        progress: Called while the statistics of images that stay in their files are computed for the first time.
+        progress: Called while statistics are computed for the first time from images that stay in their files.
         test_only: Decode only the test images of a folder. Its training images stay in their files, and `fingerprint`,
             `mean` and `std` are computed when they are used, if they are not in the cache.
         download: Whether CIFAR may be downloaded. If not, and if it is not there, black images of the same number and
@@ -296,14 +296,14 @@ def _folder(request: _Request) -> Dataset:
     _check_classes(train_files, test_files, data_dir)
     classes = tuple(train_files)
     train, test = ImageFolder.of(train_files, image_size), ImageFolder.of(test_files, image_size)
-    cache = StatisticsCache(train, test, classes)
+    cache = StatisticsCache(data_dir, train, test, classes)
     decoded = test.nbytes if request.test_only else train.nbytes + test.nbytes
     in_memory = request.memory_limit is None or decoded <= request.memory_limit
     # The fingerprint is over the order in the folder, class by class.
     parts: tuple[LabeledImages, LabeledImages] = train, interleave_classes(test)
     statistics: DatasetStatistics | Callable[[], DatasetStatistics]
     if request.test_only:
-        statistics = cache.read() or cache.read_or_compute
+        statistics = cache.read() or partial(cache.read_or_compute, request.progress)
         if in_memory:
             parts = train, parts[1].in_memory()
     elif in_memory:

@@ -102,18 +102,18 @@ def _mean_and_std(counts: Tensor) -> Normalization:
 class StatisticsCache:
     """The statistics of image files in the user's cache folder: computing them can take minutes.
 
-    They are valid until the path, size, or time of modification or change of any file differs. Nothing is written
-    beside the images, and a cache that cannot be read or written is ignored.
+    They are valid until the path within the folder, the size, or the time of modification or change of any file
+    differs. Nothing is written beside the images, and a cache that cannot be read or written is ignored.
     """
 
-    def __init__(self, train: ImageFolder, test: ImageFolder, classes: tuple[str, ...]) -> None:
-        """Look up the state of the files.
+    def __init__(self, root: Path, train: ImageFolder, test: ImageFolder, classes: tuple[str, ...]) -> None:
+        """Look up the state of the files below ``root``.
 
         Raises:
             DeatError: A file does not exist any more.
         """
         self._parts = train, test, classes
-        self._path = _cache_folder() / f"{_state_key(train, test, classes)}.json"
+        self._path = _cache_folder() / f"{_state_key(root, train, test, classes)}.json"
 
     def read(self) -> DatasetStatistics | None:
         """Return the cached statistics, if there are any."""
@@ -146,7 +146,7 @@ def _cache_folder() -> Path:
     return (base if base.is_absolute() else Path(os.path.expanduser("~/.cache"))) / "deat-rb" / "statistics"
 
 
-def _state_key(train: ImageFolder, test: ImageFolder, classes: tuple[str, ...]) -> str:
+def _state_key(root: Path, train: ImageFolder, test: ImageFolder, classes: tuple[str, ...]) -> str:
     """Return a key that changes with any file and with what decodes them."""
     import PIL
 
@@ -158,6 +158,6 @@ def _state_key(train: ImageFolder, test: ImageFolder, classes: tuple[str, ...]) 
             except OSError as error:
                 raise DeatError(f"{path} cannot be read: {error.strerror}") from error
             state = facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
-            digest.update(os.fsencode(path.absolute()) + repr(state).encode())
+            digest.update(os.fsencode(path.relative_to(root)) + repr(state).encode())
         digest.update(b"\0")
     return digest.hexdigest()

@@ -60,7 +60,7 @@ def test_cache_is_outside_of_the_folder_and_used(
     assert sorted(folder.rglob("*")) == before
     assert len(list(cache.rglob("*.json"))) == 1
     monkeypatch.setattr(statistics, "compute_statistics", None)
-    again = load(folder)
+    again = load(folder.rename(folder.parent / "moved"))
     assert (again.fingerprint, again.mean, again.std) == (first.fingerprint, first.mean, first.std)
 
 
