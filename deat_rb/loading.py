@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deat_rb.data.datasets import Dataset, load_data
-from deat_rb.data.images import ImageSet, LabeledImages, interleave_classes
+from deat_rb.data.images import ImageSet, LabeledImages
 from deat_rb.data.normalization import Normalization
 from deat_rb.models.check import trial_logits
 from deat_rb.models.class_names import match_classes, read_class_names
@@ -118,7 +118,7 @@ class EvalTarget:
     def examples(self, count: int | None = None) -> tuple[Tensor, Tensor]:
         """Return test images, float32 (N, C, H, W) in [0, 1], and their labels (N,), indices of logits.
 
-        The first ``count`` of a longer evaluation are the examples of a shorter one. See `interleave_classes`.
+        The first ``count`` of a longer evaluation are the examples of a shorter one.
 
         Raises:
             DeatError: There are not that many.
@@ -132,7 +132,7 @@ class EvalTarget:
         Raises:
             DeatError: There are not that many.
         """
-        test = interleave_classes(self.data.test)
+        test = self.data.test
         if count is not None and not 1 <= count <= len(test):
             raise DeatError(f"--n-examples {count} is not possible with {len(test)} test images: "
                             f"give a number from 1 to {len(test)}")  # fmt: skip

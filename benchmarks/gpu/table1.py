@@ -10,7 +10,7 @@ from benchmarks.gpu.session import Session
 from deat_rb import create, evaluate, load_data, load_model
 from deat_rb.data.batches import Batches
 from deat_rb.data.datasets import Dataset
-from deat_rb.data.images import ImageSet, interleave_classes, subset, train_val_split
+from deat_rb.data.images import ImageSet, subset, train_val_split
 from deat_rb.methods.registry import recipe
 from deat_rb.models.spec import model_spec
 from deat_rb.runs.defaults import setting_defaults
@@ -107,7 +107,7 @@ def table1(session: Session) -> None:
 
 
 def _evaluate(session: Session, method: str, count: int, stage: str) -> None:
-    test = interleave_classes(_data(session).test)
+    test = _data(session).test
     images, labels = test.first(min(count, len(test))).tensors()
     model = session.trained[method].to(session.device)
     began = time.monotonic()
@@ -134,7 +134,7 @@ def full(session: Session) -> None:
 
 def parity(session: Session) -> None:
     """Compare verdicts on the device with the CPU's, example for example, in float32 and in TF32."""
-    images, labels = interleave_classes(_data(session).test).first(session.options.parity_size).tensors()
+    images, labels = _data(session).test.first(session.options.parity_size).tensors()
     model = load_model(ENTRY)
     reference = None
     for device, tf32 in (("cpu", False), (session.options.device, False), (session.options.device, True)):

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from deat_rb.data.datasets import DATASETS, Dataset, load_data
-from deat_rb.data.images import interleave_classes
 from deat_rb.leaderboard.entry import Entry
 from deat_rb.utils.errors import DeatError
 
@@ -37,7 +36,7 @@ def first_test_examples(
     Raises:
         DeatError: There are fewer than ``count``.
     """
-    test = interleave_classes(data.test)
+    test = data.test
     count = len(test) if count is None else count
     if not 1 <= count <= len(test):
         raise DeatError(f"--n-examples {count} is not possible (1 to {len(test)} test images)")
@@ -52,7 +51,7 @@ def indices_of_logits(labels: Tensor, logit_of_class: Sequence[int]) -> Tensor:
 
 def sha256_test_examples(data: Dataset, count: int) -> str:
     """Return `sha256_tensors` of the first test images and labels, without holding all images in memory."""
-    test = interleave_classes(data.test).first(count)
+    test = data.test.first(count)
     digest = hashlib.sha256(f"images\0{torch.float32}\0{(count, *test.shape)}\0".encode())
     for start in range(0, count, 256):
         digest.update(test.select(range(start, min(start + 256, count))).tensors()[0].numpy().tobytes())

@@ -9,7 +9,6 @@ from typing import Any, cast
 from torch import nn
 
 from deat_rb.data.datasets import Dataset
-from deat_rb.data.images import interleave_classes
 from deat_rb.evaluation.evaluate import evaluate
 from deat_rb.evaluation.report import Check, Report
 from deat_rb.evaluation.statistics import wilson
@@ -188,7 +187,7 @@ def evaluate_sample(
     """
     draw = random.SystemRandom()
     rows = sorted(draw.sample(range(n_examples), min(sample, n_examples)))
-    images, labels = interleave_classes(data.test).select(rows).tensors()
+    images, labels = data.test.select(rows).tensors()
     labels = indices_of_logits(labels, logit_of_class)
     report = evaluate(model, images, labels, attacks=ATTACKS[1:], eps=eps, checks="quick",
                       seed=draw.randrange(2**31), keep_adversarial=False, **options)  # fmt: skip

@@ -16,7 +16,6 @@ from training_problems import run_config
 
 from cli import main
 from deat_rb.data.datasets import Dataset, load_data
-from deat_rb.data.images import interleave_classes
 from deat_rb.evaluation.report import AttackResult, Check, Report
 from deat_rb.leaderboard import measure, submission, verify
 from deat_rb.leaderboard.board import Board
@@ -57,7 +56,7 @@ def report_of(n: int, *, shares: dict[str, float] | None = None, checks: tuple[C
 
 @cache
 def places_of_digits() -> dict[bytes, int]:
-    images, _ = interleave_classes(digits().test).tensors()
+    images, _ = digits().test.tensors()
     return {image.numpy().tobytes(): place for place, image in enumerate(images)}
 
 
@@ -108,7 +107,7 @@ def make_run(path: Path, *, n: int = 500, seed: int = 0, evaluated: bool = True,
 
 def claim(path: Path, *, n: int = 500, seed: int = 0, **changes: Any) -> None:
     """Writes a run's eval.json."""
-    images, labels = interleave_classes(digits().test).first(n).tensors()
+    images, labels = digits().test.first(n).tensors()
     provenance = {
         "weights_sha256": files.sha256_file(path / "last.safetensors"),
         "data_sha256": digits().fingerprint,
