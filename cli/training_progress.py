@@ -144,7 +144,7 @@ class TrainingProgress(Callback, AbstractContextManager["TrainingProgress"]):
         total = runs * self._epochs * self._batches
         done = (max(self._run, 1) - 1) * self._epochs * self._batches + self._done
         fresh = done - (self._resumed_from or 0)
-        if fresh <= 0:
+        if fresh <= 0 or done >= total:
             return []
         left = (monotonic() - self._started) / fresh * (total - done)
         return [f"about {duration(left)} left"]
@@ -205,7 +205,7 @@ def print_plan(planned: TrainingPlan, seeds: Sequence[int] = ()) -> None:
     """Print a plan, of several runs if there are seeds."""
     for name, text in planned.lines():
         if name == "cost" and seeds:
-            print(f"{'seeds':<10} {', '.join(map(str, seeds))}: a run each, with the cost of each")
+            print(f"{'seeds':<10} {', '.join(map(str, seeds))}: one run per seed, each at this cost")
         print(f"{name:<10} {text}")
 
 

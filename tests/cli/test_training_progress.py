@@ -104,7 +104,7 @@ def test_training_progress_names_the_seed_and_the_time_left_of_all(clock: Clock)
             clock.now += 50
             progress.on_epoch_end(EpochStats(epoch=1, steps=3))
     assert [(line.split(":")[0], line.split(", ")[-1]) for line in text(out).splitlines()] == [
-        ("seed 0, epoch 1/1", "about 50 s left"), ("seed 7, epoch 1/1", "about 0 s left"),
+        ("seed 0, epoch 1/1", "about 50 s left"), ("seed 7, epoch 1/1", "0 images/s"),
     ]  # fmt: skip
 
 
