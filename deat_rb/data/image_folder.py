@@ -306,10 +306,9 @@ def _decode(path: Path, size: int) -> tuple[NDArray[np.uint8], bool]:
                 raise DeatError(f"{path} has more than 8 bits per value, which Pillow cuts off at 255: "
                                 "convert it to 8 bits")  # fmt: skip
             image.load()
-            upright: Image.Image = image
             with contextlib.suppress(Exception):  # damaged EXIF data of an image that is sound
-                upright = ImageOps.exif_transpose(image)
-            rgb, transparent = _to_rgb(upright)
+                ImageOps.exif_transpose(image, in_place=True)
+            rgb, transparent = _to_rgb(image)
         pixels = np.asarray(ImageOps.fit(rgb, (size, size), Image.Resampling.BILINEAR))
     except DeatError:
         raise
