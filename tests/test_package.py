@@ -45,8 +45,10 @@ def test_only_deat_rb_is_installed(wheel: zipfile.ZipFile) -> None:
 def test_every_source_file_is_installed(wheel: zipfile.ZipFile) -> None:
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "deat_rb").rglob("*.py")}
     commands = {f"deat_rb/cli/{path.name}" for path in (ROOT / "cli").glob("*.py")}
-    templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "deat_rb").rglob("*.j2")}
-    assert {*modules, *commands, *templates, "deat_rb/py.typed"} == {
+    data = {
+        path.relative_to(ROOT).as_posix() for kind in ("j2", "json") for path in (ROOT / "deat_rb").rglob(f"*.{kind}")
+    }
+    assert {*modules, *commands, *data, "deat_rb/py.typed"} == {
         name for name in wheel.namelist() if name.startswith("deat_rb/")
     }
 
