@@ -15,15 +15,10 @@ from deat_rb.data.images import LabeledImages
 from deat_rb.models.check import ADVICE, trial_logits
 from deat_rb.utils.devices import resolve_device
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.module_state import preserve_state
+from deat_rb.utils.module_state import preserve_state, require_autograd
 from deat_rb.utils.safe_load import sha256_tensors
 
 SIZES = f"{ADVICE}; RobustBench's architectures are for 32x32"
-
-INFERENCE_MODE = (
-    "evaluation needs gradients, which torch.inference_mode() disables for good: leave inference_mode() (such as "
-    "Lightning's test_step), or use torch.no_grad() there"
-)
 
 
 class PreparedModel:
@@ -114,8 +109,7 @@ def prepared_for_eval(
     """
     if not isinstance(model, nn.Module):
         raise DeatError(f"the model is a {type(model).__name__}, where a torch.nn.Module is needed")
-    if torch.is_inference_mode_enabled():
-        raise DeatError(INFERENCE_MODE)
+    require_autograd("evaluation")
     if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
         raise DeatError(f"batch_size = {batch_size!r} is not positive; give a number of images such as 128")
     if labels is None:
@@ -127,7 +121,7 @@ def prepared_for_eval(
     tensors = (*model.parameters(), *model.buffers())
     home = tensors[0].device if tensors else first.device
     target = resolve_device(str(device)) if device is not None else home
-    with preserve_state(model):
+    with preserve_state(model), torch.enable_grad():
         model.eval()
         for parameter in model.parameters():  # ScriptModules have no requires_grad_()
             parameter.requires_grad_(False)

@@ -46,8 +46,11 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     mode handling sets all modules to one mode. A buffer or parameter that ``forward`` assigns anew is restored by
     module and name. What has not changed is not written, so that several threads can attack one model in eval mode.
     """
-    buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
-    parameters = [(module._parameters, dict(module._parameters)) for module in model.modules()]
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    scripted = [(module, dict(module.named_buffers(recurse=False)))
+                for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]  # fmt: skip
+    buffers = [(module._buffers, dict(module._buffers)) for module in modules]
+    parameters = [(module._parameters, dict(module._parameters)) for module in modules]
     flags = [(parameter, parameter.grad, parameter.requires_grad) for parameter in model.parameters()]
     tensors = [*model.buffers(), *(gradient for _, gradient, _ in flags if gradient is not None)]
     before = [tensor.detach().clone() for tensor in tensors]
@@ -59,6 +62,10 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
             _restore_entries(current_buffers, saved_buffers)
         for current_parameters, saved_parameters in parameters:
             _restore_entries(current_parameters, saved_parameters)
+        for module, saved in scripted:
+            for name, current in module.named_buffers(recurse=False):
+                if current is not saved[name]:
+                    setattr(module, name, saved[name])
         for parameter, gradient, required in flags:
             if parameter.requires_grad != required:
                 parameter.requires_grad_(required)

@@ -156,14 +156,15 @@ class CheckContext:
     @cached_property
     def out_of_order(self) -> bool:
         """Whether the labels are in another order than the network's, and that explains more than the scaling."""
-        order = self.label_order
+        order, (predicted, labels) = self.label_order, self.predicted
+        share, true_share = (percent(values == values.mode().values) for values in (predicted, labels))
+        if order.n_classes < 2 or (share >= 90 and share - true_share > 40):
+            return False  # a network that has collapsed to one class says nothing about the order
         gain = max(self.scaled_accuracies.values()) - percent(self.probe.clean_correct)
         if order.gain > max(RELABELED_POINTS, gain) and order.is_significant:
             return True
-        predicted = self.predicted[0]
-        collapsed = percent(predicted == predicted.mode().values) >= 90
         learned = order.relabeled > 100 / order.n_classes
-        return order.below_chance and learned and not collapsed and gain <= RELABELED_POINTS
+        return order.below_chance and learned and gain <= RELABELED_POINTS
 
     @property
     def attacks_allowed(self) -> bool:

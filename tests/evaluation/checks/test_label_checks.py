@@ -157,3 +157,10 @@ def test_label_order_is_measured_on_the_other_half() -> None:
     gains = [LabelOrder.of(torch.randint(0, 20, (60,), generator=random), labels).gain for _ in range(20)]
     assert max(gains) < 15
     assert sum(gains) / 20 == pytest.approx(0, abs=3)
+
+
+def test_labels_in_order_says_nothing_about_collapsed_networks_with_a_wider_head() -> None:
+    images, labels = held_out(200)[0], torch.arange(200) % 2
+    checks = checked(Wider(Constant(), torch.arange(500, 506)), images, labels)
+    assert checks[LABELS].status == "pass"
+    assert checks[CLASSES].status == "fail"

@@ -1,0 +1,107 @@
+"""`evaluate` with TorchScript models, buffers assigned anew, in-place operations, no_grad and inference_mode."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from small_problems import batch_for, small_network
+from torch import Tensor, nn
+
+from deat_rb.evaluation.evaluate import evaluate
+from deat_rb.utils.errors import DeatError
+
+ATTACKS = "fgsm,pgd-3,square,torchattacks.PGD(steps=2)"
+
+
+def reloaded(network: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(network), file)
+    file.seek(0)
+    loaded: nn.Module = torch.jit.load(file)
+    return loaded
+
+
+@pytest.mark.filterwarnings("ignore")  # torch deprecates TorchScript
+@pytest.mark.parametrize("kind", ["script", "trace", "load"])
+@pytest.mark.parametrize("level", ["none", "quick"])
+def test_evaluate_accepts_torchscript(kind: str, level: str) -> None:
+    network = small_network()
+    images, labels = (part[:24] for part in batch_for(network))
+    expected = evaluate(network, images, labels, attacks=ATTACKS, eps=0.04)
+    scripted: nn.Module
+    if kind == "trace":
+        scripted = torch.jit.trace(network, images[:2])
+    else:
+        scripted = torch.jit.script(network) if kind == "script" else reloaded(network)
+    scripted.train()
+    before = {name: value.clone() for name, value in scripted.state_dict().items()}
+    report = evaluate(scripted, images, labels, attacks=ATTACKS, eps=0.04, checks=level)
+    assert {name: correct.tolist() for name, correct in report.verdicts.items()} == {
+        name: correct.tolist() for name, correct in expected.verdicts.items()
+    }
+    assert scripted.training
+    assert all(parameter.requires_grad for parameter in scripted.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in scripted.state_dict().items())
+
+
+class Assigning(nn.Module):
+    """Assigns a buffer anew in every forward pass."""
+
+    mean: Tensor
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + images.detach().mean((0, 2, 3))
+        logits: Tensor = self.network(images)
+        return logits
+
+
+def test_evaluate_restores_buffers_that_forward_assigns() -> None:
+    network = small_network()
+    images, labels = (part[:12] for part in batch_for(network))
+    model = Assigning(network)
+    mean = model.mean
+    report = evaluate(model, images, labels, attacks="fgsm", eps=0.04, checks="quick")
+    assert model.mean is mean
+    assert not mean.any()
+    assert {check.name: check.status for check in report.checks}["model unchanged"] == "fail"
+
+
+class InPlace(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        images.mul_(0.9)
+        logits: Tensor = self.network(images)
+        return logits
+
+
+@pytest.mark.parametrize("attacks", ["natural", "natural,square", "fgsm"])
+def test_evaluate_refuses_in_place_models_and_leaves_the_images(attacks: str) -> None:
+    network = small_network()
+    images, labels = batch_for(network)
+    before = images.clone()
+    with pytest.raises(DeatError, match="the model changes its input in place"):
+        evaluate(InPlace(network), images, labels, attacks=attacks, eps=0.04)
+    assert torch.equal(images, before)
+
+
+def test_evaluate_in_no_grad_and_with_inference_tensors() -> None:
+    network = small_network()
+    images, labels = (part[:12] for part in batch_for(network))
+    expected = evaluate(network, images, labels, attacks=ATTACKS, eps=0.04, checks="full")
+    with torch.no_grad():
+        assert evaluate(network, images, labels, attacks=ATTACKS, eps=0.04, checks="full").checks == expected.checks
+    with torch.inference_mode():
+        with pytest.raises(DeatError, match=r"evaluation needs gradients, which torch.inference_mode\(\) disables"):
+            evaluate(network, images, labels, attacks=ATTACKS, eps=0.04)
+        copies = images.clone(), labels.clone()
+    assert evaluate(network, *copies, attacks=ATTACKS, eps=0.04, checks="full").checks == expected.checks
