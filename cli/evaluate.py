@@ -54,6 +54,8 @@ def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> N
 @click.option("--strict", is_flag=True, help="Exit with status 1 if a check warns or fails.")
 @click.option("--json", "json_path", type=json_file, metavar="FILE", help="Also write the report to this file.")
 @click.option("--page/--no-page", default=True, help="Write report.html beside the report.")
+@click.option("--overwrite", is_flag=True,
+              help="Make this evaluation a run's eval.json even if the present one is fuller.")  # fmt: skip
 @click.option("--resume/--no-resume", default=None,
               help="Resume an interrupted evaluation, or discard it; by default it is resumed if there is one, and "
               "refused if its settings differ.")  # fmt: skip
@@ -84,6 +86,7 @@ def evaluate(
     strict: bool,
     json_path: Path | None,
     page: bool,
+    overwrite: bool,
     resume: bool | None,
     dataset: str | None,
     data_dir: Path | None,
@@ -95,7 +98,9 @@ def evaluate(
     A run directory contains its network, dataset and eps, and stores the report as eval.json. A checkpoint is any state
     dict; describe it with --arch and --dataset. One without mean and std takes images in [0, 1] without normalization.
     Other networks have names: robustbench:NAME, torchvision:NAME, timm:NAME or package.module:function. For several
-    runs, such as the seeds of one method, the mean and the standard deviation are reported as well.
+    runs, mean and standard deviation are reported over those that differ in nothing but the seed.
+
+    The fullest evaluation of a run is its eval.json; others are stored in the run's folder evaluations.
 
     An interrupted evaluation of a run or with --json is resumed by the same command; other settings are refused there
     until it has finished, unless with --no-resume.
@@ -106,7 +111,6 @@ def evaluate(
     from deat_rb.attacks.threat_models import check_norm, check_radius
     from deat_rb.cli.evaluation_progress import EvaluationProgress
     from deat_rb.evaluation.evaluate import check_options, evaluate
-    from deat_rb.evaluation.tables import are_comparable, means
     from deat_rb.loading import open_target
     from deat_rb.utils.devices import resolve_device
     from deat_rb.utils.errors import DeatError
@@ -127,15 +131,19 @@ def evaluate(
     network = description(**options)
     data: dict[str, Any] = {"dataset": dataset, "data_dir": data_dir, "memory_limit": memory_limit}
     opened = [open_target(target, norm=norm, **data, **network) for target in targets]
+    for target in opened:
+        if overwrite and not _has_own_data(target):
+            raise DeatError(
+                "--overwrite is for evaluations of runs on the data that they were trained on: leave it out"
+            )
     console = Console()
     command = {"command": shlex.join(("deat-rb", *sys.argv[1:]))}
     reports = []
     for target in opened:
         images, labels = target.test_images(n_examples)
         own = target.eps if norm == "Linf" else 0.5
-        places = [place for place in (target.run, json_path) if place is not None]
-        written: list[Path] = []
-        finish = partial(_write, places, target, page, where, written, images=images, labels=labels)
+        written: list[str] = []
+        finish = partial(_write, target, json_path, page, overwrite, where, written, images=images, labels=labels)
         with EvaluationProgress(len(labels)) as progress:
             report = evaluate(
                 target.model, images, labels, attacks=chosen, eps=radii or (own,), main_eps=own, norm=norm,
@@ -145,13 +153,10 @@ def evaluate(
             )  # fmt: skip
         reports.append(report)
         _print(report, target, console)
-        for path in written:
-            console.print(f"written: {path}", highlight=False, soft_wrap=True, markup=False)
-    if len(reports) > 1 and are_comparable(reports):
-        console.print(means(reports))
-    elif len(reports) > 1:
-        note = "no mean is reported, as the evaluations differ in images, norm, eps or precision"
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+        for sentence in written:
+            console.print(sentence, highlight=False, soft_wrap=True, markup=False)
+    if len(reports) > 1:
+        _print_means(reports, opened, console)
     if strict and any(check.status != "pass" for report in reports for check in report.checks):
         raise click.exceptions.Exit(1)
 
@@ -190,34 +195,83 @@ def _print(report: Report, target: EvalTarget, console: Console) -> None:
         say(f"checks: {sum(check.status == 'pass' for check in done)} of {len(done)} pass{skipped}")
 
 
+def _print_means(reports: Sequence[Report], targets: Sequence[EvalTarget], console: Console) -> None:
+    """Print mean and standard deviation of each group of evaluations that differ in nothing but the seed."""
+    from deat_rb.evaluation.tables import are_comparable, group, means
+
+    groups = {title: [reports[position] for position in positions]
+              for title, positions in group([_options(target) for target in targets]).items()}  # fmt: skip
+    unlike = [title for title, members in groups.items() if not are_comparable(members)]
+    for title in unlike:
+        note = f"no mean is reported for {title}, as the evaluations differ in images, norm, eps or precision"
+        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
+    groups = {title: members for title, members in groups.items() if title not in unlike}
+    if any(len(members) > 1 for members in groups.values()):
+        console.print(means(groups))
+
+
+def _options(target: EvalTarget) -> dict[str, Any]:
+    """Return what defines a network apart from its seed: a run's options, or what is known of other networks."""
+    from deat_rb.runs.directory import RunDirectory
+    from deat_rb.runs.options import MAY_CHANGE
+
+    if target.run is None:
+        known = ("arch", "model", "entry", "dataset")
+        return {name: value for name, value in target.provenance.items() if name in known}
+    config = RunDirectory.open(target.run).config
+    options = {name: value for name, value in config.flat().items() if name not in ("seed", *MAY_CHANGE)}
+    return options | {"data": config.data_fingerprint}
+
+
+def _has_own_data(target: EvalTarget) -> bool:
+    """Return whether a target is a run on the data that it was trained on."""
+    from deat_rb.runs.directory import RunDirectory
+
+    if target.run is None:
+        return False
+    return target.provenance["data_sha256"] == RunDirectory.open(target.run).config.data_fingerprint
+
+
 def _write(
-    places: Sequence[Path],
     target: EvalTarget,
+    json_path: Path | None,
     page: bool,
+    overwrite: bool,
     device: torch.device,
-    written: list[Path],
+    written: list[str],
     report: Report,
     **examples: Any,
 ) -> None:
-    """Write the report, its plot and its page to each of ``places``, all files of a place or none."""
+    """Write the report, its plot and its page into the run and to ``json_path``, all files of a place or none."""
     from deat_rb.evaluation.html_report import predictions_of, render_page
     from deat_rb.evaluation.plots import draw_sweep
-    from deat_rb.evaluation.report import json_file
+    from deat_rb.evaluation.records import Placement, place
+    from deat_rb.runs.directory import RunDirectory
 
-    shown = b""
-    if page and places:
+    placements = [] if json_path is None else [Placement(json_path)]
+    if target.run is not None:
+        config = RunDirectory.open(target.run).config
+        placed = place(
+            target.run, report, own_data=_has_own_data(target), own_eps=config.attack.eps, overwrite=overwrite
+        )
+        placements.insert(0, placed)
+    html = b""
+    if page and placements:
         predictions = predictions_of(
             target.model, report, examples["images"], batch_size=report.batch_size, device=device
         )
-        shown = render_page(report, classes=target.classes, predictions=predictions, **examples)
-    for place in places:
-        file = json_file(place)
-        html = file.with_name("report.html" if file.name == "eval.json" else f"{file.stem}.html")
-        picture = file.with_name(f"{file.stem}-eps.png")
-        beside = {html: shown} if page else {}
+        html = render_page(report, classes=target.classes, predictions=predictions, **examples)
+    for placed in placements:
+        file = placed.file
+        page_file = file.with_name("report.html" if file.name == "eval.json" else f"{file.stem}.html")
+        plot = file.with_name(f"{file.stem}-eps.png")
+        beside = {page_file: html} if page else {}
         if report.curve:
-            beside[picture] = draw_sweep(report, title=place.name if place == target.run else file.stem)
-        report.save(place, beside)
-        written += [*beside, file]
-        for stale in {html, picture} - beside.keys() if place == target.run else ():
-            stale.unlink(missing_ok=True)  # of an earlier evaluation
+            title = target.run.name if target.run is not None and file.name == "eval.json" else file.stem
+            beside[plot] = draw_sweep(report, title=title)
+        report.save(file, beside | placed.archived)
+        written += [f"written: {path}" for path in (*beside, file)]
+        if placed.sentence:
+            written.append(f"note: {placed.sentence}")
+        for stale in {page_file, plot} - beside.keys() if target.run is not None and file.name == "eval.json" else ():
+            stale.unlink(missing_ok=True)  # of the previous evaluation

@@ -12,7 +12,7 @@ from torch import Tensor
 from deat_rb.evaluation.report import Report, worst_of
 from deat_rb.evaluation.statistics import mcnemar
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.text import replace_invisible
+from deat_rb.utils.text import as_text, new_table, replace_invisible
 from deat_rb.utils.units import format_fraction
 
 if TYPE_CHECKING:
@@ -71,12 +71,15 @@ class Comparison(BaseModel):
     differences: tuple[Difference, ...]
     notes: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        """Return both tables as text."""
+        return f"{as_text(self.table())}\n{as_text(self.difference_table())}"
+
     def table(self) -> Table:
         """Return the accuracies as a rich table."""
         from rich.markup import escape
-        from rich.table import Table
 
-        table = Table(title=f"accuracy on {self.n_examples} images, {self.norm}, eps {format_fraction(self.eps)}")
+        table = new_table(f"accuracy on {self.n_examples} images, {self.norm}, eps {format_fraction(self.eps)}")
         table.add_column("attack")
         for name in self.accuracy:
             table.add_column(escape(name), justify="right")
@@ -89,9 +92,8 @@ class Comparison(BaseModel):
     def difference_table(self) -> Table:
         """Return the differences and their p-values as a rich table."""
         from rich.markup import escape
-        from rich.table import Table
 
-        table = Table(title=f"paired differences from {escape(self.differences[0].first)} (McNemar, exact)")
+        table = new_table(f"paired differences from {escape(self.differences[0].first)} (McNemar, exact)")
         table.add_column("run")
         table.add_column("attack")
         for column in ("difference", "only this run correct", "only the first correct", "p"):
@@ -126,7 +128,11 @@ def compare(reports: Sequence[tuple[str, Report]]) -> Comparison:
     }
     accuracy = {
         name: {attack: result.accuracy for attack, result in report.results.items()}
-        | {attack: float(correct.float().mean()) for attack, correct in verdicts[name].items() if attack == WORST_CASE}
+        | {
+            attack: int(correct.sum()) / len(correct)
+            for attack, correct in verdicts[name].items()
+            if attack == WORST_CASE
+        }
         for name, (_, report) in zip(names, reports, strict=True)
     }
     differences = [

@@ -148,8 +148,9 @@ def evaluate(
             }
             store = stack.enter_context(open_store(state, {**digests, **settings, **versions()}, resume))
             stack.enter_context(_explained(store, prepared))
-            if store.message and hasattr(progress, "say"):
-                cast(Any, progress).say(store.message)
+            if hasattr(progress, "say"):
+                for sentence in filter(None, (store.message, _sweep_cost(plans, len(images)))):
+                    cast(Any, progress).say(sentence)
             runner = AttackRunner(prepared, context, store, keep, PRECISIONS[precision], progress, len(plans) > 1)
             outcomes, curve = _run(runner, plans, main)
         report = Report.of(
@@ -211,6 +212,17 @@ def _run(
 
 def _attacks(names: Sequence[str], context: AttackContext) -> dict[str, Attack]:
     return {name: build_attack(name, context) for name in names if name != "natural"}
+
+
+def _sweep_cost(plans: Mapping[float, Mapping[str, Attack]], n_examples: int) -> str:
+    """Return a sentence about the cost of a sweep; empty for one radius or where the cost is unknown."""
+    calls = {name: sum(stage.calls for stage in attack.parts) for name, attack in plans[max(plans)].items()}
+    count = sum(radius > 0 for radius in plans)
+    if count < 2 or not sum(calls.values()):
+        return ""
+    dearest = max(calls, key=lambda name: calls[name])
+    return (f"sweep over {count} radii: at most {count} x {sum(calls.values()):,} forward passes for each of "
+            f"{n_examples:,} images, of which {dearest} takes {count} x {calls[dearest]:,}")  # fmt: skip
 
 
 def _exactly(radius: float) -> str:

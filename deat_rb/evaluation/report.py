@@ -15,6 +15,7 @@ from deat_rb.evaluation.statistics import wilson
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import read_json, write_all
 from deat_rb.utils.safe_load import load_tensors
+from deat_rb.utils.text import as_text, new_table
 from deat_rb.utils.units import format_fraction
 
 if TYPE_CHECKING:
@@ -256,7 +257,7 @@ class Report(BaseModel):
         contents = {**(beside or {}), file: text.encode() + b"\n"}
         if self._verdicts:
             apart = {name: correct.clone() for name, correct in self._verdicts.items()}
-            contents[_verdict_file(file)] = safetensors.torch.save(apart)
+            contents[verdict_file(file)] = safetensors.torch.save(apart)
         write_all(contents)
         return file
 
@@ -283,11 +284,11 @@ class Report(BaseModel):
             raise DeatError(f"{file} is not an evaluation report: {where}: {first['msg']}") from None
         if wrong := report._contradiction():
             raise DeatError(f"{file} {wrong}; evaluate again")
-        if _verdict_file(file).exists():
-            verdicts = load_tensors(_verdict_file(file))
+        if verdict_file(file).exists():
+            verdicts = load_tensors(verdict_file(file))
             expected = {name: (torch.bool, (each.n_examples,), each.n_correct) for name, each in report.results.items()}
             if {name: (each.dtype, each.shape, int(each.sum())) for name, each in verdicts.items()} != expected:
-                raise DeatError(f"{_verdict_file(file)} does not belong to {file}; evaluate again")
+                raise DeatError(f"{verdict_file(file)} does not belong to {file}; evaluate again")
             report._verdicts.update({name: verdicts[name] for name in report.results})
             if int(worst_of(report._verdicts).sum()) != report.worst_case.n_correct:
                 raise DeatError(f"the worst case of {file} does not match its verdicts; evaluate again")
@@ -306,13 +307,16 @@ class Report(BaseModel):
                         f"correct, on {self.n_examples} examples, which does not add up")  # fmt: skip
         return ""
 
+    def __str__(self) -> str:
+        """Return the table as text."""
+        return as_text(self.table())
+
     def table(self) -> Table:
         """Return the accuracies as a rich table."""
         from rich.markup import escape
-        from rich.table import Table
 
-        table = Table(
-            title=f"accuracy on {self.n_examples} images, {self.norm}, eps {format_fraction(self.eps)}"
+        table = new_table(
+            f"accuracy on {self.n_examples} images, {self.norm}, eps {format_fraction(self.eps)}"
             + (", upper bounds" if self.precision != "fp32" else "")
         )
         table.add_column("attack", overflow="fold")
@@ -342,5 +346,6 @@ def json_file(path: str | Path) -> Path:
     return path if path.suffix == ".json" else path / "eval.json"
 
 
-def _verdict_file(json_file: Path) -> Path:
+def verdict_file(json_file: Path) -> Path:
+    """Return the path of the verdicts beside a report."""
     return json_file.with_name(f"{json_file.stem}-verdicts.safetensors")

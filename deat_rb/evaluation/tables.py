@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deat_rb.evaluation.report import Report
+from deat_rb.utils.text import new_table
 from deat_rb.utils.units import format_fraction
 
 if TYPE_CHECKING:
@@ -16,9 +17,8 @@ if TYPE_CHECKING:
 def sweep_table(report: Report) -> Table:
     """Return a sweep as a table: one row per attack, one column per eps."""
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table(title=f"accuracy by eps ({report.norm}), %")
+    table = new_table(f"accuracy by eps ({report.norm}), %")
     table.add_column("attack", overflow="fold")
     for point in report.curve:
         table.add_column(format_fraction(point.eps), justify="right")
@@ -33,15 +33,55 @@ def are_comparable(reports: Sequence[Report]) -> bool:
     return len({(report.norm, report.eps, report.precision, report.examples_sha256) for report in reports}) == 1
 
 
-def means(reports: Sequence[Report]) -> Table:
-    """Return each attack's mean accuracy over several reports, and the sample standard deviation, as a table."""
-    from rich.markup import escape
-    from rich.table import Table
+def group(keys: Sequence[Mapping[str, Any]], *, name: str = "method") -> dict[str, list[int]]:
+    """Group evaluations whose options are equal.
 
-    table = Table(title=f"mean and standard deviation over {len(reports)} evaluations")
-    table.add_column("attack", overflow="fold")
-    table.add_column("accuracy", justify="right")
-    for name in (*reports[0].results, reports[0].worst_case.name):
-        values = [100 * report.results.get(name, report.worst_case).accuracy for report in reports]
-        table.add_row(escape(name), f"{fmean(values):.2f} ± {stdev(values):.2f} %")
+    Args:
+        keys: The options of each evaluation, without those that may differ within a group, such as the seed.
+        name: The option that names a group; options that differ between groups of the same name are added.
+
+    Returns:
+        The positions of each group's members, by the group's name.
+    """
+    members: dict[str, list[int]] = {}
+    for position, key in enumerate(keys):
+        members.setdefault(repr(sorted(key.items())), []).append(position)
+    groups: dict[str, list[int]] = {}
+    for positions in members.values():
+        key = keys[positions[0]]
+        alike = [keys[other[0]] for other in members.values() if keys[other[0]].get(name) == key.get(name)]
+        options = [option for option in dict.fromkeys(option for each in alike for option in each)
+                   if len({repr(each.get(option)) for each in alike}) > 1]  # fmt: skip
+        title = ", ".join([str(key.get(name, "")), *(f"{option} {key.get(option)}" for option in options)]).strip(", ")
+        groups[title or "all"] = positions
+    return groups
+
+
+def means(groups: Mapping[str, Sequence[Report]]) -> Table:
+    """Return mean accuracy and sample standard deviation of each group of reports, one row per group.
+
+    Args:
+        groups: Comparable reports, by the group's name; those of several groups may have other attacks.
+    """
+    from rich.markup import escape
+
+    attacks = list(dict.fromkeys(name for reports in groups.values() for name in reports[0].results))
+    worst_case = next(iter(groups.values()))[0].worst_case.name
+    table = new_table("mean and standard deviation over runs, %")
+    table.add_column("group", overflow="fold")
+    table.add_column("runs", justify="right")
+    for name in (*attacks, worst_case):
+        table.add_column(escape(name), justify="right", overflow="fold")
+    for title, reports in groups.items():
+        cells = []
+        for name in (*attacks, worst_case):
+            results = [report.worst_case if name == worst_case else report.results.get(name) for report in reports]
+            values = [100 * result.accuracy for result in results if result is not None]
+            cells.append(_mean(values) if len(values) == len(reports) else "-")
+        table.add_row(escape(title), str(len(reports)), *cells)
     return table
+
+
+def _mean(values: Sequence[float]) -> str:
+    deviation = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{fmean(values):.2f}{deviation}"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import unicodedata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from rich.table import Table
 
 
 def is_invisible(char: str) -> bool:
@@ -25,6 +27,24 @@ def printable(text: str, length: int = 400) -> str:
         char.encode("unicode_escape", "replace").decode() if is_invisible(char) else char for char in text[: length + 1]
     )
     return escaped if len(text) <= length else f"{escaped[:length]}..."
+
+
+def new_table(title: str) -> Table:
+    """Return an empty rich table without vertical lines, readable at 80 columns and in files."""
+    from rich import box
+    from rich.table import Table
+
+    return Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", collapse_padding=True)
+
+
+def as_text(table: Table) -> str:
+    """Return a rich table as plain text, as wide as the terminal or ``COLUMNS``."""
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip("\n")
 
 
 def new_environment(package: str) -> Environment:

@@ -109,19 +109,91 @@ def test_eval_escapes_markup(described: list[object]) -> None:
     assert "torchattacks.UPGD(steps=1, loss='[/]') cannot run here" in result.stderr
 
 
-def test_eval_reports_the_mean_of_comparable_runs(tmp_path: Path) -> None:
+QUICK = ["--attacks", "fgsm", "--n-examples", 5, "--checks", "none", "--no-page", "--device", "cpu"]
+
+
+def trained(folder: Path, name: str, **changes: Any) -> Path:
     options = {"method": "standard", "arch": "wrn-10-1", "train_size": 20, "val_size": 10, "batch_size": 10,
                "epochs": 1, "device": "cpu", "precision": "fp32"}  # fmt: skip
-    runs = [train(options | {"eps": eps}, output=tmp_path, name=name)[0].path for name, eps in (("a", 0.1), ("b", 0.2))]
-    flags = ["--attacks", "fgsm", "--n-examples", 5, "--checks", "none", "--no-page", "--device", "cpu"]
+    return train(options | changes, output=folder, name=name)[0].path
+
+
+def test_eval_reports_mean_and_deviation_per_group(tmp_path: Path) -> None:
+    runs = [trained(tmp_path, f"{method}-{seed}", method=method, seed=seed)
+            for method in ("trades", "m+trades") for seed in (0, 1)]  # fmt: skip
+    result = run("eval", *runs, *QUICK)
+    assert result.exit_code == 0, result.output
+    rows = [line.split() for line in result.stdout.splitlines() if "±" in line]
+    assert [row[:2] for row in rows] == [["trades", "2"], ["m+trades", "2"]]
+    assert "mean and standard deviation over runs" in result.stdout
+    single = run("eval", runs[0], runs[2], *QUICK)
+    assert "±" not in single.stdout, "two methods have no common mean"
+
+
+def test_eval_reports_no_mean_of_other_settings(tmp_path: Path) -> None:
+    runs = [trained(tmp_path, "a", eps=0.1), trained(tmp_path, "b", eps=0.2)]
     for stale in ("report.html", "eval-eps.png"):
         (runs[0] / stale).write_text("of an earlier evaluation")
-    unlike = run("eval", *runs, *flags)
-    assert {path.name for path in runs[0].glob("*e*l*")} & {"report.html", "eval-eps.png", "eval.json"} == {"eval.json"}
+    unlike = run("eval", *runs, *QUICK)
     assert unlike.exit_code == 0, unlike.output
+    assert {path.name for path in runs[0].glob("*e*l*")} & {"report.html", "eval-eps.png", "eval.json"} == {"eval.json"}
     assert "±" not in unlike.stdout
-    assert "note: no mean is reported, as the evaluations differ in images, norm, eps or precision" in unlike.stdout
-    assert "±" in run("eval", *runs, *flags, "--eps", "0.1").stdout
+    same = run("eval", runs[0], runs[0], *QUICK)
+    assert "±" in same.stdout
+
+
+def test_eval_keeps_the_fuller_evaluation(tmp_path: Path) -> None:
+    path = trained(tmp_path, "a")
+    full = ["--attacks", "fgsm,pgd-2", "--n-examples", 8, "--checks", "none", "--device", "cpu"]
+    assert run("eval", path, *full).exit_code == 0
+    names = ("eval.json", "eval-verdicts.safetensors", "report.html")
+    before = {name: (path / name).read_bytes() for name in names}
+    lesser = run("eval", path, *QUICK)
+    assert lesser.exit_code == 0, lesser.output
+    assert {name: (path / name).read_bytes() for name in names} == before
+    assert "note: eval.json keeps the fuller evaluation (fgsm, pgd-2 on 8 images, Linf, eps 0.1); --overwrite" in (
+        lesser.stdout
+    )
+    (record,) = (path / "evaluations").glob("*.json")
+    assert record.name.startswith("fgsm-Linf-0.1-5-")
+    assert Report.load(record).n_examples == 5
+    sweep = run("eval", path, *QUICK, "--eps", "0,0.05,0.1")
+    assert sweep.exit_code == 0, sweep.output
+    assert "sweep over 2 radii: at most 2 x 2 forward passes for each of 5 images, of which fgsm takes" in sweep.stderr
+    assert len(list((path / "evaluations").glob("*-eps.png"))) == 1
+    assert Report.load(path).n_examples == 8
+    replaced = run("eval", path, *QUICK, "--overwrite")
+    assert replaced.exit_code == 0, replaced.output
+    assert Report.load(path).n_examples == 5
+    assert not (path / "report.html").exists(), "it was of the previous evaluation"
+    archived = next(file for file in (path / "evaluations").glob("*.json") if "-8-" in file.name)
+    assert archived.read_bytes() == before["eval.json"]
+    assert archived.with_suffix(".html").read_bytes() == before["report.html"]
+    assert Report.load(archived).verdicts.keys() == {"natural", "fgsm", "pgd-2"}
+    assert f"the previous eval.json is now evaluations/{archived.name}" in replaced.stdout
+
+
+def test_eval_of_other_data_is_not_the_runs_evaluation(tmp_path: Path, image_folder: Path) -> None:
+    import shutil
+
+    path = trained(tmp_path, "a", dataset="folder", data_dir=str(image_folder), train_size=None, val_size=4)
+    other = tmp_path / "other"
+    shutil.copytree(image_folder, other)
+    for folder in sorted((other / "test").iterdir()):
+        min(folder.iterdir()).unlink()
+    flags = ["--attacks", "fgsm", "--checks", "none", "--no-page", "--device", "cpu"]
+    result = run("eval", path, "--data-dir", other, *flags)
+    assert result.exit_code == 0, result.output
+    assert not (path / "eval.json").exists()
+    assert len(list((path / "evaluations").glob("*.json"))) == 1
+    assert "note: the data are not the run's own, so its eval.json is left as it is" in result.stdout
+    refused = run("eval", path, "--data-dir", other, *flags, "--overwrite")
+    assert refused.exit_code == 2
+    assert "--overwrite is for evaluations of runs on the data that they were trained on" in refused.stderr
+    assert not (path / "eval-state").exists(), "nothing was attacked"
+    own = run("eval", path, *flags)
+    assert own.exit_code == 0, own.output
+    assert (path / "eval.json").exists()
 
 
 def test_eval_l2_and_bf16(described: list[object], tmp_path: Path) -> None:

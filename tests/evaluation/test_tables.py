@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import re
 
+import pytest
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from deat_rb.evaluation.report import AttackResult, CurvePoint, Report
-from deat_rb.evaluation.tables import are_comparable, means, sweep_table
+from deat_rb.evaluation.tables import are_comparable, group, means, sweep_table
+from deat_rb.utils.text import as_text
 
 NATURAL = torch.tensor([True, True, True, True, False])
 
@@ -44,11 +47,13 @@ def printed(table: Table) -> list[list[str]]:
 def test_means_over_comparable_reports() -> None:
     one, other = report_of(natural=NATURAL, fgsm=FGSM), report_of(natural=NATURAL, fgsm=CW)
     third = report_of(natural=NATURAL, fgsm=NATURAL & FGSM & CW)
-    lines = printed(means([one, other, third]))
+    lines = printed(means({"trades": [one, other, third], "mart": [one, third], "pgd-7": [one]}))
     # 60, 60 and 40 %: the mean is 53.33, and the deviations' squares 44.4, 44.4 and 177.8 sum to 2 * 11.55^2.
-    for name in (["fgsm"], ["worst", "case"]):
-        assert ["│", *name, "│", "53.33", "±", "11.55", "%", "│"] in lines
-    assert ["│", "natural", "│", "80.00", "±", "0.00", "%", "│"] in lines
+    assert ["group", "runs", "natural", "fgsm", "worst", "case"] in lines
+    assert ["trades", "3", "80.00", "±", "0.00", "53.33", "±", "11.55", "53.33", "±", "11.55"] in lines
+    # 60 and 40 %: the deviation is 20 / sqrt(2).
+    assert ["mart", "2", "80.00", "±", "0.00", "50.00", "±", "14.14", "50.00", "±", "14.14"] in lines
+    assert ["pgd-7", "1", "80.00", "60.00", "60.00"] in lines
     assert are_comparable([one, other, third])
     for different in ({"eps": 0.2}, {"norm": "L2"}, {"precision": "bf16"}, {"examples_sha256": "ab"}):
         assert not are_comparable([one, other.model_copy(update=different)])
@@ -58,14 +63,14 @@ def test_table_folds_long_names() -> None:
     long = "torchattacks." + "x" * 150
     report = report_of(**{"natural": NATURAL, long: FGSM})
     sweep = report.model_copy(update={"curve": (CurvePoint.of(0.1, report.verdicts),)})
-    for table in (report.table(), sweep_table(sweep), means([report, report])):
+    for table in (report.table(), sweep_table(sweep), means({"a": [report, report]})):
         assert long in "".join(word for line in printed(table) for word in line if set(word) <= set(long))
 
 
 def test_table_escapes_markup() -> None:
     report = report_of(**{"natural": NATURAL, "a[/]": FGSM, "[red]b": CW})
     sweep = report.model_copy(update={"curve": (CurvePoint.of(0.1, report.verdicts),)})
-    for table in (report.table(), sweep_table(sweep), means([report, report])):
+    for table in (report.table(), sweep_table(sweep), means({"a": [report, report]})):
         words = [word for line in printed(table) for word in line]
         assert {"a[/]", "[red]b"} <= set(words)
 
@@ -75,4 +80,34 @@ def test_report_table() -> None:
     fgsm = next(line for line in lines if "fgsm" in line)
     assert "60.00" in fgsm
     assert "2.0" in fgsm
-    assert next(line for line in lines if "worst" in line)[2:5] == ["case", "│", "40.00"]
+    assert next(line for line in lines if "worst" in line)[1:3] == ["case", "40.00"]
+
+
+def test_report_str_is_the_table() -> None:
+    text = str(report_of(natural=NATURAL, fgsm=FGSM))
+    assert "fgsm" in text
+    assert "60.00 %" in text
+    assert "\x1b" not in text
+    assert "model_sha256" not in text
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_tables_fit_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    attacks = ("fgsm", "pgd-100", "cw-20", "autoattack", "torchattacks.PGD(alpha=0.01, steps=10)")
+    report = report_of(natural=NATURAL, **dict.fromkeys(attacks, FGSM))
+    for table in (report.table(), means({"trades, epochs 10": [report, report], "m+trades": [report]})):
+        lines = as_text(table).splitlines()
+        assert max(map(len, lines)) <= columns
+        assert "80.00" in "".join(lines)
+    number = re.compile(r"80\.00 (%|± 0\.00)")
+    assert number.search(as_text(report.table())), "numbers are not broken over lines"
+
+
+def test_group_separates_everything_but_what_is_left_out() -> None:
+    trades, mart = {"method": "trades", "epochs": 10, "lr": 0.1}, {"method": "mart", "epochs": 10, "lr": 0.1}
+    assert group([trades, mart, trades, mart, trades]) == {"trades": [0, 2, 4], "mart": [1, 3]}
+    longer = {**trades, "epochs": 20}
+    assert group([trades, longer, trades]) == {"trades, epochs 10": [0, 2], "trades, epochs 20": [1]}
+    assert group([{}, {}]) == {"all": [0, 1]}
+    assert group([trades, {"method": "m+trades", "gamma": 1.01}]) == {"trades": [0], "m+trades": [1]}
