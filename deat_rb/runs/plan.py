@@ -158,6 +158,8 @@ class TrainingPlan:
                 f"{method} adds a replay every {schedule.every} epochs, and this run has {epochs}: it never adds one; "
                 f"{percent}"
             )
+        elif schedule.max_steps is not None and schedule.steps >= schedule.max_steps:
+            warnings.append(f"the schedule starts at its bound of {schedule.max_steps} steps and never adds one")
         counts = [] if self.data.is_placeholder else self._counts()
         rare = [self.data.classes[label] for label, count in enumerate(counts) if RARE * count < max(counts)]
         if rare:

@@ -174,6 +174,8 @@ def test_lines_state_the_values_that_run(options: dict[str, Any], line: str, tex
 def test_lines_warn_of_a_schedule_that_never_rises() -> None:
     sentence = "deat-40 adds a replay every 40 epochs, and this run has 40: it never adds one; deat-40% raises them"
     assert sentence in dict(planned(method="deat-40", epochs=40).lines())["warning"]
+    sentence = "the schedule starts at its bound of 8 steps and never adds one"
+    assert dict(planned(method="m-deat", steps=8).lines())["warning"] == sentence
     for method, epochs in (("deat-40", 41), ("deat-3", 4), ("deat-40%", 2), ("m-deat", 1)):
         assert "warning" not in dict(planned(method=method, epochs=epochs).lines())
 
