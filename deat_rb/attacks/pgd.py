@@ -35,9 +35,12 @@ class PGD(StatelessAttack):
         steps: Number of steps; 0 returns the start.
         loss: The loss to maximize: ``ce``, ``kl`` (TRADES: the KL divergence from the clean images' prediction, which
             is computed once) or ``margin`` (Carlini and Wagner).
-        start: ``uniform`` in [-eps, eps], ``normal`` (0.001 * N(0, 1), as TRADES and FAT begin) or ``none``.
+        start: ``uniform`` in [-eps, eps], ``normal`` (0.001 * N(0, 1), as in TRADES and MART) or ``none``.
+        clamp_start: Whether the start is clamped to [0, 1] before the first gradient is computed, as by Madry et al.;
+            TRADES' and MART's public code does not. The adversarial examples are in [0, 1] in either case.
         tau: Early stop of friendly adversarial training (Zhang et al. 2020): an example takes at most this many steps
             after it has first been misclassified. None: every example takes every step.
+        omega: Standard deviation of normal noise added after every step, before the projection (FAT's public code).
         attack_mode: The model's mode during the attack: ``train`` or ``eval``. None: the mode that the model is in, so
             that on a model in eval mode the attack is as strong as torchattacks' at every batch size, and on a model in
             train mode it is that of the paper's training code.
@@ -55,7 +58,9 @@ class PGD(StatelessAttack):
         steps: int = 10,
         loss: str = "ce",
         start: str = "uniform",
+        clamp_start: bool = True,
         tau: int | None = None,
+        omega: float = 0.0,
         attack_mode: AttackMode | None = None,
     ) -> None:
         super().__init__("PGD", model, attack_mode)
@@ -74,12 +79,16 @@ class PGD(StatelessAttack):
             raise DeatError(
                 f"tau = {tau} is not a whole number of 0 or more; it counts steps after a misclassification"
             )
+        if not (isinstance(omega, int | float) and math.isfinite(omega) and omega >= 0):
+            raise DeatError(f"omega = {omega} is not a finite number of 0 or more; FAT has 0.001")
         self.eps = check_eps(parse_scalar(eps))
         self.alpha = alpha
         self.steps = steps
         self.loss = loss
         self.start = start
+        self.clamp_start = clamp_start
         self.tau = tau
+        self.omega = omega
         self.loss_scale = 1.0
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -115,15 +124,20 @@ class PGD(StatelessAttack):
             adv, stats = self._all_steps(images, labels, clean, adv)
         if clean is not None:
             stats.forwards = stats.forwards + 1
-        return adv, stats
+        return (adv if self.clamp_start else adv.clamp(0, 1)), stats
 
     def initialize(self, images: Tensor) -> Tensor:
-        """Draw the first iterate around ``images`` (N, C, H, W), within [0, 1]."""
-        if self.start == "uniform":
-            return Linf(self.eps).uniform_start(images)
-        if self.start == "normal":
-            return (images + seeding.normal_like(images, 0.001)).clamp(0, 1)
-        return images
+        """Draw the first iterate around ``images`` (N, C, H, W), within [0, 1] if ``clamp_start``."""
+        if self.start == "none":
+            return images
+        noise = (
+            seeding.uniform_like(images, self.eps) if self.start == "uniform" else seeding.normal_like(images, 0.001)
+        )
+        return (images + noise).clamp(0, 1) if self.clamp_start else images + noise
+
+    def _step_noise(self, images: Tensor) -> Tensor | None:
+        """Draw the noise of one step, for the whole batch."""
+        return seeding.normal_like(images, self.omega) if self.omega else None
 
     def _all_steps(
         self, images: Tensor, labels: Tensor, clean: Tensor | None, adv: Tensor
@@ -133,7 +147,7 @@ class PGD(StatelessAttack):
         for step in range(self.steps):
             with self._full_precision(images, step):
                 _, gradient, unit = self._gradient(adv, labels, clean)
-            adv = threat.ascend(adv, images, gradient, self.alpha)
+            adv = threat.ascend(adv, images, gradient, self.alpha, self._step_noise(images))
         return adv, CraftStats(gradient.abs().sum() * unit, forwards=self.steps, backwards=self.steps)
 
     def _early_stopped(
@@ -160,7 +174,10 @@ class PGD(StatelessAttack):
                 logits, gradient, unit = self._gradient(adv[rows], labels[rows], None if clean is None else clean[rows])
             wrong = logits.argmax(dim=1) != labels[rows]
             go_on = moving[rows] & ~(wrong & (patience[rows] == 0))
-            stepped = threat.ascend(adv[rows], images[rows], gradient, self.alpha)
+            noise = self._step_noise(images)
+            stepped = threat.ascend(
+                adv[rows], images[rows], gradient, self.alpha, None if noise is None else noise[rows]
+            )
             adv = adv.index_copy(0, rows, torch.where(go_on[:, None, None, None], stepped, adv[rows]))
             norms = gradient.abs().flatten(1).sum(dim=1) * unit
             l_x = l_x.index_copy(0, rows, torch.where(go_on, norms, l_x[rows]))

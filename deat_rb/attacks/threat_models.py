@@ -35,7 +35,9 @@ class Linf:
         """Draw a start from U(-eps, eps) around ``images`` (N, C, H, W)."""
         return (images + seeding.uniform_like(images, self.eps)).clamp(0, 1)
 
-    def ascend(self, adv: Tensor, images: Tensor, gradient: Tensor, alpha: float) -> Tensor:
+    def ascend(
+        self, adv: Tensor, images: Tensor, gradient: Tensor, alpha: float, noise: Tensor | None = None
+    ) -> Tensor:
         """Take one steepest-ascent step of size ``alpha`` and project (Equation 3).
 
         Args:
@@ -43,8 +45,11 @@ class Linf:
             images: The clean images, (N, C, H, W).
             gradient: The loss's gradient at ``adv``, (N, C, H, W).
             alpha: The step size, in [0, 1] pixel units.
+            noise: Added after the step and before the projection, (N, C, H, W).
         """
         stepped = gradient.sign().mul_(alpha).add_(adv)
+        if noise is not None:
+            stepped.add_(noise)
         return stepped.sub_(images).clamp_(-self.eps, self.eps).add_(images).clamp_(0, 1)
 
     def project(self, adv: Tensor, images: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from deat_rb.utils.units import check_eps, parse_scalar
 WHOLE_NUMBERS = frozenset({"steps", "max_steps", "start", "every", "tau", "m"})
 """Overrides that are counts."""
 
-NUMBERS = frozenset({"gamma", "beta", "threshold", "drop", "guard"})
+NUMBERS = frozenset({"gamma", "beta", "omega", "threshold", "drop", "guard"})
 """Overrides that are real numbers."""
 
 
@@ -47,7 +47,7 @@ def configure(canonical: str, row: Recipe, /, *, eps: float | str = PAPER_EPS, *
 
     attack_options, trainer_options = dict(row.attack_options), dict(row.trainer_options)
     accepts = _parameters(row)
-    attack_keys = {"tau"} & set(attack_options)
+    attack_keys = {"tau", "omega"} & set(attack_options)
     if not row.replays:
         attack_keys |= {"attack_mode"} & accepts
     attack_options |= {key: values.pop(key) for key in attack_keys & set(values)}
@@ -55,8 +55,8 @@ def configure(canonical: str, row: Recipe, /, *, eps: float | str = PAPER_EPS, *
     if steps > 0 or row.guided:
         alpha = values.pop("alpha", alpha) if "alpha" in accepts else alpha
         steps = values.pop("steps", steps) if "steps" in accepts else steps
-    if row.replays and "lr_per_replay" in values:
-        trainer_options["lr_per_replay"] = values.pop("lr_per_replay")
+    trainer_keys = ({"carry"} & set(trainer_options)) | ({"lr_per_replay"} if row.replays else set())
+    trainer_options |= {key: values.pop(key) for key in trainer_keys & set(values)}
     beta = values.pop("beta", row.beta) if row.loss in ("trades", "mart") else row.beta
     schedule_options = {**row.schedule_options, **_take(resolve(row.schedule), values)}
     stopping_options = {**row.stopping_options, **_take(resolve(row.stopping), values)}

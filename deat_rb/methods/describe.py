@@ -110,10 +110,12 @@ def _attack(row: Recipe, eps: float) -> str:
     start = {"uniform": ", uniform start", "normal": ", start 0.001 N(0,1)", "none": ""}[
         options.get("start", "uniform")
     ]
-    if row.trainer_options.get("carry"):
-        start = ", delta carried from batch to batch"
+    if "carry" in row.trainer_options:
+        start = ", delta carried from batch to batch" if row.trainer_options["carry"] else ", delta zero in each batch"
     tau, mode = options.get("tau"), options.get("attack_mode")
     friendly = "" if tau is None else f", FAT's early stop with tau = {tau}"
+    if options.get("omega"):
+        friendly += f", noise {options['omega']:g} N(0,1) after each step"
     usual = None if tau is None else "eval"
     return text + start + friendly + (f", in {mode} mode" if mode not in (None, usual) else "")
 

@@ -105,11 +105,13 @@ class Recipe:
 
 UNIFORM = {"start": "uniform"}
 
-NORMAL = {"start": "normal"}
+NORMAL = {"start": "normal", "clamp_start": False}
 
-KL = {"loss": "kl", "start": "normal"}
+KL = {"loss": "kl", **NORMAL}
 
-FRIENDLY = {"tau": 3, "attack_mode": "eval"}
+FAT = {"tau": 3, "omega": 0.001, "attack_mode": "eval"}
+
+FRIENDLY_KL = {"loss": "kl", "start": "normal", "tau": 3, "omega": 0.0, "attack_mode": "eval"}
 
 IMAGE_BOUNDS = "Algorithms 1-5 leave the image bounds out; every adversarial example is kept within [0, 1]."
 
@@ -218,7 +220,7 @@ def _m_u_fgsm() -> Recipe:
 
 
 def _fat(n: int) -> Recipe:
-    return Recipe(steps=n, attack_options={**NORMAL, **FRIENDLY}, paper=f"section 5.2; {FAT_SOURCE}")
+    return Recipe(steps=n, attack_options={**UNIFORM, **FAT}, paper=f"section 5.2; {FAT_SOURCE}")
 
 
 _SOURCES = {"trades": "Zhang et al. 2019, arXiv:1901.08573", "mart": "Wang et al. 2020, ICLR"}
@@ -233,7 +235,7 @@ def _regularized(loss: str, attack_options: Mapping[str, Any]) -> Recipe:
 def _friendly(loss: str) -> Recipe:
     return Recipe(
         steps=10,
-        attack_options={**KL, **FRIENDLY},
+        attack_options=FRIENDLY_KL,
         loss=loss,
         paper=f"section 5.2; {_SOURCES[loss]}; {FAT_SOURCE}",
         notes=("Its public code maximizes KL, unlike MART's.",) if loss == "mart" else (),

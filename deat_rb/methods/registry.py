@@ -124,8 +124,8 @@ def create(name: str, model: nn.Module, *, eps: float | str = PAPER_EPS, **overr
         model: The model to train: takes images in [0, 1], (N, C, H, W), and returns logits (N, K).
         eps: The Linf radius, in [0, 1] pixel units; a text such as ``8/255`` is read, too.
         overrides: Values other than the row's: ``alpha``, ``steps`` (the first epoch's where a schedule raises them),
-            ``max_steps``, ``gamma``, ``beta``, ``tau``, ``attack_mode``, ``lr_per_replay``, and the other parameters
-            of the row's schedule and stopping rule. None keeps the row's own value.
+            ``max_steps``, ``gamma``, ``beta``, ``tau``, ``omega``, ``attack_mode``, ``carry``, ``lr_per_replay``, and
+            the other parameters of the row's schedule and stopping rule. None keeps the row's own value.
 
     Returns:
         A torchattacks attack that can `fit`.

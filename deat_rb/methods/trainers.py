@@ -126,7 +126,9 @@ class ReplayTrainer(Trainer):
 
     Args:
         attack: A `PGD` on cross-entropy, whose start, eps and alpha the replays use.
-        carry: Whether the perturbation starts at zero and is carried from batch to batch (FREE, Shafahi et al. 2019).
+        carry: Whether the perturbation is carried from batch to batch, from zero in the first one (FREE, Shafahi et
+            al. 2019), instead of the attack's start in every batch. As in fast_adversarial's code it is clipped to the
+            bounds of the images that it was computed for, not of the next ones.
         lr_per_replay: Whether the learning rate moves with each replay, as in FREE's public code, instead of once per
             batch.
         options: As for `Trainer`.
@@ -169,7 +171,7 @@ class ReplayTrainer(Trainer):
         if self._carried is not None and self._carried.shape[1:] == images.shape[1:]:
             carried = self._carried[part][: len(images)]
             delta[: len(carried)] = carried
-        return (images + delta).clamp(0, 1)
+        return images + delta
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """Generate adversarial examples by the replays' steps, with fixed weights."""

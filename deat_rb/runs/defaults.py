@@ -84,14 +84,16 @@ def setting_defaults(setting: str, row: Recipe, arch: str) -> dict[str, Any]:
 
     Args:
         setting: ``fast``: cyclic LR 0 -> 0.1 -> 0, 10 epochs (DEAT-D 12, DEAT-P% and M-DEAT 11, U-FGSM 15), half
-            precision, gamma 1.0 for PreActResNet and 1.01 for WRN, the last epoch is the result. ``standard``: 50
-            epochs, LR 0.05 divided by 10 after 25 and 40, full precision, gamma 1.01, the epoch most robust on
-            validation is the result.
+            precision, gamma 1.0 for PreActResNet and 1.01 for WRN, FREE's perturbation carried from batch to batch, the
+            last epoch is the result. ``standard``: 50 epochs, LR 0.05 divided by 10 after 25 and 40, full precision,
+            gamma 1.01, FREE's perturbation zero in each batch, the epoch most robust on validation is the result.
         row: The method's row.
         arch: The architecture.
     """
     defaults = asdict(SETTINGS[setting])
     defaults["epochs"] = defaults["epochs"] or row.fast_epochs
+    if "carry" in row.trainer_options:
+        defaults["carry"] = setting == "fast"
     if row.guided:
         defaults["gamma"] = 1.0 if setting == "fast" and arch.lower().startswith("preactresnet") else 1.01
     return defaults

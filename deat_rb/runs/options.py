@@ -84,6 +84,14 @@ class AttackConfig(OptionGroup):
     tau: int | None = option(
         None, "Patience tau of friendly attacks: steps after misclassification.", default_text="method's: 3", ge=0
     )
+    omega: float | None = option(
+        None, "Standard deviation of the noise that friendly attacks add after each step.",
+        default_text="method's: 0.001 for fat-N, else 0", ge=0, allow_inf_nan=False,
+    )  # fmt: skip
+    carry: bool | None = option(
+        None, "Carry FREE's perturbation from batch to batch; otherwise it is zero at the start of each batch.",
+        default_text="setting's: yes fast, no standard",
+    )  # fmt: skip
     attack_mode: Literal["train", "eval"] | None = option(
         None, "Mode of the model while adversarial examples are generated.", default_text="method's"
     )

@@ -36,7 +36,7 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "m+pgd":    ("attack",  1,  2, "uniform", "ce", None, "train", "ce",     Guided, at_most(7), None, {}, 10),
     "u-fgsm":   ("attack",  1, 10, "uniform", "ce", None, "train", "ce",     Constant, {}, RobustnessDrop, DROP, 15),
     "m+u-fgsm": ("attack",  1, 10, "uniform", "ce", None, "train", "ce",     Constant, {}, GradientRatio, RATIO, 15),
-    "fat-5":    ("attack",  5,  2, "normal",  "ce", 3,    "eval",  "ce",     Constant, {}, None, {}, 10),
+    "fat-5":    ("attack",  5,  2, "uniform", "ce", 3,    "eval",  "ce",     Constant, {}, None, {}, 10),
     "trades":   ("attack", 10,  2, "normal",  "kl", None, "train", "trades", Constant, {}, None, {}, 10),
     "f+trades": ("attack", 10,  2, "normal",  "kl", 3,    "eval",  "trades", Constant, {}, None, {}, 10),
     "m+trades": ("attack",  1,  2, "normal",  "kl", None, "train", "trades", Guided, at_most(10), None, {}, 10),

@@ -5,9 +5,9 @@ the two can only agree by both being right. Naive on purpose: one loop per algor
 gradient, friendly crafting one example at a time. Read it with the paper beside it; numbers in comments are the
 algorithms' lines.
 
-What the paper leaves open, and the loops fix: images and perturbed images stay in [0, 1], the start included;
-crafting passes run in train mode (they move BatchNorm's statistics) except friendly crafting; the start is drawn from
-torch's global generator.
+What the paper leaves open, the loops take from the public code: perturbed images stay in [0, 1], the start included,
+but for the starts of TRADES and MART and the perturbation that FREE carries on; attacks run in train mode (they update
+BatchNorm's statistics) except FAT's, which run in eval mode; noise is drawn from torch's global generator.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def uniform_start(images: Tensor, eps: float) -> Tensor:
 
 
 def normal_start(images: Tensor) -> Tensor:
-    """x + delta for delta = 0.001 N(0, 1), kept in [0, 1]."""
-    return torch.clamp(images + 0.001 * torch.randn(images.shape, dtype=images.dtype), 0, 1)
+    """x + delta for delta = 0.001 N(0, 1), as TRADES and MART begin: it may leave [0, 1]."""
+    return images + 0.001 * torch.randn(images.shape, dtype=images.dtype)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ def replay(loop: Loop, images: Tensor, labels: Tensor, adversarial: Tensor) -> T
 def free(loop: Loop, images: Tensor, labels: Tensor) -> None:
     """FREE (Shafahi et al. 2019): replays whose delta is carried from batch to batch; a short batch takes its rows."""
     delta = loop.delta.setdefault("delta", torch.zeros_like(images))
-    start = torch.clamp(images + delta[: len(images)], 0, 1)
+    start = images + delta[: len(images)]
     delta[: len(images)] = replay(loop, images, labels, start) - images
 
 
@@ -217,7 +217,9 @@ def mart(loop: Loop, images: Tensor, labels: Tensor) -> None:
 
 
 def befriend(loop: Loop, images: Tensor, labels: Tensor, on_kl: bool) -> Tensor:
-    """Friendly crafting (Zhang et al. 2020, Algorithm 1), one example at a time, in eval mode.
+    """FAT's early-stopped PGD (Zhang et al. 2020, Algorithm 1), one example at a time, in eval mode.
+
+    FAT starts uniform and adds 0.001 N(0, 1) after every step; on KL it starts at 0.001 N(0, 1) and adds none.
 
     An example that is misclassified is moved at most `PATIENCE` more times. As in the public code the pass where it is
     found to stop has gone backward too; that gradient moves nothing, and l_X has the one it last moved along.
@@ -225,12 +227,16 @@ def befriend(loop: Loop, images: Tensor, labels: Tensor, on_kl: bool) -> Tensor:
     share = 1 / len(images)
     loop.model.eval()
     fixed = loop.forward(images).detach() if on_kl else None
-    start = normal_start(images)
+    start = normal_start(images).clamp(0, 1) if on_kl else uniform_start(images, loop.eps)
+    noise = [
+        torch.zeros_like(images) if on_kl else 0.001 * torch.randn(images.shape, dtype=images.dtype)
+        for _ in range(loop.steps)
+    ]
     done = []
     for i in range(len(images)):
         image, label, adversarial = images[i : i + 1], labels[i : i + 1], start[i : i + 1]
         patience, magnitude = PATIENCE, 0.0
-        for _ in range(loop.steps):
+        for step in range(loop.steps):
             adversarial = adversarial.detach().requires_grad_()
             logits = loop.model(adversarial)
             each = cross_entropy(logits, label) if fixed is None else kl(fixed[i : i + 1], logits)
@@ -243,7 +249,7 @@ def befriend(loop: Loop, images: Tensor, labels: Tensor, on_kl: bool) -> Tensor:
                     break
                 patience -= 1
             magnitude = adversarial.grad.abs().sum().item()
-            adversarial = loop.step(image, adversarial.detach(), adversarial.grad)
+            adversarial = loop.step(image, adversarial.detach() + noise[step][i : i + 1], adversarial.grad)
         loop.epoch.l_x += magnitude
         done.append(adversarial.detach())
     loop.model.train()

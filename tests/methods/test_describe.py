@@ -23,6 +23,8 @@ def test_describe_names_the_four_choices() -> None:
     assert "Algorithm 4" in row.paper
 
 
+NOISE = ", noise 0.001 N(0,1) after each step"
+
 # fmt: off
 ATTACKS = [
     ("standard", {}, "none"),
@@ -38,10 +40,13 @@ ATTACKS = [
     ("pgd-7",    {"eps": 16 / 255, "alpha": 1 / 255}, "7 steps of 1/255, uniform start"),
     ("pgd-7",    {"attack_mode": "eval"}, "7 steps of 2/255, uniform start, in eval mode"),
     ("u-fgsm",   {}, "one step of 10/255, uniform start"),
-    ("fat-5",    {}, "5 steps of 2/255, start 0.001 N(0,1), FAT's early stop with tau = 3"),
-    ("fat-5",    {"tau": 0}, "5 steps of 2/255, start 0.001 N(0,1), FAT's early stop with tau = 0"),
+    ("fat-5",    {}, f"5 steps of 2/255, uniform start, FAT's early stop with tau = 3{NOISE}"),
+    ("fat-5",    {"omega": 0}, "5 steps of 2/255, uniform start, FAT's early stop with tau = 3"),
+    ("f+mart",   {}, "10 steps of 2/255 on KL, start 0.001 N(0,1), FAT's early stop with tau = 3"),
+    ("free-8",   {"carry": False}, "8 replays, alpha = eps, delta zero in each batch"),
+    ("fat-5",    {"tau": 0}, f"5 steps of 2/255, uniform start, FAT's early stop with tau = 0{NOISE}"),
     ("fat-5",    {"attack_mode": "train"},
-     "5 steps of 2/255, start 0.001 N(0,1), FAT's early stop with tau = 3, in train mode"),
+     f"5 steps of 2/255, uniform start, FAT's early stop with tau = 3{NOISE}, in train mode"),
     ("m+mart",   {"alpha": 1 / 255}, "steps of 1/255 on CE, start 0.001 N(0,1)"),
 ]
 OTHERS = [
