@@ -53,6 +53,8 @@ def config_options(options: Iterable[Option]) -> Callable[[F], F]:
                                       "cls": GroupedOption, "default": None}  # fmt: skip
             if each.kind in ("flag", "off"):
                 shared |= {"is_flag": True, "flag_value": each.kind == "flag"}
+            elif each.kind == "switch":
+                shared |= {"is_flag": True}
             else:
                 kind = click.Choice(each.choices) if each.choices else click.STRING
                 shared |= {"type": kind, "metavar": None if each.choices else each.metavar,

@@ -115,12 +115,20 @@ FRIENDLY_KL = {"loss": "kl", "start": "normal", "tau": 3, "omega": 0.0, "attack_
 
 IMAGE_BOUNDS = "Algorithms 1-5 leave the image bounds out; every adversarial example is kept within [0, 1]."
 
-LOOP_TO_R = "Algorithm 4's inner loop runs to N where r is meant."
+LOOP_TO_R = "Algorithm 4's inner loop runs to N where r is meant; its bound is the public code's, in no algorithm."
 
-STARTS_WITH_ONE = "The released runs of M+TRADES begin with 0 steps; the text's 1 is kept."
+STARTS_WITH_ONE = (
+    "The public code begins M+PGD, M+TRADES and M+MART with 0 steps, and in 2021 let them grow while alpha r < eps; "
+    "the text's 1 and rule are kept."
+)
 
-GROWS_WITH_ALPHA = (
-    "The released runs of M+PGD and M+MART let the steps grow while alpha r < eps; the text's rule is kept."
+BOUND = "The bound of 8 replays is the public code's, in no algorithm."
+
+UNCLAMPED = "The start may leave [0, 1], as in the public code; the adversarial examples do not."
+
+FREE_START = (
+    "Fast setting (Tables 1-3): the perturbation is carried from batch to batch, unclamped, as in fast_adversarial. "
+    "Standard setting (Table 4): it is zero in each batch, as in section 4 and the authors' code."
 )
 
 SMALL_STEP = (
@@ -142,7 +150,7 @@ def _free(r: int) -> Recipe:
         trainer=REPLAY_TRAINER,
         trainer_options={"carry": True},
         paper="section 3; Shafahi et al. 2019, arXiv:1904.12843",
-        notes=(IMAGE_BOUNDS, "The learning rate moves once per batch; FREE's public code moves it per replay."),
+        notes=(FREE_START, "The learning rate moves once per batch; FREE's public code moves it per replay."),
     )
 
 
@@ -169,7 +177,7 @@ def _deat_accuracy(percent: int) -> Recipe:
 
 
 def _m_deat() -> Recipe:
-    return _deat(GRADIENT_MAGNITUDE, {"max_steps": 8}, 11, "section 4.2, Algorithms 2 and 3")
+    return _deat(GRADIENT_MAGNITUDE, {"max_steps": 8}, 11, "section 4.2, Algorithms 2 and 3", BOUND)
 
 
 def _pgd(n: int) -> Recipe:
@@ -187,7 +195,7 @@ def _m_pgd() -> Recipe:
         schedule=GRADIENT_MAGNITUDE,
         schedule_options={"max_steps": 7},
         paper="section 5.2, Algorithm 4",
-        notes=(IMAGE_BOUNDS, LOOP_TO_R, GROWS_WITH_ALPHA, SMALL_STEP),
+        notes=(IMAGE_BOUNDS, LOOP_TO_R, STARTS_WITH_ONE, SMALL_STEP),
     )
 
 
@@ -220,7 +228,8 @@ def _m_u_fgsm() -> Recipe:
 
 
 def _fat(n: int) -> Recipe:
-    return Recipe(steps=n, attack_options={**UNIFORM, **FAT}, paper=f"section 5.2; {FAT_SOURCE}")
+    note = "The noise after each step is omega of FAT's public code, in no algorithm."
+    return Recipe(steps=n, attack_options={**UNIFORM, **FAT}, paper=f"section 5.2; {FAT_SOURCE}", notes=(note,))
 
 
 _SOURCES = {"trades": "Zhang et al. 2019, arXiv:1901.08573", "mart": "Wang et al. 2020, ICLR"}
@@ -228,7 +237,7 @@ _SOURCES = {"trades": "Zhang et al. 2019, arXiv:1901.08573", "mart": "Wang et al
 
 def _regularized(loss: str, attack_options: Mapping[str, Any]) -> Recipe:
     return Recipe(
-        steps=10, attack_options=attack_options, loss=loss, paper=f"section 5.2; {_SOURCES[loss]}",
+        steps=10, attack_options=attack_options, loss=loss, paper=f"section 5.2; {_SOURCES[loss]}", notes=(UNCLAMPED,),
     )  # fmt: skip
 
 
@@ -238,18 +247,18 @@ def _friendly(loss: str) -> Recipe:
         attack_options=FRIENDLY_KL,
         loss=loss,
         paper=f"section 5.2; {_SOURCES[loss]}; {FAT_SOURCE}",
-        notes=("Its public code maximizes KL, unlike MART's.",) if loss == "mart" else (),
+        notes=("The authors' copy maximizes KL; MART's and FAT's own code CE.",) if loss == "mart" else (),
     )
 
 
-def _guided(loss: str, attack_options: Mapping[str, Any], note: str) -> Recipe:
+def _guided(loss: str, attack_options: Mapping[str, Any]) -> Recipe:
     return Recipe(
         attack_options=attack_options,
         loss=loss,
         schedule=GRADIENT_MAGNITUDE,
         schedule_options={"max_steps": 10},
         paper=f"section 5.2, Algorithm 4; {_SOURCES[loss]}",
-        notes=(IMAGE_BOUNDS, LOOP_TO_R, note, SMALL_STEP),
+        notes=(UNCLAMPED, LOOP_TO_R, STARTS_WITH_ONE, SMALL_STEP),
     )
 
 
@@ -267,8 +276,8 @@ FAMILIES: list[tuple[str, str, str, Callable[..., Recipe]]] = [
     ("fat-N", r"fat-(\d+)", "fat-5", _fat),
     ("trades", r"trades?", "trades", lambda: _regularized("trades", KL)),
     ("f+trades", r"f\+trades?", "f+trades", lambda: _friendly("trades")),
-    ("m+trades", r"m\+trades?", "m+trades", lambda: _guided("trades", KL, STARTS_WITH_ONE)),
+    ("m+trades", r"m\+trades?", "m+trades", lambda: _guided("trades", KL)),
     ("mart", r"mart", "mart", lambda: _regularized("mart", NORMAL)),
     ("f+mart", r"f\+mart", "f+mart", lambda: _friendly("mart")),
-    ("m+mart", r"m\+mart", "m+mart", lambda: _guided("mart", NORMAL, GROWS_WITH_ALPHA)),
+    ("m+mart", r"m\+mart", "m+mart", lambda: _guided("mart", NORMAL)),
 ]

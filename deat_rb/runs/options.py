@@ -232,7 +232,7 @@ def options_markdown() -> str:
         if each.group != title:
             title = each.group
             lines += ["", f"## {title}", "", "| option | value | default | meaning |", "|---|---|---|---|"]
-        value = ", ".join(f"`{choice}`" for choice in each.choices) or ("-" if each.kind in ("flag", "off") else
+        value = ", ".join(f"`{choice}`" for choice in each.choices) or ("-" if each.kind not in ("value", "many") else
                           f"{each.metavar.lower()}{f', {each.bounds}' if each.bounds else ''}")  # fmt: skip
         lines.append(f"| `{each.flag}` | {value} | {each.default or '-'} | {each.help} |")
     return "\n".join(lines) + "\n"

@@ -118,7 +118,8 @@ class Option:
         metavar: Placeholder of its value.
         choices: The values allowed, where these are few.
         bounds: Such as ``x>=1``.
-        kind: ``value``, ``flag`` (false by default), ``off`` (true by default) or ``many``, which may be repeated.
+        kind: ``value``, ``flag`` (false by default), ``off`` (true by default), ``switch`` (a flag of either value,
+            whose default depends on other options) or ``many``, which may be repeated.
         may_change: Whether ``--resume`` may change it.
     """
 
@@ -129,12 +130,14 @@ class Option:
     metavar: str
     choices: tuple[str, ...]
     bounds: str
-    kind: Literal["value", "flag", "off", "many"]
+    kind: Literal["value", "flag", "off", "switch", "many"]
     may_change: bool
 
     @property
     def flag(self) -> str:
         """Its spelling on the command line, such as ``--batch-size``; ``--no-...`` for what is on by default."""
+        if self.kind == "switch":
+            return f"--{self.name}/--no-{self.name}".replace("_", "-")
         return f"--{'no-' if self.kind == 'off' else ''}{self.name.replace('_', '-')}"
 
 
@@ -192,7 +195,7 @@ def _described(name: str, title: str, field: FieldInfo) -> Option:
         metavar=extra["metavar"] or METAVARS.get(next(iter(parsers), kind), "TEXT"),
         choices=choices,
         bounds=", ".join(bounds),
-        kind=_kind(kind, field.default, parsed=bool(parsers)),
+        kind="switch" if field.annotation == bool | None else _kind(kind, field.default, parsed=bool(parsers)),
         may_change=extra["may_change"],
     )
 

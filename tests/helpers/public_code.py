@@ -16,7 +16,7 @@ def waves(*shape: int, frequency: float) -> Tensor:
     return torch.sin(frequency * positions * (1 + positions)).float().double().reshape(shape)
 
 
-def network() -> nn.Sequential:
+def network() -> nn.Module:
     """Convolution, BatchNorm with running statistics of its own, and 5 logits; for images 3xHxW of any size."""
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
@@ -28,7 +28,7 @@ def network() -> nn.Sequential:
                 tensor.copy_(waves(*tensor.shape, frequency=0.1 + number / 7))
             if name == "1.running_var":
                 tensor.copy_(tensor.abs() + 0.5)
-        model[5].weight.mul_(3)
+        model.get_parameter("5.weight").mul_(3)
     return model.train()
 
 
@@ -36,7 +36,8 @@ def batch(count: int, size: int) -> tuple[Tensor, Tensor]:
     """Images of which many pixels lie at 0 and 1, and labels of which the network predicts some."""
     images = (0.5 + 0.7 * waves(count, 3, size, size, frequency=0.37)).clamp(0, 1)
     with torch.no_grad():
-        labels = network().eval()(images).argmax(dim=1)
+        logits: Tensor = network().eval()(images)
+    labels = logits.argmax(dim=1)
     labels[::5] = (labels[::5] + 1) % 5
     return images, labels
 

@@ -110,7 +110,7 @@ def test_the_carried_perturbation_may_leave_the_bounds_of_the_next_images() -> N
     trainer = deat_rb.create("free-2", network(), carry=True)
     images, labels = batch(8, 6)
     trainer.training_step(images, labels, sgd(trainer.model))
-    start = trainer.initialize(1 - images)  # type: ignore[operator]  # torchattacks is untyped
+    start = trainer.initialize(1 - images)
     assert torch.equal(start, 1 - images + trainer.tensors()["carried"])
     assert float(start.max()) > 1 + EPS / 2
     adv = trainer(1 - images, labels)
