@@ -20,6 +20,7 @@ from deat_rb.utils.errors import DeatError
 
 BETA = 6.0
 TAU = 3
+OMEGA = 0.001
 
 
 class PublishedLoop:
@@ -82,8 +83,8 @@ class PublishedLoop:
         return torch.max(torch.min(delta, 1 - images), 0 - images)
 
     def normal_start(self, images: Tensor) -> Tensor:
-        """Return the images plus 0.001 * N(0, 1), clamped to [0, 1]."""
-        return torch.clamp(images + 0.001 * torch.randn_like(images), 0, 1)
+        """Return the images plus 0.001 * N(0, 1)."""
+        return images + 0.001 * torch.randn_like(images)
 
     def project(self, adv: Tensor, images: Tensor) -> Tensor:
         """Return images projected to within eps of the clean ones and to [0, 1]."""
@@ -127,7 +128,7 @@ def replays(loop: PublishedLoop, images: Tensor, labels: Tensor, delta: Tensor) 
 def free(loop: PublishedLoop, images: Tensor, labels: Tensor) -> None:
     """Train by FREE (Shafahi et al. 2019): delta is carried from batch to batch."""
     delta = torch.zeros_like(images) if loop.carried is None else loop.carried
-    loop.carried = replays(loop, images, labels, torch.max(torch.min(delta, 1 - images), 0 - images))
+    loop.carried = replays(loop, images, labels, delta)
 
 
 def deat(loop: PublishedLoop, images: Tensor, labels: Tensor) -> None:
@@ -202,7 +203,8 @@ def friendly(loop: PublishedLoop, images: Tensor, labels: Tensor, on_kl: bool = 
     """
     loop.model.eval()
     clean_logits = loop.model(images).detach() if on_kl else images.new_empty(len(images))
-    adv, patience = loop.normal_start(images), [TAU] * len(images)
+    adv = torch.clamp(loop.normal_start(images), 0, 1) if on_kl else images + loop.uniform_delta(images)
+    patience, batch, rows = [TAU] * len(images), images, torch.arange(len(images), device=images.device)
     done: list[tuple[Tensor, Tensor, Tensor]] = []
     for _ in range(loop.steps):
         adv = adv.detach().requires_grad_()
@@ -221,7 +223,10 @@ def friendly(loop: PublishedLoop, images: Tensor, labels: Tensor, on_kl: bool = 
         assert adv.grad is not None
         if stopping:
             done.append((images[stopping], adv[stopping].detach(), labels[stopping]))
-        stepped = loop.project(adv.detach() + loop.alpha * torch.sign(adv.grad), images)
+        stepped = adv.detach() + loop.alpha * torch.sign(adv.grad)
+        if not on_kl:
+            stepped = stepped + OMEGA * torch.randn_like(batch)[rows]
+        stepped, rows = loop.project(stepped, images), rows[moving]
         adv, images, labels, clean_logits = stepped[moving], images[moving], labels[moving], clean_logits[moving]
         patience = [patience[index] for index in moving]
         if not moving:
