@@ -20,6 +20,7 @@ from deat_rb.models.spec import NormalizedModel, model_spec, robustbench_class
 from deat_rb.models.weights import detect_variant, load_weights, strip_wrappers
 from deat_rb.robustbench.format import ExportPaths, exported_spec
 from deat_rb.runs.directory import RunDirectory
+from deat_rb.utils import compat
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import sha256_file
 from deat_rb.utils.safe_load import load_state_dict, load_tensors
@@ -227,7 +228,9 @@ def _open_entry(file: Path) -> Network:
 
     entry, model = open_entry(file)
     provenance = {"entry": entry.key, "weights_sha256": str(entry.weights_sha256)}
-    return Network(model, str(file), provenance, tuple(entry.classes or ()), eps=parse_fraction(entry.eps))
+    size, channels = (entry.model.image_size, entry.model.channels) if entry.model is not None else (None, 3)
+    return Network(model, str(file), provenance, tuple(entry.classes or ()), True, size, channels,
+                   parse_fraction(entry.eps))  # fmt: skip
 
 
 def _open_checkpoint(path: Path, options: NetworkOptions, dataset: str | None) -> Network:
@@ -269,6 +272,9 @@ def _open_named(target: str, options: NetworkOptions, dataset: str | None) -> Ne
         raise DeatError(f"{target} has its own mean and standard deviation: leave out --mean, --std and --normalize")
     if kind == "robustbench":
         zoo, slash, bare = name.rpartition("/")
+        if not slash and dataset not in compat.DATASETS:
+            raise DeatError(f"{target} does not say which dataset of RobustBench it was trained on: give "
+                            f"robustbench:DATASET/{bare} with one of {', '.join(compat.DATASETS)}")  # fmt: skip
         zoo = zoo if slash else str(dataset)
         if zoo == "imagenet":
             _check_size(target, target, options.image_size, dataset)
@@ -372,7 +378,7 @@ def open_target(
             raise DeatError(f"--num-classes {num_classes} is too few: {data.name} has {len(data.classes)} classes")
         logits = num_classes or len(names) or len(data.classes)
         network = open_network(target, replace(options, num_classes=logits), dataset=dataset)
-    return _combined(network, data)
+    return combine(network, data)
 
 
 def _check_size(source: str, arch: str, image_size: int | None, dataset: str | None) -> None:
@@ -399,7 +405,7 @@ def _of_run(path: Path, network: Network, data_dir: str | Path | None, memory_li
     same_data = data.fingerprint == config.data_fingerprint
     if not same_data:
         network = replace(network, notes=(*network.notes, "the data are not those that the run was trained on"))
-    return replace(_combined(network, data, same_data=same_data), run=run.path)
+    return replace(combine(network, data, same_data=same_data), run=run.path)
 
 
 def _of_entry(path: Path, network: Network, data_dir: str | Path | None) -> EvalTarget:
@@ -411,10 +417,10 @@ def _of_entry(path: Path, network: Network, data_dir: str | Path | None) -> Eval
     if data.fingerprint != entry.data_sha256:
         raise DeatError(f"{path} was measured on other data (SHA-256 {str(entry.data_sha256)[:12]}...) than those at "
                         f"hand ({data.fingerprint[:12]}...)")  # fmt: skip
-    return _combined(network, data, same_data=True)
+    return combine(network, data, same_data=True)
 
 
-def _combined(network: Network, data: Dataset, *, same_data: bool = False) -> EvalTarget:
+def combine(network: Network, data: Dataset, *, same_data: bool = False) -> EvalTarget:
     """Put a network and data together; of the data it was trained or measured on, the labels are in its order."""
     images = torch.zeros(2, *data.test.shape)
     logits = trial_logits(network.model, images, source=network.source, advice="use other data or another model")
@@ -422,6 +428,9 @@ def _combined(network: Network, data: Dataset, *, same_data: bool = False) -> Ev
                             must_match=network.all_classes_known)  # fmt: skip
     provenance = {**network.provenance, "dataset": data.name, "data_sha256": data.fingerprint}
     notes = [*network.notes, *([matched.note] if matched.note and not same_data else []), *data.notes]
+    own, size = network.image_size, data.test.shape[-1]
+    if own not in (None, size):
+        notes.append(f"the network was trained on images of {own}x{own}, and these are {size}x{size}")
     if notes:
         provenance["note"] = "; ".join(notes)
     return EvalTarget(network.model, data, network.eps, provenance, classes=matched.classes,

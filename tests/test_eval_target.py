@@ -18,7 +18,7 @@ from training_problems import run_config
 from deat_rb.data.datasets import load_data
 from deat_rb.data.image_folder import ImageFolder
 from deat_rb.data.normalization import NORMALIZATION
-from deat_rb.loading import EvalTarget, open_target
+from deat_rb.loading import EvalTarget, Network, combine, open_target
 from deat_rb.models.spec import ModelSpec, build_model
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.runs.train import train
@@ -299,3 +299,19 @@ def test_open_target_refuses_options_that_do_not_apply(
     path = colour_run if target == "run" else checkpoint if target == "weights.pt" else target
     with pytest.raises(DeatError, match=f"^{message}"):
         open_target(path, trust_code=True, **data, **options)
+
+
+@pytest.mark.usefixtures("colours")
+def test_open_target_says_that_a_network_was_trained_on_another_size(image_folder: Path) -> None:
+    network = Network(ByColour(("blue", "green", "grey", "red")), "net", {}, image_size=224)
+    target = combine(network, load_data("folder", data_dir=image_folder))
+    assert target.provenance["note"].endswith("the network was trained on images of 224x224, and these are 32x32")
+
+
+def test_open_target_of_robustbench_needs_its_dataset(image_folder: Path) -> None:
+    with pytest.raises(
+        DeatError,
+        match=r"^robustbench:Wong2020Fast does not say which dataset of RobustBench it was "
+        r"trained on: give robustbench:DATASET/Wong2020Fast with one of cifar10",
+    ):
+        open_target("robustbench:Wong2020Fast", dataset="folder", data_dir=image_folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ def match_classes(
     """
     if known and must_match and len(known) != num_logits:
         raise DeatError(f"{source} has {num_logits} logits and {len(known)} class names: give one name per logit")
+    classes, known = ([unicodedata.normalize("NFC", name) for name in names] for names in (classes, known))
     counts = Counter(known)
     if known and must_match and max(counts.values()) > 1:
         raise DeatError(f"{source} has the class '{counts.most_common(1)[0][0]}' twice: class names must be unique")

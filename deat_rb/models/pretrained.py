@@ -138,7 +138,7 @@ def load_from_factory(target: str) -> nn.Module:
         factory = getattr(importlib.import_module(module_name), function)
     except Exception as error:  # any exception: third-party code
         raise DeatError(f"'{target}' cannot be imported ({first_line(error)}): give package.module:function of a "
-                        "module on the Python path") from error  # fmt: skip
+                        "module on the Python path (PYTHONPATH=. adds the current folder)") from error  # fmt: skip
     try:
         model = factory()
     except Exception as error:  # any exception: third-party code

@@ -89,9 +89,9 @@ class ModelSpec(BaseModel):
         Raises:
             DeatError: The architecture does not exist, does not take these images, or could not be saved.
         """
-        net = _build_net(self)
-        _check_net(net, self)
-        return NormalizedModel(net, self.mean, self.std)
+        model = NormalizedModel(_build_net(self), self.mean, self.std)
+        _check_model(model, self)
+        return model
 
 
 def model_spec(
@@ -232,8 +232,8 @@ def _build_custom(module_name: str, factory_name: str, spec: ModelSpec) -> nn.Mo
         factory = getattr(importlib.import_module(module_name), factory_name)
     except (ImportError, AttributeError, ValueError) as error:
         raise DeatError(
-            f"architecture '{spec.arch}' cannot be imported ({error}): give package.module:factory of "
-            "something on the Python path"
+            f"architecture '{spec.arch}' cannot be imported ({error}): give package.module:factory of a module on the "
+            "Python path (PYTHONPATH=. adds the current folder)"
         ) from error
     net = factory(num_classes=spec.num_classes)
     if not isinstance(net, nn.Module):
@@ -241,14 +241,14 @@ def _build_custom(module_name: str, factory_name: str, spec: ModelSpec) -> nn.Mo
     return net
 
 
-def _check_net(net: nn.Module, spec: ModelSpec) -> None:
+def _check_model(model: NormalizedModel, spec: ModelSpec) -> None:
     """Run a trial forward pass in eval and train mode; weights, statistics and modes stay as they are."""
     if ":" not in spec.arch:
         return  # RobustBench's networks take one size only, which `robustbench_class` checks
     source = f"architecture '{spec.arch}'"
-    check_trainable(net, source=source)
+    check_trainable(model.net, source=source)
     images = torch.zeros(2, spec.channels, spec.image_size, spec.image_size)
     for training in (False, True):
-        with preserve_state(net):
-            trial_logits(net.train(training), images, source=source, num_classes=spec.num_classes,
+        with preserve_state(model):
+            trial_logits(model.train(training), images, source=source, num_classes=spec.num_classes,
                          advice="choose another --arch or --image-size")  # fmt: skip

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from deat_rb.evaluation.frozen_model import prepared_for_eval
@@ -71,7 +70,7 @@ def benchmark(
         return images, labels
 
     with (
-        prepared_for_eval(model, images, labels, batch_size=batch_size, device=None) as prepared,
+        prepared_for_eval(model, images, labels, batch_size=batch_size) as prepared,
         seeding.preserved(),
         _replaced(evaluation, AutoAttack=Recorded, load_clean_dataset=given_images),
         contextlib.redirect_stdout(io.StringIO()),
@@ -80,9 +79,7 @@ def benchmark(
             model, n_examples=len(images), dataset=dataset, threat_model="Linf", eps=eps, batch_size=batch_size,
             device=prepared.device, preprocessing=given_images,
         )  # fmt: skip
-        with torch.no_grad():
-            batches = torch.split(adversarial[0], batch_size)
-            predictions = torch.cat([model(batch.to(prepared.device)).argmax(dim=1).cpu() for batch in batches])
+        predictions = prepared.predict(adversarial[0])
     return clean, robust, predictions == labels.cpu()
 
 

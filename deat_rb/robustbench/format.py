@@ -32,9 +32,6 @@ _SOURCE = {
 }
 """RobustBench's class, its block and further arguments."""
 
-UNKNOWN = "nan"
-"""An accuracy that was not measured. RobustBench reads the field with ``float``: it crashes on None or "None"."""
-
 
 @dataclass(frozen=True)
 class ExportPaths:

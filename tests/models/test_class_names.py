@@ -24,6 +24,7 @@ def match(classes: tuple[str, ...], known: tuple[str, ...], logits: int, **optio
         (("ant", "bee"), PETS, ()),
         (("cat", "ant"), PETS, (2, 0)),
         (("1", "10", "2"), ("1", "2", "10"), (0, 2, 1)),
+        (("bee", "a\u0308ffchen"), ("\u00e4ffchen", "bee"), (1, 0)),
     ],
 )
 def test_match_classes_by_name(classes: tuple[str, ...], known: tuple[str, ...], expected: tuple[int, ...]) -> None:

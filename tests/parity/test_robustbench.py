@@ -14,6 +14,7 @@ from deat_rb.evaluation.evaluate import evaluate
 from deat_rb.models.spec import build_model
 from deat_rb.models.weights import load_weights
 from deat_rb.robustbench import benchmark as robustbench_benchmark
+from deat_rb.robustbench.export import UNKNOWN_ACCURACY
 from deat_rb.utils import compat
 
 IMAGES = torch.rand(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -28,17 +29,24 @@ def seeded(build: Any, **options: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("name", "arch"), [("Wong2020Fast", "preactresnet18"), ("Hendrycks2020AugMix_WRN", "wrn-40-2")]
+    ("name", "arch"),
+    [
+        ("Wong2020Fast", "preactresnet18"),
+        ("Hendrycks2020AugMix_WRN", "wrn-40-2"),
+        ("Kireev2021Effectiveness_RLAT", "preactresnet18-bn"),
+        ("Sehwag2021Proxy_R18", "resnet18"),
+        pytest.param("Carmon2019Unlabeled", "wrn-28-10", marks=pytest.mark.slow),  # built with sub_block1
+    ],
 )
-def test_our_networks_hold_robustbenchs_checkpoints(name: str, arch: str) -> None:
-    """Their class with ``mu`` and ``sigma``, ours around their bare class: equal bit for bit."""
+def test_load_weights_of_the_zoos_networks(name: str, arch: str) -> None:
+    """Their class with ``mu`` and ``sigma`` or without, ours around their bare class: equal bit for bit."""
     compat.robustbench()
-    from robustbench.model_zoo import cifar10
+    from robustbench.model_zoo.enums import BenchmarkDataset
+    from robustbench.model_zoo.models import model_dicts
 
-    theirs = seeded(
-        {"Wong2020Fast": cifar10.Wong2020FastNet, "Hendrycks2020AugMix_WRN": cifar10.Hendrycks2020AugMixWRNNet}[name]
-    )
-    ours = build_model(arch, dataset="cifar10").eval()
+    threats = model_dicts[BenchmarkDataset.cifar_10].values()
+    theirs = seeded(next(models[name]["model"] for models in threats if name in models))
+    ours = build_model(arch, num_classes=10).eval()
     load_weights(ours, theirs.state_dict(), source=name)
     assert torch.equal(ours(IMAGES[:4]), theirs(IMAGES[:4]))
 
@@ -78,13 +86,13 @@ def test_verdicts_are_robustbenchs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(report.verdicts["autoattack"], correct)
 
 
-def test_robustbench_lists_an_export_without_figures(
+def test_robustbench_lists_an_export_without_autoattack(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It reads accuracies with ``float``: "nan" passes where "None" raises."""
+    """RobustBench reads accuracies with ``float``, so that what is unknown has to be written as a number."""
     robustbench: Any = compat.robustbench()
     info = {"link": "", "name": "A title", "authors": "A. Author", "venue": "", "architecture": "WideResNet-10-1",
-            "clean_acc": "75.00", "autoattack_acc": "nan"}  # fmt: skip
+            "clean_acc": "75.00", "autoattack_acc": UNKNOWN_ACCURACY}  # fmt: skip
     file = tmp_path / "model_info" / "cifar10" / "Linf" / "Wong2020Fast.json"
     file.parent.mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
