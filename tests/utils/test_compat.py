@@ -330,11 +330,19 @@ def test_benchmark_finds_what_can_be_broken(model: nn.Module, labels: torch.Tens
     assert not correct.any()
 
 
-def test_benchmark_is_put_back(evaluation: Any, model: nn.Module, labels: torch.Tensor, quick: list[Any]) -> None:
+def test_benchmark_is_put_back(
+    evaluation: Any, model: nn.Module, labels: torch.Tensor, quick: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
     before = (evaluation.AutoAttack, evaluation.load_clean_dataset)
     robustbench_benchmark.benchmark(model, IMAGES, labels, eps=1e-6, batch_size=6)
-    with pytest.raises(RuntimeError, match="must match"):
+    with pytest.raises(DeatError, match="does not take"):
         robustbench_benchmark.benchmark(model, IMAGES[:, :2], labels, eps=1e-6, batch_size=6)
+    monkeypatch.setattr(evaluation, "benchmark", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        robustbench_benchmark.benchmark(model, IMAGES, labels, eps=1e-6, batch_size=6)
     assert (evaluation.AutoAttack, evaluation.load_clean_dataset) == before
 
 
