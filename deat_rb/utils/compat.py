@@ -66,10 +66,7 @@ def check_installation() -> None:
     Raises:
         DeatError: robustbench is not installed, or its files were overwritten or removed.
     """
-    spec = importlib.util.find_spec("robustbench")
-    if spec is None or spec.origin is None:
-        raise DeatError("robustbench is not installed: pip install robustbench")
-    folder = Path(spec.origin).parents[1].resolve()
+    folder = _package_folder().parent.resolve()
     own, foreign = (_distribution_in(folder, name) for name in ("robustbench", "torchattacks"))
     unwanted = _recorded_hashes(foreign)
     if own is None:
@@ -86,6 +83,20 @@ def check_installation() -> None:
         raise DeatError(f"robustbench {own.version} is damaged: {len(changed)} of its files, such as {changed[0]}, "
                         "were removed or overwritten by a copy of 2022 that the wheel of torchattacks contains; "
                         f"mend it by {_reinstall_command(own, folder)}")  # fmt: skip
+
+
+def _package_folder() -> Path:
+    """Return the folder of the package robustbench, without importing it.
+
+    Raises:
+        DeatError: There is none, or a module of that name hides it.
+    """
+    spec = importlib.util.find_spec("robustbench")
+    if spec is None or spec.origin is None:
+        raise DeatError("robustbench is not installed: pip install robustbench")
+    if not spec.submodule_search_locations:
+        raise DeatError(f"{spec.origin} hides the package robustbench: rename it")
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def _distribution_in(folder: Path, name: str) -> metadata.Distribution | None:
@@ -130,10 +141,7 @@ def architectures() -> tuple[ModuleType, ModuleType]:
     Raises:
         DeatError: robustbench is not installed or damaged.
     """
-    spec = importlib.util.find_spec("robustbench")
-    if spec is None or not spec.submodule_search_locations:
-        raise DeatError("robustbench is not installed: pip install robustbench")
-    folder = Path(spec.submodule_search_locations[0], "model_zoo", "architectures")
+    folder = _package_folder() / "model_zoo" / "architectures"
     wide_resnet, resnet = (_load_alone(f"{ARCHITECTURES}.{name}", folder / f"{name}.py") for name in LIGHT)
     return wide_resnet, resnet
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib
 import inspect
 import subprocess
 import sys
@@ -104,20 +105,23 @@ def unpack(folder: Path, files: dict[str, str]) -> None:
         (folder / file).write_text(content)
 
 
-def check_installation_in(folder: Path) -> str:
-    """Run `compat.check_installation` with a folder first on the path; return its message, "fine" without one."""
-    result = python(f"""
-import sys
-from deat_rb.utils import compat
-sys.path.insert(0, {str(folder)!r})
-try:
-    compat.check_installation()
-    print("fine")
-except compat.DeatError as error:
-    print(error)
-""")
-    assert result.stderr == ""
-    return result.stdout.strip()
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that is first on the path, as if robustbench had not been imported yet."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "robustbench"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def check_installation() -> str:
+    """Return the error message of `compat.check_installation`, "fine" without an error."""
+    importlib.invalidate_caches()
+    try:
+        compat.check_installation()
+    except DeatError as error:
+        return str(error)
+    return "fine"
 
 
 @pytest.mark.parametrize(
@@ -128,43 +132,46 @@ except compat.DeatError as error:
     ],
 )
 def test_check_installation_names_the_command_that_mends_an_overwritten_robustbench(
-    installer: str, command: str, tmp_path: Path
+    installer: str, command: str, site: Path
 ) -> None:
-    record(tmp_path, "robustbench", NEW, installer)
-    record(tmp_path, "torchattacks", OLD, installer)
-    unpack(tmp_path, OLD)
-    unpack(tmp_path, NEW)
-    assert check_installation_in(tmp_path) == "fine"
-    unpack(tmp_path, OLD)
-    message = check_installation_in(tmp_path)
+    record(site, "robustbench", NEW, installer)
+    record(site, "torchattacks", OLD, installer)
+    unpack(site, OLD)
+    unpack(site, NEW)
+    assert check_installation() == "fine"
+    unpack(site, OLD)
+    message = check_installation()
     assert message.startswith("robustbench 1.0 is damaged: 1 of its files, such as robustbench/eval.py, were ")
-    assert message.endswith("mend it by " + command.format(python=sys.executable, folder=tmp_path))
+    assert message.endswith("mend it by " + command.format(python=sys.executable, folder=site))
 
 
-def test_check_installation_finds_files_that_torchattacks_took_with_it(tmp_path: Path) -> None:
+def test_check_installation_finds_files_that_torchattacks_took_with_it(site: Path) -> None:
     """Removing or upgrading torchattacks removes every file that its RECORD lists."""
-    record(tmp_path, "robustbench", NEW)
-    unpack(tmp_path, NEW)
+    record(site, "robustbench", NEW)
+    unpack(site, NEW)
     for file in OLD:
-        (tmp_path / file).unlink(missing_ok=True)
-    (tmp_path / "robustbench" / "__init__.py").write_text("")
-    assert "1 of its files, such as robustbench/eval.py, were removed" in check_installation_in(tmp_path)
+        (site / file).unlink(missing_ok=True)
+    (site / "robustbench" / "__init__.py").write_text("")
+    assert "1 of its files, such as robustbench/eval.py, were removed" in check_installation()
 
 
-def test_check_installation_without_robustbench_itself(tmp_path: Path) -> None:
-    record(tmp_path, "torchattacks", OLD)
-    unpack(tmp_path, OLD)
-    assert "is a copy of 2022 from the wheel of torchattacks, and RobustBench itself is not" in check_installation_in(
-        tmp_path
-    )
+def test_check_installation_without_robustbench_itself(site: Path) -> None:
+    record(site, "torchattacks", OLD)
+    unpack(site, OLD)
+    assert "is a copy of 2022 from the wheel of torchattacks, and RobustBench itself is not" in check_installation()
 
 
-def test_check_installation_leaves_edited_files_and_checkouts_alone(tmp_path: Path) -> None:
-    record(tmp_path, "torchattacks", OLD)
-    unpack(tmp_path, {**NEW, "robustbench/eval.py": "mine = 1"})
-    assert check_installation_in(tmp_path) == "fine"
-    record(tmp_path, "robustbench", NEW)
-    assert check_installation_in(tmp_path) == "fine"
+def test_check_installation_leaves_edited_files_and_checkouts_alone(site: Path) -> None:
+    record(site, "torchattacks", OLD)
+    unpack(site, {**NEW, "robustbench/eval.py": "mine = 1"})
+    assert check_installation() == "fine"
+    record(site, "robustbench", NEW)
+    assert check_installation() == "fine"
+
+
+def test_check_installation_names_a_file_that_hides_robustbench(site: Path) -> None:
+    (site / "robustbench.py").write_text("")
+    assert check_installation() == f"{site}/robustbench.py hides the package robustbench: rename it"
 
 
 def test_robustbench_checks_its_installation(monkeypatch: pytest.MonkeyPatch) -> None:
