@@ -207,7 +207,7 @@ def _print_means(reports: Sequence[Report], targets: Sequence[EvalTarget], conso
         console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
     groups = {title: members for title, members in groups.items() if title not in unlike}
     if any(len(members) > 1 for members in groups.values()):
-        console.print(means(groups))
+        console.print(means(groups, width=console.width))
 
 
 def _options(target: EvalTarget) -> dict[str, Any]:

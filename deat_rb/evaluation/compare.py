@@ -76,17 +76,20 @@ class Comparison(BaseModel):
         return f"{as_text(self.table())}\n{as_text(self.difference_table())}"
 
     def table(self) -> Table:
-        """Return the accuracies as a rich table."""
+        """Return the accuracies as a rich table, with one row per attack or, of more than three runs, per run."""
         from rich.markup import escape
 
         table = new_table(f"accuracy on {self.n_examples} images, {self.norm}, eps {format_fraction(self.eps)}")
-        table.add_column("attack")
-        for name in self.accuracy:
-            table.add_column(escape(name), justify="right")
         attacks = dict.fromkeys(attack for accuracies in self.accuracy.values() for attack in accuracies)
-        for attack in sorted(attacks, key=lambda each: each == WORST_CASE):
-            shares = (accuracies.get(attack) for accuracies in self.accuracy.values())
-            table.add_row(escape(attack), *("-" if share is None else f"{100 * share:.2f} %" for share in shares))
+        attacks = dict.fromkeys(sorted(attacks, key=lambda each: each == WORST_CASE))
+        by_run = len(self.accuracy) > 3
+        rows, columns = (self.accuracy, attacks) if by_run else (attacks, self.accuracy)
+        table.add_column("run" if by_run else "attack", overflow="fold")
+        for name in columns:
+            table.add_column(escape(name), justify="right", overflow="fold")
+        for row in rows:
+            values = [self.accuracy[row].get(each) if by_run else self.accuracy[each].get(row) for each in columns]
+            table.add_row(escape(row), *("-" if value is None else f"{100 * value:.2f} %" for value in values))
         return table
 
     def difference_table(self) -> Table:
@@ -94,8 +97,8 @@ class Comparison(BaseModel):
         from rich.markup import escape
 
         table = new_table(f"paired differences from {escape(self.differences[0].first)} (McNemar, exact)")
-        table.add_column("run")
-        table.add_column("attack")
+        table.add_column("run", overflow="fold")
+        table.add_column("attack", overflow="fold")
         for column in ("difference", "only this run correct", "only the first correct", "p"):
             table.add_column(column, justify="right")
         for each in self.differences:

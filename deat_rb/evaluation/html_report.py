@@ -147,6 +147,7 @@ def _content(
         "curve": _curve(report),
         "classes": shown,
         "hidden_classes": hidden,
+        "balanced": _balanced(report, labels),
         "pairs": _pairs(report, labels, names, predictions),
         "examples": _examples(report, images, labels, names, predictions),
         "amplified": f"amplified {0.5 / report.eps:.3g} times"
@@ -253,6 +254,16 @@ def _classes(report: Report, labels: Tensor, names: _Names) -> tuple[list[dict[s
         )
     rows.sort(key=lambda each: each[:2])
     return [row for _, _, row in rows[:CLASSES_SHOWN]], max(0, len(rows) - CLASSES_SHOWN)
+
+
+def _balanced(report: Report, labels: Tensor) -> tuple[str, str] | None:
+    """Return clean and worst-case accuracy averaged over the classes that have examples."""
+    if not report.verdicts:
+        return None
+    members = [labels == label for label in labels.unique()]
+    clean, robust = (torch.stack([correct[mask].double().mean() for mask in members]).mean()
+                     for correct in (report.verdicts["natural"], worst_of(report.verdicts)))  # fmt: skip
+    return _percent(float(clean)), _percent(float(robust))
 
 
 def _first_attack(report: Report, among: Iterable[str]) -> list[str | None]:

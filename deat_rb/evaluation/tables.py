@@ -15,16 +15,24 @@ if TYPE_CHECKING:
 
 
 def sweep_table(report: Report) -> Table:
-    """Return a sweep as a table: one row per attack, one column per eps."""
+    """Return a sweep as a table: one row per attack and one column per eps, or the reverse for many radii."""
     from rich.markup import escape
 
+    worst_case = report.worst_case.name
+    radii = [format_fraction(point.eps) for point in report.curve]
+    values = {name: [point.accuracy[name] for point in report.curve] for name in report.curve[0].accuracy}
+    values[worst_case] = [point.worst_case for point in report.curve]
     table = new_table(f"accuracy by eps ({report.norm}), %")
-    table.add_column("attack", overflow="fold")
-    for point in report.curve:
-        table.add_column(format_fraction(point.eps), justify="right")
-    for name in report.curve[0].accuracy:
-        table.add_row(escape(name), *(f"{100 * point.accuracy[name]:.2f}" for point in report.curve))
-    table.add_row("worst case", *(f"{100 * point.worst_case:.2f}" for point in report.curve))
+    by_eps = len(radii) > 6
+    table.add_column("eps" if by_eps else "attack", overflow="fold")
+    for column in values if by_eps else radii:
+        table.add_column(escape(column), justify="right", overflow="fold")
+    if by_eps:
+        for radius, *accuracies in zip(radii, *values.values(), strict=True):
+            table.add_row(radius, *(f"{100 * float(accuracy):.2f}" for accuracy in accuracies))
+    else:
+        for name, accuracies in values.items():
+            table.add_row(escape(name), *(f"{100 * accuracy:.2f}" for accuracy in accuracies))
     return table
 
 
@@ -57,31 +65,32 @@ def group(keys: Sequence[Mapping[str, Any]], *, name: str = "method") -> dict[st
     return groups
 
 
-def means(groups: Mapping[str, Sequence[Report]]) -> Table:
+def means(groups: Mapping[str, Sequence[Report]], *, width: int = 80) -> Table:
     """Return mean accuracy and sample standard deviation of each group of reports, one row per group.
 
     Args:
         groups: Comparable reports, by the group's name; those of several groups may have other attacks.
+        width: Columns of the terminal; where they are too few, a deviation stands below its mean.
     """
     from rich.markup import escape
 
-    attacks = list(dict.fromkeys(name for reports in groups.values() for name in reports[0].results))
     worst_case = next(iter(groups.values()))[0].worst_case.name
+    attacks = [*dict.fromkeys(name for reports in groups.values() for name in reports[0].results), worst_case]
     table = new_table("mean and standard deviation over runs, %")
     table.add_column("group", overflow="fold")
     table.add_column("runs", justify="right")
-    for name in (*attacks, worst_case):
+    for name in attacks:
         table.add_column(escape(name), justify="right", overflow="fold")
+    separator = " " if max(map(len, groups)) + 10 + 15 * len(attacks) <= width else "\n"
     for title, reports in groups.items():
         cells = []
-        for name in (*attacks, worst_case):
+        for name in attacks:
             results = [report.worst_case if name == worst_case else report.results.get(name) for report in reports]
             values = [100 * result.accuracy for result in results if result is not None]
-            cells.append(_mean(values) if len(values) == len(reports) else "-")
+            cells.append(_mean(values, separator) if len(values) == len(reports) else "-")
         table.add_row(escape(title), str(len(reports)), *cells)
     return table
 
 
-def _mean(values: Sequence[float]) -> str:
-    deviation = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{fmean(values):.2f}{deviation}"
+def _mean(values: Sequence[float], separator: str) -> str:
+    return f"{fmean(values):.2f}" + (f"{separator}± {stdev(values):.2f}" if len(values) > 1 else "")

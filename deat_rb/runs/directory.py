@@ -7,7 +7,7 @@ last.safetensors     the newest weights, with their metrics in last.json
 best.safetensors     the weights most robust on validation, with best.json
 checkpoints/         the newest two, for --resume
 curves.png           the metrics as a picture
-eval.json            the last evaluation
+eval.json            the fullest evaluation on the run's own data; others are in evaluations/
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def as_text(table: Table) -> str:
     console = Console(file=io.StringIO(), color_system=None, force_terminal=False)
     with console.capture() as capture:
         console.print(table)
-    return capture.get().rstrip("\n")
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()).rstrip("\n")
 
 
 def new_environment(package: str) -> Environment:

@@ -169,3 +169,14 @@ def test_compare_tables_escape_markup(tmp_path: Path) -> None:
     found = compare([("[red]a", report_of(natural="11")), ("[/b]", report_of(natural="11"))])
     header = [column.header for column in found.table().columns]
     assert [str(each) for each in header] == ["attack", r"\[red]a", r"\[/b]"]
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_comparison_tables_fit_the_terminal(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    attacks = dict.fromkeys(("natural", "fgsm", "pgd", "cw", "autoattack"), "1110")
+    names = [f"m+trades-seed{number}" for number in range(count)]
+    text = str(compare([(name, report_of(**attacks)) for name in names]))
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(name in text for name in names)
+    assert text.count("75.00 %") == 6 * count

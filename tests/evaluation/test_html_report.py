@@ -108,6 +108,20 @@ def test_render_page_sorts_classes_by_robustness(tmp_path: Path) -> None:
     text = page(tmp_path).text
     # ant: 2 of 2 clean, both broken; bee: 1 of 2 withstands; cat: one is wrong from the start and one withstands.
     assert "ant 100.00 % 0.00 % 2 bee 100.00 % 50.00 % 2 cat 50.00 % 50.00 % 2" in text
+    assert "(balanced accuracy): clean 83.33 %, worst case 33.33 %." in text
+
+
+def test_render_page_balanced_accuracy_weighs_classes_equally(tmp_path: Path) -> None:
+    images, labels = torch.full((5, 3, 4, 4), 0.5), torch.tensor([0, 0, 0, 0, 1])
+    correct = {
+        "natural": torch.tensor([True, True, True, True, False]),
+        "fgsm": torch.tensor([True, False] * 2 + [False]),
+    }
+    results = [AttackResult.of(name, each, seconds=1.0, forwards=1, backwards=1) for name, each in correct.items()]
+    report = Report.of(results, correct, eps=0.1, num_classes=2, seed=0, batch_size=4, device="cpu", versions={})
+    write_page(report, tmp_path / "a.html", images=images, labels=labels, classes=("a", "b"))
+    # Of a 4 of 4 and 2 of 4, of b none: the averages are 50 and 25 %.
+    assert "clean 50.00 %, worst case 25.00 %." in Document((tmp_path / "a.html").read_text()).text
 
 
 def test_render_page_counts_confusions_under_the_first_successful_attack(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def printed(table: Table) -> list[list[str]]:
 def test_means_over_comparable_reports() -> None:
     one, other = report_of(natural=NATURAL, fgsm=FGSM), report_of(natural=NATURAL, fgsm=CW)
     third = report_of(natural=NATURAL, fgsm=NATURAL & FGSM & CW)
-    lines = printed(means({"trades": [one, other, third], "mart": [one, third], "pgd-7": [one]}))
+    lines = printed(means({"trades": [one, other, third], "mart": [one, third], "pgd-7": [one]}, width=100))
     # 60, 60 and 40 %: the mean is 53.33, and the deviations' squares 44.4, 44.4 and 177.8 sum to 2 * 11.55^2.
     assert ["group", "runs", "natural", "fgsm", "worst", "case"] in lines
     assert ["trades", "3", "80.00", "±", "0.00", "53.33", "±", "11.55", "53.33", "±", "11.55"] in lines
@@ -96,12 +96,20 @@ def test_tables_fit_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("COLUMNS", str(columns))
     attacks = ("fgsm", "pgd-100", "cw-20", "autoattack", "torchattacks.PGD(alpha=0.01, steps=10)")
     report = report_of(natural=NATURAL, **dict.fromkeys(attacks, FGSM))
-    for table in (report.table(), means({"trades, epochs 10": [report, report], "m+trades": [report]})):
+    for table in (report.table(), means({"trades, epochs 10": [report, report], "m+trades": [report]}, width=columns)):
         lines = as_text(table).splitlines()
         assert max(map(len, lines)) <= columns
-        assert "80.00" in "".join(lines)
-    number = re.compile(r"80\.00 (%|± 0\.00)")
-    assert number.search(as_text(report.table())), "numbers are not broken over lines"
+        assert re.search(r"(?<!\S)(80\.00|± 0\.00)(?!\S)", "\n".join(lines)), "numbers are not broken over lines"
+
+
+@pytest.mark.parametrize("count", [2, 12])
+def test_sweep_table_fits_the_terminal(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    report = report_of(natural=NATURAL, fgsm=FGSM)
+    points = tuple(CurvePoint.of(number / 255, report.verdicts) for number in range(count))
+    text = as_text(sweep_table(report.model_copy(update={"curve": points})))
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.count("80.00") == text.count("60.00") / 2 == count
 
 
 def test_group_separates_everything_but_what_is_left_out() -> None:
