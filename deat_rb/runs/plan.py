@@ -11,7 +11,7 @@ import torch
 
 from deat_rb.attacks.pgd import PGD
 from deat_rb.data.datasets import Dataset, load_data
-from deat_rb.data.image_folder import class_names
+from deat_rb.data.image_folder import check_utf8, class_names
 from deat_rb.data.images import LabeledImages, subset, train_val_split
 from deat_rb.data.statistics import Progress
 from deat_rb.methods.build import configure
@@ -210,6 +210,8 @@ def plan(
     """
     resolved = resolve(options)
     source = resolved.model.init_from
+    if source is not None:
+        check_utf8(source, "--init-from")
     weights = load_state_dict(source, resolved.model.weights_key) if source is not None and not started else None
     ranks = world(cpu=resolve_device(resolved.runtime.device).type == "cpu")
     if data is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -292,3 +293,10 @@ def test_plan_lines_say_which_files_of_a_folder_were_left_out(image_folder: Path
         "batch_size": 8, "device": "cpu",
     })).lines()  # fmt: skip
     assert ("files", "2 files left out: hidden (1), .heic (1)") in lines
+
+
+def test_plan_refuses_an_init_from_path_that_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.pt")
+    torch.save({"w": torch.ones(1)}, path)
+    with pytest.raises(DeatError, match=r"^--init-from .*caf\\xe9\.pt has a name that is not UTF-8: rename it$"):
+        planned(init_from=str(path))
