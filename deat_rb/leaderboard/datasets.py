@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deat_rb.data.datasets import DATASETS, Dataset, load_data
+from deat_rb.data.images import ImageSet, LabeledImages
 from deat_rb.leaderboard.entry import Entry
 from deat_rb.utils.errors import DeatError
 
@@ -25,8 +25,8 @@ def dataset_loader(entry: Entry) -> str:
 
 def first_test_examples(
     data: Dataset, count: int | None = None, *, logit_of_class: Sequence[int] = ()
-) -> tuple[Tensor, Tensor]:
-    """Return the first test images, (N, C, H, W), and labels (N,), in the order of `EvalTarget.examples`.
+) -> tuple[Tensor | LabeledImages, Tensor]:
+    """Return the first test images and labels (N,), as `EvalTarget.test_images` does.
 
     Args:
         data: The dataset.
@@ -40,24 +40,13 @@ def first_test_examples(
     count = len(test) if count is None else count
     if not 1 <= count <= len(test):
         raise DeatError(f"--n-examples {count} is not possible (1 to {len(test)} test images)")
-    images, labels = test.first(count).tensors()
-    return images, indices_of_logits(labels, logit_of_class)
+    return images_and_logits(test.first(count), logit_of_class)
 
 
-def indices_of_logits(labels: Tensor, logit_of_class: Sequence[int]) -> Tensor:
-    """Return labels as indices of a network's logits; see `deat_rb.models.class_names.match_classes`."""
-    return torch.tensor(logit_of_class)[labels] if logit_of_class else labels
-
-
-def sha256_test_examples(data: Dataset, count: int) -> str:
-    """Return `sha256_tensors` of the first test images and labels, without holding all images in memory."""
-    test = data.test.first(count)
-    digest = hashlib.sha256(f"images\0{torch.float32}\0{(count, *test.shape)}\0".encode())
-    for start in range(0, count, 256):
-        digest.update(test.select(range(start, min(start + 256, count))).tensors()[0].numpy().tobytes())
-    digest.update(f"labels\0{torch.int64}\0{(count,)}\0".encode())
-    digest.update(test.labels.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def images_and_logits(images: LabeledImages, logit_of_class: Sequence[int]) -> tuple[Tensor | LabeledImages, Tensor]:
+    """Return float32 images (N, C, H, W), or those in files as they are, and labels as indices of logits (N,)."""
+    labels = torch.tensor(logit_of_class)[images.labels] if logit_of_class else images.labels
+    return images.tensors()[0] if isinstance(images, ImageSet) else images, labels
 
 
 def load_board_dataset(

@@ -10,9 +10,10 @@ from torch import nn
 
 from deat_rb.data.datasets import Dataset
 from deat_rb.evaluation.evaluate import evaluate
+from deat_rb.evaluation.frozen_model import sha256_examples
 from deat_rb.evaluation.report import Check, Report
 from deat_rb.evaluation.statistics import wilson
-from deat_rb.leaderboard.datasets import first_test_examples, indices_of_logits, sha256_test_examples
+from deat_rb.leaderboard.datasets import first_test_examples, images_and_logits
 from deat_rb.leaderboard.entry import ATTACKS, Accuracy
 from deat_rb.leaderboard.submission import Submission
 from deat_rb.utils.errors import DeatError
@@ -58,14 +59,12 @@ def check_claim(claim: Report, submission: Submission) -> None:
     missing = [attack for attack in ATTACKS if attack not in claim.results]
     if missing:
         raise DeatError(f"{evaluation} has no {', '.join(missing)}: {again}")
+    examples = first_test_examples(submission.data, min(claim.n_examples, len(submission.data.test)))
     hashes = {
         "weights": (claim.provenance.get("weights_sha256"), submission.weights_sha256),
         "data": (claim.provenance.get("data_sha256"), submission.data.fingerprint),
         "model": (claim.model_sha256, sha256_tensors(submission.model.state_dict())),
-        "test images": (
-            claim.examples_sha256,
-            sha256_test_examples(submission.data, min(claim.n_examples, len(submission.data.test))),
-        ),
+        "test images": (claim.examples_sha256, sha256_examples(*examples)),
     }
     for name, (claimed, actual) in hashes.items():
         if claimed != actual:
@@ -187,8 +186,7 @@ def evaluate_sample(
     """
     draw = random.SystemRandom()
     rows = sorted(draw.sample(range(n_examples), min(sample, n_examples)))
-    images, labels = data.test.select(rows).tensors()
-    labels = indices_of_logits(labels, logit_of_class)
+    images, labels = images_and_logits(data.test.select(rows), logit_of_class)
     report = evaluate(model, images, labels, attacks=ATTACKS[1:], eps=eps, checks="quick",
                       seed=draw.randrange(2**31), keep_adversarial=False, **options)  # fmt: skip
     return rows, report

@@ -218,8 +218,9 @@ def _open_run(target: Path, metadata: SubmissionMetadata, scratch: Path) -> Subm
         weights = f"{config.optim.select}.safetensors"
         digest = copy_untrusted_weights(target / weights, copied / weights)
         model = load_checked(copied / weights, spec, source=target / weights)
+        limit = config.data.memory_limit if metadata.memory_limit is None else metadata.memory_limit
         data = load_board_dataset(config.data.dataset, data_dir=metadata.data_dir, image_size=config.data.image_size,
-                                  memory_limit=metadata.memory_limit)  # fmt: skip
+                                  memory_limit=limit)  # fmt: skip
         if data.fingerprint != config.data_fingerprint:
             raise DeatError(f"{target} was trained on another dataset than {config.data.dataset} here (SHA-256 "
                             f"{config.data_fingerprint[:12]}..., here {data.fingerprint[:12]}...)")  # fmt: skip

@@ -16,6 +16,7 @@ from training_problems import run_config
 
 from cli import main
 from deat_rb.data.datasets import Dataset, load_data
+from deat_rb.data.images import LabeledImages
 from deat_rb.evaluation.report import AttackResult, Check, Report
 from deat_rb.leaderboard import measure, submission, verify
 from deat_rb.leaderboard.board import Board
@@ -71,7 +72,9 @@ class FakeEvaluation:
         self.shares = dict(SHARES)
         self.checks: tuple[Check, ...] = (Check(name="eval mode", status="pass", figure=0.0, sentence="Fine."),)
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, **options: Any) -> Report:
+    def __call__(self, model: nn.Module, images: Tensor | LabeledImages, labels: Tensor, **options: Any) -> Report:
+        if isinstance(images, LabeledImages):
+            images = images.tensors()[0]
         self.calls.append({"n": len(images), "images": images, "labels": labels, **options})
         places = torch.tensor([places_of_digits()[image.numpy().tobytes()] for image in images])
         of = len(images) if torch.equal(places, torch.arange(len(images))) else 500

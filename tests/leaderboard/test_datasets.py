@@ -6,12 +6,15 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 from board_problems import digits, make_run, snapshot, submit
+from torch import Tensor
 
+from deat_rb.data.images import LabeledImages
+from deat_rb.evaluation.frozen_model import sha256_examples
 from deat_rb.leaderboard.board import Board
-from deat_rb.leaderboard.datasets import first_test_examples, sha256_test_examples
+from deat_rb.leaderboard.datasets import first_test_examples, load_board_dataset
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.safe_load import sha256_tensors
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "folder"])
@@ -38,6 +41,13 @@ def test_first_test_examples_refuses_impossible_counts(count: int) -> None:
         first_test_examples(digits(), count)
 
 
-def test_sha256_test_examples_is_that_of_the_tensors() -> None:
-    images, labels = first_test_examples(digits(), 300)
-    assert sha256_test_examples(digits(), 300) == sha256_tensors({"images": images, "labels": labels})
+def test_first_test_examples_leaves_images_in_files_above_the_limit(image_folder: Path) -> None:
+    memory, files = (load_board_dataset("folder", data_dir=image_folder, image_size=32, memory_limit=limit)
+                     for limit in (None, 1000))  # fmt: skip
+    images, labels = first_test_examples(memory, 10, logit_of_class=(3, 2, 1, 0))
+    streamed, same = first_test_examples(files, 10, logit_of_class=(3, 2, 1, 0))
+    assert isinstance(images, Tensor)
+    assert isinstance(streamed, LabeledImages)
+    assert torch.equal(streamed.tensors()[0], images)
+    assert torch.equal(labels, same)
+    assert sha256_examples(streamed, labels) == sha256_examples(images, labels)
