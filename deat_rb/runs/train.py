@@ -17,7 +17,7 @@ from deat_rb.models.names import check_trust
 from deat_rb.runs.config import RunConfig
 from deat_rb.runs.directory import CURVES, RunDirectory, check_free, check_name
 from deat_rb.runs.options import MAY_CHANGE, TrainOptions, make_options
-from deat_rb.runs.plan import TrainingPlan, default_name, plan
+from deat_rb.runs.plan import TrainingPlan, default_name, plan, resolve
 from deat_rb.runs.plots import plot_curves
 from deat_rb.runs.trackers import Trackers
 from deat_rb.training import checkpoint
@@ -100,6 +100,7 @@ def resume(
                 "put back what it was, or start a new run"
             )
         _refuse_changes(changes, options, config, RESOLVED)
+        _refuse_changes(changes, resolve(options), config)
         longer = config.extended(options.optim.epochs)
         if longer.optim.epochs > config.optim.epochs and state is not None and state.stopped is not None:
             raise DeatError(
@@ -107,7 +108,6 @@ def resume(
                 f"({state.stopped}); start a new run, with --no-early-stopping if it is to go on"
             )
         planned = plan(options, continues=config, started=newest is not None)
-        _refuse_changes(changes, planned.config, config)
         for package, version in versions().items():
             if config.versions.get(package, version) != version:
                 _warn(callbacks, f"{package} is {version} here, and the run began with {config.versions[package]}")
@@ -125,7 +125,7 @@ def resume(
 
 
 RESOLVED = ("method", "arch", "precision", "init_from")
-"""Options that are recorded otherwise than given, so that only a plan can be compared."""
+"""Options that are recorded otherwise than given, so that they are compared once resolved."""
 
 
 def _refuse_changes(changes: Mapping[str, Any], now: TrainOptions, before: RunConfig, but: Sequence[str] = ()) -> None:

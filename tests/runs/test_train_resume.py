@@ -99,7 +99,13 @@ def test_resume_refuses_an_edited_configuration(change: dict[str, Any], named: s
         ({"init_from": "w.pt"}, "--init-from = .*w.pt differs from the run's None"),
     ],
 )
-def test_resume_refuses_an_option_that_changes_the_run(change: dict[str, Any], message: str, stopped: Path) -> None:
+def test_resume_refuses_an_option_that_changes_the_run(
+    change: dict[str, Any], message: str, stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*arguments: object, **options: object) -> None:
+        raise AssertionError("the data were loaded")
+
+    monkeypatch.setattr(plan, "load_data", load)
     before = everything(stopped)
     with pytest.raises(DeatError, match=message):
         resume(stopped, change, trust_code=True)
