@@ -88,6 +88,9 @@ def training_command(config: RunConfig) -> str:
         if each.kind in ("flag", "off"):
             words += [each.flag] if value is (each.kind == "flag") else []
             continue
+        if each.kind == "switch":
+            words.append(each.flag.split("/")[not value])
+            continue
         numbers = value if isinstance(value, tuple) else (value,)
         shown = ",".join(format_fraction(number) if each.metavar == "FRACTION" else str(number) for number in numbers)
         words += [each.flag, Path(shown).name if each.metavar == "PATH" else shown]

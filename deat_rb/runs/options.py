@@ -143,7 +143,8 @@ class TrainOptions(BaseModel):
     def method_options(self) -> dict[str, Any]:
         """Return the options for `deat_rb.create`; None where the method has its own value."""
         values = {name: getattr(self.attack, name) for name in METHOD_OPTIONS}
-        return {name: None if value is False else value for name, value in values.items()}
+        flags = {name for name in values if AttackConfig.model_fields[name].default is False}
+        return {name: None if value is False and name in flags else value for name, value in values.items()}
 
     def but(self, **changes: Any) -> TrainOptions:
         """Return the same options with some changed.
@@ -178,10 +179,15 @@ MAY_CHANGE = tuple(each.name for each in train_options() if each.may_change)
 
 
 def nest(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Sort options by name into their groups; read the names and the layout of earlier versions, too."""
+    """Sort options by name into their groups; read the names and the layout of earlier versions, too.
+
+    Those always carried FREE's perturbation from batch to batch, and added no noise in FAT.
+    """
     nested = dict(values)
     if isinstance(spec := nested.get("model"), Mapping) and "num_classes" in spec:  # before there were groups
         nested["network"] = nested.pop("model")
+        method = str(nested.get("method", ""))
+        nested |= {"carry": True} if method.startswith("free-") else {"omega": 0.0} if method.startswith("fat-") else {}
     if isinstance(conduct := nested.pop("conduct", None), Mapping):
         nested.update(conduct)
     for name in list(nested):

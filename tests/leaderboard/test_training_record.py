@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
+import pytest
 from board_problems import make_run
+from training_problems import run_config
 
 from deat_rb.leaderboard.training_record import training_command
 from deat_rb.runs.config import RunConfig
@@ -22,3 +25,18 @@ def test_training_command_trains_the_same_again(tmp_path: Path) -> None:
 
     context = train.make_context("train", words[2:])
     assert (context.params["eps"], context.params["steps"], context.params["early_stopping"]) == ("0.1", "3", False)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": "free-4", "carry": False}, ["--no-carry"]),
+        ({"method": "free-4", "carry": True}, ["--carry"]),
+        ({"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}, ["--mean", "0.1,0.2,0.3", "--std", "0.4,0.5,0.6"]),
+        ({"init_from": "/home/me/first.pt", "weights_key": "ema"}, ["--init-from", "first.pt", "--weights-key", "ema"]),
+    ],
+)
+def test_training_command_spells_switches_numbers_and_paths(options: dict[str, Any], words: list[str]) -> None:
+    command = shlex.split(training_command(run_config(**options)))
+    start = command.index(words[0])
+    assert command[start : start + len(words)] == words

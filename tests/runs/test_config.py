@@ -48,6 +48,12 @@ def test_run_directory_opens_a_flat_config_json(old: Path) -> None:
     assert (config.data_fingerprint, config.versions) == ("abc", {"torch": "2.14.1"})
 
 
+def test_a_flat_config_json_keeps_how_free_and_fat_started() -> None:
+    for method, carry, omega in (("free-8", True, None), ("fat-5", None, 0), ("f+trades", None, None)):
+        attack = RunConfig.model_validate({**json.loads(OLD_CONFIG), "method": method}).attack
+        assert (attack.carry, attack.omega) == (carry, omega)
+
+
 def test_a_flat_config_json_is_written_again_in_groups(old: Path) -> None:
     config = RunConfig.model_validate_json(OLD_CONFIG)
     written = config.model_dump(mode="json")
@@ -100,6 +106,12 @@ def test_method_options_are_those_of_create() -> None:
     config = run_config(alpha=0.1, max_steps=3, tau=2)
     given = {name: value for name, value in config.method_options().items() if value is not None}
     assert given == {"alpha": 0.1, "max_steps": 3, "tau": 2}
+
+
+def test_method_options_tell_no_carry_from_the_default() -> None:
+    assert run_config(method="free-4", carry=False).method_options()["carry"] is False
+    assert run_config(method="free-4").method_options()["carry"] is None
+    assert run_config(method="free-4").method_options()["lr_per_replay"] is None
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,10 @@ def test_default_name_is_a_file_name() -> None:
         ({"method": "m+trades", "beta": 0}, "loss", "CE(clean)"),
         ({"method": "mart", "beta": 2}, "loss", "MART, lambda 2"),
         ({"method": "fat-5", "tau": 1}, "attack", "tau = 1"),
+        ({"method": "fat-5", "omega": 0.01}, "attack", "noise 0.01 N(0,1) after each step"),
+        ({"method": "free-4"}, "attack", "delta carried from batch to batch"),
+        ({"method": "free-4", "setting": "standard"}, "attack", "delta zero in each batch"),
+        ({"method": "free-4", "carry": False}, "attack", "delta zero in each batch"),
         ({"method": "m-deat", "max_steps": 4, "gamma": 1.5}, "schedule", "gradient magnitude, at most 4, gamma 1.5"),
         ({"method": "m-deat", "steps": 2}, "schedule", "from 2"),
         ({"method": "free-4", "lr_per_replay": True}, "setting", "updated after each replay"),
@@ -170,6 +174,17 @@ def test_lines_state_the_values_that_run(options: dict[str, Any], line: str, tex
     ready = planned(**options)
     assert text in dict(ready.lines())[line]
     assert dict(ready.lines())["loss"] != "CE(clean) + 6 KL"
+
+
+@pytest.mark.parametrize(
+    ("options", "carry"),
+    [({}, True), ({"setting": "standard"}, False), ({"carry": False}, False),
+     ({"setting": "standard", "carry": True}, True)],
+)  # fmt: skip
+def test_plan_of_free_carries_as_the_setting_or_the_option_has_it(options: dict[str, Any], carry: bool) -> None:
+    ready = planned(method="free-4", **options)
+    assert ready.config.attack.carry is carry
+    assert getattr(ready.trainer, "carry") is carry  # noqa: B009  # the type is that of all trainers
 
 
 def test_lines_warn_of_a_schedule_that_never_rises() -> None:
