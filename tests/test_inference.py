@@ -52,7 +52,7 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["predict", *map(str, arguments)])
 
 
-def test_classes_and_confidences(coloured_run: Path, files: list[Path]) -> None:
+def test_predict_returns_classes_and_confidences(coloured_run: Path, files: list[Path]) -> None:
     found = predict(coloured_run, files, top=2, trust_code=True)
     assert [each.image for each in found] == [str(file) for file in files]
     assert [each.guesses[0].name for each in found] == ["0-red", "1-green", "2-blue"]
@@ -61,14 +61,14 @@ def test_classes_and_confidences(coloured_run: Path, files: list[Path]) -> None:
     assert [guess.confidence for guess in found[0].guesses] == pytest.approx([0.909443, 0.045278], abs=1e-6)
 
 
-def test_an_image_is_cut_to_its_centred_square_as_in_training(coloured_run: Path, tmp_path: Path) -> None:
+def test_predict_crops_the_centered_square_as_training_does(coloured_run: Path, tmp_path: Path) -> None:
     image = Image.new("RGB", (30, 10), COLOURS["red"])
     image.paste(COLOURS["blue"], (10, 0, 20, 10))
     image.save(tmp_path / "flag.png")
     assert predict(coloured_run, [tmp_path / "flag.png"], trust_code=True)[0].guesses[0].name == "2-blue"
 
 
-def test_a_network_of_one_channel_is_given_the_mean_of_three(files: list[Path], tmp_path: Path) -> None:
+def test_predict_gives_a_network_of_one_channel_the_mean(files: list[Path], tmp_path: Path) -> None:
     spec = ModelSpec(arch="tiny_networks:Bright", num_classes=2, image_size=8, channels=1, mean=(0.0,), std=(1.0,))
     run_path = write_run(tmp_path / "run", run_config(arch=spec.arch, network=spec, dataset="folder"))
     Image.new("RGB", (9, 9), (255, 200, 0)).save(tmp_path / "yellow.png")
@@ -76,7 +76,7 @@ def test_a_network_of_one_channel_is_given_the_mean_of_three(files: list[Path], 
     assert [each.guesses[0].index for each in found] == [1, 0], "a third is red, 455/765 yellow"
 
 
-def test_top_is_bounded_by_the_classes(coloured_run: Path, files: list[Path]) -> None:
+def test_predict_top_is_at_most_the_number_of_classes(coloured_run: Path, files: list[Path]) -> None:
     guesses = predict(coloured_run, files[:1], top=9, trust_code=True)[0].guesses
     assert len(guesses) == 3
     assert sum(guess.confidence for guess in guesses) == pytest.approx(1)
@@ -88,19 +88,19 @@ def test_top_is_bounded_by_the_classes(coloured_run: Path, files: list[Path]) ->
         predict(coloured_run, str(files[0]), trust_code=True)
 
 
-def test_classes_without_names_are_numbers(files: list[Path], tmp_path: Path) -> None:
+def test_predict_of_unnamed_classes_returns_numbers(files: list[Path], tmp_path: Path) -> None:
     run_path = write_run(tmp_path / "run", mean_config())
     assert predict(run_path, files[2:], trust_code=True)[0].guesses[0].name == "2"
 
 
-def test_a_run_that_names_code_is_not_trusted(coloured_run: Path, files: list[Path]) -> None:
+def test_predict_command_does_not_trust_code(coloured_run: Path, files: list[Path]) -> None:
     result = run(coloured_run, files[0])
     assert (result.exit_code, result.stdout) == (2, "")
     assert "tiny_networks:Mean" in result.stderr
     assert "--trust-code" in result.stderr
 
 
-def test_the_command_prints_a_table(coloured_run: Path, files: list[Path]) -> None:
+def test_predict_command_prints_a_table(coloured_run: Path, files: list[Path]) -> None:
     result = run(coloured_run, *files, "--trust-code", "--top", 2)
     assert result.exit_code == 0, result.output
     joined = " ".join(result.output.split())
@@ -109,7 +109,7 @@ def test_the_command_prints_a_table(coloured_run: Path, files: list[Path]) -> No
     assert joined.count(" 4.53 %") == 3
 
 
-def test_the_command_writes_json(coloured_run: Path, files: list[Path]) -> None:
+def test_predict_command_writes_json(coloured_run: Path, files: list[Path]) -> None:
     content = json.loads(run(coloured_run, files[1], "--trust-code", "--json").output)
     assert content == [
         {
@@ -119,7 +119,7 @@ def test_the_command_writes_json(coloured_run: Path, files: list[Path]) -> None:
     ]
 
 
-def test_bad_images_are_refused_in_one_sentence(coloured_run: Path, files: list[Path], tmp_path: Path) -> None:
+def test_predict_command_refuses_bad_images(coloured_run: Path, files: list[Path], tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "cut.png").write_bytes(files[0].read_bytes()[:40])
     Image.new("I;16", (8, 8)).save(tmp_path / "deep.png")
@@ -136,13 +136,13 @@ def test_bad_images_are_refused_in_one_sentence(coloured_run: Path, files: list[
         assert "Traceback" not in result.stderr
 
 
-def test_what_is_no_run_is_refused(files: list[Path], tmp_path: Path) -> None:
+def test_predict_command_refuses_other_folders(files: list[Path], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "is not a run directory" in run(tmp_path / "empty", files[0]).stderr
     assert run(tmp_path / "nothing", files[0]).exit_code == 2
 
 
-def test_a_diverged_network_is_refused(tmp_path: Path, files: list[Path]) -> None:
+def test_predict_refuses_a_diverged_network(tmp_path: Path, files: list[Path]) -> None:
     path = write_run(tmp_path / "run", mean_config())
     save_tensors(path / "last.safetensors", {"mu": torch.zeros(1, 3, 1, 1), "sigma": torch.ones(1, 3, 1, 1),
                                              "net.scale": torch.full((3,), float("nan"))})  # fmt: skip
@@ -150,7 +150,7 @@ def test_a_diverged_network_is_refused(tmp_path: Path, files: list[Path]) -> Non
         predict(path, files, trust_code=True)
 
 
-def test_a_real_network_is_run_in_eval_mode(tmp_path: Path, files: list[Path]) -> None:
+def test_predict_runs_the_network_in_eval_mode(tmp_path: Path, files: list[Path]) -> None:
     path = write_run(tmp_path / "run", run_config())
     assert RunDirectory.open(path).config.model.arch == ARCH
     alone = [predict(path, [file], trust_code=True)[0].guesses[0].confidence for file in files]

@@ -11,9 +11,13 @@ from deat_rb.models.names import PREACTRESNET18, PREACTRESNET18_BN, RESNET18
 from deat_rb.models.spec import NormalizedModel
 from deat_rb.utils.errors import DeatError
 
-_STATISTICS = {"mu": "mu", "mean": "mu", "_mean": "mu", "new_mean": "mu",
-               "sigma": "sigma", "std": "sigma", "_std": "sigma", "new_std": "sigma"}  # fmt: skip
+_STATISTICS = {"mu": "mu", "mean": "mu", "_mean": "mu", "new_mean": "mu", "means": "mu",
+               "sigma": "sigma", "std": "sigma", "_std": "sigma", "new_std": "sigma", "stds": "sigma", "sds": "sigma",
+               }  # fmt: skip
 """Names of a normalization's buffers, as RobustBench's, Normalize layers' and MadryLab's models have them."""
+
+_MARKS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""Components that torch.compile, FSDP and activation checkpointing put anywhere into a name."""
 
 _WRAPPED = re.compile(r"^(?:(?:module|model|net|_orig_mod)\.)+(?=.)")
 """Prefixes of DataParallel, DDP, AveragedModel, Lightning and torch.compile."""
@@ -126,7 +130,7 @@ def _without_bookkeeping(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = [name.removeprefix("module.") for name in tensors]
     attacker = any(name.startswith("attacker.") for name in names) and any(name.startswith("model.") for name in names)
     return {
-        name.replace("_orig_mod.", ""): tensor
+        _MARKS.sub("", name): tensor
         for name, tensor in tensors.items()
         if name.rpartition(".")[2] != "n_averaged"
         and not (attacker and name.removeprefix("module.").startswith("attacker."))
@@ -158,5 +162,8 @@ def _renamed(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[s
         renamed = {name: tensor for name, tensor in renamed.items() if not name.startswith("net.sub_block1.")}
     for name in ("mu", "sigma"):
         tensor = renamed.get(name, own[name])
-        renamed[name] = tensor.reshape(own[name].shape) if tensor.numel() == own[name].numel() else tensor
+        same = tensor.numel() == own[name].numel()
+        renamed[name] = tensor.reshape(own[name].shape) if same else tensor
+        if tensor.numel() == 1:  # one number for all channels
+            renamed[name] = tensor.reshape(1, 1, 1, 1).expand(own[name].shape).clone()
     return renamed

@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.swa_utils import AveragedModel
 
 from deat_rb.models.spec import build_model
@@ -149,6 +150,14 @@ def compiled(net: nn.Module) -> nn.Module:
     return cast(nn.Module, torch.compile(net, backend="eager"))
 
 
+def checkpointed(net: nn.Module) -> nn.Module:
+    """Wrap one block as torch's activation checkpointing does."""
+    block = net.get_submodule("block1")
+    wrapper = checkpoint_wrapper(block)
+    net.block1 = wrapper
+    return net
+
+
 WRAPPINGS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "normalize.mean and model.": Wrapped,
     "normalize.mean and net.": lambda net: Wrapped(net, "net"),
@@ -163,6 +172,7 @@ WRAPPINGS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "model._orig_mod.module.": lambda net: Wrapped(compiled(nn.DataParallel(net))),
     "AveragedModel": lambda net: AveragedModel(Wrapped(net)),
     "AveragedModel of DataParallel": lambda net: AveragedModel(nn.DataParallel(nn.Sequential(Normalize(), net))),
+    "layers._checkpoint_wrapped_module.": lambda net: Wrapped(checkpointed(net)),
     "module.attacker.": lambda net: nn.DataParallel(AttackerModel(net)),
 }
 
@@ -223,3 +233,11 @@ def test_load_weights_says_names_differ_apart_from_shapes() -> None:
         load_weights(model, renamed, source="a.pt")
     with pytest.raises(DeatError, match=r"number of classes: shapes differ \(net\.4\.weight \(3, 4\) instead"):
         load_weights(build_model("my_networks:small", num_classes=5), model.state_dict(), source="a.pt")
+
+
+def test_load_weights_takes_one_mean_for_all_channels() -> None:
+    ours, net = build_model("wrn-10-1", num_classes=10).eval(), wrn()
+    tensors = {**{f"1.{name}": tensor for name, tensor in net.state_dict().items()},
+               "0.mean": torch.tensor(0.5), "0.std": torch.tensor(0.25)}  # fmt: skip
+    load_weights(ours, tensors, source="a.pt")
+    assert torch.equal(ours(IMAGES), net((IMAGES - 0.5) / 0.25))
