@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 import signal
 from dataclasses import replace
@@ -122,6 +121,7 @@ def test_resume_drops_weights_newer_than_the_checkpoint(tmp_path: Path) -> None:
 
 def test_checkpointing_on_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     """The child may write no more than a kilobyte to any file once its first epoch has ended."""
+    resource = pytest.importorskip("resource")
 
     class FillsUp(Callback):
         def on_epoch_end(self, row: EpochStats) -> None:
