@@ -17,6 +17,7 @@ from deat_rb.utils.errors import DeatError
 def test_setting_defaults_fast_is_the_papers(method: str, epochs: int) -> None:
     settings = setting_defaults("fast", recipe(method)[1], "wrn-34-10")
     assert settings.pop("gamma", 1.01) == 1.01
+    assert settings.pop("carry", None) is (True if method == "free-8" else None)
     assert settings == {"epochs": epochs, "lr": 0.1, "lr_schedule": "cyclic", "precision": "auto", "select": "last"}
 
 
@@ -25,6 +26,10 @@ def test_setting_defaults_standard_is_the_papers(method: str) -> None:
     settings = setting_defaults("standard", recipe(method)[1], "preactresnet18")
     assert settings.pop("gamma", 1.01) == 1.01
     assert settings == {"epochs": 50, "lr": 0.05, "lr_schedule": "multistep", "precision": "fp32", "select": "best"}
+
+
+def test_setting_defaults_carry_is_off_in_the_standard_setting() -> None:
+    assert setting_defaults("standard", recipe("free-8")[1], "preactresnet18")["carry"] is False
 
 
 def test_setting_defaults_gamma_depends_on_the_architecture_and_is_for_guided_methods_only() -> None:

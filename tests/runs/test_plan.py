@@ -34,6 +34,7 @@ def test_plan_of_a_config_json_uses_as_many_images(tmp_path: Path) -> None:
     assert (len(again.train), len(again.val)) == (len(first.train), len(first.val))
 
 
+@pytest.mark.slow
 def test_plan_initializes_from_given_weights(tmp_path: Path) -> None:
     first, _ = train(SMALL, output=tmp_path, name="first")
     weights = first.path / "last.safetensors"

@@ -19,6 +19,7 @@ from deat_rb.training.metrics import EpochAccumulator, EpochStats
 from deat_rb.utils.errors import DeatError
 
 
+@pytest.mark.slow
 def test_train_writes_all_files_of_a_run(tmp_path: Path) -> None:
     options = {"method": "m+trades", "arch": "wrn-10-1", "train_size": 200, "batch_size": 32, "epochs": 2, "eps": 0.15}
     run, history = train({**options, "precision": "fp32"}, output=tmp_path)
@@ -35,6 +36,7 @@ def test_train_writes_all_files_of_a_run(tmp_path: Path) -> None:
     assert all(row.val_robust_acc is not None and row.lipschitz and row.seconds > 0 for row in history.rows)
 
 
+@pytest.mark.slow
 def test_train_repeats_a_config_json_bit_for_bit(tmp_path: Path) -> None:
     """A part of the training images, the part held out and their order come from the seed and the sizes."""
     first, _ = train({**SMALL, "method": "m-deat", "seed": 5}, output=tmp_path / "a")
