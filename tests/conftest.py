@@ -1,4 +1,4 @@
-"""What all tests share. One thread per process: several spin against each other on few cores."""
+"""Fixtures of all tests. One thread per process, since several processes share the cores."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def tiny_model() -> nn.Module:
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of 4 classes, each a colour under noise: 12 training and 4 test images of 32x32 for each."""
+    """A dataset of 4 classes, each a color with noise: 12 training and 4 test images of 32x32 for each."""
     from PIL import Image
 
     root = tmp_path_factory.mktemp("colours")
@@ -74,7 +74,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEvaluation:
-    """Boards that evaluate nothing; see `board_problems.without_evaluating`."""
+    """Leaderboards that do not evaluate; see `board_problems.without_evaluating`."""
     from board_problems import without_evaluating
 
     return without_evaluating(monkeypatch)

@@ -1,4 +1,4 @@
-"""What is installed, and what importing it costs."""
+"""The wheel's contents, and what `import deat_rb` and `deat-rb --help` import."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def in_fresh_python(program: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """Our wheel, built from a copy so that nothing is left in the working tree."""
+    """The wheel, built from a copy so that the working tree stays clean."""
     copy = tmp_path_factory.mktemp("wheel") / "source"
     copy.mkdir()
     for name in ("deat_rb", "cli"):
@@ -37,12 +37,12 @@ def read(wheel: zipfile.ZipFile, name: str) -> str:
     return wheel.read(f"deat_rb-{deat_rb.__version__}.dist-info/{name}").decode()
 
 
-def test_only_deat_rb_is_installed(wheel: zipfile.ZipFile) -> None:
+def test_wheel_contains_only_deat_rb(wheel: zipfile.ZipFile) -> None:
     installed = {line.split("/")[0] for line in read(wheel, "RECORD").splitlines()}
     assert installed == {"deat_rb", f"deat_rb-{deat_rb.__version__}.dist-info"}
 
 
-def test_every_source_file_is_installed(wheel: zipfile.ZipFile) -> None:
+def test_wheel_contains_every_source_file(wheel: zipfile.ZipFile) -> None:
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "deat_rb").rglob("*.py")}
     commands = {f"deat_rb/cli/{path.name}" for path in (ROOT / "cli").glob("*.py")}
     data = {
@@ -53,13 +53,13 @@ def test_every_source_file_is_installed(wheel: zipfile.ZipFile) -> None:
     }
 
 
-def test_metadata(wheel: zipfile.ZipFile) -> None:
+def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     metadata = read(wheel, "METADATA").splitlines()
     assert {"Name: deat-rb", "License-Expression: MIT", "Provides-Extra: test"} <= set(metadata)
     assert read(wheel, "entry_points.txt").split() == ["[console_scripts]", "deat-rb", "=", "deat_rb.cli:main"]
 
 
-def test_importing_the_package_imports_nothing_else() -> None:
+def test_import_of_deat_rb_imports_no_other_package() -> None:
     program = """
 import sys
 before = set(sys.modules)
@@ -84,7 +84,7 @@ HEAVY = {"torch", "torchvision", "torchattacks", "robustbench", "matplotlib", "s
         (["methods"], 0, {"pydantic", "rich"}),
     ],
 )
-def test_the_command_does_not_wait_for_heavy_packages(flags: list[str], status: int, allowed: set[str]) -> None:
+def test_help_imports_no_heavy_package(flags: list[str], status: int, allowed: set[str]) -> None:
     program = f"""
 import sys
 from click.testing import CliRunner
@@ -95,14 +95,14 @@ print("heavy:", sorted({HEAVY - allowed!r} & set(sys.modules)))
     assert in_fresh_python(program).splitlines() == [f"status: {status}", "heavy: []"]
 
 
-def test_every_name_is_there() -> None:
+def test_all_names_can_be_imported() -> None:
     values = {name: getattr(deat_rb, name) for name in deat_rb.__all__}
     assert set(values) <= set(dir(deat_rb))
     objects = [name for name, value in values.items() if callable(value)]
     assert sorted([*objects, "__version__"]) == sorted(deat_rb.__all__)
 
 
-def test_an_unknown_name_is_an_attribute_error() -> None:
+def test_getattr_of_an_unknown_name() -> None:
     unknown = "nothing"
     with pytest.raises(AttributeError, match="module 'deat_rb' has no attribute 'nothing'"):
         getattr(deat_rb, unknown)

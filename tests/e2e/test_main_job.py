@@ -1,4 +1,4 @@
-"""Train, evaluate, export, load in RobustBench: through the installed command, as its users do."""
+"""Train, evaluate, export and load in RobustBench, by the installed command."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def deat_rb(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[st
 
 
 def refused(*arguments: str | Path, cwd: Path) -> str:
-    """Runs the command in this process, which has to refuse with one sentence; gives that back."""
+    """Run the command in this process, where it has to be refused and write nothing; return its error output."""
     before = sorted(cwd.rglob("*"))
     with contextlib.chdir(cwd):
         result = CliRunner().invoke(main, [str(argument) for argument in arguments])
@@ -48,7 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where / "runs" / "first"
 
 
-def test_a_run_directory_holds_everything(run: Path) -> None:
+def test_train_writes_a_run_directory(run: Path) -> None:
     assert {path.name for path in run.iterdir()} >= {
         "config.json", "metrics.jsonl", "last.safetensors", "last.json", "best.safetensors", "best.json", "curves.png",
     }  # fmt: skip
@@ -62,14 +62,14 @@ def test_a_run_directory_holds_everything(run: Path) -> None:
         assert row["forwards"] == (row["steps"] + 3) * batches
 
 
-def test_a_configuration_runs_again_to_the_same_weights(run: Path) -> None:
+def test_train_with_a_config_gives_the_same_weights(run: Path) -> None:
     where = run.parents[1]
     result = deat_rb("train", "--config", run / "config.json", "--name", "again", cwd=where)
     assert result.returncode == 0, result.stderr
     assert (run / "last.safetensors").read_bytes() == (run.parent / "again" / "last.safetensors").read_bytes()
 
 
-def test_evaluation_is_reported_and_kept(run: Path) -> None:
+def test_eval_prints_and_writes_the_report(run: Path) -> None:
     result = deat_rb("eval", run, "--attacks", "fgsm,pgd-5,cw-5", "--n-examples", "60", cwd=run.parents[1])
     assert result.returncode == 0, result.stderr
     for name in ("natural", "fgsm", "pgd-5", "cw-5"):
@@ -83,7 +83,7 @@ def test_evaluation_is_reported_and_kept(run: Path) -> None:
     )
 
 
-def test_the_export_loads_in_robustbench(run: Path) -> None:
+def test_export_loads_in_robustbench(run: Path) -> None:
     where = run.parents[1]
     result = deat_rb(
         "export",
@@ -114,7 +114,7 @@ print("equal")
     assert loaded.stdout.strip().endswith("equal"), loaded.stderr
 
 
-def test_a_refusal_ends_the_installed_command_with_2_and_one_sentence(tmp_path: Path) -> None:
+def test_train_with_an_invalid_option_exits_with_2_and_one_sentence(tmp_path: Path) -> None:
     result = deat_rb("train", "--method", "m+trade5", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("Error: ")
@@ -123,7 +123,7 @@ def test_a_refusal_ends_the_installed_command_with_2_and_one_sentence(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "part"),
     [
         (["--method", "m+trade5"], "m+trades"),
         (["--dataset", "cifar"], "cifar10"),
@@ -151,15 +151,15 @@ def test_a_refusal_ends_the_installed_command_with_2_and_one_sentence(tmp_path: 
         (["--no-such-flag"], "--no-such-flag"),
     ],
 )
-def test_bad_options_are_refused_in_a_sentence(tmp_path: Path, flags: list[str], said: str) -> None:
-    assert said in refused("train", *flags, cwd=tmp_path)
+def test_train_refuses_invalid_options(tmp_path: Path, flags: list[str], part: str) -> None:
+    assert part in refused("train", *flags, cwd=tmp_path)
 
 
-def test_a_taken_name_is_refused(run: Path) -> None:
+def test_train_refuses_the_name_of_another_run(run: Path) -> None:
     assert "already" in refused("train", *TINY, "--name", "first", cwd=run.parents[1])
 
 
-def test_bad_folders_are_refused(tmp_path: Path) -> None:
+def test_train_refuses_invalid_image_folders(tmp_path: Path) -> None:
     from PIL import Image
 
     data = tmp_path / "data"
@@ -182,7 +182,7 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
     assert "empty" in refused(*train, cwd=tmp_path)
 
 
-def test_bad_checkpoints_are_refused(run: Path, tmp_path: Path) -> None:
+def test_eval_refuses_invalid_checkpoints(run: Path, tmp_path: Path) -> None:
     weights = run / "last.safetensors"
     bare = ["eval", "--arch", "wrn-10-1", "--dataset", "digits", "--n-examples", "4"]
     (tmp_path / "cut.safetensors").write_bytes(weights.read_bytes()[:1000])
@@ -197,12 +197,12 @@ def test_bad_checkpoints_are_refused(run: Path, tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[object, tuple[str, str]]:
             return open, (str(tmp_path / "owned"), "w")
 
-    torch.save({"net": Opens()}, tmp_path / "hostile.pt")
-    assert "code" in refused(*bare, "hostile.pt", cwd=tmp_path)
+    torch.save({"net": Opens()}, tmp_path / "code.pt")
+    assert "code" in refused(*bare, "code.pt", cwd=tmp_path)
     assert not (tmp_path / "owned").exists()
 
 
-def test_ctrl_c_ends_with_130_and_says_what_was_kept(tmp_path: Path) -> None:
+def test_train_exits_with_130_on_ctrl_c(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [COMMAND, "train", *TINY, "--epochs", "200", "--name", "long"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -220,7 +220,7 @@ def test_ctrl_c_ends_with_130_and_says_what_was_kept(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "long" / "last.safetensors").is_file()
 
 
-def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+def test_train_dry_run_writes_nothing(tmp_path: Path) -> None:
     result = deat_rb("train", "--method", "pgd-7", "--dry-run", *TINY, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     # 200 images less 40 held out make 4 batches of 50; 3 epochs of (7 + 1) backward passes each.

@@ -1,10 +1,7 @@
-"""Every work-around for robustbench beside the problem it solves: where a `*_upstream` test fails, it can go."""
+"""Each workaround for robustbench beside the fault: where a `*_upstream` test fails, the workaround can go."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import importlib
 import inspect
 import subprocess
 import sys
@@ -29,19 +26,19 @@ without_upstream_autoattack = pytest.mark.skipif(UPSTREAM_AUTOATTACK, reason="up
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
-    """Runs code in a fresh interpreter that does not see the current folder."""
+    """Run code in a fresh interpreter without the current folder on its path."""
     return subprocess.run(
         [sys.executable, "-P", "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300
     )
 
 
 @without_upstream_autoattack
-def test_robustbench_does_not_import_upstream() -> None:
+def test_robustbench_alone_does_not_import_upstream() -> None:
     result = python("import robustbench")
     assert "ModuleNotFoundError: No module named 'autoattack'" in result.stderr
 
 
-def test_robustbench_imports_but_only_as_a_whole_upstream() -> None:
+def test_robustbench_imports_and_knows_the_architectures() -> None:
     result = python("""
 import sys
 from deat_rb.utils import compat
@@ -57,7 +54,7 @@ print("tests" in sys.modules, find_spec("autoattack") is None)
     assert result.stdout.splitlines() == [str([True] * 3), "True True", "False False"]
 
 
-def test_upstream_autoattack_is_preferred(tmp_path: Path) -> None:
+def test_import_of_an_installed_autoattack_is_preferred(tmp_path: Path) -> None:
     (tmp_path / "autoattack.py").write_text("class AutoAttack: pass\n")
     result = python(f"""
 import sys; sys.path.insert(0, {str(tmp_path)!r})
@@ -82,107 +79,6 @@ except Exception as error:
     assert result.stdout.strip() == hidden, result.stderr
 
 
-def record(folder: Path, name: str, files: dict[str, str], installer: str = "pip") -> None:
-    """Write the metadata of a distribution that was installed with these files."""
-    info = folder / f"{name}-1.0.dist-info"
-    info.mkdir(parents=True)
-    lines = []
-    for file, content in files.items():
-        digest = base64.urlsafe_b64encode(hashlib.sha256(content.encode()).digest()).rstrip(b"=").decode()
-        lines.append(f"{file},sha256={digest},{len(content)}")
-    (info / "RECORD").write_text("\n".join(lines) + "\n")
-    (info / "METADATA").write_text(f"Name: {name}\nVersion: 1.0\n")
-    (info / "INSTALLER").write_text(installer + "\n")
-
-
-NEW = {"robustbench/__init__.py": "", "robustbench/eval.py": "new = 1", "robustbench/only_new.py": "new = 2"}
-OLD = {"robustbench/__init__.py": "", "robustbench/eval.py": "old = 1", "torchattacks/__init__.py": ""}
-
-
-def unpack(folder: Path, files: dict[str, str]) -> None:
-    for file, content in files.items():
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_text(content)
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder that is first on the path, as if robustbench had not been imported yet."""
-    for name in [name for name in sys.modules if name.partition(".")[0] == "robustbench"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.syspath_prepend(tmp_path)
-    return tmp_path
-
-
-def check_installation() -> str:
-    """Return the error message of `compat.check_installation`, "fine" without an error."""
-    importlib.invalidate_caches()
-    try:
-        compat.check_installation()
-    except DeatError as error:
-        return str(error)
-    return "fine"
-
-
-@pytest.mark.parametrize(
-    ("installer", "command"),
-    [
-        ("pip", "{python} -m pip install --force-reinstall --no-deps --upgrade --target {folder} robustbench==1.0"),
-        ("uv", "uv pip install --python {python} --reinstall --no-deps --target {folder} robustbench==1.0"),
-    ],
-)
-def test_check_installation_names_the_command_that_mends_an_overwritten_robustbench(
-    installer: str, command: str, site: Path
-) -> None:
-    record(site, "robustbench", NEW, installer)
-    record(site, "torchattacks", OLD, installer)
-    unpack(site, OLD)
-    unpack(site, NEW)
-    assert check_installation() == "fine"
-    unpack(site, OLD)
-    message = check_installation()
-    assert message.startswith("robustbench 1.0 is damaged: 1 of its files, such as robustbench/eval.py, were ")
-    assert message.endswith("mend it by " + command.format(python=sys.executable, folder=site))
-
-
-def test_check_installation_finds_files_that_torchattacks_took_with_it(site: Path) -> None:
-    """Removing or upgrading torchattacks removes every file that its RECORD lists."""
-    record(site, "robustbench", NEW)
-    unpack(site, NEW)
-    for file in OLD:
-        (site / file).unlink(missing_ok=True)
-    (site / "robustbench" / "__init__.py").write_text("")
-    assert "1 of its files, such as robustbench/eval.py, were removed" in check_installation()
-
-
-def test_check_installation_without_robustbench_itself(site: Path) -> None:
-    record(site, "torchattacks", OLD)
-    unpack(site, OLD)
-    assert "is a copy of 2022 from the wheel of torchattacks, and RobustBench itself is not" in check_installation()
-
-
-def test_check_installation_leaves_edited_files_and_checkouts_alone(site: Path) -> None:
-    record(site, "torchattacks", OLD)
-    unpack(site, {**NEW, "robustbench/eval.py": "mine = 1"})
-    assert check_installation() == "fine"
-    record(site, "robustbench", NEW)
-    assert check_installation() == "fine"
-
-
-def test_check_installation_names_a_file_that_hides_robustbench(site: Path) -> None:
-    (site / "robustbench.py").write_text("")
-    assert check_installation() == f"{site}/robustbench.py hides the package robustbench: rename it"
-
-
-def test_robustbench_checks_its_installation(monkeypatch: pytest.MonkeyPatch) -> None:
-    def damaged() -> None:
-        raise DeatError("damaged")
-
-    monkeypatch.setattr(compat, "check_installation", damaged)
-    with pytest.raises(DeatError, match="damaged"):
-        compat.robustbench()
-
-
 def test_torchattacks_wheel_contains_another_robustbench_upstream() -> None:
     files = [str(file) for file in metadata.distribution("torchattacks").files or ()]
     assert "robustbench/eval.py" in files
@@ -202,12 +98,12 @@ except DeatError as error:
     assert "'setuptools<82', whose pkg_resources it needs" in result.stdout
 
 
-def test_requirements_keep_pkg_resources() -> None:
+def test_pkg_resources_is_installed() -> None:
     assert util.find_spec("pkg_resources") is not None
     assert int(metadata.version("setuptools").partition(".")[0]) < 82
 
 
-def test_architectures_come_without_the_zoo_and_are_the_zoos_own() -> None:
+def test_architectures_loads_the_zoos_classes_without_the_zoo() -> None:
     result = python("""
 import pickle, sys
 from deat_rb.models.spec import build_model
@@ -223,7 +119,7 @@ print(isinstance(zoo.Wong2020FastNet(), type(model.net)), architectures.wide_res
     assert result.stdout.splitlines() == [str([False] * 5), "True True", "True True"], result.stderr
 
 
-def test_a_model_pickled_here_is_read_elsewhere(tmp_path: Path) -> None:
+def test_architectures_of_a_pickled_model_are_found_by_another_process(tmp_path: Path) -> None:
     model = build_model("wrn-10-1", dataset="cifar10").eval()
     torch.save({"model": model, "images": IMAGES, "logits": model(IMAGES)}, tmp_path / "whole.pt")
     result = python(f"""
@@ -257,7 +153,7 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def labels(model: nn.Module) -> torch.Tensor:
-    """What the model says, but for the last image: clean accuracy is 5/6."""
+    """The model's predictions, except for the last image: clean accuracy is 5/6."""
     with torch.no_grad():
         labels: torch.Tensor = model(IMAGES).argmax(dim=1)
     labels[-1] = (labels[-1] + 1) % 10
@@ -265,7 +161,7 @@ def labels(model: nn.Module) -> torch.Tensor:
 
 
 @without_upstream_autoattack
-def test_benchmark_with_a_mere_alias_fails_upstream(
+def test_benchmark_with_pyautoattack_alone_fails_upstream(
     evaluation: Any, model: nn.Module, labels: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import pyautoattack
@@ -294,7 +190,7 @@ def test_benchmark_takes_neither_images_nor_a_seed_upstream(evaluation: Any, mon
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """AutoAttack with few iterations; gives the suites that were made."""
+    """AutoAttack with few iterations; the list of the suites that are created."""
     import pyautoattack
 
     suites: list[Any] = []
@@ -329,7 +225,7 @@ def test_benchmark(
     model.eval()
 
 
-def test_benchmark_finds_what_can_be_broken(model: nn.Module, labels: torch.Tensor, quick: list[Any]) -> None:
+def test_benchmark_of_a_random_network(model: nn.Module, labels: torch.Tensor, quick: list[Any]) -> None:
     """A random network at eps 0.3 has robust accuracy 0, and clean accuracy is not changed by that."""
     clean, robust, correct = robustbench_benchmark.benchmark(model, IMAGES, labels, eps=0.3, batch_size=6, seed=0)
     assert clean == pytest.approx(5 / 6)
@@ -337,7 +233,7 @@ def test_benchmark_finds_what_can_be_broken(model: nn.Module, labels: torch.Tens
     assert not correct.any()
 
 
-def test_benchmark_is_put_back(
+def test_benchmark_restores_robustbench(
     evaluation: Any, model: nn.Module, labels: torch.Tensor, quick: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*_: object, **__: object) -> None:
@@ -353,7 +249,7 @@ def test_benchmark_is_put_back(
     assert (evaluation.AutoAttack, evaluation.load_clean_dataset) == before
 
 
-def test_benchmark_of_a_user_with_an_alias(
+def test_benchmark_with_an_autoattack_that_the_user_has_set(
     evaluation: Any, model: nn.Module, labels: torch.Tensor, quick: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluation, "AutoAttack", type("AutoAttack", (), {"__module__": "pyautoattack.autoattack"}))
@@ -361,18 +257,18 @@ def test_benchmark_of_a_user_with_an_alias(
 
 
 @pytest.mark.parametrize("name", ["digits", "CIFAR", ""])
-def test_closed_enum_of_data_sets(name: str, model: nn.Module, labels: torch.Tensor) -> None:
+def test_benchmark_refuses_an_unknown_dataset(name: str, model: nn.Module, labels: torch.Tensor) -> None:
     with pytest.raises(DeatError, match=f"RobustBench has no dataset '{name}': (did you mean|known are cifar10)"):
         robustbench_benchmark.benchmark(model, IMAGES, labels, eps=0.1, batch_size=6, dataset=name)
 
 
-def test_data_sets_are_those_of_the_enum_upstream(evaluation: Any) -> None:
+def test_datasets_are_those_of_the_enum_upstream(evaluation: Any) -> None:
     from robustbench.utils import DATASET_CLASSES
 
     assert {dataset.value: classes for dataset, classes in DATASET_CLASSES.items()} == compat.DATASETS
 
 
-def test_adaptor_has_upstreams_signature() -> None:
+def test_autoattack_has_upstreams_signature() -> None:
     """As in fra31/auto-attack, autoattack.py."""
     constructor = list(inspect.signature(compat.AutoAttack).parameters)
     assert constructor == ["model", "norm", "eps", "seed", "verbose", "attacks_to_run", "version", "is_tf_model",
@@ -381,7 +277,7 @@ def test_adaptor_has_upstreams_signature() -> None:
     assert run == ["self", "x_orig", "y_orig", "bs", "return_labels", "state_path"]
 
 
-def test_adaptor_returns_images_and_labels_on_request(model: nn.Module, labels: torch.Tensor) -> None:
+def test_autoattack_returns_images_and_labels_on_request(model: nn.Module, labels: torch.Tensor) -> None:
     attack = compat.AutoAttack(model, eps=0.3, seed=0, device="cpu", version="custom", attacks_to_run=["apgd-ce"])
     attack.suite.apgd.n_iter = 3
     adv, predicted = attack.run_standard_evaluation(IMAGES, labels, bs=6, return_labels=True)
@@ -398,7 +294,7 @@ def linear(num_classes: int) -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, num_classes))
 
 
-def test_fewer_classes_than_targets_upstream() -> None:
+def test_autoattack_with_fewer_than_ten_classes_fails_upstream() -> None:
     import pyautoattack
 
     attack = pyautoattack.AutoAttack(linear(5), eps=0.001, seed=0)
@@ -406,7 +302,7 @@ def test_fewer_classes_than_targets_upstream() -> None:
         attack.run_standard_evaluation(IMAGES, linear(5)(IMAGES).argmax(dim=1))
 
 
-def test_fewer_classes_than_targets(quick: list[Any]) -> None:
+def test_autoattack_with_fewer_than_ten_classes(quick: list[Any]) -> None:
     model = linear(5)
     compat.AutoAttack(model, eps=0.001, seed=0, device="cpu").run_standard_evaluation(
         IMAGES, model(IMAGES).argmax(dim=1)
@@ -414,13 +310,13 @@ def test_fewer_classes_than_targets(quick: list[Any]) -> None:
     assert (quick[0].apgd_targeted.n_target_classes, quick[0].fab.n_target_classes) == (4, 4)
 
 
-def test_three_classes_are_refused(quick: list[Any]) -> None:
+def test_autoattack_refuses_three_classes(quick: list[Any]) -> None:
     attack = compat.AutoAttack(linear(3), device="cpu")
     with pytest.raises(DeatError, match="need 4 or more classes, not 3"):
         attack.run_standard_evaluation(IMAGES, torch.zeros(6, dtype=torch.int64))
 
 
-def test_what_the_adaptor_cannot_do(tmp_path: Path) -> None:
+def test_autoattack_refuses_options_that_pyautoattack_lacks(tmp_path: Path) -> None:
     for options in ({"log_path": tmp_path / "log"}, {"is_tf_model": True}):
         with pytest.raises(DeatError, match="do not exist in pyautoattack"):
             compat.AutoAttack(linear(5), device="cpu", **options)
@@ -431,7 +327,7 @@ def test_what_the_adaptor_cannot_do(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_state_files_crash_upstream(tmp_path: Path) -> None:
+def test_autoattack_state_files_crash_upstream(tmp_path: Path) -> None:
     """What `robustbench.benchmark(aa_state_path=...)` does when the attack is over; and resuming's comparison."""
     from pyautoattack.state import EvaluationState
 
@@ -445,7 +341,7 @@ def test_state_files_crash_upstream(tmp_path: Path) -> None:
     assert loaded.attacks_to_run != {"apgd-ce", "square"}
 
 
-def test_models_of_robustbench_are_not_replaced() -> None:
+def test_add_to_zoo_does_not_replace_a_model() -> None:
     with pytest.raises(DeatError, match="RobustBench has a model 'Wong2020Fast' of its own"):
         register.add_to_zoo([("New2024Model", "cifar10", nn.Identity), ("Wong2020Fast", "cifar10", nn.Identity)])
     import robustbench
