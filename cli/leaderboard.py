@@ -6,8 +6,6 @@ from pathlib import Path
 
 import click
 
-from deat_rb.leaderboard import tables
-
 DEFAULT = Path("leaderboard")
 _board = click.option("--board", type=click.Path(path_type=Path), metavar="DIR", help="[default: leaderboard]")
 
@@ -52,7 +50,7 @@ def leaderboard(context: click.Context, board: Path | None, dataset: str | None,
     """
     if context.invoked_subcommand is not None:
         return
-    from deat_rb.leaderboard import ranking
+    from deat_rb.leaderboard import ranking, tables
     from deat_rb.leaderboard.board import Board
 
     left_out: list[str] = []

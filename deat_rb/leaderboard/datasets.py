@@ -52,7 +52,7 @@ def images_and_logits(images: LabeledImages, logit_of_class: Sequence[int]) -> t
 def load_board_dataset(
     name: str, *, data_dir: Path | None, image_size: int | None, memory_limit: int | None = None
 ) -> Dataset:
-    """Load the test part of a dataset from where it lies; arguments as for `deat_rb.data.datasets.load_data`.
+    """Load the test part of a dataset without downloading it; arguments as for `deat_rb.data.datasets.load_data`.
 
     Raises:
         DeatError: It is not there.

@@ -365,10 +365,10 @@ def check_board(board: str | Path) -> None:
 
 
 def check_place(path: Path, entry: Entry) -> None:
-    """Raise unless an entry's file lies where its key says, whatever folder the board is in.
+    """Raise unless an entry's file has the path that its key implies, in whatever folder the board is.
 
     Raises:
-        DeatError: It lies elsewhere.
+        DeatError: It has another path.
     """
     if path.absolute().parts[-4:] != ("entries", *f"{entry.key}.json".split("/")):
         raise DeatError(f"{path} is in the wrong place: its entry is {entry.key}, at entries/{entry.key}.json")

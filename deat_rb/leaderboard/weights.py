@@ -22,7 +22,7 @@ def open_entry(file: str | Path) -> tuple[Entry, NormalizedModel]:
         The entry, and the network in eval mode on the CPU.
 
     Raises:
-        DeatError: It is not a valid entry, lies elsewhere, or the board has no weights or other weights for it.
+        DeatError: It is not a valid entry or in the wrong place, or the board has no weights or other weights for it.
     """
     entry = read_entry(file)
     check_place(Path(file), entry)

@@ -62,7 +62,7 @@ def places_of_digits() -> dict[bytes, int]:
 
 
 class FakeEvaluation:
-    """Stands in for `deat_rb.evaluation.evaluate.evaluate`; remembers what it was asked for.
+    """Stands in for `deat_rb.evaluation.evaluate.evaluate`; records its calls.
 
     Its shares are of the first examples, if it is given those, else of the first 500.
     """

@@ -1,4 +1,4 @@
-"""A board of made-up entries: no figure in it was measured."""
+"""A board of made-up entries: none of their accuracies was measured."""
 
 from __future__ import annotations
 

@@ -214,7 +214,7 @@ def test_submit_validates_a_runs_texts_before_evaluating(tmp_path: Path, board: 
 
 @pytest.fixture
 def really_loaded(fake: FakeEvaluation, monkeypatch: pytest.MonkeyPatch) -> FakeEvaluation:
-    """The fake evaluation, with datasets that are loaded from where they lie."""
+    """The fake evaluation, with datasets that are really loaded."""
     monkeypatch.setattr("deat_rb.leaderboard.submission.load_board_dataset", load_board_dataset)
     monkeypatch.setattr("deat_rb.leaderboard.verify.load_board_dataset", load_board_dataset)
     monkeypatch.setattr("board_problems.places_of_digits", lambda: defaultdict(int))

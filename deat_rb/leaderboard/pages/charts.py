@@ -121,7 +121,7 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _accuracy_curves(rows: Sequence[Mapping[str, Any]], last: int) -> dict[str, Any] | None:
     names = {"val_acc": "validation, natural", "val_robust_acc": "validation, PGD-20", "train_acc": "training"}
-    lines = [_line(rows, last, key, name, colour, 1.0) for colour, (key, name) in enumerate(names.items())]
+    lines = [_line(rows, last, key, name, color, 1.0) for color, (key, name) in enumerate(names.items())]
     known = [line for line in lines if line is not None]
     if not known:
         return None
@@ -155,7 +155,7 @@ def _line(
     last: int,
     key: str,
     name: str,
-    colour: int,
+    color: int,
     high: float,
     *,
     stepped: bool = False,
@@ -164,7 +164,7 @@ def _line(
     places = [(_epoch(epoch, last), _between(BOTTOM, TOP, value / high)) for epoch, value in known]
     if not places:
         return None
-    return {"name": name, "colour": colour, "points": _steps(places) if stepped else places,
+    return {"name": name, "color": color, "points": _steps(places) if stepped else places,
             "dots": places if len(places) <= 60 else []}  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tab(browser: Browser) -> Iterator[tuple[Page, list[str]]]:
-    """A page that is opened once, and what it complained of."""
+    """A page that is opened once, and its console messages, errors, dialogs and requests."""
     opened = browser.new_page(viewport=DESKTOP)
     complaints: list[str] = []
 
