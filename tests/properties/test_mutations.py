@@ -16,6 +16,7 @@ from deat_rb.attacks import losses, threat_models
 from deat_rb.attacks.base import CraftStats
 from deat_rb.attacks.pgd import PGD
 from deat_rb.methods import trainers
+from deat_rb.methods.registry import family
 from deat_rb.methods.trainers import AttackTrainer, ReplayTrainer
 from deat_rb.training.engine import Engine
 from deat_rb.training.metrics import BatchStats
@@ -49,7 +50,7 @@ def change_trainers(monkeypatch: pytest.MonkeyPatch, change: Callable[[Trainer],
 
 
 def test_mutations_cover_the_fifteen_methods() -> None:
-    families = {deat_rb.methods.registry.family(name) for name in METHODS}
+    families = {family(name) for name in METHODS}
     assert len(families) == 15
     assert not any(noticed(name) for name in METHODS), "unchanged, all are as their reference loops"
 
@@ -80,8 +81,15 @@ def test_mutation_of_the_start_is_noticed(name: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("bound", ["ball", "image"])
 @pytest.mark.parametrize("name", METHODS)
 def test_mutation_without_projection_is_noticed(name: str, bound: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def ascend(self: threat_models.Linf, adv: Tensor, images: Tensor, gradient: Tensor, alpha: float) -> Tensor:
-        moved = adv + alpha * gradient.sign()
+    def ascend(
+        self: threat_models.Linf,
+        adv: Tensor,
+        images: Tensor,
+        gradient: Tensor,
+        alpha: float,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        moved = adv + alpha * gradient.sign() + (0 if noise is None else noise)
         if bound == "ball":
             return moved.clamp(0, 1)
         return images + (moved - images).clamp(-self.eps, self.eps)
@@ -170,4 +178,22 @@ def test_mutation_of_tau_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) 
         trainer.crafter.tau = 2
 
     change_trainers(monkeypatch, less)
+    assert noticed(name)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if "fat" in name])
+def test_mutation_without_the_noise_after_each_step_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(trainer: Trainer) -> None:
+        trainer.crafter.omega = 0.0
+
+    change_trainers(monkeypatch, silent)
+    assert noticed(name)
+
+
+@pytest.mark.parametrize("name", ["trades", "mart", "m+trades", "m+mart"])
+def test_mutation_with_a_clamped_start_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def clamped(trainer: Trainer) -> None:
+        trainer.crafter.clamp_start = True
+
+    change_trainers(monkeypatch, clamped)
     assert noticed(name)

@@ -21,10 +21,11 @@ def test_setting_defaults_fast_is_the_papers(method: str, epochs: int) -> None:
     assert settings == {"epochs": epochs, "lr": 0.1, "lr_schedule": "cyclic", "precision": "auto", "select": "last"}
 
 
-@pytest.mark.parametrize("method", ["deat-3", "u-fgsm", "m+mart", "standard"])
+@pytest.mark.parametrize("method", ["deat-3", "u-fgsm", "m+mart", "standard", "free-8"])
 def test_setting_defaults_standard_is_the_papers(method: str) -> None:
     settings = setting_defaults("standard", recipe(method)[1], "preactresnet18")
     assert settings.pop("gamma", 1.01) == 1.01
+    assert settings.pop("carry", None) is (False if method == "free-8" else None)
     assert settings == {"epochs": 50, "lr": 0.05, "lr_schedule": "multistep", "precision": "fp32", "select": "best"}
 
 
