@@ -166,8 +166,6 @@ def test_default_name_is_a_file_name() -> None:
         ({"method": "m-deat", "steps": 2}, "schedule", "from 2"),
         ({"method": "fat-5", "omega": 0.002}, "attack", "noise 0.002 N(0,1) after each step"),
         ({"method": "free-4", "setting": "fast"}, "attack", "delta carried from batch to batch"),
-        ({"method": "free-4", "setting": "standard"}, "attack", "delta zero in each batch"),
-        ({"method": "free-4", "carry": False}, "attack", "delta zero in each batch"),
         ({"method": "free-4", "setting": "standard", "carry": True}, "attack", "delta carried"),
         ({"method": "free-4", "lr_per_replay": True}, "setting", "updated after each replay"),
         ({"method": "u-fgsm", "early_stopping": False}, "stop", "only recorded"),
