@@ -65,6 +65,7 @@ def shallow(num_classes: int = 10) -> nn.Module:
     return nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(192, 24), nn.Tanh(), nn.Linear(24, num_classes))
 
 
+@pytest.mark.slow
 def test_verdicts_are_robustbenchs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The standard version with fewer Square queries: the same images fall, whoever drives the attack."""
     import pyautoattack
