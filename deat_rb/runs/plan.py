@@ -359,7 +359,7 @@ def _for_dataset(method: str, dataset: str) -> str:
 
 
 def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).resolve())
+    return None if path is None else str(Path(path).expanduser().resolve())
 
 
 def default_val_size(images: int) -> int:

@@ -211,6 +211,17 @@ def colours(root: Path, counts: dict[str, int]) -> dict[str, Any]:
     return {"dataset": "folder", "data_dir": str(root), "image_size": 8, "train_size": None, "val_size": 6}
 
 
+def test_plan_expands_the_home_folder_and_records_absolute_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = colours(tmp_path / "photos", {"a": 20, "b": 20})
+    torch.save(planned(**where).trainer.model.state_dict(), tmp_path / "weights.pt")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = planned(**{**where, "data_dir": "~/photos", "init_from": "~/weights.pt"}).config
+    assert config.data.data_dir == str(tmp_path / "photos")
+    assert config.model.init_from == str(tmp_path / "weights.pt")
+
+
 def test_lines_count_the_classes_and_warn_of_rare_ones(tmp_path: Path) -> None:
     lines = dict(planned(**colours(tmp_path / "even", {"a": 20, "b": 20, "c": 20})).lines())
     assert lines["classes"] == "18 training images each"
