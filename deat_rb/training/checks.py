@@ -13,8 +13,11 @@ from deat_rb.data.check import ROUNDING, check_batch, check_label_values, check_
 from deat_rb.models.check import check_trainable, trial_logits
 from deat_rb.training.base import Batch, TrainerBase
 from deat_rb.training.engine import Engine
+from deat_rb.utils import seeding
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.module_state import preserve_state
+
+ADVICE = "images must have the shape and type that the model takes, and its output must be the logits (N, K)"
 
 
 class BatchError(DeatError):
@@ -126,7 +129,10 @@ class BatchChecker:
             with preserve_state(model), engine.eager(model), engine.autocast():
                 if train_mode:
                     trial_logits(model, images[:2], source="the model in train mode", advice=ADVICE)
+                    self._check_gradients(images[:2])
                 num_classes = trial_logits(model.eval(), images[:2], advice=ADVICE).shape[1]
+                if not train_mode:
+                    self._check_gradients(images[:2])
             check_label_values(labels, num_classes)
             self.trainer.check_attack(images)
         except DeatError as error:
@@ -140,8 +146,17 @@ class BatchChecker:
         self._kinds.add(kind)
         self.num_classes = num_classes
 
-
-ADVICE = "images must have the shape and type that the model takes, and its output must be the logits (N, K)"
+    def _check_gradients(self, images: Tensor) -> None:
+        """Check that the logits have gradients with respect to the parameters and, for an attack, the images."""
+        inputs = images.detach().clone().requires_grad_()
+        trained = [parameter for parameter in self.trainer.model.parameters() if parameter.requires_grad]
+        with seeding.preserved():
+            logits = self.trainer.model(inputs + 0)  # not a leaf
+        if logits.requires_grad:
+            gradient, *gradients = torch.autograd.grad(logits.sum(), [inputs, *trained], allow_unused=True)
+            if any(each is not None for each in gradients) and (gradient is not None or not self.trainer.steps):
+                return
+        raise DeatError("the model's logits have no gradient: remove no_grad() and detach() from its forward")
 
 
 def _as_pair(batch: Any, name: str, where: str) -> Batch:

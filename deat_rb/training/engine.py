@@ -132,6 +132,7 @@ class Engine:
 
     def to_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return copies of a batch on the device, the images in channels_last."""
+        images = images.detach()
         moved = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
         if moved.data_ptr() == images.data_ptr():  # a model or an attack may write to what it is given
             moved = moved.clone()

@@ -151,6 +151,8 @@ class Loop:
             self._act(self._agreed_action())
         state.stop_clock()
         if state.batch == 0:
+            if state.batches == 0:
+                raise DeatError("the training loader has no batch; see its dataset, batch_size and drop_last")
             raise DeatError(
                 f"the training loader yields no batch in epoch {state.epoch}; give one that can be iterated repeatedly"
             )

@@ -86,9 +86,12 @@ def validate(
     natural = robust = 0
     predictions: list[Tensor] = []
     with preserve_state(model):
-        counting = CountingModel(model.eval().requires_grad_(False))
+        model.eval()
+        for parameter in model.parameters():  # ScriptModules have no requires_grad_()
+            parameter.requires_grad_(False)
+        counting = CountingModel(model)
         for number, (clean, target) in enumerate(zip(images.split(batch_size), labels.split(batch_size), strict=True)):
-            clean, target = clean.detach().to(device), target.to(device)
+            clean, target = clean.detach().to(device, copy=True), target.to(device)
             with torch.no_grad():
                 logits = counting(clean)
             if logits.isnan().any():

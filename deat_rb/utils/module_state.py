@@ -78,7 +78,7 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
 
 
 def _restore_entries(current: dict[str, T], saved: dict[str, T]) -> None:
-    for name in [name for name in current if name not in saved]:
+    for name in [name for name in current.keys() if name not in saved]:  # noqa: SIM118 - ScriptModules' have no __iter__
         del current[name]
     for name, tensor in saved.items():
         if name not in current or current[name] is not tensor:

@@ -69,6 +69,18 @@ def with_complex_weights() -> nn.Module:
     return model
 
 
+class Detached(nn.Module):
+    """A network whose input or output is detached."""
+
+    def __init__(self, at: str) -> None:
+        super().__init__()
+        self.net, self.at = made(), at
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.net(images.detach() if self.at == "input" else images)
+        return logits.detach() if self.at == "output" else logits
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "tuple": (lambda: Wrapped(lambda out: (out, out)), "the model in train mode returns a tuple .* tensor of logits"),
     "dict": (lambda: Wrapped(lambda out: {"logits": out}), "the model in train mode returns a dict"),
@@ -83,6 +95,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "x.mul_": (lambda: InPlace(lambda x: x.mul_(0.9)), "the model in train mode changes its input in place"),
     "x.clamp_, no change": (lambda: InPlace(lambda x: x.clamp_(0, 1)), "changes its input in place"),
     "a view": (lambda: InPlace(lambda x: x[:, 0].zero_()), "changes its input in place"),
+    "detached output": (lambda: Detached("output"), "the model's logits have no gradient"),
+    "detached input": (lambda: Detached("input"), "the model's logits have no gradient"),
     "lazy": (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(4)), "has lazy layers without weights"),
     "lazy BatchNorm": (lambda: nn.Sequential(nn.LazyBatchNorm2d(), made()), "has lazy layers without weights"),
     "frozen": (lambda: made().requires_grad_(False), "all parameters of the model are frozen"),
@@ -196,6 +210,27 @@ def test_fit_takes_batches_of_any_size_in_training_and_validation() -> None:
     batches = [(IMAGES[:5], LABELS[:5]), [IMAGES[5:6], LABELS[5:6]], (IMAGES[6:], LABELS[6:])]
     row = deat_rb.create("pgd-1", made()).fit(batches, batches, epochs=1).rows[0]  # type: ignore[arg-type]
     assert row.examples == 12
+    assert row.val_acc is not None
+
+
+@pytest.mark.parametrize("empty", [[], DataLoader(TensorDataset(IMAGES, LABELS), batch_size=50, drop_last=True)])
+def test_fit_refuses_a_loader_without_batches(empty: Any) -> None:
+    with pytest.raises(DeatError, match="the training loader has no batch; see its dataset, batch_size and drop_last"):
+        deat_rb.create("pgd-1", made()).fit(empty, epochs=1)
+
+
+def test_fit_leaves_the_gradients_of_images_alone() -> None:
+    images = IMAGES.clone().requires_grad_()
+    for method in ("standard", "pgd-1", "free-2"):
+        deat_rb.create(method, made()).fit([(images, LABELS)], [(images, LABELS)], epochs=1, lr=0.01)
+    assert images.grad is None
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
+@pytest.mark.parametrize("script", [torch.jit.script, lambda model: torch.jit.trace(model, IMAGES)])
+def test_fit_trains_and_validates_torchscript(script: Callable[[nn.Module], nn.Module]) -> None:
+    model = script(made())
+    row = deat_rb.create("pgd-1", model).fit([(IMAGES, LABELS)], [(IMAGES, LABELS)], epochs=1, lr=0.01).rows[0]
     assert row.val_acc is not None
 
 
