@@ -16,7 +16,7 @@ from deat_rb.models.check import trial_logits
 from deat_rb.models.class_names import match_classes, read_class_names
 from deat_rb.models.names import PRETRAINED, canonical_arch, check_trust
 from deat_rb.models.pretrained import load_from_factory, load_pretrained, load_zoo_model, zoo_classes, zoo_file
-from deat_rb.models.spec import NormalizedModel, model_spec, robustbench_class
+from deat_rb.models.spec import NormalizedModel, check_image_size, model_spec
 from deat_rb.models.weights import detect_variant, load_weights, strip_wrappers
 from deat_rb.robustbench.format import ExportPaths, exported_spec
 from deat_rb.runs.directory import RunDirectory
@@ -242,7 +242,7 @@ def _open_checkpoint(path: Path, options: NetworkOptions, dataset: str | None) -
     arch = detect_variant(canonical_arch(options.arch), bare)
     if options.normalization is not None and "mu" in bare:
         raise DeatError(f"{path} has its own mean and standard deviation: leave out --mean, --std and --normalize")
-    _check_size(str(path), arch, options.image_size, dataset)
+    check_image_size(arch, options.image_size, source=str(path), required=dataset in (None, "folder"))
     mean, std = options.normalization or (None, None)
     classes = options.num_classes or len(options.classes) or None
     if classes is None:
@@ -263,7 +263,7 @@ def _open_named(target: str, options: NetworkOptions, dataset: str | None) -> Ne
     kind, _, name = target.partition(":")
     provenance = {"model": target, **_normalization_facts(options)}
     if kind not in (*PRETRAINED, "robustbench"):
-        _check_size(target, target, options.image_size, dataset)
+        check_image_size(target, options.image_size, source=target, required=dataset in (None, "folder"))
         model = load_from_factory(target)
         if options.normalization is not None:
             model = NormalizedModel(model, *options.normalization).eval()
@@ -277,7 +277,7 @@ def _open_named(target: str, options: NetworkOptions, dataset: str | None) -> Ne
                             f"robustbench:DATASET/{bare} with one of {', '.join(compat.DATASETS)}")  # fmt: skip
         zoo = zoo if slash else str(dataset)
         if zoo == "imagenet":
-            _check_size(target, target, options.image_size, dataset)
+            check_image_size(target, options.image_size, source=target, required=dataset in (None, "folder"))
         model_dir = options.model_dir or "models"
         model = load_zoo_model(bare, dataset=zoo, norm=options.norm, model_dir=model_dir)
         file = zoo_file(bare, dataset=zoo, norm=options.norm, model_dir=model_dir)
@@ -372,22 +372,13 @@ def open_target(
         data = _load_test_data(dataset, data_dir, size, memory_limit)
     else:  # the data may say how many classes the network has; what can be refused before they are decoded is
         load_state_dict(path, weights_key)
-        _check_size(str(path), arch, image_size, dataset)
+        check_image_size(arch, image_size, source=str(path), required=dataset in (None, "folder"))
         data = _load_test_data(dataset, data_dir, image_size, memory_limit)
         if num_classes is not None and num_classes < len(data.classes):
             raise DeatError(f"--num-classes {num_classes} is too few: {data.name} has {len(data.classes)} classes")
         logits = num_classes or len(names) or len(data.classes)
         network = open_network(target, replace(options, num_classes=logits), dataset=dataset)
     return combine(network, data)
-
-
-def _check_size(source: str, arch: str, image_size: int | None, dataset: str | None) -> None:
-    """Refuse sizes that RobustBench's networks do not take, and a missing size for networks that take several."""
-    if ":" not in arch:
-        robustbench_class(model_spec(canonical_arch(arch), num_classes=2, image_size=image_size))
-    elif image_size is None and dataset in (None, "folder"):
-        raise DeatError(f"{source} takes images of several sizes ({arch}): give --image-size, the height and width of "
-                        "the images that it was trained on")  # fmt: skip
 
 
 def _load_test_data(

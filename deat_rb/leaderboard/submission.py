@@ -27,7 +27,7 @@ from deat_rb.leaderboard.untrusted import MAX_JSON, parse_json_object, read_limi
 from deat_rb.leaderboard.untrusted_weights import copy_untrusted_weights, load_checked
 from deat_rb.models.class_names import MatchedClasses, match_classes
 from deat_rb.models.names import PRETRAINED
-from deat_rb.models.spec import ModelSpec, NormalizedModel
+from deat_rb.models.spec import ModelSpec, NormalizedModel, check_image_size
 from deat_rb.models.weights import strip_wrappers
 from deat_rb.robustbench.format import ExportPaths, exported_spec, known_architecture, spelled_architecture
 from deat_rb.runs.directory import CONFIG, METRICS, RunDirectory
@@ -256,9 +256,7 @@ def _open_checkpoint(weights: Path, metadata: SubmissionMetadata, scratch: Path)
     _check_arch(arch, weights)
     if loader != "folder" and metadata.classes is not None:
         raise DeatError(f"--classes is for image folders: {loader} has its own classes")
-    if ":" in arch and loader == "folder" and metadata.image_size is None:
-        raise DeatError(f"{weights} takes images of several sizes ({arch}): give --image-size, the height and width of "
-                        "the images that it was trained on")  # fmt: skip
+    check_image_size(arch, metadata.image_size, source=str(weights), required=loader == "folder")
     copied = scratch / "weights.safetensors"
     with _named_as_submitted({copied: weights}):
         digest = copy_untrusted_weights(weights, copied, weights_key=metadata.weights_key)

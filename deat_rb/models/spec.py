@@ -175,6 +175,25 @@ def _build_net(spec: ModelSpec) -> nn.Module:
         raise DeatError(f"architecture '{spec.arch}' cannot be built: {first_line(error)}") from error
 
 
+def check_image_size(arch: str, image_size: int | None, *, source: str, required: bool) -> None:
+    """Refuse a size that RobustBench's networks do not take, and a missing one for networks that take several.
+
+    Args:
+        arch: As for `build_model`.
+        image_size: Height and width, if given.
+        source: Name of the network in error messages.
+        required: Whether the size is not given by the dataset, as for a folder.
+
+    Raises:
+        DeatError: It is such a size.
+    """
+    if ":" not in arch:
+        robustbench_class(model_spec(arch, num_classes=2, image_size=image_size))
+    elif image_size is None and required:
+        raise DeatError(f"{source} takes images of several sizes ({arch}): give --image-size, the height and width of "
+                        "the images that it was trained on")  # fmt: skip
+
+
 def robustbench_class(spec: ModelSpec) -> tuple[type[nn.Module], tuple[Any, ...], dict[str, int]]:
     """Return RobustBench's class of an architecture with its positional and keyword arguments.
 
