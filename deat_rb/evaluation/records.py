@@ -24,7 +24,7 @@ class Placement:
 
     Attributes:
         file: The JSON file.
-        sentence: What the user is told about it; empty where it is the run's first evaluation or the same again.
+        sentence: Note for the user; empty for a run's first evaluation, or the same again.
         archived: Contents of the files that the previous ``eval.json`` moves to.
     """
 

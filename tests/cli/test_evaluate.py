@@ -254,7 +254,7 @@ def build(num_classes):
 
 @pytest.fixture
 def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module of somebody else's, on the path."""
+    """A third-party module on the path."""
     (tmp_path / "their_networks.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -13,7 +13,7 @@ from deat_rb.cli.evaluation_progress import EvaluationProgress
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten seconds pass whenever somebody looks."""
+    """A clock that advances ten seconds per call."""
     ticks = itertools.count(0, 10)
     monkeypatch.setattr("deat_rb.cli.evaluation_progress.monotonic", lambda: float(next(ticks)))
 

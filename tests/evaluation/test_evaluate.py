@@ -1,4 +1,4 @@
-"""The evaluation: verdicts known on paper, early leaving, accounts, non-mutation, and what is refused."""
+"""`evaluate`: verdicts of a linear model, early stopping, counts, unchanged models, refused input."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_evaluate_early_stopping_changes_no_verdict(
     expected = report.verdicts["natural"] & (first > 10)
     assert report.verdicts[name].tolist() == expected.tolist()
     attacked = first[report.verdicts["natural"]]
-    assert len(set(attacked.tolist()) - {0, 11}) >= 3, "examples should break at several steps"
+    assert len(set(attacked.tolist()) - {0, 11}) >= 3, "examples should be misclassified at several steps"
     assert (attacked == 11).any()
 
 
@@ -128,7 +128,7 @@ def test_validate_equals_evaluate(network: nn.Sequential, batch: tuple[Tensor, T
         report.results["natural"].accuracy,
         report.results["pgd-6"].accuracy,
     )
-    # A step that cannot move anything leaves the start alone, which breaks fewer.
+    # With steps too small to move anything, only the random start counts, which misleads fewer.
     assert validate(network, *batch, eps=0.04, steps=6, alpha=1e-9, batch_size=16, seed=4)[1] > (
         report.results["pgd-6"].accuracy
     )

@@ -95,7 +95,7 @@ def test_evaluate_restarts_only_lower_accuracy(network: nn.Sequential, batch: tu
     found = report.results["pgd-1x6"]
     assert found.parameters["restarts"] == 6
     assert found.notes[0] == f"{int(once.sum())} of 48 correct after start-1"
-    # Every start costs an image 2 forwards, the last included; who is broken at the start costs one.
+    # Every restart takes 2 forward passes per image, the final one included; one if the start is misclassified.
     assert found.forwards > report.results["pgd-1"].forwards + 5 * int(often.sum())
 
 

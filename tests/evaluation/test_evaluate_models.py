@@ -1,4 +1,4 @@
-"""`evaluate` with TorchScript models, buffers assigned anew, in-place operations, no_grad and inference_mode."""
+"""`evaluate` with TorchScript models, reassigned buffers, in-place operations, no_grad and inference_mode."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 
 import pytest
 import torch
+from short_autoattack import shorten
 from small_problems import batch_for, small_network
 from torch import Tensor, nn
 
@@ -47,7 +48,7 @@ def test_evaluate_accepts_torchscript(kind: str, level: str) -> None:
 
 
 class Assigning(nn.Module):
-    """Assigns a buffer anew in every forward pass."""
+    """Reassigns a buffer in every forward pass."""
 
     mean: Tensor
 
@@ -105,3 +106,19 @@ def test_evaluate_in_no_grad_and_with_inference_tensors() -> None:
             evaluate(network, images, labels, attacks=ATTACKS, eps=0.04)
         copies = images.clone(), labels.clone()
     assert evaluate(network, *copies, attacks=ATTACKS, eps=0.04, checks="full").checks == expected.checks
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 16), (3, 16, 8)])
+def test_evaluate_autoattack_in_l2_on_images_that_are_not_square(
+    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten(monkeypatch, iterations=3, queries=20)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(384, 5)).eval()
+        images = torch.rand(8, *shape)
+    labels = network(images).argmax(dim=1)
+    report = evaluate(network, images, labels, attacks="autoattack,square", eps=0.3, norm="L2")
+    assert report.results["autoattack"].accuracy < 1
+    assert report.results["autoattack"].inadmissible == 0
+    assert report.adversarial["square"].shape == images.shape

@@ -62,7 +62,7 @@ class Document(HTMLParser):
 
 
 def example_report(**fields: Any) -> tuple[Report, Tensor, Tensor, dict[str, Tensor]]:
-    """Six images of three classes, of which fgsm breaks two and pgd a third; image 5 is wrong from the start."""
+    """Six images of three classes, of which fgsm misleads two and pgd a third; image 5 is misclassified clean."""
     images = torch.linspace(0.3, 0.6, 6).view(6, 1, 1, 1).expand(6, 3, 4, 4).clone()
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     predictions = {
@@ -106,7 +106,7 @@ def test_render_page_shows_accuracies(tmp_path: Path) -> None:
 
 def test_render_page_sorts_classes_by_robustness(tmp_path: Path) -> None:
     text = page(tmp_path).text
-    # ant: 2 of 2 clean, both broken; bee: 1 of 2 withstands; cat: one is wrong from the start and one withstands.
+    # ant: 2 of 2 clean, none robust; bee: 1 of 2 robust; cat: one is misclassified clean and one is robust.
     assert "ant 100.00 % 0.00 % 2 bee 100.00 % 50.00 % 2 cat 50.00 % 50.00 % 2" in text
     assert "(balanced accuracy): clean 83.33 %, worst case 33.33 %." in text
 
@@ -135,7 +135,7 @@ def test_render_page_counts_confusions_under_the_first_successful_attack(tmp_pat
 def test_render_page_shows_example_images(tmp_path: Path) -> None:
     document = page(tmp_path)
     pictures = [picture(attributes["src"]) for attributes in document.all("img")]
-    assert len(pictures) == 3 * 5, "three are broken, two withstand"
+    assert len(pictures) == 3 * 5, "three are misclassified, two are robust"
     first = [np.unique(each).tolist() for each in pictures[:3]]
     # Image 0 is 0.3; fgsm added eps = 0.25: amplified the perturbation is white.
     assert first == [[76], [255], [140]]
@@ -143,7 +143,7 @@ def test_render_page_shows_example_images(tmp_path: Path) -> None:
     # Image 1 is 0.36, and pgd took eps / 2 away: amplified that is half of the way from grey to black.
     assert [np.unique(each).tolist() for each in pictures[3:6]] == [[92], [64], [60]]
     assert "bee : predicted bee, under attack cat (pgd, image 1)" in document.text
-    # Image 2 withstands; the strongest attack's attempt is shown.
+    # Image 2 is robust; the strongest attack's attempt is shown.
     assert [np.unique(each).tolist() for each in pictures[-3:]] == [[107], [255], [171]]
 
 
@@ -176,12 +176,12 @@ def test_render_page_shows_failed_checks_first(tmp_path: Path) -> None:
     checks = (
         Check(name="fine", status="pass", figure=0.0, sentence="All is well."),
         Check(name="so so", status="warn", figure=1.0, sentence="It is not quite so."),
-        Check(name="broken", status="fail", figure=None, sentence="It is bad."),
+        Check(name="bad", status="fail", figure=None, sentence="It is bad."),
         Check(name="skipped", status="pass", figure=2.0, sentence="Two were not made."),
     )
     text = page(tmp_path, checks=checks).text
     assert "1 of 3 1 fail, 1 warn, 2 skipped" in text
-    assert "✕ fail broken It is bad. ! warn so so It is not quite so. 2 checks without objection" in text
+    assert "✕ fail bad It is bad. ! warn so so It is not quite so. 2 checks without objection" in text
     assert "✓ pass fine All is well." in text
 
 

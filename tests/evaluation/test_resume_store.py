@@ -1,4 +1,4 @@
-"""A killed evaluation is continued batch by batch to the same verdicts, and another's is refused."""
+"""The store of unfinished evaluations: resuming gives the same verdicts, other settings are refused."""
 
 from __future__ import annotations
 
@@ -175,8 +175,8 @@ def test_evaluate_refuses_to_resume_other_settings(
             run(network, batch, state=tmp_path / "state", resume=resume, **changes)
         assert sorted((tmp_path / "state").iterdir()) == before
     changes = {"attacks": "fgsm"} | changes
-    anew = run(network, batch, state=tmp_path / "state", resume=False, **changes)
-    assert same(anew, run(network, batch, **changes))
+    restarted = run(network, batch, state=tmp_path / "state", resume=False, **changes)
+    assert same(restarted, run(network, batch, **changes))
 
 
 def test_evaluate_refuses_to_resume_other_weights_or_examples(
@@ -311,8 +311,8 @@ def test_open_store_refuses_folders_with_other_files(
 
 
 def test_open_store_is_exclusive(tmp_path: Path) -> None:
-    with open_store(tmp_path / "state", {}, None) as journal:
-        assert isinstance(journal, ResumeStore)
+    with open_store(tmp_path / "state", {}, None) as store:
+        assert isinstance(store, ResumeStore)
         with (
             pytest.raises(DeatError, match="another process is evaluating in"),
             open_store(tmp_path / "state", {}, None),

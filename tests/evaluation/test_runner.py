@@ -165,7 +165,7 @@ def test_evaluate_progress_within_a_batch(
     seen = [entry for entry in watching.shares if entry[0] == "pgd-9"]
     assert {entry[1:3] for entry in seen} == {(1, 2), (2, 2)}
     shares = [entry[3] for entry in seen if entry[1] == 2]
-    # 9 steps and a last look are 10 passes; whatever is told before the end is not the end
+    # 9 steps and the final prediction are 10 passes; no fraction before the end is 1
     assert shares == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99])
 
 

@@ -99,7 +99,7 @@ def test_tables_fit_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) 
     for table in (report.table(), means({"trades, epochs 10": [report, report], "m+trades": [report]}, width=columns)):
         lines = as_text(table).splitlines()
         assert max(map(len, lines)) <= columns
-        assert re.search(r"(?<!\S)(80\.00|± 0\.00)(?!\S)", "\n".join(lines)), "numbers are not broken over lines"
+        assert re.search(r"(?<!\S)(80\.00|± 0\.00)(?!\S)", "\n".join(lines)), "numbers are not split over lines"
 
 
 @pytest.mark.parametrize("count", [2, 12])

@@ -1,4 +1,4 @@
-"""Masks written by somebody who had not seen the checks."""
+"""Masks of gradients, written without knowledge of the checks."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A plain, an honestly robust and many deceptive networks on scikit-learn's digits in their own 8x8.
 
-The deceptive ones take a network and hide from white-box attacks how it could be broken.
+The deceptive ones wrap a network and hide its adversarial examples from white-box attacks.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def robust() -> nn.Module:
 
 
 class _Around(nn.Module):
-    """Something around a network, which is called as ``self.net``."""
+    """A wrapper of a network, which is called as ``self.net``."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class _Reversed(torch.autograd.Function):
 
 
 class Reversed(_Around):
-    """Gives a gradient that points the other way."""
+    """Has a gradient of the opposite sign."""
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(_Reversed.apply(images))
@@ -172,14 +172,14 @@ class Shattered(_Around):
 
 
 class NotANumber(_Around):
-    """Takes a square root of zero, which has no derivative."""
+    """Has the derivative of a square root at zero, which is not finite."""
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(images + (0 * images).sqrt())
 
 
 class StuckInTraining(_Around):
-    """Stays in train mode whatever it is told, so that BatchNorm goes on learning."""
+    """Ignores eval(), so that BatchNorm keeps updating its statistics."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__(copy.deepcopy(net))
@@ -194,14 +194,14 @@ class StuckInTraining(_Around):
 
 
 class BatchStatistics(_Around):
-    """Normalises by its batch: what an image is depends on those beside it."""
+    """Subtracts the batch mean, so that predictions depend on the other images."""
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(images - 0.5 * images.mean(dim=0) + 0.15)
 
 
 class WantsNormalised(_Around):
-    """Was made for images that have been normalised outside."""
+    """Expects normalized images."""
 
     def __init__(self, net: nn.Module, mean: float = 0.5, std: float = 0.5) -> None:
         super().__init__(net)
@@ -226,7 +226,7 @@ class Learning(_Around):
 
 
 class LooksWhetherAttacked(_Around):
-    """Shows another face to whoever asks for a gradient."""
+    """Uses another network when a gradient is requested."""
 
     def __init__(self, net: nn.Module, other: nn.Module) -> None:
         super().__init__(net)

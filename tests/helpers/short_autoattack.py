@@ -16,7 +16,7 @@ from deat_rb.utils import seeding
 
 
 def shorten(monkeypatch: pytest.MonkeyPatch, *, iterations: int, queries: int) -> None:
-    """Lets every suite that is made from now on take so many iterations, and so many queries in Square."""
+    """Limit iterations, and queries of Square, of all AutoAttack suites created from now on."""
 
     class Short(pyautoattack.AutoAttack):
         def _set_version(self, version: str = "standard") -> None:
@@ -43,7 +43,7 @@ def theirs(
     seed: int,
     norm: str = "Linf",
 ) -> Tensor:
-    """Who is correct after pyautoattack's own evaluation, with the parts and targets that the classes allow."""
+    """Return which examples are correct after pyautoattack's own evaluation, with our stages and targets."""
     classes = int(model(images[:1]).shape[1])
     suite: Any = pyautoattack.AutoAttack(model, norm=norm, eps=eps, seed=seed,
                                          version="standard" if version == "square" else version)  # fmt: skip

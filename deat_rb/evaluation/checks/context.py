@@ -49,7 +49,7 @@ class LabelOrder:
     Attributes:
         accuracy: In percent, with the labels as they are.
         relabeled: In percent, with the relabeling that fits one half of the examples best, measured on the other half.
-        is_significant: Whether the difference is (McNemar's test, p < 0.01).
+        is_significant: Whether the difference is (McNemar's test, p < 0.001).
         below_chance: Whether accuracy is below guessing among the classes of the labels (binomial test, p < 0.001).
         n_classes: Number of classes of the labels.
     """
@@ -81,7 +81,7 @@ class LabelOrder:
             relabeled[test] = predicted[test] == _relabeling(predicted[fit], index[fit], classes)[index[test]]
         p_value = mcnemar(int((correct & ~relabeled).sum()), int((relabeled & ~correct).sum()))
         below = binomtest(int(correct.sum()), len(labels), 1 / len(classes), alternative="less").pvalue
-        return cls(percent(correct), percent(relabeled), p_value < 0.01, below < 0.001, len(classes))
+        return cls(percent(correct), percent(relabeled), p_value < 0.001, below < 0.001, len(classes))
 
 
 def _relabeling(predicted: Tensor, index: Tensor, classes: Tensor) -> Tensor:

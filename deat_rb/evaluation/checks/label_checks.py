@@ -45,7 +45,7 @@ def above_chance(context: CheckContext) -> Outcome | None:
     """Check that natural accuracy exceeds that of predictions that are independent of the labels.
 
     That is the sum over classes of the shares of the predictions and of the labels, as in Cohen's kappa. Sets that are
-    too small to tell 20 points above chance pass.
+    too small to tell 15 points above chance pass.
     """
     from scipy.stats import binomtest
 
@@ -59,7 +59,7 @@ def above_chance(context: CheckContext) -> Outcome | None:
     if float(shares[1].max()) > 0.95:
         return None
     p_value = binomtest(n_correct, n_examples, min(chance, 1.0), alternative="greater").pvalue
-    certain = wilson(n_correct, n_examples)[1] < chance + 0.2
+    certain = wilson(n_correct, n_examples)[1] < chance + 0.15
     accuracy = 100 * n_correct / n_examples
     return outcome(
         "fail" if p_value > 0.05 and certain else "pass",

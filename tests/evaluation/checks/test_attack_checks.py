@@ -29,7 +29,7 @@ def test_square_finds_masked_gradients(kind: str, inside: Callable[[], nn.Module
 
 def test_pgd_near_autoattack_finds_saturated_logits() -> None:
     checks = checked(masked.Saturated(plain()), level="full")
-    assert checks["PGD near AutoAttack"].figure == pytest.approx(92, abs=8), "PGD on the cross-entropy breaks nothing"
+    assert checks["PGD near AutoAttack"].figure == pytest.approx(92, abs=8), "PGD on the cross-entropy finds nothing"
     assert checks["PGD near AutoAttack"].status == "fail"
 
 

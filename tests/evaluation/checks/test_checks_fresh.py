@@ -1,6 +1,6 @@
-"""Networks that hide their weakness from PGD, each in a way of its own, and what the checks make of them.
+"""Networks that mask their gradients, each in its own way, and the checks that find them.
 
-Every mask is put over one honest network and keeps its classes, or nearly: the honest one's figures are the truth.
+Every mask wraps the same network and (nearly) keeps its predictions: accuracies of that network are the true ones.
 """
 
 from __future__ import annotations

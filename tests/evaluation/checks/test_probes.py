@@ -26,10 +26,10 @@ def test_agreement_of_linear_networks() -> None:
 
 
 def test_probe_pgd_linear_model() -> None:
-    images, labels, stays = plane_images()
+    images, labels, robust = plane_images()
     probe = Probe(Plane(), images, labels, eps=0.1, norm="Linf", batch_size=3, seed=0)
-    assert torch.equal(~probe.pgd(torch.arange(8), eps=0.1, steps=8), stays)
-    assert torch.equal(~probe.pgd(torch.tensor([6, 1, 4]), eps=0.1, steps=8, loss="margin"), stays[[6, 1, 4]])
+    assert torch.equal(~probe.pgd(torch.arange(8), eps=0.1, steps=8), robust)
+    assert torch.equal(~probe.pgd(torch.tensor([6, 1, 4]), eps=0.1, steps=8, loss="margin"), robust[[6, 1, 4]])
     assert probe.pgd(torch.arange(0), eps=0.1, steps=8).tolist() == []
 
 

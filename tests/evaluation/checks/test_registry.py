@@ -59,7 +59,7 @@ def test_run_checks_quick_finds_gradient_masking(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["saturated", "quantised", "decoy", "reversed", "shattered", "not a number"])
 def test_masked_networks_do_mask_gradients(kind: str) -> None:
-    """Else the tests above would show nothing: PGD leaves much of what it breaks in the network inside."""
+    """The tests above need that: accuracy under PGD is high, and low for the network inside."""
     images, labels = held_out(64)
     left = {}
     for name, model in {"inside": plain(), "outside": HIDING[kind][0]().eval()}.items():
@@ -126,9 +126,9 @@ def test_run_checks_quick_costs_a_fraction_of_pgd_20() -> None:
 
 
 def test_run_checks_reports_progress() -> None:
-    told: list[tuple[str, int, int]] = []
-    checked(plain(), count=4, progress=lambda *args: told.append(args))
-    assert told == [(name, done, len(CHECKS)) for done, name in enumerate(CHECKS)]
+    calls: list[tuple[str, int, int]] = []
+    checked(plain(), count=4, progress=lambda *args: calls.append(args))
+    assert calls == [(name, done, len(CHECKS)) for done, name in enumerate(CHECKS)]
 
 
 def test_run_checks_level_none() -> None:
