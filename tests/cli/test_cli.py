@@ -197,7 +197,7 @@ def test_eval_of_a_run_uses_its_config_and_writes_eval_json(digits_run: Path) ->
     [
         (["--eps", "8/0"], "Invalid value for '--eps': '8/0' divides by zero"),
         (["--eps", "much"], "Invalid value for '--eps': 'much' is not a number"),
-        (["--eps", "-1/255"], "--eps = -0.00392157 is outside [0, 1]"),
+        (["--eps", "-1/255"], "--eps = -0.003921568627 is outside [0, 1]"),
         (["--eps", "0,8"], "--eps = 8 is outside [0, 1]"),
         (["--attacks", "pdg-100"], "there is no attack 'pdg-100': did you mean 'pgd-100'"),
         (["--attacks", ","], "Invalid value for '--attacks': the list is empty"),
