@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deat_rb.models.check import first_line
-from deat_rb.utils.errors import DeatError, did_you_mean
+from deat_rb.models.names import suggest
+from deat_rb.utils.errors import DeatError
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def match_classes(
         num_logits: Number of the network's logits.
         source: Name of the network, for messages.
         dataset: Name of the dataset, for messages.
-        must_match: Whether to refuse a class that the network does not have; otherwise names are ignored then.
+        must_match: Whether to refuse a dataset without any of the network's classes; otherwise names are ignored then.
 
     Raises:
         DeatError: The network does not have one of the classes, or has fewer logits than the dataset has classes (or
@@ -56,11 +57,13 @@ def match_classes(
     counts = Counter(known)
     if known and must_match and max(counts.values()) > 1:
         raise DeatError(f"{source} has the class '{counts.most_common(1)[0][0]}' twice: class names must be unique")
-    if known and (must_match or all(counts[name] == 1 for name in classes)):
+    if known and (must_match or any(name in counts for name in classes)):
         for name in classes:
             if name not in counts:
                 raise DeatError(f"{dataset} has the class '{name}', which {source} does not have "
-                                f"({did_you_mean(name, known)}): rename the class or leave it out")  # fmt: skip
+                                f"({suggest(name, known)}): rename the class or leave it out")  # fmt: skip
+            if counts[name] > 1:
+                raise DeatError(f"{source} has {counts[name]} classes '{name}': give unique names by --classes FILE")
         logits = tuple(known.index(name) for name in classes)
         if logits == tuple(range(len(classes))):
             return MatchedClasses(tuple(known))

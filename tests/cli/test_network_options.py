@@ -45,6 +45,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with a module, a checkpoint for it, and an image of each class."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    for name in ("mynet", "my_layers"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     (tmp_path / "mynet.py").write_text(MODULE)
     (tmp_path / "my_layers.py").write_text(LAYERS)
     torch.save({"scale": torch.tensor(2.0)}, tmp_path / "net.pt")
@@ -70,6 +72,29 @@ def test_eval_finds_a_module_in_the_current_folder(here: Path) -> None:
     report = json.loads((here / "report.json").read_text())
     assert report["results"]["natural"]["accuracy"] == 1
     assert report["provenance"]["note"] == "labels were matched to logits by class name (all 3 classes)"
+
+
+def test_train_finds_a_module_in_the_current_folder(here: Path) -> None:
+    result = run("train", "--method", "standard", "--dataset", "folder", "--data-dir", "data", "--arch", "mynet:build",
+                 "--image-size", 8, "--val-size", 2, "--batch-size", 2, "--epochs", 1, "--device", "cpu", "--dry-run"
+                 )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "mynet:build, 1 parameters" in result.output
+
+
+def test_eval_of_a_run_does_not_import_from_the_current_folder(here: Path) -> None:
+    """The architecture in a run's file is not the user's: it has to be on Python's path, and trusted."""
+    trained = run("train", "--method", "standard", "--dataset", "folder", "--data-dir", "data", "--arch", "mynet:build",
+                  "--image-size", 8, "--val-size", 2, "--batch-size", 2, "--epochs", 1, "--device", "cpu",
+                  "--precision", "fp32", "--name", "net")  # fmt: skip
+    assert trained.exit_code == 0, trained.output
+    sys.path.remove(str(here))
+    for name in ("mynet", "my_layers"):
+        del sys.modules[name]
+    refused = run("eval", "runs/net", *FAST, "--trust-code")
+    assert refused.exit_code == 2
+    assert "cannot be imported (No module named 'mynet')" in refused.stderr
+    assert "PYTHONPATH=. adds the current folder" in refused.stderr
 
 
 def test_import_from_current_folder_ignores_installed_packages_and_paths(here: Path) -> None:

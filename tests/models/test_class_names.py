@@ -46,12 +46,14 @@ def test_match_classes_of_a_known_dataset_takes_the_first_logits() -> None:
     assert matched.note.startswith("the first 3 of 12 logits are taken to be in this order")
 
 
-def test_match_classes_ignores_names_of_a_package_that_do_not_match() -> None:
+def test_match_classes_ignores_names_of_a_package_that_are_of_other_classes() -> None:
     known = ("crane", "crane", "bee")
     assert match(("bee",), known, 3, must_match=False).logit_of_class == (2,)
-    assert match(PETS, known, 3, must_match=False).logit_of_class == ()
-    with pytest.raises(DeatError, match="has 3 logits, and folder has 1 classes"):
-        match(("crane",), known, 3, must_match=False)
+    assert match(("n1", "n2", "n3"), known, 3, must_match=False).logit_of_class == ()
+    with pytest.raises(DeatError, match=r"^net\.pt has 2 classes 'crane': give unique names by --classes FILE$"):
+        match(("crane", "bee"), known, 3, must_match=False)
+    with pytest.raises(DeatError, match=r"^folder has the class 'ant', which net\.pt does not have"):
+        match(PETS, known, 3, must_match=False)
 
 
 @pytest.mark.parametrize(
