@@ -207,8 +207,8 @@ def _speed(options: Options, device: Any, results: Results, console: Console, pr
         console.print(speed_table([row for row in rows if row.precision == precision], precision))
     if faithful:
         console.print(faithful_table(faithful))
-    figures = ("milliseconds_per_image", "passes_per_second", "speedup", "of_limit")
-    results.speed = [asdict(row) | {name: getattr(row, name) for name in figures} for row in rows]
+    derived = ("milliseconds_per_image", "passes_per_second", "speedup", "of_limit")
+    results.speed = [asdict(row) | {name: getattr(row, name) for name in derived} for row in rows]
     results.faithful = [asdict(each) | {"deviation": each.deviation} for each in faithful]
 
 
@@ -228,8 +228,8 @@ def _memory(options: Options, device: Any, results: Results, console: Console, p
             )
     progress.done()
     console.print(memory_table(found))
-    figures = ("of_limit", "growth_of_limit")
-    results.memory = [asdict(each) | {name: getattr(each, name) for name in figures} for each in found]
+    derived = ("of_limit", "growth_of_limit")
+    results.memory = [asdict(each) | {name: getattr(each, name) for name in derived} for each in found]
 
 
 def _overhead(options: Options, device: Any, results: Results, console: Console, progress: Progress) -> None:

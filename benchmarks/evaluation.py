@@ -124,14 +124,14 @@ def make_target(
 
 
 def _eps_below_half(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    withstood, broken = 0, round(1 / EPS_STEP)
-    while broken - withstood > 1:
-        middle = (withstood + broken) // 2
+    above, below = 0, round(1 / EPS_STEP)  # multiples of EPS_STEP with accuracy above and below
+    while below - above > 1:
+        middle = (above + below) // 2
         if validate(model, images, labels, eps=middle * EPS_STEP)[1] < BELOW:
-            broken = middle
+            below = middle
         else:
-            withstood = middle
-    return broken * EPS_STEP
+            above = middle
+    return below * EPS_STEP
 
 
 def against_torchattacks(

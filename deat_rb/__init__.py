@@ -1,6 +1,7 @@
-"""Adversarial training with gradient-guided dynamic efficient methods, beside torchattacks and RobustBench.
+"""Gradient-guided dynamic efficient adversarial training, with torchattacks and RobustBench.
 
-Importing this package is cheap: torch and what depends on it are imported when a name is first used (PEP 562).
+Public names are imported lazily (PEP 562), so that ``import deat_rb`` does not import torch. It makes ``import
+robustbench`` work without the package autoattack (`deat_rb.utils.import_hooks`).
 """
 
 from __future__ import annotations
