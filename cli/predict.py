@@ -32,7 +32,8 @@ def predict(target: str, images: tuple[Path, ...], top: int, as_json: bool, devi
     from deat_rb.inference import predict
 
     import_from_current_folder(target)
-    predictions = predict(target, images, top=top, device=device, **description(**options))
+    predictions = predict(target, images, top=top, device=device, **description(**options),
+                          notify=lambda note: click.echo(f"note: {note}", err=True))  # fmt: skip
     if as_json:
         click.echo(json.dumps([prediction.model_dump(mode="json") for prediction in predictions], indent=2))
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -64,6 +64,7 @@ def predict(
     weights_key: str | None = None,
     model_dir: str | Path | None = None,
     trust_code: bool = False,
+    notify: Callable[[str], None] | None = None,
 ) -> list[Prediction]:
     """Classify image files with a trained network.
 
@@ -83,6 +84,7 @@ def predict(
         weights_key: Key of the state dict in a checkpoint.
         model_dir: Folder of RobustBench's weights.
         trust_code: See `deat_rb.load_model`.
+        notify: Called with sentences for the user, such as which of a file's state dicts was loaded.
 
     Raises:
         DeatError: The network or an image cannot be used, or ``top`` is not positive.
@@ -97,6 +99,9 @@ def predict(
         arch, num_classes, image_size, names, normalization, weights_key,
         None if model_dir is None else Path(model_dir), trust_code=trust_code,
     ))  # fmt: skip
+    if notify is not None:
+        for note in network.notes:
+            notify(note)
     images = torch.stack([_read(Path(file), network.image_size or 32, network.channels) for file in files])
     with prepared_for_eval(network.model, images, batch_size=BATCH_SIZE, device=where) as prepared, torch.no_grad():
         logits = torch.cat([network.model(part.to(where)).double().cpu() for part in images.split(BATCH_SIZE)])

@@ -122,6 +122,16 @@ def test_predict_of_a_checkpoint(here: Path) -> None:
     assert json.loads(named.output)[0]["guesses"][0]["name"] == "1"
 
 
+def test_predict_says_which_state_dict_it_loaded(here: Path) -> None:
+    torch.save({"model": {"scale": torch.tensor(2.0)}, "model_ema": {"scale": torch.tensor(-2.0)}}, here / "both.pt")
+    given = ["predict", "both.pt", "r.png", "--arch", "mynet:build", "--num-classes", 3, "--image-size", 8, "--json",
+             "--device", "cpu"]  # fmt: skip
+    raw, averaged = run(*given), run(*given, "--weights-key", "model_ema")
+    assert "note: loaded the weights under 'model'; the file also has 'model_ema'" in raw.stderr
+    assert json.loads(raw.stdout)[0]["guesses"][0]["index"] == 0
+    assert json.loads(averaged.stdout)[0]["guesses"][0]["index"] != 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
