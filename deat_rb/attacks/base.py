@@ -65,9 +65,11 @@ class StatelessAttack(Attack):
             The adversarial examples (N, C, H, W), normalized if ``inputs`` are.
 
         Raises:
-            DeatError: Inside `torch.inference_mode`.
+            DeatError: Inside `torch.inference_mode`, or the model was created there.
         """
         require_autograd(f"the attack {self.attack}")
+        if any(parameter.is_inference() for parameter in self.model.parameters()):
+            raise DeatError("the model was created inside torch.inference_mode(), so it has no gradients")
         if inputs.is_inference():
             inputs = inputs.clone()
         if labels is not None and labels.is_inference():

@@ -14,7 +14,7 @@ from deat_rb.attacks.base import AttackMode, CraftStats, StatelessAttack
 from deat_rb.attacks.threat_models import Linf
 from deat_rb.utils import seeding
 from deat_rb.utils.errors import DeatError, did_you_mean
-from deat_rb.utils.units import check_eps, parse_scalar
+from deat_rb.utils.units import check_eps, is_whole_number, parse_scalar
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 
@@ -68,14 +68,14 @@ class PGD(StatelessAttack):
             raise DeatError(f"there is no attack loss '{loss}': {did_you_mean(str(loss), LOSSES)}")
         if start not in STARTS:
             raise DeatError(f"there is no start '{start}': {did_you_mean(str(start), STARTS)}")
-        if not isinstance(steps, int) or steps < 0:
+        if not is_whole_number(steps) or steps < 0:
             raise DeatError(f"steps = {steps} is not a whole number of 0 or more")
         alpha = parse_scalar(alpha)
         if not (math.isfinite(alpha) and alpha > 0):
             raise DeatError(f"alpha = {alpha:g} is not a positive number; give a step size such as 2/255")
         if alpha > 1:
             raise DeatError(f"alpha = {alpha:.10g} is above 1; images are in [0, 1], so give a step size such as 2/255")
-        if tau is not None and not (isinstance(tau, int) and tau >= 0):
+        if tau is not None and not (is_whole_number(tau) and tau >= 0):
             raise DeatError(
                 f"tau = {tau} is not a whole number of 0 or more; it counts steps after a misclassification"
             )
@@ -83,7 +83,7 @@ class PGD(StatelessAttack):
             raise DeatError(f"omega = {omega} is not a finite number of 0 or more; FAT has 0.001")
         self.eps = check_eps(parse_scalar(eps))
         self.alpha = alpha
-        self.steps = steps
+        self.steps = int(steps)
         self.loss = loss
         self.start = start
         self.clamp_start = clamp_start
@@ -198,7 +198,7 @@ class PGD(StatelessAttack):
 
     def _clean_logits(self, images: Tensor) -> Tensor:
         with torch.no_grad():
-            logits: Tensor = self.get_logits(images)
+            logits: Tensor = self.get_logits(images.clone())  # a model may change its input in place
         return logits
 
     def _gradient(self, adv: Tensor, labels: Tensor, clean: Tensor | None) -> tuple[Tensor, Tensor, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -16,7 +16,7 @@ from deat_rb.training.base import Schedule
 from deat_rb.training.checks import check_parameters
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.units import check_eps, parse_scalar
+from deat_rb.utils.units import check_eps, is_whole_number, parse_scalar
 
 WHOLE_NUMBERS = frozenset({"steps", "max_steps", "start", "every", "tau", "m"})
 """Overrides that are counts."""
@@ -105,7 +105,7 @@ def _number(name: str, value: Any) -> Any:
     """Check the type of an override, and read a step size written as a fraction."""
     if name == "alpha":
         return parse_scalar(value)
-    if name in WHOLE_NUMBERS and (isinstance(value, bool) or not isinstance(value, Integral)):
+    if name in WHOLE_NUMBERS and not is_whole_number(value):
         raise DeatError(f"{name} = {value!r} is not a whole number")
     if name in NUMBERS and (isinstance(value, bool) or not isinstance(value, Real)):
         raise DeatError(f"{name} = {value!r} is not a number")

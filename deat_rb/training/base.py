@@ -17,6 +17,7 @@ from deat_rb.attacks.base import StatelessAttack
 from deat_rb.training.engine import Engine
 from deat_rb.training.metrics import BatchStats, EpochStats
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.units import is_whole_number
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,11 @@ class Schedule:
     guided = False
 
     def __init__(self, steps: int = 1, max_steps: int | None = None) -> None:
-        if not isinstance(steps, int) or steps < 0:
+        if not is_whole_number(steps) or steps < 0:
             raise DeatError(f"steps = {steps} is not a whole number of 0 or more")
         if max_steps is not None and max_steps < max(steps, 1):
             raise DeatError(f"max_steps = {max_steps} is below the first epoch's steps ({max(steps, 1)})")
-        self.steps = steps
+        self.steps = int(steps)
         self.max_steps = max_steps
 
     def update(self, stats: EpochStats) -> None:

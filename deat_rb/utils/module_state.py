@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,16 +43,22 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     """Restore buffers, modes, gradients and ``requires_grad`` on exit, also after an exception.
 
     Attacks in train mode update BatchNorm's running statistics, some of torchattacks' call ``backward()``, and its own
-    mode handling sets all modules to one mode. A buffer or parameter that ``forward`` assigns anew is restored by
-    module and name. What has not changed is not written, so that several threads can attack one model in eval mode.
+    mode handling sets all modules to one mode. A buffer, a parameter or another tensor attribute that ``forward``
+    assigns anew is restored by module and name. What has not changed is not written, so that several threads can attack
+    one model in eval mode.
     """
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     scripted = [(module, dict(module.named_buffers(recurse=False)))
                 for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]  # fmt: skip
     buffers = [(module._buffers, dict(module._buffers)) for module in modules]
     parameters = [(module._parameters, dict(module._parameters)) for module in modules]
+    attributes = [(vars(module), _tensors(vars(module))) for module in model.modules()]
     flags = [(parameter, parameter.grad, parameter.requires_grad) for parameter in model.parameters()]
-    tensors = [*model.buffers(), *(gradient for _, gradient, _ in flags if gradient is not None)]
+    tensors = [
+        *model.buffers(),
+        *(tensor for _, saved in attributes for tensor in saved.values()),
+        *(gradient for _, gradient, _ in flags if gradient is not None),
+    ]
     before = [tensor.detach().clone() for tensor in tensors]
     try:
         with preserve_modes(model):
@@ -66,6 +72,10 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
             for name, current in module.named_buffers(recurse=False):
                 if current is not saved[name]:
                     setattr(module, name, saved[name])
+        for current_attributes, saved_attributes in attributes:
+            for name in _tensors(current_attributes).keys() - saved_attributes.keys():
+                del current_attributes[name]
+            current_attributes.update(saved_attributes)
         for parameter, gradient, required in flags:
             if parameter.requires_grad != required:
                 parameter.requires_grad_(required)
@@ -75,6 +85,10 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
             for tensor, value in zip(tensors, before, strict=True):
                 if not torch.equal(tensor, value):
                     tensor.copy_(value)
+
+
+def _tensors(attributes: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in attributes.items() if isinstance(value, Tensor)}
 
 
 def _restore_entries(current: dict[str, T], saved: dict[str, T]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from deat_rb.utils.errors import DeatError
@@ -43,6 +43,11 @@ def parse_scalar(value: Any) -> float:
     if getattr(value, "ndim", None) == 0 or getattr(value, "shape", None) == (1,):
         value = value.item()
     return parse_fraction(value)
+
+
+def is_whole_number(value: object) -> bool:
+    """Return whether a value is an integer, Python's or NumPy's, and not a bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def format_fraction(value: float) -> str:

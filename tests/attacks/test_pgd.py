@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 import torchattacks
@@ -15,6 +16,7 @@ from small_problems import Plane, batch_for, plane_images, small_network
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
+import deat_rb
 from deat_rb.attacks.base import AttackMode
 from deat_rb.attacks.pgd import PGD
 from deat_rb.utils.errors import DeatError
@@ -278,6 +280,13 @@ REFUSALS: list[tuple[Callable[[nn.Module], object], str]] = [
 def test_constructor_refuses_invalid_settings(make: Callable[[nn.Module], object], message: str) -> None:
     with pytest.raises(DeatError, match=message):
         make(Plane())
+
+
+def test_constructor_takes_numpy_integers() -> None:
+    sizes: dict[str, Any] = {"steps": np.int64(3), "tau": np.int32(1), "eps": np.float32(0.1)}
+    attack = deat_rb.PGD(Plane(), **sizes)
+    assert (attack.steps, attack.tau) == (3, 1)
+    assert isinstance(attack.steps, int)
 
 
 # ------------------------------------------------------------------------------------------------ half precision

@@ -178,10 +178,13 @@ class Counting(nn.Module):
         self.register_buffer("mean", torch.zeros(3))
         self.register_buffer("count", None)
         self.register_buffer("first", torch.ones(1))
+        self.plain = torch.zeros(3)
         self.linear = nn.Linear(3, 4)
 
     def forward(self, images: Tensor) -> Tensor:
         self.mean = 0.9 * self.mean + 0.1 * images.detach().mean(dim=(0, 2, 3))
+        self.plain.add_(self.mean)
+        self.cached = self.mean
         self.count = torch.ones(()) if self.count is None else self.count + 1
         if hasattr(self, "first"):
             del self.first
@@ -202,7 +205,11 @@ def test_a_call_restores_buffers_that_forward_assigns_anew(name: str, training: 
     for key, buffer in after.items():
         assert buffer is buffers[key], key
         assert torch.equal(buffer, before[key]), key
-    assert model[0].count is None
+    counting = model[0]
+    assert isinstance(counting, Counting)
+    assert counting.count is None
+    assert torch.equal(counting.plain, torch.zeros(3))
+    assert not hasattr(counting, "cached")
 
 
 def test_preserve_state_restores_a_parameter_that_was_replaced() -> None:
@@ -229,6 +236,7 @@ def test_three_threads_attack_one_model_in_eval_mode(name: str) -> None:
     trainer = trainer_of(name, model)
     trainer.crafter.start = "none"
     trainer.crafter.random_start = False  # torchattacks' name of it
+    trainer.crafter.omega = 0.0
     alone = [trainer(*batch) for batch in batches]
     before = Snapshot(model)
     with ThreadPoolExecutor(3) as pool:
@@ -253,4 +261,27 @@ def test_attacks_and_training_name_inference_mode(name: str) -> None:
         with pytest.raises(DeatError, match=r"training needs gradients, which torch\.inference_mode\(\) disables"):
             trainer.training_step(images, labels, torch.optim.SGD(model.parameters(), lr=0.1))
         inference_images, inference_labels = images.clone(), labels.clone()
+        created = used()
     trainer(inference_images, inference_labels)
+    with pytest.raises(DeatError, match=r"the model was created inside torch\.inference_mode\(\)"):
+        deat_rb.PGD(created)(images, labels)
+
+
+class InPlace(nn.Module):
+    """A network that standardizes its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.linear(images.sub_(0.5).mean(dim=(2, 3)))
+        return logits
+
+
+def test_trades_attack_does_not_change_images_through_a_model_that_works_in_place() -> None:
+    images, labels = images_and_labels()
+    before = images.clone()
+    with pytest.raises(RuntimeError, match="in-place operation"):  # torch's own: a leaf that requires a gradient
+        deat_rb.create("trades", InPlace())(images, labels)
+    assert torch.equal(images, before)
