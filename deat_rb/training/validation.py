@@ -24,9 +24,6 @@ from deat_rb.utils.units import check_eps
 STOP_BATCH = 128
 """How many validation images a stopping rule's own attack is run on."""
 
-COLLAPSED = 0.95
-"""The fraction of equal predictions from which on a model counts as collapsed."""
-
 FEW = 10
 """The number of validation images below which equal predictions mean nothing."""
 
@@ -41,7 +38,8 @@ class Validation(NamedTuple):
         backwards: Images for which a gradient was computed.
         top_prediction: The class predicted for the most images without an attack, from 0.
         top_predicted: The fraction of the images for which it is predicted.
-        top_label: The fraction of the images that have the most common label.
+        top_labelled: The fraction of the images that have this label.
+        collapsed: Whether nearly all images are predicted as this class, although many have other labels.
     """
 
     natural: float
@@ -50,12 +48,8 @@ class Validation(NamedTuple):
     backwards: int
     top_prediction: int = 0
     top_predicted: float = 0.0
-    top_label: float = 0.0
-
-    @property
-    def collapsed(self) -> bool:
-        """Whether nearly all images are predicted as one class, although fewer have one label."""
-        return self.top_predicted >= max(COLLAPSED, self.top_label + 1 - COLLAPSED)
+    top_labelled: float = 0.0
+    collapsed: bool = False
 
 
 def validate(
@@ -109,15 +103,31 @@ def validate(
                               threat=threat)  # fmt: skip
             robust += int((~output.misclassified).sum())
     counts = torch.cat(predictions).bincount()
+    top = int(counts.argmax())
+    predicted, labelled = int(counts[top]), int((labels == top).sum())
     return Validation(
         natural=natural / len(images),
         robust=robust / len(images),
         forwards=counting.forwards,
         backwards=counting.backwards,
-        top_prediction=int(counts.argmax()),
-        top_predicted=int(counts.max()) / len(images),
-        top_label=int(labels.bincount().max()) / len(images),
+        top_prediction=top,
+        top_predicted=predicted / len(images),
+        top_labelled=labelled / len(images),
+        collapsed=has_collapsed(predicted, labelled, len(images)),
     )
+
+
+def has_collapsed(predicted: int, labelled: int, count: int) -> bool:
+    """Whether a model has collapsed to (nearly) one class.
+
+    Args:
+        predicted: How many images are predicted as the most commonly predicted class.
+        labelled: How many images have its label.
+        count: The number of images; with fewer than `FEW` the answer is no.
+    """
+    far_too_many = predicted >= 0.9 * count and predicted - labelled > 0.4 * count
+    all_of_several = predicted >= 0.99 * count and count - labelled >= FEW
+    return count >= FEW and (far_too_many or all_of_several)
 
 
 def validate_epoch(state: TrainingState, row: EpochStats, batch: Batch, requests: StopRequests) -> EpochStats:
@@ -136,11 +146,11 @@ def validate_epoch(state: TrainingState, row: EpochStats, batch: Batch, requests
             val_forwards=full.forwards,
             val_backwards=full.backwards,
         )
-        if full.collapsed and len(images) >= FEW:
+        if full.collapsed:
             state.warn(
-                f"epoch {state.epoch}: {full.top_predicted:.0%} of the validation images are predicted as class "
-                f"{full.top_prediction}, and {full.top_label:.0%} have the most common label: the model has collapsed "
-                "to one class"
+                f"epoch {state.epoch}: the model predicts class {full.top_prediction} for {full.top_predicted:.0%} of "
+                f"the validation images, of which {full.top_labelled:.0%} belong to it: it has collapsed to (nearly) "
+                "one class"
             )
         if rule is not None and rule.validation_steps:
             own = validate(

@@ -12,7 +12,7 @@ from training_problems import images_and_labels, loader, made
 import deat_rb
 import deat_rb.methods
 from deat_rb.training import Callback
-from deat_rb.training.validation import Validation, validate
+from deat_rb.training.validation import Validation, has_collapsed, validate
 
 
 def test_validate_runs_pgd_20_on_all_and_pgd_5_on_128_images(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,32 +30,28 @@ def test_validate_runs_pgd_20_on_all_and_pgd_5_on_128_images(monkeypatch: pytest
     assert all(torch.equal(images, held[0][: len(images)]) for images, _ in calls)
 
 
-def test_validate_counts_the_most_common_prediction_and_label() -> None:
+def test_validate_counts_the_most_common_prediction_and_its_label() -> None:
     model: nn.Module = made().eval()
     images, labels = images_and_labels(40)
-    labels = torch.where(torch.arange(40) < 16, 3, labels)
     predicted = model(images).argmax(dim=1)
-    found = validate(model, images, labels, eps=8 / 255, steps=1, batch_size=7)
-    counts = predicted.bincount(minlength=4)
-    assert (found.top_prediction, found.top_predicted) == (int(counts.argmax()), int(counts.max()) / 40)
-    assert found.top_label == int((labels == 3).sum()) / 40
+    measured = validate(model, images, labels, eps=8 / 255, steps=1, batch_size=7)
+    top = int(predicted.bincount().argmax())
+    assert measured.top_prediction == top
+    assert measured.top_predicted == int((predicted == top).sum()) / 40
+    assert measured.top_labelled == int((labels == top).sum()) / 40
 
 
 @pytest.mark.parametrize(
-    ("predicted", "label", "collapsed"),
+    ("predicted", "labelled", "count", "collapsed"),
     [
-        (1.0, 0.2, True),
-        (0.95, 0.2, True),
-        (0.94, 0.2, False),
-        (1.0, 0.95, True),
-        (1.0, 0.97, False),
-        (0.97, 0.94, False),
+        (100, 20, 100, True), (90, 20, 100, True), (89, 20, 100, False),
+        (95, 56, 100, False),  # right about most of one class
+        (100, 90, 100, True), (100, 92, 100, False),  # predicts the majority only
+        (10, 1, 10, True), (9, 1, 9, False),  # too few images to tell
     ],
-)
-def test_validation_collapsed_is_one_prediction_for_several_labels(
-    predicted: float, label: float, collapsed: bool
-) -> None:
-    assert Validation(0.2, 0.2, 0, 0, top_predicted=predicted, top_label=label).collapsed is collapsed
+)  # fmt: skip
+def test_has_collapsed(predicted: int, labelled: int, count: int, collapsed: bool) -> None:
+    assert has_collapsed(predicted, labelled, count) is collapsed
 
 
 class ByColor(nn.Module):
@@ -89,8 +85,8 @@ def test_fit_warns_of_a_collapsed_model_epoch_by_epoch() -> None:
     shares, messages = fit(50.0, 40)
     assert shares == [1.0, 1.0]
     assert messages == [
-        f"epoch {epoch}: 100% of the validation images are predicted as class 2, and 25% have the most common label: "
-        "the model has collapsed to one class"
+        f"epoch {epoch}: the model predicts class 2 for 100% of the validation images, of which 25% belong to it: it "
+        "has collapsed to (nearly) one class"
         for epoch in (1, 2)
     ]
     shares, messages = fit(0.0, 40)
