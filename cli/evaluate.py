@@ -211,13 +211,14 @@ def _print_means(reports: Sequence[Report], targets: Sequence[EvalTarget], conso
 
 
 def _options(target: EvalTarget) -> dict[str, Any]:
-    """Return what defines a network apart from its seed: a run's options, or what is known of other networks."""
+    """Return what defines a network apart from its seed: a run's options; other networks are known by their weights."""
     from deat_rb.runs.directory import RunDirectory
     from deat_rb.runs.options import MAY_CHANGE
 
     if target.run is None:
-        known = ("arch", "model", "entry", "dataset")
-        return {name: value for name, value in target.provenance.items() if name in known}
+        facts = target.provenance
+        source = next((facts[name] for name in ("model", "entry", "weights") if name in facts), "network")
+        return {"method": source, "SHA-256": facts.get("weights_sha256", "")[:8]}
     config = RunDirectory.open(target.run).config
     options = {name: value for name, value in config.flat().items() if name not in ("seed", *MAY_CHANGE)}
     return options | {"data": config.data_fingerprint}

@@ -118,6 +118,7 @@ def trained(folder: Path, name: str, **changes: Any) -> Path:
     return train(options | changes, output=folder, name=name)[0].path
 
 
+@pytest.mark.slow
 def test_eval_reports_mean_and_deviation_per_group(tmp_path: Path) -> None:
     runs = [trained(tmp_path, f"{method}-{seed}", method=method, seed=seed)
             for method in ("trades", "m+trades") for seed in (0, 1)]  # fmt: skip
@@ -126,6 +127,10 @@ def test_eval_reports_mean_and_deviation_per_group(tmp_path: Path) -> None:
     rows = [line.split() for line in result.stdout.splitlines() if "±" in line]
     assert [row[:2] for row in rows] == [["trades", "2"], ["m+trades", "2"]]
     assert "mean and standard deviation over runs" in result.stdout
+    weights = [path / "last.safetensors" for path in runs[::2]]
+    checkpoints = run("eval", *weights, "--arch", "wrn-10-1", "--dataset", "digits", *QUICK)
+    assert checkpoints.exit_code == 0, checkpoints.output
+    assert "±" not in checkpoints.stdout, "nothing says that they are of one method"
     single = run("eval", runs[0], runs[2], *QUICK)
     assert "±" not in single.stdout, "two methods have no common mean"
 

@@ -138,6 +138,13 @@ def test_compare_command_prints_json(runs: list[Path]) -> None:
     }  # fmt: skip
 
 
+def test_compare_accuracies_are_counts_over_examples() -> None:
+    """Of float32 a fraction such as 4 / 25 would be 0.15999999642."""
+    report = report_of(natural="1" * 25, fgsm="1" * 4 + "0" * 21, pgd="1" * 4 + "0" * 21)
+    accuracy = compare([("a", report), ("b", report)]).accuracy["b"]
+    assert accuracy == {"natural": 1.0, "fgsm": 0.16, "pgd": 0.16, "worst case": 0.16}
+
+
 def test_load_reports_accepts_files(runs: list[Path]) -> None:
     assert [name for name, _ in load_reports([runs[0] / "eval.json", runs[1]])] == [str(runs[0] / "eval.json"), "two"]
 

@@ -329,6 +329,7 @@ def command(folder: Path, attacks: str) -> list[str]:
             "cpu", "--json", str(folder / "report.json")]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="sends a signal that Windows does not have")
 def test_eval_command_resumes_after_sigkill(tmp_path: Path) -> None:
     with torch.random.fork_rng(devices=[]):

@@ -149,9 +149,13 @@ class CheckContext:
         images = self.probe.images
         values = images.transpose(0, 1).flatten(1)
         mean, std = values.mean(dim=1).view(1, -1, 1, 1), values.std(dim=1).clamp_min(1 / 255).view(1, -1, 1, 1)
-        scaled = {"standardized images": (images - mean) / std, "images in [-1, 1]": 2 * images - 1,
-                  "images in [0, 255]": 255 * images}  # fmt: skip
-        return {name: percent(self.probe.correct(other)) for name, other in scaled.items()}
+        scalings = {
+            "standardized images": (mean, std),
+            "images in [-1, 1]": (0.5, 0.5),
+            "images in [0, 255]": (0, 1 / 255),
+        }
+        return {name: percent(self.probe.correct((images - shift) / scale))
+                for name, (shift, scale) in scalings.items()}  # fmt: skip
 
     @cached_property
     def out_of_order(self) -> bool:

@@ -31,6 +31,7 @@ def evaluated(network: Callable[[], nn.Module]) -> Report:
     return evaluate(network(), images, labels, attacks=attacks, eps=EPS, batch_size=200)
 
 
+@pytest.mark.slow
 def test_run_checks_robust_network_passes() -> None:
     images, labels = held_out(200)
     report = evaluated(robust)
