@@ -149,7 +149,7 @@ class CheckContext:
         images = self.probe.images
         values = images.transpose(0, 1).flatten(1)
         mean, std = values.mean(dim=1).view(1, -1, 1, 1), values.std(dim=1).clamp_min(1 / 255).view(1, -1, 1, 1)
-        scalings = {
+        scalings: dict[str, tuple[Tensor | float, Tensor | float]] = {
             "standardized images": (mean, std),
             "images in [-1, 1]": (0.5, 0.5),
             "images in [0, 255]": (0, 1 / 255),
