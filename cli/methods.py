@@ -34,9 +34,10 @@ def methods(name: str | None, as_json: bool, markdown: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    console = Console()
+    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False, collapse_padding=True)
     for number, column in enumerate(COLUMNS):
         table.add_column(column, no_wrap=number == 0)
     for row in rows:
         table.add_row(*cells(row))
-    Console().print(table)
+    console.print(table)

@@ -2,7 +2,7 @@
 
 Written from the paper (arXiv:2103.03076v1: Algorithms 1-5, sections 4 and 5, appendix A.2) and without deat_rb, so that
 the two can only agree by both being right. Naive on purpose: one loop per algorithm, ``loss.backward()`` for every
-gradient, friendly crafting one example at a time. Read it with the paper beside it; numbers in comments are the
+gradient, FAT one example at a time. Read it with the paper beside it; numbers in comments are the
 algorithms' lines.
 
 What the paper leaves open, the loops take from the public code: perturbed images stay in [0, 1], the start included,
@@ -50,7 +50,7 @@ Trace = list[Epoch]
 
 @dataclass
 class Loop:
-    """What the loop bodies share: the model, its optimiser and the numbers of this epoch."""
+    """What the loop bodies share: the model, its optimizer and the numbers of this epoch."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -72,10 +72,10 @@ class Loop:
         each.mean().backward()
         self.epoch.backwards += 1
         self.optimizer.step()
-        self.note(each, logits, labels)
+        self.record(each, logits, labels)
 
-    def note(self, each: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Books the update of a batch whose loss and accuracy count: its only one, or its last replay's."""
+    def record(self, each: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Record the update of a batch whose loss and accuracy count: its only one, or its last replay's."""
         self.epoch.updates += 1
         self.epoch.examples += len(labels)
         self.epoch.loss += each.sum().item()
@@ -144,7 +144,7 @@ def replay(loop: Loop, images: Tensor, labels: Tensor, adversarial: Tensor) -> T
         gradient = adversarial.grad * len(labels)
         loop.optimizer.step()  # 7
         if j == loop.steps - 1:
-            loop.note(each, logits, labels)
+            loop.record(each, logits, labels)
         else:
             loop.epoch.updates += 1
         adversarial = loop.step(images, adversarial.detach(), gradient)  # 8, 9
@@ -199,7 +199,7 @@ def u_fgsm(loop: Loop, images: Tensor, labels: Tensor) -> None:
 
 
 def trades(loop: Loop, images: Tensor, labels: Tensor) -> None:
-    """TRADES: crafts on KL to the clean prediction of before; Algorithm 4 with another loss."""
+    """TRADES: the attack maximizes KL to the clean prediction, computed once; Algorithm 4 with another loss."""
     fixed = loop.forward(images).detach()
     adversarial = craft(loop, images, normal_start(images), lambda logits: kl(fixed, logits).sum())
     clean_logits = loop.forward(images)
@@ -208,7 +208,7 @@ def trades(loop: Loop, images: Tensor, labels: Tensor) -> None:
 
 
 def mart(loop: Loop, images: Tensor, labels: Tensor) -> None:
-    """MART: crafts on cross-entropy."""
+    """MART: the attack maximizes cross-entropy."""
     start = normal_start(images)
     adversarial = craft(loop, images, start, lambda logits: cross_entropy(logits, labels).sum())
     clean_logits = loop.forward(images)
@@ -216,7 +216,7 @@ def mart(loop: Loop, images: Tensor, labels: Tensor) -> None:
     loop.update(mart_loss(clean_logits, adversarial_logits, labels), adversarial_logits, labels)
 
 
-def befriend(loop: Loop, images: Tensor, labels: Tensor, on_kl: bool) -> Tensor:
+def early_stopped_pgd(loop: Loop, images: Tensor, labels: Tensor, on_kl: bool) -> Tensor:
     """FAT's early-stopped PGD (Zhang et al. 2020, Algorithm 1), one example at a time, in eval mode.
 
     FAT starts uniform and adds 0.001 N(0, 1) after every step; on KL it starts at 0.001 N(0, 1) and adds none.
@@ -257,22 +257,22 @@ def befriend(loop: Loop, images: Tensor, labels: Tensor, on_kl: bool) -> Tensor:
 
 
 def fat(loop: Loop, images: Tensor, labels: Tensor) -> None:
-    """FAT: plain training on friendly examples."""
-    logits = loop.forward(befriend(loop, images, labels, on_kl=False))
+    """FAT: training on the early-stopped examples."""
+    logits = loop.forward(early_stopped_pgd(loop, images, labels, on_kl=False))
     loop.update(cross_entropy(logits, labels), logits, labels)
 
 
 def f_trades(loop: Loop, images: Tensor, labels: Tensor) -> None:
-    """TRADES on friendly examples."""
-    adversarial = befriend(loop, images, labels, on_kl=True)
+    """TRADES on early-stopped examples."""
+    adversarial = early_stopped_pgd(loop, images, labels, on_kl=True)
     clean_logits = loop.forward(images)
     adversarial_logits = loop.forward(adversarial)
     loop.update(trades_loss(clean_logits, adversarial_logits, labels), adversarial_logits, labels)
 
 
 def f_mart(loop: Loop, images: Tensor, labels: Tensor) -> None:
-    """MART on friendly examples, which its public code crafts on KL."""
-    adversarial = befriend(loop, images, labels, on_kl=True)
+    """MART on FAT's examples, which the authors' copy of its code generates on KL."""
+    adversarial = early_stopped_pgd(loop, images, labels, on_kl=True)
     clean_logits = loop.forward(images)
     adversarial_logits = loop.forward(adversarial)
     loop.update(mart_loss(clean_logits, adversarial_logits, labels), adversarial_logits, labels)
