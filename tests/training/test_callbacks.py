@@ -135,3 +135,17 @@ def test_callbacks_of_other_ranks_are_not_called(monkeypatch: pytest.MonkeyPatch
     calls: list[str] = []
     deat_rb.create("pgd-1", made()).fit(loader(1), epochs=1, callbacks=[Everything("a", calls)])
     assert calls == []
+
+
+def test_callbacks_may_stop_a_run_that_resumes(tmp_path: Path) -> None:
+    """A time limit, as in docs/own_method.md."""
+
+    class TimeLimit(Callback):
+        def requested_action(self) -> Action:
+            return Action.STOP
+
+    run = RunDirectory.create(tmp_path / "run", run_config())
+    trainer = deat_rb.create("pgd-1", normalized())
+    with pytest.raises(Interrupted, match="keeps 0 of 2 epochs and 1 batch of the next; deat-rb train --resume"):
+        trainer.fit(loader(2), epochs=2, run=run, callbacks=[TimeLimit()])
+    assert len(trainer.fit(loader(2), epochs=2, run=run, resume=True).rows) == 2
