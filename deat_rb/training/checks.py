@@ -83,12 +83,13 @@ class BatchChecker:
         self.num_classes: int | None = None
         self._kinds: set[tuple[torch.Size, torch.dtype, bool]] = set()
 
-    def check_values(self, batch: Any, where: str) -> Batch:
+    def check_values(self, batch: Any, where: str, *, allow_nan: bool = False) -> Batch:
         """Return what a loader yields as a pair of images and labels.
 
         Args:
             batch: What the loader yields.
             where: Names the batch in error messages.
+            allow_nan: Whether images with NaN pass, and are left to `NonFiniteMonitor`.
 
         Raises:
             BatchError: It is no batch of images and labels.
@@ -96,11 +97,11 @@ class BatchChecker:
         images, labels = _as_pair(batch, self.name, where)
         try:
             if self.num_classes is None:
-                check_batch(images, labels)
+                check_batch(images, labels, allow_nan=allow_nan)
                 return images, labels
             check_types(images, labels)
             if images.device.type == self.engine.device.type == "cpu":
-                check_batch(images, labels, self.num_classes, allow_nan=True)  # NaN is left to `NonFiniteMonitor`
+                check_batch(images, labels, self.num_classes, allow_nan=allow_nan)
             elif labels.device.type == "cpu":
                 check_label_values(labels, self.num_classes)
         except DeatError as error:
@@ -125,6 +126,7 @@ class BatchChecker:
         train_mode = not self.validation and model.training
         if engine.sync_bn and engine.world.size > 1:  # SyncBatchNorm communicates in train mode
             train_mode = False
+        images = images.nan_to_num(nan=0.5)  # a later batch may have NaN, which `NonFiniteMonitor` handles
         try:
             with preserve_state(model), engine.eager(model), engine.autocast():
                 if train_mode:

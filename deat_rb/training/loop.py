@@ -164,7 +164,8 @@ class Loop:
         return f"batch {batch + 1} of epoch {self.state.epoch}"
 
     def _check(self, batch: Any, number: int) -> Batch:
-        return self.checker.check_values(batch, self._where(number))
+        later = self.state.epoch > 1 or number > 0
+        return self.checker.check_values(batch, self._where(number), allow_nan=later)
 
     def _step(self, images: Tensor, labels: Tensor, total: int) -> None:
         """Train on a batch, or on this rank's share of a batch of ``total`` examples."""

@@ -141,3 +141,13 @@ def test_nonfinite_after_resume_names_the_checkpoint(tmp_path: Path, monkeypatch
         match=rf"the loss became NaN or Inf at batch 3 of epoch 2; .* checkpoint {newest} \(epoch 2, batch 2\)",
     ):
         train("pgd-1", run, resume=True)
+
+
+def test_nonfinite_skip_right_after_resume(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", run_config())
+    data = Poisoned(loader(3), at=1)
+    options: dict[str, Any] = {"epochs": 1, "lr": 0.05, "on_nonfinite": "skip", "run": run}
+    with pytest.raises(Interrupted):
+        deat_rb.create("pgd-1", normalized()).fit(data, callbacks=[Stops(1)], **options)
+    [row] = deat_rb.create("pgd-1", normalized()).fit(data, resume=True, **options).rows
+    assert (row.skipped, row.examples) == (1, 12)
