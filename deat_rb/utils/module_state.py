@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -38,53 +40,75 @@ def frozen_parameters(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+class _State:
+    """Snapshot of a model's modes, buffers, other tensor attributes, gradients and ``requires_grad`` flags."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modes = [(module, module.training) for module in model.modules()]
+        self.buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+        self.parameters = [(module._parameters, dict(module._parameters)) for module in model.modules()]
+        self.attributes = [(vars(module), _tensors(vars(module))) for module in model.modules()]
+        self.flags = [(parameter, parameter.grad, parameter.requires_grad) for parameter in model.parameters()]
+        tensors = [
+            *model.buffers(),
+            *(tensor for _, saved in self.attributes for tensor in saved.values()),
+            *(gradient for _, gradient, _ in self.flags if gradient is not None),
+        ]
+        self.values = [(tensor, tensor.detach().clone()) for tensor in tensors]
+
+    def restore(self) -> None:
+        """Restore what has changed; what has not is not written."""
+        for module, training in self.modes:
+            module.training = training
+        for current_buffers, saved_buffers in self.buffers:
+            _restore_entries(current_buffers, saved_buffers)
+        for current_parameters, saved_parameters in self.parameters:
+            _restore_entries(current_parameters, saved_parameters)
+        for current, saved in self.attributes:
+            for name in _tensors(current).keys() - saved.keys():
+                del current[name]
+            current.update(saved)
+        for parameter, gradient, required in self.flags:
+            if parameter.requires_grad != required:
+                parameter.requires_grad_(required)
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
+        with torch.no_grad():
+            for tensor, value in self.values:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
+
+
+_lock = threading.Lock()
+_users: dict[int, tuple[_State, Counter[int]]] = {}
+"""Of each model in `preserve_state`: its state before, and how often each thread has entered."""
+
+
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[None]:
     """Restore buffers, modes, gradients and ``requires_grad`` on exit, also after an exception.
 
     Attacks in train mode update BatchNorm's running statistics, some of torchattacks' call ``backward()``, and its own
     mode handling sets all modules to one mode. A buffer, a parameter or another tensor attribute that ``forward``
-    assigns anew is restored by module and name. What has not changed is not written, so that several threads can attack
-    one model in eval mode.
+    assigns anew is restored by module and name. Several threads can attack one model: the last one to leave restores
+    the state that the first one found.
     """
-    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-    scripted = [(module, dict(module.named_buffers(recurse=False)))
-                for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]  # fmt: skip
-    buffers = [(module._buffers, dict(module._buffers)) for module in modules]
-    parameters = [(module._parameters, dict(module._parameters)) for module in modules]
-    attributes = [(vars(module), _tensors(vars(module))) for module in model.modules()]
-    flags = [(parameter, parameter.grad, parameter.requires_grad) for parameter in model.parameters()]
-    tensors = [
-        *model.buffers(),
-        *(tensor for _, saved in attributes for tensor in saved.values()),
-        *(gradient for _, gradient, _ in flags if gradient is not None),
-    ]
-    before = [tensor.detach().clone() for tensor in tensors]
+    thread = threading.get_ident()
+    with _lock:
+        state = _State(model)
+        before, entered = _users.setdefault(id(model), (state, Counter()))
+        entered[thread] += 1
     try:
-        with preserve_modes(model):
-            yield
+        yield
     finally:
-        for current_buffers, saved_buffers in buffers:
-            _restore_entries(current_buffers, saved_buffers)
-        for current_parameters, saved_parameters in parameters:
-            _restore_entries(current_parameters, saved_parameters)
-        for module, saved in scripted:
-            for name, current in module.named_buffers(recurse=False):
-                if current is not saved[name]:
-                    setattr(module, name, saved[name])
-        for current_attributes, saved_attributes in attributes:
-            for name in _tensors(current_attributes).keys() - saved_attributes.keys():
-                del current_attributes[name]
-            current_attributes.update(saved_attributes)
-        for parameter, gradient, required in flags:
-            if parameter.requires_grad != required:
-                parameter.requires_grad_(required)
-            if parameter.grad is not gradient:
-                parameter.grad = gradient
-        with torch.no_grad():
-            for tensor, value in zip(tensors, before, strict=True):
-                if not torch.equal(tensor, value):
-                    tensor.copy_(value)
+        with _lock:
+            entered[thread] -= 1
+            active = +entered
+            if not active:
+                del _users[id(model)]
+                before.restore()
+            elif set(active) == {thread}:
+                state.restore()
 
 
 def _tensors(attributes: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -285,3 +285,32 @@ def test_trades_attack_does_not_change_images_through_a_model_that_works_in_plac
     with pytest.raises(RuntimeError, match="in-place operation"):  # torch's own: a leaf that requires a gradient
         deat_rb.create("trades", InPlace())(images, labels)
     assert torch.equal(images, before)
+
+
+def test_three_threads_attack_one_model_that_assigns_attributes() -> None:
+    """The last thread to leave restores the model; no thread takes an attribute away from another one."""
+    counting = Counting()
+    model = nn.Sequential(counting, nn.BatchNorm1d(4)).eval()
+    counting.mean.fill_(0.5)
+    batches = [images_and_labels(20, seed=seed) for seed in range(3)]
+    before = Snapshot(model)
+    attack = deat_rb.PGD(model, steps=3)
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(10):
+            list(pool.map(lambda batch: attack(*batch), batches))
+    assert before.differences() == []
+    assert "cached" not in vars(counting)
+    assert [name for name, _ in counting.named_buffers()] == ["mean", "first"]
+
+
+def test_preserve_state_nested_in_one_thread_restores_at_each_exit() -> None:
+    model = used()
+    before = Snapshot(model)
+    with preserve_state(model):
+        for _ in range(2):
+            with preserve_state(model):
+                model.train()
+                model(images_and_labels()[0])
+            assert before.differences() == []
+        model.eval()
+    assert before.differences() == []
