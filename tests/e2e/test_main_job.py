@@ -224,5 +224,5 @@ def test_train_dry_run_writes_nothing(tmp_path: Path) -> None:
     result = deat_rb("train", "--method", "pgd-7", "--dry-run", *TINY, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     # 200 images less 40 held out make 4 batches of 50; 3 epochs of (7 + 1) backward passes each.
-    assert "96 backwards" in result.stdout
+    assert "96 backward passes" in result.stdout
     assert not list(tmp_path.iterdir())
