@@ -102,7 +102,7 @@ def test_load_model_of_an_entry_without_weights(entry: Path) -> None:
 
 def test_load_model_of_an_entry_outside_its_board(entry: Path, tmp_path: Path) -> None:
     (tmp_path / "lost.json").write_bytes(entry.read_bytes())
-    with pytest.raises(DeatError, match=r"lost\.json is in the wrong place: its entry is digits/Linf/Wang2021Gradient"):
+    with pytest.raises(DeatError, match=r"lost\.json is misplaced: it contains the entry digits/Linf/Wang2021Gradient"):
         deat_rb.load_model(tmp_path / "lost.json")
     (tmp_path / "eval.json").write_text("{}")
     assert evaluate(tmp_path / "eval.json").exit_code == 2

@@ -1,4 +1,4 @@
-"""A leaderboard in a folder, which several people may write to at once.
+"""A leaderboard stored in a folder; concurrent writers are supported.
 
 entries/<dataset>/<threat>/<model_name>.json          the record of a model; a model is on the board if this exists
 weights/<dataset>/<threat>/<model_name>.safetensors   its weights, if the board stores them
@@ -38,7 +38,7 @@ class Board:
     """A leaderboard.
 
     Attributes:
-        path: Its folder, which need not exist before the first submission.
+        path: Folder of the board, created by the first submission.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -62,17 +62,17 @@ class Board:
         device: str | None = None,
         progress: Progress | None = None,
     ) -> Entry:
-        """Evaluate a model and put it on the board; a refused submission changes nothing on the board.
+        """Evaluate a model and add it to the board; a refused submission leaves the board unchanged.
 
         Args:
             target: A run directory, an export, or a checkpoint file.
-            metadata: What the submitter declares about the model.
+            metadata: Metadata declared by the submitter.
             n_examples: Number of test images to evaluate on; by default all.
-            sample: Number of examples on which the board re-measures an ``eval.json``.
-            evaluate_anew: Evaluate fully although there is an ``eval.json``.
-            replace: Replace an entry of that name, which is moved to ``history/``.
+            sample: Number of examples on which an existing ``eval.json`` is re-measured.
+            evaluate_anew: Run the full evaluation even if there is an ``eval.json``.
+            replace: Replace an existing entry of the same name, moving it to ``history/``.
             keep_weights: Store the weights on the board.
-            batch_size: Images attacked together.
+            batch_size: Number of images attacked at a time.
             device: Device of the evaluation.
             progress: See `deat_rb.evaluation.evaluate.evaluate`.
 
@@ -110,7 +110,7 @@ class Board:
         return entry
 
     def _facts(self, submission: Submission, metadata: SubmissionMetadata) -> dict[str, Any]:
-        """Return all fields of the entry but the measured ones."""
+        """Return all fields of the entry except the measured ones."""
         dataset, fingerprint = submission.dataset_name, submission.data.fingerprint
         return {
             **submission.facts,
@@ -126,7 +126,7 @@ class Board:
         }
 
     def _check_writable(self) -> None:
-        """Refuse a board that cannot be written, before the evaluation."""
+        """Raise if the board is not writable, before the evaluation is run."""
         here = self.path
         while not here.exists() and here != here.parent:
             here = here.parent
@@ -140,27 +140,27 @@ class Board:
     def _check_free(self, key: str, replace: bool) -> None:
         path = self.path / "entries" / f"{key}.json"
         if path.exists() and not replace:
-            raise DeatError(f"the board already has {key}: choose another --model-name, or replace it by --replace")
+            raise DeatError(f"the board already has {key}: choose another --model-name, or replace it with --replace")
         for other in path.parent.glob("*.json"):
             if other.name.casefold() == path.name.casefold() and other != path:
-                raise DeatError(f"the board has {other.stem}, which differs from {path.stem} only in upper and lower "
-                                "case: choose another --model-name")  # fmt: skip
+                raise DeatError(f"the board has {other.stem}, which differs from {path.stem} only in letter case: "
+                                "choose another --model-name")  # fmt: skip
 
     def _dataset_note(self, dataset: str, fingerprint: str | None, note: str | None) -> str | None:
-        """Return the note of a dataset, which is the same for all its entries.
+        """Return a dataset's note, which all of its entries share.
 
         Raises:
-            DeatError: The board has other data of that name, or another note.
+            DeatError: The board has different data or a different note under this name.
         """
         entries = self.entries(left_out=[]) if (self.path / "entries").is_dir() else ()
         own = [entry for entry in entries if entry.kind == "measured" and entry.dataset == dataset]
         for entry in own:
             if entry.data_sha256 != fingerprint:
-                raise DeatError(f"{dataset} on this board is other data (SHA-256 {str(entry.data_sha256)[:12]}..., "
-                                f"submitted is {str(fingerprint)[:12]}...): choose another --dataset-name")  # fmt: skip
+                raise DeatError(f"{dataset} has different data on this board (SHA-256 {str(entry.data_sha256)[:12]}, "
+                                f"submitted {str(fingerprint)[:12]}): choose another --dataset-name")  # fmt: skip
             if note not in (None, entry.dataset_note):
-                raise DeatError(f"--dataset-note differs from the board's note of {dataset}, which is "
-                                f"'{entry.dataset_note}': leave it out")  # fmt: skip
+                raise DeatError(f"--dataset-note differs from the board's note for {dataset}, "
+                                f"'{entry.dataset_note}': omit it")  # fmt: skip
         if own:
             return own[0].dataset_note
         known = dataset in compat.DATASETS or dataset in SPELLED
@@ -169,17 +169,17 @@ class Board:
     def commit(self, entry: Entry, weights: bytes | None, *, replace: bool = False) -> None:
         """Write an entry and its weights under the board's lock, each file atomically and the entry last.
 
-        If the process is killed between two renames, an entry that was being replaced may be beside its successor's
-        weights: they are refused by their SHA-256 until the model is submitted again.
+        If the process is killed between two renames, the old entry may be left with its successor's weights; these are
+        rejected, since their SHA-256 does not match, until the model is submitted again.
 
         Raises:
-            DeatError: The name is taken, a symlink leads out of the board, or the folder cannot be written.
+            DeatError: The name is taken, a symlink leads out of the board, or the folder is not writable.
         """
         record = entry.json_bytes()
         parse_entry(record, entry.key)
         if len(record) > MAX_JSON:
-            raise DeatError(f"the entry {entry.key} is too large: {len(record)} bytes (at most {MAX_JSON}); its "
-                            "metrics.jsonl is too long")  # fmt: skip
+            raise DeatError(f"the entry {entry.key} is too large: {len(record)} bytes (at most {MAX_JSON}), "
+                            "because its metrics.jsonl is too long")  # fmt: skip
         with self.locked():
             self._check_free(entry.key, replace)
             if entry.kind == "measured":
@@ -199,12 +199,12 @@ class Board:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Wait for the board's lock, remove the unfinished files of killed processes, and hold the lock.
+        """Hold the board's lock, after removing temporary files left by killed processes.
 
-        Files written meanwhile have the permissions of the board's folder, so that a group can share it.
+        Files written while it is held get the permissions of the board's folder, so that a group can share the board.
 
         Raises:
-            DeatError: The folder cannot be written.
+            DeatError: The folder is not writable.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -219,7 +219,7 @@ class Board:
             raise DeatError(f"the board {self.path} cannot be written ({error.strerror or error})") from None
 
     def _remove_unfinished(self) -> None:
-        """Remove the temporary files of `write_all` whose process was killed."""
+        """Remove temporary files of `write_all` left by killed processes."""
         for folder, folders, names in os.walk(self.path):  # follows no symlinks
             folders[:] = [name for name in folders if not name.startswith(".")]
             for name in names:
@@ -233,7 +233,7 @@ class Board:
             yield
 
     def _replaced(self, entry: Entry) -> dict[str, bytes]:
-        """Return the files that an entry replaces, at their places in the history."""
+        """Return the files that an entry replaces, by their new paths in ``history/``."""
         old = self.path / "entries" / f"{entry.key}.json"
         if not old.exists():
             return {}

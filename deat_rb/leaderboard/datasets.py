@@ -1,4 +1,4 @@
-"""The dataset that a board measures on: from the folder the board's owner names, never downloaded."""
+"""Datasets of a board, loaded from a folder given by the board's owner and never downloaded."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from deat_rb.leaderboard.entry import Entry
 from deat_rb.utils.errors import DeatError
 
 EMBEDDED = "digits"
-"""Comes with scikit-learn and needs no folder."""
+"""Dataset that comes with scikit-learn and needs no folder."""
 
 
 def dataset_loader(entry: Entry) -> str:
-    """Return the `load_data` name of an entry's dataset; image folders have a name of the board's own."""
+    """Return the `load_data` name of an entry's dataset: ``folder`` if its name is the board's own."""
     return entry.dataset if entry.dataset in DATASETS else "folder"
 
 
@@ -34,7 +34,7 @@ def first_test_examples(
         logit_of_class: See `deat_rb.models.class_names.match_classes`.
 
     Raises:
-        DeatError: There are fewer than ``count``.
+        DeatError: ``count`` is less than 1 or more than the number of test images.
     """
     test = data.test
     count = len(test) if count is None else count
@@ -44,7 +44,7 @@ def first_test_examples(
 
 
 def images_and_logits(images: LabeledImages, logit_of_class: Sequence[int]) -> tuple[Tensor | LabeledImages, Tensor]:
-    """Return float32 images (N, C, H, W), or those in files as they are, and labels as indices of logits (N,)."""
+    """Return images as float32 (N, C, H, W), or unchanged if stored in files, and labels as logit indices (N,)."""
     labels = torch.tensor(logit_of_class)[images.labels] if logit_of_class else images.labels
     return images.tensors()[0] if isinstance(images, ImageSet) else images, labels
 
@@ -55,18 +55,17 @@ def load_board_dataset(
     """Load the test part of a dataset without downloading it; arguments as for `deat_rb.data.datasets.load_data`.
 
     Raises:
-        DeatError: It is not there.
+        DeatError: ``data_dir`` is missing or does not contain the dataset.
     """
     if name != EMBEDDED and data_dir is None:
-        raise DeatError(f"--data-dir is missing: give the folder of {name}; a board does not use the path in a "
-                        "submission")  # fmt: skip
+        raise DeatError(f"--data-dir is missing: give the folder of {name}; paths in submissions are not used")
     if name not in (EMBEDDED, "folder"):
         from torchvision.datasets import CIFAR10, CIFAR100
 
         source: Any = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
         if not any((Path(str(data_dir)) / part).exists() for part in (source.base_folder, source.filename)):
-            raise DeatError(f"{data_dir} has neither {source.base_folder} nor {source.filename}, and a board downloads "
-                            "nothing: give the right folder by --data-dir")  # fmt: skip
+            raise DeatError(f"{data_dir} has neither {source.base_folder} nor {source.filename}, and data for boards "
+                            "are not downloaded: give the right folder with --data-dir")  # fmt: skip
     return load_data(name, data_dir=data_dir, image_size=image_size, memory_limit=memory_limit, test_only=True)
 
 
@@ -74,7 +73,7 @@ def load_entry_data(entry: Entry, data_dir: Path | None) -> Dataset:
     """Load the dataset that an entry was measured on.
 
     Raises:
-        DeatError: It is an image folder and ``data_dir`` is missing, or it cannot be loaded.
+        DeatError: ``data_dir`` is missing for an image folder, or the dataset cannot be loaded.
     """
     loader = dataset_loader(entry)
     if loader == "folder" and data_dir is None:

@@ -24,7 +24,7 @@ from deat_rb.utils.units import check_eps, format_fraction, parse_fraction
 AttackName = Literal["natural", "fgsm", "pgd-100", "cw-20", "autoattack"]
 
 ATTACKS: tuple[AttackName, ...] = ("natural", "fgsm", "pgd-100", "cw-20", "autoattack")
-"""Attacks that an entry may have accuracies for; ``natural`` is without an attack."""
+"""Attacks that an entry may have accuracies for; ``natural`` means no attack."""
 
 MAX_EPOCHS = 10**4
 
@@ -34,24 +34,24 @@ _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=Tr
 
 
 def check_model_name(name: str) -> str:
-    """Return a name of RobustBench's form, ``<FirstAuthor><Year><FirstWordOfTitle>[_suffix]``.
+    """Return a model name of RobustBench's form, ``<FirstAuthor><Year><FirstWordOfTitle>[_suffix]``.
 
     Raises:
-        DeatError: It has another form.
+        DeatError: The name does not have this form.
     """
     if len(name) > 80 or NAME.fullmatch(name) is None:
         raise DeatError(
-            f"model name '{printable(name, 80)}' does not have the form <FirstAuthor><Year><Word>, with a suffix "
-            "after _ for variants and at most 80 characters, such as Wang2021Gradient_R18"
+            f"model name '{printable(name, 80)}' does not have the form <FirstAuthor><Year><Word>[_<suffix>], "
+            "such as Wang2021Gradient_R18, with at most 80 characters"
         )
     return name
 
 
 def check_dataset_name(name: str) -> str:
-    """Return a dataset's name on a board: lowercase letters, digits and hyphens.
+    """Return a valid dataset name on a board: lowercase letters, digits and hyphens.
 
     Raises:
-        DeatError: It has another form.
+        DeatError: The name is invalid.
     """
     if len(name) > 40 or re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name, re.ASCII) is None:
         raise DeatError(f"dataset name '{printable(name, 40)}' is not valid: use lowercase letters, digits and "
@@ -75,7 +75,7 @@ def _web_link(text: str) -> str:
 
 
 def _canonical_eps(value: object) -> object:
-    """Spell an eps, a text or the number that RobustBench's ``update_json`` writes, as 8/255 or as a decimal."""
+    """Format an eps, given as a string or as the number that ``update_json`` writes, as 8/255 or as a decimal."""
     if isinstance(value, str) and re.fullmatch(r"[0-9.eE +/-]{1,20}", value, re.ASCII) is None:
         raise ValueError("is not a number or a fraction such as 8/255")
     return format_fraction(check_eps(parse_fraction(value)))  # type: ignore[arg-type]  # refuses other types
@@ -105,7 +105,7 @@ Row = Annotated[dict[Annotated[str, Field(pattern=r"^[a-z_0-9]{1,40}$")], Number
 
 
 class RobustBenchInfo(BaseModel):
-    """RobustBench's ``model_info/<dataset>/<threat>/<name>.json``; accuracies are in percent, as text."""
+    """RobustBench's ``model_info/<dataset>/<threat>/<name>.json``; accuracies are in percent, as strings."""
 
     model_config = _STRICT
 
@@ -127,10 +127,10 @@ class RobustBenchInfo(BaseModel):
 
     @classmethod
     def parse(cls, data: bytes, source: str) -> RobustBenchInfo:
-        """Parse such a file; an accuracy "nan" or an empty text is read as unknown.
+        """Parse a ``model_info`` file; "nan" and empty strings are read as unknown.
 
         Raises:
-            DeatError: It is not valid.
+            DeatError: The file is invalid.
         """
         content = parse_json_object(data, source)
         return _validated(cls, {name: None if value in ("", "nan") else value for name, value in content.items()},
@@ -168,28 +168,28 @@ class Accuracy(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_computed(cls, content: Any) -> Any:
-        """Drop the computed fields that entries written before had, too."""
+        """Drop the computed fields that older entries contain."""
         computed = ("accuracy", "low", "high")
         return {k: v for k, v in content.items() if k not in computed} if isinstance(content, dict) else content
 
     @model_validator(mode="after")
     def _check_counts(self) -> Accuracy:
         if self.n_correct > self.n_examples:
-            raise ValueError(f"{self.n_correct} correct of {self.n_examples} is impossible")
+            raise ValueError(f"n_correct {self.n_correct} is greater than n_examples {self.n_examples}")
         return self
 
 
 class Entry(RobustBenchInfo):
     """A model on a board; unknown values are None.
 
-    Of a measured entry ``clean_acc`` and ``autoattack_acc`` are computed from ``figures`` and not stored.
+    In a measured entry, ``clean_acc`` and ``autoattack_acc`` are computed from ``figures`` and not stored.
 
     Attributes:
         schema_version: Version of this record.
         model_name: ``<FirstAuthor><Year><FirstWordOfTitle>[_suffix]``, as RobustBench names models.
         threat_model: ``Linf``.
-        kind: ``measured``: the accuracies were measured or re-measured by this board. ``published``: they are claims.
-        dataset: RobustBench's name, or the board's own such as ``cifar10-jpeg``.
+        kind: ``measured`` (accuracies measured or re-measured by this board) or ``published`` (claims).
+        dataset: RobustBench's name of the dataset, or the board's own, such as ``cifar10-jpeg``.
         dataset_note: A description of the dataset, such as "CIFAR-10 (JPEG), not CIFAR-10".
         method: Training method.
         setting: ``fast`` or ``standard``.
@@ -200,7 +200,7 @@ class Entry(RobustBenchInfo):
         hardware: Training hardware, as declared by the submitter.
         peak_memory: Peak memory of training in bytes.
         figures: Accuracy by attack.
-        remeasured: The board's own accuracies on a random sample, where ``figures`` are the submitter's.
+        remeasured: The board's own accuracies on a random sample, if ``figures`` are the submitter's.
         n_examples: Number of evaluated test images.
         n_test: Size of the test set. An entry with fewer evaluated images is not ranked.
         checks: Sanity checks of the evaluation.
@@ -209,8 +209,8 @@ class Entry(RobustBenchInfo):
         seed: Random seed of training.
         model: The network's architecture and normalization.
         classes: Class names.
-        weights_sha256: SHA-256 of the weights as this board's safetensors file.
-        weights_file: Path of that file below the board; None if the board does not store it.
+        weights_sha256: SHA-256 of the weights in the board's safetensors format.
+        weights_file: Path of that file relative to the board; None if the board does not store it.
         data_sha256: SHA-256 of the dataset.
         versions: Versions of Python and packages used for training; empty if unknown.
         evaluated_on: Device of the evaluation, such as ``cpu``.
@@ -254,7 +254,7 @@ class Entry(RobustBenchInfo):
         """Create an entry from its fields.
 
         Raises:
-            DeatError: A field is not valid.
+            DeatError: A field is invalid.
         """
         try:
             return cls.model_validate(dict(content))
@@ -263,22 +263,22 @@ class Entry(RobustBenchInfo):
 
     @property
     def key(self) -> str:
-        """``<dataset>/<threat>/<model_name>``, its place on the board."""
+        """Identifier of the entry on the board, ``<dataset>/<threat>/<model_name>``."""
         return f"{self.dataset}/{self.threat_model}/{self.model_name}"
 
     @property
     def weights_place(self) -> str:
-        """Where the board stores its weights, if it does."""
+        """Path of the weights relative to the board, if they are stored."""
         return f"weights/{self.key}.safetensors"
 
     @property
     def is_subset(self) -> bool:
-        """Whether only a part of the test set was evaluated."""
+        """Whether only part of the test set was evaluated."""
         return self.n_examples is not None and self.n_test is not None and self.n_examples < self.n_test
 
     @property
     def robust(self) -> float | None:
-        """The robust accuracy that decides the rank, in percent: the best known, else AutoAttack's."""
+        """Robust accuracy used for ranking, in percent: the best known, or else AutoAttack's."""
         text = self.external if self.external is not None else self.autoattack_acc
         return None if text is None else float(text)
 
@@ -287,7 +287,7 @@ class Entry(RobustBenchInfo):
         return None if attack not in self.figures else 100 * self.figures[attack].accuracy
 
     def json_bytes(self) -> bytes:
-        """Return the content of its file."""
+        """Return the content of the entry's JSON file."""
         computed = {"clean_acc", "autoattack_acc"} if self.kind == "measured" else set()
         content = self.model_dump(mode="json", exclude=computed)
         return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
@@ -310,7 +310,7 @@ class Entry(RobustBenchInfo):
         if self.kind == "published" and (self.figures or self.remeasured or self.weights_file):
             yield "a published entry cannot have figures or weights"
         if (self.n_examples or 0) > (self.n_test or 10**9):
-            yield f"{self.n_examples} examples of a test set of {self.n_test} is impossible"
+            yield f"n_examples {self.n_examples} is greater than n_test {self.n_test}"
         for attack, accuracy in self.figures.items():
             if accuracy.n_examples != self.n_examples:
                 yield f"figures.{attack} has {accuracy.n_examples} examples, but the entry has {self.n_examples}"
@@ -324,7 +324,7 @@ class Entry(RobustBenchInfo):
             yield f"weights_file is not {self.weights_place}"
         kind, colon, _ = self.model.arch.partition(":") if self.model is not None else ("", "", "")
         if colon and kind not in PRETRAINED:
-            yield f"its network is built by '{printable(kind, 60)}', and a board never runs submitted code"
+            yield f"the network is built by '{printable(kind, 60)}', but submitted code is never run"
 
 
 Record = TypeVar("Record", bound=BaseModel)
@@ -334,12 +334,13 @@ def parse_entry(data: bytes, source: str) -> Entry:
     """Parse an entry.
 
     Raises:
-        DeatError: It is not valid; the message names the first invalid field.
+        DeatError: The entry is invalid; the message names the first invalid field.
     """
     content = parse_json_object(data, source)
     version = content.get("schema_version", SCHEMA_VERSION)
     if type(version) is int and version > SCHEMA_VERSION:
-        raise DeatError(f"{source} has schema version {version}, but this deat-rb reads {SCHEMA_VERSION}: update it")
+        raise DeatError(f"{source} has schema version {version}, but this version of deat-rb supports only "
+                        f"{SCHEMA_VERSION}: update deat-rb")  # fmt: skip
     return _validated(Entry, content, source)
 
 
@@ -349,29 +350,29 @@ def read_entry(path: str | Path) -> Entry:
 
 
 def entry_files(board: str | Path) -> tuple[Path, ...]:
-    """Return all entry files, ``entries/<dataset>/<threat>/<model_name>.json``, sorted, without hidden ones."""
+    """Return all entry files, ``entries/<dataset>/<threat>/<model_name>.json``, sorted and excluding hidden ones."""
     files = Path(board).glob("entries/*/*/*.json")
     return tuple(sorted(path for path in files if not any(part.startswith(".") for part in path.parts[-3:])))
 
 
 def check_board(board: str | Path) -> None:
-    """Raise unless a folder is a board.
+    """Check that a folder is a board.
 
     Raises:
-        DeatError: It has no entries.
+        DeatError: The folder has no ``entries``.
     """
     if not Path(board, "entries").is_dir():
         raise DeatError(f"there is no leaderboard at {board}: deat-rb submit RUN --board {board} creates one")
 
 
 def check_place(path: Path, entry: Entry) -> None:
-    """Raise unless an entry's file has the path that its key implies, in whatever folder the board is.
+    """Check that the path of an entry's file, relative to the board, matches the entry's key.
 
     Raises:
-        DeatError: It has another path.
+        DeatError: The file is misplaced.
     """
     if path.absolute().parts[-4:] != ("entries", *f"{entry.key}.json".split("/")):
-        raise DeatError(f"{path} is in the wrong place: its entry is {entry.key}, at entries/{entry.key}.json")
+        raise DeatError(f"{path} is misplaced: it contains the entry {entry.key}; move it to entries/{entry.key}.json")
 
 
 def read_entries(board: str | Path, *, left_out: list[str] | None = None) -> tuple[Entry, ...]:
@@ -382,7 +383,7 @@ def read_entries(board: str | Path, *, left_out: list[str] | None = None) -> tup
         left_out: Collects the errors of invalid entries, which are then skipped.
 
     Raises:
-        DeatError: There is no board or, without ``left_out``, an entry is not valid or not in its place.
+        DeatError: There is no board or, without ``left_out``, an entry is invalid or misplaced.
     """
     check_board(board)
     entries = []

@@ -1,4 +1,4 @@
-"""The board's own measurements, and the comparison of a submission's claims with them."""
+"""The board's own measurements, and the comparison of submitted claims with them."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from deat_rb.utils.safe_load import sha256_tensors
 from deat_rb.utils.units import format_fraction
 
 CONFIDENCE = 0.99999
-"""Confidence of the interval that must contain a claim: one honest claim of a hundred thousand is refused."""
+"""Confidence of the interval that must contain a claim: one in 100,000 honest claims is refused."""
 
 SAMPLE = 100
 
 MIN_SAMPLE = 50
-"""With fewer examples almost any claim lies within the interval."""
+"""Smallest sample; with fewer examples almost any claim lies within the interval."""
 
 VERDICT_CONFIDENCE = 0.999
 
 MAX_DIFFERING = 0.03
-"""Share of examples on which two honest evaluations may differ, whose random starts are not the same."""
+"""Fraction of examples on which two honest evaluations with different random starts may differ."""
 
 
 def check_sample(sample: int) -> int:
-    """Return a sample size that is large enough.
+    """Return the sample size if it is large enough.
 
     Raises:
-        DeatError: It is too small.
+        DeatError: The sample is too small.
     """
     if sample < MIN_SAMPLE:
         raise DeatError(f"--sample {sample} is too small to detect wrong claims: give at least {MIN_SAMPLE}, such as "
@@ -47,18 +47,19 @@ def check_sample(sample: int) -> int:
 
 
 def check_claim(claim: Report, submission: Submission) -> None:
-    """Raise unless an evaluation that came with a run is of this very run, complete, and without failed checks.
+    """Check that the evaluation submitted with a run belongs to that run, is complete and has no failed checks.
 
     Raises:
-        DeatError: It is of other weights, data or images, in another precision or norm, or lacks attacks or verdicts.
+        DeatError: The evaluation was computed for different weights, data or images, or with another precision or
+            norm, lacks attacks or verdicts, or has a failed check.
     """
     evaluation = f"the eval.json of {submission.source}"
     again = f"run deat-rb eval --attacks {','.join(ATTACKS[1:])} again, or submit with --evaluate"
     if claim.precision != "fp32" or claim.norm != "Linf":
-        raise DeatError(f"{evaluation} is in {claim.precision} and {claim.norm} (fp32 and Linf are required): {again}")
+        raise DeatError(f"{evaluation} uses {claim.precision} and {claim.norm}, not fp32 and Linf: {again}")
     missing = [attack for attack in ATTACKS if attack not in claim.results]
     if missing:
-        raise DeatError(f"{evaluation} has no {', '.join(missing)}: {again}")
+        raise DeatError(f"{evaluation} has no results for {', '.join(missing)}: {again}")
     examples = first_test_examples(submission.data, min(claim.n_examples, len(submission.data.test)))
     hashes = {
         "weights": (claim.provenance.get("weights_sha256"), submission.weights_sha256),
@@ -68,18 +69,18 @@ def check_claim(claim: Report, submission: Submission) -> None:
     }
     for name, (claimed, actual) in hashes.items():
         if claimed != actual:
-            raise DeatError(f"{evaluation} is of other {name} (SHA-256 {str(claimed)[:12]!r}, submitted is "
-                            f"{actual[:12]!r}): {again}")  # fmt: skip
+            raise DeatError(f"{evaluation} was computed for different {name} (SHA-256 {str(claimed)[:12]!r}, "
+                            f"submitted {actual[:12]!r}): {again}")  # fmt: skip
     refuse_failed(claim.checks, evaluation)
     if not claim.verdicts:
-        raise DeatError(f"{evaluation} has no eval-verdicts.safetensors beside it, the result on each example: {again}")
+        raise DeatError(f"{evaluation} has no eval-verdicts.safetensors (results on each example) next to it: {again}")
 
 
 def refuse_failed(checks: Sequence[Check], source: str) -> None:
     """Raise if a sanity check failed.
 
     Raises:
-        DeatError: With the check's sentence.
+        DeatError: A check failed; the message includes its sentence.
     """
     failed = next((check for check in checks if check.status == "fail"), None)
     if failed is not None:
@@ -91,8 +92,8 @@ def compare_claim(claimed: Mapping[str, float], measured: Report, source: str) -
 
     Args:
         claimed: Accuracy in percent, by attack.
-        measured: The evaluation of examples that the board chose.
-        source: What the claim comes from.
+        measured: The evaluation on the board's random sample.
+        source: Origin of the claim, for error messages.
 
     Raises:
         DeatError: A claim lies outside the measurement's `CONFIDENCE` interval.
@@ -103,34 +104,36 @@ def compare_claim(claimed: Mapping[str, float], measured: Report, source: str) -
         if not low - 0.005 <= claim <= high + 0.005:
             raise DeatError(
                 f"{source} claims {claim:.2f} % under {attack}, but the board measured {100 * result.accuracy:.2f} % "
-                f"({low:.2f} to {high:.2f}) of {result.n_examples} examples"
+                f"({low:.2f} to {high:.2f}) on {result.n_examples} examples"
             )
 
 
 def compare_verdicts(claim: Report, measured: Report, rows: Sequence[int], source: str) -> None:
-    """Compare the claimed result on each example with the measured one, so that a lucky draw does not help a claim.
+    """Compare claimed and measured results example by example, which is stricter than comparing accuracies.
 
     Args:
-        claim: The whole evaluation.
-        measured: The evaluation of some of its examples.
-        rows: Indices of those examples.
-        source: What the claim comes from.
+        claim: The full evaluation, as submitted.
+        measured: The evaluation on a sample of its examples.
+        rows: Indices of the sampled examples.
+        source: Origin of the claim, for error messages.
 
     Raises:
-        DeatError: They differ on significantly more than `MAX_DIFFERING` of the examples.
+        DeatError: The results differ on significantly more than `MAX_DIFFERING` of the examples.
     """
     for attack in ATTACKS:
         differing = int((claim.verdicts[attack][list(rows)] != measured.verdicts[attack]).sum())
         if wilson(differing, len(rows), VERDICT_CONFIDENCE)[0] > MAX_DIFFERING:
-            raise DeatError(f"{source} differs from the board's measurement on {differing} of {len(rows)} examples "
-                            f"under {attack}")  # fmt: skip
+            raise DeatError(
+                f"{source} differs from the board's measurement on {differing} of {len(rows)} examples "
+                f"under {attack}: evaluate the submitted weights again with deat-rb eval and resubmit"
+            )
 
 
 def evaluate_fully(submission: Submission, n_examples: int | None, **options: Any) -> dict[str, Any]:
     """Evaluate a submission on the first ``n_examples`` test images, by default on all; return fields of its entry.
 
     Raises:
-        DeatError: A check fails, or its ``model_info`` claims other accuracies.
+        DeatError: A check fails, or the measurement contradicts the submission's ``model_info``.
     """
     images, labels = first_test_examples(submission.data, n_examples, logit_of_class=submission.logit_of_class)
     report = evaluate(submission.model, images, labels, attacks=ATTACKS[1:], eps=submission.eps, checks="quick",
@@ -141,16 +144,16 @@ def evaluate_fully(submission: Submission, n_examples: int | None, **options: An
 
 
 def verify_claim(submission: Submission, n_examples: int | None, sample: int, **options: Any) -> dict[str, Any]:
-    """Measure a sample of a run's own evaluation; return fields of its entry, with the run's accuracies.
+    """Re-measure a sample of a run's own evaluation; return fields of its entry, with the run's accuracies.
 
     Raises:
-        DeatError: The evaluation is not of this run, a check fails, or the sample contradicts it.
+        DeatError: The evaluation does not belong to this run, a check fails, or the sample contradicts the evaluation.
     """
     claim = cast(Report, submission.claim)
     source = f"the eval.json of {submission.source}"
     check_claim(claim, submission)
     if n_examples not in (None, claim.n_examples):
-        raise DeatError(f"--n-examples {n_examples} is not the number in {source} ({claim.n_examples}): leave it out, "
+        raise DeatError(f"--n-examples {n_examples} differs from {source} ({claim.n_examples} examples): omit it, "
                         "or submit with --evaluate")  # fmt: skip
     rows, report = evaluate_sample(submission.model, submission.data, claim.n_examples, sample, claim.eps, **options)
     claimed = {str(attack): 100 * claim.results[attack].accuracy for attack in ATTACKS}
@@ -170,16 +173,16 @@ def evaluate_sample(
     logit_of_class: Sequence[int] = (),
     **options: Any,
 ) -> tuple[list[int], Report]:
-    """Evaluate on random examples that a submitter cannot know beforehand.
+    """Evaluate on random examples that a submitter cannot predict.
 
     Args:
-        model: Takes images in [0, 1].
+        model: Classifier of images in [0, 1].
         data: Its dataset.
-        n_examples: The examples are drawn from the first ``n_examples`` test images, by the operating system.
+        n_examples: Number of test images to sample from, from the first one on; the operating system draws the sample.
         sample: Number of examples.
-        eps: The radius.
+        eps: Radius of the attacks.
         logit_of_class: See `deat_rb.models.class_names.match_classes`.
-        options: Of `deat_rb.evaluation.evaluate.evaluate`.
+        options: Further arguments of `deat_rb.evaluation.evaluate.evaluate`.
 
     Returns:
         The examples' indices, and the evaluation.

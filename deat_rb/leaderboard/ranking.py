@@ -22,12 +22,12 @@ PARTS: dict[Part, str] = {
 
 @dataclass(frozen=True)
 class RankedEntry:
-    """An entry with its place in the table.
+    """An entry with its rank.
 
     Attributes:
         entry: The entry.
-        rank: From 1, among full evaluations with the same dataset, threat model and eps; equal accuracies share a rank.
-            None for other entries, and without a robust accuracy.
+        rank: Rank, from 1, among full evaluations with the same dataset, threat model and eps; ties share a rank. None
+            for other entries and without a robust accuracy.
         part: ``full``; ``subset`` (of the test set); or ``published`` (not measured by this board).
     """
 
@@ -72,14 +72,14 @@ def rank(entries: Sequence[Entry], *, dataset: str | None = None, sort: str = "r
 
     Args:
         entries: A board's entries.
-        dataset: Only entries of this dataset.
-        sort: The order within a group, one of `SORTS`; ranks do not depend on it.
+        dataset: Dataset to which the entries are restricted; by default all.
+        sort: Order within a group, one of `SORTS`; ranks do not depend on it.
 
     Returns:
-        By group: full evaluations, then evaluations of a part of the test set, then published results.
+        The entries by group: full evaluations, then evaluations on part of the test set, then published results.
 
     Raises:
-        DeatError: The board has no such dataset, or there is no such order.
+        DeatError: The dataset or the order is unknown.
     """
     if sort not in SORTS:
         raise DeatError(f"--sort {printable(sort, 40)} is unknown: {did_you_mean(sort, SORTS)}")

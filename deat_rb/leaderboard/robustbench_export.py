@@ -25,7 +25,7 @@ class Exported:
 
     Attributes:
         names: The exported models, each as ``<dataset>/<name>``.
-        left_out: A sentence for each entry that cannot be exported.
+        left_out: Reason for each entry that cannot be exported.
     """
 
     names: tuple[str, ...]
@@ -40,9 +40,9 @@ def export_board(
     Args:
         path: The board.
         output: Folder for the export; existing files are replaced.
-        dataset: Only entries of this dataset, by the board's name.
+        dataset: Dataset to export, by the board's name; by default all.
         as_dataset: RobustBench dataset under which entries of other datasets are exported, with a footnote. By default
-            they are left out.
+            these are left out.
 
     Raises:
         DeatError: There is no board, two entries would get the same name, or nothing can be exported.
@@ -69,8 +69,8 @@ def export_board(
             continue
         paths = ExportPaths.below(Path(output), str(stands_for), entry.model_name)
         if paths.weights in contents:
-            raise DeatError(f"{entry.model_name} would be the name of two models of {stands_for}, {entry.key} and "
-                            "another: export one dataset at a time by --dataset")  # fmt: skip
+            raise DeatError(f"{entry.key} and another entry would both be exported as {stands_for}/"
+                            f"{entry.model_name}: export one dataset at a time with --dataset")  # fmt: skip
         contents |= _files(board.path, entry, str(stands_for), paths)
         names.append(f"{stands_for}/{entry.model_name}")
     if not names:
@@ -79,7 +79,7 @@ def export_board(
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DeatError(f"cannot write below {output}: {error.strerror or error}") from error
+            raise DeatError(f"cannot write to {output}: {error.strerror or error}") from error
     write_all(contents)
     return Exported(tuple(names), tuple(left_out))
 
@@ -88,7 +88,7 @@ def _refusal(entry: Entry, dataset: str | None) -> str | None:
     if entry.weights_file is None or entry.model is None:
         return "the board does not store its weights"
     if dataset is None:
-        return f"RobustBench has no dataset {entry.dataset}; export it under another by --as-dataset"
+        return f"RobustBench has no dataset {entry.dataset}; export it under another with --as-dataset"
     try:
         robustbench_class(entry.model)
     except DeatError as error:
@@ -96,7 +96,7 @@ def _refusal(entry: Entry, dataset: str | None) -> str | None:
     if entry.model.num_classes != compat.DATASETS[dataset]:
         return f"it has {entry.model.num_classes} classes, but {dataset} has {compat.DATASETS[dataset]}"
     if None in (entry.clean_acc, entry.reported, entry.autoattack_acc):
-        return "it lacks an accuracy, and RobustBench would rank it wrongly"
+        return "it lacks an accuracy, so RobustBench would rank it wrongly"
     return None
 
 

@@ -42,30 +42,30 @@ EVALUATION = "eval.json"
 VERDICTS = "eval-verdicts.safetensors"
 
 MAX_VERDICTS = 64 * 2**20
-"""Bytes; a verdict takes one."""
+"""Largest file of verdicts in bytes; each verdict takes one byte."""
 
 MAX_WRN = 2 * 94 * 16**2
-"""Depth times squared width of a WRN, which is proportional to its size; RobustBench's largest is a WRN-94-16."""
+"""Limit on a WRN's depth times squared width, proportional to its size; RobustBench's largest is a WRN-94-16."""
 
 
 @dataclass(frozen=True)
 class SubmissionMetadata:
-    """What a submitter declares about a model; None leaves it to the submitted files.
+    """Metadata declared by the submitter; values that are None are taken from the submitted files.
 
     Attributes:
         model_name: ``<FirstAuthor><Year><FirstWordOfTitle>[_suffix]``.
-        dataset: `load_data` name of the dataset that a checkpoint is evaluated on; a run has its own.
+        dataset: `load_data` name of the dataset to evaluate a checkpoint on; runs specify their own.
         data_dir: Folder of the dataset.
         image_size: Height and width of a checkpoint's input, for an image folder.
-        arch: Architecture of a checkpoint, if its ``model_info`` names none that is known.
+        arch: Architecture of a checkpoint, if its ``model_info`` names no known one.
         eps: Radius of a checkpoint without a ``model_info``, in [0, 1] pixel units, such as ``8/255``.
         memory_limit: Bytes that the decoded test images may take, as for `load_data`.
         classes: Class names in the order of a checkpoint's logits, for an image folder.
-        normalization: Mean and standard deviation of a checkpoint's network, if its weights have none.
-        weights_key: Key of the state dict in a checkpoint that has several.
+        normalization: Mean and standard deviation for a checkpoint that does not contain them.
+        weights_key: Key of the state dict in a checkpoint with several.
         dataset_name: The board's name for an image folder.
         dataset_note: A description of that dataset.
-        info: The ``model_info`` file of a checkpoint that is not in an export.
+        info: Path of the ``model_info`` file of a checkpoint outside an export.
         link: Link to the paper.
         name: Title of the paper.
         authors: Authors of the paper.
@@ -101,10 +101,10 @@ class SubmissionMetadata:
     hardware: str | None = None
 
     def check(self) -> None:
-        """Validate everything declared, before anything is loaded.
+        """Validate the metadata before anything is loaded.
 
         Raises:
-            DeatError: A value is not valid on a board.
+            DeatError: A value is invalid.
         """
         check_model_name(self.model_name)
         if self.dataset_name is not None:
@@ -126,14 +126,14 @@ class Submission:
 
     Attributes:
         source: The submitted path.
-        model: In eval mode, on the CPU.
-        spec: Its architecture.
-        data: The dataset it is evaluated on.
-        dataset_name: The board's name for that.
-        eps: The radius, in [0, 1] pixel units.
+        model: The network, in eval mode and on the CPU.
+        spec: Architecture of the network.
+        data: Dataset of the evaluation.
+        dataset_name: The board's name for the dataset.
+        eps: Radius of the attacks, in [0, 1] pixel units.
         facts: Fields of the entry.
-        claim: The evaluation that came with a run.
-        weights_sha256: SHA-256 of the weights' file as submitted.
+        claim: Evaluation submitted with a run.
+        weights_sha256: SHA-256 of the submitted weights file.
         claimed: Accuracy in percent by attack, from a ``model_info``.
         classes: Class names in the order of the logits.
         logit_of_class: See `deat_rb.models.class_names.match_classes`.
@@ -157,7 +157,7 @@ def open_submission(target: Path, metadata: SubmissionMetadata, scratch: Path) -
     """Open a submission. Every file is copied to ``scratch`` first, and only the copies are parsed.
 
     Raises:
-        DeatError: A file is missing, not valid, or contradicts another.
+        DeatError: A file is missing or invalid, or contradicts another.
     """
     if not (target.exists() or target.is_symlink()):
         raise DeatError(f"{target} does not exist: submit a run directory, an export or a checkpoint")
@@ -173,7 +173,7 @@ def _exists(path: Path) -> bool:
 
 @contextmanager
 def _named_as_submitted(originals: Mapping[Path, Path]) -> Iterator[None]:
-    """Have error messages name the submitted files instead of their copies."""
+    """Make error messages name the submitted files instead of their copies."""
     try:
         yield
     except DeatError as error:
@@ -188,8 +188,8 @@ def _weights_in_export(folder: Path, model_name: str) -> Path:
     files = sorted(folder.glob("models/*/Linf/*.pt"))
     named = [path for path in files if path.stem == model_name] or files
     if len(named) != 1:
-        raise DeatError(f"{folder} is neither a run directory nor an export of one model ({len(named)} found): give a "
-                        "run, or the file models/<dataset>/Linf/<name>.pt")  # fmt: skip
+        raise DeatError(f"{folder} is neither a run directory nor an export of one model ({len(named)} models found): "
+                        "give a run, or the file models/<dataset>/Linf/<name>.pt")  # fmt: skip
     for path in (named[0], _info_beside(named[0])):
         link = symlink_in_path(folder, path.absolute().relative_to(folder.absolute()))
         if link is not None:
@@ -201,7 +201,7 @@ def _open_run(target: Path, metadata: SubmissionMetadata, scratch: Path) -> Subm
     for name in ("info", "dataset", "arch", "image_size", "eps", "classes", "normalization", "weights_key"):
         if getattr(metadata, name) is not None:
             flag = "--mean, --std or --normalize" if name == "normalization" else f"--{name.replace('_', '-')}"
-            raise DeatError(f"{flag} is for checkpoints: the run {target} has its own")
+            raise DeatError(f"{flag} is only for checkpoints: omit it, since the run {target} specifies it")
     copied = scratch / "run"
     copied.mkdir()
     for name in (CONFIG, METRICS, EVALUATION):
@@ -222,8 +222,9 @@ def _open_run(target: Path, metadata: SubmissionMetadata, scratch: Path) -> Subm
         data = load_board_dataset(config.data.dataset, data_dir=metadata.data_dir, image_size=config.data.image_size,
                                   memory_limit=limit)  # fmt: skip
         if data.fingerprint != config.data_fingerprint:
-            raise DeatError(f"{target} was trained on another dataset than {config.data.dataset} here (SHA-256 "
-                            f"{config.data_fingerprint[:12]}..., here {data.fingerprint[:12]}...)")  # fmt: skip
+            raise DeatError(f"{target} was trained on different data than {config.data.dataset} here (SHA-256 "
+                            f"{config.data_fingerprint[:12]}..., here {data.fingerprint[:12]}...): give the folder of "
+                            "its data with --data-dir")  # fmt: skip
         _check_fits(spec, data, target, num_classes=len(data.classes))
         rows = metrics_rows(copied / METRICS, target / METRICS)
         facts = {**training_facts(config, rows), "architecture": _architecture(spec), **metadata.declared_fields()}
@@ -233,12 +234,14 @@ def _open_run(target: Path, metadata: SubmissionMetadata, scratch: Path) -> Subm
 
 
 def _claim(target: Path, copied: Path) -> Report:
-    """Load the evaluation in a run, with the result on every example if there is one."""
+    """Load a run's evaluation, with the results on each example if they are stored."""
     if _exists(target / VERDICTS):
         (copied / VERDICTS).write_bytes(read_limited(target / VERDICTS, MAX_VERDICTS))
         for attack, verdicts in load_tensors(copied / VERDICTS).items():
             if verdicts.dtype != torch.bool or verdicts.ndim != 1:
-                raise DeatError(f"{target / VERDICTS} has no verdicts, one for each example, under {attack}")
+                raise DeatError(
+                    f"{target / VERDICTS} must have one boolean per example for {attack}: run deat-rb eval again"
+                )
     return Report.load(copied)
 
 
@@ -246,16 +249,16 @@ def _open_checkpoint(weights: Path, metadata: SubmissionMetadata, scratch: Path)
     info, source = _checkpoint_info(weights, metadata)
     loader = metadata.dataset or info.dataset
     if loader not in DATASETS:
-        raise DeatError(f"{source} is of the dataset {info.dataset}, which has no loader: give --dataset and "
-                        "--data-dir to evaluate on")  # fmt: skip
+        raise DeatError(f"{source} names the dataset {info.dataset}, which deat-rb cannot load: give the data to "
+                        "evaluate on with --dataset and --data-dir")  # fmt: skip
     dataset_name = _dataset_name(metadata, loader)
     arch = metadata.arch or known_architecture(info.architecture or "")
     if arch is None:
-        raise DeatError(f"{source} has the unknown architecture '{printable(str(info.architecture), 80)}': give "
+        raise DeatError(f"{source} names the unknown architecture '{printable(str(info.architecture), 80)}': give "
                         "--arch, such as preactresnet18 or wrn-34-10")  # fmt: skip
     _check_arch(arch, weights)
     if loader != "folder" and metadata.classes is not None:
-        raise DeatError(f"--classes is for image folders: {loader} has its own classes")
+        raise DeatError(f"--classes is only for image folders: {loader} has its own classes")
     check_image_size(arch, metadata.image_size, source=str(weights), required=loader == "folder")
     copied = scratch / "weights.safetensors"
     with _named_as_submitted({copied: weights}):
@@ -266,7 +269,7 @@ def _open_checkpoint(weights: Path, metadata: SubmissionMetadata, scratch: Path)
         spec = exported_spec(copied, arch=arch, num_classes=num_classes, image_size=data.test.shape[-1])
         if metadata.normalization is not None:
             if "mu" in strip_wrappers(load_tensors(copied)):
-                raise DeatError(f"{weights} has its own mean and standard deviation: leave out --mean, --std and "
+                raise DeatError(f"{weights} already contains a mean and standard deviation: omit --mean, --std and "
                                 "--normalize")  # fmt: skip
             mean, std = metadata.normalization
             spec = spec.model_copy(update={"mean": mean, "std": std})
@@ -287,38 +290,40 @@ def _open_checkpoint(weights: Path, metadata: SubmissionMetadata, scratch: Path)
 
 
 def _checkpoint_info(weights: Path, metadata: SubmissionMetadata) -> tuple[RobustBenchInfo, Path]:
-    """Read a checkpoint's ``model_info``, or make one of what is declared; return it and where it comes from."""
+    """Read a checkpoint's ``model_info``, or create one from the metadata; return it with its origin."""
     source = metadata.info or _info_beside(weights)
     if _exists(source):
         if metadata.eps is not None:
-            raise DeatError(f"--eps is for a checkpoint without a model_info: {source} has its own")
+            raise DeatError(f"--eps is only for checkpoints without a model_info: omit it, since {source} has one")
         return RobustBenchInfo.parse(read_limited(source, MAX_JSON), str(source)), source
     needed = {"--arch": metadata.arch, "--dataset": metadata.dataset, "--eps": metadata.eps}
     missing = [flag for flag, value in needed.items() if value is None]
     if missing or metadata.info is not None:
         raise DeatError(f"{weights} is a checkpoint without a model_info ({source} does not exist): give "
                         f"{', '.join(missing or needed)}, such as --arch preactresnet18 --dataset cifar10 --eps 8/255, "
-                        "or a model_info by --info FILE.json")  # fmt: skip
+                        "or a model_info with --info FILE.json")  # fmt: skip
     content = {"dataset": metadata.dataset, "eps": metadata.eps, "additional_data": False, "number_forward_passes": 1}
     return RobustBenchInfo.parse(json.dumps(content).encode(), str(weights)), weights
 
 
 def _info_beside(weights: Path) -> Path:
-    """Return the JSON of a checkpoint in an export, else the file of the same name beside it."""
+    """Return the path of an exported checkpoint's ``model_info``, or else of the ``.json`` next to the weights."""
     folder = weights.absolute().parent.parent
     in_export = ExportPaths.below(folder.parent.parent, folder.name, weights.stem).info
     return in_export if in_export.exists() else weights.with_suffix(".json")
 
 
 def _check_arch(arch: str, source: Path) -> None:
-    """Refuse an architecture that a module of the submitter's builds, or that is larger than any known one."""
+    """Refuse an architecture that is built by submitted code, or much larger than any known one."""
     kind, colon, _ = arch.partition(":")
     if colon and kind not in PRETRAINED:
-        raise DeatError(f"{source} has its network built by '{printable(arch, 80)}', and a board never runs submitted "
-                        "code: submit a network of RobustBench's, torchvision's or timm's")  # fmt: skip
+        raise DeatError(f"{source} builds its network with '{printable(arch, 80)}', but submitted code is never run: "
+                        "submit an architecture from RobustBench, torchvision or timm")  # fmt: skip
     wide = re.fullmatch(r"wrn-(\d+)-(\d+)", arch.lower())
     if wide is not None and int(wide[1]) * int(wide[2]) ** 2 > MAX_WRN:
-        raise DeatError(f"{source} has the architecture {arch}, which is too large (at most twice a WRN-94-16)")
+        raise DeatError(
+            f"{source} has the architecture {arch}, which is too large (at most twice as large as WRN-94-16)"
+        )
 
 
 def _check_fits(spec: ModelSpec, data: Dataset, source: Path, *, num_classes: int) -> None:
@@ -329,10 +334,10 @@ def _check_fits(spec: ModelSpec, data: Dataset, source: Path, *, num_classes: in
 
 
 def _dataset_name(metadata: SubmissionMetadata, loader: str) -> str:
-    """Return the board's name for the dataset; a folder cannot be called CIFAR-10, or nearly so."""
+    """Return the board's name for the dataset; image folders cannot take the name of a known dataset."""
     if loader != "folder":
         if metadata.dataset_name not in (None, loader) or metadata.dataset_note is not None:
-            raise DeatError(f"--dataset-name and --dataset-note are for image folders: {loader} has its own name")
+            raise DeatError(f"--dataset-name and --dataset-note are only for image folders: {loader} has its own name")
         return loader
     name = metadata.dataset_name or re.sub(r"[^a-z0-9]+", "-", Path(metadata.data_dir or "").name.lower()).strip("-")
     taken = {*DATASETS, *compat.DATASETS}

@@ -1,6 +1,6 @@
 """The leaderboard as terminal tables, JSON, CSV, Markdown and LaTeX.
 
-Entries' texts are plain text already; each format escapes again, in case an entry was edited by hand.
+Strings in entries are already plain text; every format still escapes them, in case an entry was edited by hand.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ COLUMNS: dict[str, Callable[[RankedEntry], str]] = {
 
 _DROPPED_FIRST = ("venue", "extra data", "seconds", "examples", "architecture", "fgsm", "cw-20", "method", "pgd-100",
                   "backward passes")  # fmt: skip
-"""Columns that a narrow terminal drops, in this order."""
+"""Columns dropped on a narrow terminal, in this order."""
 
 _TEXT_COLUMNS = {"model", "unreliable", "method", "extra data", "architecture", "venue"}
 
@@ -96,7 +96,7 @@ def _width(columns: dict[str, list[str]]) -> int:
 
 
 def as_json(ranked: Sequence[RankedEntry]) -> str:
-    """Return all fields of every entry but its metrics, with accuracies and intervals, as ASCII JSON."""
+    """Return all fields of every entry except its metrics, with accuracies and intervals, as ASCII JSON."""
     content = []
     for each in ranked:
         fields = each.entry.model_dump(mode="json", exclude={"metrics"})
@@ -109,7 +109,7 @@ def as_json(ranked: Sequence[RankedEntry]) -> str:
 
 
 def as_csv(ranked: Sequence[RankedEntry]) -> str:
-    """Return one CSV table; a cell that a spreadsheet would read as a formula begins with an apostrophe."""
+    """Return one CSV table; an apostrophe is inserted before text that a spreadsheet would read as a formula."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(("dataset", "threat", "eps", "part", *COLUMNS))
@@ -136,7 +136,8 @@ def as_markdown(ranked: Sequence[RankedEntry]) -> str:
 def markdown_text(text: str) -> str:
     """Escape text for Markdown.
 
-    GitHub links www., mail addresses and @names after it has resolved escapes; an HTML comment keeps them apart.
+    GitHub autolinks ``www.``, e-mail addresses and @mentions even if escaped; an empty HTML comment inside them
+    prevents that.
     """
     entities = printable(text, 2000).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     special = r"[\\`*_{}\[\]()#!|~$]|(?i:(?<=https)|(?<=http)|(?<=ftp)|(?<=xmpp)|(?<=mailto)):"
@@ -155,7 +156,7 @@ def latex_text(text: str) -> str:
 
 
 def as_latex(ranked: Sequence[RankedEntry]) -> str:
-    r"""Return booktabs tables, each with a ``\label``; the best of each accuracy is bold."""
+    r"""Return booktabs tables, each with a ``\label``; the best value of each accuracy is bold."""
     lines = [r"% needs \usepackage{booktabs}"]
     for heading, note, rows in _groups(ranked):
         columns = {title: [latex_text(cell) for cell in column] for title, column in _columns(rows).items()}

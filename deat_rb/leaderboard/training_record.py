@@ -1,4 +1,4 @@
-"""What a submitted run records of its training: metrics, totals, and the command that repeats it."""
+"""Training record of a submitted run: metrics, totals, and the command to reproduce it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _METRICS_ROW = TypeAdapter(Row, config=ConfigDict(strict=True))
 
 
 def metrics_rows(path: Path, source: Path) -> list[dict[str, int | float | None]]:
-    """Read the metrics of each epoch: numbers and nothing else."""
+    """Read the metrics of each epoch, accepting only numbers."""
     lines = path.read_bytes().splitlines() if path.exists() else []
     if len(lines) > MAX_EPOCHS:
         raise DeatError(f"{source} has {len(lines)} lines (at most {MAX_EPOCHS} epochs)")
@@ -40,7 +40,7 @@ def metrics_rows(path: Path, source: Path) -> list[dict[str, int | float | None]
 
 
 def training_facts(config: RunConfig, rows: list[dict[str, int | float | None]]) -> dict[str, Any]:
-    """Return the fields of an entry that a run's configuration and metrics give."""
+    """Return the entry fields that are taken from a run's configuration and metrics."""
     totals: dict[str, Any] = {}
     if rows:
         totals = {
@@ -74,7 +74,7 @@ def _is_of_the_paper(method: str) -> bool:
 
 
 def training_command(config: RunConfig) -> str:
-    """Return the `deat-rb train` command of a configuration; of paths only the last component."""
+    """Return the `deat-rb train` command of a configuration, with only the last component of paths."""
     values, defaults = config.flat(), TrainOptions().flat()
     skipped = {"method", "device", "save_every", "track", "memory_limit"}
     if config.data.dataset != "folder":

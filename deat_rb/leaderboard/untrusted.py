@@ -1,4 +1,4 @@
-"""Reading untrusted files and text: size limits, no symlinks, strict JSON, plain text."""
+"""Readers for untrusted files and text: size limits, no symlinks, strict JSON, plain text."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ MAX_JSON = 4 * 2**20
 """Largest JSON file in bytes; the metrics of a thousand epochs take half a megabyte."""
 
 _BLANK = set("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
-"""Letters, marks and symbols (by their Unicode category) that are drawn as empty space."""
+"""Letters, marks and symbols (by their Unicode category) that are rendered as blank space."""
 
 FORMULA = r"(^|[;\t\r\n])(\s*)(?=[=+\-@\uff1d\uff0b\uff0d\uff20])"
-"""The start of a formula in a spreadsheet: full-width signs count, and ; separates cells in half of Europe."""
+"""Start of a spreadsheet formula; full-width signs count, and many European locales separate cells with ``;``."""
 
 _MATH = {"ell", "infty", "epsilon", "varepsilon", "approx", "times", "leq", "geq", "pm", "alpha", "beta", "gamma",
          "lambda", "mu", "sigma", "tau"}  # fmt: skip
@@ -28,10 +28,10 @@ _MATH = {"ell", "infty", "epsilon", "varepsilon", "approx", "times", "leq", "geq
 
 
 def plain(text: str) -> str:
-    """Return a line of text that no browser, terminal, spreadsheet, Markdown or TeX reads as more than text.
+    """Return a line of text that is plain text to browsers, terminals, spreadsheets, Markdown and TeX alike.
 
     Raises:
-        ValueError: It has invisible characters, HTML, Markdown, a formula or a TeX command.
+        ValueError: The text has invisible characters, HTML, Markdown, a formula or a TeX command.
     """
     invisible = next((char for char in text if char in _BLANK or is_invisible(char)), None)
     if invisible is not None:
@@ -52,10 +52,10 @@ def plain(text: str) -> str:
 
 
 def visible(text: str) -> str:
-    """Return a free-form text (a check's sentence), which may have TeX or Markdown but no invisible characters or HTML.
+    """Return free-form text (a check's sentence), which may have TeX or Markdown but no invisible characters or HTML.
 
     Raises:
-        ValueError: It has some.
+        ValueError: The text has invisible characters or HTML.
     """
     if any(map(is_invisible, text)) or re.search(r"<[A-Za-z/!?]", text):
         raise ValueError("has invisible characters or HTML")
@@ -66,7 +66,7 @@ def read_limited(path: Path, limit: int) -> bytes:
     """Read a regular file of at most ``limit`` bytes.
 
     Raises:
-        DeatError: It is missing, a symlink, not a regular file, or too large.
+        DeatError: The file is missing, a symlink, not a regular file, or too large.
     """
     # O_NONBLOCK: opening a pipe must not wait for a writer. Windows has neither flag, nor pipes in folders.
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -88,7 +88,7 @@ def read_limited(path: Path, limit: int) -> bytes:
 
 
 def symlink_in_path(folder: Path, place: str | Path) -> Path | None:
-    """Return the first symlink or ``..`` on the way from a folder to a place below it, or None."""
+    """Return the first symlink or ``..`` in a path relative to a folder, or None."""
     path = folder
     for part in Path(place).parts:
         path = path / part
@@ -101,7 +101,7 @@ def parse_json(data: bytes, source: str) -> Any:
     """Parse strict JSON.
 
     Raises:
-        DeatError: It is not UTF-8 or not JSON, repeats a key, or has NaN or infinity.
+        DeatError: The data are not UTF-8 or not JSON, repeat a key, or contain NaN or infinity.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Loading untrusted weights: safetensors or ``torch.load(weights_only=True)``, checked against the network."""
+"""Loading of untrusted weights: safetensors or ``torch.load(weights_only=True)``, checked against the network."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from deat_rb.utils.errors import DeatError
 from deat_rb.utils.safe_load import load_state_dict, load_tensors, save_tensors
 
 MAX_WEIGHTS = 2 * 2**30
-"""Largest file of weights in bytes, unpacked; RobustBench's largest, a WRN-94-16 in float32, has 1.5e9."""
+"""Largest size of weights in bytes, packed or unpacked; RobustBench's largest, a WRN-94-16 in float32, has 1.5e9."""
 
 
 def copy_untrusted_weights(source: Path, target: Path, *, weights_key: str | None = None) -> str:
     """Read untrusted weights without executing code and write their tensors as safetensors.
 
     Args:
-        source: A file of safetensors or of `torch.save`.
-        target: The safetensors file, in a folder of one's own.
+        source: A safetensors or `torch.save` file.
+        target: The safetensors file to write, in a private folder.
         weights_key: Key of the state dict, as for `load_state_dict`.
 
     Returns:
         The SHA-256 of the submitted file.
 
     Raises:
-        DeatError: The file is too large (unpacked, too), a symlink, contains anything but tensors, is damaged,
-            or has several state dicts and ``weights_key`` is None.
+        DeatError: The file is a symlink, too large (packed or unpacked) or damaged, contains anything but tensors, or
+            has several state dicts and ``weights_key`` is None.
     """
     data = read_limited(source, MAX_WEIGHTS)
     received = target.with_name(f"received{source.suffix}")
@@ -44,8 +44,8 @@ def copy_untrusted_weights(source: Path, target: Path, *, weights_key: str | Non
         weights = load_state_dict(received, weights_key)
         if weights.others and weights_key is None:
             keys = ", ".join(f"'{key}'" for key in (weights.key, *weights.others))
-            raise DeatError(f"{source} has several state dicts ({keys}): choose one by --weights-key")
-    except DeatError as error:  # which names the copy
+            raise DeatError(f"{source} has several state dicts ({keys}): choose one with --weights-key")
+    except DeatError as error:  # its message names the copy
         raise DeatError(str(error).replace(str(received), str(source))) from None
     finally:
         received.unlink()
@@ -71,12 +71,12 @@ def load_checked(path: Path, spec: ModelSpec, *, source: Path) -> NormalizedMode
     """Build a network in eval mode and load its weights strictly.
 
     Args:
-        path: Written by `copy_untrusted_weights`.
-        spec: The declared network.
+        path: File written by `copy_untrusted_weights`.
+        spec: The declared architecture.
         source: The submitted file, for messages.
 
     Raises:
-        DeatError: Names, shapes, dtypes or the normalization are not the network's, or a value is NaN or infinite.
+        DeatError: Names, shapes, dtypes or the normalization do not match the network, or a value is NaN or infinite.
     """
     with seeding.preserved():
         model = spec.build()
@@ -86,7 +86,7 @@ def load_checked(path: Path, spec: ModelSpec, *, source: Path) -> NormalizedMode
     model.load_state_dict(weights)
     if not torch.allclose(declared, _normalization(model), atol=1e-5):
         raise DeatError(f"{source} contains the normalization {_format(_normalization(model))}, but {_format(declared)}"
-                        " is declared: these are other weights")  # fmt: skip
+                        " is declared: submit the matching weights")  # fmt: skip
     return model.eval()
 
 
@@ -109,7 +109,7 @@ def _check_values(model: nn.Module, weights: dict[str, Tensor], source: Path) ->
 
 
 def as_safetensors(model: nn.Module) -> bytes:
-    """Return the network's state dict as a safetensors file: the same bytes for the same values."""
+    """Return the content of a safetensors file with the network's state dict, which depends on its values only."""
     state = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in model.state_dict().items()

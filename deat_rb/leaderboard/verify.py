@@ -1,4 +1,4 @@
-"""Verification of a leaderboard: every file is read and compared with its entry, and every model is re-measured."""
+"""Verification of a leaderboard: every file is checked against its entry, and every model is re-measured."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Verification:
     """The result of `verify`.
 
     Attributes:
-        problems: Errors, each with the file or entry.
-        notes: What could not be checked, and why.
+        problems: Errors, each naming the file or entry.
+        notes: Checks that were not possible, each with the reason.
         entries: Number of entries.
         measured: Number of models that were re-measured.
     """
@@ -53,14 +53,14 @@ def verify(
     device: str | None = None,
     progress: Progress | None = None,
 ) -> Verification:
-    """Check every file of a board, and measure a random sample of examples of every model.
+    """Check every file of a board, and re-measure every model on a random sample of examples.
 
     Args:
         path: The board.
         sample: Examples measured per model; 0 measures none.
         data_dirs: Folder of each dataset, by the board's name for it; the digits need none.
         memory_limit: Bytes that the decoded test images of a dataset may take, as for `load_data`.
-        batch_size: Images attacked together.
+        batch_size: Number of images attacked at a time.
         device: Device of the evaluation.
         progress: See `deat_rb.evaluation.evaluate.evaluate`.
 
@@ -108,12 +108,12 @@ def _check_files(board: Path, result: Verification) -> list[Entry]:
     known = {board / name for name in OTHER_FILES}
     for file in entry_files(board):
         result.entries += 1
-        # Its other files belong to it although it is not valid.
+        # The other files of an invalid entry are not stray files.
         key = file.relative_to(board / "entries").with_suffix("")
         known |= {file, board / "weights" / f"{key}.safetensors", board / "models" / f"{key}.html"}
         try:
             if file.is_symlink():
-                raise DeatError(f"{file} is a symlink; a board has none")
+                raise DeatError(f"{file} is a symlink, which boards must not contain: replace it by a copy")
             entry = read_entry(file)
             check_place(file, entry)
             known.discard(board / entry.weights_place)
@@ -134,7 +134,8 @@ def _check_history(board: Path, known: set[Path]) -> Iterator[str]:
         try:
             entry = read_entry(file)
             if entry.key.split("/") != [*file.parts[-5:-2]] or file.stem != entry.model_name:
-                raise DeatError(f"{file} is in the wrong place: its entry is {entry.key}")
+                raise DeatError(f"{file} is misplaced: it contains the entry {entry.key}; move it to "
+                                f"history/{entry.key}/<number>/")  # fmt: skip
             if entry.weights_file is not None:
                 check_hash(file.with_suffix(".safetensors"), entry)
         except DeatError as error:
@@ -146,7 +147,7 @@ def _check_strays(board: Path, known: set[Path]) -> Iterator[str]:
         if path.relative_to(board).parts[0] == ".git":
             continue
         if path.is_symlink():
-            yield f"{printable(str(path))} is a symlink; a board has none"
+            yield f"{printable(str(path))} is a symlink, which boards must not contain: replace it by a copy"
         elif not path.is_dir() and path not in known:
             yield f"{printable(str(path))} belongs to no entry"
 
@@ -156,7 +157,7 @@ def _check_datasets(entries: list[Entry]) -> Iterator[str]:
     for entry in entries:
         first = firsts.setdefault(entry.dataset, entry) if entry.data_sha256 is not None else entry
         if first.data_sha256 != entry.data_sha256:
-            yield f"{entry.key} was measured on other data than {first.key}"
+            yield f"{entry.key} was measured on different data than {first.key}"
 
 
 def _dataset(
@@ -168,7 +169,7 @@ def _dataset(
     """Load an entry's dataset once for all entries; return None if its folder was not given.
 
     Raises:
-        DeatError: It is another dataset than the entry's.
+        DeatError: The loaded data are not the entry's.
     """
     if entry.dataset != EMBEDDED and entry.dataset not in data_dirs:
         return None
@@ -182,6 +183,6 @@ def _dataset(
         )
     data = loaded[entry.dataset, image_size]
     if data.fingerprint != entry.data_sha256 or len(data.test) != entry.n_test:
-        raise DeatError(f"the data here (SHA-256 {data.fingerprint[:12]}...) are not those of the entry "
-                        f"({str(entry.data_sha256)[:12]}...)")  # fmt: skip
+        raise DeatError(f"the data here (SHA-256 {data.fingerprint[:12]}...) differ from the entry's "
+                        f"({str(entry.data_sha256)[:12]}...): check --data-dir")  # fmt: skip
     return data

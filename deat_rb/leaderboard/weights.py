@@ -1,4 +1,4 @@
-"""The weights that a board stores: read, compared with their SHA-256, and loaded without executing code."""
+"""Loading of a board's stored weights, verified by SHA-256 and without executing code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def open_entry(file: str | Path) -> tuple[Entry, NormalizedModel]:
         The entry, and the network in eval mode on the CPU.
 
     Raises:
-        DeatError: It is not a valid entry or in the wrong place, or the board has no weights or other weights for it.
+        DeatError: The entry is invalid or misplaced, or its weights are not on the board or do not match its hash.
     """
     entry = read_entry(file)
     check_place(Path(file), entry)
@@ -33,7 +33,7 @@ def load_network(entry: Entry, board: Path) -> NormalizedModel:
     """Load an entry's network in eval mode on the CPU.
 
     Raises:
-        DeatError: The board does not store its weights, or the file is another than the entry says or does not fit.
+        DeatError: The board does not store its weights, or the file does not match the entry's hash or architecture.
     """
     if entry.weights_file is None or entry.model is None:
         raise DeatError(f"the board does not store the weights of {entry.key}")
@@ -43,12 +43,12 @@ def load_network(entry: Entry, board: Path) -> NormalizedModel:
 
 
 def check_hash(weights: Path, entry: Entry) -> None:
-    """Compare a file of weights with the SHA-256 of its entry.
+    """Check that a weights file has the SHA-256 in its entry.
 
     Raises:
-        DeatError: It cannot be read or differs.
+        DeatError: The file cannot be read or has another SHA-256.
     """
     digest = hashlib.sha256(read_limited(weights, MAX_WEIGHTS)).hexdigest()
     if digest != entry.weights_sha256:
-        raise DeatError(f"{weights} has the SHA-256 {digest[:12]}..., but its entry says "
-                        f"{str(entry.weights_sha256)[:12]}...: these are other weights")  # fmt: skip
+        raise DeatError(f"{weights} has the SHA-256 {digest[:12]}..., but its entry has "
+                        f"{str(entry.weights_sha256)[:12]}...: restore the file or resubmit the model")  # fmt: skip

@@ -188,10 +188,10 @@ REFUSED: dict[tuple[str, str], dict[str, Setup | tuple[Setup, str]]] = {
         "config's size": (edited("config.json", network={"image_size": 64}), "32x32"),
         "accuracy of model_info": (info(autoattack_acc="79.00"), "claims 79.00 % under autoattack"),
     },
-    ("code in the architecture", "never runs submitted code|timm has no model"): {name: edited(
+    ("code in the architecture", "submitted code is never run|timm has no model"): {name: edited(
         "config.json", network={"arch": arch}) for name, arch in {
             "os": "os:system", "own": "evil_module:make", "hub": "timm:hf-hub:evil/model"}.items()},
-    ("SHA-256 of something else", "is of other|was trained on another dataset"): {
+    ("SHA-256 of something else", "was computed for different|was trained on different data"): {
         "weights": edited("eval.json", provenance={"weights_sha256": ZERO}),
         "data": edited("eval.json", provenance={"data_sha256": ZERO}),
         "network": edited("eval.json", model_sha256=ZERO),

@@ -68,7 +68,7 @@ def test_accuracy_has_a_wilson_interval() -> None:
 
 @pytest.mark.parametrize("n_correct", [-1, 101, 10**10, 50.0])
 def test_accuracy_refuses_impossible_counts(n_correct: float) -> None:
-    with pytest.raises(ValueError, match=r"n_correct|is impossible"):
+    with pytest.raises(ValueError, match="n_correct"):
         Accuracy.model_validate({"n_correct": n_correct, "n_examples": 100})
 
 
@@ -76,13 +76,13 @@ def test_accuracy_refuses_impossible_counts(n_correct: float) -> None:
     ({"figures": {"autoattack": QUARTER}},                   "needs figures.natural"),
     ({"figures": {"natural": QUARTER, "fgsm": HALF}},        "figures.fgsm is above the natural accuracy"),
     ({"n_examples": 99},                                     "figures.natural has 100 examples, but the entry has 99"),
-    ({"n_test": 99},                                         "100 examples of a test set of 99"),
+    ({"n_test": 99},                                         "n_examples 100 is greater than n_test 99"),
     ({"reported": "50.01"},                                  "reported 50.01 is above clean_acc"),
     ({"external": "25.01"},                                  "external 25.01 is above autoattack_acc"),
     ({"external": "nan"},                                    "external: is not an accuracy in percent"),
     ({"architecture": "WideResNet-\u0661\u0660-1"},          "architecture: has digits other than 0 to 9"),
     ({"weights_file": "weights/../secret"},                  "weights_file is not weights/digits/Linf/Wang2021Gra"),
-    ({"model": SPEC.model_copy(update={"arch": "os:x"})},    "built by 'os', and a board never runs submitted code"),
+    ({"model": SPEC.model_copy(update={"arch": "os:x"})},     "built by 'os', but submitted code is never run"),
     ({"submitted": "31.1.2026"},                             "submitted: is not a date"),
     ({"weights_sha256": "A" * 64},                           "is not a SHA-256"),
     ({"weights_sha256": None},                               "a measured entry needs weights_sha256"),
@@ -102,7 +102,9 @@ def test_entry_refuses_contradictions(changes: dict[str, Any], message: str) -> 
 
 def test_parse_entry_names_a_newer_schema_version() -> None:
     content = json.loads(entry().json_bytes()) | {"schema_version": 2, "new_field": 1}
-    with pytest.raises(DeatError, match="x has schema version 2, but this deat-rb reads 1: update it"):
+    with pytest.raises(
+        DeatError, match="x has schema version 2, but this version of deat-rb supports only 1: update deat-rb"
+    ):
         parse_entry(json.dumps(content).encode(), "x")
 
 
@@ -158,8 +160,8 @@ def test_read_entries_refuses_misplaced_entries(tmp_path: Path) -> None:
     file.write_bytes(entry().json_bytes())
     assert read_entries(tmp_path) == (entry(),)
     file.rename(file.with_name("Wang2022Gradient.json"))
-    with pytest.raises(DeatError, match="is in the wrong place"):
+    with pytest.raises(DeatError, match="is misplaced"):
         read_entries(tmp_path)
     left_out: list[str] = []
     assert read_entries(tmp_path, left_out=left_out) == ()
-    assert "is in the wrong place" in left_out[0]
+    assert "is misplaced" in left_out[0]

@@ -34,7 +34,7 @@ def test_evaluate_fully_measures_runs_without_an_evaluation(tmp_path: Path, boar
     claimed = make_run(tmp_path / "claimed")
     submit(board, claimed, "Wang2021Gradient_2", n_examples=50, evaluate_anew=True)
     assert fake.calls[1]["n"] == 50
-    with pytest.raises(DeatError, match=r"--n-examples 50 is not the number in the eval.json of .* \(500\)"):
+    with pytest.raises(DeatError, match=r"--n-examples 50 differs from the eval.json of .* \(500 examples\)"):
         submit(board, claimed, "Wang2021Gradient_3", n_examples=50)
 
 
@@ -59,7 +59,7 @@ def test_compare_claim_refuses_with_both_accuracies(tmp_path: Path, board: Board
     """Wilson's 99.999 % interval of 100 of 500: z = 4.41717, centre (.2 + .0195114) / 1.0390228 = .21127, half
     4.41717 * sqrt(.00032 + .0000195114) / 1.0390228 = .07833."""
     fake.shares["autoattack"] = 0.2
-    with pytest.raises(DeatError, match=r"claims 40.00 % under autoattack, but .* 20.00 % \(13.29 to 28.96\) of 500"):
+    with pytest.raises(DeatError, match=r"claims 40.00 % under autoattack, but .* 20.00 % \(13.29 to 28.96\) on 500"):
         submit(board, make_run(tmp_path / "run"), sample=500)
     assert not board.path.exists()
 

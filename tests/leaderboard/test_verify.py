@@ -25,13 +25,13 @@ def put(path: Path, text: str = "") -> int:
 
 
 @pytest.mark.parametrize(("spoil", "message"), [
-    (lambda entry, weights: weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1"),              "other weights"),
+    (lambda entry, weights: weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1"),           "restore the file"),
     (lambda entry, weights: weights.unlink(),                                                          "cannot read"),
     (lambda entry, weights: entry.unlink(),                                        r"weights/.* belongs to no entry"),
     (lambda entry, weights: entry.write_text(entry.read_text()[:100]),                             "is not valid JSON"),
     (lambda entry, weights: entry.write_text(entry.read_text().replace('"n_correct": 400', '"n_correct": 501')),
-     "figures.natural: 501 correct of 500"),
-    (lambda entry, weights: entry.rename(entry.with_stem("Wang2021Other")),                    "is in the wrong place"),
+     "figures.natural: n_correct 501 is greater than n_examples 500"),
+    (lambda entry, weights: entry.rename(entry.with_stem("Wang2021Other")),                            "is misplaced"),
     (lambda entry, weights: entry.with_suffix(".txt").write_text("?"),                       "txt belongs to no entry"),
     (lambda entry, weights: entry.with_name("Wang2022Link.json").symlink_to(entry),                     "is a symlink"),
     (lambda entry, weights: weights.with_name("Wang2022Link.safetensors").symlink_to(entry),            "is a symlink"),

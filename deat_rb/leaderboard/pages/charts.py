@@ -15,13 +15,13 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 468, 12, 252
 MAX_TICKS, MAX_EPOCHS = 6, 10**6
 
 SMALLEST, LARGEST = 1e-100, 1e100
-"""Range of values in which an axis has ticks."""
+"""Range of values for which an axis can be drawn."""
 
 LABEL_HEIGHT, CHARACTER = 15, 8.6
-"""Size of a label in the chart's units, a little more than the largest font in the style sheet."""
+"""Height of a label and width of a character in chart units, slightly above the style sheet's largest font."""
 
 OVERLAP = 9.0
-"""Dots that are nearer than this overlap."""
+"""Distance below which two dots overlap."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Point:
     """A model in the scatter plot.
 
     Attributes:
-        cost: Backward passes, more than 0.
+        cost: Number of backward passes, greater than 0.
         accuracy: Robust accuracy in percent.
-        label: Shown beside the dot if there is room.
-        text: Description.
-        href: The model's page.
+        label: Text next to the dot, if there is room.
+        text: Description in the tooltip.
+        href: Link to the model's page.
     """
 
     cost: float
@@ -56,13 +56,13 @@ class _Box(NamedTuple):
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the Pareto front: points that no other point equals or beats in both cost and accuracy.
+    """Return the Pareto front: points that no other point dominates in cost and accuracy.
 
     Args:
         points: Cost and accuracy of each.
 
     Returns:
-        Their indices, cheapest first, with all of several equal points.
+        Indices of the points, cheapest first, including all duplicates.
     """
     front: list[int] = []
     for index in sorted(range(len(points)), key=lambda each: (points[each][0], -points[each][1])):
@@ -111,7 +111,7 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         rows: Metrics by epoch, as in ``metrics.jsonl``.
 
     Returns:
-        The charts for the template, without empty ones.
+        The non-empty charts for the template.
     """
     rows = [row for row in rows if 1 <= (row.get("epoch") or 0) <= MAX_EPOCHS]
     last = max((int(row["epoch"]) for row in rows), default=0)
@@ -230,9 +230,9 @@ def _labels(
     first: Sequence[int],
     line: Sequence[tuple[float, float]],
 ) -> list[dict[str, Any] | None]:
-    """Place labels beside their dots, off each other and off a line; None where there is no room.
+    """Place labels next to their dots, without overlap with each other or a line; None where there is no room.
 
-    Dots that overlap share one label with all their texts, on the first of them. Those of ``first`` are placed first.
+    Overlapping dots share one label that lists all their texts. Labels of the dots in ``first`` are placed first.
     """
     order = [*first, *(each for each in range(len(places)) if each not in first)]
     shared: dict[int, list[int]] = {}

@@ -9,11 +9,11 @@ from deat_rb.robustbench.format import SPELLED
 from deat_rb.utils.text import replace_invisible
 
 MISSING = "\N{EN DASH}"
-"""Shown for an unknown value."""
+"""Placeholder for an unknown value."""
 
 
 def web_link(address: str | None) -> str | None:
-    """Return an http(s) address with an ASCII host and without a user name; None for any other text."""
+    """Return an http(s) URL if it has an ASCII host and no user name, or else None."""
     if not address or address != replace_invisible(address) or re.search(r"[\s\\]", address):
         return None
     try:
@@ -30,12 +30,12 @@ def dataset_title(dataset: str) -> str:
 
 
 def local_link(*names: str) -> str:
-    """Return the relative address of a file below the page's folder."""
+    """Return the relative URL of a file below the page's folder."""
     return "/".join(quote(name, safe="") for name in names)
 
 
 def name_parts(name: str) -> list[str]:
-    """Split a model's name where a narrow page may break it."""
+    """Split a model's name at its possible line breaks."""
     return re.split(r"(?<=_)|(?<=[a-z])(?=[0-9]{4})|(?<=[0-9]{4})(?=[A-Z])", name)
 
 
@@ -50,7 +50,7 @@ def count(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Format a time in the largest unit of which there are at least two."""
+    """Format a duration in the largest unit in which it is at least 2."""
     if seconds is None:
         return MISSING
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):

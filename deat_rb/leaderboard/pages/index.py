@@ -49,7 +49,7 @@ GENERATOR = b'<meta name="generator" content="deat-rb leaderboard">'
 
 
 class Cell(NamedTuple):
-    """A table cell: its text, its sort key (None sorts last), and a note in small letters."""
+    """A table cell: its text, its sort key (None sorts last), and a note in small print."""
 
     text: str
     value: float | str | None = None
@@ -57,7 +57,7 @@ class Cell(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A column: its header, ``number`` or ``text`` order, the first click's direction, and its cells' CSS class."""
+    """A column: header, sort order (``number`` or ``text``), sort direction on the first click, and CSS class."""
 
     title: str
     kind: str = "number"
@@ -73,7 +73,7 @@ COLUMNS = (
     Column("natural"),
     Column("AutoAttack", style="robust"),
     Column("best known", style="robust"),
-    Column("perhaps unreliable", "text"),
+    Column("potentially unreliable", "text"),
     Column("FGSM"),
     Column("PGD\u2011100"),
     Column("CW\u201120"),
@@ -92,7 +92,7 @@ ATTACKED: tuple[AttackName, ...] = ("fgsm", "pgd-100", "cw-20")
 
 
 class Group(NamedTuple):
-    """Models of one table."""
+    """Properties shared by the models of one table."""
 
     dataset: str
     threat_model: str
@@ -117,7 +117,7 @@ def build(board: str | Path, *, left_out: list[str] | None = None) -> Path:
         ``<board>/index.html``; the models' pages are ``models/<dataset>/<threat>/<model_name>.html`` beside it.
 
     Raises:
-        DeatError: There is no board, the pages cannot be written, or, without ``left_out``, an entry is not valid.
+        DeatError: There is no board, the pages cannot be written, or, without ``left_out``, an entry is invalid.
     """
     from deat_rb.leaderboard.board import Board
 
@@ -144,13 +144,13 @@ def write_pages(board: str | Path, entries: Sequence[Entry]) -> Path:
 
 
 def _make_folder(board: Path, folder: Path) -> None:
-    """Create a folder of the board, unless a name or a symlink leads out of the board."""
+    """Create a folder of the board, after checking that no name or symlink leads out of it."""
     if not folder.resolve().is_relative_to(board.resolve() / "models"):
         raise DeatError(f"{folder} leads out of the board {board}; remove the symlink")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DeatError(f"cannot write below {folder}: {error.strerror or error}") from error
+        raise DeatError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
 @cache
@@ -190,7 +190,7 @@ def board_content(entries: Sequence[Entry]) -> dict[str, Any]:
     return {
         "title": TITLE,
         "summary": f"{_plural(measured, 'measured model')} on {_plural(len(datasets), 'dataset')}, "
-        f"beside {_plural(len(entries) - measured + len(REFERENCES), 'published row')}",
+        f"plus {_plural(len(entries) - measured + len(REFERENCES), 'published result')}",
         "methods": sorted({entry.method for entry in entries if entry.method}),
         "groups": [
             {"id": f"group-{number}", **_group_content(group, groups[group])} for number, group in enumerate(order, 1)
@@ -222,16 +222,16 @@ def _group_content(group: Group, ranked: Sequence[RankedEntry]) -> dict[str, Any
     known = [any(row["cells"][place].text != MISSING for row in rows) for place in range(len(COLUMNS))]
     titles = [column.title for column in COLUMNS]
     known[titles.index("best known")] = any(entry.external for entry in entries)  # else it repeats AutoAttack's
-    known[titles.index("perhaps unreliable")] = any(entry.unreliable for entry in entries)
+    known[titles.index("potentially unreliable")] = any(entry.unreliable for entry in entries)
     for row in rows:
         styled = zip(row["cells"], COLUMNS, known, strict=True)
         row["cells"] = [(cell, column.style) for cell, column, is_known in styled if is_known]
-    note = f"Evaluated on {group.subset:,} images of the test set: listed apart, without ranks." if group.subset else ""
+    note = f"Evaluated on {group.subset:,} test images only: listed separately, not ranked." if group.subset else ""
     return {
         "heading": group.heading,
         "columns": (RANK, MODEL, *itertools.compress(COLUMNS, known)),
         "ranked": any(each.rank is not None for each in ranked),
-        "sentence": note if entries else "This board has no model of its own here.",
+        "sentence": note if entries else "This board has no models of its own in this table.",
         "notes": sorted({entry.dataset_note for entry in entries if entry.dataset_note}),
         "rows": rows,
         "scatter": scatter(points) if len(points) > 1 else None,
@@ -291,7 +291,7 @@ def _checks_cell(entry: Entry) -> Cell:
 
 
 def _paper_table(table: PaperTable, entries: Sequence[Entry]) -> dict[str, Any]:
-    """Return one of the paper's tables, with this board's models of the same problem and method below its rows."""
+    """Return one of the paper's tables, with this board's models of the same settings and method below each row."""
     with_fgsm = table.rows[0].fgsm is not None
     rows: list[dict[str, Any]] = []
     for row in table.rows:

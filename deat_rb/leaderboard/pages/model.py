@@ -24,12 +24,12 @@ from deat_rb.leaderboard.pages.format import (
 
 
 def page_of(entry: Entry) -> PurePosixPath:
-    """Return the place of a model's page in the board."""
+    """Return the path of a model's page, relative to the board."""
     return PurePosixPath("models", entry.dataset, entry.threat_model, f"{entry.model_name}.html")
 
 
 def link_of(entry: Entry) -> str:
-    """Return the address of a model's page relative to the board."""
+    """Return the URL of a model's page, relative to the board."""
     return local_link(*page_of(entry).parts)
 
 
@@ -111,7 +111,7 @@ def _load(entry: Entry) -> str | None:
 
 
 def _facts(entry: Entry) -> list[tuple[str, str | None, str | None]]:
-    """Return names, values and links."""
+    """Return the rows of the table of provenance: names, values and links."""
     facts = {
         "authors": entry.authors,
         "venue": entry.venue,
@@ -123,7 +123,7 @@ def _facts(entry: Entry) -> list[tuple[str, str | None, str | None]]:
         "additional data": _text(entry.additional_data),
         "forward passes per prediction": _text(entry.number_forward_passes),
         "reported robust accuracy": _with_unit(entry.reported),
-        "AutoAttack perhaps unreliable": _text(entry.unreliable),
+        "AutoAttack potentially unreliable": _text(entry.unreliable),
         "peak memory": memory(entry.peak_memory),
         "trained on": entry.hardware,
         "seed": _text(entry.seed),

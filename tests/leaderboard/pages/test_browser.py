@@ -194,7 +194,7 @@ def test_a_filter_holds_while_sorting(page: Page) -> None:
 def test_links_lead_to_the_models_and_back(page: Page, index: Path) -> None:
     page.get_by_role("link", name="Doe2021Made_MDEAT", exact=True).click()
     assert page.get_by_role("heading", level=1).inner_text() == "Doe2021Made_MDEAT"
-    page.get_by_role("link", name="the board").click()
+    page.get_by_role("link", name="Leaderboard").click()
     assert page.url == index.as_uri()
     page.get_by_role("link", name="Doe2021Made_TRADES: 81.40 % robust, 2,090 backward passes").click()
     assert page.get_by_role("heading", level=1).inner_text() == "Doe2021Made_TRADES"
@@ -205,7 +205,7 @@ def test_without_scripts_the_ranking_is_there(browser: Browser, index: Path) -> 
     page.goto(index.as_uri())
     assert names(table(page)) == RANKED
     assert not page.locator(".filter").is_visible()
-    assert page.get_by_text("Sorting and filtering need JavaScript").is_visible()
+    assert page.get_by_text("Sorting and filtering require JavaScript").is_visible()
     page.close()
 
 

@@ -109,8 +109,8 @@ def test_build_omits_empty_columns(tmp_path: Path) -> None:
         set(index_of(tmp_path / str(number), entries).tables[0][0])
         for number, entries in enumerate(([plain], [plain, broken], [plain, doubted]))
     ]
-    assert [{"best known", "perhaps unreliable"} & found for found in heads] == [
-        set(), {"best known"}, {"perhaps unreliable"}
+    assert [{"best known", "potentially unreliable"} & found for found in heads] == [
+        set(), {"best known"}, {"potentially unreliable"}
     ]  # fmt: skip
 
 
@@ -309,4 +309,4 @@ def test_build_writes_a_page_for_an_empty_board(tmp_path: Path) -> None:
     (tmp_path / "entries").mkdir()
     text = read(build(tmp_path)).text
     assert "0 measured models on 0 datasets" in text
-    assert "This board has no model of its own here." in text
+    assert "This board has no models of its own in this table." in text

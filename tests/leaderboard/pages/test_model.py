@@ -55,7 +55,7 @@ def test_the_lines_on_a_page_load_the_network(tmp_path: Path, monkeypatch: pytes
     made_up_board.write(tmp_path, [entry])
     build(board)
     (lines,) = re.findall(
-        "<h2>Load it</h2>\n<pre><code>(.*?)</code>", (board / f"models/{entry.key}.html").read_text(), re.S
+        "<h2>Load the model</h2>\n<pre><code>(.*?)</code>", (board / f"models/{entry.key}.html").read_text(), re.S
     )
     assert len(html.unescape(lines).splitlines()) == 3
     monkeypatch.chdir(board)
@@ -69,7 +69,7 @@ def test_build_shows_no_measurement_of_a_published_model(board: Path) -> None:
     page = read(board / "models/cifar10/Linf/Poe2020Claimed_R18.html")
     assert "published" in page.text
     assert page.tables == []
-    assert "Load it" not in page.text
+    assert "Load the model" not in page.text
     assert "Checks" not in page.text
 
 
