@@ -1,6 +1,6 @@
-"""Threat models, attack losses, PGD, the input-gradient probe and the attacks of an evaluation.
+"""Threat models, attack losses, PGD, the input-gradient probe and the evaluation attacks.
 
-What generates an adversarial example belongs here. What trains on one belongs to `deat_rb.training` and
+Code that generates adversarial examples belongs here; code that trains on them belongs in `deat_rb.training` and
 `deat_rb.methods`.
 """
 

@@ -1,8 +1,8 @@
-"""AutoAttack (Croce and Hein 2020) in its versions standard, plus and rand, and Square alone, run stage by stage.
+"""AutoAttack (Croce and Hein 2020; versions standard, plus and rand) and Square alone, run stage by stage.
 
-The attacks are pyautoattack's. Batches and seeds are those of its ``run_standard_evaluation``, on which the results of
-the random stages depend; only the loop around them is ours, so that it reports progress, can be resumed, and runs with
-fewer than ten classes.
+The attacks come from pyautoattack. Batches and seeds match its ``run_standard_evaluation``, because the results of the
+random stages depend on them. Only the surrounding loop is ours: it reports progress, can be resumed, and supports fewer
+than ten classes.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ VERSIONS = {
 }
 
 FEWEST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
-"""The DLR loss needs a third largest logit, the targeted one a fourth."""
+"""The DLR loss needs a third-largest logit, the targeted DLR loss a fourth-largest."""
 
 TARGETED = ("apgd-t", "fab-t")
 
 ITERATIONS, QUERIES, AVERAGED = 100, 5000, 20
 
 SMALLEST_BATCH = 16
-"""In smaller batches matrix products round differently, so that a gradient would depend on the batch."""
+"""Matrix products round differently in smaller batches, so that a gradient would depend on the batch size."""
 
 
 def parts_for(num_classes: int, version: str = "standard") -> tuple[tuple[str, ...], int]:
-    """Return the stages of a version that exist for ``num_classes``, and the number of targets.
+    """Return the stages of a version that are defined for ``num_classes``, and the number of target classes.
 
-    With fewer than 4 classes there is no targeted DLR loss, with 2 no DLR loss at all. FAB-T needs one other class.
+    The targeted DLR loss needs 4 classes, the DLR loss 3; FAB-T needs only one other class.
     """
     parts = tuple(part for part in VERSIONS[version] if num_classes >= FEWEST_CLASSES.get(part, 2))
     return parts, min(9, num_classes - 1)
 
 
 def build(name: str, context: AttackContext) -> Attack:
-    """Build ``autoattack``, ``autoattack-plus``, ``autoattack-rand`` or ``square``; with eps = 0 it has no stages."""
+    """Build ``autoattack``, ``autoattack-plus``, ``autoattack-rand`` or ``square``; there are no stages if eps = 0."""
     version = AUTOATTACK.get(name, "standard")
     names, targets = (("square",), 0) if name == "square" else parts_for(context.num_classes, version)
     parameters, notes = _account(name, version, names, targets, context)
@@ -62,22 +62,22 @@ def build(name: str, context: AttackContext) -> Attack:
 def _account(
     name: str, version: str, names: tuple[str, ...], targets: int, context: AttackContext
 ) -> tuple[Parameters, tuple[str, ...]]:
-    """Return the settings and notes for the report, such as stages left out for lack of classes."""
+    """Return the parameters and notes for the report, such as stages skipped because there are too few classes."""
     if name == "square":
         return {"eps": context.eps, "queries": QUERIES}, ()
     parameters: Parameters = {"eps": context.eps, "version": version, "parts": ", ".join(names)}
     notes, few = [], f"{context.num_classes} classes"
     if missing := [part for part in VERSIONS[version] if part not in names]:
-        notes.append(f"{few}: the DLR loss of {' and '.join(missing)} is undefined, so AutoAttack ran without")
+        notes.append(f"{few}: AutoAttack skipped {' and '.join(missing)}, whose DLR loss is undefined")
     if version != "rand":
         parameters["targets"] = targets
         if targets < 9:
-            notes.append(f"{few}: the targeted parts ran with {targets} targets where the standard has 9")
+            notes.append(f"{few}: the targeted stages used {targets} targets instead of the standard 9")
     return parameters, tuple(notes)
 
 
 class _Suite:
-    """pyautoattack's attacks on one model."""
+    """The attacks of pyautoattack on one model."""
 
     def __init__(self, version: str, context: AttackContext, targets: int, warnings: list[str]) -> None:
         self.version = version
@@ -88,7 +88,7 @@ class _Suite:
         self._suite: Any = None
 
     def part(self, name: str) -> Callable[[CountingModel, Batch], AttackOutput]:
-        """Return the function of a stage; it seeds torch's global generators for every batch, as in pyautoattack."""
+        """Return a function that runs a stage; it seeds torch's global generators per batch, as in pyautoattack."""
 
         def craft(model: CountingModel, batch: Batch) -> AttackOutput:
             images, labels = batch.images[batch.chosen], batch.labels[batch.chosen]
@@ -143,7 +143,7 @@ class _Suite:
         )
         suite.apgd_targeted.n_target_classes = suite.fab.n_target_classes = self.targets
         if context.device.type == "cpu" and self.version != "rand":
-            # On other devices reading the mask synchronizes, and small batches round differently.
+            # On other devices, reading the mask forces a synchronization and small batches round differently.
             for attack in (suite.apgd, suite.apgd_targeted):
                 attack.attack_single_run = _leaving_early(attack)
         self._model, self._suite = model, suite
@@ -151,7 +151,7 @@ class _Suite:
 
 
 def transpose_wide_images(square: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """Wrap Square's search, which in L2 fails on images wider than high, so that these are attacked transposed."""
+    """Wrap Square so that images wider than high are attacked transposed; in L2 Square fails on them otherwise."""
 
     def perturb(images: Tensor, labels: Tensor) -> Tensor:
         predict = square.predict
@@ -169,7 +169,7 @@ def transpose_wide_images(square: Any) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _leaving_early(attack: Any) -> Callable[..., tuple[Tensor, ...]]:
-    """Wrap APGD's run so that misclassified examples, whose loss it would go on maximizing, are not forwarded again."""
+    """Wrap APGD, which never drops examples, so that an example is no longer forwarded once it is misclassified."""
     run: Callable[..., tuple[Tensor, ...]] = attack.attack_single_run
 
     def attack_single_run(images: Tensor, labels: Tensor, x_init: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -185,10 +185,10 @@ def _leaving_early(attack: Any) -> Callable[..., tuple[Tensor, ...]]:
 
 
 class _Leaving:
-    """Model of one batch that forwards only the examples that are still classified correctly.
+    """Model wrapper for one batch that forwards only the examples that are still classified correctly.
 
-    The others get their last logits again, with zero gradient. A model that draws random numbers forwards all, because
-    its draws depend on the batch size.
+    For the others it returns their last logits, with zero gradient. If the model draws random numbers, all examples are
+    forwarded, because the draws depend on the batch size.
     """
 
     def __init__(self, model: Callable[[Tensor], Tensor], labels: Tensor) -> None:
@@ -210,7 +210,10 @@ class _Leaving:
         return logits
 
     def restore(self, adversarial: Tensor) -> Tensor:
-        """Return ``adversarial`` with the images that were misclassified first, which APGD has moved since."""
+        """Return ``adversarial``, each misclassified image replaced by its first misclassified iterate.
+
+        APGD goes on updating those images.
+        """
         if self._first_misclassified is None or self.draws:
             return adversarial
         return torch.where(self.misclassified[:, None, None, None], self._first_misclassified, adversarial)
@@ -236,7 +239,7 @@ class _Leaving:
 
 @contextmanager
 def _warnings(collected: list[str]) -> Iterator[None]:
-    """Collect AutoAttack's warnings, each sentence once, instead of printing them."""
+    """Collect AutoAttack's warnings, without duplicates, instead of printing them."""
 
     class Collect(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

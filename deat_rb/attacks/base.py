@@ -1,4 +1,4 @@
-"""Base class of the attacks, which preserves the model's state, and the statistics of one attack on a batch."""
+"""Base class of attacks that preserve the model's state, and the statistics of an attack on a batch."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ AttackMode = Literal["train", "eval"]
 
 
 class StatelessAttack(Attack):
-    """A torchattacks attack that leaves the model on which it is called unchanged.
+    """A torchattacks attack that leaves the model unchanged.
 
-    It is called, nested, saved and normalized like every `torchattacks.attack.Attack`. Unlike those it restores the
-    mode of each module, also after an exception, and the buffers and gradients; in train mode it leaves modules alone
-    that are frozen in eval mode.
+    Calling, nesting, saving and normalization work as for every `torchattacks.attack.Attack`. In addition, the mode of
+    each module, the buffers and the gradients are restored, even after an exception; an attack in train mode leaves
+    modules in eval mode if they are frozen there.
 
     Args:
         name: The attack's name.
         model: The model to attack: takes images (N, C, H, W), returns logits (N, K).
-        attack_mode: The model's mode during the attack: ``train`` or ``eval``. None: the mode that the model is in:
-            eval mode on a model in eval mode, where the examples of a batch do not affect each other, as in
-            torchattacks; train mode on a model in train mode, as adversarial training does.
-            `set_model_training_mode` overrides it.
+        attack_mode: The model's mode during the attack, ``train`` or ``eval``; by default its current mode. In eval
+            mode, as in torchattacks, the examples of a batch do not affect each other; adversarial training attacks in
+            train mode. `set_model_training_mode` overrides this.
 
     Raises:
-        DeatError: If ``attack_mode`` is none of these.
+        DeatError: If ``attack_mode`` is invalid.
     """
 
     def __init__(self, name: str, model: nn.Module, attack_mode: AttackMode | None = None) -> None:
@@ -43,8 +42,8 @@ class StatelessAttack(Attack):
             self.set_model_training_mode(model_training=train, batchnorm_training=train, dropout_training=train)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # The parent compares every assigned value with `in`, which raises on tensors. It does so to find nested
-        # attacks, which are assigned bare here.
+        # To find nested attacks, the parent searches every assigned value with `in`, which raises for tensors. Here
+        # nested attacks are plain attributes.
         object.__setattr__(self, name, value)
         if isinstance(value, Attack):
             nested = self.__dict__["_attacks"]
@@ -53,7 +52,7 @@ class StatelessAttack(Attack):
                 nested[f"{name}.{inner_name}"] = inner
 
     def __call__(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        """Generate adversarial examples, and restore the model's state.
+        """Generate adversarial examples and restore the model's state.
 
         Args:
             inputs: Images in [0, 1], (N, C, H, W), or normalized ones after `set_normalization_used`.
@@ -65,11 +64,13 @@ class StatelessAttack(Attack):
             The adversarial examples (N, C, H, W), normalized if ``inputs`` are.
 
         Raises:
-            DeatError: Inside `torch.inference_mode`, or the model was created there.
+            DeatError: If this is called inside `torch.inference_mode`, or the model was created there.
         """
         require_autograd(f"the attack {self.attack}")
         if any(parameter.is_inference() for parameter in self.model.parameters()):
-            raise DeatError("the model was created inside torch.inference_mode(), so it has no gradients")
+            raise DeatError(
+                "the model was created inside torch.inference_mode(), so it has no gradients; create it outside"
+            )
         if inputs.is_inference():
             inputs = inputs.clone()
         if labels is not None and labels.is_inference():
@@ -91,7 +92,7 @@ class StatelessAttack(Attack):
         super().set_model_training_mode(model_training, batchnorm_training, dropout_training)
 
     def enter_mode(self) -> None:
-        """Put the model into the mode of the attack."""
+        """Set the model to the mode of the attack."""
         if self._keeps_mode and self.model.training:
             return
         if self._keeps_mode or not self._model_training:
@@ -117,7 +118,7 @@ class StatelessAttack(Attack):
             logits: Tensor = super().get_output_with_eval_nograd(inputs)
         return logits
 
-    # torchattacks sets and recovers one mode of the whole model, on nested attacks as well.
+    # torchattacks sets and restores a single mode for the whole model, also for nested attacks.
     def _change_model_mode(self, given_training: bool) -> None:
         pass
 

@@ -1,4 +1,4 @@
-"""FGSM, PGD and CW as functions for evaluation; an example leaves the batch once it is misclassified."""
+"""FGSM, PGD and CW as functions for evaluation; examples are dropped from the batch once misclassified."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Objective = Callable[[Tensor, Tensor], Tensor]
 
 
 class CountingModel(nn.Module):
-    """Model that counts its passes in images: a forward over a batch of 100 is 100 forwards.
+    """Model wrapper that counts passes per image: a forward pass on a batch of 100 counts as 100.
 
     Args:
         model: Returns logits (N, K) of images (N, C, H, W).
-        dtype: Autocast precision of a call; None for none. `exact` never uses autocast.
+        dtype: Autocast precision; None disables autocast. `exact` never enables it.
 
     Attributes:
         forwards: Images forwarded.
         backwards: Images for which a gradient was propagated back from the logits.
-        calls: Forward passes of any number of images.
+        calls: Number of forward passes, whatever the batch size.
         on_call: Called after every forward pass; its exceptions propagate.
     """
 
@@ -40,7 +40,7 @@ class CountingModel(nn.Module):
         self.on_call: Callable[[], None] | None = None
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits (N, K) of images (N, C, H, W), in float32 if the precision is lower."""
+        """Return the logits (N, K) of images (N, C, H, W), converted to float32 after autocast."""
         if self.dtype is None:
             return self.exact(images)
         with torch.autocast(images.device.type, self.dtype):
@@ -67,8 +67,8 @@ class AttackOutput:
     """Result of an attack on a batch.
 
     Attributes:
-        images: (N, C, H, W): the first misclassified iterate of an example, else its last iterate.
-        misclassified: (N,) bool: an iterate was misclassified.
+        images: (N, C, H, W): each example's first misclassified iterate, or its last iterate if there is none.
+        misclassified: (N,) bool: whether any iterate was misclassified.
     """
 
     images: Tensor
@@ -78,9 +78,9 @@ class AttackOutput:
 def logits_and_gradient(
     model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, loss: Objective
 ) -> tuple[Tensor, Tensor]:
-    """Return the logits (N, K) and the loss's input gradient, by one forward and one backward pass.
+    """Return the logits (N, K) and the loss's input gradient, using one forward and one backward pass.
 
-    The losses are summed, not averaged: a mean would let small gradients of large batches underflow.
+    The losses are summed: averaging would make small gradients underflow in large batches.
 
     Args:
         model: Returns logits (N, K).
@@ -89,7 +89,8 @@ def logits_and_gradient(
         loss: Maps ``(logits, labels)`` to the loss per example (N,).
 
     Raises:
-        DeatError: If the logits are not differentiable with respect to the images, or inside `torch.inference_mode`.
+        DeatError: If the logits are not differentiable with respect to the images, or this is called inside
+            `torch.inference_mode`.
     """
     require_autograd("a white-box attack")
     with torch.enable_grad():
@@ -121,7 +122,7 @@ def fgsm(
         labels: (N,).
         eps: Radius, in [0, 1] pixel units.
         loss: The loss to maximize, per example.
-        threat: The threat model; by default Linf. In L2 it is the fast gradient method.
+        threat: The threat model; by default Linf. With L2 this is the fast gradient method.
     """
     _, gradient = logits_and_gradient(model, images, labels, loss)
     adv = (images + (threat or Linf(eps)).step(gradient, eps)).clamp(0, 1)
@@ -132,7 +133,7 @@ def fgsm(
 def uniform_start(images: Tensor, eps: float, generator: torch.Generator) -> Tensor:
     """Draw a start from U(-eps, eps) around ``images`` (N, C, H, W), within [0, 1].
 
-    The noise is drawn on the generator's device, so that a CPU generator gives every device the same start.
+    The noise is drawn on the generator's device, so a CPU generator gives the same start on every device.
     """
     return Linf(eps).start(images, generator)
 
@@ -152,11 +153,11 @@ def pgd(
 ) -> AttackOutput:
     """Run projected gradient descent (Madry et al. 2018); in Linf its iterates equal those of `torchattacks.PGD`.
 
-    An example counts as misclassified as soon as one iterate is, the start and the last one included, and is moved no
-    further; so robust accuracy is at most that of torchattacks.
+    An example counts as misclassified as soon as any iterate is, including the start and the last one, and is not moved
+    further; robust accuracy is therefore at most that of torchattacks.
 
     Args:
-        model: Returns logits (N, K); in eval mode, where the examples of a batch do not affect each other.
+        model: Returns logits (N, K); must be in eval mode, where the examples of a batch do not affect each other.
         images: Clean images in [0, 1], (N, C, H, W).
         labels: (N,).
         start: The first iterate, (N, C, H, W).
@@ -165,7 +166,8 @@ def pgd(
         steps: Number of steps.
         loss: The loss to maximize, per example.
         threat: The threat model; by default Linf.
-        leave_every: Steps between removals of misclassified examples from the batch; by default 1 on a CPU, else 5.
+        leave_every: Number of steps after which misclassified examples are dropped from the batch; by default 1 on a
+            CPU, 5 elsewhere.
     """
     if leave_every is None:
         # Reading the mask synchronizes with the device, which costs more than a few steps on misclassified examples.
@@ -190,5 +192,5 @@ def pgd(
 
 
 def admissible(adv: Tensor, images: Tensor, eps: float, norm: str = "Linf") -> Tensor:
-    """Return which adversarial examples are in the threat model: finite, in [0, 1], within eps + 1e-6; (N,) bool."""
+    """Return which adversarial examples are finite, in [0, 1] and within eps + 1e-6 of the images; (N,) bool."""
     return threat_model(norm, eps).contains(adv, images)

@@ -1,7 +1,7 @@
 """Input-gradient probe: records the gradient that an attack computes at its inputs and counts its passes.
 
 Every gradient attack forwards images that require a gradient. A forward pre-hook on the model finds those inputs, and a
-hook on the tensor records their gradient: l_X of any attack without an extra pass (invariant 3).
+hook on the tensor records their gradient, which gives l_X of any attack without an extra pass (invariant 3).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class GradientProbe:
 
     Args:
         model: The model under attack.
-        pixel_scale: d(model input) / d(pixel), (1, C, 1, 1) or a number: 1 / std where the model's input is normalized.
+        pixel_scale: d(model input) / d(pixel), (1, C, 1, 1) or a number: 1 / std if the model's input is normalized.
 
     Attributes:
         gradient: The last input gradient, (N, C, H, W), or None.
@@ -53,7 +53,7 @@ class GradientProbe:
     def _see_input(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         images = inputs[0]
         self.forwards += len(images)
-        # An attack may forward the same images more than once, as EOTPGD does, each time with a backward of its own.
+        # An attack such as EOTPGD may forward the same images several times, each time with its own backward pass.
         if torch.is_grad_enabled() and images.requires_grad and images is not self._hooked:
             images.register_hook(self._see_gradient)
             self._hooked = images
@@ -65,11 +65,11 @@ class GradientProbe:
         return gradient.contiguous()
 
     def stats(self, examples: int, unit: float) -> CraftStats:
-        """Return the statistics of one call of the attack.
+        """Return the statistics of one call to the attack.
 
         Args:
             examples: Number of images in the call.
-            unit: Factor that makes the gradient that of each example's own loss.
+            unit: Factor that converts the gradient to that of each example's own loss.
         """
         gradient = torch.zeros(()) if self.gradient is None else self.gradient
         return CraftStats(
@@ -82,8 +82,8 @@ class GradientProbe:
 def uses_mean_reduction(attack: Attack, images: Tensor) -> bool:
     """Return whether an attack's loss is averaged over the batch (torchattacks' PGD) or summed (its TPGD).
 
-    The attack is called on a few images, and on a batch with each of them twice, with the model's predictions as
-    labels: an averaged loss halves each gradient. The model's state and torch's generators are preserved.
+    The attack is called on a few images and on a batch that has each of them twice, with the model's predictions as
+    labels; if the loss is averaged, each gradient is halved. The model's state and torch's generators are preserved.
 
     Raises:
         DeatError: If the attack computes no gradient at its inputs, so that l_X is undefined.

@@ -12,12 +12,12 @@ from torch.nn import functional as F  # noqa: N812 - the usual alias
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    """Return logits of half precision in float32, others unchanged."""
+    """Convert half-precision logits to float32; return others unchanged."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def label_mask(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the one-hot mask (N, K) of labels (N,); torch's `one_hot` would wait for the device to check them."""
+    """Return the one-hot mask (N, K) of labels (N,); unlike torch's `one_hot` this does not sync with the device."""
     return labels[:, None] == torch.arange(logits.shape[1], device=labels.device)
 
 
@@ -35,12 +35,12 @@ def kl_divergence(logits: Tensor, target_logits: Tensor) -> Tensor:
     """
     prediction = F.log_softmax(at_least_float32(logits), dim=1)
     target = at_least_float32(target_logits)
-    # softmax rather than exp(log_softmax), as in torchattacks' TPGD: the last bits differ.
+    # As torchattacks' TPGD does, use softmax rather than exp(log_softmax), which differs in the last bits.
     return (F.softmax(target, dim=1) * (F.log_softmax(target, dim=1) - prediction)).sum(dim=1)
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the CW margin max_{k != y} z_k - z_y, per example (N,): positive once misclassified."""
+    """Return the CW margin max_{k != y} z_k - z_y, per example (N,): positive if misclassified."""
     logits = at_least_float32(logits)
     true = label_mask(logits, labels)
     return logits.masked_fill(true, -torch.inf).amax(dim=1) - logits.gather(1, labels[:, None]).squeeze(1)

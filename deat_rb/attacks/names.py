@@ -1,4 +1,4 @@
-"""Names of the evaluation's attacks: parsing and validation."""
+"""Names of evaluation attacks: parsing and validation."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ LEAST = {"eps": 0, "alpha": 0, "steps": 1}
 """Smallest sensible values: below them torchattacks' attacks do nothing or reduce the loss."""
 
 SQUARE_TILES = 5
-"""Square in L2 starts from this many tiles side by side, so it needs images of at least this size."""
+"""Square in L2 starts from this many tiles per side, so images must have at least this height and width."""
 
 
 def split_names(text: str) -> tuple[str, ...]:
-    """Split a list at commas outside of parentheses: ``fgsm,torchattacks.PGD(steps=5,eps=0.1)``."""
+    """Split a list at commas outside parentheses, as in ``fgsm,torchattacks.PGD(steps=5,eps=0.1)``."""
     names, depth, begin = [], 0, 0
     for position, character in enumerate(text):
         depth += (character in "([") - (character in ")]")
@@ -42,30 +42,30 @@ def split_names(text: str) -> tuple[str, ...]:
 
 
 def parse_attacks(attacks: str | Sequence[str]) -> tuple[str, ...]:
-    """Parse names of attacks, in any case.
+    """Parse attack names.
 
-    They are ``natural``, ``noise-gaussian``, ``noise-uniform``, ``fgsm``, ``pgd-N``, ``cw-N``, ``pgd-NxR`` and
-    ``cw-NxR`` with R random starts, ``autoattack``, ``autoattack-rand``, ``autoattack-plus``, ``square`` and, with its
-    own spelling, ``torchattacks.NAME(argument=value, ...)``.
+    Valid names, in any case, are ``natural``, ``noise-gaussian``, ``noise-uniform``, ``fgsm``, ``pgd-N``, ``cw-N``,
+    ``pgd-NxR`` and ``cw-NxR`` with R random starts, ``autoattack``, ``autoattack-rand``, ``autoattack-plus`` and
+    ``square``. ``torchattacks.NAME(argument=value, ...)`` is case-sensitive after the dot.
 
     Args:
-        attacks: The names, or one text with commas between them.
+        attacks: The names, or one comma-separated string of them.
 
     Returns:
         The canonical names without duplicates, in the given order, after ``natural``, which is always evaluated.
 
     Raises:
-        DeatError: If there is no such attack, or it has no step or no start.
+        DeatError: If an attack is unknown or has 0 steps or starts.
     """
     if not isinstance(attacks, str | Iterable):
-        raise DeatError(f"attacks = {attacks!r} is not a list of names; give a text such as 'fgsm,pgd-100'")
+        raise DeatError(f"attacks = {attacks!r} is not a list of names; give a string such as 'fgsm,pgd-100'")
     names = split_names(attacks) if isinstance(attacks, str) else tuple(attacks)
     return tuple(dict.fromkeys(("natural", *(_canonical(name) for name in names))))
 
 
 def _canonical(text: str) -> str:
     if not isinstance(text, str):
-        raise DeatError(f"attack: {type(text).__name__} (a text such as 'pgd-100')")
+        raise DeatError(f"attack names must be strings such as 'pgd-100', not {type(text).__name__}")
     name = text.strip().lower()
     if name in PLAIN or name in AUTOATTACK or name == "square":
         return name
@@ -83,7 +83,7 @@ def _canonical(text: str) -> str:
 
 
 def steps_and_restarts(name: str) -> tuple[str, int, int]:
-    """Return the kind, the steps and the number of starts of a name such as ``pgd-50x5``."""
+    """Return the kind, the number of steps and the number of starts of a name such as ``pgd-50x5``."""
     kind, _, numbers = name.partition("-")
     steps, _, restarts = numbers.partition("x")
     return kind, int(steps), int(restarts or 1)
@@ -105,7 +105,7 @@ class TorchAttack:
         return f"{PREFIX}{self.name}({', '.join(f'{name}={_spelled(value)}' for name, value in self.arguments)})"
 
     def settings(self, **known: Value) -> dict[str, Value]:
-        """Return all arguments: those written, else those of ``known`` that the attack has, else its defaults."""
+        """Return all arguments: defaults, overridden by those in ``known`` that the attack has, then by `arguments`."""
         defaults = {name: parameter.default for name, parameter in _parameters(self.name).items()}
         return defaults | {name: known[name] for name in defaults if name in known} | dict(self.arguments)
 
@@ -113,10 +113,10 @@ class TorchAttack:
 def parse_torchattack(text: str) -> TorchAttack:
     """Parse ``torchattacks.MIFGSM(steps=20, eps=8/255)`` without executing anything.
 
-    Values are literals and fractions of numbers.
+    Values are literals, or fractions of numbers.
 
     Raises:
-        DeatError: If it does not have that form, or torchattacks has no such attack or the attack no such argument.
+        DeatError: If the text does not have that form, or the attack, an argument or a value is invalid.
     """
     text = text.strip()
     match = re.fullmatch(rf"(?i:{re.escape(PREFIX)})([A-Za-z0-9_]+)(\(.*\))?", text, re.DOTALL)
@@ -135,7 +135,7 @@ def parse_torchattack(text: str) -> TorchAttack:
 
 
 def _parameters(name: str) -> dict[str, inspect.Parameter]:
-    """Return the parameters of an attack's class, without the model."""
+    """Return the parameters of an attack's class, except for the model."""
     import torchattacks
 
     attacks = {
@@ -148,7 +148,7 @@ def _parameters(name: str) -> dict[str, inspect.Parameter]:
         if parameters[1].name == "model" and all(each.default is not each.empty for each in parameters[2:])
     }
     if name not in usable:
-        why = "needs more than a model, so it cannot be used here" if name in attacks else "does not exist"
+        why = "needs arguments besides the model, so it cannot be used here" if name in attacks else "does not exist"
         close = {known.lower(): known for known in usable}
         sentence = did_you_mean(name, usable)
         for lower, known in close.items():
@@ -166,13 +166,13 @@ def _keywords(text: str, call: str) -> dict[str, Value]:
         raise DeatError(f"attack '{text}' cannot be read: write torchattacks.NAME(argument=value, ...)")
     arguments = [(_name(text, keyword), _literal(text, call, keyword.value)) for keyword in expression.keywords]
     if len(dict(arguments)) < len(arguments):
-        raise DeatError(f"attack '{text}' has an argument twice: remove one")
+        raise DeatError(f"attack '{text}' has an argument twice: remove one of them")
     return dict(arguments)
 
 
 def _name(text: str, keyword: ast.keyword) -> str:
     if keyword.arg is None:
-        raise DeatError(f"attack '{text}' cannot be read: write out its arguments in place of **")
+        raise DeatError(f"attack '{text}' cannot be read: write out its arguments instead of using **")
     return keyword.arg
 
 
@@ -188,7 +188,7 @@ def _literal(text: str, call: str, node: ast.expr) -> Value:
     value = tuple(value) if isinstance(value, list) else value
     if value is not None and not isinstance(value, bool | int | float | str | tuple):
         written = ast.get_source_segment(call, node)
-        raise DeatError(f"attack '{text}' has the value {written}, which is not a number, text or fraction")
+        raise DeatError(f"attack '{text}' has the value {written}: give a number, a string or a fraction such as 8/255")
     return value
 
 

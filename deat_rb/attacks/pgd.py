@@ -1,4 +1,4 @@
-"""Inner maximization: a PGD whose loss, start and early stop (FAT) cover every attack of the paper's table."""
+"""Inner maximization: a PGD whose loss, start and early stop (FAT) cover every attack in the paper's table."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ STARTS = ("uniform", "normal", "none")
 
 
 class PGD(StatelessAttack):
-    """Projected gradient descent in Linf (Madry et al. 2018; the paper's Equation 3), as training uses it.
+    """Projected gradient descent in Linf (Madry et al. 2018; the paper's Equation 3), as used in training.
 
-    With ``loss="ce"`` and ``start="uniform"`` in eval mode it is `torchattacks.PGD`, bit for bit.
+    With ``loss="ce"`` and ``start="uniform"``, in eval mode, it is bit-identical to `torchattacks.PGD`.
 
     Args:
         model: Takes images in [0, 1], shape (N, C, H, W), and returns logits (N, K).
@@ -36,17 +36,17 @@ class PGD(StatelessAttack):
         loss: The loss to maximize: ``ce``, ``kl`` (TRADES: the KL divergence from the clean images' prediction, which
             is computed once) or ``margin`` (Carlini and Wagner).
         start: ``uniform`` in [-eps, eps], ``normal`` (0.001 * N(0, 1), as in TRADES and MART) or ``none``.
-        clamp_start: Whether the start is clamped to [0, 1] before the first gradient is computed, as by Madry et al.;
-            TRADES' and MART's public code does not. The adversarial examples are in [0, 1] in either case.
-        tau: Early stop of friendly adversarial training (Zhang et al. 2020): an example takes at most this many steps
-            after it has first been misclassified. None: every example takes every step.
+        clamp_start: Whether the start is clamped to [0, 1] before the first gradient is computed, as in Madry et al.;
+            the public code of TRADES and MART does not clamp it. The adversarial examples are always in [0, 1].
+        tau: Early stop of friendly adversarial training (Zhang et al. 2020): the maximum number of steps that an
+            example takes after it is first misclassified; None for no limit.
         omega: Standard deviation of normal noise added after every step, before the projection (FAT's public code).
-        attack_mode: The model's mode during the attack: ``train`` or ``eval``. None: the mode that the model is in, so
-            that on a model in eval mode the attack is as strong as torchattacks' at every batch size, and on a model in
-            train mode it is that of the paper's training code.
+        attack_mode: The model's mode during the attack, ``train`` or ``eval``; by default its current mode. In eval
+            mode the attack is as strong as torchattacks' at every batch size; in train mode it matches the paper's
+            training code.
 
     Raises:
-        DeatError: If an argument is not as above.
+        DeatError: If an argument is invalid.
     """
 
     def __init__(
@@ -77,10 +77,10 @@ class PGD(StatelessAttack):
             raise DeatError(f"alpha = {alpha:.10g} is above 1; images are in [0, 1], so give a step size such as 2/255")
         if tau is not None and not (is_whole_number(tau) and tau >= 0):
             raise DeatError(
-                f"tau = {tau} is not a whole number of 0 or more; it counts steps after a misclassification"
+                f"tau = {tau} is not a whole number of 0 or more; it limits the steps after a misclassification"
             )
         if not (isinstance(omega, int | float) and math.isfinite(omega) and omega >= 0):
-            raise DeatError(f"omega = {omega} is not a finite number of 0 or more; FAT has 0.001")
+            raise DeatError(f"omega = {omega} is not a finite number of 0 or more; FAT uses 0.001")
         self.eps = check_eps(parse_scalar(eps))
         self.alpha = alpha
         self.steps = int(steps)
@@ -104,7 +104,7 @@ class PGD(StatelessAttack):
             adv: First iterate, (N, C, H, W), instead of ``start``.
 
         Returns:
-            The adversarial examples (N, C, H, W), and their l_X and passes.
+            The adversarial examples (N, C, H, W) and the attack's statistics.
         """
         images = images.detach().to(self.device)
         if labels is not None:
@@ -153,10 +153,10 @@ class PGD(StatelessAttack):
     def _early_stopped(
         self, images: Tensor, labels: Tensor, clean: Tensor | None, adv: Tensor
     ) -> tuple[Tensor, CraftStats]:
-        """Run PGD with FAT's early stop per example, by masks and without a host sync.
+        """Run PGD with FAT's early stop per example, using masks and no host sync.
 
         On a CPU in eval mode, where reading a mask costs nothing and examples do not affect each other, stopped
-        examples leave the batch. In train mode they stay: BatchNorm's statistics are those of the whole batch.
+        examples are dropped from the batch. In train mode they are kept, since BatchNorm uses the whole batch.
         """
         threat = Linf(self.eps)
         leave = images.device.type == "cpu" and not self.model.training
@@ -186,10 +186,10 @@ class PGD(StatelessAttack):
         return adv, CraftStats(l_x.sum(), forwards=passes, backwards=passes)
 
     def _full_precision(self, images: Tensor, step: int) -> AbstractContextManager[object]:
-        """Disable autocast for the first step on KL from a start near the clean images.
+        """Disable autocast for the first step on KL if the start is near the clean images.
 
-        There KL and its gradient nearly vanish, and half precision does not resolve images that are 0.001 apart: the
-        signs would be noise. After one step the images are alpha apart.
+        KL and its gradient nearly vanish there, and half precision does not resolve images that are 0.001 apart, so the
+        gradient's signs would be noise. After one step the images are alpha apart.
         """
         near_clean = self.loss == "kl" and self.start != "uniform"
         if step == 0 and near_clean and torch.is_autocast_enabled(images.device.type):
@@ -205,9 +205,9 @@ class PGD(StatelessAttack):
         """Compute the input gradient with one forward and one backward pass.
 
         Returns:
-            The logits (N, K) at ``adv``; the gradient (N, C, H, W); and the factor that makes it the gradient of each
-            example's own loss. Cross-entropy is averaged and KL summed, as in torchattacks' PGD and TPGD, so that the
-            signs are equal to theirs.
+            The logits (N, K) at ``adv``; the gradient (N, C, H, W); and the factor that converts it to the gradient of
+            each example's own loss. Cross-entropy is averaged and KL summed, as in torchattacks' PGD and TPGD, so that
+            the signs match theirs.
         """
         adv = adv.detach().requires_grad_()
         with torch.enable_grad():

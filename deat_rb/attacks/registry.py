@@ -1,4 +1,4 @@
-"""Registry of the evaluation's attacks: builds the attack of each name in `deat_rb.attacks.names`."""
+"""Registry of evaluation attacks: builds the attack for a name that `deat_rb.attacks.names` has parsed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ LOSSES = {"pgd": ("ce", losses.cross_entropy), "cw": ("margin", losses.margin)}
 
 
 def build_attack(name: str, context: AttackContext) -> Attack:
-    """Build the attack of a name returned by `parse_attacks`, other than ``natural``.
+    """Build the attack for a name returned by `parse_attacks`, other than ``natural``.
 
     Raises:
-        DeatError: If it cannot run in this context.
+        DeatError: If the attack cannot run in this context.
     """
     if name in AUTOATTACK or name == "square":
         from deat_rb.attacks import autoattack
@@ -62,7 +62,7 @@ def _white_box(name: str, context: AttackContext) -> Attack:
 
 
 def white_box(name: str, context: AttackContext, *, alpha: float) -> Callable[[int, str], AttackStage]:
-    """Return a factory of the stages of ``pgd-N`` or ``cw-N``: a stage for each restart and its label."""
+    """Return a function that builds the stage of ``pgd-N`` or ``cw-N`` for a restart, given its index and label."""
     kind, steps, _ = steps_and_restarts(name)
     loss = LOSSES[kind][1]
 
@@ -98,7 +98,7 @@ def _white_box_parameters(context: AttackContext, alpha: float, steps: int, loss
 
 
 def _torchattack(name: str, attack_name: TorchAttack, context: AttackContext) -> Attack:
-    """Build an attack of torchattacks; it gets whole batches, and torch's global generator is seeded."""
+    """Build an attack of torchattacks; it receives whole batches, with the global generators seeded."""
     settings = attack_name.settings(
         eps=context.eps, max_epsilon=context.eps, norm=context.norm, seed=context.seed, n_classes=context.num_classes
     )
@@ -114,8 +114,8 @@ def _torchattack(name: str, attack_name: TorchAttack, context: AttackContext) ->
                 adv = attack(batch.images.clone(), batch.labels.clone()).detach()[batch.chosen]
         except Exception as error:  # third-party code, and argument values that only it can validate
             first = str(error).partition("\n")[0]
-            raise DeatError(f"{name} cannot run here ({type(error).__name__}: {first}): change its arguments, or "
-                            "leave it out") from error  # fmt: skip
+            raise DeatError(f"{name} failed ({type(error).__name__}: {first}): change its arguments or "
+                            "omit it") from error  # fmt: skip
         with torch.no_grad():
             return AttackOutput(adv, model(adv).argmax(dim=1) != batch.labels[batch.chosen])
 

@@ -1,6 +1,6 @@
 """Threat models: the Linf and L2 balls around an image, their random starts, steps and projections.
 
-Training uses Linf; an evaluation can use L2 as well.
+Training uses Linf; evaluation supports L2 as well.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from deat_rb.utils.errors import DeatError
 from deat_rb.utils.units import parse_fraction
 
 ROUNDING = 1e-6
-"""Tolerance for rounding when a projected image is checked against the ball."""
+"""Rounding tolerance when checking whether a projected image is in the ball."""
 
 
 @dataclass(frozen=True)
 class Linf:
     """Linf ball: images in [0, 1] that differ by at most ``eps`` in every value.
 
-    The operations are those of torchattacks' PGD in the same order, so that the results are bit-identical.
+    The operations and their order match torchattacks' PGD, so that the results are bit-identical.
 
     Attributes:
         eps: The radius, in [0, 1] pixel units.
@@ -67,13 +67,13 @@ class Linf:
         return inside.flatten(1).all(dim=1)
 
     def start(self, images: Tensor, numbers: torch.Generator) -> Tensor:
-        """Draw `uniform_start` on the generator's device: a CPU generator gives every device the same start."""
+        """Draw a uniform start on the generator's device; a CPU generator gives the same start on every device."""
         noise = torch.empty(images.shape, dtype=images.dtype, device=numbers.device)
         noise.uniform_(-self.eps, self.eps, generator=numbers)
         return (images + noise.to(images.device)).clamp(0, 1)
 
     def noise(self, images: Tensor, numbers: torch.Generator, kind: str) -> Tensor:
-        """Add ``gaussian`` noise of standard deviation eps or ``uniform`` noise of U(-eps, eps), within the ball."""
+        """Add ``gaussian`` noise of standard deviation eps or ``uniform`` noise of U(-eps, eps), and project."""
         return self.project(images + self.eps * _draw(images, numbers, kind), images)
 
 
@@ -116,7 +116,7 @@ class L2:
         return (images + (_unit(direction) * length).to(images.device)).clamp(0, 1)
 
     def noise(self, images: Tensor, numbers: torch.Generator, kind: str) -> Tensor:
-        """Add ``gaussian`` or ``uniform`` noise of an expected length of about eps, within the ball."""
+        """Add ``gaussian`` or ``uniform`` noise with an expected length of about eps, projected onto the ball."""
         values = images[0].numel()
         scale = self.eps / math.sqrt(values if kind == "gaussian" else values / 3)
         return self.project(images + scale * _draw(images, numbers, kind), images)
@@ -126,41 +126,41 @@ THREATS: dict[str, type[Linf] | type[L2]] = {"Linf": Linf, "L2": L2}
 
 
 def threat_model(norm: str, eps: float) -> Linf | L2:
-    """Return the threat model ``Linf`` or ``L2`` with a radius.
+    """Return the threat model ``Linf`` or ``L2`` with a given radius.
 
     Raises:
-        DeatError: If there is no such norm.
+        DeatError: If the norm is unknown.
     """
     return THREATS[check_norm(norm)](eps)
 
 
 def check_norm(norm: str) -> str:
-    """Return the canonical name of a norm given in any case.
+    """Return the canonical name of a norm, which may be given in any case.
 
     Raises:
         DeatError: If it is neither ``Linf`` nor ``L2``.
     """
     spelled = {name.lower(): name for name in THREATS}.get(str(norm).lower())
     if spelled is None:
-        raise DeatError(f"there is no norm '{norm}' here: known are {', '.join(THREATS)}")
+        raise DeatError(f"unknown norm '{norm}': choose one of {', '.join(THREATS)}")
     return spelled
 
 
 def check_radius(eps: str | float, name: str = "eps", *, norm: str = "Linf") -> float:
-    """Return the radius of an evaluation, which unlike that of training may be 0, and over 1 in L2.
+    """Validate the radius of an evaluation, which unlike a training radius may be 0, and above 1 in L2.
 
     Args:
-        eps: A number or a text such as ``8/255``, in [0, 1] pixel units.
-        name: Its name in the error message.
+        eps: A number or a string such as ``8/255``, in [0, 1] pixel units.
+        name: Name of the option, for error messages.
         norm: ``Linf`` or ``L2``.
 
     Raises:
-        DeatError: If it is not a valid radius.
+        DeatError: If ``eps`` is not a valid radius.
     """
     value = parse_fraction(eps)
     if norm == "Linf" and not 0 <= value <= 1:
         raise DeatError(
-            f"{name} = {value:.10g} is outside [0, 1]; images are in [0, 1], so give a size in that unit, such as 8/255"
+            f"{name} = {value:.10g} is outside [0, 1]; images are in [0, 1], so give a radius such as 8/255"
         )
     if not (math.isfinite(value) and value >= 0):
         raise DeatError(f"{name} = {value:g} is not a radius of 0 or more; give one in [0, 1] pixel units, such as 0.5")

@@ -1,4 +1,4 @@
-"""Types of the evaluation's attacks: context, batch, stage, attack."""
+"""Types of evaluation attacks: context, batch, stage, attack."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Batch:
     Attributes:
         images: (N, C, H, W), in [0, 1].
         labels: (N,).
-        chosen: (N,) bool: the examples to attack; random numbers are drawn for all, so that an example's do not depend
-            on which others are attacked.
+        chosen: (N,) bool: the examples to attack. Random numbers are drawn for the whole batch, so that those of an
+            example do not depend on which others are attacked.
         number: Index of the batch within the stage, from 0.
         rows: (N,) int64, on the CPU: indices of the examples in the evaluation.
     """
@@ -64,9 +64,10 @@ class AttackStage:
 
     Attributes:
         name: Name of the stage; empty if the attack has only one.
-        craft: Generates adversarial examples of the chosen examples of a batch.
+        craft: Function that generates adversarial examples for the chosen examples of a batch.
         calls: Largest number of forward passes per batch, for the progress display; 0 if unknown.
-        packed: Whether batches are made of the remaining examples, as AutoAttack's are, or are the same in every stage.
+        packed: Whether batches contain only the remaining examples, as in AutoAttack, instead of being the same in
+            every stage.
     """
 
     name: str
@@ -80,11 +81,11 @@ class Attack:
     """An attack of an evaluation.
 
     Attributes:
-        name: As `parse_attacks` spells it.
+        name: Canonical name, as `parse_attacks` returns it.
         parts: Its stages, in order.
         parameters: Its settings, for the report.
         notes: Remarks on its result, for the report.
-        warnings: Warnings of the attack while it runs, each sentence once.
+        warnings: Warnings raised while the attack runs, without duplicates.
     """
 
     name: str

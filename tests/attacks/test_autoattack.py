@@ -67,9 +67,9 @@ def test_autoattack_with_few_classes(
     # On such plain networks no weaker attack succeeds where AutoAttack does not.
     assert not (report.verdicts["autoattack"] & ~report.verdicts["pgd-20"]).any()
     assert [name for name in told if "/" in name] == [f"autoattack/{part}" for part in parts.split(", ")]
-    assert (found.notes[0] == f"{classes} classes: the DLR loss of apgd-t is undefined, so AutoAttack ran without"
+    assert (found.notes[0] == f"{classes} classes: AutoAttack skipped apgd-t, whose DLR loss is undefined"
             ) == (classes < 4)  # fmt: skip
-    assert any(f"{targets} targets where the standard has 9" in note for note in found.notes)
+    assert any(f"{targets} targets instead of the standard 9" in note for note in found.notes)
     assert found.notes[-1] == f"{found.n_correct} of 8 correct after square"
     assert found.backwards > 0
 

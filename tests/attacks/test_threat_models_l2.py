@@ -50,7 +50,7 @@ def test_check_radius(value: float | str) -> None:
 def test_check_norm() -> None:
     assert threat_model("L2", 0.5) == L2(0.5)
     assert (check_norm("linf"), check_norm("l2"), check_norm("Linf")) == ("Linf", "L2", "Linf")
-    with pytest.raises(DeatError, match="there is no norm 'L1' here: known are Linf, L2"):
+    with pytest.raises(DeatError, match="unknown norm 'L1': choose one of Linf, L2"):
         check_norm("L1")
     with pytest.raises(DeatError, match=r"--eps = -1 is not a radius of 0 or more"):
         check_radius(-1, "--eps", norm="L2")

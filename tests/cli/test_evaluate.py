@@ -106,7 +106,7 @@ def test_eval_escapes_markup(described: list[object]) -> None:
     result = run("eval", *described, "--attacks", "torchattacks.UPGD(steps=1,loss='[/]')", "--checks", "none",
                  "--no-page")  # fmt: skip
     assert result.exit_code == 2
-    assert "torchattacks.UPGD(steps=1, loss='[/]') cannot run here" in result.stderr
+    assert "torchattacks.UPGD(steps=1, loss='[/]') failed" in result.stderr
 
 
 QUICK = ["--attacks", "fgsm", "--n-examples", 5, "--checks", "none", "--no-page", "--device", "cpu"]
@@ -213,7 +213,7 @@ def test_eval_l2_and_bf16(described: list[object], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--norm", "L1"], "there is no norm 'L1'"),
+        (["--norm", "L1"], "unknown norm 'L1'"),
         (["--precision", "fp16"], "unknown evaluation precision 'fp16': did you mean"),
         (["--checks", "some"], "unknown level of checks 'some'"),
         (["--eps", "1/255,x"], "'x' is not a number"),

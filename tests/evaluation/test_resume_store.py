@@ -250,10 +250,10 @@ def test_evaluate_removes_the_store_when_no_attack_ran(
     network: nn.Sequential, batch: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
     bad = "torchattacks.PGD(steps='many')"
-    with pytest.raises(DeatError, match="cannot run here"):
+    with pytest.raises(DeatError, match=r"failed \(TypeError"):
         run(network, batch, attacks=bad, state=tmp_path / "state")
     assert not (tmp_path / "state").exists()
-    with pytest.raises(DeatError, match="cannot run here"):
+    with pytest.raises(DeatError, match=r"failed \(TypeError"):
         run(network, batch, attacks=f"fgsm,{bad}", state=tmp_path / "state")
     assert (tmp_path / "state").exists(), "what FGSM found may have taken long"
 
