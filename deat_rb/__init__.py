@@ -1,7 +1,8 @@
 """Gradient-guided dynamic efficient adversarial training, with torchattacks and RobustBench.
 
-Public names are imported lazily (PEP 562), so that ``import deat_rb`` does not import torch. It makes ``import
-robustbench`` work without the package autoattack (`deat_rb.utils.import_hooks`).
+Public names are imported lazily (PEP 562), so that ``import deat_rb`` does not import torch. Importing this
+package also installs hooks that let ``import robustbench`` work without the package autoattack
+(`deat_rb.utils.import_hooks`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m deat_rb`` is ``deat-rb``."""
+"""Entry point of ``python -m deat_rb``, the same command as ``deat-rb``."""
 
 from deat_rb.cli import main
 

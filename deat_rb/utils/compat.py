@@ -1,8 +1,8 @@
-"""Everything that RobustBench needs before it can be imported and run; nothing else in the package knows its faults.
+"""Workarounds for RobustBench's bugs, all in this module, and checks of its installation.
 
-As released, robustbench 1.1.1 with pyautoattack 0.2.0 imports a package ``autoattack`` that nobody installs, its
-`benchmark` raises a TypeError, and torchattacks' wheel may have overwritten it. ``tests/utils/test_compat.py`` shows
-each fault beside its workaround, so that the workaround can go once upstream is fixed.
+As released, robustbench 1.1.1 with pyautoattack 0.2.0 imports a package ``autoattack`` that is not among its
+dependencies, its `benchmark` raises a TypeError, and torchattacks' wheel may have overwritten its files.
+``tests/utils/test_compat.py`` reproduces each bug next to its workaround, which can be removed once upstream is fixed.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from deat_rb.utils.errors import DeatError, did_you_mean
 ARCHITECTURES = "robustbench.model_zoo.architectures"
 
 LIGHT = ("wide_resnet", "resnet")
-"""The modules of architectures that need nothing but torch."""
+"""Architecture modules that depend on torch only."""
 
 DATASETS = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
-"""RobustBench's datasets, with their number of classes."""
+"""RobustBench's datasets and their numbers of classes."""
 
 
 def robustbench() -> ModuleType:
-    """Import robustbench and return it, with the modules that `architectures` loaded as attributes of their package.
+    """Import robustbench and return it, with the modules loaded by `architectures` set as attributes of their package.
 
     Raises:
-        DeatError: Something that it needs is missing, or its files were overwritten.
+        DeatError: robustbench or one of its dependencies is missing, or its files were overwritten.
     """
     check_installation()
     try:
@@ -48,20 +48,20 @@ def robustbench() -> ModuleType:
     except ImportError as error:
         if error.name == "autoattack" and error.path:
             raise DeatError(
-                f"{error.path} hides the package autoattack, which robustbench imports: rename it"
+                f"{error.path} shadows the package autoattack, which robustbench imports: rename it"
             ) from error
         raise DeatError(f"robustbench cannot be imported ({error}): pip install robustbench pyautoattack "
-                        "'setuptools<82', whose pkg_resources it needs") from error  # fmt: skip
+                        "'setuptools<82' (robustbench needs its pkg_resources)") from error  # fmt: skip
     for name in LIGHT:
         setattr(sys.modules[ARCHITECTURES], name, importlib.import_module(f"{ARCHITECTURES}.{name}"))
     return package
 
 
 def check_installation() -> None:
-    """Raise if the files of robustbench are not those of its release.
+    """Check that robustbench's files are those of its release.
 
-    The wheel of torchattacks 3.5.1 contains a package ``robustbench`` of 2022; whichever was unpacked last is there.
-    Files that a user has edited, and source checkouts, are left alone.
+    The wheel of torchattacks 3.5.1 contains a copy of ``robustbench`` from 2022, and whichever is installed last
+    overwrites the other. Files edited by the user and source checkouts are accepted.
 
     Raises:
         DeatError: robustbench is not installed, or its files were overwritten or removed.
@@ -71,7 +71,7 @@ def check_installation() -> None:
     unwanted = _recorded_hashes(foreign)
     if own is None:
         if _hash_of(folder / "robustbench" / "eval.py") == unwanted.get("robustbench/eval.py", ""):
-            raise DeatError(f"{folder / 'robustbench'} is a copy of 2022 from the wheel of torchattacks, and "
+            raise DeatError(f"{folder / 'robustbench'} is a copy from 2022 that torchattacks contains; "
                             "RobustBench itself is not installed: pip install robustbench")  # fmt: skip
         return
     changed = [
@@ -81,31 +81,31 @@ def check_installation() -> None:
     ]
     if changed:
         raise DeatError(f"robustbench {own.version} is damaged: {len(changed)} of its files, such as {changed[0]}, "
-                        "were removed or overwritten by a copy of 2022 that the wheel of torchattacks contains; "
-                        f"mend it by {_reinstall_command(own, folder)}")  # fmt: skip
+                        "were removed or overwritten by a copy from 2022 that torchattacks contains; "
+                        f"repair it with {_reinstall_command(own, folder)}")  # fmt: skip
 
 
 def _package_folder() -> Path:
     """Return the folder of the package robustbench, without importing it.
 
     Raises:
-        DeatError: There is none, or a module of that name hides it.
+        DeatError: It is not installed, or shadowed by a module of that name.
     """
     spec = importlib.util.find_spec("robustbench")
     if spec is None or spec.origin is None:
         raise DeatError("robustbench is not installed: pip install robustbench")
     if not spec.submodule_search_locations:
-        raise DeatError(f"{spec.origin} hides the package robustbench: rename it")
+        raise DeatError(f"{spec.origin} shadows the package robustbench: rename it")
     return Path(next(iter(spec.submodule_search_locations)))
 
 
 def _distribution_in(folder: Path, name: str) -> metadata.Distribution | None:
-    """Return the distribution whose metadata lies in a folder of ``sys.path``."""
+    """Return the distribution called ``name`` in a folder of ``sys.path``, None if there is none."""
     return next(iter(metadata.distributions(name=name, path=[str(folder)])), None)
 
 
 def _recorded_hashes(distribution: metadata.Distribution | None) -> dict[str, str]:
-    """Return the SHA-256 of each Python file of the package robustbench that a distribution's RECORD lists."""
+    """Return the SHA-256 hashes of robustbench's Python files as listed in a distribution's RECORD."""
     return {
         str(file): file.hash.value
         for file in (distribution and distribution.files) or ()
@@ -114,29 +114,29 @@ def _recorded_hashes(distribution: metadata.Distribution | None) -> dict[str, st
 
 
 def _hash_of(file: Path) -> str | None:
-    """Return a file's SHA-256 as RECORD spells it, None if there is no such file."""
+    """Return a file's SHA-256 in the encoding of RECORD, None if there is no such file."""
     if not file.is_file():
         return None
     return urlsafe_b64encode(sha256(file.read_bytes()).digest()).rstrip(b"=").decode()
 
 
 def _reinstall_command(distribution: metadata.Distribution, folder: Path) -> str:
-    """Return the command that unpacks a distribution again into its folder, for the installer that put it there."""
+    """Return the command that reinstalls a distribution into its folder with the installer used before."""
     elsewhere = folder not in {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib")}
     by_uv = (distribution.read_text("INSTALLER") or "").strip() == "uv"
     pip = f"{sys.executable} -m pip install --force-reinstall"
     command = f"uv pip install --python {sys.executable} --reinstall" if by_uv else pip
-    upgrade = "--upgrade " if elsewhere and not by_uv else ""  # without it pip leaves a folder that exists as it is
+    upgrade = "--upgrade " if elsewhere and not by_uv else ""  # without it, pip does not replace an existing folder
     target = f"--target {folder} " if elsewhere else ""
     return f"{command} --no-deps {upgrade}{target}robustbench=={distribution.version}"
 
 
 def architectures() -> tuple[ModuleType, ModuleType]:
-    """Load robustbench's modules ``wide_resnet`` and ``resnet`` without the rest of its zoo.
+    """Load robustbench's modules ``wide_resnet`` and ``resnet`` without the rest of its model zoo.
 
-    They need nothing but torch, while importing their package takes timm, torchvision, pandas and two to three seconds.
-    They get their own names in ``sys.modules``, so that a later import of robustbench finds these very classes, and a
-    pickled model is found from any process that has imported this package.
+    They depend on torch only, while their package imports timm, torchvision and pandas and takes two to three seconds.
+    They are registered in ``sys.modules`` under their usual names, so that a later import of robustbench uses the same
+    classes, and models can be unpickled in any process that has imported this package.
 
     Raises:
         DeatError: robustbench is not installed or damaged.
@@ -159,12 +159,12 @@ def _load_alone(name: str, file: Path) -> ModuleType:
 
 
 class AutoAttack:
-    """pyautoattack's AutoAttack with the signature and the return value of upstream's (Croce and Hein 2020).
+    """pyautoattack's AutoAttack with the interface of the original package (Croce and Hein 2020).
 
-    Targeted attacks take K - 1 targets where there are fewer than ten classes.
+    With fewer than ten classes K, targeted attacks use K - 1 target classes.
 
     Attributes:
-        suite: The `pyautoattack.AutoAttack` that runs.
+        suite: The underlying `pyautoattack.AutoAttack`.
     """
 
     def __init__(
@@ -183,7 +183,9 @@ class AutoAttack:
         import pyautoattack
 
         if is_tf_model or log_path is not None:
-            raise DeatError("is_tf_model and log_path do not exist in pyautoattack, which logs to 'auto-attack'")
+            raise DeatError(
+                "pyautoattack does not support is_tf_model and log_path, and logs to 'auto-attack': omit them"
+            )
         self.suite: Any = pyautoattack.AutoAttack(
             model, norm=norm, eps=eps, seed=seed, attacks=list(attacks_to_run) or None, version=version, device=device
         )
@@ -200,19 +202,19 @@ class AutoAttack:
         """Attack images (N, C, H, W) with labels (N,) in batches of ``bs``.
 
         Returns:
-            The adversarial images, and with ``return_labels`` the model's predictions for them, (N,).
+            The adversarial images; with ``return_labels`` also the model's predictions for them, (N,).
 
         Raises:
             DeatError: There are fewer than 4 classes, or ``state_path`` is given.
         """
         if state_path is not None:
-            raise DeatError("AutoAttack's state files cannot be resumed, and robustbench crashes over them at the end "
-                            "of an evaluation: leave out aa_state_path")  # fmt: skip
+            raise DeatError("AutoAttack cannot resume from a state file, and robustbench crashes at the end of an "
+                            "evaluation with one: omit aa_state_path")  # fmt: skip
         with torch.no_grad():
             classes = self.suite.get_logits(x_orig[:1].to(self.suite.device)).shape[-1]
         if classes < 4:
-            raise DeatError(f"AutoAttack's targeted losses need 4 or more classes, not {classes}: deat_rb.evaluate "
-                            "runs the parts that exist")  # fmt: skip
+            raise DeatError(f"AutoAttack's targeted losses need 4 or more classes, not {classes}: use "
+                            "deat_rb.evaluate, which runs only the attacks that apply")  # fmt: skip
         for targeted in (self.suite.apgd_targeted, self.suite.fab):
             targeted.n_target_classes = min(targeted.n_target_classes, classes - 1)
         x_adv, y_adv = self.suite.run_standard_evaluation(x_orig, y_orig, batch_size=bs, state_path=None)
@@ -220,7 +222,7 @@ class AutoAttack:
 
 
 def check_dataset(dataset: str) -> None:
-    """Raise if RobustBench has no such dataset: its enum is closed.
+    """Check that a dataset is one of RobustBench's, whose list cannot be extended.
 
     Raises:
         DeatError: RobustBench has no such dataset.

@@ -1,4 +1,4 @@
-"""Devices and precisions by name."""
+"""Device and precision selection by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 def resolve_device(name: str = "auto") -> torch.device:
     """Return the device named ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``...
 
-    Under torchrun ``cuda`` is the GPU of the local rank, numbered as Accelerate does.
+    Under torchrun, ``cuda`` is the GPU of the local rank, assigned as in Accelerate.
 
     Raises:
         DeatError: The device does not exist on this machine.
@@ -30,7 +30,7 @@ def resolve_device(name: str = "auto") -> torch.device:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.empty(0, device=device).cpu()
     except (RuntimeError, AssertionError, ZeroDivisionError):
-        raise DeatError(f"there is no device '{name}' on this machine; --device auto chooses one") from None
+        raise DeatError(f"there is no device '{name}' on this machine; use --device auto to choose one") from None
     return device
 
 
@@ -41,12 +41,12 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
     on older GPUs and fp32 elsewhere.
 
     Raises:
-        DeatError: The precision is unknown, or fp16 on a CPU.
+        DeatError: The precision is unknown, or it is fp16 and the device is a CPU.
     """
     if name not in PRECISIONS:
-        raise DeatError(f"there is no precision '{name}': {did_you_mean(name, PRECISIONS)}")
+        raise DeatError(f"unknown precision '{name}': {did_you_mean(name, PRECISIONS)}")
     if name == "fp16" and device.type == "cpu":
-        raise DeatError("fp16 training is not supported on a CPU; use --precision bf16, fp32 or auto")
+        raise DeatError("fp16 is not supported on a CPU; use --precision bf16, fp32 or auto")
     if name != "auto":
         return cast(Precision, name)
     if device.type == "cuda":
@@ -57,12 +57,10 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
 
 
 def check_sync_bn(sync_bn: bool, device: torch.device) -> None:
-    """Refuse ``sync_bn`` on a CPU.
+    """Check that ``sync_bn`` is not used on a CPU.
 
     Raises:
         DeatError: ``sync_bn`` is set and the device is a CPU.
     """
     if sync_bn and device.type == "cpu":
-        raise DeatError(
-            "--sync-bn needs GPUs, because torch synchronizes BatchNorm on GPUs only; leave it out on a CPU"
-        )
+        raise DeatError("--sync-bn needs GPUs, because torch synchronizes BatchNorm on GPUs only; omit it on a CPU")

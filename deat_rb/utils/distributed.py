@@ -1,7 +1,7 @@
 """Data-parallel training: the ranks that torchrun or `accelerate launch` started, and their communication.
 
-Each global batch is divided over the ranks. Gradients, l_X, accuracies, counts and requests to stop are reduced over
-them, so that a run does not depend on their number. Only rank 0 writes files.
+Each global batch is divided among the ranks. Gradients, l_X, accuracies, counts and stop requests are reduced over
+all ranks, so that a run does not depend on their number. Only rank 0 writes files.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from deat_rb.utils.errors import DeatError
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=2)
-"""How long a rank waits for rank 0, which validates and writes."""
+"""Timeout of communication: how long a rank waits for rank 0, which validates and writes files."""
 
 
 def share(count: int, rank: int, size: int) -> slice:
-    """Return which of the ``count`` examples of a global batch are those of ``rank``, of ``size`` ranks.
+    """Return the part of a global batch of ``count`` examples that ``rank`` of ``size`` ranks processes.
 
     Shares are contiguous, in the order of the ranks, and their lengths differ by at most one.
     """
@@ -36,17 +36,17 @@ def share(count: int, rank: int, size: int) -> slice:
 
 
 def is_main() -> bool:
-    """Return whether this is rank 0, which writes and prints, according to torchrun's environment."""
+    """Return whether this is rank 0, which writes and prints, according to torchrun's environment variables."""
     return os.environ.get("RANK", "0") == "0"
 
 
 class World:
-    """The ranks that train together; by default a single one, for which every reduction is the identity.
+    """The ranks of a training job; by default a single one, for which every reduction is the identity.
 
     Tensors are reduced on the training device and must be on it; other objects are sent over the CPU.
 
     Attributes:
-        rank: Rank of this process, from 0 on.
+        rank: Rank of this process (0-based).
         size: Number of ranks.
     """
 
@@ -65,9 +65,9 @@ class World:
         return share(count, self.rank, self.size)
 
     def leave(self) -> None:
-        """End the communication, before Python shuts down.
+        """Destroy the process groups before Python shuts down.
 
-        Threads of a process group that is still referenced then would abort the process (SIGABRT).
+        If one were still referenced at shutdown, its threads would abort the process (SIGABRT).
         """
         self._control = None
         gc.collect()
@@ -83,8 +83,8 @@ class World:
     def average(self, tensors: Iterable[Tensor]) -> None:
         """Replace floating-point tensors, such as BatchNorm's statistics, by their mean over all ranks.
 
-        The mean is computed in double precision, so that values which all ranks share, such as the constants of the
-        normalization, do not change.
+        The mean is computed in double precision, so that values that are equal on all ranks, such as normalization
+        constants, do not change.
         """
         floats = [tensor for tensor in tensors if tensor.is_floating_point()]
         if self.size == 1 or not floats:
@@ -96,7 +96,7 @@ class World:
             tensor.copy_(part.view_as(tensor))
 
     def max_over_ranks(self, number: int) -> int:
-        """Return the maximum over all ranks. It waits for the other ranks, not for the device."""
+        """Return the maximum over all ranks; synchronizes with the other ranks, not with the device."""
         if self.size > 1:
             maximum = torch.tensor(number)
             dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=self._control)
@@ -104,7 +104,7 @@ class World:
         return number
 
     def all_gather(self, value: T) -> list[T]:
-        """Return the values of all ranks, in their order; they are pickled and should be small."""
+        """Return the values of all ranks, ordered by rank; values are pickled and should be small."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -112,10 +112,10 @@ class World:
         return values
 
     def local_main_first(self, action: Callable[[], T]) -> T:
-        """Run ``action`` on one rank of each machine and then on the others, which find its files or cache.
+        """Run ``action`` on one rank of each machine first, then on the others, which can use the files it created.
 
         Raises:
-            DeatError: On all ranks, if one of the first raised it; KeyboardInterrupt likewise.
+            DeatError: ``action`` raised it on one of the first ranks; it is raised on all then, like KeyboardInterrupt.
         """
         is_first = self.size == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
         result: T | None = None
@@ -134,10 +134,10 @@ class World:
         """Run ``action`` on rank 0 while the others wait, and return its result on all ranks.
 
         Args:
-            action: Its result is pickled and should be small.
+            action: Function to call; its result is pickled and should be small.
 
         Raises:
-            DeatError: On all ranks, if rank 0 raised it; KeyboardInterrupt likewise.
+            DeatError: ``action`` raised it on rank 0; it is raised on all ranks then, like KeyboardInterrupt.
         """
         if self.size == 1:
             return action()
@@ -156,20 +156,20 @@ class World:
 
 @cache
 def world(cpu: bool) -> World:
-    """Return the ranks of torchrun's environment variables, after joining them at the first call.
+    """Return the ranks that torchrun's environment variables describe; the first call joins the process group.
 
     Args:
-        cpu: Whether to train on the CPU even if there are GPUs.
+        cpu: Whether to train on CPUs even if there are GPUs.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World()
     from accelerate import PartialState
 
-    # DDP imports it later, when its default arguments would hold a reference to the process group.
+    # DDP imports it after initialization, when its default arguments would hold a reference to the process group.
     import_module("torch.distributed.nn.functional")
 
     state = PartialState(cpu=cpu, timeout=PATIENCE)
-    # Decisions go over a gloo group of their own, so that they do not wait for the device.
+    # Control messages use a separate gloo group, so that they do not wait for the device.
     joined = World(state.process_index, state.num_processes, dist.new_group(backend="gloo", timeout=PATIENCE))
     atexit.register(joined.leave)
     return joined

@@ -1,4 +1,4 @@
-"""Atomic writing and checked reading of files and JSON."""
+"""Atomic writing of files, and reading of files and JSON with error messages for the user."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deat_rb.utils.errors import DeatError, UnwritableError
 
 
 def atomic_write(path: Path | str, data: bytes) -> None:
-    """Write a file so that even after a power failure it is either the old or the new one.
+    """Write a file atomically: even after a power failure, either the old or the new version exists.
 
     Raises:
         UnwritableError: The disk is full, or the folder is missing or read-only. No temporary file is left.
@@ -24,10 +24,10 @@ def atomic_write(path: Path | str, data: bytes) -> None:
 
 
 def write_all(contents: Mapping[Path, bytes]) -> None:
-    """Write several files as `atomic_write` does, after all of their contents are on the disk.
+    """Write several files as `atomic_write` does; none is replaced before the contents of all are on the disk.
 
     Raises:
-        UnwritableError: A file cannot be written; then none is.
+        UnwritableError: The contents of a file cannot be written; then no file is replaced.
     """
     staged = {path: path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") for path in contents}
     path = Path()
@@ -54,7 +54,7 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows cannot open a folder
+    if os.name == "nt":  # folders cannot be opened on Windows
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -67,7 +67,7 @@ def write_json(path: Path | str, content: Any) -> None:
     """Write indented JSON in UTF-8, atomically.
 
     Raises:
-        DeatError: The file cannot be written, or the content has NaN, infinity or text that is not Unicode.
+        DeatError: The file cannot be written, or the content has NaN, infinity or invalid Unicode.
     """
     try:
         data = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode()
@@ -76,7 +76,7 @@ def write_json(path: Path | str, content: Any) -> None:
         readable = name.strip(" ,").encode("utf-8", "backslashreplace").decode()
         raise DeatError(f"cannot write {path}: {readable} is not UTF-8; rename the file or folder") from error
     except ValueError as error:
-        raise DeatError(f"cannot write {path}: JSON has no NaN or infinity ({error})") from error
+        raise DeatError(f"cannot write {path}: JSON does not support NaN and infinity ({error})") from error
     atomic_write(path, data + b"\n")
 
 
@@ -88,14 +88,14 @@ def read_json(path: Path | str) -> Any:
     """Read a JSON file.
 
     Raises:
-        DeatError: The file is missing, is not UTF-8 or JSON, or has NaN or infinity.
+        DeatError: The file is missing, is not UTF-8 or not valid JSON, or contains NaN or infinity.
     """
     try:
         return json.loads(read_bytes(path).decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         if isinstance(error, DeatError):
             raise
-        raise DeatError(f"{path} is not valid JSON: {error}") from error
+        raise DeatError(f"{path} is not valid JSON: {error}; restore or replace the file") from error
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -106,12 +106,12 @@ def read_bytes(path: Path | str) -> bytes:
     """Read a whole file.
 
     Raises:
-        DeatError: The file is missing, a folder, or not readable.
+        DeatError: The file is missing, is a folder, or cannot be read.
     """
     path = Path(path)
     try:
         if path.is_dir():
-            raise DeatError(f"{path} is a folder; a file is needed")
+            raise DeatError(f"{path} is a folder; give a file")
         return path.read_bytes()
     except FileNotFoundError:
         raise DeatError(f"{path} does not exist") from None
@@ -120,5 +120,5 @@ def read_bytes(path: Path | str) -> bytes:
 
 
 def sha256_file(path: Path | str) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file as a hexadecimal string."""
     return hashlib.sha256(read_bytes(path)).hexdigest()

@@ -1,6 +1,6 @@
-"""Import hooks that ``import deat_rb`` installs: AutoAttack for robustbench, and the command in a checkout.
+"""Import hooks installed by ``import deat_rb``: ``autoattack`` for robustbench, and ``deat_rb.cli`` in a checkout.
 
-Both only answer for a name that no installed package has, and cost nothing until that name is imported.
+Each handles a single name, only if no installed package provides it, and costs nothing until that name is imported.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 class CommandFinder:
-    """Finds ``deat_rb.cli`` in a checkout, where it lies in ``cli/`` beside the package ``deat_rb/``.
+    """Finds ``deat_rb.cli`` in a checkout, where it is in ``cli/`` next to the package ``deat_rb/``.
 
-    An installed package has it at its place. In a checkout, ``python -m deat_rb`` imports the package of the current
-    directory, installed or not.
+    An installed package contains it. In a checkout, ``python -m deat_rb`` imports the package in the current directory,
+    even if another is installed.
     """
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Return the spec of ``deat_rb.cli``; None for other names and without a checkout."""
+        """Return the spec of ``deat_rb.cli``; None for other names or outside a checkout."""
         file = CHECKOUT / "cli" / "__init__.py"
         if name != "deat_rb.cli" or not file.is_file():
             return None
@@ -32,19 +32,19 @@ class CommandFinder:
 
 
 class AutoAttackFinder:
-    """Lets ``import autoattack``, which robustbench does, find `deat_rb.utils.compat.AutoAttack`.
+    """Provides the module ``autoattack``, which robustbench imports, with `deat_rb.utils.compat.AutoAttack`.
 
-    Upstream's package is preferred where it is installed; a folder ``autoattack/`` without an ``__init__.py``, which
-    Python would import as a namespace package, is not taken for it.
+    The original package takes precedence if it is installed; a folder ``autoattack/`` without ``__init__.py``, which
+    Python would import as a namespace package, does not.
     """
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Return the spec of our ``autoattack``; None for other names and with upstream's."""
+        """Return the spec of our ``autoattack``; None for other names or if the original package is installed."""
         loader: Any = self
         return ModuleSpec(name, loader) if name == "autoattack" and not self.find_upstream() else None
 
     def find_upstream(self) -> ModuleSpec | None:
-        """Return the spec that other finders have for ``autoattack``, unless it is a namespace package."""
+        """Return the spec of an installed ``autoattack``; None if there is none or it is a namespace package."""
         for finder in sys.meta_path:
             find = getattr(finder, "find_spec", None)
             spec: ModuleSpec | None = find("autoattack", None) if find and not isinstance(finder, type(self)) else None
@@ -56,7 +56,7 @@ class AutoAttackFinder:
         """Let Python create the module."""
 
     def exec_module(self, module: Any) -> None:
-        """Fill the module with what robustbench imports from it."""
+        """Define the names that robustbench imports from the module."""
         from deat_rb.utils.compat import AutoAttack
 
         module.AutoAttack = AutoAttack

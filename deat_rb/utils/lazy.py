@@ -8,11 +8,11 @@ from importlib import import_module
 
 
 def attach(package: str, module_of: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """Return the ``__getattr__`` and ``__dir__`` of a package that imports its public names when they are first used.
+    """Return ``__getattr__`` and ``__dir__`` for a package whose public names are imported on first use.
 
     Args:
         package: The package's ``__name__``.
-        module_of: For each public name the module that defines it, relative to the package.
+        module_of: Maps each public name to the module that defines it, relative to the package.
     """
 
     def get(name: str) -> object:

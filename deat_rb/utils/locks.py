@@ -1,4 +1,4 @@
-"""Exclusive lock files, which the operating system frees when their process ends, however it ends."""
+"""Exclusive lock files, which the operating system releases when the process exits or is killed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def exclusive_lock(path: Path, *, busy: str = "", failed: str = "") -> Iterator[
     """Hold a lock file; a symbolic link is not followed.
 
     Args:
-        path: The lock file, created if missing and not removed.
-        busy: The error message if another process holds the lock; without one this waits until it is free.
-        failed: The error message if the file cannot be opened or locked; the cause is appended in brackets.
+        path: The lock file, created if it is missing and never removed.
+        busy: The error message if another process holds the lock; if empty, wait until it is released.
+        failed: The error message if the file cannot be opened or locked; the cause is appended in parentheses.
 
     Raises:
-        DeatError: With one of the two messages.
+        DeatError: Another process holds the lock (with ``busy``), or the file cannot be opened or locked.
     """
     from filelock import FileLock, Timeout
 

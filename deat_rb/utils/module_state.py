@@ -88,10 +88,10 @@ _users: dict[int, tuple[_State, Counter[int]]] = {}
 def preserve_state(model: nn.Module) -> Iterator[None]:
     """Restore buffers, modes, gradients and ``requires_grad`` on exit, also after an exception.
 
-    Attacks in train mode update BatchNorm's running statistics, some of torchattacks' call ``backward()``, and its own
-    mode handling sets all modules to one mode. A buffer, a parameter or another tensor attribute that ``forward``
-    assigns anew is restored by module and name. Several threads can attack one model: the last one to leave restores
-    the state that the first one found.
+    Attacks in train mode update BatchNorm's running statistics, some torchattacks attacks call ``backward()``, and
+    torchattacks sets all modules to the same mode. Buffers, parameters and other tensor attributes that ``forward``
+    replaces are restored by module and name. Several threads may attack the same model: the last one to exit restores
+    the state found by the first.
     """
     thread = threading.get_ident()
     with _lock:
@@ -124,19 +124,19 @@ def _restore_entries(current: dict[str, T], saved: dict[str, T]) -> None:
 
 
 def require_autograd(purpose: str, *, grad_mode: bool = False) -> None:
-    """Check that gradients can be computed here.
+    """Check that autograd is enabled.
 
     Args:
-        purpose: What needs them, for the message.
-        grad_mode: Whether `torch.no_grad` is refused, too.
+        purpose: What needs gradients, for the error message.
+        grad_mode: Whether to raise inside `torch.no_grad`, too.
 
     Raises:
-        DeatError: Inside `torch.inference_mode`, or `torch.no_grad` if that is refused.
+        DeatError: Called inside `torch.inference_mode`, or with ``grad_mode`` inside `torch.no_grad`.
     """
     if torch.is_inference_mode_enabled():
         raise DeatError(
-            f"{purpose} needs gradients, which torch.inference_mode() disables: call it outside of inference_mode "
+            f"{purpose} needs gradients, which torch.inference_mode() disables: call it outside inference_mode "
             "(in Lightning: Trainer(inference_mode=False))"
         )
     if grad_mode and not torch.is_grad_enabled():
-        raise DeatError(f"{purpose} needs gradients, which torch.no_grad() disables: call it outside of no_grad")
+        raise DeatError(f"{purpose} needs gradients, which torch.no_grad() disables: call it outside no_grad")

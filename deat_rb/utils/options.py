@@ -1,4 +1,4 @@
-"""Option groups: pydantic models whose fields are command-line options, recorded settings and documentation at once."""
+"""Option groups: pydantic models that define command-line options, recorded settings and documentation."""
 
 from __future__ import annotations
 
@@ -27,44 +27,46 @@ from deat_rb.utils.errors import DeatError
 from deat_rb.utils.units import parse_fraction
 
 Fraction = Annotated[float, BeforeValidator(parse_fraction)]
-"""A size in units of the image range [0, 1], which may be written 8/255."""
+"""A number in units of the image range [0, 1]; a string such as 8/255 is accepted."""
 
 
 def parse_size(text: str | int) -> int:
-    """Return the bytes of a size such as ``8G`` (8e9), ``8GiB`` (8 * 2**30) or ``4096``.
+    """Return the number of bytes in a size such as ``8G`` (8e9), ``8GiB`` (8 * 2**30) or ``4096``.
 
     Raises:
-        DeatError: It is no size.
+        DeatError: ``text`` is not a size.
     """
     with contextlib.suppress(ValidationError):
-        if re.fullmatch(r"\s*[0-9]*\.?[0-9]+\s*[A-Za-z]*\s*", str(text)):  # ByteSize ignores what follows a number
+        if re.fullmatch(r"\s*[0-9]*\.?[0-9]+\s*[A-Za-z]*\s*", str(text)):  # ByteSize ignores text after a number
             return _BYTES.validate_python(text)
-    raise DeatError(f"'{text}' is not a size; give bytes, or a number with a unit such as 500MB, 8G or 8GiB")
+    raise DeatError(
+        f"'{text}' is not a size; give a number of bytes, or a number with a unit such as 500MB, 8G or 8GiB"
+    )
 
 
 _BYTES = TypeAdapter(ByteSize)
 
 Size = Annotated[int, BeforeValidator(parse_size)]
-"""A size in bytes, which may be written with a unit."""
+"""A size in bytes; a string with a unit is accepted."""
 
 
 def parse_numbers(text: str | Sequence[float]) -> tuple[float, ...]:
-    """Return the numbers of a text such as ``0.485,0.456,0.406``.
+    """Return the numbers in a string such as ``0.485,0.456,0.406``.
 
     Raises:
-        DeatError: It has something else than finite numbers.
+        DeatError: There are none, or one is not a finite number.
     """
     try:
         numbers = tuple(float(part) for part in (text.split(",") if isinstance(text, str) else text))
     except (TypeError, ValueError):
         numbers = ()
     if not numbers or not all(math.isfinite(number) for number in numbers):
-        raise DeatError(f"'{text}' is not a list of numbers; give such as 0.485,0.456,0.406")
+        raise DeatError(f"'{text}' is not a list of numbers; give numbers such as 0.485,0.456,0.406")
     return numbers
 
 
 Numbers = Annotated[tuple[float, ...], BeforeValidator(parse_numbers)]
-"""Numbers separated by commas, such as one per channel."""
+"""Numbers, for instance one per channel; a comma-separated string is accepted."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -76,7 +78,7 @@ METAVARS: dict[Any, str] = {
     parse_size: "SIZE",
     parse_numbers: "NUMBERS",
 }
-"""Placeholders of the values, by their type or by what parses them."""
+"""Placeholders for values in ``--help``, by the values' type or parser."""
 
 
 def option(
@@ -92,13 +94,13 @@ def option(
     """Return a field of an option group.
 
     Args:
-        default: Its default; ``...`` where there is none.
+        default: Default value; ``...`` if the option is required.
         help: One sentence for ``--help`` and the documentation.
-        choices: The values allowed, where these are few.
-        metavar: Placeholder of the value in ``--help``; by default from the type.
-        default_text: The default in words, where it depends on other options.
-        may_change: Whether ``--resume`` may change it: true for what does not affect the result.
-        **constraints: Bounds, as `pydantic.Field` takes them.
+        choices: The allowed values, if there are only a few.
+        metavar: Placeholder for the value in ``--help``; by default derived from the type.
+        default_text: Description of the default, if it depends on other options.
+        may_change: Whether ``--resume`` may change the option: true if it does not affect the result.
+        **constraints: Bounds, as for `pydantic.Field`.
     """
     extra: dict[str, Any] = {
         "choices": list(choices), "metavar": metavar, "default_text": default_text, "may_change": may_change,
@@ -108,19 +110,19 @@ def option(
 
 @dataclass(frozen=True)
 class Option:
-    """An option, described for the command line and the documentation.
+    """Description of an option for the command line and the documentation.
 
     Attributes:
         name: The field's name, such as ``batch_size``.
-        group: The title of its group.
-        help: One sentence.
-        default: The default in words; empty where there is none.
-        metavar: Placeholder of its value.
-        choices: The values allowed, where these are few.
-        bounds: Such as ``x>=1``.
-        kind: ``value``, ``flag`` (false by default), ``off`` (true by default), ``switch`` (a flag of either value,
-            whose default depends on other options) or ``many``, which may be repeated.
-        may_change: Whether ``--resume`` may change it.
+        group: Title of the option group.
+        help: Help text of one sentence.
+        default: Description of the default; empty if there is none.
+        metavar: Placeholder for the value.
+        choices: The allowed values, if there are only a few.
+        bounds: Bounds of the value, such as ``x>=1``.
+        kind: ``value``, ``flag`` (false by default), ``off`` (true by default), ``switch`` (a pair of flags, if the
+            default depends on other options) or ``many`` (may be repeated).
+        may_change: Whether ``--resume`` may change the option.
     """
 
     name: str
@@ -135,14 +137,14 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """Its spelling on the command line, such as ``--batch-size``; ``--no-...`` for what is on by default."""
+        """The command-line flag, such as ``--batch-size``; ``--no-...`` for options that are on by default."""
         if self.kind == "switch":
             return f"--{self.name}/--no-{self.name}".replace("_", "-")
         return f"--{'no-' if self.kind == 'off' else ''}{self.name.replace('_', '-')}"
 
 
 class OptionGroup(BaseModel):
-    """A group of options. Each field is made by `option`; the class's docstring is the group's title."""
+    """A group of options. Fields are declared with `option`; the class's docstring is the group's title."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -157,17 +159,17 @@ class OptionGroup(BaseModel):
 
     @classmethod
     def options(cls) -> list[Option]:
-        """Return the descriptions of its fields."""
+        """Return the descriptions of the group's options."""
         title = (cls.__doc__ or "").partition("\n")[0].rstrip(".")
         return [_described(name, title, field) for name, field in cls.model_fields.items()]
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """Validate the options that this group has among ``values``."""
+        """Return a validated group from those of ``values`` that belong to it."""
         return cls.model_validate({name: value for name, value in values.items() if name in cls.model_fields})
 
     def explicit(self) -> dict[str, Any]:
-        """Return the options that were set to something, as opposed to left at their defaults."""
+        """Return the options that were set explicitly and are not None."""
         return {name: getattr(self, name) for name in self.model_fields_set if getattr(self, name) is not None}
 
 
@@ -211,12 +213,12 @@ def _spelled(default: Any) -> str:
 
 
 def _annotations(annotation: Any) -> list[Any]:
-    """Return what is annotated to the alternatives of a union."""
+    """Return the ``Annotated`` metadata of all members of a union."""
     return [each for part in get_args(annotation) if get_origin(part) is Annotated for each in part.__metadata__]
 
 
 def _bare_type(annotation: Any) -> Any:
-    """Return a type without None and annotations."""
+    """Return a type without ``None`` and ``Annotated``."""
     if get_origin(annotation) in (Union, types.UnionType):
         annotation = next(part for part in get_args(annotation) if part is not type(None))
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
@@ -226,12 +228,12 @@ def validate(model: type[Model], values: Mapping[str, Any], prefix: str = "--") 
     """Return ``values`` as a validated model.
 
     Args:
-        model: The model, such as an option group.
-        values: Its fields.
-        prefix: ``--`` to name an option as on the command line, empty to name a Python keyword.
+        model: The pydantic model, such as an option group.
+        values: The values of its fields.
+        prefix: Prefix of option names in error messages: ``--`` as on the command line, or empty as in Python.
 
     Raises:
-        DeatError: Naming the first option that is not admissible, and its value.
+        DeatError: An option is invalid; the message names the first one and its value.
     """
     try:
         return model.model_validate(values)
@@ -240,7 +242,7 @@ def validate(model: type[Model], values: Mapping[str, Any], prefix: str = "--") 
 
 
 def describe_first_error(error: ValidationError, prefix: str = "--") -> str:
-    """Return one sentence about the first option that pydantic refused."""
+    """Return one sentence about the first option that pydantic rejected."""
     first = error.errors()[0]
     name = prefix + next(part for part in reversed(first["loc"]) if isinstance(part, str))
     if prefix:

@@ -1,4 +1,4 @@
-"""Loading and saving of state dicts without unpickling code."""
+"""State dict loading and saving without unpickling code."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from deat_rb.utils.files import atomic_write, read_bytes
 WRAPPERS = (
     "state_dict", "model_state_dict", "model", "net", "last", "rmodel", "model_state", "weights", "best",
 )  # fmt: skip
-"""Keys under which training scripts save a state dict beside the epoch and the optimizer, in order of preference."""
+"""Keys under which training scripts save the state dict of the model, in order of preference."""
 
 MAX_DEPTH = 3
-"""How deep in nested dicts state dicts are looked for."""
+"""Maximum depth of nested dicts in which state dicts are found."""
 
 SAVE_WEIGHTS = "save only the weights, with torch.save(model.state_dict(), path)"
 
@@ -34,9 +34,9 @@ class Weights:
     """A state dict read from a file.
 
     Attributes:
-        tensors: By name, without DDP's prefix ``module.``.
-        key: The key under which it was found, such as ``state_dict`` or ``ema.model``; None if the file is the dict.
-        others: Keys of the file's other state dicts of the same network, such as ``state_dict_ema``.
+        tensors: Tensors by name, without DDP's prefix ``module.``.
+        key: Key of the state dict, such as ``state_dict`` or ``ema.model``; None if the file holds nothing else.
+        others: Keys of other state dicts of the same network in the file, such as ``state_dict_ema``.
     """
 
     tensors: dict[str, Tensor]
@@ -45,35 +45,38 @@ class Weights:
 
     @property
     def note(self) -> str:
-        """What was loaded where the file has several state dicts; otherwise empty."""
+        """Note for the user on which of several state dicts was loaded; empty if there is only one."""
         if not self.others:
             return ""
-        return f"loaded the weights under '{self.key}'; the file also has {_quoted(self.others)}: see --weights-key"
+        return (
+            f"loaded the weights under '{self.key}'; the file also has {_quoted(self.others)}: "
+            "choose with --weights-key"
+        )
 
 
 def load_tensors(path: Path | str, weights_key: str | None = None) -> dict[str, Tensor]:
-    """Return the tensors of `load_state_dict`."""
+    """Return only the tensors that `load_state_dict` reads."""
     return load_state_dict(path, weights_key).tensors
 
 
 def load_state_dict(path: Path | str, weights_key: str | None = None) -> Weights:
     """Read a state dict from a safetensors or `torch.save` file to the CPU.
 
-    A dict nested as in ``{"state_dict": ..., "epoch": ...}`` is found under one of `WRAPPERS`, or under any other key
-    if it is the only one.
+    In a nested dict such as ``{"state_dict": ..., "epoch": ...}``, it is found under one of the keys `WRAPPERS`, or
+    under any other key if there is only one state dict.
 
     Args:
         path: The file.
         weights_key: The key to load, such as ``state_dict_ema``; dots lead into nested dicts (``ema.model``).
 
     Raises:
-        DeatError: The file is missing, empty, truncated, a web page or a pickle of other objects than tensors, has no
-            state dict or several without a usual key, or a tensor that is not dense and real.
+        DeatError: The file is missing, empty, truncated, a web page or a pickle of objects other than tensors; it has
+            no state dict, or several of which none has a usual key; or a tensor is not dense and real.
     """
     data = read_bytes(path)
     head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not data:
-        raise DeatError(f"{path} is empty")
+        raise DeatError(f"{path} is empty: copy or download it again")
     if head.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         raise DeatError(f"{path} is a web page, probably a failed download: fetch the checkpoint again")
     is_safetensors = Path(path).suffix == ".safetensors" or data[8:9] == b"{"
@@ -82,13 +85,13 @@ def load_state_dict(path: Path | str, weights_key: str | None = None) -> Weights
     for name, tensor in weights.tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.is_meta:
             raise DeatError(
-                f"tensor {name} in {path} is sparse, quantized, complex or without data (meta): "
-                "save a dense state dict of real numbers"
+                f"tensor {name} in {path} is sparse, quantized, complex or on the meta device: "
+                "save dense tensors of real numbers"
             )
         if tensor.numel() * tensor.element_size() > len(data):
             raise DeatError(
                 f"tensor {name} in {path} claims {tensor.numel() * tensor.element_size()} bytes, more than the file's "
-                f"{len(data)}"
+                f"{len(data)}: the file is damaged; copy or download it again"
             )
     return weights
 
@@ -100,27 +103,29 @@ def _read_safetensors(path: Path | str, data: bytes) -> Any:
     try:
         return safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise DeatError(f"{path} is truncated or not a safetensors file ({error})") from error
+        raise DeatError(
+            f"{path} is truncated or not a safetensors file ({error}): copy or download it again"
+        ) from error
 
 
 def _read_torch(path: Path | str, data: bytes) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols that torch.save does not write
+            warnings.simplefilter("ignore")  # warnings about pickle protocols that torch.save does not use
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises anything from EOFError to UnicodeDecodeError on damaged files
+    except Exception as error:  # for damaged files torch.load raises many types, from EOFError to UnicodeDecodeError
         if objects := _pickled_objects(data, str(error)):
             raise DeatError(
-                f"{path} holds pickled objects ({objects}) and was not loaded, because that can run code: "
+                f"{path} holds pickled objects ({objects}) and was not loaded, because unpickling can run code: "
                 f"{SAVE_WEIGHTS}"
             ) from error
         cause = str(error).partition("\n")[0] or type(error).__name__
-        raise DeatError(f"{path} is truncated or not a checkpoint ({cause})") from error
+        raise DeatError(f"{path} is truncated or not a checkpoint ({cause}): copy or download it again") from error
 
 
 def _pickled_objects(data: bytes, error: str) -> str:
-    """Return the names of the classes and functions that a pickle refers to and torch does not load."""
-    with contextlib.suppress(Exception):  # of files from before torch 1.6, TorchScript archives and damaged ones
+    """Return the names of classes and functions in a pickle that torch refuses to load, "" for none."""
+    with contextlib.suppress(Exception):  # raised for files older than torch 1.6, TorchScript and damaged files
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data)))
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     if named := re.search(r"GLOBAL ([\w.]+)", error):
@@ -129,7 +134,7 @@ def _pickled_objects(data: bytes, error: str) -> str:
 
 
 def _select(path: Path | str, content: Any, weights_key: str | None) -> Weights:
-    """Choose one of the state dicts in a file's content."""
+    """Return the state dict to load from a file's content."""
     found = dict(_state_dicts(content))
     if weights_key is not None:
         tensors = found.get(weights_key) or _with_prefix(found.get(""), f"{weights_key}.")
@@ -144,7 +149,7 @@ def _select(path: Path | str, content: Any, weights_key: str | None) -> Weights:
         if len(candidates) > 1 and not usual:
             raise DeatError(f"{path} has several state dicts: {_available(found)}")
         if not candidates:
-            raise DeatError(f"{path} does not hold a state dict, which maps names to tensors: {SAVE_WEIGHTS}")
+            raise DeatError(f"{path} does not contain a state dict (names mapped to tensors): {SAVE_WEIGHTS}")
         key = candidates[0]
         tensors = found[key]
     ends = _last_parts(tensors)
@@ -153,7 +158,7 @@ def _select(path: Path | str, content: Any, weights_key: str | None) -> Weights:
 
 
 def _state_dicts(content: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield each state dict in nested dicts with its dotted key; "" is the whole content."""
+    """Yield the state dicts in nested dicts with their dotted keys; the key of the whole content is ""."""
     if not isinstance(content, Mapping) or not content or not all(isinstance(name, str) for name in content):
         return
     if all(isinstance(value, Tensor) for value in content.values()):
@@ -164,7 +169,7 @@ def _state_dicts(content: Any, key: str = "", depth: int = 0) -> Iterator[tuple[
 
 
 def _last_parts(names: Iterable[str]) -> set[str]:
-    """Return what networks of one architecture share, whatever their names begin with."""
+    """Return the last two components of each parameter name, which do not depend on wrapper prefixes."""
     return {".".join(name.split(".")[-2:]) for name in names}
 
 
@@ -174,7 +179,7 @@ def _with_prefix(tensors: Mapping[str, Tensor] | None, prefix: str) -> dict[str,
 
 def _available(found: Mapping[str, object]) -> str:
     keys = [key for key in found if key]
-    return f"give --weights-key one of {_quoted(keys)}" if keys else "it is one state dict; leave --weights-key out"
+    return f"give --weights-key one of {_quoted(keys)}" if keys else "it is a single state dict; omit --weights-key"
 
 
 def _quoted(keys: tuple[str, ...] | list[str]) -> str:
@@ -182,7 +187,7 @@ def _quoted(keys: tuple[str, ...] | list[str]) -> str:
 
 
 def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a state dict as safetensors, atomically; shared and channels_last tensors keep their values."""
+    """Write a state dict as safetensors, atomically; tensors are made contiguous, and shared ones are copied."""
     import safetensors.torch
 
     contiguous = {
@@ -192,7 +197,10 @@ def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: dict
 
 
 def sha256_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of names, dtypes, shapes and values, independent of order, device and memory format."""
+    """Return the SHA-256 of the tensors' names, dtypes, shapes and values.
+
+    It does not depend on their order, device or memory format.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())

@@ -1,7 +1,7 @@
 """Seeding: every random stream is derived from the run's seed (invariant 9).
 
 No generator state is stored. The seed of a stream is derived from the run's seed and a key such as ``("augment", epoch,
-batch)``, so that a resumed run draws the same numbers as an uninterrupted one, and streams are independent.
+batch)``, so that streams are independent and a resumed run draws the same numbers as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _division: ContextVar[tuple[slice, int, torch.Generator] | None] = ContextVar("d
 
 
 def derive(seed: int, *key: str | int) -> int:
-    """Return the seed of one stream, a 63-bit integer, derived from the run's seed and the stream's key."""
+    """Return the seed of a stream, a 63-bit integer derived from the run's seed and the stream's key."""
     text = "\x1f".join(str(part) for part in (seed, *key))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 def generator(seed: int, *key: str | int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return the generator of one stream.
+    """Return a generator seeded for a stream.
 
     Args:
         seed: The run's seed.
@@ -45,13 +45,13 @@ def preserved() -> Iterator[None]:
 
 
 def seed_global(seed: int, *key: str | int) -> None:
-    """Seed torch's global generators, which attacks' starts and dropout use, for one stream."""
+    """Seed torch's global generators, used by random starts of attacks and dropout, for a stream."""
     torch.manual_seed(derive(seed, *key))
 
 
 @contextmanager
 def global_batch_noise(part: slice, total: int, stream: torch.Generator) -> Iterator[None]:
-    """Draw noise for the global batch inside the context, and return this rank's part of it.
+    """Let `uniform_like` and `normal_like` draw noise for the global batch and return this rank's part of it.
 
     Args:
         part: This rank's rows of the global batch.
@@ -68,8 +68,7 @@ def global_batch_noise(part: slice, total: int, stream: torch.Generator) -> Iter
 def uniform_like(images: Tensor, bound: float) -> Tensor:
     """Draw from U(-bound, bound), in the shape of ``images`` (N, C, H, W).
 
-    The order is that of a contiguous tensor whatever the memory format of ``images`` is, so that channels_last does not
-    change the noise.
+    Values are drawn in the order of a contiguous tensor, so that the noise does not depend on the memory format.
     """
     return _drawn(images, lambda blank, stream: blank.uniform_(-bound, bound, generator=stream))
 

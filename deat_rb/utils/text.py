@@ -1,4 +1,4 @@
-"""Untrusted text made safe to display, and the Jinja environment of the HTML pages."""
+"""Sanitization of untrusted text, text tables, and the Jinja environment of the HTML pages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def is_invisible(char: str) -> bool:
-    """Return whether a character is a control, format (such as a direction mark), surrogate, private or line end."""
+    """Return whether a character is a control, format, surrogate, private-use, unassigned or line-break character."""
     return not char.isprintable() and unicodedata.category(char) != "Zs"
 
 
@@ -22,7 +22,7 @@ def replace_invisible(text: str) -> str:
 
 
 def printable(text: str, length: int = 400) -> str:
-    r"""Escape invisible characters as in ``\x1b`` and cut the text to ``length``, so that a terminal can show it."""
+    r"""Escape invisible characters as in ``\x1b`` and truncate to ``length``, so that text is safe to print."""
     escaped = "".join(
         char.encode("unicode_escape", "replace").decode() if is_invisible(char) else char for char in text[: length + 1]
     )
@@ -30,7 +30,7 @@ def printable(text: str, length: int = 400) -> str:
 
 
 def new_table(title: str) -> Table:
-    """Return an empty rich table without vertical lines, readable at 80 columns and in files."""
+    """Return an empty rich table without vertical lines, readable at a width of 80 columns and in files."""
     from rich import box
     from rich.table import Table
 

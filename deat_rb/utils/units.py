@@ -1,4 +1,4 @@
-"""Pixel-space radii such as 8/255, as a user writes them."""
+"""Parsing and formatting of pixel-space radii such as 8/255."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def parse_fraction(text: str | float) -> float:
     """Return the value of ``8/255``, ``0.03`` or a number.
 
     Raises:
-        DeatError: It is neither a number nor a fraction of two numbers.
+        DeatError: ``text`` is neither a number nor a fraction of two numbers.
     """
     if isinstance(text, bool) or not isinstance(text, Real | str):
-        raise DeatError(f"{text!r} is not a number; write a fraction such as 8/255 or a number such as 0.03")
+        raise DeatError(f"{text!r} is not a number; give a fraction such as 8/255 or a number such as 0.03")
     if not isinstance(text, str):
         try:
             return float(text)
@@ -28,17 +28,17 @@ def parse_fraction(text: str | float) -> float:
         if slash:
             value /= float(bottom)
     except ZeroDivisionError:
-        raise DeatError(f"'{text}' divides by zero; write a fraction such as 8/255 or a number such as 0.03") from None
+        raise DeatError(f"'{text}' divides by zero; give a fraction such as 8/255 or a number such as 0.03") from None
     except ValueError:
-        raise DeatError(f"'{text}' is not a number; write a fraction such as 8/255 or a number such as 0.03") from None
+        raise DeatError(f"'{text}' is not a number; give a fraction such as 8/255 or a number such as 0.03") from None
     return value
 
 
 def parse_scalar(value: Any) -> float:
-    """Return the value of a number, of a text as for `parse_fraction`, or of a tensor or array with one value.
+    """Return a number, a string as for `parse_fraction`, or a tensor or array with one value as a float.
 
     Raises:
-        DeatError: It is none of these.
+        DeatError: ``value`` is none of these.
     """
     if getattr(value, "ndim", None) == 0 or getattr(value, "shape", None) == (1,):
         value = value.item()
@@ -46,12 +46,12 @@ def parse_scalar(value: Any) -> float:
 
 
 def is_whole_number(value: object) -> bool:
-    """Return whether a value is an integer, Python's or NumPy's, and not a bool."""
+    """Return whether a value is a Python or NumPy integer; a bool is not."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def format_fraction(value: float) -> str:
-    """Return a radius as text: ``8/255`` if it is a whole number of 255ths, else a decimal."""
+    """Return a radius as a string: a fraction such as ``8/255`` for a multiple of 1/255, otherwise a decimal."""
     parts = value * 255
     if round(parts) > 0 and abs(parts - round(parts)) < 1e-9:
         return f"{round(parts)}/255"
@@ -66,10 +66,10 @@ def check_eps(eps: float, name: str = "eps") -> float:
         name: The parameter's name in the error message.
 
     Raises:
-        DeatError: It is outside (0, 1], infinite or NaN.
+        DeatError: eps is outside (0, 1], infinite or NaN.
     """
     if not (math.isfinite(eps) and 0 < eps <= 1):
         raise DeatError(
-            f"{name} = {eps:.10g} is outside (0, 1]; images are in [0, 1], so give a size in that unit, such as 8/255"
+            f"{name} = {eps:.10g} is outside (0, 1]; give it in units of the image range [0, 1], such as 8/255"
         )
     return float(eps)

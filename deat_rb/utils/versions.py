@@ -1,4 +1,4 @@
-"""Versions of Python and of the packages that results depend on."""
+"""Versions of Python and of the packages that affect results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ DISTRIBUTIONS = ("deat-rb", "torch", "torchvision", "torchattacks", "robustbench
 
 
 def versions() -> dict[str, str]:
-    """Return the version of Python and of each distribution by name, "not installed" for a missing one."""
+    """Return the versions of Python and of each distribution by name; "not installed" for missing ones."""
     by_name = {"python": platform.python_version()}
     for distribution in DISTRIBUTIONS:
         try:

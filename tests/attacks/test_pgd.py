@@ -266,7 +266,7 @@ def test_pgd_l_x_does_not_depend_on_batch_or_loss_scale(
 
 REFUSALS: list[tuple[Callable[[nn.Module], object], str]] = [
     (lambda m: PGD(m, loss="KL"), r"no attack loss 'KL': did you mean 'kl'\?"),
-    (lambda m: PGD(m, start="gauss"), r"no start 'gauss': known are uniform, normal, none"),
+    (lambda m: PGD(m, start="gauss"), r"no start 'gauss': choose one of uniform, normal, none"),
     (lambda m: PGD(m, steps=-1), r"steps = -1 is not a whole number of 0 or more"),
     (lambda m: PGD(m, alpha=0.0), r"alpha = 0 is not a positive number"),
     (lambda m: PGD(m, alpha=math.nan), r"alpha = nan is not a positive number"),

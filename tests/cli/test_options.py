@@ -25,5 +25,5 @@ def test_size_returns_bytes(text: str, expected: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "G", "-1G", "8X", "1e9", "8G of RAM", "1,5G", "inf", "nan", "0x10", "٣G", "1.G"])
 def test_size_refuses_other_texts(text: str) -> None:
-    with pytest.raises(click.BadParameter, match="is not a size; give bytes, or a number with a unit"):
+    with pytest.raises(click.BadParameter, match="is not a size; give a number of bytes, or a number with a unit"):
         size(text)

@@ -60,7 +60,7 @@ def refusal(*arguments: object) -> str:
     [
         (["--setting", "quick"], "Invalid value for '--setting': 'quick' is not one of 'fast', 'standard'."),
         (["--dataset", "mnist"], "'mnist' is not one of 'digits', 'cifar10', 'cifar100', 'folder'."),
-        (["--eps", "much"], "--eps = 'much' cannot be used: 'much' is not a number; write a fraction such as 8/255"),
+        (["--eps", "much"], "--eps = 'much' cannot be used: 'much' is not a number; give a fraction such as 8/255"),
         (["--epochs", "0"], "--epochs = '0' cannot be used: it should be greater than or equal to 1"),
         (["--memory-limit", "8X"], "--memory-limit = '8X' cannot be used: '8X' is not a size"),
         (["--seeds", "1,1"], "'1,1' is not a list of different integers"),

@@ -23,7 +23,7 @@ STATISTICS = DatasetStatistics("", (0.0,) * 3, (1.0,) * 3)
     ("name", "message"),
     [
         ("cifar-10", "--dataset cifar-10 is unknown: did you mean 'cifar10'"),
-        ("mnist", "--dataset mnist is unknown: known are digits, cifar10, cifar100, folder"),
+        ("mnist", "--dataset mnist is unknown: choose one of digits, cifar10, cifar100, folder"),
     ],
 )
 def test_load_data_refuses_unknown_names(name: str, message: str) -> None:

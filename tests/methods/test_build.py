@@ -79,7 +79,7 @@ def test_create_scales_alpha_with_eps_unless_given() -> None:
         ("free-8", {"steps": 0}, "steps = 0: a replay trainer needs 1 replay or more"),
         ("fat-5", {"tau": -1}, "tau = -1 is not a whole number of 0 or more"),
         ("pgd-7", {"eps": "8/0"}, "'8/0' divides by zero"),
-        ("pgd-7", {"eps": "eight"}, "'eight' is not a number; write a fraction such as 8/255"),
+        ("pgd-7", {"eps": "eight"}, "'eight' is not a number; give a fraction such as 8/255"),
         ("pgd-7", {"eps": None}, "None is not a number"),
         ("pgd-7", {"alpha": "two"}, "'two' is not a number"),
         ("pgd-7", {"steps": "7"}, "steps = '7' is not a whole number"),

@@ -154,5 +154,5 @@ def test_surrogate_beta_is_six_by_default() -> None:
 def test_surrogate_suggests_the_nearest_name() -> None:
     with pytest.raises(DeatError, match="no surrogate loss 'trade': did you mean 'trades'"):
         methods_losses.surrogate("trade")
-    with pytest.raises(DeatError, match="known are ce, trades, mart"):
+    with pytest.raises(DeatError, match="choose one of ce, trades, mart"):
         methods_losses.surrogate("xxxxxx")

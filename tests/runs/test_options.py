@@ -45,7 +45,7 @@ def test_make_options_reads_text_as_from_the_command_line() -> None:
         ("lr", float("inf"), "--lr = inf cannot be used"),
         ("alpha", "nan", "--alpha = 'nan' cannot be used"),
         ("eps", "8/0", "--eps = '8/0' cannot be used: '8/0' divides by zero"),
-        ("eps", "much", "--eps = 'much' cannot be used: 'much' is not a number; write a fraction such as 8/255"),
+        ("eps", "much", "--eps = 'much' cannot be used: 'much' is not a number; give a fraction such as 8/255"),
         ("momentum", 1.0, "--momentum = 1.0 cannot be used: it should be less than 1"),
         ("batch_size", 1, "--batch-size = 1 cannot be used"),
         ("weight_decay", -1, "--weight-decay = -1 cannot be used"),

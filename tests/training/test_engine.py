@@ -30,14 +30,16 @@ def test_resolve_device() -> None:
 
 @pytest.mark.parametrize("name", ["cuda:63", "gpu", "", "meta"])
 def test_resolve_device_refuses(name: str) -> None:
-    with pytest.raises(DeatError, match=f"there is no device '{name}' on this machine; --device auto chooses one"):
+    with pytest.raises(
+        DeatError, match=f"there is no device '{name}' on this machine; use --device auto to choose one"
+    ):
         resolve_device(name)
 
 
 def test_resolve_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_precision("fp32", CPU) == "fp32"
     assert resolve_precision("bf16", CPU) == "bf16"
-    with pytest.raises(DeatError, match="fp16 training is not supported on a CPU; use --precision bf16, fp32 or auto"):
+    with pytest.raises(DeatError, match="fp16 is not supported on a CPU; use --precision bf16, fp32 or auto"):
         resolve_precision("fp16", CPU)
     with pytest.raises(DeatError, match="no precision 'bf61': did you mean 'bf16'"):
         resolve_precision("bf61", CPU)

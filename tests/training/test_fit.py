@@ -33,7 +33,7 @@ from deat_rb.utils.errors import DeatError
         ({"select": "best"}, "needs validation images"),
         ({"device": "cuda:63"}, "no device 'cuda:63'"),
         ({"precision": "fp64"}, "precision = 'fp64' cannot be used"),
-        ({"precision": "fp16", "device": "cpu"}, "fp16 training is not supported on a CPU"),
+        ({"precision": "fp16", "device": "cpu"}, "fp16 is not supported on a CPU"),
         ({"val_loader": []}, "the validation loader yields no batch"),
     ],
 )

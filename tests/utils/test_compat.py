@@ -75,7 +75,7 @@ try:
 except Exception as error:
     print(error)
 """)
-    hidden = f"{tmp_path}/autoattack.py hides the package autoattack, which robustbench imports: rename it"
+    hidden = f"{tmp_path}/autoattack.py shadows the package autoattack, which robustbench imports: rename it"
     assert result.stdout.strip() == hidden, result.stderr
 
 
@@ -258,7 +258,7 @@ def test_benchmark_with_an_autoattack_that_the_user_has_set(
 
 @pytest.mark.parametrize("name", ["digits", "CIFAR", ""])
 def test_benchmark_refuses_an_unknown_dataset(name: str, model: nn.Module, labels: torch.Tensor) -> None:
-    with pytest.raises(DeatError, match=f"RobustBench has no dataset '{name}': (did you mean|known are cifar10)"):
+    with pytest.raises(DeatError, match=f"RobustBench has no dataset '{name}': (did you mean|choose one of cifar10)"):
         robustbench_benchmark.benchmark(model, IMAGES, labels, eps=0.1, batch_size=6, dataset=name)
 
 
@@ -318,9 +318,9 @@ def test_autoattack_refuses_three_classes(quick: list[Any]) -> None:
 
 def test_autoattack_refuses_options_that_pyautoattack_lacks(tmp_path: Path) -> None:
     for options in ({"log_path": tmp_path / "log"}, {"is_tf_model": True}):
-        with pytest.raises(DeatError, match="do not exist in pyautoattack"):
+        with pytest.raises(DeatError, match="does not support is_tf_model"):
             compat.AutoAttack(linear(5), device="cpu", **options)
-    with pytest.raises(DeatError, match="leave out aa_state_path"):
+    with pytest.raises(DeatError, match="omit aa_state_path"):
         compat.AutoAttack(linear(5), device="cpu").run_standard_evaluation(
             IMAGES, torch.zeros(6), state_path=tmp_path / "state"
         )

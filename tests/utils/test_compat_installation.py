@@ -74,7 +74,7 @@ def test_check_installation_names_the_command_that_mends_an_overwritten_robustbe
     unpack(site, OLD)
     message = check_installation()
     assert message.startswith("robustbench 1.0 is damaged: 1 of its files, such as robustbench/eval.py, were ")
-    assert message.endswith("mend it by " + command.format(python=sys.executable, folder=site))
+    assert message.endswith("repair it with " + command.format(python=sys.executable, folder=site))
 
 
 def test_check_installation_finds_files_that_torchattacks_took_with_it(site: Path) -> None:
@@ -90,7 +90,7 @@ def test_check_installation_finds_files_that_torchattacks_took_with_it(site: Pat
 def test_check_installation_without_robustbench_itself(site: Path) -> None:
     record(site, "torchattacks", OLD)
     unpack(site, OLD)
-    assert "is a copy of 2022 from the wheel of torchattacks, and RobustBench itself is not" in check_installation()
+    assert "is a copy from 2022 that torchattacks contains; RobustBench itself is not" in check_installation()
 
 
 def test_check_installation_leaves_edited_files_and_checkouts_alone(site: Path) -> None:
@@ -103,7 +103,7 @@ def test_check_installation_leaves_edited_files_and_checkouts_alone(site: Path) 
 
 def test_check_installation_names_a_file_that_hides_robustbench(site: Path) -> None:
     (site / "robustbench.py").write_text("")
-    assert check_installation() == f"{site}/robustbench.py hides the package robustbench: rename it"
+    assert check_installation() == f"{site}/robustbench.py shadows the package robustbench: rename it"
 
 
 def test_robustbench_checks_its_installation(monkeypatch: pytest.MonkeyPatch) -> None:

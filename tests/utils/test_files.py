@@ -94,7 +94,7 @@ def test_read_json_refuses_invalid_json(tmp_path: Path, text: bytes) -> None:
 def test_reading_refuses_a_missing_file_and_a_folder(tmp_path: Path, read: Any) -> None:
     with pytest.raises(DeatError, match=r"gone\.pt does not exist"):
         read(tmp_path / "gone.pt")
-    with pytest.raises(DeatError, match="is a folder; a file is needed"):
+    with pytest.raises(DeatError, match="is a folder; give a file"):
         read(tmp_path)
 
 

@@ -80,5 +80,5 @@ def test_parse_numbers(text: Any, numbers: tuple[float, ...]) -> None:
 
 @pytest.mark.parametrize("text", ["", ",", "1,,2", "nan", "inf,1", "a", 3])
 def test_parse_numbers_refuses_other_texts(text: Any) -> None:
-    with pytest.raises(DeatError, match="is not a list of numbers; give such as"):
+    with pytest.raises(DeatError, match="is not a list of numbers; give numbers such as"):
         parse_numbers(text)

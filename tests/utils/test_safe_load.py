@@ -133,7 +133,7 @@ def test_load_tensors_refuses_a_web_page(tmp_path: Path, name: str, page: bytes)
 )
 def test_load_tensors_refuses_other_files(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.pt").write_bytes(data)
-    with pytest.raises(DeatError, match=r"a\.pt (is truncated or not a checkpoint|does not hold a state dict)"):
+    with pytest.raises(DeatError, match=r"a\.pt (is truncated or not a checkpoint|does not contain a state dict)"):
         load_tensors(tmp_path / "a.pt")
 
 
@@ -141,7 +141,7 @@ def test_load_tensors_refuses_other_files(tmp_path: Path, data: bytes) -> None:
                                      {1: torch.ones(1)}, {"state_dict": {"a": "text"}}])  # fmt: skip
 def test_load_tensors_refuses_files_without_a_state_dict(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "a.pt")
-    with pytest.raises(DeatError, match="does not hold a state dict"):
+    with pytest.raises(DeatError, match="does not contain a state dict"):
         load_tensors(tmp_path / "a.pt")
 
 
@@ -178,7 +178,7 @@ def test_sha256_tensors_depends_on_values_not_on_memory_format() -> None:
 )
 def test_load_tensors_refuses_tensors_that_are_not_dense_and_real(tmp_path: Path, tensor: torch.Tensor) -> None:
     torch.save({**WEIGHTS, "odd": tensor}, tmp_path / "a.pt")
-    with pytest.raises(DeatError, match=r"tensor odd in .*a\.pt is sparse, quantized, complex or without data"):
+    with pytest.raises(DeatError, match=r"tensor odd in .*a\.pt is sparse, quantized, complex or on the meta device"):
         load_tensors(tmp_path / "a.pt")
 
 
@@ -204,7 +204,7 @@ def test_load_state_dict_names_other_weights_in_the_file_and_loads_the_chosen_on
     usual = load_state_dict(path)
     assert all(not tensor.any() for tensor in usual.tensors.values())
     assert usual.others == (key,)
-    assert usual.note == f"loaded the weights under '{usual.key}'; the file also has '{key}': see --weights-key"
+    assert usual.note == f"loaded the weights under '{usual.key}'; the file also has '{key}': choose with --weights-key"
     chosen = load_state_dict(path, key)
     assert (chosen.key, chosen.others) == (key, (usual.key,))
     assert_same({name: tensor for name, tensor in chosen.tensors.items() if name != "n_averaged"}, WEIGHTS)
@@ -233,7 +233,7 @@ def test_load_state_dict_asks_which_of_several_unusual_keys(tmp_path: Path) -> N
         load_state_dict(path)
     with pytest.raises(DeatError, match="no state dict under 'x': give --weights-key one of 'teacher', 'student'"):
         load_state_dict(path, "x")
-    with pytest.raises(DeatError, match="no state dict under 'x': it is one state dict; leave --weights-key out"):
+    with pytest.raises(DeatError, match="no state dict under 'x': it is a single state dict; omit --weights-key"):
         load_state_dict(saved(tmp_path / "b.pt", WEIGHTS), "x")
 
 

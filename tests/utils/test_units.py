@@ -20,7 +20,7 @@ def test_parse_fraction_reads_fractions_and_numbers(text: str | float, value: fl
 
 @pytest.mark.parametrize("text", ["", "eight", "8/", "/255", "8/255/2", "8:255", "8/255px"])
 def test_parse_fraction_names_what_is_not_a_number(text: str) -> None:
-    with pytest.raises(DeatError, match="is not a number; write a fraction such as 8/255") as error:
+    with pytest.raises(DeatError, match="is not a number; give a fraction such as 8/255") as error:
         parse_fraction(text)
     assert f"'{text}'" in str(error.value)
 
