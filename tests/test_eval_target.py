@@ -75,7 +75,7 @@ def test_open_target_of_a_run(run_and_data: tuple[Path, Path]) -> None:
 def test_open_target_notes_files_that_were_left_out(run_and_data: tuple[Path, Path]) -> None:
     run, data = run_and_data
     (data / "test" / "red" / "photo.heic").touch()
-    assert open_target(run).provenance["note"] == "1 file left out: .heic (1)"
+    assert open_target(run).provenance["note"] == "1 file skipped: .heic (1)"
 
 
 def test_open_target_notes_changed_data(run_and_data: tuple[Path, Path], tmp_path: Path) -> None:

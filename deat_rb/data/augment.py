@@ -10,7 +10,7 @@ PADDING = 4
 
 
 def _augment(images: Tensor, stream: torch.Generator, size: int, own: slice) -> Tensor:
-    """Draw crop and flip of all ``size`` images of a global batch, and apply those of this rank's images, ``own``."""
+    """Draw crops and flips for a global batch of ``size`` images, and apply those of this rank's part, ``own``."""
     offsets = torch.randint(0, 2 * PADDING + 1, (2, size), generator=stream)
     flipped = torch.randint(0, 2, (1, size), generator=stream)
     top, left, flip = torch.cat((offsets, flipped))[:, own].to(images.device, non_blocking=True)
@@ -18,16 +18,16 @@ def _augment(images: Tensor, stream: torch.Generator, size: int, own: slice) -> 
 
 
 def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
-    """Pad each image with 4 zeros on every side, crop it to its size and flip some horizontally, in one gather.
+    """Pad each image with 4 zeros on every side, crop it to its original size and flip some horizontally.
 
     Args:
-        images: (N, C, H, W), of any dtype.
-        top: (N,) int64, 0 to 8: the first row of the crop; 4 is that of the image.
-        left: (N,) int64, 0 to 8: the first column of the crop.
-        flip: (N,) bool: which crops are flipped.
+        images: Images (N, C, H, W) of any dtype.
+        top: First row of each crop, (N,) int64, 0 to 8; 4 is the first row of the image.
+        left: First column of each crop, (N,) int64, 0 to 8.
+        flip: Whether each crop is flipped, (N,) bool.
 
     Returns:
-        (N, C, H, W), of the same dtype.
+        The augmented images, (N, C, H, W), of the same dtype.
     """
     count, channels, height, width = images.shape
     padded = functional.pad(images, (PADDING, PADDING, PADDING, PADDING))

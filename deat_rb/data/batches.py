@@ -1,4 +1,4 @@
-"""Batches of labeled images: order, augmentation and sharding over ranks."""
+"""Batches of labeled images: order, augmentation and sharding across ranks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from deat_rb.utils.seeding import generator
 
 
 class Batches:
-    """The batches of one epoch after another, on a device.
+    """Iterable over the batches of an epoch, on a device.
 
-    Order and augmentation of an epoch depend on the seed and the epoch's number only: not on the device, the number of
-    ranks, or whether the images are in memory or in files. Iterating twice without `set_epoch` in between gives the
-    same batches.
+    Order and augmentation depend only on the seed and the epoch (see `set_epoch`), not on the device, the number of
+    ranks, or whether the images are in memory or in files. Iterating twice over the same epoch yields the same batches.
     """
 
     def __init__(
@@ -37,22 +36,22 @@ class Batches:
         rank: int = 0,
         processes: int = 1,
     ) -> None:
-        """Move images that are in memory to the device if it has room for them.
+        """Move in-memory images to the device if they fit.
 
         Args:
             data: The images.
-            batch_size: Images per global batch, of all ranks together; the last batch may be smaller.
-            shuffle: Whether each epoch has another order.
-            augment: Whether each image is padded with 4 zeros, cropped at random and flipped with probability 1/2.
+            batch_size: Images per global batch, over all ranks; the last batch may be smaller.
+            shuffle: Whether to reshuffle the images in every epoch.
+            augment: Whether to pad each image with 4 zeros, crop it at random and flip it with probability 1/2.
             seed: Seed of order and augmentation.
             device: Device of the batches.
-            drop_last: Whether a smaller last batch is left out.
+            drop_last: Whether to drop a smaller last batch.
             memory_format: Memory format of the images; ``torch.channels_last`` gives the same values.
             rank: Rank of this process; see `divided`.
             processes: Number of ranks.
 
         Raises:
-            DeatError: ``batch_size`` is below 1, there are fewer training images than a batch takes, or a batch has
+            DeatError: ``batch_size`` is below 1, there are fewer training images than one batch needs, or a batch has
                 fewer images than there are ranks.
         """
         if batch_size < 1:
@@ -60,7 +59,7 @@ class Batches:
         if (shuffle or drop_last) and len(data) < batch_size:
             raise DeatError(
                 f"{len(data)} training images are fewer than one batch of --batch-size {batch_size}: "
-                "give a smaller batch or more images"
+                "reduce --batch-size or use more images"
             )
         self.batch_size = batch_size
         self.shuffle = shuffle
@@ -74,13 +73,13 @@ class Batches:
         self._read = data.reader(device)
 
     def divided(self, rank: int, processes: int) -> Batches:
-        """Return batches that are one rank's shares (`deat_rb.utils.distributed.share`) of these global batches.
+        """Return one rank's parts of these global batches; see `deat_rb.utils.distributed.share`.
 
-        Order and augmentation are drawn for the global batch: the shares of all ranks, concatenated, are the global
-        batch. The images are not copied.
+        Order and augmentation are drawn for the global batch, which is the concatenation of all ranks' parts. The
+        images are not copied.
 
         Args:
-            rank: Rank of the process, from 0 on.
+            rank: Rank of the process (0-based).
             processes: Number of ranks.
 
         Raises:
@@ -92,13 +91,13 @@ class Batches:
 
     def _divide(self, rank: int, processes: int) -> None:
         if not 0 <= rank < processes:
-            raise DeatError(f"rank {rank} of {processes} is not possible: ranks are 0 to {processes - 1}")
+            raise DeatError(f"rank {rank} is out of range: with {processes} ranks, give 0 to {processes - 1}")
         rest = self._count % self.batch_size
         smallest = rest if rest and not self.drop_last else self.batch_size
         if smallest < processes:
             raise DeatError(
                 f"{self._count} images in batches of {self.batch_size} leave a batch of {smallest}, fewer than the "
-                f"{processes} ranks: give another --batch-size or --train-size, or use fewer ranks"
+                f"{processes} ranks: change --batch-size or --train-size, or use fewer ranks"
             )
         self.rank = rank
         self.processes = processes
@@ -112,23 +111,25 @@ class Batches:
         return full + (rest > 0 and not self.drop_last)
 
     def examples_in(self, batch: int) -> int:
-        """Return the number of images in a global batch, numbered from 0 on."""
+        """Return the number of images in global batch ``batch`` (0-based)."""
         return min(self.batch_size, self._count - batch * self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.starting_at(0)
 
     def starting_at(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over the epoch from a batch on: the same batches as in the whole epoch.
+        """Iterate over the epoch from batch ``batch`` (0-based) on; the batches are those of the whole epoch.
 
         Yields:
             float32 images (N, C, H, W) in [0, 1] and int64 labels (N,).
 
         Raises:
-            DeatError: The epoch is shorter; while iterating, an image file cannot be read.
+            DeatError: The epoch has fewer batches, or an image file cannot be read.
         """
         if not 0 <= batch <= len(self):
-            raise DeatError(f"an epoch of {len(self)} batches has no batch {batch} to continue from")
+            raise DeatError(
+                f"cannot continue from batch {batch}: the epoch has {len(self)}; use the same data and batch size"
+            )
         stream = generator(self.seed, "order", self.epoch)
         order = torch.randperm(self._count, generator=stream) if self.shuffle else None
         return self._batches(order, self.epoch, range(batch, len(self)))
@@ -145,5 +146,5 @@ class Batches:
             yield images.to(torch.float32).div_(255).contiguous(memory_format=self.memory_format), labels
 
     def _share(self, number: int) -> slice:
-        """Return which images of a global batch are this rank's."""
+        """Return this rank's part of a global batch."""
         return share(self.examples_in(number), self.rank, self.processes)

@@ -1,4 +1,4 @@
-"""Checks of the images and labels that a user passes."""
+"""Validation of user-provided images and labels."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from torch import Tensor
 from deat_rb.utils.errors import DeatError
 
 ROUNDING = 1e-6
-"""How far outside [0, 1] pixels may be: resampling of float images ends that far outside, and attacks clamp."""
+"""Tolerance for pixels outside [0, 1], which resampling of float images can cause; attacks clamp them."""
 
 
 def check_batch(images: Tensor, labels: Tensor, num_classes: int | None = None, *, allow_nan: bool = False) -> None:
-    """Check types, shapes and values of a batch; this waits for its device.
+    """Check types, shapes and values of a batch; synchronizes with the device.
 
     Args:
-        images: Floating-point (N, C, H, W) in [0, 1].
-        labels: int64 (N,), from 0 to ``num_classes`` - 1.
-        num_classes: The number of classes, where it is known.
-        allow_nan: Whether images with NaN pass.
+        images: Floating-point images (N, C, H, W) in [0, 1].
+        labels: int64 labels (N,), from 0 to ``num_classes`` - 1.
+        num_classes: The number of classes, if it is known.
+        allow_nan: Whether to accept images with NaN.
 
     Raises:
-        DeatError: One of them is not as stated.
+        DeatError: Images or labels have a wrong type, shape or value.
     """
     check_types(images, labels)
     _check_pixels(images, allow_nan)
@@ -29,19 +29,19 @@ def check_batch(images: Tensor, labels: Tensor, num_classes: int | None = None, 
 
 
 def check_types(images: Tensor, labels: Tensor) -> None:
-    """Check types and shapes of a batch, without reading its values.
+    """Check types and shapes of a batch without reading its values.
 
     Raises:
-        DeatError: They are not those of images and labels.
+        DeatError: Images or labels have a wrong type or shape.
     """
     if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
         raise DeatError(f"images and labels must be tensors, not {type(images).__name__} and {type(labels).__name__}")
     if not images.is_floating_point():
         raise DeatError(
-            f"images must be floating-point in [0, 1], not {_describe(images)}: divide images of 0 to 255 by 255"
+            f"images must be floating-point in [0, 1], not {_describe(images)}: convert to float and divide by 255"
         )
     if images.ndim != 4 or images.numel() == 0:
-        raise DeatError(f"images must have the shape (N, C, H, W) and not be empty, not {_describe(images)}")
+        raise DeatError(f"images must be a non-empty tensor of shape (N, C, H, W), not {_describe(images)}")
     _check_label_types(labels, len(images))
 
 
@@ -50,16 +50,16 @@ def _check_pixels(images: Tensor, allow_nan: bool) -> None:
     if low != low:
         if allow_nan:
             return
-        raise DeatError("the images contain NaN: look for a division by zero where they are made")
+        raise DeatError("the images contain NaN: check the preprocessing, for instance for a division by zero")
     if low < -ROUNDING or high > 1 + ROUNDING:
         raise DeatError(
             f"images must be in [0, 1], not in [{_shown(low)}, {_shown(high)}]: "
-            "divide by 255 if they are 0 to 255; normalization belongs in the model, as its first layer"
+            "divide by 255 if they are 0 to 255, and move normalization into the model, as its first layer"
         )
 
 
 def _shown(bound: float) -> str:
-    """Format a bound with as many digits as it takes to see whether it is outside [0, 1]."""
+    """Format a bound with enough digits to show whether it is outside [0, 1]."""
     short = f"{bound:.4g}"
     return short if (float(short) < 0, float(short) > 1) == (bound < 0, bound > 1) else f"{bound:.8g}"
 
@@ -71,24 +71,24 @@ def _check_labels(labels: Tensor, count: int, num_classes: int | None) -> None:
 
 def _check_label_types(labels: Tensor, count: int) -> None:
     if labels.ndim != 1 or labels.dtype != torch.int64:
-        raise DeatError(f"labels must be int64 class numbers of shape (N,), not {_describe(labels)}")
+        raise DeatError(f"labels must be int64 class indices of shape (N,), not {_describe(labels)}")
     if len(labels) != count:
-        raise DeatError(f"{count} images have {len(labels)} labels: each image needs one")
+        raise DeatError(f"there are {count} images but {len(labels)} labels: give one label per image")
 
 
 def check_label_values(labels: Tensor, num_classes: int | None = None) -> None:
-    """Check that labels (N,) are from 0 to ``num_classes`` - 1; this waits for their device.
+    """Check that labels (N,) are from 0 to ``num_classes`` - 1; synchronizes with the device.
 
     Raises:
-        DeatError: One is not.
+        DeatError: A label is out of range.
     """
     if len(labels) == 0:
         return
     low, high = (int(bound) for bound in labels.aminmax())
     if low < 0 or (num_classes is not None and high >= num_classes):
         wrong = low if low < 0 else high
-        allowed = "0 or more" if num_classes is None else f"0 to {num_classes - 1}, as there are {num_classes} classes"
-        raise DeatError(f"label {wrong} is out of range: labels are {allowed}")
+        allowed = "0 or more" if num_classes is None else f"0 to {num_classes - 1} for {num_classes} classes"
+        raise DeatError(f"label {wrong} is out of range: labels must be {allowed}")
 
 
 def _describe(tensor: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""Datasets by name: scikit-learn's digits, CIFAR-10, CIFAR-100 and folders of images."""
+"""Loading of datasets by name: scikit-learn's digits, CIFAR-10, CIFAR-100 and folders of images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DIGITS_TEST_SIZE = 500
 CIFAR_SIZES = (50_000, 10_000)
 
 DOWNLOAD_TIMEOUT = 30.0
-"""Seconds."""
+"""Timeout of a download, in seconds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,17 +37,17 @@ class Dataset:
     """A dataset with a training and a test part.
 
     Attributes:
-        name: As given to `load_data`.
+        name: The name given to `load_data`.
         train: The training images.
-        test: The test images, of the same size; those of a folder in an order in which the classes take turns.
-        classes: Names of the classes, in the order of the labels.
+        test: The test images, of the same size; for a folder, classes are interleaved.
+        classes: Class names, indexed by label.
         statistics: Fingerprint, mean and standard deviation, or a function that computes them from all images.
         augment: Whether training images are cropped and flipped at random.
-        left_out: How many files of a folder were left out, by reason; see `deat_rb.data.image_folder.image_files`.
+        left_out: Number of skipped files of a folder, by reason; see `deat_rb.data.image_folder.image_files`.
         is_placeholder: Whether the images are black because the dataset was not downloaded.
 
     Raises:
-        DeatError: There is one class only, the image sizes differ, or a label is out of range.
+        DeatError: There is only one class, the image sizes differ, or a label is out of range.
     """
 
     name: str
@@ -61,18 +61,18 @@ class Dataset:
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
-            raise DeatError(f"{self.name} has only one class, {self.classes[0]}: two or more are needed")
+            raise DeatError(f"{self.name} has only one class, {self.classes[0]}: at least two are needed")
         if self.train.shape != self.test.shape:
             raise DeatError(
                 f"{self.name} has training images of {self.train.shape} and test images of {self.test.shape}: "
-                "both must have the same (C, H, W)"
+                "their shapes (C, H, W) must be equal"
             )
         for part, images in (("training", self.train), ("test", self.test)):
             highest = int(images.labels.max())
             if highest >= len(self.classes):
                 raise DeatError(
-                    f"{self.name} has the {part} label {highest}, out of range: "
-                    f"its {len(self.classes)} classes are 0 to {len(self.classes) - 1}"
+                    f"{self.name} has the {part} label {highest}, which is out of range: "
+                    f"labels of its {len(self.classes)} classes must be 0 to {len(self.classes) - 1}"
                 )
 
     @cached_property
@@ -81,37 +81,39 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over all images, labels and class names; decodes the training images if it is not known yet."""
+        """SHA-256 of all images, labels and class names; decodes the training images if not yet known."""
         return self._statistics.fingerprint
 
     @property
     def known_fingerprint(self) -> str | None:
-        """The fingerprint, or None if the training images would have to be decoded for it."""
+        """The fingerprint, or None if computing it would require decoding the training images."""
         known = isinstance(self.statistics, DatasetStatistics) or "_statistics" in vars(self)
         return self.fingerprint if known else None
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Mean of the training images per channel, in [0, 1], for the model's normalization."""
+        """Mean of the training images per channel, in [0, 1] units, for the model's normalization."""
         return self._statistics.mean
 
     @property
     def std(self) -> tuple[float, ...]:
-        """Standard deviation per channel, likewise."""
+        """Standard deviation of the training images per channel, in [0, 1] units."""
         return self._statistics.std
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences about the files for the user: what was left out, and how many images have transparency."""
+        """Notes for the user on skipped files, images with transparency and a missing download."""
         known = self._statistics.transparent if self.known_fingerprint is not None else 0
-        transparency = f"{known} {'image has' if known == 1 else 'images have'} transparency, composited on white"
+        transparency = (
+            f"{known} {'image has' if known == 1 else 'images have'} transparency and were composited on white"
+        )
         missing = f"{self.name} has not been downloaded yet" if self.is_placeholder else ""
         return tuple(filter(None, (describe_left_out(self.left_out), transparency if known else "", missing)))
 
 
 @dataclass(frozen=True)
 class _Request:
-    """The arguments of `load_data`, besides the name."""
+    """The arguments of `load_data` except the name."""
 
     data_dir: Path | None
     image_size: int
@@ -131,21 +133,21 @@ def load_data(
     test_only: bool = False,
     download: bool = True,
 ) -> Dataset:
-    """Load a dataset into memory, or leave its images in files where they would exceed a limit.
+    """Load a dataset into memory, or leave its images in files if they would exceed ``memory_limit``.
 
     Args:
         name: "digits", "cifar10", "cifar100" or "folder".
-        data_dir: Where CIFAR's files are or are downloaded to (default "data"), or the folder with
+        data_dir: Folder of CIFAR's files or for their download (default "data"), or the folder with
             ``train/<class>/*`` and ``test/<class>/*``.
-        image_size: Height and width to which a folder's images are resized (default 32). The others are 32x32.
-        memory_limit: Bytes that the decoded images of a folder may take, one byte per value. Larger datasets stay in
-            their files and are decoded by worker processes in each epoch; batches, fingerprint, mean and standard
-            deviation are the same. By default all images are held in memory.
-        progress: Called while statistics are computed for the first time from images that stay in their files.
-        test_only: Decode only the test images of a folder. Its training images stay in their files, and `fingerprint`,
-            `mean` and `std` are computed when they are used, if they are not in the cache.
-        download: Whether CIFAR may be downloaded. If not, and if it is not there, black images of the same number and
-            size are returned, with `Dataset.is_placeholder`: enough to plan a run.
+        image_size: Height and width to which a folder's images are resized (default 32). Other datasets are 32x32.
+        memory_limit: Maximum size in bytes of a folder's decoded images, one byte per value. Larger datasets are not
+            kept in memory but decoded by worker processes in each epoch; batches, fingerprint, mean and standard
+            deviation are the same. By default there is no limit.
+        progress: Called while the statistics of images that are not kept in memory are computed for the first time.
+        test_only: Whether to decode only the test images of a folder. Training images stay in files, and
+            `fingerprint`, `mean` and `std` are computed on first use unless they are cached.
+        download: Whether CIFAR may be downloaded. If it may not and is missing, the right number of black images is
+            returned, with `Dataset.is_placeholder` set, which is enough to plan a run.
 
     Raises:
         DeatError: The name is unknown, or the data cannot be loaded.
@@ -154,7 +156,7 @@ def load_data(
         raise DeatError(f"--dataset {name} is unknown: {did_you_mean(name, DATASETS)}")
     if name != "folder" and image_size not in (None, 32):
         raise DeatError(
-            f"--image-size {image_size} is not possible: the images of {name} are 32x32; only --dataset folder resizes"
+            f"--image-size {image_size} is invalid: the images of {name} are 32x32; only --dataset folder resizes"
         )
     if memory_limit is not None and memory_limit < 0:
         raise DeatError(f"--memory-limit {memory_limit} is below 0: give a number of bytes, such as 8G")
@@ -166,9 +168,9 @@ def load_data(
 
 
 def _digits(request: _Request) -> Dataset:
-    """Load scikit-learn's 1,797 handwritten digits: 8x8 values of 0 to 16, enlarged bilinearly to 32x32 RGB.
+    """Load scikit-learn's 1,797 handwritten digits: 8x8 values from 0 to 16, resized bilinearly to 32x32 RGB.
 
-    500 of them, stratified by class and the same in every run, are the test set.
+    The test set has 500 images, stratified by class and the same in every run.
     """
     if request.data_dir is not None:
         raise DeatError(
@@ -198,7 +200,7 @@ def _cifar100(request: _Request) -> Dataset:
 
 
 def _cifar(name: str, source: Any, request: _Request) -> Dataset:
-    """Load the files that torchvision's class ``source`` reads, after downloading them if they are not there."""
+    """Load CIFAR with torchvision's class ``source``, after downloading the files if they are missing."""
     root, normalization = request.data_dir or Path("data"), NORMALIZATION[name]
     if not (root / source.base_folder).exists():
         if not request.download:
@@ -208,8 +210,8 @@ def _cifar(name: str, source: Any, request: _Request) -> Dataset:
         parts = [source(root, train=train) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         raise DeatError(
-            f"{root / source.base_folder} is incomplete or damaged: remove it, so that it is unpacked from "
-            f"{root / source.filename} or downloaded again"
+            f"{root / source.base_folder} is incomplete or damaged: remove it to unpack it from "
+            f"{root / source.filename} or download it again"
         ) from error
     train, test = (
         ImageSet(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
@@ -221,7 +223,7 @@ def _cifar(name: str, source: Any, request: _Request) -> Dataset:
 
 
 def _cifar_placeholder(name: str, normalization: Normalization) -> Dataset:
-    """Return as many black images as CIFAR has, which share the memory of one."""
+    """Return as many black images as CIFAR has; they share the memory of a single one."""
     count = {"cifar10": 10, "cifar100": 100}[name]
     train, test = (
         ImageSet(torch.zeros(1, 3, 32, 32, dtype=torch.uint8).expand(size, -1, -1, -1), torch.arange(size) % count)
@@ -233,7 +235,7 @@ def _cifar_placeholder(name: str, normalization: Normalization) -> Dataset:
 
 
 def _fetch_cifar(name: str, source: Any, root: Path) -> None:
-    """Unpack the archive under ``root``, or download it, and move the complete folder into place."""
+    """Unpack the archive in ``root``, downloading it if it is missing; the complete folder is moved into place."""
     from torchvision.datasets.utils import check_integrity, extract_archive
 
     archive = root / source.filename
@@ -251,13 +253,13 @@ def _fetch_cifar(name: str, source: Any, root: Path) -> None:
                 with _socket_timeout(DOWNLOAD_TIMEOUT):
                     source(scratch, download=True)
             os.replace(Path(scratch, source.base_folder), root / source.base_folder)
-    # The network, the server and the disk fail with many exceptions, and the advice is the same.
+    # Failures of network, server and disk raise many types of exceptions, but the advice is the same.
     except Exception as error:
         if created:
             with contextlib.suppress(OSError):
                 root.rmdir()
         raise DeatError(
-            f"{name} could not be downloaded ({type(error).__name__}: {error}): download {source.url} elsewhere and "
+            f"{name} could not be downloaded ({type(error).__name__}: {error}): download {source.url} manually and "
             f"save it as {archive}, or its files in {root / source.base_folder}; --dataset digits and --dataset "
             "folder need no download"
         ) from error
@@ -265,7 +267,7 @@ def _fetch_cifar(name: str, source: Any, root: Path) -> None:
 
 @contextlib.contextmanager
 def _socket_timeout(seconds: float) -> Iterator[None]:
-    """Set the timeout of torchvision's download, which has none."""
+    """Set the default socket timeout, because torchvision's download has none."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -275,12 +277,12 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
 
 
 def _folder(request: _Request) -> Dataset:
-    """Load ``train/<class>/*`` and ``test/<class>/*``."""
+    """Load an image folder with ``train/<class>/*`` and ``test/<class>/*``."""
     data_dir, image_size = request.data_dir, request.image_size
     if data_dir is None:
-        raise DeatError("--dataset folder needs --data-dir: the folder that has train/<class>/* and test/<class>/*")
+        raise DeatError("--dataset folder needs --data-dir: a folder with train/<class>/* and test/<class>/*")
     if image_size < 1:
-        raise DeatError(f"--image-size {image_size} is not possible: give 1 or more pixels")
+        raise DeatError(f"--image-size {image_size} is invalid: give 1 or more pixels")
     for part in ("train", "test"):
         try:
             missing = not stat.S_ISDIR(os.stat(data_dir / part).st_mode)
@@ -290,7 +292,7 @@ def _folder(request: _Request) -> Dataset:
             missing = True
         if missing:
             raise DeatError(
-                f"--data-dir {data_dir} has no folder {part}: it must have train/<class>/* and test/<class>/*"
+                f"--data-dir {data_dir} has no folder {part}: it must contain train/<class>/* and test/<class>/*"
             )
     (train_files, left_out), (test_files, more) = image_files(data_dir / "train"), image_files(data_dir / "test")
     _check_classes(train_files, test_files, data_dir)
@@ -299,7 +301,7 @@ def _folder(request: _Request) -> Dataset:
     cache = StatisticsCache(data_dir, train, test, classes)
     decoded = test.nbytes if request.test_only else train.nbytes + test.nbytes
     in_memory = request.memory_limit is None or decoded <= request.memory_limit
-    # The fingerprint is over the order in the folder, class by class.
+    # The fingerprint covers the images in the order of the folder, class by class.
     parts: tuple[LabeledImages, LabeledImages] = train, interleave_classes(test)
     statistics: DatasetStatistics | Callable[[], DatasetStatistics]
     if request.test_only:
@@ -321,16 +323,16 @@ def _check_classes(train: dict[str, list[str]], test: dict[str, list[str]], data
     if differing:
         composed = [unicodedata.normalize("NFC", name) for name in differing]
         spelling = (
-            "" if len(set(composed)) == len(composed) else ", spelled with other Unicode characters there (NFC, NFD)"
+            "" if len(set(composed)) == len(composed) else ", in different Unicode normalization forms (NFC, NFD)"
         )
         raise DeatError(
-            f"the class '{differing[0]}' is under only one of {data_dir / 'train'} and {data_dir / 'test'}{spelling}: "
+            f"the class '{differing[0]}' is in only one of {data_dir / 'train'} and {data_dir / 'test'}{spelling}: "
             "both must have the same classes"
         )
     if len(train) < 2:
         raise DeatError(
-            f"{data_dir / 'train'} has {f'only one class, {min(train)}' if train else 'no class'}: "
-            "two or more are needed, each in a folder"
+            f"{data_dir / 'train'} has {f'only one class, {min(train)}' if train else 'no classes'}: "
+            "at least two are needed, each in its own folder"
         )
 
 

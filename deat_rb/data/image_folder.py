@@ -1,4 +1,4 @@
-"""Folders of image files: listing, decoding, and reading anew in every epoch where they do not fit in memory."""
+"""Folders of image files: listing, decoding, and reading in every epoch if they do not fit in memory."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FORMATS = {"AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP"}
-"""Pillow's formats that are read, as far as the installed Pillow has them."""
+"""Pillow formats that are read if the installed Pillow supports them."""
 
 SYSTEM_FOLDERS = {"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found", "System Volume Information"}
-"""Folders that operating systems and network drives create; like hidden names they are left out."""
+"""Folders created by operating systems and network drives; they are skipped like hidden files."""
 
 DECODING_THREADS = 4
 
@@ -40,11 +40,11 @@ CHUNK_BYTES = 2**22
 
 @dataclass(frozen=True, eq=False)
 class Paths:
-    """Many paths in one buffer: worker processes would copy a million Python strings as they read them.
+    """Many paths in one buffer, so that worker processes do not copy a Python string per path on access.
 
     Attributes:
-        joined: All paths, one after another.
-        ends: int64, where each path ends.
+        joined: The concatenated paths.
+        ends: End offset of each path, int64.
     """
 
     joined: bytes
@@ -52,7 +52,7 @@ class Paths:
 
     @classmethod
     def of(cls, paths: Sequence[str]) -> Paths:
-        """Join paths."""
+        """Create the buffer from a list of paths."""
         encoded = [os.fsencode(path) for path in paths]
         return cls(b"".join(encoded), np.cumsum([len(path) for path in encoded], dtype=np.int64))
 
@@ -65,7 +65,7 @@ class Paths:
 class _FileDecoder:
     """Decodes image files; each worker process has one.
 
-    With ``count_transparent`` the labels are replaced by 1 for an image with transparency and 0 for others.
+    With ``count_transparent``, labels are replaced by 1 for images with transparency and 0 for others.
     """
 
     paths: Paths
@@ -84,12 +84,12 @@ class _FileDecoder:
 
 @dataclass(frozen=True, eq=False)
 class ImageFolder(LabeledImages):
-    """Labeled image files, decoded when they are needed; see `read_image`.
+    """Labeled image files, decoded on demand; see `read_image`.
 
     Attributes:
-        paths: The files of the whole folder.
-        numbers: int64 (N,), which of the paths belong to this set, in its order.
-        labels: int64 (N,), from 0 on.
+        paths: All files of the folder.
+        numbers: Indices into ``paths`` of this set's images, in order, (N,) int64.
+        labels: Class indices, (N,) int64.
         size: Height and width of the decoded images.
     """
 
@@ -100,7 +100,7 @@ class ImageFolder(LabeledImages):
 
     @classmethod
     def of(cls, files: dict[str, list[str]], size: int) -> ImageFolder:
-        """Return the files of each class, labeled with the position of the class."""
+        """Return a set of all files, labeled with the position of their class in ``files``."""
         labels = [label for label, paths in enumerate(files.values()) for _ in paths]
         paths = Paths.of([path for paths in files.values() for path in paths])
         return cls(paths, torch.arange(len(labels)), torch.tensor(labels), size)
@@ -129,7 +129,7 @@ class ImageFolder(LabeledImages):
         return self.decode()[0]
 
     def decode(self) -> tuple[ImageSet, int]:
-        """Decode all files into memory, in threads; return them and how many of them have transparency.
+        """Decode all files into memory with threads; also return the number of images with transparency.
 
         Raises:
             DeatError: A file cannot be read.
@@ -149,10 +149,10 @@ class ImageFolder(LabeledImages):
         return ImageSet(torch.from_numpy(images), self.labels), transparent
 
     def chunks(self) -> Iterator[tuple[Tensor, int]]:
-        """Yield all images once, in order, decoded by worker processes, a few megabytes at a time.
+        """Yield all images once, in order, decoded by worker processes in chunks of a few megabytes.
 
         Yields:
-            uint8 (n, 3, H, W), and how many of them have transparency.
+            uint8 images (n, 3, H, W), and the number of images with transparency.
 
         Raises:
             DeatError: A file cannot be read.
@@ -163,13 +163,13 @@ class ImageFolder(LabeledImages):
             yield images, int(flags.sum())
 
     def reader(self, device: torch.device | str) -> Reader:
-        """Return a reader whose worker processes decode the batches anew in each epoch."""
+        """Return a reader whose worker processes decode the images in every epoch."""
         return WorkerReader(self._decoder(), device)
 
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """Return the file suffixes, such as ``.png``, of `FORMATS` that the installed Pillow reads."""
+    """Return the file suffixes, such as ``.png``, of those `FORMATS` that the installed Pillow can read."""
     from PIL import Image
 
     Image.init()
@@ -179,7 +179,7 @@ def image_suffixes() -> frozenset[str]:
 
 
 def class_names(root: Path) -> list[str]:
-    """Return the names of the class folders in ``root``, in alphabetical order, without looking into them.
+    """Return the names of the class folders in ``root``, in alphabetical order, without reading the folders.
 
     Raises:
         DeatError: The folder cannot be read.
@@ -193,15 +193,15 @@ def class_names(root: Path) -> list[str]:
 def image_files(root: Path) -> tuple[dict[str, list[str]], Counter[str]]:
     """List the image files of each class, ``<class>/**``.
 
-    Links are followed. Hidden names, `SYSTEM_FOLDERS` and files of other types are left out.
+    Links are followed. Hidden files, `SYSTEM_FOLDERS` and files of other types are skipped.
 
     Returns:
-        The files of each class, classes and files in alphabetical order; and how many files were left out, by reason:
-        "hidden", "outside the class folders", or the suffix.
+        The files of each class, with classes and files in alphabetical order; and the number of skipped files by
+        reason: "hidden", "outside the class folders", or the suffix.
 
     Raises:
-        DeatError: A folder cannot be read or is reached twice through a link, a class has no image or a name that is
-            not UTF-8, or an image is a broken link or no regular file.
+        DeatError: A folder cannot be read or is reached twice through a link, a class has no images or a name that is
+            not UTF-8, or an image is a broken link or not a regular file.
     """
     left_out: Counter[str] = Counter()
     visited: dict[tuple[int, int], str] = {}
@@ -221,8 +221,8 @@ def _class_files(root: Path, name: str, visited: dict[tuple[int, int], str], lef
     files = [os.path.join(folder, file) for folder, inside in folders for file in inside]
     if not files:
         others = describe_left_out(left_out - before)
-        raise DeatError(f"the class folder {root / name} has no image{others and f' ({others})'}: "
-                        "put some there, or remove it")  # fmt: skip
+        raise DeatError(f"the class folder {root / name} has no images{others and f' ({others})'}: "
+                        "add some, or remove it")  # fmt: skip
     return files
 
 
@@ -237,19 +237,19 @@ def _walk(folder: str, visited: dict[tuple[int, int], str], left_out: Counter[st
         elif os.path.isfile(os.path.join(folder, name)):
             images.append(name)
         else:
-            raise DeatError(f"{os.path.join(folder, name)} is a broken link or no regular file: repair or remove it")
+            raise DeatError(f"{os.path.join(folder, name)} is a broken link or not a regular file: repair or remove it")
     yield folder, images
     for name in subfolders:
         yield from _walk(os.path.join(folder, name), visited, left_out)
 
 
 def _scan(folder: str, visited: dict[tuple[int, int], str], left_out: Counter[str]) -> tuple[list[str], list[str]]:
-    """Return the names of a folder's subfolders and files, sorted, without hidden ones; refuse one visited before."""
+    """Return the sorted names of a folder's visible subfolders and files; raise if it was visited before."""
     state = os.stat(folder)
     first = visited.setdefault((state.st_dev, state.st_ino), folder)
-    if first != folder and state.st_ino:  # 0 where a file system has no inode numbers
+    if first != folder and state.st_ino:  # 0 on file systems without inode numbers
         raise DeatError(f"{folder} is the same folder as {first}, through a link: remove the link, "
-                        "which would add the same images again")  # fmt: skip
+                        "which would add the same images twice")  # fmt: skip
     names: tuple[list[str], list[str]] = ([], [])
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -263,17 +263,17 @@ def _scan(folder: str, visited: dict[tuple[int, int], str], left_out: Counter[st
 
 
 def describe_left_out(left_out: Counter[str]) -> str:
-    """Return how many files were left out and why, such as "3 files left out: .heic (2), hidden (1)"; "" for none."""
+    """Return a summary such as "3 files skipped: .heic (2), hidden (1)", "" for none."""
     count = left_out.total()
     reasons = ", ".join(f"{reason} ({number})" for reason, number in left_out.most_common() if number)
-    return f"{count} {'file' if count == 1 else 'files'} left out: {reasons}" if count else ""
+    return f"{count} {'file' if count == 1 else 'files'} skipped: {reasons}" if count else ""
 
 
 def check_utf8(path: str | Path, what: str) -> None:
-    """Refuse a path that is not valid UTF-8, which a run's JSON files could not hold.
+    """Check that a path is valid UTF-8, because a run's JSON files cannot store others.
 
     Raises:
-        DeatError: It is not.
+        DeatError: The path is not valid UTF-8.
     """
     try:
         str(path).encode()
@@ -285,28 +285,28 @@ def check_utf8(path: str | Path, what: str) -> None:
 def read_image(path: Path, size: int) -> NDArray[np.uint8]:
     """Decode an image file to RGB, uint8 (3, size, size).
 
-    It is turned as its EXIF orientation says, transparent pixels are composited on white, and the largest centered
-    square is resized bilinearly. Of several frames the first is taken.
+    The EXIF orientation is applied, transparent pixels are composited on white, and the largest centered square is
+    resized bilinearly. For files with several frames, the first is used.
 
     Raises:
-        DeatError: The file cannot be read, is no image, is damaged, has more than 8 bits per value or more pixels than
-            Pillow decodes.
+        DeatError: The file cannot be read, is not an image, is damaged, or has more than 8 bits per value or more
+            pixels than Pillow decodes.
     """
     return _decode(path, size)[0]
 
 
 def _decode(path: Path, size: int) -> tuple[NDArray[np.uint8], bool]:
-    """Decode as `read_image`; the second value is whether the image has transparent pixels."""
+    """Decode as `read_image` does; also return whether the image has transparent pixels."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
             mode = image.mode
             if mode.startswith(("I", "F")):
-                raise DeatError(f"{path} has more than 8 bits per value, which Pillow cuts off at 255: "
+                raise DeatError(f"{path} has more than 8 bits per value, which Pillow would clip at 255: "
                                 "convert it to 8 bits")  # fmt: skip
             image.load()
-            with contextlib.suppress(Exception):  # damaged EXIF data of an image that is sound
+            with contextlib.suppress(Exception):  # an intact image may have damaged EXIF data
                 ImageOps.exif_transpose(image, in_place=True)
             rgb, transparent = _to_rgb(image)
         pixels = np.asarray(ImageOps.fit(rgb, (size, size), Image.Resampling.BILINEAR))
@@ -315,8 +315,8 @@ def _decode(path: Path, size: int) -> tuple[NDArray[np.uint8], bool]:
     except Image.DecompressionBombError as error:
         pixel_count = re.search(r"\d+", str(error))
         raise DeatError(f"{path} has {pixel_count[0] if pixel_count else 'too many'} pixels, more than Pillow decodes: "
-                        "save it smaller") from error  # fmt: skip
-    # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more for damaged content.
+                        "reduce its size") from error  # fmt: skip
+    # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others for damaged files.
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise DeatError(f"{path} cannot be read: {error.strerror}") from error
@@ -325,7 +325,7 @@ def _decode(path: Path, size: int) -> tuple[NDArray[np.uint8], bool]:
 
 
 def _to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
-    """Convert to RGB, with transparent pixels on white."""
+    """Convert to RGB, compositing transparent pixels on white; also return whether there were any."""
     from PIL import Image
 
     if not image.has_transparency_data:

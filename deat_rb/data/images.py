@@ -1,4 +1,4 @@
-"""Labeled images in memory or in files, subsets and splits of them."""
+"""Labeled images in memory or in files, and their subsets and splits."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from deat_rb.utils.seeding import generator
 
 
 class Reader(Protocol):
-    """Reads one batch after another to a device."""
+    """Interface for reading batches to a device."""
 
     def __call__(self, order: Tensor | None, windows: Sequence[slice]) -> Iterator[tuple[Tensor, Tensor]]:
         """Read batches.
 
         Args:
-            order: (N,) int64 on the CPU, the positions of all images in the order of the epoch; None for 0 to N - 1.
-            windows: The part of the order that forms each batch.
+            order: Indices of all images in the order of the epoch, (N,) int64 on the CPU; None for 0 to N - 1.
+            windows: The slice of ``order`` for each batch.
 
         Yields:
             uint8 images (n, C, H, W) and int64 labels (n,).
@@ -33,10 +33,10 @@ class Reader(Protocol):
 
 
 class LabeledImages(ABC):
-    """Images of one size with their labels: in memory (`ImageSet`) or in files (`ImageFolder`).
+    """Images of equal size with labels, in memory (`ImageSet`) or in files (`ImageFolder`).
 
     Attributes:
-        labels: int64 of shape (N,), from 0 on.
+        labels: Class indices, (N,) int64.
     """
 
     labels: Tensor
@@ -48,7 +48,7 @@ class LabeledImages(ABC):
 
     @abstractmethod
     def _part(self, chosen: slice | Tensor) -> Self:
-        """Return the images at some positions."""
+        """Return the images at the chosen positions."""
 
     @abstractmethod
     def in_memory(self) -> ImageSet:
@@ -56,7 +56,7 @@ class LabeledImages(ABC):
 
     @abstractmethod
     def chunks(self) -> Iterator[tuple[Tensor, int]]:
-        """Yield all images once, in order, uint8 (n, C, H, W), each time with the number of transparent ones."""
+        """Yield all images once, in order, as uint8 (n, C, H, W), with the number of images with transparency."""
 
     @abstractmethod
     def reader(self, device: torch.device | str) -> Reader:
@@ -67,7 +67,7 @@ class LabeledImages(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all decoded images."""
+        """Total size of the decoded images in bytes."""
         return len(self) * math.prod(self.shape)
 
     def select(self, indices: Tensor | Sequence[int]) -> Self:
@@ -75,13 +75,13 @@ class LabeledImages(ABC):
         return self._part(torch.as_tensor(indices, dtype=torch.int64))
 
     def first(self, count: int) -> Self:
-        """Return the first images, as a view.
+        """Return the first ``count`` images, without copying them.
 
         Raises:
             DeatError: ``count`` is below 1 or above the number of images.
         """
         if not 1 <= count <= len(self):
-            raise DeatError(f"the first {count} of {len(self)} images do not exist: give 1 to {len(self)}")
+            raise DeatError(f"cannot take the first {count} of {len(self)} images: give 1 to {len(self)}")
         return self._part(slice(count))
 
     def tensors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -102,11 +102,11 @@ class ImageSet(LabeledImages):
     """Labeled images in memory, one byte per value.
 
     Attributes:
-        images: uint8 of shape (N, C, H, W), 0 to 255.
-        labels: int64 of shape (N,), from 0 on.
+        images: Images (N, C, H, W), uint8.
+        labels: Class indices, (N,) int64.
 
     Raises:
-        DeatError: A shape or dtype is another, the lengths differ, or a label is negative.
+        DeatError: A shape or dtype is wrong, the lengths differ, or a label is negative.
     """
 
     images: Tensor
@@ -116,7 +116,7 @@ class ImageSet(LabeledImages):
         if self.images.ndim != 4 or self.images.dtype != torch.uint8:
             raise DeatError(
                 f"an ImageSet takes uint8 images of shape (N, C, H, W), not {_describe(self.images)}: "
-                "convert images in [0, 1] by (255 * images).round().to(torch.uint8)"
+                "convert images in [0, 1] with (255 * images).round().to(torch.uint8)"
             )
         _check_labels(self.labels, len(self.images), None)
 
@@ -134,24 +134,24 @@ class ImageSet(LabeledImages):
         return self
 
     def chunks(self) -> Iterator[tuple[Tensor, int]]:
-        """Yield all images once; transparency is not known any more."""
+        """Yield all images at once; the number with transparency, unknown after decoding, is given as 0."""
         yield self.images, 0
 
     def reader(self, device: torch.device | str) -> Reader:
-        """Return a reader; the images are moved to the device first if it has room for them."""
+        """Return a reader, after moving the images to the device if they fit."""
         device = torch.device(device)
         place = device if fits_on_device(self.nbytes, device) else torch.device("cpu")
         return _InMemoryReader(self.images.to(place), self.labels.to(place), device)
 
 
 def fits_on_device(size: int, device: torch.device) -> bool:
-    """Return whether ``size`` bytes of images may stay on a device: at most a quarter of a GPU's free memory."""
+    """Return whether ``size`` bytes of images may be kept on a device: at most a quarter of a GPU's free memory."""
     return device.type != "cuda" or size <= torch.cuda.mem_get_info(device)[0] // 4
 
 
 @dataclass(frozen=True, eq=False)
 class _InMemoryReader:
-    """Gathers batches where the images are, and moves them to the device."""
+    """Gathers batches on the images' device and moves them to the target device."""
 
     images: Tensor
     labels: Tensor
@@ -171,13 +171,13 @@ def train_val_split(train: Images, size: int, *, seed: int) -> tuple[Images, Ima
     Args:
         train: The images to split.
         size: The number of validation images.
-        seed: Decides which images are held out.
+        seed: Seed of the split.
 
     Returns:
         Training and validation images, both in the order of ``train``.
 
     Raises:
-        DeatError: ``size`` is below 1 or leaves no training image.
+        DeatError: ``size`` is below 1 or leaves no training images.
     """
     if not 1 <= size < len(train):
         raise DeatError(
@@ -193,7 +193,7 @@ def subset(train: Images, size: int, seed: int) -> Images:
     Args:
         train: The images to choose from.
         size: The number of images.
-        seed: Decides which images are chosen.
+        seed: Seed of the choice.
 
     Raises:
         DeatError: ``size`` is below 1 or above the number of images.
@@ -207,9 +207,9 @@ def subset(train: Images, size: int, seed: int) -> Images:
 
 
 def _stratified(labels: Tensor, size: int, stream: torch.Generator) -> Tensor:
-    """Choose ``size`` positions, stratified by class: a mask (N,).
+    """Choose ``size`` positions, stratified by class, and return a mask (N,).
 
-    The classes' shares are rounded down; the classes with the largest remainders get one more.
+    Class counts are rounded down, and the classes with the largest remainders get one more.
     """
     counts = torch.bincount(labels)
     shares = size * counts // len(labels)
@@ -223,9 +223,9 @@ def _stratified(labels: Tensor, size: int, stream: torch.Generator) -> Tensor:
 
 
 def interleave_classes(images: Images) -> Images:
-    """Reorder images that are sorted by class so that the classes take turns, and the first are of all classes.
+    """Interleave the classes of images that are sorted by class, so that the first images cover all classes.
 
-    Images in another order stay as they are, because RobustBench also takes the first ones.
+    Images in any other order are not reordered: RobustBench, too, evaluates the first ones.
     """
     labels = images.labels
     if not bool((labels.diff() >= 0).all()):

@@ -1,4 +1,4 @@
-"""Normalization constants: mean and standard deviation per channel, of images in [0, 1]."""
+"""Normalization constants of datasets: mean and standard deviation per channel, for images in [0, 1]."""
 
 from __future__ import annotations
 

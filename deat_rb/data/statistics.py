@@ -20,10 +20,10 @@ from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import read_json, write_json
 
 Progress = Callable[[int, int], None]
-"""Callback with the number of decoded images and of all images."""
+"""Callback that receives the number of decoded images and the total number."""
 
 CACHE_VERSION = "2"
-"""Part of the cache's key; raised when images are decoded in another way."""
+"""Part of the cache key; increased when decoding changes."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class DatasetStatistics:
     """Results of one pass over all images.
 
     Attributes:
-        fingerprint: SHA-256 over all decoded images, labels and class names.
-        mean: Of the training images per channel, in [0, 1].
-        std: Likewise.
-        transparent: How many images have transparent pixels.
+        fingerprint: SHA-256 of all decoded images, labels and class names.
+        mean: Mean of the training images per channel, in [0, 1] units.
+        std: Standard deviation of the training images per channel, in [0, 1] units.
+        transparent: Number of images with transparent pixels.
     """
 
     fingerprint: str
@@ -51,7 +51,7 @@ def compute_statistics(
     normalization: Normalization | None = None,
     progress: Progress | None = None,
 ) -> DatasetStatistics:
-    """Compute the statistics chunk by chunk, with the same result for images in memory and in files.
+    """Compute the statistics chunk by chunk; the result is the same for images in memory and in files.
 
     Args:
         train: The training images.
@@ -94,35 +94,35 @@ def _mean_and_std(counts: Tensor) -> Normalization:
         shares = channel.double() / channel.sum()
         mean = (shares * values).sum()
         means.append(mean.item())
-        # A constant channel has deviation 0, by which the model would divide.
+        # A constant channel has standard deviation 0, by which the model would divide.
         stds.append(max((shares * (values - mean) ** 2).sum().sqrt().item(), 1 / 255))
     return tuple(means), tuple(stds)
 
 
 class StatisticsCache:
-    """The statistics of image files in the user's cache folder: computing them can take minutes.
+    """Cache of the statistics of image files in the user's cache folder, since computing them can take minutes.
 
-    They are valid until the path within the folder, the size, or the time of modification or change of any file
-    differs. Nothing is written beside the images, and a cache that cannot be read or written is ignored.
+    An entry is valid until any file's relative path, size, mtime or ctime changes. Nothing is written to the image
+    folder, and a cache that cannot be read or written is ignored.
     """
 
     def __init__(self, root: Path, train: ImageFolder, test: ImageFolder, classes: tuple[str, ...]) -> None:
-        """Look up the state of the files below ``root``.
+        """Derive the cache key from the state of the files in ``root``.
 
         Raises:
-            DeatError: A file does not exist any more.
+            DeatError: A file cannot be read, for instance because it was removed.
         """
         self._parts = train, test, classes
         self._path = _cache_folder() / f"{_state_key(root, train, test, classes)}.json"
 
     def read(self) -> DatasetStatistics | None:
-        """Return the cached statistics, if there are any."""
+        """Return the cached statistics, None if there are none."""
         with contextlib.suppress(DeatError, ValidationError):
             return TypeAdapter(DatasetStatistics).validate_python(read_json(self._path))
         return None
 
     def write(self, statistics: DatasetStatistics) -> None:
-        """Store statistics."""
+        """Write statistics to the cache."""
         with contextlib.suppress(DeatError, OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._path, asdict(statistics))
@@ -141,13 +141,13 @@ class StatisticsCache:
 
 
 def _cache_folder() -> Path:
-    """Return the folder of the XDG base directory specification."""
+    """Return the cache folder according to the XDG base directory specification."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (base if base.is_absolute() else Path(os.path.expanduser("~/.cache"))) / "deat-rb" / "statistics"
 
 
 def _state_key(root: Path, train: ImageFolder, test: ImageFolder, classes: tuple[str, ...]) -> str:
-    """Return a key that changes with any file and with what decodes them."""
+    """Return a key that depends on the state of every file, the class names and the decoder."""
     import PIL
 
     digest = hashlib.sha256(repr((CACHE_VERSION, PIL.__version__, train.size, classes)).encode())

@@ -1,4 +1,4 @@
-"""Worker processes that decode image files ahead of training, on torch's DataLoader."""
+"""Worker processes that decode image files in advance, based on torch's DataLoader."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from deat_rb.utils.errors import DeatError
 MAX_WORKERS = 16
 
 BATCHES_AHEAD = 2
-"""Batches that each worker decodes in advance; bounds the memory."""
+"""Number of batches that each worker decodes in advance; limits memory use."""
 
 Decoder = Callable[[list[int]], tuple[NDArray[np.uint8], NDArray[np.int64]]]
-"""Decodes the images at some positions: (n, C, H, W) and labels (n,). It is sent to the workers, so it must pickle."""
+"""Function that decodes the images at given positions to (n, C, H, W) and labels (n,); it must be picklable."""
 
 
 def worker_count() -> int:
-    """Return the number of decoding processes: the usable cores over the ranks on this machine, at most 16."""
+    """Return the number of worker processes: usable cores divided by the ranks on this machine, 1 to 16."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     local = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return min(max(usable // (int(local) if local.isdecimal() and int(local) else 1), 1), MAX_WORKERS)
 
 
 class WorkerReader:
-    """Reads batches that worker processes decode ahead, in the requested order.
+    """Reads batches, decoded in advance by worker processes, in the requested order.
 
-    The workers start with the first batch, stay for the next epochs and end with this object. Two iterations at the
-    same time have workers of their own.
+    The workers are started with the first batch, reused in later epochs and ended with this object. Concurrent
+    iterations use separate workers.
     """
 
     def __init__(self, decode: Decoder, device: torch.device | str) -> None:
-        """Store the arguments; no process is started yet.
+        """Store the arguments without starting workers.
 
         Args:
-            decode: Called by the workers.
+            decode: Function that the workers call to decode images.
             device: Device of the batches.
         """
         self._decode = decode
@@ -54,10 +54,10 @@ class WorkerReader:
         self._idle: list[DataLoader[Any]] = []
 
     def __call__(self, order: Tensor | None, windows: Sequence[slice]) -> Iterator[tuple[Tensor, Tensor]]:
-        """See `deat_rb.data.images.Reader`.
+        """Read batches; see `deat_rb.data.images.Reader`.
 
         Raises:
-            DeatError: An image cannot be decoded, or the worker processes cannot be started or were killed.
+            DeatError: An image cannot be decoded, or a worker process cannot be started or was killed.
         """
         loader: Any = self._idle.pop() if self._idle else self._new_loader()
         batches: Any = None
@@ -75,22 +75,22 @@ class WorkerReader:
             raise
         except OSError as error:
             raise DeatError(
-                f"worker processes that decode images cannot be started ({error.strerror or error}): raise the limits "
-                "of this machine, or keep the data in memory with a larger --memory-limit"
+                f"worker processes for decoding images cannot be started ({error.strerror or error}): raise the limits "
+                "of this machine, or increase --memory-limit to keep the images in memory"
             ) from error
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
             spawned = multiprocessing.get_start_method() != "fork"
-            guard = "; a script needs `if __name__ == '__main__':` around its code" if spawned else ""
+            guard = "; in a script, put the code under `if __name__ == '__main__':`" if spawned else ""
             raise DeatError(
-                f"a worker process that decodes images ended ({str(error).partition(chr(10))[0]}): see whether memory "
-                f"ran out, or keep the data in memory with a larger --memory-limit{guard}"
+                f"a worker process for decoding images ended ({str(error).partition(chr(10))[0]}): check whether "
+                f"memory ran out, or increase --memory-limit to keep the images in memory{guard}"
             ) from error
         else:
             self._idle.append(loader)
         finally:
-            loader = batches = None  # a traceback would keep them, and the workers, alive
+            loader = batches = None  # otherwise a traceback would keep them and the workers alive
 
     def _new_loader(self) -> DataLoader[Any]:
         return DataLoader(
@@ -103,7 +103,7 @@ class WorkerReader:
             pin_memory=self._device.type == "cuda",
             collate_fn=_unchanged,
             worker_init_fn=_initialize_worker,
-            # For the workers' seeds; by default they are drawn from the global generator, which attacks use.
+            # Used for the workers' seeds; by default they are drawn from the global generator, which attacks use.
             generator=torch.Generator(),
         )
 
@@ -113,7 +113,7 @@ def _positions(order: Tensor | None, window: slice) -> list[int]:
 
 
 class _PositionSampler:
-    """Yields the positions of one batch after another; they are set for each iteration."""
+    """Sampler that yields the positions of each batch; ``positions`` is set before every iteration."""
 
     positions: Iterable[list[int]] = ()
 
@@ -123,7 +123,7 @@ class _PositionSampler:
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """A decoded batch, sent through a pipe as NumPy arrays: containers limit shared memory, which tensors would use."""
+    """A decoded batch of NumPy arrays, sent through a pipe: tensors would use shared memory, which containers limit."""
 
     images: Any
     labels: Any
@@ -139,7 +139,7 @@ class _Batch:
 
 @dataclass(frozen=True, eq=False)
 class _DecodedBatches(Dataset[Any]):
-    """Decodes in a worker. An error is returned, because DataLoader would put a traceback into a raised one."""
+    """Dataset that decodes in a worker; errors are returned, because DataLoader adds a traceback to raised ones."""
 
     decode: Decoder
 
@@ -156,7 +156,7 @@ def _unchanged(batch: Any) -> Any:
 
 @contextmanager
 def _sigint_blocked() -> Iterator[None]:
-    """Keep Ctrl-C from a worker that starts and does not ignore it yet: it inherits the blocked signal."""
+    """Block SIGINT while workers start, until they ignore the signal themselves; they inherit the signal mask."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -168,9 +168,9 @@ def _sigint_blocked() -> Iterator[None]:
 
 
 def _initialize_worker(worker: int) -> None:
-    """Ignore Ctrl-C, which the training process handles, and end with that process.
+    """Ignore Ctrl-C, which the training process handles, and exit when that process ends.
 
-    DataLoader's own check of the parent does not reach a worker whose batch nobody takes out of the pipe any more.
+    DataLoader's own check of the parent never runs in a worker that is blocked writing a batch to the pipe.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()

@@ -73,7 +73,7 @@ def test_starting_at_continues_an_epoch(start: int) -> None:
 
 @pytest.mark.parametrize("start", [-1, 4])
 def test_refuses_to_continue_where_there_is_nothing(start: int) -> None:
-    with pytest.raises(DeatError, match=f"3 batches has no batch {start} to continue from"):
+    with pytest.raises(DeatError, match=f"cannot continue from batch {start}: the epoch has 3"):
         Batches(grids(20), 8).starting_at(start)
 
 
@@ -179,5 +179,5 @@ def test_divided_does_not_copy_the_images() -> None:
 
 @pytest.mark.parametrize(("rank", "processes"), [(-1, 2), (2, 2), (0, 0)])
 def test_divided_refuses_ranks_that_do_not_exist(rank: int, processes: int) -> None:
-    with pytest.raises(DeatError, match=f"rank {rank} of {processes} is not possible"):
+    with pytest.raises(DeatError, match=f"rank {rank} is out of range: with {processes} ranks"):
         Batches(grids(8), 4).divided(rank, processes)

@@ -23,7 +23,7 @@ def test_check_batch_accepts_images_in_the_unit_range() -> None:
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (IMAGES * 4 - 2, r"not in \[-2, 2\]: .* normalization belongs in the model"),
+        (IMAGES * 4 - 2, r"not in \[-2, 2\]: .* move normalization into the model"),
         (IMAGES + 0.01, r"not in \[0.01, 1.01\]"),
         (IMAGES * 255, r"not in \[0, 255\]: divide by 255"),
         (IMAGES * 1.00001, r"not in \[0, 1\.00001\d*\]: divide by 255"),
@@ -32,8 +32,8 @@ def test_check_batch_accepts_images_in_the_unit_range() -> None:
         (IMAGES * float("nan"), "contain NaN"),
         (IMAGES.where(IMAGES < 1, float("nan")), "contain NaN"),
         (IMAGES.where(IMAGES < 1, float("inf")), r"not in \[0, inf\]"),
-        ((IMAGES * 255).byte(), "not uint8 of shape .* divide images of 0 to 255 by 255"),
-        ((IMAGES * 255).long(), "not int64 of shape .* divide images of 0 to 255 by 255"),
+        ((IMAGES * 255).byte(), "not uint8 of shape .* convert to float and divide by 255"),
+        ((IMAGES * 255).long(), "not int64 of shape .* convert to float and divide by 255"),
         (IMAGES[0], r"\(N, C, H, W\) .* not float32 of shape \(3, 2, 2\)"),
         (IMAGES[:0], r"not be empty, not float32 of shape \(0, 3, 2, 2\)"),
     ],
@@ -46,12 +46,12 @@ def test_check_batch_refuses_images(images: Tensor, message: str) -> None:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (torch.tensor([0, 3]), "label 3 is out of range: labels are 0 to 2, as there are 3 classes"),
-        (torch.tensor([-1, 2]), "label -1 is out of range: labels are 0 to 2"),
-        (torch.tensor([0.0, 1.0]), r"int64 class numbers of shape \(N,\), not float32 of shape \(2,\)"),
+        (torch.tensor([0, 3]), "label 3 is out of range: labels must be 0 to 2 for 3 classes"),
+        (torch.tensor([-1, 2]), "label -1 is out of range: labels must be 0 to 2"),
+        (torch.tensor([0.0, 1.0]), r"int64 class indices of shape \(N,\), not float32 of shape \(2,\)"),
         (torch.tensor([0, 1], dtype=torch.int32), "not int32"),
         (torch.eye(2).long(), r"not int64 of shape \(2, 2\)"),
-        (torch.tensor([0, 1, 2]), "2 images have 3 labels"),
+        (torch.tensor([0, 1, 2]), "there are 2 images but 3 labels"),
     ],
 )
 def test_check_batch_refuses_labels(labels: Tensor, message: str) -> None:

@@ -33,7 +33,7 @@ def test_load_data_refuses_unknown_names(name: str, message: str) -> None:
 
 @pytest.mark.parametrize("name", ["digits", "cifar10", "cifar100"])
 def test_load_data_refuses_other_sizes_of_datasets_of_one_size(name: str) -> None:
-    with pytest.raises(DeatError, match=f"--image-size 64 is not possible: the images of {name} are 32x32"):
+    with pytest.raises(DeatError, match=f"--image-size 64 is invalid: the images of {name} are 32x32"):
         load_data(name, image_size=64)
 
 
@@ -42,13 +42,15 @@ def test_dataset_refuses_labels_without_a_class(part: str) -> None:
     images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     good, bad = ImageSet(images, torch.tensor([0, 1])), ImageSet(images, torch.tensor([0, 2]))
     train, test = (bad, good) if part == "training" else (good, bad)
-    with pytest.raises(DeatError, match=f"mine has the {part} label 2, out of range: its 2 classes are 0 to 1"):
+    with pytest.raises(
+        DeatError, match=f"mine has the {part} label 2, which is out of range: labels of its 2 classes must be 0 to 1"
+    ):
         Dataset("mine", train, test, ("a", "b"), STATISTICS, False)
 
 
 def test_dataset_refuses_one_class() -> None:
     data = ImageSet(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 0]))
-    with pytest.raises(DeatError, match="mine has only one class, a: two or more are needed"):
+    with pytest.raises(DeatError, match="mine has only one class, a: at least two are needed"):
         Dataset("mine", data, data, ("a",), STATISTICS, False)
 
 

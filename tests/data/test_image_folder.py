@@ -160,7 +160,7 @@ def test_read_image_names_a_damaged_image(folder: Path, content: bytes | str) ->
 
 def test_image_files_refuses_a_broken_link(folder: Path) -> None:
     (folder / "train" / "red" / "gone.png").symlink_to(folder / "gone.png")
-    with pytest.raises(DeatError, match=r"gone\.png is a broken link or no regular file"):
+    with pytest.raises(DeatError, match=r"gone\.png is a broken link or not a regular file"):
         load(folder)
 
 
@@ -177,25 +177,25 @@ def test_image_files_refuses_a_class_without_images(folder: Path, part: str) -> 
         (folder / name / "yellow").mkdir()
     write_image(folder / {"train": "test", "test": "train"}[part] / "yellow" / "0.png", (255, 255, 0))
     (folder / part / "yellow" / "notes.txt").write_text("no image")
-    with pytest.raises(DeatError, match=f"{folder / part / 'yellow'} has no image"):
+    with pytest.raises(DeatError, match=f"{folder / part / 'yellow'} has no images"):
         load(folder)
 
 
 def test_folder_refuses_fewer_than_two_classes(tmp_path: Path) -> None:
     for part in ("train", "test"):
         (tmp_path / part).mkdir()
-    with pytest.raises(DeatError, match="train has no class: two or more are needed"):
+    with pytest.raises(DeatError, match="train has no classes: at least two are needed"):
         load(tmp_path)
     for part in ("train", "test"):
         write_image(tmp_path / part / "red" / "0.png", (255, 0, 0))
-    with pytest.raises(DeatError, match="train has only one class, red: two or more are needed"):
+    with pytest.raises(DeatError, match="train has only one class, red: at least two are needed"):
         load(tmp_path)
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_folder_refuses_different_classes_in_train_and_test(folder: Path, part: str) -> None:
     write_image(folder / part / "yellow" / "0.png", (255, 255, 0))
-    with pytest.raises(DeatError, match=r"the class 'yellow' is under only one of .*train and .*test"):
+    with pytest.raises(DeatError, match=r"the class 'yellow' is in only one of .*train and .*test"):
         load(folder)
 
 
@@ -212,7 +212,7 @@ def test_image_files_leaves_out_hidden_and_system_names_and_counts_them(folder: 
     assert class_names(folder / "train") == list(data.classes)
     assert (data.classes, data.fingerprint) == (before.classes, before.fingerprint)
     assert data.left_out == {"hidden": 12}
-    assert data.notes == ("12 files left out: hidden (12)",)
+    assert data.notes == ("12 files skipped: hidden (12)",)
 
 
 def test_image_files_counts_files_of_other_types_by_suffix(folder: Path) -> None:
@@ -222,14 +222,14 @@ def test_image_files_counts_files_of_other_types_by_suffix(folder: Path) -> None
     _, left_out = image_files(folder / "train")
     assert left_out == {".heic": 2, ".txt": 1, "no suffix": 1}
     (note,) = load(folder).notes
-    assert note.startswith("5 files left out: .heic (2), ")
+    assert note.startswith("5 files skipped: .heic (2), ")
     assert "outside the class folders (1)" in note
 
 
 def test_image_files_of_a_class_of_other_types_says_which(folder: Path) -> None:
     for path in (folder / "train" / "red").iterdir():
         path.rename(path.with_suffix(".heic"))
-    with pytest.raises(DeatError, match=r"red has no image \(5 files left out: \.heic \(5\)\): put some there"):
+    with pytest.raises(DeatError, match=r"red has no images \(5 files skipped: \.heic \(5\)\): add some"):
         load(folder)
 
 
@@ -260,7 +260,7 @@ def test_image_files_refuses_a_link_to_itself_and_a_pipe(folder: Path) -> None:
         load(folder)
     (folder / "train" / "red" / "self").unlink()
     os.mkfifo(folder / "train" / "red" / "pipe.png")
-    with pytest.raises(DeatError, match=r"pipe\.png is a broken link or no regular file"):
+    with pytest.raises(DeatError, match=r"pipe\.png is a broken link or not a regular file"):
         load(folder)
 
 
@@ -310,7 +310,7 @@ def test_folder_refuses_names_that_are_not_utf8(folder: Path, tmp_path: Path) ->
 def test_folder_names_classes_that_differ_in_unicode_normalization(folder: Path) -> None:
     write_image(folder / "train" / "caf\u00e9" / "0.png", (1, 2, 3))
     write_image(folder / "test" / "cafe\u0301" / "0.png", (1, 2, 3))
-    with pytest.raises(DeatError, match=r"under only one of .*spelled with other Unicode characters there"):
+    with pytest.raises(DeatError, match=r"in only one of .*in different Unicode normalization forms"):
         load(folder)
 
 
@@ -391,13 +391,13 @@ def test_folder_counts_images_with_transparency(
     transparent("LA").save(folder / "test" / "red" / "a.png")
     Image.new("RGBA", (32, 32), (255, 0, 0, 255)).save(folder / "train" / "red" / "opaque.png")
     data = load_data("folder", data_dir=folder, memory_limit=memory_limit)
-    assert data.notes == ("2 images have transparency, composited on white",)
+    assert data.notes == ("2 images have transparency and were composited on white",)
 
 
 def test_read_image_names_the_limit_of_a_huge_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     upright().save(tmp_path / "a.png")
-    with pytest.raises(DeatError, match=r"a\.png has 2048 pixels, more than Pillow decodes: save it smaller"):
+    with pytest.raises(DeatError, match=r"a\.png has 2048 pixels, more than Pillow decodes: reduce its size"):
         read_image(tmp_path / "a.png", 16)
 
 

@@ -31,7 +31,7 @@ def test_first_returns_the_first_images() -> None:
 
 @pytest.mark.parametrize("count", [0, 7, -1])
 def test_first_refuses_other_counts(count: int) -> None:
-    with pytest.raises(DeatError, match=f"first {count} of 6 images do not exist: give 1 to 6"):
+    with pytest.raises(DeatError, match=f"first {count} of 6 images: give 1 to 6"):
         image_set((3, 3)).first(count)
 
 
@@ -42,7 +42,7 @@ def test_first_refuses_other_counts(count: int) -> None:
         (torch.zeros(2, 4, 4).byte(), torch.zeros(2).long(), r"not uint8 of shape \(2, 4, 4\)"),
         (torch.zeros(2, 3, 4, 4).byte(), torch.zeros(2).int(), r"int64 .* not int32 of shape \(2,\)"),
         (torch.zeros(2, 3, 4, 4).byte(), torch.zeros(2, 1).long(), r"not int64 of shape \(2, 1\)"),
-        (torch.zeros(2, 3, 4, 4).byte(), torch.zeros(3).long(), "2 images have 3 labels"),
+        (torch.zeros(2, 3, 4, 4).byte(), torch.zeros(3).long(), "there are 2 images but 3 labels"),
         (torch.zeros(2, 3, 4, 4).byte(), torch.tensor([0, -1]), "label -1 is out of range"),
     ],
 )

@@ -157,7 +157,7 @@ def exit_at_once(positions: list[int]) -> Any:
 def test_worker_reader_ends_with_one_sentence_when_a_worker_dies() -> None:
     read = WorkerReader(exit_at_once, "cpu")(None, [slice(0, 1)])
     with pytest.raises(
-        DeatError, match=r"a worker process that decodes images ended \(DataLoader worker .*memory ran out"
+        DeatError, match=r"a worker process for decoding images ended \(DataLoader worker .*memory ran out"
     ):
         next(read)
 

@@ -224,7 +224,7 @@ def bad_input() -> Iterator[tuple[str, dict[str, object], str]]:
     yield "bytes", {"images": (images * 255).byte()}, "255"
     yield "nan", {"images": images / 0 * 0}, "NaN"
     yield "label", {"labels": labels + 1}, "label 2 is out of range"
-    yield "count", {"labels": labels[:3]}, "8 images have 3 labels"
+    yield "count", {"labels": labels[:3]}, "there are 8 images but 3 labels"
     yield "eps negative", {"eps": -0.1}, "eps = -0.1 is outside"
     yield "eps text", {"eps": "8 px"}, "'8 px' is not a number"
     yield "eps zero division", {"eps": "8/0"}, "'8/0' divides by zero"

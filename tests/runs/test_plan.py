@@ -322,7 +322,7 @@ def test_plan_lines_say_which_files_of_a_folder_were_left_out(image_folder: Path
         "method": "pgd-1", "arch": "wrn-10-1", "dataset": "folder", "data_dir": str(folder), "val_size": 8,
         "batch_size": 8, "device": "cpu",
     })).lines()  # fmt: skip
-    assert ("files", "2 files left out: hidden (1), .heic (1)") in lines
+    assert ("files", "2 files skipped: hidden (1), .heic (1)") in lines
 
 
 def test_plan_refuses_an_init_from_path_that_is_not_utf8(tmp_path: Path) -> None:

@@ -239,11 +239,11 @@ def test_fit_trains_and_validates_torchscript(script: Callable[[nn.Module], nn.M
 LATER: dict[str, tuple[Any, str]] = {
     "ignored labels": ((IMAGES, torch.full_like(LABELS, -100)), "label -100 is out of range"),
     "negative labels": ((IMAGES, LABELS - 1), "label -1 is out of range"),
-    "labels too high": ((IMAGES, LABELS + 4), "label 7 is out of range: labels are 0 to 3"),
+    "labels too high": ((IMAGES, LABELS + 4), "label 7 is out of range: labels must be 0 to 3"),
     "0 to 255": ((IMAGES * 255, LABELS), r"images must be in \[0, 1\], not in .* divide by 255"),
     "uint8": (((IMAGES * 255).byte(), LABELS), "images must be floating-point"),
     "empty": ((IMAGES[:0], LABELS[:0]), "not be empty"),
-    "fewer labels": ((IMAGES, LABELS[:3]), "12 images have 3 labels"),
+    "fewer labels": ((IMAGES, LABELS[:3]), "there are 12 images but 3 labels"),
     "dict": ({"x": IMAGES}, "a dict with the keys x"),
     "None": (None, "a NoneType"),
     "float64": ((IMAGES.double(), LABELS), "does not take torch.float64 images"),
