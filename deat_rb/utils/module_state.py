@@ -57,7 +57,7 @@ class _State:
         self.values = [(tensor, tensor.detach().clone()) for tensor in tensors]
 
     def restore(self) -> None:
-        """Restore what has changed; what has not is not written."""
+        """Restore changed values; unchanged tensors are not written."""
         for module, training in self.modes:
             module.training = training
         for current_buffers, saved_buffers in self.buffers:
@@ -81,7 +81,7 @@ class _State:
 
 _lock = threading.Lock()
 _users: dict[int, tuple[_State, Counter[int]]] = {}
-"""Of each model in `preserve_state`: its state before, and how often each thread has entered."""
+"""State and number of entries per thread of each model inside `preserve_state`, by the model's id."""
 
 
 @contextmanager

@@ -95,7 +95,7 @@ except DeatError as error:
     print(error)
 """)
     assert "robustbench cannot be imported" in result.stdout, result.stderr
-    assert "'setuptools<82', whose pkg_resources it needs" in result.stdout
+    assert "'setuptools<82' (robustbench needs its pkg_resources)" in result.stdout
 
 
 def test_pkg_resources_is_installed() -> None:
