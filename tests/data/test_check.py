@@ -34,8 +34,8 @@ def test_check_batch_accepts_images_in_the_unit_range() -> None:
         (IMAGES.where(IMAGES < 1, float("inf")), r"not in \[0, inf\]"),
         ((IMAGES * 255).byte(), "not uint8 of shape .* convert to float and divide by 255"),
         ((IMAGES * 255).long(), "not int64 of shape .* convert to float and divide by 255"),
-        (IMAGES[0], r"\(N, C, H, W\) .* not float32 of shape \(3, 2, 2\)"),
-        (IMAGES[:0], r"not be empty, not float32 of shape \(0, 3, 2, 2\)"),
+        (IMAGES[0], r"\(N, C, H, W\), not float32 of shape \(3, 2, 2\)"),
+        (IMAGES[:0], r"non-empty tensor .*, not float32 of shape \(0, 3, 2, 2\)"),
     ],
 )
 def test_check_batch_refuses_images(images: Tensor, message: str) -> None:

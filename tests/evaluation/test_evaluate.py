@@ -251,7 +251,7 @@ def bad_input() -> Iterator[tuple[str, dict[str, object], str]]:
     yield "channels", {"images": images.repeat(1, 3, 1, 1)}, r"does not take torch.float32 images of 3x2x2 on cpu"
     yield "double", {"images": images.double()}, "does not take torch.float64 images"
     yield "labels with a fraction", {"labels": labels.float()}, "labels must be int64"
-    yield "no images", {"images": images[:0], "labels": labels[:0]}, "not be empty"
+    yield "no images", {"images": images[:0], "labels": labels[:0]}, "non-empty tensor"
     yield "infinite", {"images": images / 0}, "NaN|inf"
     yield "arrays", {"images": images.numpy()}, "must be tensors, not ndarray"
     yield "device", {"device": "tpu9"}, "there is no device 'tpu9'"

@@ -242,7 +242,7 @@ LATER: dict[str, tuple[Any, str]] = {
     "labels too high": ((IMAGES, LABELS + 4), "label 7 is out of range: labels must be 0 to 3"),
     "0 to 255": ((IMAGES * 255, LABELS), r"images must be in \[0, 1\], not in .* divide by 255"),
     "uint8": (((IMAGES * 255).byte(), LABELS), "images must be floating-point"),
-    "empty": ((IMAGES[:0], LABELS[:0]), "not be empty"),
+    "empty": ((IMAGES[:0], LABELS[:0]), "non-empty tensor"),
     "fewer labels": ((IMAGES, LABELS[:3]), "there are 12 images but 3 labels"),
     "dict": ({"x": IMAGES}, "a dict with the keys x"),
     "None": (None, "a NoneType"),
