@@ -72,7 +72,7 @@ def test_write_json_and_read_json_round_trip(tmp_path: Path) -> None:
 
 
 def test_write_json_refuses_nan(tmp_path: Path) -> None:
-    with pytest.raises(DeatError, match="no NaN"):
+    with pytest.raises(DeatError, match="JSON does not support NaN"):
         files.write_json(tmp_path / "a.json", {"loss": float("nan")})
     assert os.listdir(tmp_path) == []
 
