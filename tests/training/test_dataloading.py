@@ -49,7 +49,7 @@ IMAGES, LABELS = images_and_labels()
 
 
 BAD_BATCHES: dict[str, tuple[Any, str]] = {
-    "over one": ((IMAGES * 255, LABELS), r"must be in \[0, 1\], not in .*normali[sz]ation belongs in the model"),
+    "over one": ((IMAGES * 255, LABELS), r"must be in \[0, 1\], not in .*move normali[sz]ation into the model"),
     "under zero": ((IMAGES - 0.5, LABELS), r"must be in \[0, 1\]"),
     "NaN": ((IMAGES / 0 * 0, LABELS), "NaN"),
     "label too high": ((IMAGES, LABELS + 1), "label 4 is out of range: labels must be 0 to 3"),
