@@ -1,7 +1,6 @@
-"""The training machine: trainer base class, epoch loop, callbacks, engine, learning rates, checkpoints and validation.
+"""Training infrastructure: trainer base class, epoch loop, callbacks, engine, learning rates, checkpoints, validation.
 
-What every method needs to be trained belongs here. What only one method needs belongs to `deat_rb.methods`; files of a
-run belong to `deat_rb.runs`.
+Code shared by all methods belongs here, method-specific code in `deat_rb.methods`, and run files in `deat_rb.runs`.
 """
 
 from __future__ import annotations

@@ -25,10 +25,10 @@ class SurrogateLoss:
     """The loss that a trainer minimizes.
 
     Attributes:
-        name: The name in tables and configurations.
-        function: ``(adv_logits, labels)`` or, where ``needs_clean``, ``(adv_logits, labels, clean_logits)`` to the
+        name: Name in tables and configurations.
+        function: Maps ``(adv_logits, labels)``, or ``(adv_logits, labels, clean_logits)`` if ``needs_clean``, to the
             loss per example (N,).
-        needs_clean: Whether the loss takes the clean images' logits.
+        needs_clean: Whether the loss needs the logits of the clean images.
     """
 
     name: str
@@ -40,14 +40,14 @@ class Schedule:
     """Number of attack steps per epoch; the base class keeps it constant.
 
     Args:
-        steps: Steps of the first epoch.
+        steps: Attack steps in the first epoch.
         max_steps: Upper bound; None for no bound.
 
     Attributes:
-        steps: Steps of the next epoch.
+        steps: Attack steps in the next epoch.
 
     Raises:
-        DeatError: If a number is negative or the bound is below the first epoch's steps.
+        DeatError: ``steps`` is negative or not a whole number, or ``max_steps`` is below the steps of the first epoch.
     """
 
     guided = False
@@ -61,14 +61,14 @@ class Schedule:
         self.max_steps = max_steps
 
     def update(self, stats: EpochStats) -> None:
-        """Set ``steps`` for the next epoch from the statistics of the epoch that has ended."""
+        """Set ``steps`` for the next epoch, given the metrics of the epoch that has ended."""
 
     def alpha(self, alpha: float, eps: float) -> float:
-        """Return the step size of the next epoch, given the method's own."""
+        """Return the step size for the next epoch, given the method's base step size."""
         return alpha
 
     def total_steps(self, epochs: int) -> int | None:
-        """Return the sum of the steps of ``epochs`` epochs, or None if it depends on the training statistics."""
+        """Return the total steps over ``epochs`` epochs, or None if they depend on the training metrics."""
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class Schedule:
         """Restore a `state_dict`.
 
         Raises:
-            ValueError: If it does not belong to this schedule.
+            ValueError: ``steps`` is invalid.
         """
         if not isinstance(state["steps"], int) or state["steps"] < 0:
             raise ValueError(f"steps = {state['steps']!r} is not a whole number of 0 or more")
@@ -91,7 +91,7 @@ class Schedule:
 
 
 class Constant(Schedule):
-    """Constant number of steps: FREE-r, PGD-N, U-FGSM, FAT, TRADES, MART."""
+    """Constant number of attack steps, as in FREE-r, PGD-N, U-FGSM, FAT, TRADES and MART."""
 
     def __init__(self, steps: int = 1) -> None:
         super().__init__(steps)
@@ -103,11 +103,11 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class Stop:
-    """The decision of a stopping rule to end training.
+    """Decision of a stopping rule to end training.
 
     Attributes:
-        reason: One sentence, recorded in the metrics.
-        keep: The epoch (from 1) whose weights are the result.
+        reason: Reason in one sentence, recorded in the metrics.
+        keep: Epoch (1-based) whose weights are the result.
     """
 
     reason: str
@@ -115,19 +115,19 @@ class Stop:
 
 
 class StoppingRule:
-    """Base of the rules that decide after each epoch whether training ends; this one never ends it.
+    """Base class of rules that decide after each epoch whether to end training; the base class never does.
 
     Attributes:
-        lookback: How many epochs' weights to keep, so that those of `Stop.keep` are available.
-        validation_steps: Steps of the PGD attack on the rule's own batch after each epoch, whose accuracy is
-            ``stop_robust_acc``; 0 for a rule that needs none.
+        lookback: Number of newest epochs whose weights are kept; `Stop.keep` must be one of them.
+        validation_steps: Steps of the PGD attack that measures ``stop_robust_acc`` on a fixed batch after each epoch; 0
+            for none.
     """
 
     lookback = 2
     validation_steps = 0
 
     def update(self, stats: EpochStats) -> Stop | None:
-        """Return a `Stop` if the epoch that has ended is the last, else None."""
+        """Return a `Stop` if training should end after this epoch, else None."""
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -145,18 +145,18 @@ class TrainerBase(StatelessAttack):
     """A method of adversarial training: an attack, a surrogate loss, a step schedule and a stopping rule.
 
     Args:
-        attack: Generates the adversarial examples; the model it attacks is the one that is trained.
+        attack: Generates the adversarial examples; the model that it attacks is trained.
         loss: The surrogate loss.
-        schedule: The attack's steps per epoch; by default constant.
-        stopping: The stopping rule, if any.
+        schedule: Attack steps per epoch; by default constant.
+        stopping: The stopping rule; None for none.
         name: The method's name.
 
     Attributes:
-        crafter: The attack.
-        base_alpha: The attack's own step size, which a guided schedule may raise; None if it has none.
+        crafter: The attack that generates the adversarial examples.
+        base_alpha: Initial step size of the attack, which a guided schedule may raise; None if the attack has none.
 
     Raises:
-        DeatError: If ``attack`` is not an attack with an eps, or a schedule is given and the attack has no steps.
+        DeatError: ``attack`` is not an attack with an eps, or a schedule is given but the attack has no steps.
     """
 
     def __init__(
@@ -170,12 +170,12 @@ class TrainerBase(StatelessAttack):
     ) -> None:
         if isinstance(attack, TrainerBase):
             raise DeatError(
-                f"attack: '{attack.attack}' is a trainer already (an attack is needed); use that trainer, or pass its "
+                f"attack must be an attack, but '{attack.attack}' is already a trainer: use that trainer, or pass its "
                 "attack, trainer.crafter"
             )
         if not isinstance(attack, Attack):
             what = attack.__name__ if isinstance(attack, type) else type(attack).__name__
-            raise DeatError(f"attack: {what} (an instance of torchattacks.attack.Attack, such as deat_rb.PGD(model))")
+            raise DeatError(f"attack must be a torchattacks.attack.Attack such as deat_rb.PGD(model), not {what}")
         super().__init__(name or type(self).__name__, attack.model)
         self.crafter = attack
         self.device = attack.device
@@ -185,8 +185,8 @@ class TrainerBase(StatelessAttack):
         has_steps = isinstance(getattr(attack, "steps", None), int)
         if schedule is not None and not has_steps:
             raise DeatError(
-                f"{attack.attack} has no steps, so a schedule cannot set them; "
-                "use an attack that has, such as torchattacks.PGD"
+                f"{attack.attack} has no steps that a schedule could set; use an attack with steps, such as "
+                "torchattacks.PGD"
             )
         self.schedule = schedule or Constant(attack.steps if has_steps else 1)
         self.stopping = stopping
@@ -196,7 +196,7 @@ class TrainerBase(StatelessAttack):
         self.apply_schedule()
 
     def set_replay_lr(self, rate: Callable[[float], float] | None) -> None:
-        """Set the learning rate as a function of the fraction of the current batch that is done; `fit` calls this."""
+        """Set the learning rate as a function of the progress in [0, 1] within the current batch; called by `fit`."""
         self._rate = rate
 
     @property
@@ -206,12 +206,12 @@ class TrainerBase(StatelessAttack):
 
     @property
     def alpha(self) -> float | None:
-        """The attack's step size in the current epoch; None if it takes no step."""
+        """The attack's step size in the current epoch; None if it takes no steps."""
         return getattr(self.crafter, "alpha", None) if self.steps else None
 
     @property
     def steps(self) -> int:
-        """The steps r of the current epoch; setting them sets the schedule."""
+        """The attack steps r of the current epoch; setting them changes the schedule."""
         return self.schedule.steps
 
     @steps.setter
@@ -222,21 +222,21 @@ class TrainerBase(StatelessAttack):
         self.apply_schedule()
 
     def reset_schedule(self) -> None:
-        """Undo what an earlier `fit` changed in the schedule and the stopping rule; steps set since then stay."""
+        """Reset the schedule and the stopping rule to their state before the first `fit`, but keep ``steps`` if set."""
         if self._first is None:
             self._first = deepcopy(self.state_dict())
         else:
             self.load_state_dict(deepcopy(self._first))
 
     def apply_schedule(self) -> None:
-        """Set the attack's steps and step size to those of the schedule for the next epoch."""
+        """Set the attack's steps and step size as scheduled for the next epoch."""
         if hasattr(self.crafter, "steps"):
             self.crafter.steps = self.schedule.steps
         if self.base_alpha is not None:
             self.crafter.alpha = self.schedule.alpha(self.base_alpha, self.eps)
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        """Generate adversarial examples with the current epoch's attack; `__call__` restores the model's state."""
+        """Generate adversarial examples with the current epoch's attack; `__call__` also restores the model's state."""
         adv: Tensor = self.crafter(inputs, labels, *args, **kwargs)
         return adv.detach()
 
@@ -254,12 +254,12 @@ class TrainerBase(StatelessAttack):
         """Check that the model takes images in [0, 1].
 
         Raises:
-            DeatError: After `set_normalization_used`.
+            DeatError: `set_normalization_used` was called.
         """
         if self.normalization_used is not None or self.crafter.normalization_used is not None:
             raise DeatError(
-                "training takes images in [0, 1], so that eps is in pixel units: put the normalization into the model, "
-                "as deat_rb.build_model does, in place of set_normalization_used"
+                "training needs images in [0, 1], so that eps is in pixel units: make the normalization part of the "
+                "model, as deat_rb.build_model does, instead of calling set_normalization_used"
             )
 
     def check_attack(self, images: Tensor) -> None:
@@ -269,7 +269,7 @@ class TrainerBase(StatelessAttack):
             images: In [0, 1], (N, C, H, W), on the model's device.
 
         Raises:
-            DeatError: If the attack cannot be used for training.
+            DeatError: The attack cannot be used for training.
         """
 
     @abstractmethod
@@ -282,21 +282,21 @@ class TrainerBase(StatelessAttack):
             images: In [0, 1], (N, C, H, W), on the model's device.
             labels: (N,).
             optimizer: Optimizer of the model's parameters.
-            engine: Precision and distribution; by default fp32 on the images' device.
+            engine: Device, precision and ranks; by default fp32 on the images' device and a single rank.
 
         Returns:
             The batch's statistics.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the method's state besides the weights, as JSON values."""
+        """Return the state of the schedule and the stopping rule, as JSON values."""
         return {
             "schedule": self.schedule.state_dict(),
             "stopping": self.stopping.state_dict() if self.stopping else None,
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the method's state tensors."""
+        """Return the method's tensors, other than the model's, for `load_state_dict`."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor] = MappingProxyType({})) -> None:

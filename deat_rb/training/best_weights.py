@@ -1,4 +1,4 @@
-"""Best weights: the callback that remembers, writes and finally selects the weights of epochs."""
+"""Best weights: the callback that keeps and saves the best and last weights, and loads the selected ones at the end."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from deat_rb.training.state import EpochWeights, TrainingState
 
 
 class BestWeights(Callback):
-    """Keep the weights of the most robust epoch on validation and of the newest epochs.
+    """Keep the weights of the epoch with the highest robust validation accuracy and of the newest epochs.
 
-    The best epoch is the one of highest robust accuracy, then of highest natural accuracy, then the first. When a
-    stopping rule ends training, the epochs after the one that it keeps are dropped.
+    Ties go to the higher natural accuracy, then to the earlier epoch. When a stopping rule ends training, the epochs
+    after the one that it keeps are dropped.
 
     Args:
-        select: Whose weights the model holds after training: ``best`` or ``last``.
+        select: The weights to load into the model after training: ``best`` or ``last``.
     """
 
     def __init__(self, select: str) -> None:
         self.select = select
         self.written: dict[str, int] = {}
-        """The epochs whose weights the files of the run hold."""
+        """The epoch in each weights file of the run."""
 
     def on_fit_start(self, state: TrainingState) -> None:  # noqa: D102
         self.state = state
@@ -47,7 +47,7 @@ class BestWeights(Callback):
         self.state.model.load_state_dict(weights)
 
     def write(self) -> None:
-        """Write the best and the last weights to their files where these hold those of another epoch."""
+        """Write the best and the last weights to the run, unless its files already hold them."""
         run = self.state.run
         if run is None:
             return

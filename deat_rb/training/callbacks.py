@@ -10,7 +10,7 @@ from deat_rb.training.state import TrainingState
 
 
 class Action(IntEnum):
-    """What happens between two batches; of all ranks' and callbacks' requests the highest one is carried out."""
+    """Action between two batches; the highest one that any callback on any rank requests is carried out."""
 
     CONTINUE = 0
     SAVE = 1
@@ -19,26 +19,26 @@ class Action(IntEnum):
 
 
 class Callback:
-    """Hooks that the training loop calls, in the order of the list of callbacks; each does nothing by default.
+    """Hooks of the training loop, which calls the callbacks in the order given; each hook does nothing by default.
 
-    Callbacks given to `fit` run on rank 0 alone, so they must not communicate with other ranks. Reading a tensor's
-    value in a hook waits for the device.
+    Callbacks given to `fit` run on rank 0 only, so they must not communicate with other ranks. Reading a tensor's value
+    in a hook synchronizes with the device.
     """
 
     def on_fit_start(self, state: TrainingState) -> None:
-        """Run before training starts or resumes; ``state`` stays up to date from here on."""
+        """Run before training starts or resumes; the loop keeps ``state`` up to date from then on."""
 
     def on_epoch_start(self, epoch: int, epochs: int, batches: int, steps: int) -> None:
         """Run before epoch ``epoch`` of ``epochs``, which has ``batches`` batches and ``steps`` attack steps."""
 
     def on_batch_start(self) -> None:
-        """Run when a batch is on the device, before its training step."""
+        """Run before the training step of a batch, which is on the device."""
 
     def on_step_end(self, stats: BatchStats) -> None:
-        """Run after the training step of a batch, before its statistics are added to the epoch's."""
+        """Run after the training step of a batch, before its statistics are added to those of the epoch."""
 
     def on_batch_end(self, sums: EpochAccumulator) -> None:
-        """Run after each batch; ``sums`` are over the epoch so far."""
+        """Run after each batch; ``sums`` covers the epoch so far."""
 
     def requested_action(self) -> Action:
         """Return what to do before the next batch."""
@@ -51,16 +51,16 @@ class Callback:
         """Run after the last batch of an epoch, before validation."""
 
     def on_validation_start(self) -> None:
-        """Run before validation, which rank 0 alone does."""
+        """Run before validation, on rank 0 only."""
 
     def on_validation_end(self, row: EpochStats) -> None:
-        """Run after validation; this hook may still set fields of the epoch's metrics."""
+        """Run after validation; the hook may still change the epoch's metrics ``row``."""
 
     def on_epoch_end(self, row: EpochStats) -> None:
-        """Run at the end of an epoch, which is in the history by then."""
+        """Run at the end of an epoch, after its metrics were added to the history."""
 
     def on_warning(self, message: str) -> None:
-        """Handle a warning; training goes on."""
+        """Handle a warning; training continues."""
 
     def on_fit_end(self, history: History) -> None:
         """Run when training has ended without an error; the model holds the selected weights."""

@@ -1,7 +1,7 @@
 """Checkpoint files: the whole training state in one safetensors file, written atomically.
 
-The header has JSON facts, a SHA-256 over tensors and facts, and the number of the format. Loading a checkpoint never
-executes code. Random number generators are not stored: every stream is derived from the seed, the epoch and the batch.
+The header holds JSON metadata, a SHA-256 of tensors and metadata, and the format version. Loading a checkpoint never
+executes code. No random number generator is stored: random numbers are derived from the seed, the epoch and the batch.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from deat_rb.utils.errors import DeatError, UnwritableError
 from deat_rb.utils.safe_load import save_tensors, sha256_tensors
 
 KEEP = 2
-"""How many checkpoints of a run are kept."""
+"""Number of checkpoints kept per run."""
 
 FORMAT = "2"
-"""The format that `deat_rb.training.state` writes; format 1 had neither this number nor a configuration."""
+"""Format version written by `deat_rb.training.state`; format 1 had no version and no configuration."""
 
 _NAME = re.compile(r"\d{8}\.safetensors", re.ASCII)
 
@@ -36,8 +36,8 @@ class Checkpoint:
 
     Attributes:
         tensors: Tensors by name, with a prefix such as ``model.`` or ``momentum.``.
-        facts: JSON values.
-        path: The file it was read from, if any.
+        facts: JSON metadata.
+        path: File from which it was read, if any.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -49,12 +49,12 @@ class Checkpoint:
         self.tensors.update({f"{prefix}.{name}": tensor.detach() for name, tensor in tensors.items()})
 
     def take(self, prefix: str) -> dict[str, Tensor]:
-        """Return the tensors under a prefix, without it."""
+        """Return the tensors under a prefix, by their names without the prefix."""
         start = f"{prefix}."
         return {name.removeprefix(start): tensor for name, tensor in self.tensors.items() if name.startswith(start)}
 
     def put_optimizer(self, optimizer: Optimizer) -> None:
-        """Add SGD's momentum buffers, by the index of the parameter."""
+        """Add SGD's momentum buffers, named by the index of the parameter."""
         buffers = [optimizer.state[p].get("momentum_buffer") for p in _parameters(optimizer)]
         self.put("momentum", {str(index): buffer for index, buffer in enumerate(buffers) if buffer is not None})
 
@@ -70,7 +70,7 @@ class Checkpoint:
         """Return the tensors under a prefix.
 
         Raises:
-            ValueError: Their names, types and shapes are not those of ``expected``.
+            ValueError: Their names, types or shapes differ from ``expected``.
         """
         tensors = self.take(prefix)
         for name in sorted(tensors.keys() | expected.keys()):
@@ -92,7 +92,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint under the next number and delete all but the newest two.
 
     Raises:
-        UnwritableError: It cannot be written; the earlier ones are kept.
+        UnwritableError: The file cannot be written; earlier checkpoints are kept.
     """
     try:
         folder.mkdir(exist_ok=True)
@@ -110,17 +110,17 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
 
 
 def newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """Load the newest checkpoint that is undamaged.
+    """Load the newest undamaged checkpoint.
 
     Args:
-        folder: The folder of the checkpoints.
-        warn: Called with a sentence for each damaged one.
+        folder: Folder of the checkpoints.
+        warn: Called with a message for each damaged checkpoint.
 
     Returns:
-        The checkpoint, or None where there is none yet.
+        The checkpoint, or None if there is none yet.
 
     Raises:
-        DeatError: All of them are damaged, or one has another format than this version's.
+        DeatError: All checkpoints are damaged, or one has a different format version.
     """
     paths = _numbered(folder)
     for path in reversed(paths):
@@ -129,14 +129,14 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         except DeatError:
             raise
         except _DAMAGED as error:
-            warn(f"{path} is damaged ({error}); the one before it is used")
+            warn(f"{path} is damaged ({error}); the previous checkpoint is used instead")
     if paths:
         raise DeatError(f"all checkpoints in {folder} are damaged, so the run cannot be resumed; start a new run")
     return None
 
 
 _DAMAGED = (SafetensorError, OSError, KeyError, ValueError, RecursionError)
-"""The errors that reading a damaged file may raise."""
+"""Errors that reading a damaged file may raise."""
 
 
 def _numbered(folder: Path) -> list[Path]:
@@ -149,7 +149,7 @@ def _read(path: Path) -> Checkpoint:
         form = header.get("format", "1")
         if "facts" in header and form != FORMAT:
             raise DeatError(
-                f"{path} has checkpoint format {form:.20}, and this version of deat-rb resumes from format {FORMAT}; "
+                f"{path} has checkpoint format {form:.20}, but this version of deat-rb needs format {FORMAT}; "
                 "resume with the version that wrote it, or start a new run"
             )
         names = file.keys()
@@ -158,7 +158,7 @@ def _read(path: Path) -> Checkpoint:
         raise ValueError("its checksum does not match")
     facts = json.loads(header["facts"])
     if not isinstance(facts, dict):
-        raise ValueError("its facts are not a JSON object")
+        raise ValueError("its metadata is not a JSON object")
     return Checkpoint(tensors, facts, path)
 
 

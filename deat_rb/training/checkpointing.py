@@ -1,4 +1,4 @@
-"""Checkpointing: the callbacks that write a run's metrics and checkpoints, and resume it."""
+"""Checkpointing: the callbacks that write a run's metrics and checkpoints and resume it."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Checkpointing(Callback):
     """Write a checkpoint after each epoch and every few minutes, and resume from the newest one.
 
     Args:
-        run: Where the checkpoints are written.
-        weights: Its files of weights are brought up to date on resuming.
-        save_every: Seconds between two checkpoints within an epoch.
+        run: Storage of the checkpoints.
+        weights: The callback that writes the weights files, which are updated on resuming.
+        save_every: Seconds between checkpoints within an epoch.
         resume: Whether to resume from the run's newest checkpoint.
     """
 
@@ -52,11 +52,11 @@ class Checkpointing(Callback):
             self._restore()
 
     def requested_action(self) -> Action:
-        """Request SAVE when the newest checkpoint is older than ``save_every``."""
+        """Request SAVE if the newest checkpoint is older than ``save_every``."""
         return Action.SAVE if time.monotonic() - self._saved_at > self.save_every else Action.CONTINUE
 
     def on_action(self, action: Action) -> None:
-        """Write a checkpoint before SAVE and STOP."""
+        """Write a checkpoint on SAVE and STOP."""
         if action in (Action.SAVE, Action.STOP):
             self._save()
 
@@ -72,10 +72,10 @@ class Checkpointing(Callback):
         self.state.saved = SavedPosition(path, self.state.epoch, self.state.batch)
 
     def _restore(self) -> None:
-        """Restore the state of the newest checkpoint that is whole; without one, start from the beginning.
+        """Restore the newest undamaged checkpoint; if there is none yet, start from the beginning.
 
         Raises:
-            DeatError: There is none although the run has finished epochs, or it does not fit the run.
+            DeatError: There is no checkpoint although the run has finished epochs, or it does not match the run.
         """
         run, world = self.run, self.state.world
         world.on_main(run.discard_unfinished)

@@ -1,4 +1,4 @@
-"""Checks of the model, the loaders and every batch before they are trained on."""
+"""Checks of the model, the loaders and every batch before training on them."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from deat_rb.utils import seeding
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.module_state import preserve_state
 
-ADVICE = "images must have the shape and type that the model takes, and its output must be the logits (N, K)"
+ADVICE = "images must have a shape and type that the model accepts, and its output must be logits (N, K)"
 
 
 class BatchError(DeatError):
-    """A batch that cannot be trained on, where the earlier ones could."""
+    """Raised for a batch that cannot be used for training."""
 
 
 def check_parameters(model: nn.Module) -> None:
     """Check that a model has parameters to train.
 
     Raises:
-        DeatError: It has none, all are frozen, or some are lazy or inference tensors.
+        DeatError: There are no parameters, all are frozen, or some are lazy or inference tensors.
     """
     if not isinstance(model, nn.Module):
-        raise DeatError(f"model: {type(model).__name__} (a torch.nn.Module that returns logits)")
+        raise DeatError(f"model must be a torch.nn.Module that returns logits, not {type(model).__name__}")
     parameters = list(model.parameters())
     if not parameters:
         raise DeatError("the model has no parameters, so there is nothing to train")
     if any(torch.nn.parameter.is_lazy(tensor) for tensor in (*parameters, *model.buffers())):
-        raise DeatError("the model has lazy layers without weights: forward one batch through it before training")
+        raise DeatError("the model has lazy layers without weights: call it on one batch before training")
     if any(parameter.is_inference() for parameter in parameters):
-        raise DeatError("the model was created inside torch.inference_mode(), so it cannot be trained")
+        raise DeatError("the model was created inside torch.inference_mode() and cannot be trained: create it outside")
     if not any(parameter.requires_grad for parameter in parameters):
         raise DeatError(
             "all parameters of the model are frozen (requires_grad is False), so there is nothing to train: "
@@ -47,10 +47,10 @@ def check_parameters(model: nn.Module) -> None:
 
 
 def check_fit(model: nn.Module) -> None:
-    """Check that a model can be trained here, and saved afterwards.
+    """Check that a model can be trained in the current context and saved afterwards.
 
     Raises:
-        DeatError: It cannot, or gradients are disabled by `torch.inference_mode` or `torch.no_grad`.
+        DeatError: The model cannot be trained, or gradients are disabled by `torch.inference_mode` or `torch.no_grad`.
     """
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         context = "torch.inference_mode()" if torch.is_inference_mode_enabled() else "torch.no_grad()"
@@ -62,17 +62,17 @@ def check_fit(model: nn.Module) -> None:
 class BatchChecker:
     """Checks of the batches of a loader.
 
-    Values that can be read without waiting for an accelerator are checked before the batch is trained on; `InputFlags`
-    records the others.
+    Values on the CPU are checked before training on the batch; those on an accelerator are checked by `InputFlags`,
+    without a device sync.
 
     Args:
         trainer: The method and its model.
         engine: Device, precision and ranks.
-        validation: Whether the batches are forwarded in eval mode only.
+        validation: Whether the batches are for validation, on which the model is run in eval mode only.
 
     Attributes:
-        name: What error messages call the loader.
-        num_classes: The number of the model's outputs, once `check_model` has seen them.
+        name: Name of the loader in error messages.
+        num_classes: Number of outputs of the model; None before `check_model`.
     """
 
     def __init__(self, trainer: TrainerBase, engine: Engine, *, validation: bool = False) -> None:
@@ -84,15 +84,15 @@ class BatchChecker:
         self._kinds: set[tuple[torch.Size, torch.dtype, bool]] = set()
 
     def check_values(self, batch: Any, where: str, *, allow_nan: bool = False) -> Batch:
-        """Return what a loader yields as a pair of images and labels.
+        """Check a batch that the loader yields and return its images and labels.
 
         Args:
-            batch: What the loader yields.
-            where: Names the batch in error messages.
-            allow_nan: Whether images with NaN pass, and are left to `NonFiniteMonitor`.
+            batch: The batch.
+            where: Name of the batch in error messages.
+            allow_nan: Whether to accept images with NaN, which `NonFiniteMonitor` handles.
 
         Raises:
-            BatchError: It is no batch of images and labels.
+            BatchError: It is not a pair of images and labels, or its values are invalid.
         """
         images, labels = _as_pair(batch, self.name, where)
         try:
@@ -109,15 +109,15 @@ class BatchChecker:
         return images, labels
 
     def check_model(self, images: Tensor, labels: Tensor, where: str) -> None:
-        """Check what the model returns in train and in eval mode, once for each shape and type of images.
+        """Check the model's output and gradients on a batch, once for each shape and type of images.
 
         Args:
             images: (N, C, H, W), on the device.
             labels: (N,), on the device.
-            where: Names the batch in error messages.
+            where: Name of the batch in error messages.
 
         Raises:
-            BatchError: The model or the attack cannot be trained with these images.
+            BatchError: The model or the attack does not work with these images.
         """
         kind = images.shape[1:], images.dtype, len(images) == 1
         if kind in self._kinds:
@@ -141,15 +141,15 @@ class BatchChecker:
             reason = str(error)
             if len(images) == 1 and "more than 1 value per channel" in reason:
                 reason = (
-                    "it has a single image, from which BatchNorm cannot compute statistics: use another batch size, or "
-                    "drop_last=True"
+                    "it has a single image, from which BatchNorm cannot compute statistics: use a different batch size "
+                    "or drop_last=True"
                 )
             raise BatchError(f"{where}: {reason}") from None
         self._kinds.add(kind)
         self.num_classes = num_classes
 
     def _check_gradients(self, images: Tensor) -> None:
-        """Check that the logits have gradients with respect to the parameters and, for an attack, the images."""
+        """Check that the logits have gradients with respect to the parameters and, if attacked, the images."""
         inputs = images.detach().clone().requires_grad_()
         trained = [parameter for parameter in self.trainer.model.parameters() if parameter.requires_grad]
         with seeding.preserved():
@@ -158,7 +158,7 @@ class BatchChecker:
             gradient, *gradients = torch.autograd.grad(logits.sum(), [inputs, *trained], allow_unused=True)
             if any(each is not None for each in gradients) and (gradient is not None or not self.trainer.steps):
                 return
-        raise DeatError("the model's logits have no gradient: remove no_grad() and detach() from its forward")
+        raise DeatError("the model's logits have no gradient: remove no_grad() and detach() from its forward method")
 
 
 def _as_pair(batch: Any, name: str, where: str) -> Batch:
@@ -167,16 +167,16 @@ def _as_pair(batch: Any, name: str, where: str) -> Batch:
         images, labels = batch
         if isinstance(labels, Integral) or (isinstance(labels, Tensor) and labels.ndim == 0):
             raise BatchError(
-                f"{needed}, and this one yields single examples, as a Dataset does: give "
+                f"{needed}, but it yields single examples, as a Dataset does: use "
                 "torch.utils.data.DataLoader(dataset, batch_size=128, shuffle=True)"
             )
         if isinstance(images, Tensor) and isinstance(labels, Tensor):
             return images, labels
-    raise BatchError(f"{needed}, and this one yields {_describe(batch)}")
+    raise BatchError(f"{needed}, but it yields {_describe(batch)}")
 
 
 def _describe(batch: Any) -> str:
-    """Describe what a loader yields."""
+    """Describe the type of a batch."""
     if isinstance(batch, Mapping):
         return f"a {type(batch).__name__} with the keys {', '.join(map(str, batch))}"
     if isinstance(batch, tuple | list):
@@ -185,18 +185,18 @@ def _describe(batch: Any) -> str:
 
 
 class InputFlags:
-    """On-device record of the first batch of an epoch with an image outside of [0, 1] or a label out of range."""
+    """On-device record of the first batch in an epoch with an image value outside [0, 1] or a label out of range."""
 
-    WATCHED = ("an image has values outside of [0, 1]", "a label is negative or not below the number of classes")
+    WATCHED = ("an image has values outside [0, 1]", "a label is negative or not below the number of classes")
 
     def __init__(self) -> None:
         self._first: Tensor | None = None
 
     def note(self, images: Tensor, labels: Tensor, num_classes: int | None, batch: int) -> Tensor:
-        """Record a batch, from 0.
+        """Record whether a batch, numbered from 0, is invalid.
 
         Returns:
-            The labels, clamped to the classes: an invalid one would end an accelerator's context.
+            The labels, clamped to valid classes, because an invalid label would crash the CUDA context.
         """
         low, high = images.detach().aminmax()
         clamped = labels.clamp(0, None if num_classes is None else num_classes - 1)
@@ -207,7 +207,7 @@ class InputFlags:
         return clamped
 
     def found(self) -> tuple[int, str] | None:
-        """Return the first bad batch, from 1, and what is wrong with it; waits for the device."""
+        """Return the first invalid batch, numbered from 1, and the reason; synchronizes with the device."""
         first = [] if self._first is None else self._first.tolist()
         bad = [(batch + 1, what) for batch, what in zip(first, self.WATCHED, strict=False) if batch >= 0]
         return min(bad) if bad else None

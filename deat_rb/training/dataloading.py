@@ -19,17 +19,17 @@ Check = Callable[[Any, int], Batch]
 
 
 def check_loader(loader: Iterable[Any], name: str) -> None:
-    """Check that a loader can be iterated, without creating an iterator, which would start a DataLoader's workers.
+    """Check that a loader is iterable, without creating an iterator, which would start a DataLoader's workers.
 
     Raises:
-        DeatError: It cannot.
+        DeatError: It is not iterable.
     """
     if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
-        raise DeatError(f"{name} ({type(loader).__name__}) cannot be iterated; give an iterable such as a DataLoader")
+        raise DeatError(f"{name} ({type(loader).__name__}) is not iterable; use an iterable such as a DataLoader")
 
 
 def count_batches(loader: Iterable[Any]) -> int:
-    """Return the number of batches of an epoch; a loader without a length is read once to count them."""
+    """Return the number of batches per epoch; a loader without a length is iterated once to count them."""
     with contextlib.suppress(TypeError):  # len() of a DataLoader over an IterableDataset raises
         if isinstance(loader, Sized):
             return len(loader)
@@ -49,7 +49,7 @@ class ShardedLoader:
         self.world = world
 
     def epoch_batches(self, epoch: int, batch: int, seed: int, check: Check) -> Iterator[tuple[Batch, int]]:
-        """Yield as `epoch_batches` does.
+        """Iterate like the function `epoch_batches`.
 
         Raises:
             DeatError: A batch has fewer images than there are ranks.
@@ -57,18 +57,18 @@ class ShardedLoader:
         for (images, labels), total in epoch_batches(self.loader, epoch, batch, seed, check):
             if total < self.world.size:
                 raise DeatError(
-                    f"a batch of {total} images cannot be divided among {self.world.size} ranks; "
-                    "drop short batches (drop_last), or start fewer ranks"
+                    f"a batch of {total} images cannot be split among {self.world.size} ranks; "
+                    "drop short batches with drop_last=True, or use fewer ranks"
                 )
             part = self.world.share(total)
             yield (images[part], labels[part]), total
 
 
 class PreShardedLoader:
-    """One rank's share of each batch of a loader that can load the share alone.
+    """One rank's share of each batch, from a loader that can load only that share.
 
     Args:
-        loader: Has the methods ``divided`` and ``examples_in`` of `deat_rb.data.batches.Batches`.
+        loader: A loader with the methods ``divided`` and ``examples_in`` of `deat_rb.data.batches.Batches`.
         world: The ranks.
     """
 
@@ -76,7 +76,7 @@ class PreShardedLoader:
         self.loader = loader.divided(world.rank, world.size)
 
     def epoch_batches(self, epoch: int, batch: int, seed: int, check: Check) -> Iterator[tuple[Batch, int]]:
-        """Yield as `epoch_batches` does."""
+        """Iterate like the function `epoch_batches`."""
         for number, (part, _) in enumerate(epoch_batches(self.loader, epoch, batch, seed, check), start=batch):
             yield part, self.loader.examples_in(number)
 
@@ -85,26 +85,26 @@ Loader = Iterable[Any] | ShardedLoader | PreShardedLoader
 
 
 def shard(loader: Iterable[Any], world: World) -> Loader:
-    """Return the loader of this rank's shares; with one rank the loader itself."""
+    """Return a loader of this rank's share of each batch; with a single rank, the loader itself."""
     if world.size == 1:
         return loader
     return PreShardedLoader(loader, world) if hasattr(loader, "divided") else ShardedLoader(loader, world)
 
 
 def epoch_batches(loader: Loader, epoch: int, batch: int, seed: int, check: Check) -> Iterator[tuple[Batch, int]]:
-    """Iterate over the batches of an epoch from batch number ``batch`` on, from 0.
+    """Iterate over the batches of an epoch, starting with number ``batch``.
 
-    A loader without ``starting_at`` is read from its beginning, and the earlier batches are discarded.
+    If a loader has no ``starting_at``, it is iterated from its beginning, and the earlier batches are discarded.
 
     Args:
-        loader: What `shard` returns.
-        epoch: The epoch, from 1.
-        batch: The first batch, from 0.
+        loader: A loader returned by `shard`.
+        epoch: The epoch, numbered from 1.
+        batch: The first batch, numbered from 0.
         seed: The seed of the run.
-        check: Returns what the loader yields as a checked batch, given its number; see `BatchChecker.check_values`.
+        check: Checks a batch, given the batch and its number, and returns it; see `BatchChecker.check_values`.
 
     Yields:
-        A batch, or this rank's share of it, and the number of examples of the global batch.
+        A batch, or this rank's share of it, and the number of examples in the global batch.
     """
     if isinstance(loader, ShardedLoader | PreShardedLoader):
         yield from loader.epoch_batches(epoch, batch, seed, check)
@@ -120,7 +120,7 @@ def epoch_batches(loader: Loader, epoch: int, batch: int, seed: int, check: Chec
 
 
 def _seeded(batches: Iterator[Any], epoch: int, first: int, seed: int) -> Iterator[Any]:
-    """Seed torch's generators before each batch, so that what a loader draws depends on epoch and batch alone."""
+    """Seed torch's generators before each batch, so that a loader's random numbers depend only on epoch and batch."""
     for number in itertools.count():
         seeding.seed_global(seed, "load", epoch, number)
         try:
@@ -135,19 +135,19 @@ def materialize(checker: BatchChecker, loader: Iterable[Any]) -> Batch:
     """Return all images and labels of a validation loader as one batch on the device.
 
     Raises:
-        DeatError: There are none, or they cannot be used.
+        DeatError: The loader yields no batch, or the batches are invalid.
     """
     check_loader(loader, checker.name)
     batches = [
         checker.check_values(batch, f"validation batch {number}") for number, batch in enumerate(loader, start=1)
     ]
     if not batches:
-        raise DeatError("the validation loader yields no batch; give validation images or no val_loader")
+        raise DeatError("the validation loader yields no batches; give validation images, or omit val_loader")
     kinds = {(images.shape[1:], images.dtype): None for images, _ in batches}
     if len(kinds) > 1:
         (first, _), (other, _) = list(kinds)[:2]
         what = f"{tuple(first)} and {tuple(other)}" if first != other else "different types"
-        raise DeatError(f"the validation images must have one shape and type, not {what}; resize or convert them")
+        raise DeatError(f"the validation images must have one shape and one type, not {what}; resize or convert them")
     images, labels = checker.engine.to_device(
         torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
     )

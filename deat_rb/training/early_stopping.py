@@ -12,7 +12,7 @@ class EarlyStopping(Callback):
     """Apply a stopping rule after each epoch.
 
     Args:
-        rule: The rule.
+        rule: The stopping rule.
         enabled: Whether the rule ends training; otherwise its decision is only recorded in the metrics.
     """
 

@@ -16,7 +16,7 @@ from torch.optim import SGD, Optimizer
 from deat_rb.utils.devices import Precision, check_sync_bn
 from deat_rb.utils.distributed import World
 
-# `Engine.sync_buffers` averages the buffers instead; torch 2.15 renamed the argument.
+# Turned off because `Engine.sync_buffers` averages the buffers; torch 2.15 renamed the argument.
 _OWN_BUFFERS: dict[str, Any] = {
     name: False
     for name in ("forward_sync_buffers", "broadcast_buffers")
@@ -33,16 +33,16 @@ class Engine:
     Args:
         device: Where to train.
         precision: fp32, or bf16 or fp16 with autocast; fp16 also scales the loss.
-        world: The ranks that train together; by default this one alone.
+        world: The ranks that train together; by default a single one.
         compiled: Whether the model is compiled with `torch.compile`.
         sync_bn: Whether BatchNorm computes its statistics over all ranks instead of per rank.
 
     Attributes:
-        loss_scale: The fixed loss scale of deat-rb's own attacks, so that fp16 gradients do not underflow.
-        global_batch: The number of examples of the current batch over all ranks; None: as many as on this rank.
+        loss_scale: Fixed loss scale in deat-rb's own attacks, so that fp16 gradients do not underflow.
+        global_batch: Number of examples in the current batch over all ranks; None if all are on this rank.
 
     Raises:
-        DeatError: ``sync_bn`` on a CPU.
+        DeatError: ``sync_bn`` is set on a CPU.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class Engine:
         self._replica: nn.Module | None = None
 
     def sgd(self, parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float) -> SGD:
-        """Return SGD for parameters on the device; on a GPU the fused one, which unscales without a device sync.
+        """Return SGD for parameters on the device; on a GPU the fused version, which unscales without a device sync.
 
-        The momentum buffers are zeros from the start: a first step that the loss scaler skips on overflow would leave
-        them uninitialized.
+        The momentum buffers are initialized with zeros here: if the loss scaler skipped the first step on overflow,
+        fused SGD would leave them uninitialized.
         """
         trained = list(parameters)
         fused = self.device.type == "cuda"
@@ -87,7 +87,7 @@ class Engine:
         return torch.autocast(self.device.type, self._dtype)
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Move a model to the device, convolutions in channels_last."""
+        """Move a model to the device, with its convolutions in channels_last memory format."""
         if self.sync_bn and self.world.size > 1:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return model.to(self.device).to(memory_format=torch.channels_last)
@@ -97,9 +97,9 @@ class Engine:
         """Prepare a model for training: device, DistributedDataParallel and torch.compile."""
         self.prepare(model)
         if self.world.size > 1:
-            # Attacks call the model itself: the replica expects a backward pass per forward pass.
+            # Attacks call the model itself, because DDP expects a backward pass after each forward pass.
             self._replica = DistributedDataParallel(model, **_OWN_BUFFERS)
-        # Compile forward alone: adding and removing hooks, such as the probe's, then does not recompile.
+        # Compile only forward, so that adding or removing hooks, such as the probe's, does not recompile.
         compiled = torch.compile(model.forward) if self.compiled else None
         try:
             with fast_gpu_math(self.device), _replace_forward(model, compiled):
@@ -115,7 +115,7 @@ class Engine:
             yield
 
     def ddp_model(self, model: nn.Module) -> nn.Module:
-        """Return the module to forward for an update, whose gradients are averaged over all ranks."""
+        """Return the module to call in a training step; its gradients are averaged over all ranks."""
         return self._replica or model
 
     def sync_buffers(self, model: nn.Module) -> None:
@@ -124,9 +124,9 @@ class Engine:
             self.world.average(model.buffers())
 
     def loss_divisor(self, count: int) -> float:
-        """Return the number that the loss sum of this rank's ``count`` examples is divided by.
+        """Return the divisor of the summed loss of this rank's ``count`` examples.
 
-        The mean of all ranks' quotients is the mean loss of the global batch.
+        The mean of the quotients over all ranks is the mean loss of the global batch.
         """
         return (count if self.global_batch is None else self.global_batch) / self.world.size
 
@@ -134,12 +134,12 @@ class Engine:
         """Return copies of a batch on the device, the images in channels_last."""
         images = images.detach()
         moved = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-        if moved.data_ptr() == images.data_ptr():  # a model or an attack may write to what it is given
+        if moved.data_ptr() == images.data_ptr():  # a model or an attack may modify its input in place
             moved = moved.clone()
         return moved, labels.to(self.device, non_blocking=True)
 
     def rank_slice(self, count: int) -> slice:
-        """Return which examples of the global batch this rank's ``count`` examples are."""
+        """Return the slice of the global batch that holds this rank's ``count`` examples."""
         return self.world.share(count if self.global_batch is None else self.global_batch)
 
     def all_gather(self, rows: Tensor) -> Tensor:
@@ -156,11 +156,11 @@ class Engine:
         Args:
             losses: Loss per example, (N,).
             optimizer: The optimizer of the model's parameters.
-            images: The images that were forwarded, (N, C, H, W).
+            images: The model's input, (N, C, H, W).
 
         Returns:
-            The gradient at ``images`` from the same backward pass, unscaled; zeros where ``images`` is not a leaf that
-            requires one. Multiplied by `loss_divisor` it is the gradient of each example's own loss.
+            The gradient with respect to ``images`` from the same backward pass, unscaled; zeros if ``images`` is not a
+            leaf that requires grad. Multiplied by `loss_divisor`, it is the gradient of each example's loss.
         """
         loss = losses.sum() / self.loss_divisor(len(losses))
         optimizer.zero_grad(set_to_none=True)
@@ -168,7 +168,7 @@ class Engine:
         scaled.backward()
         gradient = torch.zeros_like(images) if images.grad is None else images.grad
         if self.scaler.is_enabled():
-            # get_scale() would wait for the device; the tensor that it reads does not.
+            # get_scale() synchronizes with the device; the tensor that it reads does not.
             scale = self.scaler._get_scale_async()
             assert scale is not None
             gradient = gradient / scale
@@ -184,9 +184,9 @@ class Engine:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak_memory(self) -> int:
-        """Return the peak memory in bytes: allocated on the GPU since `reset_peak_memory`, or the process's peak RSS.
+        """Return the peak memory in bytes: on a GPU since `reset_peak_memory`, otherwise the peak RSS of the process.
 
-        It is 0 on a CPU where the operating system does not report it (Windows).
+        It is 0 where the operating system does not report the peak RSS (Windows).
         """
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
@@ -202,7 +202,7 @@ class Engine:
 def fast_gpu_math(device: torch.device) -> Iterator[None]:
     """Enable TF32 matrix products and cuDNN autotuning on a GPU.
 
-    Convolutions use TF32 by default. Autotuning pays off for batches of one size; see `Engine.eager`.
+    Convolutions use TF32 by default. Autotuning pays off if all batches have the same size; see `Engine.eager`.
     """
     if device.type != "cuda":
         yield
@@ -228,7 +228,7 @@ def _cudnn_benchmark(enabled: bool) -> Iterator[None]:
 
 @contextmanager
 def _replace_forward(model: nn.Module, forward: Callable[..., Tensor] | None) -> Iterator[None]:
-    """Replace a model's ``forward`` within the context; None leaves it as it is."""
+    """Replace a model's ``forward`` within the context, unless ``forward`` is None."""
     if forward is None:
         yield
         return

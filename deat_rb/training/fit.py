@@ -39,32 +39,32 @@ def fit(
 ) -> History:
     """Train a trainer's model.
 
-    Each call continues from the model's weights; the schedule and the stopping rule start anew.
+    Each call continues from the model's current weights, with a fresh schedule and stopping rule.
 
-    Under torchrun, all ranks train the model together: each rank is given the global batches and takes its share of
-    each. `deat_rb.data.batches.Batches` loads the share alone.
+    Under torchrun, all ranks train the model together: the loader yields the global batches on each rank, which takes
+    its share of each. `deat_rb.data.batches.Batches` loads only that share.
 
     Args:
         trainer: The method and the model.
-        train_loader: An iterable, once per epoch, of batches of images (N, C, H, W) in [0, 1] and labels (N,). Its
-            ``set_epoch``, where it has one, is called before each epoch.
-        val_loader: Held-out training images, attacked by PGD-20 after each epoch. Never the test set.
-        run: Where to write metrics, weights and checkpoints, if anywhere. Ctrl-C and SIGTERM then stop training after
-            the current batch.
+        train_loader: Iterable over batches of images (N, C, H, W) in [0, 1] and labels (N,), used once per epoch. Its
+            ``set_epoch`` method, if any, is called before each epoch.
+        val_loader: Held-out training images, attacked with PGD-20 after each epoch; never use the test set.
+        run: Storage of metrics, weights and checkpoints; None to store nothing. With a run, Ctrl-C and SIGTERM stop
+            training after the current batch.
         resume: Whether to resume from the run's newest checkpoint.
         callbacks: Called on rank 0, in this order.
-        **options: Those of `OptimConfig` and `RuntimeConfig` in `deat_rb.training.options`, such as ``epochs``, ``lr``,
-            ``select``, ``seed`` and ``precision``; see docs/options.md. ``device`` is by default the model's, and
-            ``select`` is ``best`` where there is a ``val_loader``.
+        **options: Options of `OptimConfig` and `RuntimeConfig` in `deat_rb.training.options`, such as ``epochs``,
+            ``lr``, ``select``, ``seed`` and ``precision``; see docs/options.md. ``device`` defaults to the model's, and
+            ``select`` to ``best`` if there is a ``val_loader``.
 
     Returns:
-        The history. The model holds the selected weights; where a stopping rule ended training, ``last`` are those of
-        the epoch that the rule keeps.
+        The history. The model holds the selected weights; if a stopping rule ended training, ``last`` means the epoch
+        that the rule keeps.
 
     Raises:
-        DeatError: An option or the first batch cannot be used, or training is no longer finite; the model then has the
-            weights of the last good epoch.
-        Interrupted: On Ctrl-C, with what was saved.
+        DeatError: An option or a batch is invalid, or training diverged to NaN or Inf; in the latter case the model has
+            the weights of the last finite epoch.
+        Interrupted: Ctrl-C was pressed; the message says what is saved.
     """
     given = {name: value for name, value in options.items() if value is not None}
     if "device" in given:
@@ -74,7 +74,7 @@ def fit(
     if optim.select == "best" and val_loader is None:
         raise DeatError("select = 'best' needs validation images; give a val_loader or select = 'last'")
     if resume and run is None:
-        raise DeatError("resume = True needs the run to resume; give run")
+        raise DeatError("resume = True needs a run to resume; give run")
     check_fit(trainer.model)
     target = resolve_device(runtime.device if "device" in given else str(next(trainer.model.parameters()).device))
     ranks = world(cpu=target.type == "cpu")
@@ -95,7 +95,7 @@ def fit(
                 run=run,
                 recent=deque(maxlen=trainer.stopping.lookback if trainer.stopping else 1),
             )
-            # In this order: what is not finite is never saved, and metrics are written before weights and checkpoint.
+            # The order ensures that NaN is never saved and that metrics are written before weights and checkpoint.
             own: list[Callback] = [NonFiniteMonitor(skip=runtime.on_nonfinite == "skip")]
             if trainer.stopping is not None:
                 own.append(EarlyStopping(trainer.stopping, enabled=optim.early_stopping))

@@ -13,9 +13,9 @@ class History:
     """The metrics of each epoch and how training ended.
 
     Attributes:
-        rows: One per epoch.
-        selected: The epoch whose weights the model holds, from 1.
-        stopped: Why a stopping rule ended training, or None.
+        rows: Metrics, one row per epoch.
+        selected: Epoch (1-based) whose weights the model holds.
+        stopped: Reason why a stopping rule ended training, or None.
     """
 
     rows: list[EpochStats] = field(default_factory=list)
@@ -29,11 +29,11 @@ class History:
 
     @property
     def backwards(self) -> float:
-        """Backward passes of the whole run, in units of mini-batches."""
+        """Number of backward passes in the whole run, in units of mini-batches."""
         return sum(row.backwards for row in self.rows)
 
     def __str__(self) -> str:
-        """Return a table with a row per epoch, and the epoch selected."""
+        """Return a table with one row per epoch, followed by the selected epoch."""
         if not self.rows:
             return "no epoch has been trained"
         lines = [[title for title, _ in COLUMNS], *([show(row) for _, show in COLUMNS] for row in self.rows)]
@@ -63,4 +63,4 @@ COLUMNS: list[tuple[str, Callable[[EpochStats], str]]] = [
     ("backward passes", lambda row: f"{row.backwards:g}"),
     ("seconds", lambda row: f"{row.seconds + row.val_seconds:.1f}"),
 ]
-"""The columns of a history's table; one without a value in any epoch is left out."""
+"""Columns of the table; those without a value in any epoch are omitted."""

@@ -1,4 +1,4 @@
-"""The training loop: epochs of batches, validation, schedule; everything else is a callback."""
+"""The training loop over epochs and batches, with validation and schedules; all else is done by callbacks."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class LearningRate:
     """The learning rate as a function of training progress.
 
     Attributes:
-        peak: The highest rate.
+        peak: Peak learning rate.
         schedule: A key of `LR_SCHEDULES`.
-        epochs: How many epochs the schedule is laid out for.
+        epochs: Number of epochs over which the schedule extends.
     """
 
     peak: float
@@ -41,7 +41,7 @@ class LearningRate:
     epochs: int
 
     def at(self, epochs: float) -> float:
-        """Return the rate after so many epochs."""
+        """Return the learning rate after ``epochs`` epochs, which may be fractional."""
         return self.peak * LR_SCHEDULES[self.schedule](epochs / self.epochs)
 
 
@@ -49,9 +49,9 @@ class Loop:
     """The training loop.
 
     Args:
-        state: Where training is; a callback may set it to that of a checkpoint.
+        state: The training state; a callback may restore it from a checkpoint.
         lr: The learning rate.
-        callbacks: Called in this order, on each rank in the same order where they communicate.
+        callbacks: Callbacks, called in this order; those that communicate must be in the same order on all ranks.
     """
 
     def __init__(self, state: TrainingState, lr: LearningRate, callbacks: Sequence[Callback]) -> None:
@@ -71,10 +71,11 @@ class Loop:
             validation = materialize(BatchChecker(trainer, state.engine, validation=True), val_loader)
         rule = trainer.stopping
         if rule is not None and rule.validation_steps and validation is None:
-            raise DeatError(f"{trainer.attack} stops early by its accuracy on validation images; give a val_loader")
+            raise DeatError(f"{trainer.attack} needs validation images for its stopping rule; give a val_loader")
         if isinstance(loader, Iterator):
             raise DeatError(
-                "the training loader is an iterator, which ends after one epoch; give an iterable such as a DataLoader"
+                "the training loader is an iterator, which is exhausted after one epoch; use an iterable such as a "
+                "DataLoader"
             )
         check_loader(loader, self.checker.name)
         state.batches = count_batches(loader)
@@ -88,7 +89,7 @@ class Loop:
             if not is_peer_failure(error, state.world):
                 raise
             raise DeatError(
-                f"lost contact with another of the {state.world.size} ranks, so this one ends too; "
+                f"lost contact with another of the {state.world.size} ranks, so this one stops too; "
                 f"{state.describe_saved()}"
             ) from error
         except BatchError as error:
@@ -152,9 +153,9 @@ class Loop:
         state.stop_clock()
         if state.batch == 0:
             if state.batches == 0:
-                raise DeatError("the training loader has no batch; see its dataset, batch_size and drop_last")
+                raise DeatError("the training loader yields no batches; check its dataset, batch_size and drop_last")
             raise DeatError(
-                f"the training loader yields no batch in epoch {state.epoch}; give one that can be iterated repeatedly"
+                f"the training loader yields no batches in epoch {state.epoch}; use one that can be iterated repeatedly"
             )
         for each in self.callbacks:
             each.on_train_epoch_end()
@@ -188,11 +189,11 @@ class Loop:
             state.sums.add(stats, len(images) / total)
 
     def _rate(self, batch: int, share: float) -> float:
-        """Return the learning rate within an epoch's batch, of which a ``share`` in [0, 1] is done."""
+        """Return the learning rate when a fraction ``share`` in [0, 1] of a batch is done."""
         return self.lr.at(self.state.epoch - 1 + min((batch + share) / self.state.batches, 1))
 
     def _agreed_action(self) -> Action:
-        """Return the highest action that any callback or signal on any rank requests; waits for the other ranks."""
+        """Return the highest action that a callback or signal on any rank requests; waits for the other ranks."""
         requested = [each.requested_action() for each in self.callbacks]
         requested.append(Action.STOP if self.requests.requested else Action.CONTINUE)
         return Action(self.state.world.max_over_ranks(max(requested)))
@@ -206,7 +207,7 @@ class Loop:
             raise KeyboardInterrupt
 
     def _metrics(self, steps: int, alpha: float | None) -> EpochStats:
-        """Return the metrics of the epoch's batches; this waits for the device."""
+        """Return the training metrics of the epoch; synchronizes with the device."""
         state = self.state
         sums = state.sums.all_reduce(state.world)
         totals = sums.read()

@@ -1,6 +1,6 @@
-"""Learning-rate schedules, as functions from training progress in [0, 1] to a fraction of the peak learning rate.
+"""Learning-rate schedules: functions from training progress in [0, 1] to a fraction of the peak learning rate.
 
-The learning rate changes once per batch or, with a replay trainer's ``lr_per_replay``, once per replay.
+The learning rate changes with each batch or, if a replay trainer has ``lr_per_replay``, with each replay.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def cyclic(progress: float) -> float:
-    """Return a fraction that rises linearly from 0 to 1 and falls back to 0 (the fast setting)."""
+    """Return a fraction that rises linearly from 0 to 1 and then falls linearly to 0 (the fast setting)."""
     return 1 - abs(2 * progress - 1)
 
 
@@ -33,25 +33,23 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {"cyclic": cyclic, "multiste
 
 
 def check_layout(lr_schedule: str, lr_epochs: int | None, option: str = "lr_epochs") -> None:
-    """Check a schedule's name and for how many epochs it is laid out, where that differs from the epochs trained.
+    """Check the name of a schedule and the number of epochs over which it extends.
 
     Args:
         lr_schedule: A key of `LR_SCHEDULES`.
-        lr_epochs: The number of epochs, or None.
-        option: What the message calls ``lr_epochs``.
+        lr_epochs: Number of epochs; None for the number of training epochs.
+        option: Name of ``lr_epochs`` in error messages.
 
     Raises:
-        DeatError: There is no such schedule, or ``lr_epochs`` is given with one other than multistep: a cyclic rate
-            would fall below 0 past its end.
+        DeatError: The schedule is unknown, or ``lr_epochs`` is below 1 or given without multistep: a cyclic learning
+            rate would fall below 0 after ``lr_epochs``.
     """
     if lr_schedule not in LR_SCHEDULES:
         raise DeatError(f"lr_schedule = '{lr_schedule}' is unknown: {did_you_mean(lr_schedule, LR_SCHEDULES)}")
     if lr_epochs is None:
         return
     if lr_schedule != "multistep":
-        raise DeatError(
-            f"{option} = {lr_epochs} applies to the multistep schedule only, not to {lr_schedule}; leave it out"
-        )
+        raise DeatError(f"{option} = {lr_epochs} applies only to the multistep schedule, not to {lr_schedule}; omit it")
     if lr_epochs < 1:
         raise DeatError(f"{option} = {lr_epochs} is below 1; give the number of epochs that the milestones refer to")
 

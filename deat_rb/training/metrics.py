@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class BatchStats:
-    """Statistics of one training step. Sums over the batch are 0-d tensors on the device, so that no step waits for it.
+    """Statistics of one training step. Sums over the batch are 0-d tensors on the device, which avoids a device sync.
 
     Attributes:
-        examples: N, the number of examples.
-        loss: The surrogate loss summed over the examples (for replays: the last replay's).
-        correct: How many examples were classified correctly as trained on.
+        examples: Number of examples, N.
+        loss: Surrogate loss, summed over the examples (for replays: in the last replay).
+        correct: Number of adversarial examples classified correctly in the training step.
         l_x: See `CraftStats`.
-        forwards: Forward passes of crafting and updating, in units of mini-batches.
-        backwards: Backward passes of crafting and updating, in units of mini-batches.
+        forwards: Forward passes of attack and update, in units of mini-batches.
+        backwards: Backward passes of attack and update, in units of mini-batches.
         updates: Optimizer steps.
-        image_size: |x|, the number of values of one image: C * H * W.
+        image_size: Number of values per image, |x| = C * H * W.
     """
 
     examples: int
@@ -38,13 +38,13 @@ class BatchStats:
 
 
 class EpochAccumulator:
-    """Sums of `BatchStats` over an epoch, on the device until `read`.
+    """Sums of `BatchStats` over an epoch, kept on the device until `read`.
 
     Attributes:
         examples: Number of examples.
         updates: Optimizer steps.
         batches: Number of mini-batches.
-        image_size: |x|, the number of values of one image.
+        image_size: Number of values per image, |x|.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class EpochAccumulator:
         self._sums: dict[str, float | Tensor] = dict.fromkeys(("loss", "correct", "l_x", "forwards", "backwards"), 0.0)
 
     def add(self, stats: BatchStats, share: float = 1.0) -> None:
-        """Add the statistics of a batch, or of a rank's ``share`` of one, by which its passes are weighted."""
+        """Add the statistics of a batch; its passes are weighted with the rank's ``share`` of the batch."""
         self.examples += stats.examples
         self.updates += stats.updates
         self.batches += 1
@@ -64,7 +64,7 @@ class EpochAccumulator:
             self._sums[name] = value + (term.double() if name == "l_x" and term.device.type != "mps" else term)
 
     def read(self) -> dict[str, float]:
-        """Return the sums as floats; this waits for the device."""
+        """Return the sums as floats; synchronizes with the device."""
         return {name: float(value) for name, value in self._sums.items()}
 
     def all_reduce(self, world: World) -> EpochAccumulator:
@@ -78,7 +78,7 @@ class EpochAccumulator:
 
     @classmethod
     def merge(cls, parts: Sequence[Mapping[str, float]]) -> EpochAccumulator:
-        """Return the sum of the `state_dict`s of several ranks, which have had the same batches."""
+        """Return the sum of the `state_dict`s of several ranks, which share the same batches."""
         sums = cls()
         sums.updates, sums.batches, sums.image_size = (
             int(parts[0][name]) for name in ("updates", "batches", "image_size")
@@ -91,7 +91,7 @@ class EpochAccumulator:
     def resume_share(cls, parts: Sequence[Mapping[str, float]], world: World) -> EpochAccumulator:
         """Return the sums that a rank resumes with, given the `state_dict`s of the ranks that wrote a checkpoint.
 
-        With as many ranks as then, each gets its own back; otherwise they are divided among the ranks.
+        If the number of ranks is unchanged, each rank gets its own sums; otherwise they are redistributed.
         """
         own = parts[world.rank :: world.size]
         return cls.merge(own or [{**parts[0], "examples": 0, **cls().read()}])
@@ -99,33 +99,33 @@ class EpochAccumulator:
 
 @dataclass
 class EpochStats:
-    """Metrics of an epoch: a row of ``metrics.jsonl``, and all that a schedule or a stopping rule sees.
+    """Metrics of an epoch: a row of ``metrics.jsonl``, and the input of schedules and stopping rules.
 
     Attributes:
         epoch: Number of the epoch, from 1.
-        steps: The attack's steps r in this epoch (for replays: the replays).
-        alpha: The step size, in [0, 1] pixel units.
-        l_x: Sum over the epoch's examples of the L1 norm of the last input gradient (Algorithms 2-5).
+        steps: Attack steps r in this epoch (for replays: number of replays).
+        alpha: Step size, in [0, 1] pixel units.
+        l_x: L1 norm of the last input gradient, summed over the examples of the epoch (Algorithms 2-5).
         lipschitz: Theorem 1's lower bound on the Lipschitz constant of the input gradient, averaged over examples.
         examples: Number of examples trained on.
         loss: Mean surrogate loss.
         train_acc: Accuracy on the adversarial examples trained on, in [0, 1].
         val_acc: Natural accuracy on the validation images, in [0, 1].
         val_robust_acc: PGD-20 accuracy on the validation images, in [0, 1].
-        val_top_predicted: The fraction of the validation images that are predicted as one class, the most common one.
-        stop_robust_acc: PGD-5 accuracy on the stopping rule's own batch, in [0, 1].
+        val_top_predicted: Fraction of the validation images that are predicted as the most common class.
+        stop_robust_acc: PGD-5 accuracy on the first 128 validation images, for the stopping rule, in [0, 1].
         backwards: Backward passes in units of mini-batches.
         forwards: Forward passes in units of mini-batches.
         updates: Optimizer steps.
-        lr: The learning rate at the epoch's last update.
+        lr: Learning rate of the last update in the epoch.
         seconds: Training time in seconds, without validation.
         val_seconds: Validation time in seconds.
-        val_forwards: Images forwarded for validation and for the stopping rule (images, not mini-batches).
-        val_backwards: Images for which a gradient was computed for these.
+        val_forwards: Single-image forward passes for validation and the stopping rule.
+        val_backwards: Single-image backward passes for validation and the stopping rule.
         images_per_second: Training images per second.
-        peak_memory: Peak memory of training in bytes: of the GPU in this epoch, or of the process so far.
-        stopped: Why a stopping rule ended training here or, with early stopping off, would have.
-        skipped: Batches rolled back because something was not finite.
+        peak_memory: Peak memory in bytes: on the GPU in this epoch, or of the process so far.
+        stopped: Reason why a stopping rule ended training here, or would have if early stopping were enabled.
+        skipped: Number of batches rolled back because of NaN or Inf.
         processes: Number of ranks.
     """
 
@@ -163,5 +163,5 @@ class EpochStats:
 
     @classmethod
     def of(cls, row: EpochStats | Mapping[str, Any], number: int) -> EpochStats:
-        """Return a row as `EpochStats`; ``number`` is the epoch of a row that has none."""
+        """Return a row as `EpochStats`; ``number`` is the epoch if the row does not have one."""
         return row if isinstance(row, EpochStats) else cls.from_row({"epoch": number, **row})

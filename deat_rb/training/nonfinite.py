@@ -1,4 +1,4 @@
-"""Detection of NaN and Inf in training without a device sync, and the rollback of a batch that has them."""
+"""Detection of NaN and Inf in training without a device sync, and rollback of non-finite batches."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from deat_rb.utils.errors import DeatError
 WATCHED = ("the loss", "l_X", "a gradient")
 
 CHECK_EVERY = 10.0
-"""Seconds between two checks within an epoch; each waits for the device."""
+"""Seconds between checks within an epoch; each check synchronizes with the device."""
 
 
 class NonFiniteFlags:
-    """On-device record of the first batch of an epoch with a non-finite loss, l_X or gradient."""
+    """On-device record of the first batch in an epoch with a non-finite loss, l_X or gradient."""
 
     def __init__(self) -> None:
         self._first: Tensor | None = None
 
     def note(self, stats: BatchStats, model: nn.Module, batch: int) -> Tensor:
-        """Record a batch, from 0, by its statistics and the weights after it; a non-finite gradient makes them so too.
+        """Record a batch, numbered from 0; a non-finite gradient is detected by the weights that it leads to.
 
         Returns:
             Whether each of `WATCHED` is finite, (3,) bool on the device.
@@ -45,20 +45,20 @@ class NonFiniteFlags:
         return finite
 
     def found(self) -> tuple[int, str] | None:
-        """Return the first batch, from 1, at which something was not finite, and what it was; waits for the device."""
+        """Return the first non-finite batch, numbered from 1, and what is not finite; synchronizes with the device."""
         first = [] if self._first is None else self._first.tolist()
         bad = [(batch + 1, what) for batch, what in zip(first, WATCHED, strict=False) if batch >= 0]
         return min(bad, key=lambda each: each[0]) if bad else None
 
 
 class NonFiniteMonitor(Callback):
-    """Stop training that is no longer finite, or skip the batches that are not.
+    """Stop training when the loss, l_X or a gradient is not finite, or skip non-finite batches.
 
-    Checks at the end of each epoch, before each checkpoint and every `CHECK_EVERY` seconds. Skipping checks each batch,
-    and so waits for the device.
+    Checks run at the end of each epoch, before each checkpoint and every `CHECK_EVERY` seconds. With ``skip``, each
+    batch is checked, which synchronizes with the device.
 
     Args:
-        skip: Whether to roll back a non-finite batch and go on.
+        skip: Whether to roll back a non-finite batch and continue.
     """
 
     def __init__(self, skip: bool = False) -> None:
@@ -83,11 +83,11 @@ class NonFiniteMonitor(Callback):
             state.skip_batch = True
             state.skipped += 1
             state.warn(
-                f"batch {state.batch + 1} of epoch {state.epoch} is skipped: its loss, gradient or l_X is NaN or Inf"
+                f"batch {state.batch + 1} of epoch {state.epoch} was skipped: its loss, gradient or l_X is NaN or Inf"
             )
 
     def requested_action(self) -> Action:
-        """Request ABORT when a check finds something that is not finite."""
+        """Request ABORT if a check finds a non-finite value."""
         now = time.monotonic()
         if now - self._checked_at <= CHECK_EVERY:
             return Action.CONTINUE
@@ -95,7 +95,7 @@ class NonFiniteMonitor(Callback):
         return Action.ABORT if self._found() else Action.CONTINUE
 
     def on_action(self, action: Action) -> None:
-        """Raise on ABORT, and before a checkpoint would save what is not finite."""
+        """Raise on ABORT, and before non-finite values would be saved to a checkpoint."""
         if action == Action.ABORT or self.state.world.max_over_ranks(self._found() is not None):
             self._raise()
 
@@ -108,9 +108,9 @@ class NonFiniteMonitor(Callback):
         self._flags, self.state.inputs = NonFiniteFlags(), InputFlags()
 
     def _found(self) -> str | None:
-        """Return what is wrong with the first bad batch of the epoch; waits for the device."""
+        """Return what is wrong with the first bad batch of the epoch; synchronizes with the device."""
         if bad := self.state.inputs.found():
-            return f"batch {bad[0]} of epoch {self.state.epoch} cannot be trained on: {bad[1]}"
+            return f"batch {bad[0]} of epoch {self.state.epoch} is invalid: {bad[1]}"
         if bad := self._flags.found():
             return self._diverged(*bad)
         return None
@@ -119,11 +119,11 @@ class NonFiniteMonitor(Callback):
         return f"training diverged: {what} became NaN or Inf at batch {batch} of epoch {self.state.epoch}"
 
     def _raise(self) -> None:
-        """Raise, after loading the weights of the last good epoch into the model."""
+        """Load the weights of the last finite epoch into the model and raise."""
         state = self.state
         what = self._found() or self._diverged(state.batch, "the loss, l_X or a gradient")
         advice = "" if state.inputs.found() else "; try a smaller --lr, or --on-nonfinite skip"
-        good = "no epoch has ended yet"
+        good = "no epoch has finished yet"
         if state.recent:
             good = f"the model has the weights of epoch {state.recent[-1].row.epoch}"
             state.model.load_state_dict(state.recent[-1].weights)
@@ -134,7 +134,7 @@ class NonFiniteMonitor(Callback):
 
 
 class Snapshot:
-    """A copy of everything that a batch changes."""
+    """Copy of all state that a training step changes."""
 
     def __init__(self, trainer: TrainerBase, optimizer: SGD, engine: Engine) -> None:
         self._trainer, self._engine = trainer, engine
@@ -147,7 +147,7 @@ class Snapshot:
         )
 
     def restore(self) -> None:
-        """Copy everything back."""
+        """Restore the copied state."""
         self._trainer.model.load_state_dict(self._model)
         for buffer, before in self._momentum:
             buffer.copy_(before)

@@ -11,7 +11,7 @@ from deat_rb.utils.options import OptionGroup, option
 class OptimConfig(OptionGroup):
     """Optimization."""
 
-    epochs: int = option(10, "Training epochs; --resume may raise them, unless the learning rate is cyclic.", ge=1)
+    epochs: int = option(10, "Training epochs; can be raised with --resume, unless the learning rate is cyclic.", ge=1)
     lr: float = option(0.1, "Peak learning rate of SGD.", gt=0, allow_inf_nan=False)
     lr_schedule: str = option("cyclic", "Learning-rate schedule.", choices=LR_SCHEDULES)
     lr_epochs: int | None = option(
@@ -20,21 +20,21 @@ class OptimConfig(OptionGroup):
     )  # fmt: skip
     momentum: float = option(0.9, "Momentum of SGD.", ge=0, lt=1)
     weight_decay: float = option(5e-4, "Weight decay of SGD.", ge=0, allow_inf_nan=False)
-    early_stopping: bool = option(True, "Only record where the method's stopping rule would end training, and go on.")
+    early_stopping: bool = option(True, "Only record where the method's stopping rule would end training.")
     select: Literal["best", "last"] | None = option(
-        None, "Epoch whose weights are the result: the most robust on validation, or the last."
+        None, "Epoch whose weights are the result: the best robust validation accuracy, or the last."
     )
-    seed: int = option(0, "Random seed: fixes the data split, weights, batches and attacks.", ge=0)
+    seed: int = option(0, "Random seed for the data split, weights, batches and attacks.", ge=0)
 
 
 class RuntimeConfig(OptionGroup):
     """Runtime."""
 
     device: str = option(
-        "auto", "Device: cpu, cuda, cuda:1, mps or auto, the best there is.", metavar="NAME", may_change=True
+        "auto", "Device: cpu, cuda, cuda:1, mps or auto, the best available.", metavar="NAME", may_change=True
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
-        "fp32", "Floating-point precision; auto is bf16 or fp16 where the hardware has it."
+        "fp32", "Floating-point precision; auto is bf16 or fp16 if the hardware supports it."
     )
     compile: bool = option(False, "Compile the model with torch.compile.")
     sync_bn: bool = option(False, "Synchronize BatchNorm statistics across ranks; GPUs only.")
@@ -42,6 +42,6 @@ class RuntimeConfig(OptionGroup):
         "stop", "If the loss, a gradient or l_X becomes NaN or infinite: stop, or skip that batch.", may_change=True
     )
     save_every: float = option(
-        5.0, "Minutes between two checkpoints within an epoch.", metavar="MINUTES", may_change=True, gt=0,
+        5.0, "Minutes between checkpoints within an epoch.", metavar="MINUTES", may_change=True, gt=0,
         allow_inf_nan=False,
     )  # fmt: skip

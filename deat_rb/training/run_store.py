@@ -1,4 +1,4 @@
-"""The run directory as the training loop sees it."""
+"""The interface through which the training loop accesses a run directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Handling of Ctrl-C and SIGTERM: training stops between two batches, after a checkpoint."""
+"""Handling of Ctrl-C and SIGTERM: training writes a checkpoint after the current batch and stops."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 
 
 class StopRequests:
-    """Context manager in which the first SIGINT or SIGTERM is a request and the second raises KeyboardInterrupt.
+    """Context manager that records the first SIGINT or SIGTERM as a stop request; a second raises KeyboardInterrupt.
 
-    Outside of the main thread, which alone may handle signals, it does nothing.
+    It has no effect outside the main thread, because only that thread can handle signals.
 
     Args:
         enabled: Whether to handle signals at all.
 
     Attributes:
-        requested: Whether a signal has come.
+        requested: Whether a signal was received.
     """
 
     def __init__(self, enabled: bool = True) -> None:
@@ -38,13 +38,13 @@ class StopRequests:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for each, handler in self._before.items():
-            # torchrun terminates all ranks when one has failed; let the others report why first.
+            # torchrun sends SIGTERM to all ranks when one fails; ignore it so that the others can report the failure.
             ending = isinstance(error, RuntimeError) and "TORCHELASTIC_RUN_ID" in os.environ
             signal.signal(each, signal.SIG_IGN if ending and each == signal.SIGTERM else handler)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raise KeyboardInterrupt at once for a request within this context, in which nothing is half done."""
+        """Raise KeyboardInterrupt immediately if a stop is requested in this context, where interrupting is safe."""
         self._at_once = True
         try:
             if self.requested:

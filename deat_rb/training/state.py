@@ -1,4 +1,4 @@
-"""The state of a training run, and its conversion to and from a checkpoint."""
+"""The state of training, and its conversion to and from a checkpoint."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ class EpochWeights(NamedTuple):
 
 @dataclass
 class TrainingState:
-    """What the training loop and its callbacks share.
+    """State shared by the training loop and its callbacks.
 
     Attributes:
         trainer: The method and its model.
         engine: Device, precision and ranks.
-        optimizer: Of the model's parameters.
-        epochs: T, the number of epochs.
-        seed: The seed of the run.
-        recent: The newest epochs with their weights, as many as the stopping rule may go back by.
-        run: Where metrics, weights and checkpoints are written, if anywhere.
-        settled: The most robust of the epochs before ``recent``, which no stopping rule can undo any more.
+        optimizer: Optimizer of the model's parameters.
+        epochs: Number of epochs, T.
+        seed: Seed of the run.
+        recent: The newest epochs and their weights, as many as the stopping rule may go back.
+        run: Storage of metrics, weights and checkpoints; None to store nothing.
+        settled: The most robust epoch before ``recent``, to which no stopping rule can go back.
         batches: Batches per epoch.
-        epoch: The current epoch, from 1.
-        batch: How many of its batches are done.
-        skipped: How many of these were rolled back.
-        skip_batch: Whether the current batch is left out of the epoch's sums; reset before each batch.
-        inputs: Record of batches that cannot be trained on, for values that lie on an accelerator.
-        sums: Sums over the epoch's batches on this rank.
-        history: The finished epochs.
-        stop: The decision of a stopping rule that has ended training.
-        saved: The position of the newest checkpoint.
-        warn: Sends a warning to the callbacks.
+        epoch: The current epoch, numbered from 1.
+        batch: Number of finished batches in the current epoch.
+        skipped: Number of these that were rolled back.
+        skip_batch: Whether to omit the current batch from the epoch's sums; reset before each batch.
+        inputs: Record of batches with invalid values on an accelerator.
+        sums: Statistics summed over the epoch's batches on this rank.
+        history: Metrics of the finished epochs.
+        stop: Decision of the stopping rule to end training; None if it has not.
+        saved: Position of the newest checkpoint.
+        warn: Function that passes a warning to the callbacks.
     """
 
     trainer: TrainerBase
@@ -96,15 +96,15 @@ class TrainingState:
 
     @property
     def seconds(self) -> float:
-        """Seconds spent on the batches of the current epoch, those before a resume included."""
+        """Seconds spent on the batches of the current epoch, including time before a resume."""
         return self._seconds + (time.perf_counter() - self._started if self._started is not None else 0.0)
 
     def start_clock(self) -> None:
-        """Start to measure `seconds`."""
+        """Start measuring `seconds`."""
         self._started = time.perf_counter()
 
     def stop_clock(self) -> None:
-        """Hold `seconds` at its present value."""
+        """Stop measuring `seconds`."""
         self._seconds, self._started = self.seconds, None
 
     def finish_epoch(self, row: EpochStats) -> None:
@@ -114,9 +114,9 @@ class TrainingState:
         self.sums, self._seconds, self._started = EpochAccumulator(), 0.0, None
 
     def describe_saved(self) -> str:
-        """Say how much of the run remains if it ends now."""
+        """Describe what would remain of the run if it ended now."""
         if self.run is None:
-            return f"{len(self.history.rows)} of {self.epochs} epochs were trained; the model holds the newest weights"
+            return f"{len(self.history.rows)} of {self.epochs} epochs were trained; the model has the newest weights"
         epochs, batches = (self.saved.epoch - 1, self.saved.batch) if self.saved else (0, 0)
         done = f"{epochs} of {self.epochs} epochs" + (
             f" and {batches} batch{'es' if batches > 1 else ''} of the next" if batches else ""
@@ -125,7 +125,7 @@ class TrainingState:
 
 
 class SavedPosition(NamedTuple):
-    """A checkpoint's file and how far training had come in it."""
+    """File of a checkpoint and its position: the current epoch and its number of finished batches."""
 
     path: Path | None
     epoch: int
@@ -136,18 +136,18 @@ class SavedState(BaseModel):
     """The JSON part of a checkpoint.
 
     Attributes:
-        config: The run's configuration, as JSON values.
-        epoch: The current epoch, from 1.
-        batch: How many of its batches are done.
-        spent: Seconds spent on them.
-        lr: The learning rate of the last of them.
-        skipped: How many of them were rolled back.
-        sums: The sums over them, one entry per rank.
-        trainer: The trainer's `state_dict`.
-        scaler: The state of fp16's loss scale.
-        settled: The epoch whose weights are stored under ``settled``.
-        kept: The epochs whose weights are stored under ``kept.``.
-        stopped: Why a stopping rule has ended training.
+        config: Configuration of the run, as JSON values.
+        epoch: The current epoch, numbered from 1.
+        batch: Number of finished batches in the current epoch.
+        spent: Seconds spent on these batches.
+        lr: Learning rate of the last batch.
+        skipped: Number of batches rolled back in the current epoch.
+        sums: Statistics summed over the epoch's batches, one entry per rank.
+        trainer: `state_dict` of the trainer.
+        scaler: State of fp16's loss scale.
+        settled: Epoch whose weights are stored under ``settled``.
+        kept: Epochs whose weights are stored under ``kept.``.
+        stopped: Reason why the stopping rule ended training, or None.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -167,11 +167,11 @@ class SavedState(BaseModel):
 
 
 def save(state: TrainingState, config: dict[str, Any]) -> Checkpoint:
-    """Return a checkpoint of a training state between two batches; all ranks must call it together.
+    """Return a checkpoint of a training state between two batches; all ranks must call this together.
 
     Args:
-        state: The state.
-        config: The run's configuration, as JSON values.
+        state: The training state.
+        config: Configuration of the run, as JSON values.
     """
     saved = SavedState(
         config=config,
@@ -202,23 +202,23 @@ def read(checkpoint: Checkpoint) -> SavedState:
     """Return the JSON part of a checkpoint.
 
     Raises:
-        DeatError: It is malformed.
+        DeatError: The JSON part is invalid.
     """
     with _refuse_misfits(checkpoint):
         return SavedState.model_validate(checkpoint.facts)
 
 
 def restore(state: TrainingState, checkpoint: Checkpoint, saved: SavedState) -> None:
-    """Set a training state, whose history has the finished epochs already, to that of a checkpoint.
+    """Restore a training state from a checkpoint; its history must already hold the finished epochs.
 
     Raises:
-        DeatError: The checkpoint does not fit the run.
+        DeatError: The checkpoint does not match the run.
     """
     with _refuse_misfits(checkpoint):
         if saved.batch > state.batches:
-            raise ValueError(f"it has {saved.batch} batches done in an epoch of {state.batches}")
+            raise ValueError(f"it has {saved.batch} finished batches in an epoch of {state.batches}")
         if saved.epoch > 1 and not saved.kept:
-            raise ValueError("it has no weights of a finished epoch")
+            raise ValueError("it lacks the weights of the finished epochs")
         expected = state.model.state_dict()
         state.epoch, state.batch, state._seconds = saved.epoch, saved.batch, saved.spent
         state.skipped, state.history.stopped = saved.skipped, saved.stopped
@@ -237,7 +237,7 @@ def restore(state: TrainingState, checkpoint: Checkpoint, saved: SavedState) -> 
 
 @contextmanager
 def _refuse_misfits(checkpoint: Checkpoint) -> Iterator[None]:
-    """Raise DeatError for whatever a checkpoint that was altered, checksum included, may raise."""
+    """Turn the errors that an altered checkpoint with a valid checksum may raise into DeatError."""
     try:
         yield
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:

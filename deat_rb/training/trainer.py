@@ -14,5 +14,5 @@ class Trainer(TrainerBase):
     """Adversarial training method with `fit`; see `deat_rb.training.base.TrainerBase`."""
 
     def fit(self, train_loader: Iterable[Batch], val_loader: Iterable[Batch] | None = None, **options: Any) -> History:
-        """Train the model; options and result are those of `deat_rb.training.fit.fit`."""
+        """Train the model; see `deat_rb.training.fit.fit` for the options and the result."""
         return fit(self, train_loader, val_loader, **options)

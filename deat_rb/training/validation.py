@@ -22,23 +22,23 @@ from deat_rb.utils.module_state import preserve_state
 from deat_rb.utils.units import check_eps
 
 STOP_BATCH = 128
-"""How many validation images a stopping rule's own attack is run on."""
+"""Number of validation images that are attacked for a stopping rule."""
 
 FEW = 10
-"""The number of validation images below which equal predictions mean nothing."""
+"""Minimum number of validation images for detecting a collapse to one class."""
 
 
 class Validation(NamedTuple):
-    """Accuracies on the validation images and what they cost.
+    """Accuracies on the validation images and their cost.
 
     Attributes:
         natural: Accuracy, in [0, 1].
         robust: Accuracy under PGD, in [0, 1].
-        forwards: Images forwarded.
-        backwards: Images for which a gradient was computed.
-        top_prediction: The class predicted for the most images without an attack, from 0.
-        top_predicted: The fraction of the images for which it is predicted.
-        top_labelled: The fraction of the images that have this label.
+        forwards: Single-image forward passes.
+        backwards: Single-image backward passes.
+        top_prediction: The most frequently predicted class on clean images.
+        top_predicted: Fraction of the images that are predicted as this class.
+        top_labelled: Fraction of the images that have this label.
         collapsed: Whether nearly all images are predicted as this class, although many have other labels.
     """
 
@@ -66,14 +66,14 @@ def validate(
     """Measure accuracy and PGD accuracy on held-out training images, with the same random starts each time.
 
     Args:
-        model: Takes images in [0, 1]; it is run in eval mode, on its device, and restored afterwards.
+        model: Model for images in [0, 1]; it is run in eval mode on its device and restored afterwards.
         images: In [0, 1], (N, C, H, W).
         labels: (N,).
         eps: Linf radius, in [0, 1] pixel units.
         steps: Steps of PGD.
         alpha: Step size; by default eps / 4.
-        batch_size: How many examples are attacked together.
-        seed: Fixes the random starts.
+        batch_size: Number of examples attacked together.
+        seed: Seed of the random starts.
     """
     threat, name = Linf(check_eps(eps)), f"pgd-{steps}"
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), images.device)
@@ -89,7 +89,10 @@ def validate(
             with torch.no_grad():
                 logits = counting(clean)
             if logits.isnan().any():
-                raise DeatError("the model outputs NaN: it has diverged and cannot be evaluated")
+                raise DeatError(
+                    "the model returns NaN, so its training probably diverged: use an earlier checkpoint, or a smaller "
+                    "learning rate"
+                )
             predictions.append(logits.argmax(dim=1))
             correct = predictions[-1] == target
             natural += int(correct.sum())
@@ -118,12 +121,12 @@ def validate(
 
 
 def has_collapsed(predicted: int, labelled: int, count: int) -> bool:
-    """Whether a model has collapsed to (nearly) one class.
+    """Return whether a model has collapsed to (nearly) one class.
 
     Args:
-        predicted: How many images are predicted as the most commonly predicted class.
-        labelled: How many images have its label.
-        count: The number of images; with fewer than `FEW` the answer is no.
+        predicted: Number of images predicted as the most commonly predicted class.
+        labelled: Number of images with that label.
+        count: Number of images; with fewer than `FEW`, the result is False.
     """
     far_too_many = predicted >= 0.9 * count and predicted - labelled > 0.4 * count
     all_of_several = predicted >= 0.99 * count and count - labelled >= FEW
@@ -131,7 +134,7 @@ def has_collapsed(predicted: int, labelled: int, count: int) -> bool:
 
 
 def validate_epoch(state: TrainingState, row: EpochStats, batch: Batch, requests: StopRequests) -> EpochStats:
-    """Return an epoch's metrics with the accuracies on all validation images and those that its stopping rule needs."""
+    """Return the metrics of an epoch with the validation accuracies, including those that the stopping rule needs."""
     began = time.perf_counter()
     images, labels = batch
     rule = state.trainer.stopping
@@ -149,8 +152,8 @@ def validate_epoch(state: TrainingState, row: EpochStats, batch: Batch, requests
         if full.collapsed:
             state.warn(
                 f"epoch {state.epoch}: the model predicts class {full.top_prediction} for {full.top_predicted:.0%} of "
-                f"the validation images, of which {full.top_labelled:.0%} belong to it: it has collapsed to (nearly) "
-                "one class"
+                f"the validation images, of which {full.top_labelled:.0%} belong to it: the model has collapsed to "
+                "(nearly) one class"
             )
         if rule is not None and rule.validation_steps:
             own = validate(

@@ -195,7 +195,7 @@ def test_l_x_is_in_pixel_space_for_normalized_inputs(attack: Callable[[nn.Module
     assert float(l_x) == pytest.approx(expected, rel=1e-4)
 
     trainer = deat_rb.AttackTrainer(made_attack)
-    with pytest.raises(DeatError, match=r"training takes images in \[0, 1\]"):
+    with pytest.raises(DeatError, match=r"training needs images in \[0, 1\]"):
         trainer.training_step(images, labels, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
@@ -209,7 +209,7 @@ def test_attack_trainer_refuses_an_attack_without_gradients(name: str) -> None:
 
 
 def test_attack_trainer_refuses_a_schedule_for_an_attack_without_steps() -> None:
-    with pytest.raises(DeatError, match="FFGSM has no steps, so a schedule cannot set them"):
+    with pytest.raises(DeatError, match="FFGSM has no steps that a schedule could set"):
         deat_rb.AttackTrainer(torchattacks.FFGSM(made()), schedule=deat_rb.GradientMagnitude())
 
 

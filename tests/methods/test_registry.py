@@ -204,10 +204,13 @@ def test_create_refuses_a_model_that_cannot_be_trained() -> None:
     for model, message in [
         (nn.Flatten(), "the model has no parameters, so there is nothing to train"),
         (frozen, r"all parameters of the model are frozen \(requires_grad is False\)"),
-        (nn.Sequential(nn.Flatten(), nn.LazyLinear(2)), "the model has lazy layers without weights: forward one batch"),
+        (
+            nn.Sequential(nn.Flatten(), nn.LazyLinear(2)),
+            "the model has lazy layers without weights: call it on one batch",
+        ),
         (created_in_inference_mode, r"the model was created inside torch\.inference_mode\(\)"),
-        (lambda images: images, r"model: function \(a torch\.nn\.Module that returns logits\)"),
-        ("resnet18", r"model: str \(a torch\.nn\.Module"),
+        (lambda images: images, r"model must be a torch\.nn\.Module that returns logits, not function"),
+        ("resnet18", r"model must be a torch\.nn\.Module that returns logits, not str"),
     ]:
         with pytest.raises(DeatError, match=message):
             create("pgd-7", model)  # type: ignore[arg-type]  # what has another type is to be refused
@@ -278,7 +281,7 @@ def test_register_method_takes_attacks_of_torchattacks(tiny_model: nn.Module) ->
     with pytest.raises(DeatError, match="the method auto has no alpha to change"):
         create("auto", tiny_model, alpha=0.1)
     register_method("led", Recipe(attack=torchattacks.FFGSM, schedule=GradientMagnitude))
-    with pytest.raises(DeatError, match="FFGSM has no steps, so a schedule cannot set them"):
+    with pytest.raises(DeatError, match="FFGSM has no steps that a schedule could set"):
         create("led", tiny_model)
     register_method("square", Recipe(attack=torchattacks.Square, attack_options={"queries": 5}))
     with pytest.raises(DeatError, match="the attack of the method square cannot be created with the model, eps="):

@@ -185,10 +185,10 @@ def test_replay_trainer_carries_its_perturbation_over_a_short_batch() -> None:
 
 def test_attack_trainer_refuses_what_is_not_an_attack() -> None:
     model = made()
-    with pytest.raises(DeatError, match=r"attack: 'pgd-7' is a trainer already .* use that trainer, or pass"):
+    with pytest.raises(DeatError, match=r"'pgd-7' is already a trainer: use that trainer, or pass"):
         deat_rb.AttackTrainer(deat_rb.create("pgd-7", model))
     for attack, named in [(model, "Sequential"), (torchattacks.PGD, "PGD"), ("pgd", "str"), (None, "NoneType")]:
-        with pytest.raises(DeatError, match=rf"attack: {named} \(an instance of torchattacks\.attack\.Attack, such as"):
+        with pytest.raises(DeatError, match=rf"attack must be a torchattacks\.attack\.Attack such as .*, not {named}$"):
             deat_rb.AttackTrainer(attack)
 
 

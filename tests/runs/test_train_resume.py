@@ -272,11 +272,14 @@ def test_resume_compares_the_configuration_with_the_newest_intact_checkpoint(sto
     callback = Stops(10**6)
     assert len(resume(stopped, {}, callbacks=[callback], trust_code=True)[1].rows) == 2
     assert len(callback.warnings) == 1
-    assert f"{newest} is damaged (its checksum does not match); the one before it is used" in callback.warnings[0]
+    assert (
+        f"{newest} is damaged (its checksum does not match); the previous checkpoint is used instead"
+        in callback.warnings[0]
+    )
 
 
 def test_plan_refuses_lr_epochs_of_a_cyclic_schedule() -> None:
-    with pytest.raises(DeatError, match=r"--lr-epochs = 3 applies to the multistep schedule only, not to cyclic"):
+    with pytest.raises(DeatError, match=r"--lr-epochs = 3 applies only to the multistep schedule, not to cyclic"):
         plan.plan(make_options({**SMALL, "lr_epochs": 3}))
 
 

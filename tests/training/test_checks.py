@@ -183,10 +183,10 @@ LOADERS: dict[str, tuple[Any, str]] = {
     "numpy": ([(IMAGES.numpy(), LABELS.numpy())], r"must yield pairs .* a tuple of 2 \(ndarray, ndarray\)"),
     "None": ([None], "must yield pairs .* a NoneType"),
     "tensors": ((IMAGES, LABELS), "must yield pairs .* a Tensor"),
-    "TensorDataset": (TensorDataset(IMAGES, LABELS), r"single examples, as a Dataset does: give .*DataLoader\(dataset"),
-    "Dataset": (Examples(), r"single examples, as a Dataset does: give .*DataLoader\(dataset"),
+    "TensorDataset": (TensorDataset(IMAGES, LABELS), r"single examples, as a Dataset does: use .*DataLoader\(dataset"),
+    "Dataset": (Examples(), r"single examples, as a Dataset does: use .*DataLoader\(dataset"),
     "DataLoader of dicts": (DataLoader([{"x": IMAGES[0]}]), "a dict with the keys x"),  # type: ignore[arg-type]
-    "number": (5, r"loader \(int\) cannot be iterated"),
+    "number": (5, r"loader \(int\) is not iterable"),
     "float64": ([(IMAGES.double(), LABELS)], "does not take torch.float64 images of 3x8x8"),
     "float16": ([(IMAGES.half(), LABELS)], "does not take torch.float16 images of 3x8x8"),
     "int32 labels": ([(IMAGES, LABELS.int())], "labels must be int64"),
@@ -215,7 +215,9 @@ def test_fit_takes_batches_of_any_size_in_training_and_validation() -> None:
 
 @pytest.mark.parametrize("empty", [[], DataLoader(TensorDataset(IMAGES, LABELS), batch_size=50, drop_last=True)])
 def test_fit_refuses_a_loader_without_batches(empty: Any) -> None:
-    with pytest.raises(DeatError, match="the training loader has no batch; see its dataset, batch_size and drop_last"):
+    with pytest.raises(
+        DeatError, match="the training loader yields no batches; check its dataset, batch_size and drop_last"
+    ):
         deat_rb.create("pgd-1", made()).fit(empty, epochs=1)
 
 
@@ -293,7 +295,7 @@ def test_fit_refuses_a_single_image_where_batchnorm_needs_more() -> None:
         def on_batch_end(self, sums: Any) -> None:
             seen.append(weights(model))
 
-    message = "batch 2 of epoch 1: it has a single image, from which BatchNorm cannot compute statistics: use another"
+    message = "batch 2 of epoch 1: it has a single image, from which BatchNorm cannot compute statistics: use a"
     with pytest.raises(DeatError, match=message):
         deat_rb.create("pgd-1", model).fit(
             [(IMAGES, LABELS), (IMAGES[:1], LABELS[:1])], [(IMAGES[:1], LABELS[:1])], epochs=1, callbacks=[Keeps()]
@@ -328,7 +330,7 @@ def test_fit_ends_at_the_epoch_s_end_on_bad_values_on_an_accelerator() -> None:
             self.state.inputs.note(IMAGES * (255 if bad else 1), LABELS, 4, self.state.batch)
 
     with pytest.raises(
-        DeatError, match=r"batch 2 of epoch 2 cannot be trained on: an image has values .*; the model has .* epoch 1$"
+        DeatError, match=r"batch 2 of epoch 2 is invalid: an image has values .*; the model has .* epoch 1$"
     ):
         deat_rb.create("pgd-1", made()).fit(loader(3), epochs=3, callbacks=[Accelerator()])
 

@@ -41,7 +41,7 @@ def test_epoch_batches_calls_set_epoch() -> None:
 
 @pytest.mark.parametrize("make_loader", [lambda: iter(loader()), lambda: (batch for batch in loader())])
 def test_fit_refuses_an_iterator(make_loader: Any) -> None:
-    with pytest.raises(DeatError, match="is an iterator, which ends after one epoch"):
+    with pytest.raises(DeatError, match="is an iterator, which is exhausted after one epoch"):
         fitted(data=make_loader())
 
 
@@ -89,5 +89,5 @@ def test_sharded_loader_refuses_a_batch_smaller_than_the_ranks() -> None:
     )
     batches = shares.epoch_batches(1, 0, 0, lambda batch, number: batch)
     assert len(next(batches)[0][1]) == 1
-    with pytest.raises(DeatError, match="a batch of 3 images cannot be divided among 4 ranks; drop"):
+    with pytest.raises(DeatError, match="a batch of 3 images cannot be split among 4 ranks; drop"):
         next(batches)

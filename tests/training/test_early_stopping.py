@@ -15,7 +15,7 @@ from deat_rb.utils.errors import DeatError
 
 
 def test_fit_requires_validation_images_for_a_rule_that_validates() -> None:
-    with pytest.raises(DeatError, match="u-fgsm stops early by its accuracy on validation images; give a val_loader"):
+    with pytest.raises(DeatError, match="u-fgsm needs validation images for its stopping rule; give a val_loader"):
         fitted("u-fgsm")
 
 

@@ -24,7 +24,7 @@ from deat_rb.utils.errors import DeatError
             {"lr_schedule": "cylic"},
             "lr_schedule = 'cylic' cannot be used: it should be 'cyclic', 'multistep' or 'flat'",
         ),
-        ({"lr_epochs": 1, "epochs": 3}, "lr_epochs = 1 applies to the multistep schedule only, not to cyclic"),
+        ({"lr_epochs": 1, "epochs": 3}, "lr_epochs = 1 applies only to the multistep schedule, not to cyclic"),
         (
             {"lr_schedule": "multistep", "lr_epochs": 0},
             "lr_epochs = 0 cannot be used: it should be greater than or equal to 1",

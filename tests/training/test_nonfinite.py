@@ -120,7 +120,7 @@ def test_nonfinite_stop_keeps_the_last_good_epoch(tmp_path: Path) -> None:
         bool(tensor.isfinite().all()) for tensor in deat_rb.load_model(run.path, trust_code=True).state_dict().values()
     )
     with pytest.raises(
-        DeatError, match=r"diverged: .* became NaN or Inf at batch . of epoch 1; no epoch has ended yet"
+        DeatError, match=r"diverged: .* became NaN or Inf at batch . of epoch 1; no epoch has finished yet"
     ):
         deat_rb.create("standard", made()).fit(loader(3), epochs=1, lr=1e30)
 

@@ -33,9 +33,9 @@ ALTERED: dict[str, tuple[Callable[[Facts, Tensors], object], str]] = {
     "a fact more": (lambda facts, _: facts.update(best=1), "best: Extra inputs are not permitted"),
     "a fact less": (lambda facts, _: facts.pop("sums"), "sums: Field required"),
     "an epoch never reached": (lambda facts, _: facts.update(epoch=9), "has 1 epochs where the checkpoint has 8"),
-    "more batches than there are": (lambda facts, _: facts.update(batch=5), "5 batches done in an epoch of 4"),
+    "more batches than there are": (lambda facts, _: facts.update(batch=5), "5 finished batches in an epoch of 4"),
     "an epoch nobody has": (lambda facts, _: facts.update(kept=[7]), "7"),
-    "no epoch's weights": (lambda facts, _: facts.update(kept=[]), "no weights of a finished epoch"),
+    "no epoch's weights": (lambda facts, _: facts.update(kept=[]), "lacks the weights of the finished epochs"),
     "sums without a loss": (lambda facts, _: facts["sums"][0].pop("loss"), "'loss'"),
     "steps that are a text": (lambda facts, _: facts["trainer"]["schedule"].update(steps="many"), "steps = 'many'"),
     "no schedule": (lambda facts, _: facts["trainer"].pop("schedule"), "'schedule'"),
@@ -89,7 +89,7 @@ def test_newest_refuses_another_format(
     header.pop("format")
     save_tensors(path, tensors, header if form is None else {**header, "format": form})
     with pytest.raises(
-        DeatError, match=f"has checkpoint format {form or 1}, and this version .* from format 2; resume"
+        DeatError, match=f"has checkpoint format {form or 1}, but this version .* needs format 2; resume"
     ):
         train("m-deat", interrupted, resume=True)
 

@@ -186,7 +186,7 @@ def test_train_on_two_ranks_survives_sigterm_and_a_killed_rank(tmp_path: Path) -
         os.kill(rank_1_of(second.pid), signal.SIGKILL)
         second.wait(timeout=120)
     text = (tmp_path / "log").read_text()
-    assert "lost contact with another of the 2 ranks, so this one ends too; runs/run keeps" in text
+    assert "lost contact with another of the 2 ranks, so this one stops too; runs/run keeps" in text
     assert "loop.py" not in text  # the one traceback is torchrun's
     assert len(rows(run)) > before
 
