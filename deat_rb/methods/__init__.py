@@ -1,6 +1,6 @@
 """The methods of the paper's tables: recipes, trainers, surrogate losses, step schedules and stopping rules.
 
-What the paper defines belongs here. The machine that runs a training belongs to `deat_rb.training`.
+Method-specific code belongs here; training code that all methods share belongs in `deat_rb.training`.
 """
 
 from __future__ import annotations

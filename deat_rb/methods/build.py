@@ -1,4 +1,4 @@
-"""Configured methods: a row with the values of a run, and the trainer that is built from it."""
+"""Configured methods: a recipe with the parameters of a run, and the trainer built from it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ NUMBERS = frozenset({"gamma", "beta", "omega", "threshold", "drop", "guard"})
 
 @dataclass(frozen=True)
 class ConfiguredMethod:
-    """A method with the values that it runs with.
+    """A method with all its parameters.
 
     Attributes:
         name: The canonical name.
-        recipe: The row, its values replaced by the overrides; ``alpha`` is the step size at ``eps``.
+        recipe: The recipe with the overrides applied; ``alpha`` is the step size at ``eps``.
         eps: The Linf radius, in [0, 1] pixel units.
     """
 
@@ -41,7 +41,7 @@ class ConfiguredMethod:
 
 
 def configure(canonical: str, row: Recipe, /, *, eps: float | str = PAPER_EPS, **overrides: Any) -> ConfiguredMethod:
-    """Apply overrides to the row of a method; overrides and errors as for `deat_rb.create`."""
+    """Apply overrides to a method's recipe; overrides and errors are those of `deat_rb.create`."""
     eps = check_eps(parse_scalar(eps))
     values = {key: _number(key, value) for key, value in overrides.items() if value is not None}
 
@@ -62,7 +62,7 @@ def configure(canonical: str, row: Recipe, /, *, eps: float | str = PAPER_EPS, *
     stopping_options = {**row.stopping_options, **_take(resolve(row.stopping), values)}
     if values:
         raise DeatError(
-            f"the method {canonical} has no {', '.join(sorted(values))} to change; see deat-rb methods {canonical}"
+            f"the method {canonical} has no parameter {', '.join(sorted(values))}; see deat-rb methods {canonical}"
         )
     row = replace(
         row, steps=steps, alpha=alpha, beta=beta, attack_options=attack_options, trainer_options=trainer_options,
@@ -75,7 +75,7 @@ def build(method: ConfiguredMethod, model: nn.Module) -> Trainer:
     """Build the trainer of a configured method.
 
     Raises:
-        DeatError: If the attack cannot be created with the row's values, or the model cannot be trained.
+        DeatError: If the attack cannot be created with the recipe's parameters, or the model cannot be trained.
     """
     check_parameters(model)
     row = method.recipe
@@ -102,7 +102,7 @@ def build(method: ConfiguredMethod, model: nn.Module) -> Trainer:
 
 
 def _number(name: str, value: Any) -> Any:
-    """Check the type of an override, and read a step size written as a fraction."""
+    """Check the type of an override, and parse a step size written as a fraction."""
     if name == "alpha":
         return parse_scalar(value)
     if name in WHOLE_NUMBERS and not is_whole_number(value):
@@ -113,7 +113,7 @@ def _number(name: str, value: Any) -> Any:
 
 
 def _take(factory: Callable[..., Any] | None, values: dict[str, Any]) -> dict[str, Any]:
-    """Remove from ``values`` the parameters of ``factory``, except for the steps, which are the attack's."""
+    """Remove the parameters of ``factory`` from ``values`` and return them, except for the attack's steps."""
     if factory is None:
         return {}
     names = set(inspect.signature(factory).parameters) - {"steps", "start"}
@@ -121,7 +121,7 @@ def _take(factory: Callable[..., Any] | None, values: dict[str, Any]) -> dict[st
 
 
 def _parameters(row: Recipe) -> set[str]:
-    """Return which of ``alpha``, ``steps`` and ``attack_mode`` the attack takes: torchattacks' APGD has no alpha."""
+    """Return which of ``alpha``, ``steps`` and ``attack_mode`` the attack accepts; torchattacks' APGD has no alpha."""
     parameters = inspect.signature(resolve(row.attack)).parameters
     anything = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
     return {name for name in ("alpha", "steps", "attack_mode") if anything or name in parameters}

@@ -1,4 +1,4 @@
-"""Methods in words: the table and the explanations that `deat-rb methods` prints."""
+"""Descriptions of methods: the table and the explanations that `deat-rb methods` prints."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MethodRow:
-    """A row of `deat-rb methods`, all text.
+    """A row of the table that `deat-rb methods` prints, as strings.
 
     Attributes:
-        name: The method's name; of a family, an example's.
-        family: Notation of the family, such as ``free-R``; the name itself of a single method.
+        name: The method's name; for a family, that of an example.
+        family: Notation of the family, such as ``free-R``; for a single method, its name.
         attack: The attack.
         loss: The surrogate loss.
-        schedule: How the steps change from epoch to epoch.
+        schedule: The schedule of the attack's steps.
         stop: The stopping rule.
         cost: Backward passes over T epochs of M mini-batches.
         paper: Section, algorithm and source.
@@ -50,11 +50,11 @@ class MethodRow:
 
 
 def describe(name: str, *, eps: float | str = PAPER_EPS, **overrides: Any) -> MethodRow:
-    """Describe a method with the values that it runs with.
+    """Describe a method with its parameters.
 
     Args:
-        name: The method.
-        eps: The Linf radius, to which the step size is scaled.
+        name: The method's name.
+        eps: The Linf radius, with which the step size scales.
         overrides: As for `deat_rb.create`.
 
     Raises:
@@ -75,7 +75,7 @@ def describe_configured(method: ConfiguredMethod) -> MethodRow:
 
 
 def _describe(canonical: str, row: Recipe, eps: float, own_values: bool = False) -> MethodRow:
-    """Describe a row; ``own_values``: its steps or alpha are not those that its summary may name."""
+    """Describe a recipe; with ``own_values`` its steps or alpha differ from those that its summary may give."""
     summary = row.summary or path_of(row.attack).rpartition(":")[2]
     if own_values:
         summary += f"; here steps = {row.steps}, alpha = {format_fraction(row.alpha)}"
@@ -92,7 +92,7 @@ def _describe(canonical: str, row: Recipe, eps: float, own_values: bool = False)
 
 
 def _attack(row: Recipe, eps: float) -> str:
-    """Describe the attack of a row that uses `deat_rb.PGD`."""
+    """Describe the attack of a recipe that uses `deat_rb.PGD`."""
     options = row.attack_options
     if row.steps == 0 and not row.guided:
         return "none"
@@ -139,7 +139,9 @@ def _schedule(row: Recipe) -> str:
         every = options.get("every", 3)
         return ("one more every epoch" if every == 1 else f"one more every {every} epochs") + bounds
     if path == ACCURACY_THRESHOLD:
-        return f"one more after training accuracy above {100 * options.get('threshold', 0.4):g} %" + bounds
+        return (
+            f"one more after an epoch with training accuracy above {100 * options.get('threshold', 0.4):g} %" + bounds
+        )
     if row.guided:
         gamma = f", gamma {options['gamma']:g}" if "gamma" in options else ""
         return "gradient magnitude" + bounds + gamma
@@ -158,7 +160,7 @@ def _stop(row: Recipe) -> str:
 
 
 def _cost(row: Recipe) -> str:
-    """Backward passes of a built-in trainer around `deat_rb.PGD`."""
+    """Return the backward passes of a built-in trainer with `deat_rb.PGD`."""
     if path_of(row.schedule) != CONSTANT:
         return "sum of r, times M" if row.replays else "sum of (r + 1), times M"
     if row.replays or row.steps < 2:
@@ -168,10 +170,10 @@ def _cost(row: Recipe) -> str:
 
 
 def method_table(on_error: Callable[[str], None] | None = None) -> list[MethodRow]:
-    """Return the whole table: an example of each family, and the registered methods.
+    """Return the whole table: an example of each family and all registered methods.
 
     Args:
-        on_error: Called with a sentence for each entry point that cannot be loaded; by default the first one raises.
+        on_error: Called with the message for each entry point that cannot be loaded; by default the first one raises.
 
     Raises:
         DeatError: If an entry point cannot be loaded.
@@ -197,7 +199,7 @@ def cells(row: MethodRow) -> tuple[str, ...]:
 
 
 def markdown_table(rows: Iterable[MethodRow] | None = None) -> str:
-    """Return the table as Markdown, as docs/methods.md has it; the notation of a family follows its example."""
+    """Return a Markdown table of methods, as in docs/methods.md, with the family's notation in parentheses."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for row in method_table() if rows is None else rows:
         name = f"`{row.name}`" + ("" if row.family == row.name else f" (`{row.family}`)")
@@ -206,7 +208,7 @@ def markdown_table(rows: Iterable[MethodRow] | None = None) -> str:
 
 
 def explain(name: str) -> str:
-    """Explain a method in about ten lines: its four choices, cost, source, and the notes."""
+    """Explain a method in about ten lines: attack, loss, schedule, stopping rule, cost, source and notes."""
     canonical, row = recipe(name)
     text = describe(canonical)
     settings = f"fast: {row.fast_epochs} epochs, cyclic LR to 0.1; standard: 50 epochs, LR 0.05 cut at 25 and 40"

@@ -42,7 +42,7 @@ def mart(adv_logits: Tensor, labels: Tensor, clean_logits: Tensor, *, beta: floa
 
 
 def surrogate(name: str | SurrogateLoss, *, beta: float = 6.0) -> SurrogateLoss:
-    """Return the surrogate loss ``ce``, ``trades`` or ``mart``; a loss of your own is returned unchanged.
+    """Return the surrogate loss ``ce``, ``trades`` or ``mart``; a custom loss is returned unchanged.
 
     Raises:
         DeatError: If no loss has that name, or beta is negative.
@@ -50,7 +50,7 @@ def surrogate(name: str | SurrogateLoss, *, beta: float = 6.0) -> SurrogateLoss:
     if isinstance(name, SurrogateLoss):
         return name
     if not (math.isfinite(beta) and beta >= 0):
-        raise DeatError(f"beta = {beta:g} is not a finite number of 0 or more; TRADES and MART have 6")
+        raise DeatError(f"beta = {beta:g} is not a finite number of 0 or more; TRADES and MART use 6")
     if name == "ce":
         return SurrogateLoss("ce", cross_entropy)
     regularized = {"trades": trades, "mart": mart}

@@ -1,4 +1,4 @@
-"""Recipes: the rows of the paper's table of methods, as plain data that is read without importing torch."""
+"""Recipes: the methods of the paper's table, as plain data that can be read without importing torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REPLAY_TRAINER = "deat_rb.methods.trainers:ReplayTrainer"
 
 
 def resolve(reference: Any) -> Any:
-    """Import what ``package.module:Name`` refers to; return anything that is no text unchanged."""
+    """Import the object at ``package.module:Name``; return anything other than a string unchanged."""
     if not isinstance(reference, str):
         return reference
     module, _, name = reference.partition(":")
@@ -43,28 +43,29 @@ def path_of(reference: Any) -> str:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A row of the table of methods.
+    """A method: its attack, loss, schedule, stopping rule and trainer.
 
     The attack, the schedule, the stopping rule and the trainer are classes, or import paths ``package.module:Name``.
 
     Attributes:
-        attack: Called with the model and eps=, alpha=, steps= and ``attack_options``; returns the attack.
-        steps: The attack's steps; the first epoch's where the schedule raises them.
+        attack: The attack's class, called with the model and eps=, alpha=, steps= and ``attack_options``.
+        steps: The attack's steps; if the schedule raises them, those of the first epoch.
         alpha: The step size at eps = 8/255.
         attack_options: Further keyword arguments of the attack.
-        loss: The surrogate loss: ``ce``, ``trades``, ``mart`` or a loss of your own.
+        loss: The surrogate loss: ``ce``, ``trades``, ``mart`` or a custom loss.
         beta: The weight of the regularization term of ``trades`` and ``mart`` (MART's lambda).
-        schedule: The step schedule's class.
-        schedule_options: Its keyword arguments, except ``steps`` (``start`` of those that rise).
-        stopping: The stopping rule's class, or None.
+        schedule: The class of the step schedule.
+        schedule_options: Its keyword arguments, except ``steps`` (``start`` if the schedule raises them).
+        stopping: The class of the stopping rule, or None.
         stopping_options: Its keyword arguments.
-        trainer: The trainer's class.
+        trainer: The class of the trainer.
         trainer_options: Its keyword arguments.
         fast_epochs: Epochs of the fast setting.
         summary: The attack in words; needed only for an attack other than `deat_rb.PGD`.
-        cost: Backward passes over T epochs of M mini-batches; needed only for such an attack.
+        cost: Backward passes over T epochs of M mini-batches; needed only for an attack other than
+            `deat_rb.PGD`.
         paper: Section, algorithm and source.
-        notes: Where the paper is silent or inconsistent, and what is done.
+        notes: Points on which the paper is silent or inconsistent, each with the choice made here.
     """
 
     attack: Callable[..., Attack] | str = PGD
@@ -87,7 +88,7 @@ class Recipe:
 
     @property
     def guided(self) -> bool:
-        """Whether the gradient magnitude sets the steps."""
+        """Whether the gradient magnitude determines the steps."""
         if self.schedule in (CONSTANT, EVERY_D_EPOCHS, ACCURACY_THRESHOLD):
             return False
         return self.schedule == GRADIENT_MAGNITUDE or bool(resolve(self.schedule).guided)
@@ -113,16 +114,18 @@ FAT = {"tau": 3, "omega": 0.001, "attack_mode": "eval"}
 
 FRIENDLY_KL = {"loss": "kl", "start": "normal", "tau": 3, "omega": 0.0, "attack_mode": "eval"}
 
-IMAGE_BOUNDS = "Algorithms 1-5 leave the image bounds out; every adversarial example is kept within [0, 1]."
+IMAGE_BOUNDS = "Algorithms 1-5 omit the image bounds; every adversarial example is kept within [0, 1]."
 
-LOOP_TO_R = "Algorithm 4's inner loop runs to N where r is meant; its bound is the public code's, in no algorithm."
-
-STARTS_WITH_ONE = (
-    "The public code begins M+PGD, M+TRADES and M+MART with 0 steps, and in 2021 let them grow while alpha r < eps; "
-    "the text's 1 and rule are kept."
+LOOP_TO_R = (
+    "Algorithm 4's inner loop runs to N instead of r. The bound on r is that of the public code; no algorithm has one."
 )
 
-BOUND = "The bound of 8 replays is the public code's, in no algorithm."
+STARTS_WITH_ONE = (
+    "The public code starts M+PGD, M+TRADES and M+MART with 0 steps, and in 2021 increased them while alpha r < eps; "
+    "here the first epoch has 1 step and the rule is that of the text."
+)
+
+BOUND = "The bound of 8 replays is that of the public code; no algorithm has one."
 
 UNCLAMPED = "The start may leave [0, 1], as in the public code; the adversarial examples do not."
 
@@ -132,7 +135,7 @@ FREE_START = (
 )
 
 SMALL_STEP = (
-    "The text has alpha = 10/255 for all guided methods; 2/255 is what the released runs used, and what A.2 adjusts."
+    "The text has alpha = 10/255 for all guided methods; the released runs used 2/255, which appendix A.2 adjusts."
 )
 
 FAT_SOURCE = "Zhang et al. 2020, arXiv:2002.11242"
@@ -150,7 +153,7 @@ def _free(r: int) -> Recipe:
         trainer=REPLAY_TRAINER,
         trainer_options={"carry": True},
         paper="section 3; Shafahi et al. 2019, arXiv:1904.12843",
-        notes=(FREE_START, "The learning rate moves once per batch; FREE's public code moves it per replay."),
+        notes=(FREE_START, "The learning rate is updated once per batch; FREE's public code updates it per replay."),
     )
 
 
@@ -172,7 +175,7 @@ def _deat_every(d: int) -> Recipe:
 
 
 def _deat_accuracy(percent: int) -> Recipe:
-    note = "The training accuracy is that of the last replay's predictions."
+    note = "The training accuracy is computed from the last replay's predictions."
     return _deat(ACCURACY_THRESHOLD, {"threshold": percent / 100}, 11, "section 4.1, Algorithm 1", note)
 
 
@@ -213,7 +216,7 @@ def _one_step(stopping: str, options: Mapping[str, Any], paper: str, *notes: str
 
 
 def _u_fgsm() -> Recipe:
-    note = "15 epochs in the fast setting, as in its public code and by Table 5's minutes; Fig. 2 has 10."
+    note = "15 epochs in the fast setting, as in its public code and as Table 5's times imply; Fig. 2 has 10."
     return _one_step(ROBUSTNESS_DROP, {"drop": 0.2}, "section 5.3; Wong et al. 2020, arXiv:2001.03994", note)
 
 
@@ -222,13 +225,13 @@ def _m_u_fgsm() -> Recipe:
         GRADIENT_RATIO,
         {"m": 2, "gamma": 1.5},
         "section 5.3, Algorithm 5, Equation 8",
-        "Algorithm 5 never adds to l_X; it is added.",
-        "R^t > gamma R^{t-1} taken literally fires on noise; l_X has to be rising by 40 % an epoch as well.",
+        "Algorithm 5 never accumulates l_X; here it is summed over the epoch.",
+        "Taken literally, R^t > gamma R^{t-1} is triggered by noise; here l_X must also rise by 40 % per epoch.",
     )
 
 
 def _fat(n: int) -> Recipe:
-    note = "The noise after each step is omega of FAT's public code, in no algorithm."
+    note = "The noise after each step is omega in FAT's public code; no algorithm has it."
     return Recipe(steps=n, attack_options={**UNIFORM, **FAT}, paper=f"section 5.2; {FAT_SOURCE}", notes=(note,))
 
 
@@ -247,7 +250,9 @@ def _friendly(loss: str) -> Recipe:
         attack_options=FRIENDLY_KL,
         loss=loss,
         paper=f"section 5.2; {_SOURCES[loss]}; {FAT_SOURCE}",
-        notes=("The authors' copy maximizes KL; MART's and FAT's own code CE.",) if loss == "mart" else (),
+        notes=("As in the authors' code, the attack maximizes KL; in the code of MART and FAT it maximizes CE.",)
+        if loss == "mart"
+        else (),
     )
 
 
@@ -263,7 +268,7 @@ def _guided(loss: str, attack_options: Mapping[str, Any]) -> Recipe:
 
 
 FAMILIES: list[tuple[str, str, str, Callable[..., Recipe]]] = [
-    # notation in tables, pattern of a name, example, factory of the row (given the name's number)
+    # notation in tables, name pattern, example, recipe factory (called with the number in the name)
     ("standard", r"standard", "standard", _standard),
     ("free-R", r"free-(\d+)", "free-8", _free),
     ("deat-D", r"deat-(\d+)", "deat-3", _deat_every),

@@ -1,8 +1,7 @@
-"""Registry of methods: the one place where a method's name is looked up.
+"""Registry of methods: looks up recipes by name.
 
-A method is a row of four choices: an attack, a surrogate loss, a schedule that sets the attack's steps from epoch to
-epoch, and a stopping rule. Step sizes are given for eps = 8/255 and scale with eps. Nothing here imports torch before
-a trainer is created.
+A method combines an attack, a surrogate loss, a schedule that sets the attack's steps for each epoch, and a stopping
+rule. Step sizes are given for eps = 8/255 and scale with eps. Nothing here imports torch before a trainer is created.
 """
 
 from __future__ import annotations
@@ -26,34 +25,35 @@ _registered: dict[str, Recipe] = {}
 
 
 def register_method(name: str, recipe: Recipe) -> None:
-    """Add a method; the command line knows those that are entry points in the group ``deat_rb.methods``.
+    """Register a method; for the command line, use an entry point in the group ``deat_rb.methods`` instead.
 
     Args:
-        name: Case-insensitive.
-        recipe: Its row.
+        name: The method's name, case-insensitive.
+        recipe: Its recipe.
 
     Raises:
-        DeatError: If the name is taken or not a valid name.
+        DeatError: If the name is taken or invalid.
     """
     canonical = name.strip().lower()
     if not isinstance(recipe, Recipe):
         raise DeatError(f"a method needs a name and a Recipe, not '{name}' and {type(recipe).__name__}")
     if not re.fullmatch(r"[a-z0-9][a-z0-9+%._-]*", canonical):
         raise DeatError(
-            f"method name: '{name}' (a letter or digit, then letters, digits and + % . _ -); it names run directories"
+            f"invalid method name '{name}': use a letter or digit, then letters, digits and + % . _ -, because run "
+            "directories are named after it"
         )
     if is_builtin(canonical) or canonical in known_methods():
-        raise DeatError(f"the method '{canonical}' exists already; register yours under another name")
+        raise DeatError(f"the method '{canonical}' already exists; register yours under another name")
     _registered[canonical] = recipe
 
 
 def known_methods() -> list[str]:
-    """Return the names of all methods: the paper's (an example of each family) and those registered."""
+    """Return the names of all methods: the paper's (an example of each family) and the registered ones."""
     return [example for _, _, example, _ in FAMILIES] + list(_registered) + list(_plugins())
 
 
 def family(canonical: str) -> str:
-    """Return the notation of a method's family, ``free-R`` for ``free-8``; a single method's is its name."""
+    """Return the notation of a method's family, ``free-R`` for ``free-8``; for a single method, its name."""
     return next((notation for notation, pattern, _, _ in FAMILIES if re.fullmatch(pattern, canonical)), canonical)
 
 
@@ -69,20 +69,20 @@ def _plugins() -> dict[str, EntryPoint]:
 
 
 def recipe(name: str) -> tuple[str, Recipe]:
-    """Look up a method's row.
+    """Look up a method's recipe.
 
     Args:
-        name: As the paper writes it, in any case: ``M+TRADES``, ``M+TRADE``, ``DEAT-40%``, ``FREE-8``; ``deat-P%`` is
-            ``deat-40%``.
+        name: The method's name in the paper, in any case: ``M+TRADES``, ``M+TRADE``, ``DEAT-40%``, ``FREE-8``;
+            ``deat-P%`` means ``deat-40%``.
 
     Returns:
-        The canonical name, such as ``m+trades``, and the row.
+        The canonical name, such as ``m+trades``, and the recipe.
 
     Raises:
-        DeatError: If there is no such method, or its number is out of range.
+        DeatError: If the method is unknown, or its number is out of range.
     """
     if not isinstance(name, str):
-        raise DeatError(f"method: {type(name).__name__} (a name such as 'm+trades')")
+        raise DeatError(f"method names must be strings such as 'm+trades', not {type(name).__name__}")
     requested = name.strip().lower()
     if requested in DEFAULT_PERCENT:
         requested = "deat-40%"
@@ -120,18 +120,18 @@ def create(name: str, model: nn.Module, *, eps: float | str = PAPER_EPS, **overr
     """Create the trainer of a method.
 
     Args:
-        name: The method, see `recipe`.
+        name: The method's name; see `recipe`.
         model: The model to train: takes images in [0, 1], (N, C, H, W), and returns logits (N, K).
-        eps: The Linf radius, in [0, 1] pixel units; a text such as ``8/255`` is read, too.
-        overrides: Values other than the row's: ``alpha``, ``steps`` (the first epoch's where a schedule raises them),
-            ``max_steps``, ``gamma``, ``beta``, ``tau``, ``omega``, ``attack_mode``, ``carry``, ``lr_per_replay``, and
-            the other parameters of the row's schedule and stopping rule. None keeps the row's own value.
+        eps: The Linf radius, in [0, 1] pixel units; strings such as ``8/255`` are accepted.
+        overrides: Parameters that replace the method's defaults: ``alpha``, ``steps`` (of the first epoch, if a
+            schedule raises them), ``max_steps``, ``gamma``, ``beta``, ``tau``, ``omega``, ``attack_mode``, ``carry``,
+            ``lr_per_replay``, and the other parameters of its schedule and stopping rule. None keeps the default.
 
     Returns:
-        A torchattacks attack that can `fit`.
+        A trainer: a torchattacks attack with the method ``fit``.
 
     Raises:
-        DeatError: If the method is unknown, does not have what an override would change, or the model cannot be
+        DeatError: If the method is unknown or has no such parameter, a parameter is invalid, or the model cannot be
             trained.
     """
     from deat_rb.methods.build import build, configure

@@ -27,7 +27,7 @@ class EveryDEpochs(Schedule):
     def __init__(self, every: int = 3, *, start: int = 1, max_steps: int | None = None) -> None:
         super().__init__(start, max_steps)
         if every < 1:
-            raise DeatError(f"every = {every} is not a number of epochs; DEAT-D needs D of 1 or more")
+            raise DeatError(f"every = {every} is below 1 epoch; DEAT-D needs D of 1 or more")
         self.every = every
 
     def update(self, stats: EpochStats) -> None:
@@ -36,7 +36,7 @@ class EveryDEpochs(Schedule):
             self._rise()
 
     def total_steps(self, epochs: int) -> int:
-        """Return the sum of a fresh schedule: T (T + D) / 2D rounded up, if ``max_steps`` is not reached."""
+        """Return the total steps of a fresh schedule: T (T + D) / 2D rounded up, if ``max_steps`` is not reached."""
         copy = EveryDEpochs(self.every, start=self.steps, max_steps=self.max_steps)
         total = 0
         for epoch in range(1, epochs + 1):
@@ -49,7 +49,7 @@ class AccuracyThreshold(Schedule):
     """One more step after each epoch whose training accuracy is above a threshold: DEAT-P% (section 4.1).
 
     Args:
-        threshold: In (0, 1): 0.4 for DEAT-40%.
+        threshold: Accuracy in (0, 1): 0.4 for DEAT-40%.
         start: Steps of the first epoch.
         max_steps: Upper bound; None for no bound.
     """
@@ -57,7 +57,7 @@ class AccuracyThreshold(Schedule):
     def __init__(self, threshold: float = 0.4, *, start: int = 1, max_steps: int | None = None) -> None:
         super().__init__(start, max_steps)
         if not 0 < threshold < 1:
-            raise DeatError(f"threshold = {threshold:g} is outside (0, 1); DEAT-40% has 0.4")
+            raise DeatError(f"threshold = {threshold:g} is outside (0, 1); DEAT-40% uses 0.4")
         self.threshold = threshold
 
     def update(self, stats: EpochStats) -> None:
@@ -69,13 +69,13 @@ class AccuracyThreshold(Schedule):
 class GradientMagnitude(Schedule):
     """The paper's rule (Algorithm 2, lines 8-14): one more step whenever l_X exceeds a threshold.
 
-    After the first epoch the steps rise by one; after the second the threshold is gamma * l_X; from then on an l_X
-    above the threshold sets it to gamma * l_X and adds a step. The step size becomes max(alpha, eps / steps), so that
-    alpha * steps >= eps (appendix A.2).
+    A step is added after the first epoch. After the second, the threshold is set to gamma * l_X; from then on, whenever
+    l_X exceeds the threshold, it is set to gamma * l_X again and a step is added. The step size becomes
+    max(alpha, eps / steps), so that alpha * steps >= eps (appendix A.2).
 
     Args:
         gamma: Threshold factor, positive: 1.0 (fast, PreActResNet) or 1.01.
-        max_steps: Upper bound: 8 for M-DEAT, the plain method's steps for M+PGD, M+TRADES, M+MART.
+        max_steps: Upper bound: 8 for M-DEAT, the steps of the unguided method for M+PGD, M+TRADES, M+MART.
         start: Steps of the first epoch.
     """
 
@@ -84,7 +84,7 @@ class GradientMagnitude(Schedule):
     def __init__(self, *, gamma: float = 1.01, max_steps: int = 8, start: int = 1) -> None:
         super().__init__(start, max_steps)
         if not (math.isfinite(gamma) and gamma > 0):
-            raise DeatError(f"gamma = {gamma:g} is not a positive number; the paper has 1.0 and 1.01")
+            raise DeatError(f"gamma = {gamma:g} is not a positive number; the paper uses 1.0 and 1.01")
         self.gamma = gamma
         self.epochs = 0
         self.threshold: float | None = None
@@ -125,9 +125,9 @@ def replay(schedule: Schedule, rows: Iterable[EpochStats | Mapping[str, Any]]) -
     """Run a schedule on the metrics of a finished run.
 
     Args:
-        schedule: In its state before the first epoch.
-        rows: As `deat_rb.runs.directory.RunDirectory.rows` returns them, or the lines of a ``metrics.jsonl``; the
-            values that the schedule uses, such as ``l_x``, suffice.
+        schedule: The schedule, in its initial state.
+        rows: The result of `deat_rb.runs.directory.RunDirectory.rows`, or the parsed lines of a ``metrics.jsonl``; only
+            the values that the schedule uses, such as ``l_x``, are needed.
 
     Returns:
         The steps of each epoch.

@@ -18,15 +18,15 @@ class RobustnessDrop(StoppingRule):
     """U-FGSM's own rule (Wong et al. 2020): stop when PGD accuracy on a fixed batch drops suddenly.
 
     Args:
-        drop: Drop from one epoch to the next that stops training, in (0, 1): 0.2 is 20 points.
+        drop: Drop from one epoch to the next that stops training, in (0, 1): 0.2 means 20 percentage points.
         steps: Steps of the PGD attack.
     """
 
     def __init__(self, drop: float = 0.2, *, steps: int = 5) -> None:
         if not 0 < drop < 1:
-            raise DeatError(f"drop = {drop:g} is outside (0, 1); 20 points are 0.2")
+            raise DeatError(f"drop = {drop:g} is outside (0, 1); give 0.2 for 20 percentage points")
         if steps < 1:
-            raise DeatError(f"steps = {steps} of the stopping rule's PGD is below 1")
+            raise DeatError(f"steps = {steps} is below 1; the stopping rule's PGD needs 1 or more")
         self.drop = drop
         self.validation_steps = steps
         self.last: float | None = None
@@ -35,7 +35,7 @@ class RobustnessDrop(StoppingRule):
         """Compare the accuracy with the previous epoch's."""
         last, now = self.last, stats.stop_robust_acc
         if now is None:
-            raise DeatError(f"epoch {stats.epoch} has no stop_robust_acc, which the rule RobustnessDrop needs")
+            raise DeatError(f"epoch {stats.epoch} has no stop_robust_acc, which RobustnessDrop needs")
         self.last = now
         if last is not None and last - now > self.drop:
             reason = f"PGD-{self.validation_steps} accuracy fell from {last:.1%} to {now:.1%} in epoch {stats.epoch}"
@@ -54,25 +54,25 @@ class RobustnessDrop(StoppingRule):
 class GradientRatio(StoppingRule):
     """M+U-FGSM's rule (Algorithm 5, Equation 8): stop when l_X surges.
 
-    R^t = (l_X^t - l_X^{t-m}) / m, and training ends when R^t > gamma * R^{t-1}, from epoch m + 2 on. Taken literally
-    that fires on noise and, with negative ratios, while l_X falls; so R^t has to be more than ``guard`` times l_X^{t-m}
-    as well. While a healthy network begins to learn, l_X may rise by up to 30 % an epoch; in a collapse it doubles
+    R^t = (l_X^t - l_X^{t-m}) / m, and training ends when R^t > gamma * R^{t-1}, from epoch m + 2 on. Taken literally,
+    that is triggered by noise and, with negative ratios, while l_X falls; so R^t must also exceed ``guard`` times
+    l_X^{t-m}. In the first epochs of a healthy run l_X may rise by up to 30 % per epoch; in a collapse it doubles
     within two epochs (docs/lab/results.md has the recorded runs). The rise may have begun in any of the m epochs, so
     the result is epoch t - m.
 
     Args:
-        m: Distance of the compared epochs.
-        gamma: Factor by which the rise has to exceed the previous one.
+        m: Distance between the compared epochs.
+        gamma: Factor by which the rise must exceed the previous one.
         guard: Smallest rise per epoch, as a fraction of l_X, that counts as a surge.
     """
 
     def __init__(self, *, m: int = 2, gamma: float = 1.5, guard: float = 0.4) -> None:
         if m < 1:
-            raise DeatError(f"m = {m} is not a number of epochs; Algorithm 5 has m = 2")
+            raise DeatError(f"m = {m} is below 1 epoch; Algorithm 5 uses m = 2")
         if not (math.isfinite(gamma) and gamma > 0):
-            raise DeatError(f"gamma = {gamma:g} is not a positive number; Algorithm 5 has 1.5")
+            raise DeatError(f"gamma = {gamma:g} is not a positive number; Algorithm 5 uses 1.5")
         if not 0 <= guard < 1:
-            raise DeatError(f"guard = {guard:g} is outside [0, 1)")
+            raise DeatError(f"guard = {guard:g} is outside [0, 1); give a fraction such as 0.4")
         self.m = m
         self.gamma = gamma
         self.guard = guard
@@ -109,7 +109,7 @@ def replay(rule: StoppingRule, rows: Iterable[EpochStats | Mapping[str, Any]]) -
     """Run a rule on the metrics of a finished run; rows as for `deat_rb.methods.schedules.replay`.
 
     Returns:
-        The `Stop` with which it would have ended training, or None.
+        The `Stop` that would have ended training, or None.
     """
     for number, row in enumerate(rows, start=1):
         stop = rule.update(EpochStats.of(row, number))

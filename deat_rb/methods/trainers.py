@@ -33,7 +33,7 @@ from deat_rb.utils.module_state import frozen_parameters, preserve_modes, requir
 class AttackTrainer(Trainer):
     """Attack, then update: PGD-N, U-FGSM, FAT, TRADES, MART, and their guided forms (Algorithms 4 and 5).
 
-    It takes any torchattacks attack; a probe records the gradient magnitude of those that are not ours.
+    Any torchattacks attack can be used; unless it is our PGD, a probe records its gradient magnitude.
     """
 
     _averages: bool | None = None
@@ -43,22 +43,22 @@ class AttackTrainer(Trainer):
 
     @property
     def _own(self) -> PGD | None:
-        """The attack if it is our PGD, which returns its own statistics."""
+        """The attack if it is our PGD, which returns statistics itself."""
         crafter = self.crafter
         return crafter if isinstance(crafter, PGD) and type(crafter).forward is PGD.forward else None
 
     def check_attack(self, images: Tensor) -> None:
-        """Refuse an attack that computes no gradient, and determine whether its loss is averaged."""
+        """Reject an attack that computes no gradient, and determine whether its loss is averaged."""
         if self._averages is None and self._own is None:
             self._averages = uses_mean_reduction(self.crafter, images.contiguous())
 
     def craft(self, images: Tensor, labels: Tensor, loss_scale: float = 1.0) -> tuple[Tensor, CraftStats]:
-        """Generate adversarial examples for training, which updates BatchNorm's statistics where the mode is train.
+        """Generate adversarial examples for training; in train mode this updates BatchNorm's statistics.
 
         Args:
             images: As for `training_step`.
             labels: (N,).
-            loss_scale: Loss scale of our own attacks' gradients.
+            loss_scale: Loss scale for the gradients of our PGD.
 
         Returns:
             The adversarial examples (N, C, H, W) and the attack's statistics.
@@ -70,12 +70,12 @@ class AttackTrainer(Trainer):
                 own.enter_mode()
                 return own.craft(images, labels)
             self.check_attack(images)
-            # Calling a StatelessAttack would restore BatchNorm's statistics, which training updates.
+            # Calling a StatelessAttack would undo the updates of BatchNorm's statistics.
             attack = crafter.forward if isinstance(crafter, StatelessAttack) else crafter
             with GradientProbe(self.model) as probe:
                 if isinstance(crafter, StatelessAttack):
                     crafter.enter_mode()
-                # Some of torchattacks' flatten the images by `view`, which channels_last does not allow.
+                # Some torchattacks attacks flatten the images with `view`, which fails in channels_last.
                 adv: Tensor = attack(images.contiguous(), labels)
             return adv.detach(), probe.stats(len(images), unit=len(images) if self._averages else 1)
 
@@ -86,7 +86,8 @@ class AttackTrainer(Trainer):
         self.require_pixels()
         require_autograd("training", grad_mode=True)
         engine = engine or Engine(images.device)
-        # A compiled pass computes all requested gradients; an eager one does not cache casts of frozen weights.
+        # Freeze only if compiled: a compiled pass computes all requested gradients, even if unused; an eager one would
+        # not cache the casts of frozen weights.
         with engine.autocast(), frozen_parameters(self.model) if engine.compiled else nullcontext():
             adv, crafting = self.craft(images, labels, engine.loss_scale)
         # A separate autocast region: casts of weights cached by a no_grad forward carry no gradient.
@@ -126,11 +127,11 @@ class ReplayTrainer(Trainer):
 
     Args:
         attack: A `PGD` on cross-entropy, whose start, eps and alpha the replays use.
-        carry: Whether the perturbation is carried from batch to batch, from zero in the first one (FREE, Shafahi et
-            al. 2019), instead of the attack's start in every batch. As in fast_adversarial's code it is clipped to the
-            bounds of the images that it was computed for, not of the next ones.
-        lr_per_replay: Whether the learning rate moves with each replay, as in FREE's public code, instead of once per
-            batch.
+        carry: Whether the perturbation is carried from batch to batch, starting at zero (FREE, Shafahi et al. 2019),
+            instead of being initialized by the attack in every batch. As in fast_adversarial's code it is clipped to
+            the bounds of the images that it was computed for, not of the next ones.
+        lr_per_replay: Whether the learning rate is updated with each replay, as in FREE's public code, instead of once
+            per batch.
         options: As for `Trainer`.
     """
 
@@ -150,9 +151,11 @@ class ReplayTrainer(Trainer):
             )
         super().__init__(attack, loss=surrogate(loss), **options)
         if self.steps < 1:
-            raise DeatError(f"steps = {self.steps}: a replay trainer needs 1 replay or more to train")
+            raise DeatError(f"steps = {self.steps}: a replay trainer needs 1 replay or more")
         if self.loss.needs_clean:
-            raise DeatError(f"a replay trainer has one forward per replay, and the loss {self.loss.name} needs two")
+            raise DeatError(
+                f"the loss {self.loss.name} needs two forward passes, and a replay has one: use AttackTrainer"
+            )
         self.carry = carry
         self.lr_per_replay = lr_per_replay
         self._carried: Tensor | None = None
@@ -162,7 +165,7 @@ class ReplayTrainer(Trainer):
 
         Args:
             images: A batch, or this rank's part of it.
-            part: The rows of the global batch that ``images`` are.
+            part: The position of ``images`` in the global batch.
         """
         if not self.carry:
             adv: Tensor = self.crafter.initialize(images)
@@ -174,7 +177,7 @@ class ReplayTrainer(Trainer):
         return images + delta
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        """Generate adversarial examples by the replays' steps, with fixed weights."""
+        """Generate adversarial examples with the replays' steps, without updating the weights."""
         images = inputs.detach().to(self.device)
         self.crafter.enter_mode()
         adv: Tensor = self.crafter.craft(images, labels, adv=self.initialize(images))[0]

@@ -59,7 +59,7 @@ OTHERS = [
     ("schedule", "deat-3",   {}, "one more every 3 epochs"),
     ("schedule", "deat-5",   {"max_steps": 4}, "one more every 5 epochs, at most 4"),
     ("schedule", "deat-3",   {"every": 1}, "one more every epoch"),
-    ("schedule", "deat-20%", {"steps": 2}, "one more after training accuracy above 20 %, from 2"),
+    ("schedule", "deat-20%", {"steps": 2}, "one more after an epoch with training accuracy above 20 %, from 2"),
     ("schedule", "m-deat",   {"max_steps": 4, "gamma": 1.2}, "gradient magnitude, at most 4, gamma 1.2"),
     ("schedule", "m+pgd",    {"steps": 3}, "gradient magnitude, from 3, at most 7"),
     ("stop",     "u-fgsm",   {}, "PGD-5 accuracy drops by over 20 points"),
@@ -93,7 +93,7 @@ def test_describe_states_the_values_of_an_override(
 
 
 def test_describe_refuses_what_create_refuses() -> None:
-    with pytest.raises(DeatError, match="the method pgd-7 has no beta to change"):
+    with pytest.raises(DeatError, match="the method pgd-7 has no parameter beta"):
         describe("pgd-7", beta=1.0)
 
 

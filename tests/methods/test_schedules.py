@@ -207,11 +207,11 @@ def test_replay_reads_rows_of_metrics() -> None:
 
 REFUSALS: list[tuple[Callable[[], Schedule], str]] = [
     (lambda: Constant(-1), r"^steps = -1 is not a whole number of 0 or more"),
-    (lambda: EveryDEpochs(0), r"^every = 0 is not a number of epochs"),
+    (lambda: EveryDEpochs(0), r"^every = 0 is below 1 epoch"),
     (lambda: EveryDEpochs(start=3, max_steps=2), r"^max_steps = 2 is below the first epoch's steps \(3\)"),
-    (lambda: AccuracyThreshold(40), r"^threshold = 40 is outside \(0, 1\); DEAT-40% has 0.4"),
+    (lambda: AccuracyThreshold(40), r"^threshold = 40 is outside \(0, 1\); DEAT-40% uses 0.4"),
     (lambda: AccuracyThreshold(math.nan), r"^threshold = nan is outside"),
-    (lambda: GradientMagnitude(gamma=0), r"^gamma = 0 is not a positive number; the paper has 1.0 and 1.01"),
+    (lambda: GradientMagnitude(gamma=0), r"^gamma = 0 is not a positive number; the paper uses 1.0 and 1.01"),
     (lambda: GradientMagnitude(gamma=math.inf), r"^gamma = inf is not"),
     (lambda: GradientMagnitude(max_steps=0), r"^max_steps = 0 is below the first epoch's steps \(1\)"),
     (lambda: GradientMagnitude(start=-1), r"^steps = -1 is not a whole number of 0 or more"),

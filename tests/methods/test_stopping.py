@@ -158,7 +158,7 @@ def test_robustness_drop_needs_stop_robust_acc() -> None:
     assert RobustnessDrop().validation_steps == 5
     assert RobustnessDrop(steps=7).validation_steps == 7
     assert GradientRatio().validation_steps == 0
-    with pytest.raises(DeatError, match="epoch 3 has no stop_robust_acc, which the rule RobustnessDrop needs"):
+    with pytest.raises(DeatError, match="epoch 3 has no stop_robust_acc, which RobustnessDrop needs"):
         RobustnessDrop().update(EpochStats(epoch=3))
 
 
@@ -198,9 +198,9 @@ def test_stopping_rule_base_never_stops() -> None:
 
 
 REFUSALS: list[tuple[Callable[[], StoppingRule], str]] = [
-    (lambda: RobustnessDrop(20), r"^drop = 20 is outside \(0, 1\); 20 points are 0.2"),
-    (lambda: RobustnessDrop(0.2, steps=0), r"^steps = 0 of the stopping rule's PGD is below 1"),
-    (lambda: GradientRatio(m=0), r"^m = 0 is not a number of epochs; Algorithm 5 has m = 2"),
+    (lambda: RobustnessDrop(20), r"^drop = 20 is outside \(0, 1\); give 0.2 for 20 percentage points"),
+    (lambda: RobustnessDrop(0.2, steps=0), r"^steps = 0 is below 1"),
+    (lambda: GradientRatio(m=0), r"^m = 0 is below 1 epoch; Algorithm 5 uses m = 2"),
     (lambda: GradientRatio(gamma=-1), r"^gamma = -1 is not a positive number"),
     (lambda: GradientRatio(gamma=math.nan), r"^gamma = nan is not"),
     (lambda: GradientRatio(guard=5), r"^guard = 5 is outside \[0, 1\)"),
