@@ -7,6 +7,7 @@ dependencies, its `benchmark` raises a TypeError, and torchattacks' wheel may ha
 
 from __future__ import annotations
 
+import csv
 import importlib
 import importlib.util
 import sys
@@ -105,11 +106,19 @@ def _distribution_in(folder: Path, name: str) -> metadata.Distribution | None:
 
 
 def _recorded_hashes(distribution: metadata.Distribution | None) -> dict[str, str]:
-    """Return the SHA-256 hashes of robustbench's Python files as listed in a distribution's RECORD."""
+    """Return the SHA-256 hashes of robustbench's Python files as listed in a distribution's RECORD.
+
+    `Distribution.files` leaves out files that are missing, since Python 3.12.
+    """
+    record = distribution.read_text("RECORD") if distribution else None
+    rows = csv.reader((record or "").splitlines())
     return {
-        str(file): file.hash.value
-        for file in (distribution and distribution.files) or ()
-        if file.parts[0] == "robustbench" and file.suffix == ".py" and file.hash and file.hash.mode == "sha256"
+        row[0]: row[1].removeprefix("sha256=")
+        for row in rows
+        if len(row) > 1
+        and row[0].startswith("robustbench/")
+        and row[0].endswith(".py")
+        and row[1].startswith("sha256=")
     }
 
 
