@@ -151,7 +151,7 @@ class _Suite:
 
 
 def transpose_wide_images(square: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """Wrap Square so that images wider than high are attacked transposed; in L2 Square fails on them otherwise."""
+    """Wrap Square so that images wider than high are transposed for the attack; without that, Square fails in L2."""
 
     def perturb(images: Tensor, labels: Tensor) -> Tensor:
         predict = square.predict
@@ -169,7 +169,7 @@ def transpose_wide_images(square: Any) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _leaving_early(attack: Any) -> Callable[..., tuple[Tensor, ...]]:
-    """Wrap APGD, which never drops examples, so that an example is no longer forwarded once it is misclassified."""
+    """Wrap APGD so that examples are no longer forwarded once they are misclassified."""
     run: Callable[..., tuple[Tensor, ...]] = attack.attack_single_run
 
     def attack_single_run(images: Tensor, labels: Tensor, x_init: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -210,10 +210,7 @@ class _Leaving:
         return logits
 
     def restore(self, adversarial: Tensor) -> Tensor:
-        """Return ``adversarial``, each misclassified image replaced by its first misclassified iterate.
-
-        APGD goes on updating those images.
-        """
+        """Return ``adversarial`` with each misclassified image set to its first misclassified iterate."""
         if self._first_misclassified is None or self.draws:
             return adversarial
         return torch.where(self.misclassified[:, None, None, None], self._first_misclassified, adversarial)

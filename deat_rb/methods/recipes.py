@@ -117,7 +117,7 @@ FRIENDLY_KL = {"loss": "kl", "start": "normal", "tau": 3, "omega": 0.0, "attack_
 IMAGE_BOUNDS = "Algorithms 1-5 omit the image bounds; every adversarial example is kept within [0, 1]."
 
 LOOP_TO_R = (
-    "Algorithm 4's inner loop runs to N instead of r. The bound on r is that of the public code; no algorithm has one."
+    "Algorithm 4's inner loop runs to N instead of r. The bound on r is from the public code; no algorithm has one."
 )
 
 STARTS_WITH_ONE = (
@@ -125,7 +125,7 @@ STARTS_WITH_ONE = (
     "here the first epoch has 1 step and the rule is that of the text."
 )
 
-BOUND = "The bound of 8 replays is that of the public code; no algorithm has one."
+BOUND = "The upper bound of 8 replays is from the public code; no algorithm has one."
 
 UNCLAMPED = "The start may leave [0, 1], as in the public code; the adversarial examples do not."
 
@@ -231,7 +231,7 @@ def _m_u_fgsm() -> Recipe:
 
 
 def _fat(n: int) -> Recipe:
-    note = "The noise after each step is omega in FAT's public code; no algorithm has it."
+    note = "The noise after each step (omega) is from FAT's public code; no algorithm has it."
     return Recipe(steps=n, attack_options={**UNIFORM, **FAT}, paper=f"section 5.2; {FAT_SOURCE}", notes=(note,))
 
 

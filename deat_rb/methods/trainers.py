@@ -154,7 +154,7 @@ class ReplayTrainer(Trainer):
             raise DeatError(f"steps = {self.steps}: a replay trainer needs 1 replay or more")
         if self.loss.needs_clean:
             raise DeatError(
-                f"the loss {self.loss.name} needs two forward passes, and a replay has one: use AttackTrainer"
+                f"the loss {self.loss.name} needs two forward passes, but a replay runs only one: use AttackTrainer"
             )
         self.carry = carry
         self.lr_per_replay = lr_per_replay

@@ -149,7 +149,7 @@ class TrainerBase(StatelessAttack):
         loss: The surrogate loss.
         schedule: Attack steps per epoch; by default constant.
         stopping: The stopping rule; None for none.
-        name: The method's name.
+        name: The method's name; by default that of the class.
 
     Attributes:
         crafter: The attack that generates the adversarial examples.
@@ -170,8 +170,7 @@ class TrainerBase(StatelessAttack):
     ) -> None:
         if isinstance(attack, TrainerBase):
             raise DeatError(
-                f"attack must be an attack, but '{attack.attack}' is already a trainer: use that trainer, or pass its "
-                "attack, trainer.crafter"
+                f"'{attack.attack}' is already a trainer: use that trainer, or pass its attack, trainer.crafter"
             )
         if not isinstance(attack, Attack):
             what = attack.__name__ if isinstance(attack, type) else type(attack).__name__

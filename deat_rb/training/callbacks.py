@@ -41,11 +41,11 @@ class Callback:
         """Run after each batch; ``sums`` covers the epoch so far."""
 
     def requested_action(self) -> Action:
-        """Return what to do before the next batch."""
+        """Return the action to take before the next batch."""
         return Action.CONTINUE
 
     def on_action(self, action: Action) -> None:
-        """Carry out an action other than CONTINUE, on which all ranks have agreed."""
+        """Carry out an action other than CONTINUE; all ranks have agreed on it."""
 
     def on_train_epoch_end(self) -> None:
         """Run after the last batch of an epoch, before validation."""

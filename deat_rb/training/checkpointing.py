@@ -17,7 +17,7 @@ from deat_rb.utils.errors import DeatError
 
 
 class MetricsWriter(Callback):
-    """Append each epoch's metrics to a run."""
+    """Append the metrics of each epoch to a run."""
 
     def __init__(self, run: RunStore) -> None:
         self.run = run

@@ -34,7 +34,7 @@ def check_parameters(model: nn.Module) -> None:
         raise DeatError(f"model must be a torch.nn.Module that returns logits, not {type(model).__name__}")
     parameters = list(model.parameters())
     if not parameters:
-        raise DeatError("the model has no parameters, so there is nothing to train")
+        raise DeatError("the model has no parameters, so there is nothing to train: give a model with trainable layers")
     if any(torch.nn.parameter.is_lazy(tensor) for tensor in (*parameters, *model.buffers())):
         raise DeatError("the model has lazy layers without weights: call it on one batch before training")
     if any(parameter.is_inference() for parameter in parameters):
@@ -42,7 +42,7 @@ def check_parameters(model: nn.Module) -> None:
     if not any(parameter.requires_grad for parameter in parameters):
         raise DeatError(
             "all parameters of the model are frozen (requires_grad is False), so there is nothing to train: "
-            "unfreeze those to train"
+            "unfreeze those that are to be trained"
         )
 
 

@@ -40,7 +40,7 @@ class ShardedLoader:
     """One rank's share of each batch of a loader.
 
     Args:
-        loader: Yields the global batches, the same on every rank.
+        loader: The loader of the global batches, the same on every rank.
         world: The ranks.
     """
 

@@ -31,7 +31,7 @@ class Engine:
     """Device, precision and ranks of a training step.
 
     Args:
-        device: Where to train.
+        device: Device to train on.
         precision: fp32, or bf16 or fp16 with autocast; fp16 also scales the loss.
         world: The ranks that train together; by default a single one.
         compiled: Whether the model is compiled with `torch.compile`.
@@ -81,7 +81,7 @@ class Engine:
         return optimizer
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Return the autocast context of the precision."""
+        """Return the autocast context for the precision."""
         if self._dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, self._dtype)
@@ -172,14 +172,14 @@ class Engine:
             scale = self.scaler._get_scale_async()
             assert scale is not None
             gradient = gradient / scale
-            # A growing scale overflows now and then, by design: the step is skipped, and so is the gradient.
+            # By design, a growing scale overflows now and then: the step is then skipped, and the gradient zeroed.
             gradient = torch.where(gradient.isfinite().all(), gradient, torch.zeros_like(gradient))
         self.scaler.step(optimizer)
         self.scaler.update()
         return gradient
 
     def reset_peak_memory(self) -> None:
-        """Reset the peak memory of a GPU."""
+        """Reset the peak memory statistics of a GPU."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 

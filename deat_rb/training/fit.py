@@ -72,9 +72,9 @@ def fit(
     optim, runtime = _grouped(given)
     check_layout(optim.lr_schedule, optim.lr_epochs)
     if optim.select == "best" and val_loader is None:
-        raise DeatError("select = 'best' needs validation images; give a val_loader or select = 'last'")
+        raise DeatError("select = 'best' needs validation images; give a val_loader, or set select = 'last'")
     if resume and run is None:
-        raise DeatError("resume = True needs a run to resume; give run")
+        raise DeatError("resume = True needs a run to resume: pass it as run")
     check_fit(trainer.model)
     target = resolve_device(runtime.device if "device" in given else str(next(trainer.model.parameters()).device))
     ranks = world(cpu=target.type == "cpu")
@@ -116,7 +116,7 @@ def fit(
 
 
 def _grouped(options: dict[str, Any]) -> tuple[OptimConfig, RuntimeConfig]:
-    """Return keyword arguments as validated option groups."""
+    """Split keyword arguments into validated option groups."""
     names = OptimConfig.model_fields | RuntimeConfig.model_fields
     if unknown := [name for name in options if name not in names]:
         raise DeatError(f"there is no option {unknown[0]}: {did_you_mean(unknown[0], names)}")

@@ -157,7 +157,7 @@ class EpochStats:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> EpochStats:
-        """Read a row of ``metrics.jsonl``; unknown fields are ignored."""
+        """Build the metrics from a row of ``metrics.jsonl``; unknown fields are ignored."""
         known = {field.name for field in fields(cls)}
         return cls(**{key: value for key, value in row.items() if key in known})
 

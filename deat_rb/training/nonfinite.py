@@ -32,7 +32,7 @@ class NonFiniteFlags:
         self._first: Tensor | None = None
 
     def note(self, stats: BatchStats, model: nn.Module, batch: int) -> Tensor:
-        """Record a batch, numbered from 0; a non-finite gradient is detected by the weights that it leads to.
+        """Record a batch, numbered from 0; a non-finite gradient is detected by the resulting weights.
 
         Returns:
             Whether each of `WATCHED` is finite, (3,) bool on the device.
@@ -45,7 +45,7 @@ class NonFiniteFlags:
         return finite
 
     def found(self) -> tuple[int, str] | None:
-        """Return the first non-finite batch, numbered from 1, and what is not finite; synchronizes with the device."""
+        """Return the first non-finite batch, numbered from 1, and its non-finite value; syncs with the device."""
         first = [] if self._first is None else self._first.tolist()
         bad = [(batch + 1, what) for batch, what in zip(first, WATCHED, strict=False) if batch >= 0]
         return min(bad, key=lambda each: each[0]) if bad else None

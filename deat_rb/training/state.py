@@ -114,7 +114,7 @@ class TrainingState:
         self.sums, self._seconds, self._started = EpochAccumulator(), 0.0, None
 
     def describe_saved(self) -> str:
-        """Describe what would remain of the run if it ended now."""
+        """Describe how much of the run is saved."""
         if self.run is None:
             return f"{len(self.history.rows)} of {self.epochs} epochs were trained; the model has the newest weights"
         epochs, batches = (self.saved.epoch - 1, self.saved.batch) if self.saved else (0, 0)

@@ -63,7 +63,7 @@ def validate(
     batch_size: int = 128,
     seed: int = 0,
 ) -> Validation:
-    """Measure accuracy and PGD accuracy on held-out training images, with the same random starts each time.
+    """Measure accuracy and PGD accuracy on held-out training images, with the same random starts in every call.
 
     Args:
         model: Model for images in [0, 1]; it is run in eval mode on its device and restored afterwards.
