@@ -25,7 +25,7 @@ class ClassScore(BaseModel):
 
     Attributes:
         index: Index of the logit.
-        name: Name of the class; the index, where names are not known.
+        name: Name of the class, or its index if names are unknown.
         confidence: Softmax probability, in [0, 1].
     """
 
@@ -40,8 +40,8 @@ class Prediction(BaseModel):
     """Predicted classes of one image.
 
     Attributes:
-        image: The file.
-        guesses: The classes with the highest probabilities, highest first.
+        image: Path of the image file.
+        guesses: Most probable classes, most probable first.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -73,26 +73,26 @@ def predict(
     Args:
         path: A run directory, whose selected checkpoint is loaded; an export's ``.pt`` file; another checkpoint; or a
             name, see `deat_rb.loading.open_network`.
-        files: The images.
-        top: How many classes to return for each image, at most all.
-        device: Where to run; by default the CPU.
+        files: Image files.
+        top: Number of classes to return per image, capped at the network's classes.
+        device: Device of the computation; by default the CPU.
         arch: Architecture of a checkpoint.
-        num_classes: Number of a checkpoint's logits; by default the number of ``classes``.
-        image_size: Size to which images are resized, where the network does not say it.
+        num_classes: Number of logits of a checkpoint; by default the number of ``classes``.
+        image_size: Size to which images are resized, if the network does not specify it.
         classes: Class names in the order of the logits, or a file with one name per line.
-        normalization: Mean and standard deviation, where neither the weights nor the network contain them.
+        normalization: Mean and standard deviation, if neither the weights nor the network contain them.
         weights_key: Key of the state dict in a checkpoint.
         model_dir: Folder of RobustBench's weights.
         trust_code: See `deat_rb.load_model`.
-        notify: Called with sentences for the user, such as which of a file's state dicts was loaded.
+        notify: Callback for notes to the user, such as which of a file's state dicts was loaded.
 
     Raises:
-        DeatError: The network or an image cannot be used, or ``top`` is not positive.
+        DeatError: The network or an image cannot be read or used, or ``top`` is not positive.
     """
     if not isinstance(top, int) or top < 1:
-        raise DeatError(f"--top {top} is not possible: give 1 or more")
+        raise DeatError(f"--top {top} is invalid: give 1 or more")
     if not files or isinstance(files, str | Path):
-        raise DeatError("no list of images was given; give the names of one or more image files")
+        raise DeatError("files must be a list with at least one image file")
     where = resolve_device(str(device)) if device is not None else torch.device("cpu")
     names = read_class_names(classes) if isinstance(classes, str | Path) else tuple(classes or ())
     network = open_network(path, NetworkOptions(
@@ -106,10 +106,11 @@ def predict(
     with prepared_for_eval(network.model, images, batch_size=BATCH_SIZE, device=where) as prepared, torch.no_grad():
         logits = torch.cat([network.model(part.to(where)).double().cpu() for part in images.split(BATCH_SIZE)])
     if network.classes and len(network.classes) != prepared.num_classes:
-        raise DeatError(f"{network.source} has {prepared.num_classes} logits and {len(network.classes)} class names: "
+        raise DeatError(f"{network.source} has {prepared.num_classes} logits but {len(network.classes)} class names: "
                         "give one name per logit")  # fmt: skip
     if bool(logits.isnan().any()):
-        raise DeatError("the model returns NaN; a model that has diverged cannot predict")
+        raise DeatError("the model returns NaN, so its training probably diverged: use an earlier checkpoint or "
+                        "retrain with a smaller --lr")  # fmt: skip
     predictions = []
     for file, row in zip(files, logits.softmax(dim=1), strict=True):
         best = row.topk(min(top, len(row)))
@@ -123,8 +124,8 @@ def predict(
 
 
 def _read(file: Path, size: int, channels: int) -> Tensor:
-    """Read an image, float32 (channels, size, size) in [0, 1]; for other channels than 3, their mean."""
+    """Read an image as float32 (channels, size, size) in [0, 1]; if ``channels`` is not 3, the RGB mean is repeated."""
     if not file.is_file():
-        raise DeatError(f"{file} does not exist or is not a file; give image files")
+        raise DeatError(f"{file} does not exist or is not a file: give image files")
     image = torch.from_numpy(read_image(file, size).copy()).float() / 255
     return image if channels == 3 else image.mean(dim=0, keepdim=True).expand(channels, -1, -1)

@@ -1,4 +1,4 @@
-"""Opening of trained networks (runs, checkpoints, exports, leaderboard entries, names) and of their data."""
+"""Loaders for trained networks (runs, checkpoints, exports, leaderboard entries, names) and their data."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from deat_rb.utils.units import parse_fraction
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """Everything that a target may leave open: options of `deat-rb eval`, `submit` and `predict` about the network.
+    """Settings that a target may not specify: options of `deat-rb eval` and `predict` about the network.
 
     Attributes:
         arch: Architecture of a checkpoint, as for `build_model`.
         num_classes: Number of logits of a checkpoint's network.
-        image_size: Height and width that a folder's images are resized to.
+        image_size: Height and width to which a folder's images are resized.
         classes: Class names in the order of the logits.
-        normalization: Mean and standard deviation of a network that expects normalized images, where neither the
-            weights nor the model contain them.
+        normalization: Mean and standard deviation of a network that expects normalized images, if neither the weights
+            nor the model contain them.
         weights_key: Key of the state dict in a checkpoint, as for `deat_rb.utils.safe_load.load_state_dict`.
         model_dir: Folder of RobustBench's weights, as for `robustbench.load_model`.
         norm: Threat model of RobustBench's zoo.
-        trust_code: Whether a run may build its network by the ``package.module:factory`` that it names.
+        trust_code: Whether a run may build its network with the ``package.module:factory`` that it names.
     """
 
     arch: str | None = None
@@ -58,7 +58,7 @@ class NetworkOptions:
         """Raise an error for the first option that is set and not ``allowed``.
 
         Raises:
-            DeatError: There is one.
+            DeatError: Such an option is set.
         """
         for name, value in vars(self).items():
             if name not in ("norm", "trust_code", *allowed) and value not in (None, ()):
@@ -72,14 +72,14 @@ class Network:
     """A trained network.
 
     Attributes:
-        model: In eval mode, on the CPU; takes images in [0, 1].
-        source: Its name in error messages.
-        provenance: Where it comes from.
-        classes: Class names in the order of the logits; empty where they are not known.
-        all_classes_known: Whether ``classes`` are the user's or a run's, so that others must be refused.
-        image_size: Height and width of the images it takes; None where any size works or it is not known.
-        channels: Number of channels.
-        eps: The radius it was trained for, in [0, 1] pixel units, if known.
+        model: Module in eval mode, on the CPU, for images in [0, 1].
+        source: Name of the network in error messages.
+        provenance: Origin of the network.
+        classes: Class names in the order of the logits; empty if unknown.
+        all_classes_known: Whether ``classes`` come from the user, a run or an entry, so that other names are errors.
+        image_size: Height and width of the input images; None if any size works or it is unknown.
+        channels: Number of input channels.
+        eps: Radius the network was trained for, in [0, 1] pixel units; 8/255 if unknown.
         notes: Sentences for the user.
     """
 
@@ -96,16 +96,16 @@ class Network:
 
 @dataclass(frozen=True, eq=False)
 class EvalTarget:
-    """A network, the images to evaluate it on, and what is known of both.
+    """A network with its evaluation data and metadata.
 
     Attributes:
-        model: In eval mode, on the CPU; takes images in [0, 1].
-        data: The dataset whose test part counts.
-        eps: The radius the network was trained for, in [0, 1] pixel units; 8/255 where that is not known.
-        provenance: Where the network and the data come from.
-        run: The run directory's path, or None for everything else.
-        classes: Class names in the order of the network's logits; where they are not known, those of the data.
-        logit_of_class: For each class of the data the index of its logit; empty where these are the same.
+        model: Module in eval mode, on the CPU, for images in [0, 1].
+        data: Dataset whose test part is used.
+        eps: Radius the network was trained for, in [0, 1] pixel units; 8/255 if unknown.
+        provenance: Origin of the network and the data.
+        run: Path of the run directory, or None for other targets.
+        classes: Class names in the order of the network's logits; if unknown, those of the data.
+        logit_of_class: Index of the logit of each class of the data; empty if labels are logit indices.
     """
 
     model: nn.Module
@@ -117,21 +117,21 @@ class EvalTarget:
     logit_of_class: tuple[int, ...] = ()
 
     def examples(self, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """Return test images, float32 (N, C, H, W) in [0, 1], and their labels (N,), indices of logits.
+        """Return test images, float32 (N, C, H, W) in [0, 1], and their labels as logit indices (N,).
 
-        The first ``count`` of a longer evaluation are the examples of a shorter one.
+        A smaller ``count`` gives the first examples of a larger one.
 
         Raises:
-            DeatError: There are not that many.
+            DeatError: ``count`` is less than 1 or more than the number of test images.
         """
         images, labels = self.test_images(count)
         return (images if isinstance(images, Tensor) else images.tensors()[0]), labels
 
     def test_images(self, count: int | None = None) -> tuple[Tensor | LabeledImages, Tensor]:
-        """Return `examples`, leaving images in their files if they exceed the memory limit.
+        """Return the same as `examples`, but leave images in their files if they exceed the memory limit.
 
         Raises:
-            DeatError: There are not that many.
+            DeatError: ``count`` is less than 1 or more than the number of test images.
         """
         test = self.data.test
         if count is not None and not 1 <= count <= len(test):
@@ -149,14 +149,14 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu", trust_co
 
     Args:
         path: A run directory, whose selected checkpoint is loaded; the ``.pt`` file of an export; or the ``.json`` of
-            an entry in a leaderboard that holds the weights.
-        device: Where to put the network.
-        trust_code: Whether a run may build its network by the ``package.module:factory`` that its ``config.json``
-            names, which runs code of that module.
+            an entry on a leaderboard that stores the weights.
+        device: Device of the network.
+        trust_code: Whether a run may build its network with the ``package.module:factory`` that its ``config.json``
+            names, which runs that module's code.
 
     Raises:
-        DeatError: There is no such run or file, it is damaged, its architecture is unknown, or it would run untrusted
-            code.
+        DeatError: The run or file does not exist or is damaged, its architecture is unknown, or loading it would run
+            untrusted code.
     """
     path = Path(path)
     if path.suffix == ".json":
@@ -168,33 +168,34 @@ def open_network(target: str | Path, options: NetworkOptions, *, dataset: str | 
     """Open the network of a run directory, leaderboard entry, checkpoint, export, or name.
 
     Args:
-        target: The path or name: ``robustbench:NAME`` or ``robustbench:DATASET/NAME``, where DATASET is the one of
-            RobustBench's datasets that it was trained on; ``torchvision:NAME`` or ``timm:NAME`` with the package's
-            pretrained weights; or ``package.module:function``, which is called and returns the network.
-        options: What the target does not say itself.
-        dataset: Dataset it is to be evaluated on.
+        target: A path or a name: ``robustbench:NAME`` or ``robustbench:DATASET/NAME``, where DATASET is the RobustBench
+            dataset that it was trained on; ``torchvision:NAME`` or ``timm:NAME``, with the package's pretrained
+            weights; or ``package.module:function``, which is called and returns the network.
+        options: Settings that the target does not specify.
+        dataset: Dataset for the evaluation, if any.
 
     Raises:
-        DeatError: The network cannot be opened, an option is missing, or one is given that the target says itself.
+        DeatError: The network cannot be opened, a required option is missing, or an option is given that the target
+            already specifies.
     """
     path = Path(target)
     if path.is_dir():
-        options.refuse(f"for checkpoints: the run {path} says its network and data itself", "classes")
+        options.refuse(f"only for checkpoints: the run {path} specifies its network and data", "classes")
         network = _open_run(path, options.trust_code)
         if options.classes and network.classes:
-            raise DeatError(f"--classes is for networks whose class names are not known: the run {path} has its own")
+            raise DeatError(f"--classes is only for networks without class names: the run {path} has its own")
         return replace(network, classes=network.classes or options.classes)
     if ":" in str(target) and not path.exists():
-        options.refuse(f"for checkpoints: {target} says its network itself", "image_size", "classes", "normalization",
-                       *(["model_dir"] if str(target).startswith("robustbench:") else []))  # fmt: skip
+        options.refuse(f"only for checkpoints: {target} specifies its network", "image_size", "classes",
+                       "normalization", *(["model_dir"] if str(target).startswith("robustbench:") else []))  # fmt: skip
         return _with_classes(_open_named(str(target), options, dataset), options)
     if options.model_dir is not None:
-        raise DeatError(f"--model-dir {options.model_dir} is for robustbench:NAME, which {target} is not")
+        raise DeatError(f"--model-dir {options.model_dir} is only for robustbench:NAME, not for {target}: omit it")
     if path.suffix == ".json":
-        options.refuse(f"for checkpoints: the entry {path} says its network and data itself")
+        options.refuse(f"only for checkpoints: the entry {path} specifies its network and data")
         return _open_entry(path)
     if options.arch is None and _is_export(path):
-        options.refuse(f"for checkpoints: the export {path} says its network itself", "classes", "image_size")
+        options.refuse(f"only for checkpoints: the export {path} specifies its network", "classes", "image_size")
         return _with_classes(_open_export(path), options)
     return _with_classes(_open_checkpoint(path, options, dataset), options)
 
@@ -234,25 +235,25 @@ def _open_entry(file: Path) -> Network:
 
 
 def _open_checkpoint(path: Path, options: NetworkOptions, dataset: str | None) -> Network:
-    """Open a state dict; without a mean and standard deviation, the network takes images in [0, 1] as they are."""
+    """Open a state dict; without a mean and standard deviation, images in [0, 1] are not normalized."""
     weights = load_state_dict(path, options.weights_key)
     bare = strip_wrappers(weights.tensors)
     if options.arch is None:
-        raise DeatError(f"{path} does not say its network{' and data' if dataset else ''}: give --arch")
+        raise DeatError(f"{path} does not specify its network{' and data' if dataset else ''}: give --arch")
     arch = detect_variant(canonical_arch(options.arch), bare)
     if options.normalization is not None and "mu" in bare:
-        raise DeatError(f"{path} has its own mean and standard deviation: leave out --mean, --std and --normalize")
+        raise DeatError(f"{path} already contains a mean and standard deviation: omit --mean, --std and --normalize")
     check_image_size(arch, options.image_size, source=str(path), required=dataset in (None, "folder"))
     mean, std = options.normalization or (None, None)
     classes = options.num_classes or len(options.classes) or None
     if classes is None:
-        raise DeatError(f"{path} does not say how many classes its network has: give --classes or --num-classes")
+        raise DeatError(f"{path} does not specify its number of classes: give --classes or --num-classes")
     spec = model_spec(arch, num_classes=classes, image_size=options.image_size, mean=mean, std=std)
     model = spec.build()
     load_weights(model, weights.tensors, source=str(path))
     notes = [weights.note] if weights.note else []
     if arch != canonical_arch(options.arch):
-        notes.append(f"the weights are those of {arch}, not of {options.arch}")
+        notes.append(f"the weights are for {arch}, not {options.arch}")
     provenance = {**_file_facts(path, arch), **_normalization_facts(options)}
     if weights.key is not None:
         provenance["weights_key"] = weights.key
@@ -269,11 +270,11 @@ def _open_named(target: str, options: NetworkOptions, dataset: str | None) -> Ne
             model = NormalizedModel(model, *options.normalization).eval()
         return Network(model, target, provenance, (), False, options.image_size)
     if options.normalization is not None:
-        raise DeatError(f"{target} has its own mean and standard deviation: leave out --mean, --std and --normalize")
+        raise DeatError(f"{target} already contains a mean and standard deviation: omit --mean, --std and --normalize")
     if kind == "robustbench":
         zoo, slash, bare = name.rpartition("/")
         if not slash and dataset not in compat.DATASETS:
-            raise DeatError(f"{target} does not say which dataset of RobustBench it was trained on: give "
+            raise DeatError(f"{target} does not specify the RobustBench dataset it was trained on: give "
                             f"robustbench:DATASET/{bare} with one of {', '.join(compat.DATASETS)}")  # fmt: skip
         zoo = zoo if slash else str(dataset)
         if zoo == "imagenet":
@@ -327,21 +328,21 @@ def open_target(
     """Open a network and the data to evaluate it on.
 
     Args:
-        target: A run directory or the ``.json`` of a leaderboard's entry, which say everything themselves; another
-            file, which is a checkpoint or an export; or a name, see `open_network`.
+        target: A run directory or the ``.json`` of a leaderboard entry (both self-contained), a checkpoint or export,
+            or a name, see `open_network`.
         arch: Architecture of a checkpoint.
-        dataset: Dataset, as for `load_data`; of everything but runs and entries.
-        data_dir: Folder of the data; for a run only if they have been moved, or are others.
+        dataset: Dataset, as for `load_data`; required unless the target is a run or an entry.
+        data_dir: Folder of the data; for a run only if its data have moved or others are to be used.
         image_size: Size to which a folder's images are resized.
-        num_classes: Number of logits of a checkpoint; by default the number of the data's classes.
+        num_classes: Number of logits of a checkpoint; by default the number of classes of the data.
         classes: Class names in the order of the logits, or a file with one name per line. Labels are then mapped by
-            name; the data may have some of the classes, in any order.
+            name; the data may have a subset of the classes, in any order.
         normalization: Mean and standard deviation, see `NetworkOptions`.
         weights_key: Key of the state dict in a checkpoint.
         model_dir: Folder of RobustBench's weights.
         norm: Threat model of RobustBench's zoo.
-        memory_limit: Bytes that the decoded test images of a folder may take; larger ones stay in their files. By
-            default a run's own limit, and none for others.
+        memory_limit: Maximum size of a folder's decoded test images in bytes; beyond it, images stay in their files.
+            By default a run's own limit, and none for other targets.
         trust_code: See `load_model`.
 
     Raises:
@@ -355,22 +356,22 @@ def open_target(
     if not named and (path.is_dir() or path.suffix == ".json"):
         kind = "run" if path.is_dir() else "entry"
         if dataset is not None:
-            raise DeatError(f"--dataset {dataset} is for checkpoints: the {kind} {path} says its network and data "
-                            "itself")  # fmt: skip
+            raise DeatError(f"--dataset {dataset} is only for checkpoints: the {kind} {path} specifies its network "
+                            "and data")  # fmt: skip
         network = open_network(target, options)
         return (_of_run(path, network, data_dir, memory_limit) if path.is_dir()
                 else _of_entry(path, network, data_dir))  # fmt: skip
     if dataset is None and named:
-        raise DeatError(f"{target} does not say on which data it is to be evaluated: give --dataset")
+        raise DeatError(f"{target} does not specify its data: give the dataset to evaluate on with --dataset")
     if dataset is None:
         load_state_dict(path, weights_key)
         missing = "--dataset" if arch is not None or _is_export(path) else "--arch and --dataset"
-        raise DeatError(f"{path} does not say its network and data: give {missing}")
+        raise DeatError(f"{path} does not specify its network and data: give {missing}")
     if named or arch is None:
         network = open_network(target, options, dataset=dataset)
         size = (image_size or network.image_size) if dataset == "folder" else image_size
         data = _load_test_data(dataset, data_dir, size, memory_limit)
-    else:  # the data may say how many classes the network has; what can be refused before they are decoded is
+    else:  # the number of classes may come from the data; invalid options are refused before the data are decoded
         load_state_dict(path, weights_key)
         check_image_size(arch, image_size, source=str(path), required=dataset in (None, "folder"))
         data = _load_test_data(dataset, data_dir, image_size, memory_limit)
@@ -395,7 +396,7 @@ def _of_run(path: Path, network: Network, data_dir: str | Path | None, memory_li
     data = _load_test_data(own.dataset, data_dir or own.data_dir, own.image_size, limit)
     same_data = data.fingerprint == config.data_fingerprint
     if not same_data:
-        network = replace(network, notes=(*network.notes, "the data are not those that the run was trained on"))
+        network = replace(network, notes=(*network.notes, "the data differ from those that the run was trained on"))
     return replace(combine(network, data, same_data=same_data), run=run.path)
 
 
@@ -406,13 +407,13 @@ def _of_entry(path: Path, network: Network, data_dir: str | Path | None) -> Eval
     entry = read_entry(path)
     data = load_entry_data(entry, None if data_dir is None else Path(data_dir))
     if data.fingerprint != entry.data_sha256:
-        raise DeatError(f"{path} was measured on other data (SHA-256 {str(entry.data_sha256)[:12]}...) than those at "
-                        f"hand ({data.fingerprint[:12]}...)")  # fmt: skip
+        raise DeatError(f"{path} was measured on different data (SHA-256 {str(entry.data_sha256)[:12]}...) than those "
+                        f"here ({data.fingerprint[:12]}...): check --data-dir")  # fmt: skip
     return combine(network, data, same_data=True)
 
 
 def combine(network: Network, data: Dataset, *, same_data: bool = False) -> EvalTarget:
-    """Put a network and data together; of the data it was trained or measured on, the labels are in its order."""
+    """Combine a network and data; ``same_data`` means that it was trained or measured on them, in this label order."""
     images = torch.zeros(2, *data.test.shape)
     logits = trial_logits(network.model, images, source=network.source, advice="use other data or another model")
     matched = match_classes(data.classes, network.classes, logits.shape[1], source=network.source, dataset=data.name,
@@ -421,7 +422,7 @@ def combine(network: Network, data: Dataset, *, same_data: bool = False) -> Eval
     notes = [*network.notes, *([matched.note] if matched.note and not same_data else []), *data.notes]
     own, size = network.image_size, data.test.shape[-1]
     if own not in (None, size):
-        notes.append(f"the network was trained on images of {own}x{own}, and these are {size}x{size}")
+        notes.append(f"the network was trained on {own}x{own} images, but these are {size}x{size}")
     if notes:
         provenance["note"] = "; ".join(notes)
     return EvalTarget(network.model, data, network.eps, provenance, classes=matched.classes,

@@ -85,11 +85,11 @@ def test_open_target_notes_changed_data(run_and_data: tuple[Path, Path], tmp_pat
         open_target(run)
     assert "note" not in open_target(run, data_dir=moved).provenance
     shutil.copy(moved / "test" / "red" / "0000.png", moved / "test" / "blue" / "0000.png")
-    assert "not those that the run was trained on" in open_target(run, data_dir=moved).provenance["note"]
+    assert "differ from those that the run was trained on" in open_target(run, data_dir=moved).provenance["note"]
 
 
 def test_open_target_of_a_run_refuses_options_of_checkpoints(tmp_path: Path) -> None:
-    with pytest.raises(DeatError, match="--arch wrn-10-1 is for checkpoints: the run"):
+    with pytest.raises(DeatError, match="--arch wrn-10-1 is only for checkpoints: the run"):
         open_target(tmp_path, arch="wrn-10-1")
 
 
@@ -149,13 +149,13 @@ def test_open_target_matches_labels_with_the_network_by_name(image_folder: Path,
     (tmp_path / "classes.txt").write_text("\n".join(order))
     assert accuracy(open_target("colour_networks:shuffled", classes=tmp_path / "classes.txt", **given)) == 1
     if count < 4:
-        with pytest.raises(DeatError, match=rf"^colour_networks:shuffled has 4 logits, and folder has {count} classes"):
+        with pytest.raises(DeatError, match=rf"^colour_networks:shuffled has 4 logits, but folder has {count} classes"):
             open_target("colour_networks:shuffled", **given)
     else:
         by_position = open_target("colour_networks:shuffled", **given)
         assert accuracy(by_position) == 0
         assert (
-            "logits are taken to be in this order of classes: blue, green, grey, red; --classes FILE"
+            "logits are assumed to be in this order of classes: blue, green, grey, red; --classes FILE"
             in (by_position.provenance["note"])
         )
 
@@ -163,7 +163,7 @@ def test_open_target_matches_labels_with_the_network_by_name(image_folder: Path,
 @pytest.mark.usefixtures("colours")
 def test_open_target_refuses_classes_that_the_network_does_not_have(image_folder: Path, tmp_path: Path) -> None:
     folder = colour_folder(tmp_path / "renamed", image_folder, {"red": "crimson", "blue": "blue"})
-    with pytest.raises(DeatError, match=r"^folder has the class 'crimson', which colour_networks:sorted does not have"):
+    with pytest.raises(DeatError, match=r"^folder has the class 'crimson', which colour_networks:sorted lacks"):
         open_target("colour_networks:sorted", dataset="folder", data_dir=folder, image_size=32,
                     classes=("blue", "green", "grey", "red"))  # fmt: skip
 
@@ -191,11 +191,11 @@ def test_open_target_of_a_run_matches_labels_of_other_data_by_name(
     assert accuracy(target) == 1
     assert set(target.examples()[1].tolist()) == {1, 3}
     assert target.provenance["note"] == (
-        "the data are not those that the run was trained on; labels were matched to logits by class name (2 of 4 "
+        "the data differ from those that the run was trained on; labels were matched to logits by class name (2 of 4 "
         "classes)"
     )
     renamed = colour_folder(tmp_path / "renamed", image_folder, {"red": "crimson", "green": "green"})
-    with pytest.raises(DeatError, match=r"^folder has the class 'crimson', which the run .*run does not have"):
+    with pytest.raises(DeatError, match=r"^folder has the class 'crimson', which the run .*run lacks"):
         open_target(colour_run, data_dir=renamed, trust_code=True)
 
 
@@ -235,7 +235,7 @@ def test_open_target_with_a_normalization(checkpoint: Path, image_folder: Path) 
     assert torch.allclose(target.model(images), plain.model(standardized), atol=1e-5)
     assert target.provenance["normalization"] == "mean 0.4914, 0.4822, 0.4465; std 0.2471, 0.2435, 0.2616"
     torch.save(target.model.state_dict(), checkpoint)
-    with pytest.raises(DeatError, match=r"weights\.pt has its own mean and standard deviation: leave out --mean"):
+    with pytest.raises(DeatError, match=r"weights\.pt already contains a mean and standard deviation: omit --mean"):
         open_target(checkpoint, normalization=(mean, std), **given)
 
 
@@ -257,7 +257,7 @@ def test_open_target_needs_the_image_size_of_networks_for_several(
     arch: str, checkpoint: Path, image_folder: Path
 ) -> None:
     given: dict[str, Any] = {"dataset": "folder", "data_dir": image_folder}
-    message = r"takes images of several sizes \(.*\): give --image-size, the height and width"
+    message = r"accepts images of several sizes \(.*\): give --image-size, the size that it was"
     with pytest.raises(DeatError, match=message):
         open_target(checkpoint, arch=arch, **given)
     with pytest.raises(DeatError, match=message):
@@ -278,18 +278,26 @@ def test_open_target_detects_the_variant_of_a_resnet(written: str, named: str, t
     torch.save({"net": net.state_dict()}, tmp_path / "net.pt")
     target = open_target(tmp_path / "net.pt", arch=named, dataset="digits")
     assert target.provenance["arch"] == written
-    expected = "the weights are those of preactresnet18-bn, not of preactresnet18" if written != named else None
+    expected = "the weights are for preactresnet18-bn, not preactresnet18" if written != named else None
     assert target.provenance.get("note") == expected
 
 
 @pytest.mark.parametrize(
     ("target", "options", "message"),
     [
-        ("run", {"weights_key": "ema"}, "--weights-key ema is for checkpoints: the run"),
-        ("run", {"normalization": NORMALIZATION["cifar10"]}, "--mean, --std, --normalize is for checkpoints: the run"),
-        ("run", {"classes": ("a", "b")}, "--classes is for networks whose class names are not known: the run"),
-        ("weights.pt", {"model_dir": "models", "arch": "wrn-10-1"}, "--model-dir models is for robustbench:NAME"),
-        ("timm:resnet10t", {"weights_key": "ema"}, "--weights-key ema is for checkpoints: timm:resnet10t says"),
+        ("run", {"weights_key": "ema"}, "--weights-key ema is only for checkpoints: the run"),
+        (
+            "run",
+            {"normalization": NORMALIZATION["cifar10"]},
+            "--mean, --std, --normalize is only for checkpoints: the run",
+        ),
+        ("run", {"classes": ("a", "b")}, "--classes is only for networks without class names: the run"),
+        ("weights.pt", {"model_dir": "models", "arch": "wrn-10-1"}, "--model-dir models is only for robustbench:NAME"),
+        (
+            "timm:resnet10t",
+            {"weights_key": "ema"},
+            "--weights-key ema is only for checkpoints: timm:resnet10t specifies",
+        ),
     ],
 )
 def test_open_target_refuses_options_that_do_not_apply(
@@ -305,13 +313,13 @@ def test_open_target_refuses_options_that_do_not_apply(
 def test_open_target_says_that_a_network_was_trained_on_another_size(image_folder: Path) -> None:
     network = Network(ByColour(("blue", "green", "grey", "red")), "net", {}, image_size=224)
     target = combine(network, load_data("folder", data_dir=image_folder))
-    assert target.provenance["note"].endswith("the network was trained on images of 224x224, and these are 32x32")
+    assert target.provenance["note"].endswith("the network was trained on 224x224 images, but these are 32x32")
 
 
 def test_open_target_of_robustbench_needs_its_dataset(image_folder: Path) -> None:
     with pytest.raises(
         DeatError,
-        match=r"^robustbench:Wong2020Fast does not say which dataset of RobustBench it was "
+        match=r"^robustbench:Wong2020Fast does not specify the RobustBench dataset it was "
         r"trained on: give robustbench:DATASET/Wong2020Fast with one of cifar10",
     ):
         open_target("robustbench:Wong2020Fast", dataset="folder", data_dir=image_folder)

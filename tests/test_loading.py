@@ -37,7 +37,7 @@ def test_load_model_takes_the_selected_weights_of_a_run(tmp_path: Path, monkeypa
 
 def test_load_model_of_a_bare_checkpoint_says_what_is_missing(tmp_path: Path) -> None:
     torch.save(build_model("wrn-10-1", dataset="cifar10").state_dict(), tmp_path / "weights.pt")
-    with pytest.raises(DeatError, match=r"weights\.pt is no export, so its architecture is unknown"):
+    with pytest.raises(DeatError, match=r"weights\.pt is not part of an export, so its architecture is unknown"):
         load_model(tmp_path / "weights.pt")
     with pytest.raises(DeatError, match="does not exist"):
         load_model(tmp_path / "nothing.pt")
@@ -113,11 +113,11 @@ def test_eval_of_an_entry_refuses_other_data(entry: Path) -> None:
     entry.write_text(json.dumps(content))
     result = evaluate(entry)
     assert result.exit_code == 2
-    assert "was measured on other data (SHA-256 aaaaaaaaaaaa...)" in result.stderr
+    assert "was measured on different data (SHA-256 aaaaaaaaaaaa...)" in result.stderr
 
 
 @pytest.mark.parametrize("flag", [["--dataset", "digits"], ["--arch", "wrn-10-1"]])
 def test_eval_of_an_entry_refuses_options_of_checkpoints(entry: Path, flag: list[str]) -> None:
     result = evaluate(entry, *flag)
     assert result.exit_code == 2
-    assert "is for checkpoints: the entry" in result.stderr
+    assert "is only for checkpoints: the entry" in result.stderr

@@ -1,4 +1,4 @@
-"""Models: architectures by name with the normalization as a layer, loading of weights, pretrained networks."""
+"""Models: architectures by name with normalization as a layer, loading of weights, and pretrained networks."""
 
 from __future__ import annotations
 

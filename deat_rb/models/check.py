@@ -1,4 +1,4 @@
-"""Trial forward passes: the one place that decides whether a model takes given images and returns usable logits."""
+"""Trial forward passes, which check that a model accepts given images and returns usable logits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from deat_rb.utils import seeding
 from deat_rb.utils.errors import DeatError
 
-ADVICE = "use images that the model was made for"
+ADVICE = "use images that the model was built for"
 
 
 def trial_logits(
@@ -20,26 +20,26 @@ def trial_logits(
     num_classes: int | None = None,
     advice: str = ADVICE,
 ) -> Tensor:
-    """Return the logits (N, K) of a forward pass without gradients, in the mode that the model is in.
+    """Return the logits (N, K) of a forward pass without gradients, in the model's current mode.
 
-    The model gets a copy of the images, and torch's random state is restored. BatchNorm's statistics are not: in train
-    mode, call it within `deat_rb.utils.module_state.preserve_state`.
+    The model gets a copy of the images. Torch's random state is restored, but BatchNorm's statistics are not: in train
+    mode, call this within `deat_rb.utils.module_state.preserve_state`.
 
     Args:
         model: Any network.
         images: (N, C, H, W), on the model's device.
         source: Name of the model in error messages.
         min_classes: Smallest allowed K.
-        num_classes: The exact K, where it is known.
-        advice: What to do about a refusal, the end of the error message.
+        num_classes: Exact K, if known.
+        advice: Hint at the end of the error message.
 
     Raises:
-        DeatError: The forward pass fails, changes its input in place, or does not return floating-point logits of one
-            row per image with the expected number of columns.
+        DeatError: The forward pass fails, changes its input in place, or does not return floating-point logits with
+            one row per image and the expected number of columns.
     """
     shape = "x".join(map(str, images.shape[1:]))
     copy = images.clone()
-    version = copy._version  # counts in-place operations, also those that change no value here
+    version = copy._version  # counts in-place operations, including those that change no value here
     try:
         with torch.no_grad(), seeding.preserved():
             logits = model(copy)
@@ -50,10 +50,10 @@ def trial_logits(
         raise DeatError(f"{source} changes its input in place (as x.sub_(...) and Normalize(inplace=True) do): write "
                         "its forward without in-place operations on the images")  # fmt: skip
     if not isinstance(logits, Tensor):
-        raise DeatError(f"{source} returns a {type(logits).__name__} for {len(images)} images of {shape}, where a "
-                        f"tensor of logits is needed: {advice}")  # fmt: skip
+        raise DeatError(f"{source} returns a {type(logits).__name__} for {len(images)} images of {shape}, not a "
+                        f"tensor of logits: {advice}")  # fmt: skip
     if not logits.is_floating_point():
-        raise DeatError(f"{source} returns {logits.dtype} values, where logits of a floating-point type are needed")
+        raise DeatError(f"{source} returns {logits.dtype} logits: return floating-point logits")
     wanted = f"({len(images)}, {num_classes or 'K'})" + ("" if num_classes else f" with K >= {min_classes}")
     columns = logits.shape[1] if logits.ndim == 2 else 0
     if (
@@ -63,32 +63,32 @@ def trial_logits(
         or columns != (num_classes or columns)
     ):
         raise DeatError(f"{source} returns logits of shape {tuple(logits.shape)} for {len(images)} images of {shape}, "
-                        f"where {wanted} is needed: {advice}")  # fmt: skip
+                        f"not {wanted}: {advice}")  # fmt: skip
     return logits
 
 
 def check_trainable(model: nn.Module, *, source: str) -> None:
-    """Raise an error for a network that could be trained but not saved, or whose parameters do not exist yet.
+    """Check that all parameters of a network are initialized and that its state dict can be saved.
 
     Raises:
-        DeatError: It has lazy layers, or a state dict with complex, sparse or quantized tensors or with objects that
-            are no tensors (`get_extra_state`).
+        DeatError: The network has lazy layers, or its state dict contains complex, sparse or quantized tensors or
+            objects that are not tensors (`get_extra_state`).
     """
     tensors = (*model.named_parameters(), *model.named_buffers())
     lazy = [name for name, tensor in tensors if torch.nn.parameter.is_lazy(tensor)]
     if lazy:
-        raise DeatError(f"{source} has lazy layers ({lazy[0]} has no shape yet): call it once on a batch of images "
-                        "before it is returned, or use layers with explicit sizes")  # fmt: skip
+        raise DeatError(f"{source} has lazy layers ({lazy[0]} has no shape yet): run a batch of images through it "
+                        "before returning it, or use layers with explicit sizes")  # fmt: skip
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
-            raise DeatError(f"{source} has a {type(value).__name__} under '{name}' in its state dict, and only tensors "
-                            "can be saved: return a tensor from get_extra_state, or leave it out")  # fmt: skip
+            raise DeatError(f"{source} has a {type(value).__name__} under '{name}' in its state dict, but only tensors "
+                            "can be saved: return a tensor from get_extra_state, or remove it")  # fmt: skip
         if value.is_complex() or value.is_quantized or value.layout != torch.strided:
             kind = "complex" if value.is_complex() else "quantized" if value.is_quantized else "sparse"
-            raise DeatError(f"{source} has the {kind} tensor '{name}', and only dense real ones can be saved: store "
+            raise DeatError(f"{source} has the {kind} tensor '{name}', but only dense real ones can be saved: store "
                             "real and imaginary parts, or dense values")  # fmt: skip
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
+    """Return the first line of an error's message, or its type if the message is empty."""
     return str(error).partition("\n")[0] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Names of architectures: spelling, sizes, and which of them run code."""
+"""Names of architectures: spelling, size limits, and whether they run user code."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from deat_rb.utils.errors import DeatError, did_you_mean
 PREACTRESNET18 = "preactresnet18"
 
 PREACTRESNET18_BN = "preactresnet18-bn"
-"""With a BatchNorm before the classifier, as in robust_overfitting (Rice et al. 2020)."""
+"""PreActResNet-18 with a BatchNorm before the classifier, as in robust_overfitting (Rice et al. 2020)."""
 
 RESNET18 = "resnet18"
 """ResNet-18 for CIFAR: 3x3 stem without pooling, as in MadryLab's robustness and pytorch-cifar."""
 
 PRETRAINED = ("torchvision", "timm")
-"""Packages whose networks are available as ``package:NAME``."""
+"""Packages whose pretrained networks are available as ``package:NAME``."""
 
 KNOWN = (PREACTRESNET18, PREACTRESNET18_BN, RESNET18, "wrn-34-10", "wrn-10-1")
 
 MAX_PARAMETERS = 2 * 10**9
-"""Largest WideResNet that is built; RobustBench's largest, WRN-94-16, has 0.37e9 parameters."""
+"""Limit on the size of a WideResNet; RobustBench's largest, WRN-94-16, has 0.37e9 parameters."""
 
 
 def canonical_arch(arch: str) -> str:
     """Return the canonical spelling of an architecture: ``WRN34-10`` becomes ``wrn-34-10``.
 
     Raises:
-        DeatError: There is no such architecture, or it is too large.
+        DeatError: The architecture is unknown or too large.
     """
     if ":" in arch:
         return arch
@@ -45,36 +45,36 @@ def canonical_arch(arch: str) -> str:
     depth, width = int(wide[1]), int(wide[2])
     if depth < 10 or depth % 6 != 4 or width < 1:
         raise DeatError(
-            f"architecture '{arch}' does not exist: the depth D of wrn-D-W must be 10, 16, 22, 28, 34 and so on, "
-            "and its width W at least 1"
+            f"architecture '{arch}' does not exist: the depth D of wrn-D-W must be 10, 16, 22, 28, 34, ..., and "
+            "its width W at least 1"
         )
-    parameters = (depth - 4) // 6 * 2 * 9 * (16**2 + 32**2 + 64**2) * width**2  # of the 3x3 convolutions, about
+    parameters = (depth - 4) // 6 * 2 * 9 * (16**2 + 32**2 + 64**2) * width**2  # approximate, of the 3x3 convolutions
     if parameters > MAX_PARAMETERS:
-        raise DeatError(f"architecture '{arch}' is too large: about {parameters / 1e9:.0f} billion parameters, and "
-                        f"{MAX_PARAMETERS / 1e9:.0f} billion are allowed")  # fmt: skip
+        raise DeatError(f"architecture '{arch}' is too large: about {parameters / 1e9:.0f} billion parameters, but "
+                        f"at most {MAX_PARAMETERS / 1e9:.0f} billion are allowed")  # fmt: skip
     return f"wrn-{depth}-{width}"
 
 
 def check_trust(arch: str, trust_code: bool, *, source: str) -> None:
-    """Raise an error for an architecture that would run untrusted code.
+    """Check that an architecture does not run untrusted code.
 
     Args:
         arch: The architecture.
         trust_code: Whether running code is allowed.
-        source: Where the architecture was read, such as a run directory, for the error message.
+        source: Origin of the architecture, such as a run directory, for the error message.
 
     Raises:
-        DeatError: The architecture is a ``package.module:factory``, and running code is not allowed.
+        DeatError: The architecture is a ``package.module:factory``, but running code is not allowed.
     """
     kind, colon, _ = arch.partition(":")
     if colon and kind not in PRETRAINED and not trust_code:
         raise DeatError(
-            f"{source} has its network built by '{arch}', which runs that module's code: "
-            "allow it by --trust-code (trust_code=True) if you know where that comes from"
+            f"{source} builds its network with '{arch}', which runs that module's code: "
+            "if you trust the module, allow it with --trust-code (trust_code=True)"
         )
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return `did_you_mean`'s suggestion, without the list of all names where that is long."""
+    """Return `did_you_mean`'s suggestion, without the list of all names if it is long."""
     sentence = did_you_mean(name, known)
     return sentence if len(sentence) < 200 else "see its documentation for the list"

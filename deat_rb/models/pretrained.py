@@ -1,4 +1,4 @@
-"""Pretrained networks: RobustBench's model zoo, torchvision's and timm's weights, and functions of a module."""
+"""Pretrained networks: RobustBench's model zoo, torchvision and timm weights, and user functions."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 
 
 def zoo_file(name: str, *, dataset: str, norm: str, model_dir: str | Path) -> Path:
-    """Return the path at which `robustbench.load_model` keeps a model's weights."""
+    """Return the path where `robustbench.load_model` stores a model's weights."""
     return Path(model_dir) / dataset / norm / f"{name}.pt"
 
 
 def zoo_classes(dataset: str) -> tuple[str, ...]:
-    """Return the class names of one of RobustBench's datasets in the order of the logits; empty if not known here."""
+    """Return the class names of one of RobustBench's datasets in the order of the logits; empty if unknown."""
     return CIFAR10_CLASSES if dataset == "cifar10" else ()
 
 
 def load_zoo_model(name: str, *, dataset: str, norm: str = "Linf", model_dir: str | Path = "models") -> nn.Module:
-    """Load a model of RobustBench's zoo from its file, without downloading it and without executing code in it.
+    """Load a model of RobustBench's zoo from its file, without downloading it or executing code in it.
 
     Args:
-        name: Such as ``Wong2020Fast``.
-        dataset: One of RobustBench's: cifar10, cifar100 or imagenet.
-        norm: The threat model: ``Linf`` or ``L2``.
-        model_dir: As for `robustbench.load_model`: the file is ``<model_dir>/<dataset>/<norm>/<name>.pt``.
+        name: Name of the model, such as ``Wong2020Fast``.
+        dataset: RobustBench dataset: cifar10, cifar100 or imagenet.
+        norm: Threat model: ``Linf`` or ``L2``.
+        model_dir: Folder of the files ``<dataset>/<norm>/<name>.pt``, as for `robustbench.load_model`.
 
     Returns:
         The model in eval mode; it takes images in [0, 1].
@@ -57,12 +57,12 @@ def load_zoo_model(name: str, *, dataset: str, norm: str = "Linf", model_dir: st
     if name not in entries:
         raise DeatError(f"RobustBench has no {norm} model '{name}' of {dataset}: {suggest(name, entries)}")
     if isinstance(entries[name]["gdrive_id"], list):
-        raise DeatError(f"RobustBench's {name} consists of several files: load it by robustbench.load_model and pass "
+        raise DeatError(f"RobustBench's {name} consists of several files: load it with robustbench.load_model and pass "
                         "the model to deat_rb.evaluate")  # fmt: skip
     file = zoo_file(name, dataset=dataset, norm=norm, model_dir=model_dir)
     if not file.is_file():
-        raise DeatError(f"the weights of RobustBench's {name} are not at {file}: download them by "
-                        "robustbench.load_model, or give their folder by --model-dir")  # fmt: skip
+        raise DeatError(f"the weights of RobustBench's {name} are not at {file}: download them with "
+                        "robustbench.load_model, or give their folder with --model-dir")  # fmt: skip
     tensors = {key.removeprefix("model."): tensor for key, tensor in load_tensors(file).items()}
     with contextlib.redirect_stdout(io.StringIO()):
         model: nn.Module = entries[name]["model"]()
@@ -70,21 +70,21 @@ def load_zoo_model(name: str, *, dataset: str, norm: str = "Linf", model_dir: st
         model = utils._safe_load_state_dict(model, name, tensors, enums.BenchmarkDataset(dataset))
     except RuntimeError as error:
         first = " ".join(str(error).split())[:200]
-        raise DeatError(f"{file} does not hold the weights of RobustBench's {name}: {first}") from None
+        raise DeatError(f"{file} does not contain the weights of RobustBench's {name}: {first}") from None
     return model.eval()
 
 
 def load_pretrained(target: str) -> tuple[nn.Module, tuple[int, int], tuple[str, ...]]:
-    """Load ``torchvision:NAME`` or ``timm:NAME`` with the package's pretrained weights, normalization inside.
+    """Load ``torchvision:NAME`` or ``timm:NAME`` with pretrained weights and the normalization as a layer.
 
-    The package downloads the weights unless it has them in its cache.
+    The package downloads the weights unless they are in its cache.
 
     Returns:
         The model in eval mode, which takes images in [0, 1]; the (height, width) of its training images; and the class
         names in the order of the logits, empty if the package does not have them.
 
     Raises:
-        DeatError: There is no such model, it has no weights, or they cannot be downloaded.
+        DeatError: The model is unknown or has no weights, or they cannot be downloaded.
     """
     kind, _, name = target.partition(":")
     try:
@@ -110,7 +110,7 @@ def _torchvision(name: str) -> Pretrained:
     weights = getattr(choices, "DEFAULT", None)
     preset: Any = None if weights is None else weights.transforms()
     if not hasattr(preset, "mean") or not hasattr(preset, "crop_size"):
-        raise DeatError(f"torchvision:{name} is no classifier with pretrained weights: use a state dict with --arch")
+        raise DeatError(f"torchvision:{name} is not a classifier with pretrained weights: use a state dict with --arch")
     side = preset.crop_size[-1]
     classes = tuple(getattr(weights, "meta", {}).get("categories", ()))
     return models.get_model(name, weights=weights), tuple(preset.mean), tuple(preset.std), (side, side), classes
@@ -128,7 +128,7 @@ def _timm(name: str) -> Pretrained:
 
 
 def load_from_factory(target: str) -> nn.Module:
-    """Return the trained network that ``package.module:function`` returns; this runs code of that module.
+    """Return the trained network that ``package.module:function`` returns; this runs that module's code.
 
     Raises:
         DeatError: The function cannot be imported or called without arguments, or does not return a network.

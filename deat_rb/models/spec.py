@@ -1,4 +1,4 @@
-"""Model specifications: architectures by name, built with the normalization inside as a layer (invariant 1)."""
+"""Model specifications: architectures by name, built with the normalization as a layer (invariant 1)."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ DATASETS = {
 
 
 class NormalizedModel(nn.Module):
-    """A network with its normalization inside: takes images in [0, 1].
+    """A network with its normalization as a layer, for images in [0, 1].
 
-    The buffers ``mu`` and ``sigma``, of shape (1, C, 1, 1), are named as in RobustBench's models.
+    The buffers ``mu`` and ``sigma``, of shape (1, C, 1, 1), are named as in RobustBench.
     """
 
     mu: Tensor
@@ -54,11 +54,11 @@ class ModelSpec(BaseModel):
     Attributes:
         arch: ``preactresnet18``, ``preactresnet18-bn``, ``resnet18``, ``wrn-D-W``, ``timm:NAME``, ``torchvision:NAME``
             or ``package.module:factory``.
-        num_classes: K.
+        num_classes: Number of classes K.
         image_size: Height and width.
-        channels: C.
-        mean: Per channel, of images in [0, 1].
-        std: Standard deviation per channel.
+        channels: Number of channels C.
+        mean: Mean per channel of images in [0, 1].
+        std: Standard deviation per channel of images in [0, 1].
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -87,7 +87,7 @@ class ModelSpec(BaseModel):
         """Build the network with random weights, drawn from torch's global generator.
 
         Raises:
-            DeatError: The architecture does not exist, does not take these images, or could not be saved.
+            DeatError: The architecture does not exist, does not accept images of this shape, or cannot be saved.
         """
         model = NormalizedModel(_build_net(self), self.mean, self.std)
         _check_model(model, self)
@@ -109,7 +109,7 @@ def model_spec(
     Without a dataset, images are 3x32x32 and the normalization is mean 0 and standard deviation 1.
 
     Raises:
-        DeatError: A value is not allowed, or the number of classes is unknown.
+        DeatError: A value is invalid, or the number of classes is unknown.
     """
     if dataset is not None:
         if dataset not in DATASETS:
@@ -154,7 +154,7 @@ def build_model(
         >>> model = build_model("wrn-34-10", dataset="cifar10")
 
     Raises:
-        DeatError: The architecture does not exist or does not take these images, or a value is not allowed.
+        DeatError: The architecture does not exist or does not accept images of this shape, or a value is invalid.
     """
     return model_spec(
         arch, dataset=dataset, num_classes=num_classes, image_size=image_size, channels=channels, mean=mean, std=std
@@ -176,35 +176,35 @@ def _build_net(spec: ModelSpec) -> nn.Module:
 
 
 def check_image_size(arch: str, image_size: int | None, *, source: str, required: bool) -> None:
-    """Refuse a size that RobustBench's networks do not take, and a missing one for networks that take several.
+    """Check that an image size fits RobustBench's networks, and that it is given for networks that accept several.
 
     Args:
         arch: As for `build_model`.
         image_size: Height and width, if given.
         source: Name of the network in error messages.
-        required: Whether the size is not given by the dataset, as for a folder.
+        required: Whether the size must be given because the dataset, such as a folder, does not determine it.
 
     Raises:
-        DeatError: It is such a size.
+        DeatError: The size is missing or does not fit.
     """
     if ":" not in arch:
         robustbench_class(model_spec(arch, num_classes=2, image_size=image_size))
     elif image_size is None and required:
-        raise DeatError(f"{source} takes images of several sizes ({arch}): give --image-size, the height and width of "
-                        "the images that it was trained on")  # fmt: skip
+        raise DeatError(f"{source} accepts images of several sizes ({arch}): give --image-size, the size that it was "
+                        "trained on")  # fmt: skip
 
 
 def robustbench_class(spec: ModelSpec) -> tuple[type[nn.Module], tuple[Any, ...], dict[str, int]]:
-    """Return RobustBench's class of an architecture with its positional and keyword arguments.
+    """Return RobustBench's class for an architecture with its positional and keyword arguments.
 
     Raises:
-        DeatError: It is no architecture of RobustBench's, or the images are not 3x32x32: RobustBench's networks return
-            wrong shapes at 64x64 without an error.
+        DeatError: The architecture is not from RobustBench, or the images are not 3x32x32 (RobustBench's networks
+            return wrong shapes at 64x64 without an error).
     """
     if ":" in spec.arch:
         raise DeatError(
-            f"architecture '{spec.arch}' is not one of RobustBench's, which are {PREACTRESNET18}, {PREACTRESNET18_BN}, "
-            f"{RESNET18} and wrn-D-W"
+            f"architecture '{spec.arch}' is not from RobustBench: choose {PREACTRESNET18}, {PREACTRESNET18_BN}, "
+            f"{RESNET18} or wrn-D-W"
         )
     if (spec.image_size, spec.channels) != (32, 3):
         shape = f"{spec.channels}x{spec.image_size}x{spec.image_size}"
@@ -232,7 +232,7 @@ def _build_timm(name: str, spec: ModelSpec) -> nn.Module:
     options = {"num_classes": spec.num_classes, "in_chans": spec.channels}
     try:
         return create(name, img_size=spec.image_size, **options)
-    except TypeError:  # only networks for one image size, such as ViTs, take img_size
+    except TypeError:  # only networks with a fixed image size, such as ViTs, accept img_size
         return create(name, **options)
 
 
@@ -241,7 +241,7 @@ def _build_torchvision(name: str, spec: ModelSpec) -> nn.Module:
 
     known = models.list_models(module=models)  # classifiers only: a detector would download its backbone
     if name not in known:
-        raise DeatError(f"torchvision has no model '{name}' that classifies images: {suggest(name, known)}")
+        raise DeatError(f"torchvision has no image classifier '{name}': {suggest(name, known)}")
     net: nn.Module = models.get_model(name, weights=None, num_classes=spec.num_classes)
     return net
 
@@ -261,9 +261,9 @@ def _build_custom(module_name: str, factory_name: str, spec: ModelSpec) -> nn.Mo
 
 
 def _check_model(model: NormalizedModel, spec: ModelSpec) -> None:
-    """Run a trial forward pass in eval and train mode; weights, statistics and modes stay as they are."""
+    """Run a trial forward pass in eval and train mode, leaving weights, statistics and modes unchanged."""
     if ":" not in spec.arch:
-        return  # RobustBench's networks take one size only, which `robustbench_class` checks
+        return  # RobustBench's networks accept only one size, which `robustbench_class` checks
     source = f"architecture '{spec.arch}'"
     check_trainable(model.net, source=source)
     images = torch.zeros(2, spec.channels, spec.image_size, spec.image_size)

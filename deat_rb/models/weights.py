@@ -1,4 +1,4 @@
-"""Loading of state dicts into models, under the names that wrappers and other code bases give their tensors."""
+"""Loading of state dicts into models, whatever names wrappers and other code bases give the tensors."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from deat_rb.utils.errors import DeatError
 _STATISTICS = {"mu": "mu", "mean": "mu", "_mean": "mu", "new_mean": "mu", "means": "mu",
                "sigma": "sigma", "std": "sigma", "_std": "sigma", "new_std": "sigma", "stds": "sigma", "sds": "sigma",
                }  # fmt: skip
-"""Names of a normalization's buffers, as RobustBench's, Normalize layers' and MadryLab's models have them."""
+"""Names of normalization buffers in RobustBench, MadryLab's models and common Normalize layers."""
 
 _MARKS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""Components that torch.compile, FSDP and activation checkpointing put anywhere into a name."""
+"""Name components that torch.compile, FSDP and activation checkpointing insert at any position."""
 
 _WRAPPED = re.compile(r"^(?:(?:module|model|net|_orig_mod)\.)+(?=.)")
 """Prefixes of DataParallel, DDP, AveragedModel, Lightning and torch.compile."""
@@ -26,16 +26,16 @@ _WRAPPED = re.compile(r"^(?:(?:module|model|net|_orig_mod)\.)+(?=.)")
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
     """Load a state dict into a model, completely or not at all.
 
-    For a `NormalizedModel` the state dict may also be that of the network without normalization, or of a wrapped one:
-    see `strip_wrappers`. Where it has no mean and standard deviation, the model keeps its own.
+    For a `NormalizedModel`, the state dict may also be that of the bare network or of a wrapped one (see
+    `strip_wrappers`). If it contains no mean and standard deviation, the model keeps its own.
 
     Args:
         model: The model.
         tensors: The state dict.
-        source: Where the tensors come from, for the error message.
+        source: Origin of the tensors, for the error message.
 
     Raises:
-        DeatError: A tensor is missing, unexpected, or of another shape.
+        DeatError: A tensor is missing, unexpected or of the wrong shape.
     """
     model.load_state_dict(check_weights(model, tensors, source=source))
 
@@ -44,7 +44,7 @@ def check_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: st
     """Return the tensors under the model's own names, checked but not loaded.
 
     Raises:
-        DeatError: A tensor is missing, unexpected, or of another shape.
+        DeatError: A tensor is missing, unexpected or of the wrong shape.
     """
     own: dict[str, Tensor] = model.state_dict()
     renamed = _renamed(tensors, own) if isinstance(model, NormalizedModel) else dict(tensors)
@@ -54,12 +54,12 @@ def check_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: st
     shapes = [f"{name} {tuple(renamed[name].shape)} instead of {tuple(own[name].shape)}"
               for name in own if name in renamed and renamed[name].shape != own[name].shape]  # fmt: skip
     if names and not shapes and [own[name].shape for name in missing] == [renamed[name].shape for name in unexpected]:
-        raise DeatError(f"{source} has tensors of the model's shapes, but their names differ ({'; '.join(names)}): "
+        raise DeatError(f"{source} has tensors with the model's shapes but other names ({'; '.join(names)}): "
                         "rename them as in the model's state dict")  # fmt: skip
     problems = [f"names differ ({'; '.join(names)})"] if names else []
     problems += [f"shapes differ ({_and_more(shapes)})"] if shapes else []
     if problems:
-        raise DeatError(f"{source} is a checkpoint of another architecture or number of classes: {', '.join(problems)}")
+        raise DeatError(f"{source} has a different architecture or number of classes: {', '.join(problems)}")
     return {**own, **renamed}
 
 
@@ -68,9 +68,9 @@ def _and_more(items: list[str]) -> str:
 
 
 def strip_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors under RobustBench's names: the network's bare ones, with ``mu`` and ``sigma`` beside them.
+    """Return tensors under RobustBench's names: unprefixed for the network, plus ``mu`` and ``sigma``.
 
-    Undone are the prefixes of DataParallel, DDP, AveragedModel, Lightning and torch.compile, ``Sequential(normalize,
+    Removes the prefixes of DataParallel, DDP, AveragedModel, Lightning, torch.compile, ``Sequential(normalize,
     network)``, normalization layers of any name, and MadryLab's ``AttackerModel``, in any nesting.
     """
     *_, bare = _unwrapped(tensors)
@@ -78,13 +78,13 @@ def strip_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def detect_variant(arch: str, tensors: Mapping[str, Tensor]) -> str:
-    """Return the variant of an 18-layer ResNet for CIFAR that a state dict belongs to; other architectures as they are.
+    """Return which CIFAR ResNet-18 variant a state dict belongs to; other architectures are returned unchanged.
 
-    RobustBench's tables call all three ResNet-18 or PreActResNet-18.
+    RobustBench's tables call all three variants ResNet-18 or PreActResNet-18.
 
     Args:
         arch: Canonical name.
-        tensors: As `strip_wrappers` returns them.
+        tensors: State dict, as returned by `strip_wrappers`.
     """
     if arch not in (PREACTRESNET18, PREACTRESNET18_BN, RESNET18) or "layer1.0.conv1.weight" not in tensors:
         return arch
@@ -94,7 +94,7 @@ def detect_variant(arch: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Yield a state dict with one layer of wrapping removed after the other, beginning with itself."""
+    """Yield a state dict, and then the results of removing one wrapper after another."""
     current = dict(tensors)
     statistics: dict[str, Tensor] = {}
     while True:
@@ -112,7 +112,7 @@ def _unwrapped(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 def _is_statistic(name: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether a tensor is a mean or standard deviation of a module that has nothing but these two."""
+    """Return whether a tensor is the mean or standard deviation of a module that contains only these two."""
     parent, dot, last = name.rpartition(".")
     if last not in _STATISTICS:
         return False
@@ -126,7 +126,7 @@ def _statistics(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _without_bookkeeping(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove AveragedModel's counter, MadryLab's second copy of the network, and torch.compile's marks."""
+    """Remove AveragedModel's counter, MadryLab's second copy of the network, and the components of `_MARKS`."""
     names = [name.removeprefix("module.") for name in tensors]
     attacker = any(name.startswith("attacker.") for name in names) and any(name.startswith("model.") for name in names)
     return {
@@ -143,7 +143,7 @@ def _without_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _without_common_component(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the first component of all names if it is one and the same, as ``1.`` in a Sequential."""
+    """Remove the first component of all names if they share it, such as ``1.`` in a Sequential."""
     first = {name.partition(".")[0] for name in tensors}
     if len(first) != 1 or any("." not in name for name in tensors):
         return dict(tensors)
@@ -151,14 +151,14 @@ def _without_common_component(tensors: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def _renamed(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors under a `NormalizedModel`'s names: the unwrapping that fits its names best."""
+    """Return tensors under a `NormalizedModel`'s names, choosing the unwrapping that matches them best."""
     candidates = [
         {name if name in ("mu", "sigma") else f"{prefix}{name}": tensor for name, tensor in unwrapped.items()}
         for unwrapped in _unwrapped(tensors)
         for prefix in ("", "net.")
     ]
     renamed = max(candidates, key=lambda candidate: 2 * len(candidate.keys() & own.keys()) - len(candidate))
-    if "net.block1.layer.0.conv1.weight" in own:  # TRADES' WideResNet has a block that its forward does not use
+    if "net.block1.layer.0.conv1.weight" in own:  # TRADES' WideResNet has an unused block
         renamed = {name: tensor for name, tensor in renamed.items() if not name.startswith("net.sub_block1.")}
     for name in ("mu", "sigma"):
         tensor = renamed.get(name, own[name])

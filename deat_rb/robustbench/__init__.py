@@ -1,1 +1,1 @@
-"""RobustBench: export in its format, registration with `robustbench.load_model`, and `robustbench.benchmark`."""
+"""RobustBench integration: export in its format, registration with `robustbench.load_model`, and benchmarking."""

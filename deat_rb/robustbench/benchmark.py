@@ -29,25 +29,25 @@ def benchmark(
     dataset: str = "cifar10",
     seed: int | None = None,
 ) -> tuple[float, float, Tensor]:
-    """Run `robustbench.benchmark` on given images and with a seed; it has no arguments for either.
+    """Run `robustbench.benchmark` on given images with a given seed, neither of which it has arguments for.
 
-    The model is evaluated in eval mode and restored afterwards, as is torch's random state.
+    The model is evaluated in eval mode; its state and torch's random state are restored afterwards.
 
     Args:
-        model: Takes images in [0, 1].
-        images: (N, C, H, W), in [0, 1].
-        labels: (N,).
+        model: Classifier of images in [0, 1].
+        images: Test images (N, C, H, W), in [0, 1].
+        labels: Labels (N,).
         eps: Linf radius, in [0, 1] pixel units.
-        batch_size: How many images are attacked together; some of AutoAttack's verdicts depend on it.
-        dataset: The dataset passed to robustbench: cifar10, cifar100 or imagenet.
+        batch_size: Number of images attacked at a time; some of AutoAttack's results depend on it.
+        dataset: Dataset name passed to robustbench: cifar10, cifar100 or imagenet.
         seed: Random seed of AutoAttack; by default the current time.
 
     Returns:
-        Clean accuracy and robust accuracy under AutoAttack, both in [0, 1], and (N,) bool: which examples are still
-        classified correctly.
+        Clean accuracy and robust accuracy under AutoAttack, both in [0, 1], and a bool tensor (N,) that marks the
+        examples still classified correctly.
 
     Raises:
-        DeatError: The dataset is not one of robustbench's, eps is not in (0, 1], or the model does not take the images.
+        DeatError: RobustBench has no such dataset, eps is not in (0, 1], or the model does not accept the images.
     """
     check_dataset(dataset)
     check_eps(eps)

@@ -27,10 +27,10 @@ from deat_rb.utils.safe_load import load_tensors
 from deat_rb.utils.units import format_fraction
 
 UNKNOWN_ACCURACY = "0.00"
-"""AutoAttack's accuracy where it was not run: RobustBench sorts by ``float`` of it, and "nan" breaks the order."""
+"""AutoAttack accuracy if it was not run: RobustBench sorts by its ``float``, and "nan" would break the order."""
 
 FULL_TEST_SET = 10_000
-"""Test images of CIFAR: an evaluation on fewer is said to be one in the footnote."""
+"""Number of CIFAR test images; the footnote mentions an evaluation on fewer."""
 
 
 def export(
@@ -52,16 +52,16 @@ def export(
 ) -> ExportPaths:
     """Write a run's selected network in RobustBench's format: all files or none.
 
-    Accuracies are those of the run's ``eval.json``, which has to be an evaluation of these weights on the run's own
-    test images at the run's eps. RobustBench ranks by AutoAttack's accuracy and has no value for an unknown one: where
-    AutoAttack was not run, it is 0.00, which ranks last, marked as unreliable and explained in the footnote. For
-    methods of the paper, link, name, authors and venue default to the paper's; for others they are empty.
+    Accuracies are taken from the run's ``eval.json``, which must have been computed with these weights on the run's
+    own test images at the run's eps. RobustBench ranks by AutoAttack accuracy and has no value for an unknown one: if
+    AutoAttack was not run, it is written as 0.00, which ranks last, marked as unreliable and explained in the footnote.
+    For methods of the paper, link, name, authors and venue default to the paper's; for others they are empty.
 
     Args:
         run: The run directory.
-        model_name: ``<FirstAuthor><Year><FirstWordOfTitle>``, with a suffix for variants: ``Wang2021Gradient_R18``.
-        output: The folder for the files.
-        as_dataset: Which of RobustBench's datasets the run's stands for, if it is not one of them.
+        model_name: ``<FirstAuthor><Year><FirstWordOfTitle>[_suffix]``, such as ``Wang2021Gradient_R18``.
+        output: Folder for the files.
+        as_dataset: RobustBench dataset to export the run under, if RobustBench does not have the run's own.
         link: URL of the paper.
         name: Title of the paper.
         authors: Authors of the paper, separated by commas.
@@ -71,15 +71,15 @@ def export(
         external: Best known robust accuracy, in percent, which decides the rank in RobustBench.
         unreliable: Whether AutoAttack's accuracy is unreliable; by default true if a check of the evaluation failed.
         footnote: Text appended to the automatic footnote.
-        overwrite: Whether to replace an export of that name.
+        overwrite: Whether to replace an existing export of the same name.
 
     Raises:
         DeatError: RobustBench has no such dataset or architecture, the name is malformed or taken, the evaluation is
-            missing or of other weights or data, or the files cannot be written.
+            missing or was computed for different weights or data, or the files cannot be written.
     """
     if NAME.fullmatch(model_name) is None:
         raise DeatError(f"model name '{model_name}' does not have RobustBench's form <FirstAuthor><Year><Word>, "
-                        "with a suffix after _ for variants: Wang2021Gradient_R18")  # fmt: skip
+                        "with a suffix after _ for variants, such as Wang2021Gradient_R18")  # fmt: skip
     opened = RunDirectory.open(Path(run))
     spec, config = opened.model_spec, opened.config
     dataset = _dataset(config.data.dataset, as_dataset, spec)
@@ -120,28 +120,28 @@ def export(
     }
     for path in contents:
         if path.exists() and not overwrite:
-            raise DeatError(f"{path} exists: choose another model name or allow it to be overwritten")
+            raise DeatError(f"{path} exists: choose another model name, or use --overwrite (overwrite=True)")
     try:
         for path in contents:
             path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DeatError(f"cannot write below {output}: {error.strerror or error}") from error
+        raise DeatError(f"cannot write to {output}: {error.strerror or error}") from error
     write_all(contents)
     return replace(paths, unknown=("autoattack_acc",) if unknown else ())
 
 
 def _dataset(trained_on: str, as_dataset: str | None, spec: ModelSpec) -> str:
     if as_dataset is None and trained_on not in compat.DATASETS:
-        raise DeatError(f"RobustBench has no dataset '{trained_on}': give --as-dataset (as_dataset), the one of "
-                        f"{', '.join(compat.DATASETS)} that it stands for")  # fmt: skip
+        raise DeatError(f"RobustBench has no dataset '{trained_on}': give the one to export it under "
+                        f"({', '.join(compat.DATASETS)}) with --as-dataset (as_dataset)")  # fmt: skip
     dataset = as_dataset or trained_on
     compat.check_dataset(dataset)
     if dataset == "imagenet":
-        raise DeatError("dataset imagenet has 224x224 images in RobustBench, and what can be exported takes 32x32: "
+        raise DeatError("dataset imagenet has 224x224 images in RobustBench, but exported networks accept 32x32: "
                         "export as cifar10 or cifar100")  # fmt: skip
     if spec.num_classes != compat.DATASETS[dataset]:
-        raise DeatError(f"a network of {spec.num_classes} classes cannot stand for {dataset}, which has "
-                        f"{compat.DATASETS[dataset]}")  # fmt: skip
+        raise DeatError(f"a network with {spec.num_classes} classes cannot be exported as {dataset}, which has "
+                        f"{compat.DATASETS[dataset]}: choose another --as-dataset")  # fmt: skip
     return dataset
 
 
@@ -154,7 +154,7 @@ def _stand_in_note(config: Any, dataset: str) -> str:
 
 
 def _evaluation(run: RunDirectory) -> Report:
-    """Return the run's evaluation, which has to be of its weights, data and eps."""
+    """Return the run's evaluation, after checking that it used the run's weights, data and eps."""
     file, config = run.path / "eval.json", run.config
     advice = f"run deat-rb eval {run.path} --autoattack, then export again"
     if not file.exists():
@@ -165,13 +165,13 @@ def _evaluation(run: RunDirectory) -> Report:
         ("data", report.provenance.get("data_sha256"), config.data_fingerprint),
     ):
         if recorded != own:
-            raise DeatError(f"{file} is an evaluation of other {what} than the run's (SHA-256 {str(recorded)[:12]} "
+            raise DeatError(f"{file} was computed for {what} other than the run's (SHA-256 {str(recorded)[:12]} "
                             f"instead of {own[:12]}): {advice}")  # fmt: skip
     if (report.norm, report.precision) != ("Linf", "fp32"):
-        raise DeatError(f"{file} is an evaluation in {report.norm} and {report.precision}, where Linf and fp32 are "
-                        f"needed: {advice}")  # fmt: skip
+        raise DeatError(f"{file} was computed with {report.norm} and {report.precision}, not Linf and fp32: "
+                        f"{advice}")  # fmt: skip
     if format_fraction(report.eps) != format_fraction(config.attack.eps):
-        raise DeatError(f"{file} is an evaluation at eps {format_fraction(report.eps)}, and the run was trained for "
+        raise DeatError(f"{file} was computed at eps {format_fraction(report.eps)}, but the run was trained for "
                         f"{format_fraction(config.attack.eps)}: {advice}")  # fmt: skip
     if len(report.results) < 2:
         raise DeatError(f"{file} has no robust accuracy: {advice}")

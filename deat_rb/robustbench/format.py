@@ -30,7 +30,7 @@ _SOURCE = {
     PREACTRESNET18_BN: ("PreActResNet", "PreActBlockV2", ", bn_before_fc=True"),
     RESNET18: ("ResNet", "BasicBlock", ""),
 }
-"""RobustBench's class, its block and further arguments."""
+"""RobustBench's class, block and further arguments of each architecture."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class ExportPaths:
     Attributes:
         weights: ``models/<dataset>/Linf/<name>.pt``, a state dict.
         info: ``model_info/<dataset>/Linf/<name>.json``.
-        source: ``pull_request/<dataset>/Linf/<name>.py``: the class and the entry of RobustBench's model zoo.
-        unknown: Fields of ``info`` whose value stands for unknown.
+        source: ``pull_request/<dataset>/Linf/<name>.py``: the class and entry for RobustBench's model zoo.
+        unknown: Fields of ``info`` whose values are placeholders for unknown ones.
     """
 
     weights: Path
@@ -70,7 +70,7 @@ def spelled_architecture(spec: ModelSpec) -> str:
 
 
 def robustbench_weights(model: nn.Module) -> bytes:
-    """Return the bytes of a `torch.save` file with the state dict under RobustBench's names, mu and sigma beside it."""
+    """Return the bytes of a `torch.save` file with the state dict and normalization under RobustBench's names."""
     file = io.BytesIO()
     torch.save({name.removeprefix("net."): tensor.clone() for name, tensor in model.state_dict().items()}, file)
     return file.getvalue()
@@ -123,18 +123,18 @@ linf = OrderedDict([
 def exported_spec(
     weights: str | Path, *, arch: str | None = None, num_classes: int | None = None, image_size: int = 32
 ) -> ModelSpec:
-    """Return the specification of an exported model: its architecture from the JSON, its sizes from the tensors.
+    """Return the specification of an exported model: architecture from the JSON, sizes from the tensors.
 
-    Where the tensors have no normalization, mean and standard deviation are 0 and 1.
+    Without normalization tensors, mean and standard deviation are 0 and 1.
 
     Args:
         weights: ``models/<dataset>/Linf/<name>.pt`` of an export.
-        arch: Architecture as for `build_model`, in place of the JSON's.
-        num_classes: Number of classes, in place of the classifier's rows.
+        arch: Architecture as for `build_model`; by default the JSON's.
+        num_classes: Number of classes; by default the classifier's number of rows.
         image_size: Height and width.
 
     Raises:
-        DeatError: The file is damaged or in no export, or the architecture is not that of the tensors.
+        DeatError: The file is damaged or not part of an export, or the architecture does not match the tensors.
     """
     weights = Path(weights).absolute()
     content = load_tensors(weights)
@@ -142,8 +142,8 @@ def exported_spec(
     arch = detect_variant(_architecture_beside(weights) if arch is None else canonical_arch(arch), tensors)
     classifier = tensors.get("linear.weight", tensors.get("fc.weight"))
     if num_classes is None and (classifier is None or classifier.ndim != 2):
-        raise DeatError(f"{weights} has no classifier linear.weight or fc.weight with one row per class: it is no "
-                        f"{arch} of RobustBench's")  # fmt: skip
+        raise DeatError(f"{weights} has no classifier linear.weight or fc.weight with one row per class: it is not "
+                        f"RobustBench's {arch}")  # fmt: skip
     mean, std = (_numbers(tensors, name, weights) for name in ("mu", "sigma"))
     if num_classes is None and classifier is not None:
         num_classes = len(classifier)
@@ -164,9 +164,9 @@ def _numbers(tensors: Mapping[str, Tensor], name: str, source: Path) -> tuple[fl
 
 
 def known_architecture(spelled: str) -> str | None:
-    """Return the canonical architecture of a ``model_info``'s, or None if it is not known.
+    """Return the canonical name of an architecture in a ``model_info``, or None if it is unknown.
 
-    RobustBench calls PreActResNet-18 ResNet-18 as well: `deat_rb.models.weights.detect_variant` tells which it is.
+    RobustBench calls PreActResNet-18 ResNet-18, too: `deat_rb.models.weights.detect_variant` distinguishes them.
     """
     text = re.sub(r"[\s_]+", "-", spelled.strip().lower()) if spelled.isascii() else ""
     if re.fullmatch(r"(pre-?act(ivation)?-?)?resnet-?18", text):
@@ -180,12 +180,12 @@ def _architecture_beside(weights: Path) -> str:
     info = ExportPaths.below(folder.parent.parent, folder.name, weights.stem).info
     if not info.exists():
         raise DeatError(
-            f"{weights} is no export, so its architecture is unknown: use build_model(...) and load_weights"
+            f"{weights} is not part of an export, so its architecture is unknown: use build_model(...) and load_weights"
         )
     content = read_json(info)
     architecture = content.get("architecture") if isinstance(content, dict) else None
     known = known_architecture(architecture) if isinstance(architecture, str) else None
     if known is None:
-        raise DeatError(f"{info} has the architecture {str(architecture)[:80]!r} (known are ResNet-18, PreActResNet-18 "
-                        "and WideResNet-D-W): deat-rb submit takes others by --arch")  # fmt: skip
+        raise DeatError(f"{info} names the architecture {str(architecture)[:80]!r}, not ResNet-18, PreActResNet-18 or "
+                        "WideResNet-D-W: give others to deat-rb submit with --arch")  # fmt: skip
     return known

@@ -1,4 +1,4 @@
-"""Registration of exports with RobustBench, so that `robustbench.load_model` finds them."""
+"""Registration of exports with RobustBench for `robustbench.load_model`."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from deat_rb.utils.compat import DATASETS, robustbench
 from deat_rb.utils.errors import DeatError
 
 NOT_ONLINE = "registered by deat_rb: load_model finds it in model_dir, not online"
-"""Stands where RobustBench's entries have a Google Drive ID."""
+"""Placeholder for the Google Drive ID in RobustBench's entries."""
 
 
 def add_to_zoo(entries: Sequence[tuple[str, str, Callable[[], nn.Module]]]) -> None:
     """Add models to RobustBench's model zoo, all or none; `robustbench.load_model` reads their files from model_dir.
 
     Args:
-        entries: For each model its name, its dataset (cifar10, cifar100 or imagenet; the threat model is Linf), and a
-            factory of the network that its weights are loaded into.
+        entries: Name, dataset (cifar10, cifar100 or imagenet) and network factory of each model; the threat model is
+            Linf, and the weights are loaded into the factory's network.
 
     Raises:
-        DeatError: RobustBench has its own model of that name.
+        DeatError: RobustBench already has a model of that name.
     """
     robustbench()
     enums: Any = importlib.import_module("robustbench.model_zoo.enums")
@@ -37,7 +37,7 @@ def add_to_zoo(entries: Sequence[tuple[str, str, Callable[[], nn.Module]]]) -> N
     linf = {name: zoo.model_dicts[enums.BenchmarkDataset(name)][enums.ThreatModel.Linf] for name in DATASETS}
     for name, dataset, _ in entries:
         if name in linf[dataset] and linf[dataset][name]["gdrive_id"] != NOT_ONLINE:
-            raise DeatError(f"RobustBench has a model '{name}' of its own: export yours under another name")
+            raise DeatError(f"RobustBench already has a model '{name}': export yours under another name")
     for name, dataset, factory in entries:
         linf[dataset][name] = {"model": factory, "gdrive_id": NOT_ONLINE}
 
@@ -51,21 +51,21 @@ def register(folder: str | Path) -> tuple[str, ...]:
         >>> robustbench.load_model("Wang2021Gradient_R18", model_dir="exported/models", threat_model="Linf")
 
     Returns:
-        The names of the models.
+        Names of the models.
 
     Raises:
-        DeatError: There are no exports, one is damaged, or RobustBench has another model of that name; none is
-            registered then.
+        DeatError: There are no exports, one is damaged, or RobustBench already has a model of that name; no model is
+            registered in these cases.
     """
     found = sorted(Path(folder).glob("model_info/*/Linf/*.json"))
     if not found:
-        raise DeatError(f"there are no exports below {folder}: it needs model_info/<dataset>/Linf/<name>.json")
+        raise DeatError(f"there are no exports in {folder}: it must contain model_info/<dataset>/Linf/<name>.json")
     entries = []
     for info in found:
         dataset, name = info.parts[-3], info.stem
         compat.check_dataset(dataset)
         if NAME.fullmatch(name) is None:
-            raise DeatError(f"{info} is not named as RobustBench's models are: <FirstAuthor><Year><FirstWordOfTitle>")
+            raise DeatError(f"{info} does not have RobustBench's form of names, <FirstAuthor><Year><FirstWordOfTitle>")
         spec = exported_spec(ExportPaths.below(Path(folder), dataset, name).weights)
         entries.append((name, dataset, _factory(spec)))
     add_to_zoo(entries)
@@ -73,7 +73,7 @@ def register(folder: str | Path) -> tuple[str, ...]:
 
 
 def _factory(spec: ModelSpec) -> Callable[[], nn.Module]:
-    """Return the class that the pull request defines: RobustBench's architecture with the normalization inside."""
+    """Return the class defined in the pull request: RobustBench's architecture with normalization as a layer."""
     network, arguments, options = robustbench_class(spec)
     base: Any = network
 

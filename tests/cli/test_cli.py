@@ -205,7 +205,7 @@ def test_eval_of_a_run_uses_its_config_and_writes_eval_json(digits_run: Path) ->
         (["--n-examples", "0"], "--n-examples 0 is not possible"),
         (["--batch-size", "0"], "batch_size = 0 is not positive"),
         (["--device", "abacus"], "there is no device 'abacus'"),
-        (["--arch", "wrn-16-1"], "is a checkpoint of another architecture"),
+        (["--arch", "wrn-16-1"], "has a different architecture"),
         (["--num-classes", "3"], "--num-classes 3 is too few: folder has 4 classes"),
         (["--image-size", "64"], "takes 3x32x32 images, not 3x64x64"),
         (["--json", "report.txt"], "Invalid value for '--json': 'report.txt' does not end in .json"),
@@ -223,7 +223,7 @@ def test_eval_refuses(flags: list[str], sentence: str, described: list[str | Pat
 def test_eval_of_a_checkpoint_names_the_options_that_are_missing(
     given: list[str], missing: str, checkpoint: Path
 ) -> None:
-    assert refusal("eval", checkpoint, *given).endswith(f"does not say its network and data: give {missing}")
+    assert refusal("eval", checkpoint, *given).endswith(f"does not specify its network and data: give {missing}")
 
 
 def test_eval_of_a_path_that_does_not_exist() -> None:

@@ -220,7 +220,7 @@ def test_eval_l2_and_bf16(described: list[object], tmp_path: Path) -> None:
         (["--attacks", "torchattacks.PDG(steps=3),fgsm"], "torchattacks.PDG does not exist: did you mean 'PGD'"),
         (["--resume"], "there is no unfinished evaluation in"),
         (["--strict", "--checks", "none"], "--strict needs checks: leave out --checks none"),
-        (["--model-dir", "zoo"], "--model-dir zoo is for robustbench:NAME"),
+        (["--model-dir", "zoo"], "--model-dir zoo is only for robustbench:NAME"),
     ],
 )
 def test_eval_refuses_bad_options(flags: list[str], sentence: str, described: list[object]) -> None:
@@ -283,8 +283,12 @@ def test_eval_of_a_function_in_a_module(foreign: str, tmp_path: Path) -> None:
         ("their_networks:broken", {"dataset": "digits"}, r"failed \(OSError: no weights\): give a function"),
         ("their_networks:wrong", {"dataset": "digits"}, r"'their_networks:wrong' failed \(AttributeError: "),
         ("their_networks:number", {"dataset": "digits"}, "returned a int, not a torch.nn.Module"),
-        ("their_networks:trained", {}, "does not say on which data it is to be evaluated: give --dataset"),
-        ("their_networks:trained", {"dataset": "digits", "arch": "wrn-10-1"}, "--arch wrn-10-1 is for checkpoints"),
+        ("their_networks:trained", {}, "does not specify its data: give the dataset"),
+        (
+            "their_networks:trained",
+            {"dataset": "digits", "arch": "wrn-10-1"},
+            "--arch wrn-10-1 is only for checkpoints",
+        ),
         ("robustbench:", {"dataset": "cifar10"}, "RobustBench has no Linf model ''"),
     ],
 )
@@ -300,7 +304,7 @@ def test_eval_runs_no_code_without_trust_code(foreign: str, tmp_path: Path) -> N
     (tmp_path / "was_run").unlink()
     del sys.modules[foreign]
     for refused in (lambda: load_model(path), lambda: open_target(path)):
-        with pytest.raises(DeatError, match="'their_networks:build', which runs that module's code: allow it by"):
+        with pytest.raises(DeatError, match="'their_networks:build', which runs that module's code: if you trust"):
             refused()
     flags = ["--attacks", "fgsm", "--n-examples", 5, "--checks", "none", "--no-page", "--device", "cpu"]
     refusal = run("eval", path, *flags)
@@ -324,5 +328,5 @@ def test_open_target_of_an_export_knows_its_architecture(tmp_path: Path) -> None
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(subject.model(images), load_model(path)(images))
     assert subject.provenance["arch"] == "wrn-10-1"
-    with pytest.raises(DeatError, match="does not say its network and data: give --dataset"):
+    with pytest.raises(DeatError, match="does not specify its network and data: give --dataset"):
         open_target(exported.weights)

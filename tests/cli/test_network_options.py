@@ -135,10 +135,10 @@ def test_predict_says_which_state_dict_it_loaded(here: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["net.pt"], "net.pt does not say its network: give --arch"),
-        (["net.pt", "--arch", "mynet:build"], "takes images of several sizes (mynet:build): give --image-size"),
+        (["net.pt"], "net.pt does not specify its network: give --arch"),
+        (["net.pt", "--arch", "mynet:build"], "accepts images of several sizes (mynet:build): give --image-size"),
         (["net.pt", "--arch", "mynet:build", "--image-size", "8"], "give --classes or --num-classes"),
-        (["mynet:trained", "--image-size", "8", "--classes", "two.txt"], "has 3 logits and 2 class names"),
+        (["mynet:trained", "--image-size", "8", "--classes", "two.txt"], "has 3 logits but 2 class names"),
         (["mynet:trained"], "give --image-size"),
         (["net.pt", "--mean", "1,x"], "'1,x' is not a list of numbers such as 0.4914"),
     ],

@@ -339,7 +339,7 @@ class Diverged(Plane):
         (Detached(), "the model's logits have no gradient"),
         (Split(), r"shape \(8, 2\) for 2 images"),
         (Diverged(), "NaN for images 0 to 7"),
-        (Decided(), "returns torch.bool values, where logits of a floating-point type are needed"),
+        (Decided(), "returns torch.bool logits: return floating-point logits"),
     ],
 )
 def test_evaluate_refuses_unusable_models(model: nn.Module, message: str) -> None:

@@ -178,7 +178,7 @@ REFUSED: dict[tuple[str, str], dict[str, Setup | tuple[Setup, str]]] = {
         "safetensors' head": lambda it: (it.run() / "last.safetensors").write_bytes(b"\xff" * 7 + b"\x7f{" + b"x" * 99),
         "archive without pickle": written(repacked(rename=lambda name: name.replace("data.pkl", "data/9"))),
     },
-    ("metadata that lie", "another architecture|another network|differ"): {
+    ("metadata that lie", "different architecture|differ"): {
         "architecture": info(architecture="WideResNet-16-1"),
         "no such one": (info(architecture="GPT-5"), "GPT-5"),
         "enormous": (info(architecture="WideResNet-34-999"), "which is too large"),

@@ -37,22 +37,22 @@ def test_match_classes_by_name(classes: tuple[str, ...], known: tuple[str, ...],
 def test_match_classes_without_names_says_the_order() -> None:
     matched = match(PETS, (), 3)
     assert (matched.classes, matched.logit_of_class) == (PETS, ())
-    assert matched.note.startswith("logits are taken to be in this order of classes: ant, bee, cat; --classes FILE")
+    assert matched.note.startswith("logits are assumed to be in this order of classes: ant, bee, cat; --classes FILE")
 
 
 def test_match_classes_of_a_known_dataset_takes_the_first_logits() -> None:
     matched = match_classes(PETS, (), 12, source="net.pt", dataset="digits")
     assert matched.logit_of_class == ()
-    assert matched.note.startswith("the first 3 of 12 logits are taken to be in this order")
+    assert matched.note.startswith("the first 3 of 12 logits are assumed to be in this order")
 
 
 def test_match_classes_ignores_names_of_a_package_that_are_of_other_classes() -> None:
     known = ("crane", "crane", "bee")
     assert match(("bee",), known, 3, must_match=False).logit_of_class == (2,)
     assert match(("n1", "n2", "n3"), known, 3, must_match=False).logit_of_class == ()
-    with pytest.raises(DeatError, match=r"^net\.pt has 2 classes 'crane': give unique names by --classes FILE$"):
+    with pytest.raises(DeatError, match=r"^net\.pt has 2 classes 'crane': give unique names with --classes FILE$"):
         match(("crane", "bee"), known, 3, must_match=False)
-    with pytest.raises(DeatError, match=r"^folder has the class 'ant', which net\.pt does not have"):
+    with pytest.raises(DeatError, match=r"^folder has the class 'ant', which net\.pt lacks"):
         match(PETS, known, 3, must_match=False)
 
 
@@ -63,12 +63,17 @@ def test_match_classes_ignores_names_of_a_package_that_are_of_other_classes() ->
             ("bee", "cat", "zebra"),
             PETS,
             3,
-            r"^folder has the class 'zebra', which net\.pt does not have \(known",
+            r"^folder has the class 'zebra', which net\.pt lacks \(choose one of",
         ),
-        (("bees", "cat"), PETS, 3, r"\(did you mean 'bee'\?\): rename the class or leave it out$"),
-        (PETS, PETS, 4, r"^net\.pt has 4 logits and 3 class names"),
-        (PETS, (), 1000, r"^net\.pt has 1000 logits, and folder has 3 classes \(ant, bee, cat\): give .* by --classes"),
-        (PETS, (), 2, r"^net\.pt has 2 logits, and folder has 3 classes"),
+        (("bees", "cat"), PETS, 3, r"\(did you mean 'bee'\?\): rename or remove the class$"),
+        (PETS, PETS, 4, r"^net\.pt has 4 logits but 3 class names"),
+        (
+            PETS,
+            (),
+            1000,
+            r"^net\.pt has 1000 logits, but folder has 3 classes \(ant, bee, cat\): give .* with --classes",
+        ),
+        (PETS, (), 2, r"^net\.pt has 2 logits, but folder has 3 classes"),
         (PETS, ("ant", "ant", "bee"), 3, r"^net\.pt has the class 'ant' twice"),
     ],
 )

@@ -27,7 +27,10 @@ def test_canonical_arch(arch: str, canonical: str) -> None:
         ("wrn-4-1", "depth D"),
         ("wrn-10-0", "width W"),
         ("", "is unknown"),
-        ("wrn-994-999", "'wrn-994-999' is too large: about 15935 billion parameters, and 2 billion are allowed"),
+        (
+            "wrn-994-999",
+            "'wrn-994-999' is too large: about 15935 billion parameters, but at most 2 billion are allowed",
+        ),
     ],
 )
 def test_canonical_arch_refuses_unknown_names(arch: str, message: str) -> None:
@@ -36,7 +39,7 @@ def test_canonical_arch_refuses_unknown_names(arch: str, message: str) -> None:
 
 
 def test_check_trust_refuses_code_of_a_module() -> None:
-    with pytest.raises(DeatError, match=r"^the run a has its network built by 'os:getcwd', which runs that module's"):
+    with pytest.raises(DeatError, match=r"^the run a builds its network with 'os:getcwd', which runs that module's"):
         check_trust("os:getcwd", False, source="the run a")
     check_trust("os:getcwd", True, source="the run a")
     check_trust("timm:resnet18", False, source="the run a")

@@ -22,14 +22,14 @@ def test_parse_normalization() -> None:
 @pytest.mark.parametrize(
     ("mean", "std", "name", "message"),
     [
-        (HALF, None, None, "--mean and --std belong together"),
-        (None, HALF, None, "--mean and --std belong together"),
-        (HALF, (0.5,), None, "one number per channel each"),
-        (HALF, HALF, "cifar10", "--normalize cifar10 and --mean, --std exclude each other"),
+        (HALF, None, None, "--mean and --std must be given together"),
+        (None, HALF, None, "--mean and --std must be given together"),
+        (HALF, (0.5,), None, "each with one number per channel"),
+        (HALF, HALF, "cifar10", "--normalize cifar10 cannot be combined with --mean and --std"),
         (None, None, "cifar", "--normalize cifar is unknown: did you mean 'cifar10'"),
-        ((125.3, 123.0, 113.9), HALF, None, r"--mean has 125\.3, not in \[0, 1\]: give values for images in \[0, 1\]"),
-        (HALF, (0.0, 0.5, 0.5), None, "--std has 0, not in"),
-        ((float("nan"),) * 3, HALF, None, "--mean has nan"),
+        ((125.3, 123.0, 113.9), HALF, None, r"--mean 125\.3 is not in \[0, 1\]: give values for images in \[0, 1\]"),
+        (HALF, (0.0, 0.5, 0.5), None, "--std 0 is not in"),
+        ((float("nan"),) * 3, HALF, None, "--mean nan is not in"),
     ],
 )
 def test_parse_normalization_refuses(mean: Any, std: Any, name: str | None, message: str) -> None:

@@ -36,10 +36,10 @@ def test_load_zoo_model_from_its_file(zoo: tuple[Path, nn.Module], tmp_path: Pat
     assert torch.equal(load_zoo_model("Wong2020Fast", dataset="cifar10", model_dir=folder)(images), model(images))
     file = folder / "cifar10" / "Linf" / "Wong2020Fast.pt"
     torch.save({"state_dict": {"layer.weight": torch.zeros(1)}}, file)
-    with pytest.raises(DeatError, match="does not hold the weights of RobustBench's Wong2020Fast: "):
+    with pytest.raises(DeatError, match="does not contain the weights of RobustBench's Wong2020Fast: "):
         load_zoo_model("Wong2020Fast", dataset="cifar10", model_dir=folder)
     file.unlink()
-    with pytest.raises(DeatError, match=r"are not at .*Wong2020Fast.pt: download them by robustbench.load_model"):
+    with pytest.raises(DeatError, match=r"are not at .*Wong2020Fast.pt: download them with robustbench.load_model"):
         load_zoo_model("Wong2020Fast", dataset="cifar10", model_dir=folder)
 
 

@@ -114,7 +114,7 @@ def test_build_model_refuses_one_channel() -> None:
     ("arch", "sentence"),
     [
         ("timm:resnet18x", "timm has no model 'resnet18x': did you mean"),
-        ("torchvision:resnet19", "torchvision has no model 'resnet19' that classifies images: did you mean"),
+        ("torchvision:resnet19", "torchvision has no image classifier 'resnet19': did you mean"),
         ("torchvision:googlenet", "cannot be built|returns a GoogLeNetOutputs"),
         ("my_networks:larger", "cannot be imported"),
         ("no_such_package:net", "cannot be imported"),
@@ -195,5 +195,5 @@ def test_build_refuses_torchvision_models_that_do_not_classify(name: str, monkey
         raise AssertionError("network access")
 
     monkeypatch.setattr("socket.socket.connect", refuse)
-    with pytest.raises(DeatError, match=f"torchvision has no model '{name}' that classifies images"):
+    with pytest.raises(DeatError, match=f"torchvision has no image classifier '{name}'"):
         model_spec(f"torchvision:{name}", num_classes=10, image_size=224).build()

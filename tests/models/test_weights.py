@@ -71,7 +71,7 @@ def test_load_weights_of_another_architecture_changes_nothing(change: Any, sente
     before = copy.deepcopy(model.state_dict())
     tensors = shifted(model)
     change(tensors)
-    with pytest.raises(DeatError, match=rf"^a\.pt is a checkpoint of another architecture .*{sentence}"):
+    with pytest.raises(DeatError, match=rf"^a\.pt has a different architecture .*{sentence}"):
         load_weights(model, tensors, source="a.pt")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -227,7 +227,7 @@ def test_load_weights_says_names_differ_apart_from_shapes() -> None:
     renamed = {name.replace("net.4.", "net.head."): tensor for name, tensor in model.state_dict().items()}
     with pytest.raises(
         DeatError,
-        match=r"^a\.pt has tensors of the model's shapes, but their names differ "
+        match=r"^a\.pt has tensors with the model's shapes but other names "
         r"\(missing: net\.4\.weight and 1 more; unexpected: net\.head\.weight and",
     ):
         load_weights(model, renamed, source="a.pt")

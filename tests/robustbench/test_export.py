@@ -77,7 +77,7 @@ def test_export_names_weights_as_robustbench_does(run: Run, tmp_path: Path) -> N
 
 def test_export_as_another_dataset_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = opened(Run(tmp_path / "run", dataset="folder"), monkeypatch)
-    with pytest.raises(DeatError, match=r"no dataset 'folder': give --as-dataset .*, the one of cifar10, cifar100"):
+    with pytest.raises(DeatError, match=r"no dataset 'folder': give the one to export it under .cifar10, cifar100"):
         export(run.path, model_name="Wang2021Gradient", output=tmp_path / "out")
     paths = export(
         run.path, model_name="Wang2021Gradient", output=tmp_path / "out", as_dataset="cifar10", footnote="Mine."
@@ -91,10 +91,10 @@ def test_export_as_another_dataset_says_so(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     ("arch", "num_classes", "as_dataset", "sentence"),
-    [("wrn-10-1", 7, "cifar10", "7 classes cannot stand for cifar10, which has 10"),
+    [("wrn-10-1", 7, "cifar10", "7 classes cannot be exported as cifar10, which has 10"),
      ("wrn-10-1", 10, "cifar", "RobustBench has no dataset 'cifar': did you mean"),
      ("wrn-10-1", 1000, "imagenet", "224x224"),
-     ("torchvision:squeezenet1_1", 10, "cifar10", "'torchvision:squeezenet1_1' is not one of RobustBench's")],
+     ("torchvision:squeezenet1_1", 10, "cifar10", "'torchvision:squeezenet1_1' is not from RobustBench")],
 )  # fmt: skip
 def test_export_refuses_datasets_and_architectures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, num_classes: int, as_dataset: str, sentence: str
@@ -137,16 +137,16 @@ def test_export_accepts_names_of_robustbench(run: Run, tmp_path: Path, name: str
 @pytest.mark.parametrize(
     ("evaluation", "message"),
     [
-        ({"provenance": {}}, r"evaluation of other weights than the run's \(SHA-256 None instead of \w{12}\)"),
-        ({"provenance": {"weights_sha256": "a" * 64, "data_sha256": DATA}}, "of other weights than the run's"),
+        ({"provenance": {}}, r"computed for weights other than the run's \(SHA-256 None instead of \w{12}\)"),
+        ({"provenance": {"weights_sha256": "a" * 64, "data_sha256": DATA}}, "for weights other than the run's"),
         (
             {"data": "b" * 64},
-            r"of other data than the run's \(SHA-256 b{12} instead of d{12}\): run deat-rb eval",
+            r"for data other than the run's \(SHA-256 b{12} instead of d{12}\): run deat-rb eval",
         ),
-        ({"data": None}, "of other data than the run's"),
-        ({"eps": 4 / 255}, "is an evaluation at eps 4/255, and the run was trained for 8/255"),
-        ({"norm": "L2"}, "is an evaluation in L2 and fp32, where Linf and fp32 are needed"),
-        ({"precision": "bf16"}, "is an evaluation in Linf and bf16"),
+        ({"data": None}, "for data other than the run's"),
+        ({"eps": 4 / 255}, "was computed at eps 4/255, but the run was trained for 8/255"),
+        ({"norm": "L2"}, "was computed with L2 and fp32, not Linf and fp32"),
+        ({"precision": "bf16"}, "was computed with Linf and bf16"),
         ({"attack": None}, "has no robust accuracy: run deat-rb eval"),
     ],
 )
@@ -284,5 +284,5 @@ def test_export_on_a_full_disk_leaves_all_files_as_they_were(
 
 def test_export_refuses_output_that_is_a_file(run: Run, tmp_path: Path) -> None:
     (tmp_path / "out").touch()
-    with pytest.raises(DeatError, match=r"cannot write below .*out"):
+    with pytest.raises(DeatError, match=r"cannot write to .*out"):
         export(run.path, model_name="Wang2021Gradient", output=tmp_path / "out")

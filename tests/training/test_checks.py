@@ -86,7 +86,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "dict": (lambda: Wrapped(lambda out: {"logits": out}), "the model in train mode returns a dict"),
     "1-D": (lambda: Wrapped(lambda out: out[:, 0]), r"returns logits of shape \(2,\)"),
     "(N, 1)": (lambda: Wrapped(lambda out: out[:, :1]), r"returns logits of shape \(2, 1\) .* K >= 2"),
-    "integers": (lambda: Wrapped(lambda out: out.long()), "returns torch.int64 values"),
+    "integers": (lambda: Wrapped(lambda out: out.long()), "returns torch.int64 logits"),
     "auxiliary outputs in train mode": (lambda: Wrapped(lambda out: [out, out], True), "in train mode returns a list"),
     "bfloat16 weights": (lambda: made().bfloat16(), "does not take torch.float32 images of 3x8x8"),
     "float64 weights": (lambda: made().double(), "does not take torch.float32 images of 3x8x8"),

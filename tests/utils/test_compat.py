@@ -342,7 +342,7 @@ def test_autoattack_state_files_crash_upstream(tmp_path: Path) -> None:
 
 
 def test_add_to_zoo_does_not_replace_a_model() -> None:
-    with pytest.raises(DeatError, match="RobustBench has a model 'Wong2020Fast' of its own"):
+    with pytest.raises(DeatError, match="RobustBench already has a model 'Wong2020Fast'"):
         register.add_to_zoo([("New2024Model", "cifar10", nn.Identity), ("Wong2020Fast", "cifar10", nn.Identity)])
     import robustbench
 
