@@ -1,4 +1,4 @@
-"""Benchmarks of training and evaluation beside plain loops and bare passes: ``python -m benchmarks``.
+"""Benchmarks of training and evaluation against plain loops and bare passes: ``python -m benchmarks``.
 
-They are not installed; run them in the root of the repository.
+They are not part of the installed package; run them in the root of the repository.
 """

@@ -1,4 +1,4 @@
-"""``python -m benchmarks``."""
+"""The command ``python -m benchmarks``."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 WIDTH = 200
-"""Width of the tables where no terminal limits it."""
+"""Width of tables when the output is not a terminal."""
 
 QUICK = {"arch": "wrn-10-1", "batch_size": 8, "repeats": 1, "images": 8}
 
 
 class UserError(click.ClickException):
-    """Printed as ``Error: <sentence>`` on stderr."""
+    """Error printed as ``Error: <sentence>`` on stderr."""
 
     exit_code = 2
 
 
 @dataclass(frozen=True)
 class Options:
-    """The command's options; see its help."""
+    """Options of the command; see ``--help``."""
 
     arch: str
     batch_size: int
@@ -47,7 +47,7 @@ class Options:
 
 @dataclass
 class Results:
-    """The measurements, as written to the JSON file."""
+    """Measurements as written to the JSON file."""
 
     environment: dict[str, Any]
     options: dict[str, Any]
@@ -59,14 +59,14 @@ class Results:
 
 
 class Progress:
-    """Shows on stderr what is running: in place on a terminal, else a line for each part."""
+    """Shows the running measurement on stderr: a single updated line on a terminal, otherwise a line per part."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
         self._part = ""
 
     def __call__(self, text: str) -> None:
-        """Show what runs next, ``method: side``."""
+        """Show the next measurement, given as ``method: side``."""
         seconds = time.monotonic() - self._began
         if sys.stderr.isatty():
             click.echo(f"\r\033[K{seconds:6.0f} s  {text}", nl=False, err=True)
@@ -88,13 +88,15 @@ def _names(context: click.Context, parameter: click.Parameter, text: str | None)
 @click.option("--arch", default="preactresnet18", show_default=True, help="Architecture, as for deat-rb train.")
 @click.option("--batch-size", type=click.IntRange(min=2), default=128, show_default=True)
 @click.option("--precision", "precisions", callback=_names, default="bf16,fp32", show_default=True, metavar="A,B")
-@click.option("--methods", callback=_names, metavar="A,B", help="By default all methods.")
+@click.option("--methods", callback=_names, metavar="A,B", help="Methods to measure; by default all.")
 @click.option(
     "--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Number of rounds after the warm-up."
 )
-@click.option("--threads", type=click.IntRange(min=1), help="torch's number of threads; by default its own choice.")
-@click.option("--device", default="auto", show_default=True, metavar="NAME", help="cpu, cuda, cuda:1, mps or auto.")
-@click.option("--compile", "compiled", is_flag=True, help="Compile our passes with torch.compile.")
+@click.option("--threads", type=click.IntRange(min=1), help="Number of torch threads; by default chosen by torch.")
+@click.option(
+    "--device", default="auto", show_default=True, metavar="NAME", help="Device: auto, cpu, cuda, cuda:1 or mps."
+)
+@click.option("--compile", "compiled", is_flag=True, help="Use torch.compile for our passes.")
 @click.option("--no-speed", is_flag=True, help="Do not time training steps.")
 @click.option("--memory", is_flag=True, help="Also measure peak memory.")
 @click.option("--overhead", is_flag=True, help="Also measure the overhead of shuffling, augmentation and metrics.")
@@ -102,17 +104,17 @@ def _names(context: click.Context, parameter: click.Parameter, text: str | None)
     "--eval",
     "evaluation",
     is_flag=True,
-    help="Also time PGD-100 beside torchattacks and AutoAttack beside RobustBench.",
+    help="Also time PGD-100 against torchattacks and AutoAttack against RobustBench.",
 )
-@click.option("--run", type=click.Path(path_type=Path), help="Run to evaluate; by default a network is trained.")
+@click.option("--run", type=click.Path(path_type=Path), help="Run to evaluate; by default a network is trained for it.")
 @click.option(
     "--images", type=click.IntRange(min=1), default=500, show_default=True, help="Number of images to evaluate."
 )
-@click.option("--no-autoattack", is_flag=True, help="Leave AutoAttack out of --eval.")
+@click.option("--no-autoattack", is_flag=True, help="Omit AutoAttack from --eval.")
 @click.option(
     "--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write all measurements to this file."
 )
-@click.option("--quick", is_flag=True, help="Smoke test: WRN-10-1, batches of 8, one round; its times mean nothing.")
+@click.option("--quick", is_flag=True, help="Smoke test: WRN-10-1, batches of 8, one round; its times are meaningless.")
 @click.pass_context
 def main(
     context: click.Context,
@@ -127,10 +129,10 @@ def main(
     quick: bool,
     **given: Any,
 ) -> None:
-    """Time every method's training step beside (a) a plain loop as its authors publish it and (b) its bare passes.
+    """Time every method's training step against (a) a plain loop as published by its authors and (b) its bare passes.
 
-    The sides of a method alternate in this process; ratios are medians over the rounds. A missed target is
-    reported, and is no error.
+    The sides of a method alternate in this process, and ratios are medians over the rounds. A missed target is
+    reported but is not an error.
     """
     if quick:
         commandline = click.core.ParameterSource.COMMANDLINE
@@ -138,7 +140,7 @@ def main(
     options = Options(**given, autoattack=not no_autoattack, quick=quick)
     try:
         if json_path is not None and not json_path.parent.is_dir():
-            raise DeatError(f"--json {json_path}: there is no folder {json_path.parent}")
+            raise DeatError(f"--json {json_path} cannot be written: create the folder {json_path.parent} first")
         if not (evaluation or memory or overhead) and no_speed:
             raise DeatError("--no-speed leaves nothing to measure: add --memory, --overhead or --eval")
         parts = {"speed": not no_speed, "memory": memory, "overhead": overhead, "evaluation": evaluation}
@@ -155,7 +157,7 @@ def measure(options: Options, threads: int | None, parts: list[str]) -> Results:
     """Measure and print the requested parts.
 
     Raises:
-        DeatError: A name is unknown or there is no such device.
+        DeatError: The name of a method, precision or device is unknown.
     """
     import torch
     from rich.console import Console

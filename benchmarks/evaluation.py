@@ -1,4 +1,4 @@
-"""Evaluation times beside torchattacks' PGD and RobustBench's AutoAttack, on a model of robust accuracy below 1/2."""
+"""Evaluation times against torchattacks' PGD and RobustBench's AutoAttack; the model's robust accuracy is below 1/2."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class EvalTarget:
     """A model and its test images.
 
     Attributes:
-        model: In eval mode, on the device; takes images in [0, 1].
-        images: (N, C, H, W), on the CPU.
-        labels: (N,).
-        eps: The radius, in [0, 1] pixel units.
-        source: Where the model is from.
+        model: The model in eval mode, on the device, for images in [0, 1].
+        images: Test images (N, C, H, W), on the CPU.
+        labels: Labels (N,).
+        eps: Perturbation radius, in [0, 1] units.
+        source: Description of the model.
     """
 
     model: nn.Module
@@ -54,20 +54,20 @@ class EvalTarget:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Times and accuracies of one attack, ours and theirs.
+    """Times and accuracies of an attack in our implementation and in another.
 
     Attributes:
-        attack: Its name.
-        against: The other implementation.
-        examples: N.
-        eps: The radius, in [0, 1] pixel units.
-        ours: Seconds, by round.
-        theirs: Seconds, by round.
-        ours_accuracy: Robust accuracy in [0, 1].
-        theirs_accuracy: Robust accuracy in [0, 1].
-        differing: Number of examples whose verdicts differ.
-        equal: Whether verdicts have to be equal: AutoAttack's seeds are the same, PGD's random starts are not.
-        target: The speedup to be reached, if there is a target.
+        attack: Name of the attack.
+        against: Name of the other implementation.
+        examples: Number of examples.
+        eps: Perturbation radius, in [0, 1] units.
+        ours: Our seconds per round.
+        theirs: The other implementation's seconds per round.
+        ours_accuracy: Our robust accuracy, in [0, 1].
+        theirs_accuracy: The other implementation's robust accuracy, in [0, 1].
+        differing: Number of examples with different verdicts.
+        equal: Whether verdicts must be equal: AutoAttack uses the same seed, but PGD's random starts differ.
+        target: Target for the speedup, if there is one.
     """
 
     attack: str
@@ -91,16 +91,16 @@ class Comparison:
 def make_target(
     run: Path | None, count: int, device: str, *, epochs: int = EPOCHS, notify: Notify = lambda text: None
 ) -> EvalTarget:
-    """Open a run or, without one, train WRN-10-1 on the digits by FREE-4 for three epochs.
+    """Open a run or, without one, train WRN-10-1 on the digits with FREE-4 for three epochs.
 
-    The radius is the run's own, or the smallest at which the trained network has PGD-20 accuracy below 1/2.
+    The radius is the run's own, or for the trained network the smallest with PGD-20 accuracy below 1/2.
 
     Args:
-        run: A run directory.
+        run: A run directory, or None.
         count: Number of test images.
         device: The device.
-        epochs: Number of epochs of that training.
-        notify: Called with the name of what runs next.
+        epochs: Number of training epochs.
+        notify: Called with the name of the next measurement.
 
     Raises:
         DeatError: The run cannot be used.
@@ -124,7 +124,7 @@ def make_target(
 
 
 def _eps_below_half(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    above, below = 0, round(1 / EPS_STEP)  # multiples of EPS_STEP with accuracy above and below
+    above, below = 0, round(1 / EPS_STEP)  # multiples of EPS_STEP with accuracy above and below 1/2
     while below - above > 1:
         middle = (above + below) // 2
         if validate(model, images, labels, eps=middle * EPS_STEP)[1] < BELOW:
@@ -137,14 +137,14 @@ def _eps_below_half(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 def against_torchattacks(
     target: EvalTarget, *, batch_size: int, repeats: int, steps: int = PGD_STEPS, notify: Notify = lambda side: None
 ) -> Comparison:
-    """Time PGD and torchattacks' PGD, both with step size eps / 4.
+    """Time our PGD and torchattacks' PGD, both with step size eps / 4.
 
     Args:
         target: The model and the images.
-        batch_size: N.
+        batch_size: Images per batch.
         repeats: Number of rounds.
-        steps: Number of PGD's steps.
-        notify: Called with the name of the side that runs next.
+        steps: Number of PGD steps.
+        notify: Called with the name of the next side.
     """
     verdicts: dict[str, Tensor] = {}
     attack = torchattacks.PGD(target.model, eps=target.eps, alpha=target.eps / 4, steps=steps, random_start=True)
@@ -174,12 +174,12 @@ def against_torchattacks(
 
 
 def against_robustbench(target: EvalTarget, *, batch_size: int, notify: Notify = lambda side: None) -> Comparison:
-    """Time AutoAttack's standard version and `robustbench.benchmark` with the same seed, once each.
+    """Time our AutoAttack (standard version) and `robustbench.benchmark` once each, with the same seed.
 
     Args:
         target: The model and the images.
-        batch_size: N.
-        notify: Called with the name of the side that runs next.
+        batch_size: Images per batch.
+        notify: Called with the name of the next side.
     """
     verdicts: dict[str, Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""The lower limit of a method's time: its forward and backward passes alone, in the fastest layout and precision."""
+"""Lower limit of a method's training time: only its forward and backward passes, in the fastest memory layout."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Pass:
     """One pass through the network.
 
     Attributes:
-        kind: ``forward`` without a gradient; ``input``: with the gradient of the images alone; ``update``: with those
-            of the parameters; ``replay``: with both.
+        kind: ``forward``: no gradients; ``input``: gradient of the images; ``update``: gradients of the parameters;
+            ``replay``: both.
         rows: Number of images.
         training: Whether the model is in train mode.
-        cast: Whether it runs under autocast.
+        cast: Whether the pass runs under autocast.
     """
 
     kind: Kind
@@ -39,7 +39,7 @@ class Pass:
 
 @contextmanager
 def observed(trainer: Trainer) -> Iterator[list[Pass]]:
-    """Record the passes of a trainer's steps."""
+    """Record the passes of a trainer's training steps."""
     passes: list[Pass] = []
     with_gradient: Kind = "replay" if isinstance(trainer, ReplayTrainer) else "input"
 
@@ -61,12 +61,12 @@ def observed(trainer: Trainer) -> Iterator[list[Pass]]:
 
 
 class Limit:
-    """Runs a list of passes.
+    """Callable that runs a list of passes.
 
     Args:
-        model: In channels_last, on the device.
-        passes: In order; consecutive updates share one backward pass, as in TRADES and MART.
-        precision: fp32, bf16 or fp16, for the passes under autocast.
+        model: The model, in channels_last on the device.
+        passes: Passes in order; consecutive updates share one backward pass, as in TRADES and MART.
+        precision: fp32, bf16 or fp16, for passes under autocast.
     """
 
     def __init__(self, model: nn.Module, passes: list[Pass], precision: str) -> None:
@@ -77,7 +77,7 @@ class Limit:
 
     def __call__(self, images: Tensor) -> None:
         """Run all passes on images (N, C, H, W) in channels_last."""
-        # An autocast per group: a weight that is cast in a forward without gradient stays in the cache without one.
+        # One autocast context per group: a weight cast without gradients would be cached without them.
         for group, passes in groupby(self.passes, key=lambda a_pass: GROUP[a_pass.kind]):
             if group == "craft":
                 with self._autocast():

@@ -1,4 +1,4 @@
-"""Peak memory of a training step and of its bare passes, each in its own process since a peak never decreases."""
+"""Peak memory of training steps and of their bare passes, each in its own process since a peak never decreases."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ RUNS = 3
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak memory of one method in one precision, in bytes.
+    """Peak memory of a method in one precision, in bytes.
 
     Attributes:
-        method: Its name, and those of the methods whose step is the same.
+        method: Name of the method, and of those with the same training step.
         precision: fp32, bf16 or fp16.
-        ours: Peak of the training step: the process's resident set or, on a GPU, torch's allocations.
-        ours_before: Peak before the first step, with the network and torch itself.
+        ours: Peak of the training steps: resident set size or, on a GPU, memory allocated by torch.
+        ours_before: Peak before the first step, including the network and torch itself.
         limit: Peak of the bare passes.
-        limit_before: Peak before the first of them.
+        limit_before: Peak before the first bare pass.
     """
 
     method: str
@@ -47,7 +47,7 @@ class Memory:
 
     @property
     def growth_of_limit(self) -> float:
-        """The same ratio of what the steps add to the memory before them."""
+        """The same ratio for the increases over the memory before the first step or pass."""
         return (self.ours - self.ours_before) / max(self.limit - self.limit_before, 1)
 
 
@@ -71,15 +71,15 @@ def measure(
     *,
     compiled: bool = False,
 ) -> Memory:
-    """Measure one method: its step, then the passes recorded from it.
+    """Measure a method's training step, then the passes recorded from it.
 
     Args:
-        arch: As for `Problem`.
-        batch_size: N.
+        arch: Architecture, as for `Problem`.
+        batch_size: Images per batch.
         device: The device.
-        names: The method, and those whose step is the same.
+        names: The method, and those with the same training step.
         precision: fp32, bf16 or fp16.
-        compiled: Whether `torch.compile` makes our passes.
+        compiled: Whether to use `torch.compile` for our passes.
     """
     job = _Job(arch, batch_size, str(device), torch.get_num_threads(), names[0], precision, compiled)
     ours, ours_before, passes = _alone(job, None)
@@ -93,13 +93,13 @@ def _alone(job: _Job, passes: list[Pass] | None) -> tuple[int, int, list[Pass]]:
 
 
 def _peak(job: _Job, passes: list[Pass] | None) -> tuple[int, int, list[Pass]]:
-    """Run the passes or, without any, the method's steps; return the peak, the peak before, and the passes."""
+    """Run the passes or, if None, training steps; return the peak, the peak before them, and the passes."""
     torch.set_num_threads(job.threads)
     device = torch.device(job.device)
     problem = Problem(job.arch, job.batch_size, device)
     if passes is not None:
         with Step(problem, job.method, job.precision):
-            pass  # both processes then have imported the same modules
+            pass  # so that both processes import the same modules
         before, after = _around(limit_side(problem, passes, job.precision), device)
         return after, before, passes
     with Step(problem, job.method, job.precision, compiled=job.compiled) as step:

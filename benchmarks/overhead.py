@@ -1,4 +1,4 @@
-"""Overhead of shuffling, augmentation and metrics, per training step."""
+"""Overhead of shuffling, augmentation and metrics per training step."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ BATCHES = 8
 
 @dataclass(frozen=True)
 class Overhead:
-    """Overhead of one method in one precision.
+    """Overhead of a method in one precision.
 
     Attributes:
-        method: Its name, and those of the methods whose step is the same.
+        method: Name of the method, and of those with the same training step.
         precision: fp32, bf16 or fp16.
-        beside: Seconds per batch of loading and metrics, by round.
-        step: Seconds of the training step, by round.
+        beside: Seconds per batch for loading and metrics, by round.
+        step: Seconds per training step, by round.
     """
 
     method: str
@@ -40,7 +40,7 @@ class Overhead:
 
     @property
     def share(self) -> float:
-        """Share of the overhead in a step with its loading: the median over the rounds."""
+        """Fraction of the time of a step with loading and metrics that is overhead: median over the rounds."""
         return ratio(self.beside, [beside + step for beside, step in zip(self.beside, self.step, strict=True)])
 
 
@@ -53,15 +53,15 @@ def measure(
     compiled: bool = False,
     notify: Notify = lambda side: None,
 ) -> Iterator[list[Overhead]]:
-    """Measure the methods, those that are `alike` once, alternating overhead and step.
+    """Measure each group of `alike` methods once, alternating overhead and training step.
 
     Args:
         problem: The network and the batch.
         methods: Names of the methods.
-        precisions: fp32, bf16, fp16.
+        precisions: Precisions among fp32, bf16 and fp16.
         repeats: Number of rounds.
-        compiled: Whether `torch.compile` makes the passes.
-        notify: Called with the name of what runs next.
+        compiled: Whether to use `torch.compile` for our passes.
+        notify: Called with the name of the next measurement.
     """
     beside = Beside(problem)
     for names in alike(problem, methods):
@@ -82,7 +82,7 @@ class Beside:
     """Loads shuffled, augmented batches and computes the metrics of each.
 
     Args:
-        problem: Gives shape and device of the images.
+        problem: The network, and the shape and device of the images.
     """
 
     def __init__(self, problem: Problem) -> None:

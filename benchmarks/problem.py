@@ -1,4 +1,4 @@
-"""The measured problem: a network, a batch, and a method's training step as in `deat_rb` training."""
+"""Benchmark problem: a network, a batch, and a method's training step as in `deat_rb`."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ from deat_rb.utils.errors import DeatError
 
 LR = 0.01
 REPLAYS = 4
-"""Number of replays of methods whose schedule raises them."""
+"""Number of replays of methods whose schedule increases it."""
 
 
 class Problem:
-    """A network with fresh weights and a batch of random images, half of which it classifies correctly.
+    """A network with initial weights and a batch of random images, half of which it classifies correctly.
 
-    In training about half are correct on the way, and the cost of FAT's early stop depends on it.
+    This is about the fraction during training; the cost of FAT's early stopping depends on it.
 
     Args:
-        arch: As for `deat_rb.build_model`, with CIFAR-10's images and classes.
-        batch_size: N.
+        arch: Architecture, as for `deat_rb.build_model`, with CIFAR-10's image size and classes.
+        batch_size: Images per batch.
         device: The device.
 
     Attributes:
         model: The network, contiguous (NCHW), in train mode.
-        images: (N, C, H, W) in [0, 1], contiguous.
-        labels: (N,).
+        images: Images (N, C, H, W) in [0, 1], contiguous.
+        labels: Labels (N,).
 
     Raises:
-        DeatError: The architecture does not exist, or the batch is too small for BatchNorm.
+        DeatError: The architecture is unknown, or the batch is too small for BatchNorm.
     """
 
     def __init__(self, arch: str, batch_size: int, device: torch.device) -> None:
@@ -70,15 +70,15 @@ class Problem:
 
 
 class Step:
-    """A method's training step with a fixed number of attack steps; metrics are summed as in training.
+    """A method's training step with a fixed number of attack steps; metrics are accumulated as in training.
+
+    Use it as a context manager, inside which the network is prepared.
 
     Args:
         problem: The network and the batch.
-        method: Its name.
+        method: Name of the method.
         precision: fp32, bf16 or fp16.
-        compiled: Whether `torch.compile` makes the passes.
-
-    Use it as a context manager, inside of which the network is prepared.
+        compiled: Whether to use `torch.compile` for the passes.
     """
 
     def __init__(self, problem: Problem, method: str, precision: str, *, compiled: bool = False) -> None:
@@ -113,12 +113,12 @@ class Step:
         return passes
 
     def side(self) -> Side:
-        """Return the side that is timed, always from the same weights."""
+        """Return the side to time; it always starts from the same weights."""
         return Side(self.run, lambda: restore(self.trainer.model, self.problem))
 
 
 def fix_steps(trainer: Trainer) -> None:
-    """Fix the steps of a schedule that raises them: four replays, or the schedule's bound."""
+    """Fix the number of steps of a schedule that increases it: four replays, or the schedule's maximum."""
     if isinstance(trainer.schedule, Constant):
         return
     bound = trainer.schedule.max_steps
@@ -152,7 +152,7 @@ def limit_side(problem: Problem, passes: list[Pass], precision: str) -> Side:
 
 
 def full_pass_side(problem: Problem) -> Side:
-    """Return one forward and one backward pass with all gradients, in float32 and NCHW."""
+    """Return a side with one forward and one backward pass with all gradients, in float32 and NCHW."""
     model = problem.copy()
 
     def run() -> None:
@@ -167,13 +167,13 @@ def full_pass_side(problem: Problem) -> Side:
 
 @dataclass(frozen=True)
 class Environment:
-    """The machine and the versions of a measurement.
+    """Hardware and versions of a measurement.
 
     Attributes:
         processor: Name of the CPU or GPU.
-        capability: The vector instructions that torch uses, or the GPU's compute capability.
-        threads: torch's number of threads.
-        versions: Versions of Python and the packages.
+        capability: Vector instructions used by torch, or the GPU's compute capability.
+        threads: Number of torch threads.
+        versions: Versions of Python and packages.
     """
 
     processor: str

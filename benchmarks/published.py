@@ -1,9 +1,9 @@
-"""The methods as their authors implement them: plain loops in float32 and NCHW, one ``backward()`` per gradient.
+"""Reference implementations as published by the methods' authors: plain loops in float32 and NCHW.
 
-The mathematics is that of `deat_rb`; a test compares the weights after a step. The implementation follows the public
-scripts of fast_adversarial (PGD, U-FGSM, FREE, and DEAT after it), TRADES, MART and FAT: inner steps call
+They compute the same as `deat_rb`; a test compares the weights after a step. The implementation follows the public
+scripts of fast_adversarial (PGD, U-FGSM, FREE, and DEAT, which is based on it), TRADES, MART and FAT: inner steps call
 ``loss.backward()``, which computes the gradients of all parameters; TRADES forwards the clean images again in each
-step, with a graph, and backpropagates through both forwards; FAT's early stop loops over examples in Python; loss and
+step and backpropagates through both forward passes; FAT's early stopping loops over examples in Python; loss and
 accuracy are read in each batch.
 """
 
@@ -24,20 +24,20 @@ OMEGA = 0.001
 
 
 class PublishedLoop:
-    """One method's training loop over batches.
+    """Training loop of a method, called with one batch after another.
 
     Args:
-        method: Its canonical name, such as ``m+trades``.
-        model: Takes images in [0, 1], (N, C, H, W), and returns logits (N, K); in train mode.
-        eps: The radius, in [0, 1] pixel units.
-        alpha: The step size, in the same unit.
+        method: Canonical name of the method, such as ``m+trades``.
+        model: Model in train mode that maps images (N, C, H, W) in [0, 1] to logits (N, K).
+        eps: Perturbation radius, in [0, 1] units.
+        alpha: Step size, in [0, 1] units.
         steps: Number of inner steps or replays.
         lr: The learning rate.
 
     Attributes:
         optimizer: SGD with momentum 0.9 and weight decay 5e-4.
         loss: Sum of the losses of all examples so far.
-        correct: Number of training examples classified correctly so far.
+        correct: Number of correctly classified training examples so far.
 
     Raises:
         DeatError: There is no published loop for the method.
@@ -45,7 +45,7 @@ class PublishedLoop:
 
     def __init__(self, method: str, model: nn.Module, *, eps: float, alpha: float, steps: int, lr: float) -> None:
         if family(method) not in LOOPS:
-            raise DeatError(f"there is no published loop for the method '{method}'; known are {', '.join(LOOPS)}")
+            raise DeatError(f"there is no published loop for the method '{method}'; choose one of {', '.join(LOOPS)}")
         self.body = LOOPS[family(method)]
         self.model = model
         self.eps = eps
@@ -61,7 +61,7 @@ class PublishedLoop:
         self.body(self, images, labels)
 
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Update the weights by the mean ``loss``, and read loss and accuracy, as the scripts do."""
+        """Update the weights with the mean ``loss``, and read loss and accuracy, as the scripts do."""
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -73,12 +73,12 @@ class PublishedLoop:
         self.correct += int((logits.max(1)[1] == labels).sum().item())
 
     def ascend(self, delta: Tensor, gradient: Tensor, images: Tensor) -> Tensor:
-        """Return delta after a step, clamped to eps and to images in [0, 1]."""
+        """Return delta after a step, clamped to [-eps, eps] and so that images stay in [0, 1]."""
         delta = torch.clamp(delta + self.alpha * torch.sign(gradient), -self.eps, self.eps)
         return torch.max(torch.min(delta, 1 - images), 0 - images)
 
     def uniform_delta(self, images: Tensor) -> Tensor:
-        """Return delta from U(-eps, eps), clamped to images in [0, 1]."""
+        """Return delta from U(-eps, eps), clamped so that images stay in [0, 1]."""
         delta = torch.zeros_like(images).uniform_(-self.eps, self.eps)
         return torch.max(torch.min(delta, 1 - images), 0 - images)
 
@@ -87,7 +87,7 @@ class PublishedLoop:
         return images + 0.001 * torch.randn_like(images)
 
     def project(self, adv: Tensor, images: Tensor) -> Tensor:
-        """Return images projected to within eps of the clean ones and to [0, 1]."""
+        """Return ``adv`` projected onto the eps-ball around the clean images and onto [0, 1]."""
         adv = torch.min(torch.max(adv, images - self.eps), images + self.eps)
         return torch.clamp(adv, 0.0, 1.0)
 
@@ -109,7 +109,7 @@ def standard(loop: PublishedLoop, images: Tensor, labels: Tensor) -> None:
 
 
 def replays(loop: PublishedLoop, images: Tensor, labels: Tensor, delta: Tensor) -> Tensor:
-    """Update weights and delta (N, C, H, W) by the same backward passes; return the last delta."""
+    """Update weights and delta (N, C, H, W) with the same backward passes; return the last delta."""
     delta = delta.detach().requires_grad_()
     for _ in range(loop.steps):
         logits = loop.model(images + delta)
@@ -126,18 +126,18 @@ def replays(loop: PublishedLoop, images: Tensor, labels: Tensor, delta: Tensor) 
 
 
 def free(loop: PublishedLoop, images: Tensor, labels: Tensor) -> None:
-    """Train by FREE (Shafahi et al. 2019): delta is carried from batch to batch."""
+    """Train with FREE (Shafahi et al. 2019): delta is carried over from batch to batch."""
     delta = torch.zeros_like(images) if loop.carried is None else loop.carried
     loop.carried = replays(loop, images, labels, delta)
 
 
 def deat(loop: PublishedLoop, images: Tensor, labels: Tensor) -> None:
-    """Train by DEAT or M-DEAT: delta is drawn anew for each batch."""
+    """Train with DEAT or M-DEAT: delta is drawn anew for each batch."""
     replays(loop, images, labels, loop.uniform_delta(images))
 
 
 def pgd(loop: PublishedLoop, images: Tensor, labels: Tensor) -> None:
-    """Train by PGD-N (Madry et al. 2018) or, with one step, U-FGSM (Wong et al. 2020)."""
+    """Train with PGD-N (Madry et al. 2018) or, with one step, U-FGSM (Wong et al. 2020)."""
     delta = loop.uniform_delta(images).requires_grad_()
     for _ in range(loop.steps):
         F.cross_entropy(loop.model(images + delta), labels).backward()
@@ -160,7 +160,7 @@ def craft(loop: PublishedLoop, images: Tensor, objective: Callable[[Tensor], Ten
 
 
 def trades_update(loop: PublishedLoop, images: Tensor, adv: Tensor, labels: Tensor) -> None:
-    """Update the weights by TRADES' loss (Zhang et al. 2019)."""
+    """Update the weights with TRADES' loss (Zhang et al. 2019)."""
     clean_logits, adv_logits = loop.model(images), loop.model(adv)
     natural = F.cross_entropy(clean_logits, labels)
     robust = kl_sum(adv_logits, clean_logits) / len(images)
@@ -168,13 +168,13 @@ def trades_update(loop: PublishedLoop, images: Tensor, adv: Tensor, labels: Tens
 
 
 def trades(loop: PublishedLoop, images: Tensor, labels: Tensor) -> None:
-    """Train by TRADES: each step forwards both images and backpropagates through both."""
+    """Train with TRADES: each attack step backpropagates through forward passes of clean and adversarial images."""
     adv = craft(loop, images, lambda adv: kl_sum(loop.model(adv), loop.model(images)))
     trades_update(loop, images, adv, labels)
 
 
 def mart_update(loop: PublishedLoop, images: Tensor, adv: Tensor, labels: Tensor) -> None:
-    """Update the weights by MART's loss (Wang et al. 2020)."""
+    """Update the weights with MART's loss (Wang et al. 2020)."""
     clean_logits, adv_logits = loop.model(images), loop.model(adv)
     adv_probabilities = F.softmax(adv_logits, dim=1)
     ranked = torch.argsort(adv_probabilities, dim=1)[:, -2:]
@@ -190,7 +190,7 @@ def mart_update(loop: PublishedLoop, images: Tensor, adv: Tensor, labels: Tensor
 
 
 def mart(loop: PublishedLoop, images: Tensor, labels: Tensor) -> None:
-    """Train by MART, whose attack maximizes cross-entropy."""
+    """Train with MART, whose attack maximizes cross-entropy."""
     adv = craft(loop, images, lambda adv: F.cross_entropy(loop.model(adv), labels))
     mart_update(loop, images, adv, labels)
 
@@ -199,7 +199,7 @@ def friendly(loop: PublishedLoop, images: Tensor, labels: Tensor, on_kl: bool = 
     """Generate FAT's adversarial examples (Zhang et al. 2020) in eval mode; stopped examples leave the batch.
 
     Returns:
-        Clean images, adversarial images and labels, in the order of their stops.
+        Clean images, adversarial images and labels, in the order in which they stopped.
     """
     loop.model.eval()
     clean_logits = loop.model(images).detach() if on_kl else images.new_empty(len(images))
@@ -238,20 +238,20 @@ def friendly(loop: PublishedLoop, images: Tensor, labels: Tensor, on_kl: bool = 
 
 
 def fat(loop: PublishedLoop, images: Tensor, labels: Tensor) -> None:
-    """Train by FAT: cross-entropy on its adversarial examples."""
+    """Train with FAT: cross-entropy on friendly adversarial examples."""
     _, adv, labels = friendly(loop, images, labels)
     logits = loop.model(adv)
     loop.update(F.cross_entropy(logits, labels), logits, labels)
 
 
 def f_trades(loop: PublishedLoop, images: Tensor, labels: Tensor) -> None:
-    """Train by TRADES on FAT's adversarial examples."""
+    """Train with TRADES on FAT's adversarial examples."""
     images, adv, labels = friendly(loop, images, labels, on_kl=True)
     trades_update(loop, images, adv, labels)
 
 
 def f_mart(loop: PublishedLoop, images: Tensor, labels: Tensor) -> None:
-    """Train by MART on FAT's adversarial examples, for which FAT's public code maximizes KL."""
+    """Train with MART on FAT's adversarial examples, for which FAT's public code maximizes KL."""
     images, adv, labels = friendly(loop, images, labels, on_kl=True)
     mart_update(loop, images, adv, labels)
 

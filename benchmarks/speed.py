@@ -1,4 +1,4 @@
-"""Times of training steps beside the published loops and beside the bare passes."""
+"""Times of training steps against the published loops and the bare passes."""
 
 from __future__ import annotations
 
@@ -21,30 +21,33 @@ TARGETS: Mapping[str, Mapping[str, float]] = {
     "bf16": {"pgd-7": 3.5, "trades": 5.5, "mart": 3.2, "m-deat": 2.2},
     "fp32": {"pgd-7": 1.6, "trades": 2.6, "mart": 1.5, "m-deat": 1.15},
 }
-"""Speedups over the published loop to be reached, for PreActResNet-18 and batches of 128 on two CPU cores."""
+"""Target speedups over the published loop, for PreActResNet-18 and batches of 128 on two CPU cores."""
 
 PUBLISHED_FULL_PASS = 3.04
 PUBLISHED_SECONDS = {"pgd-7": 25.0, "trades": 64.0, "mart": 34.0, "m-deat": 5.4}
 PUBLISHED_STEPS = {"m-deat": 2}
-"""The authors' scripts: seconds per batch of 128 with PreActResNet-18 where a full pass takes `PUBLISHED_FULL_PASS`."""
+"""Measurements of the authors' scripts: seconds per full pass and per batch, and steps where they differ from ours.
+
+They are for PreActResNet-18 and batches of 128.
+"""
 
 FAITHFUL = 0.1
 
 
 @dataclass(frozen=True)
 class Row:
-    """Times of one method in one precision.
+    """Times of a method in one precision.
 
     Attributes:
-        method: Its name, and those of the methods whose step is the same.
-        precision: Of ours and the limit; the published loop runs in float32.
-        steps: Number of steps or replays.
-        passes: Forward passes, with their backward pass if they have one, in mini-batches.
-        batch_size: N.
+        method: Name of the method, and of those with the same training step.
+        precision: Precision of our step and the bare passes; the published loop runs in float32.
+        steps: Number of attack steps or replays.
+        passes: Number of forward passes (with a backward pass, if there is one), in mini-batches.
+        batch_size: Images per batch.
         published: Seconds per batch of the published loop, by round.
-        ours: Seconds of the training step.
-        limit: Seconds of the bare passes.
-        target: The speedup over the published loop to be reached, if there is a target.
+        ours: Seconds per training step, by round.
+        limit: Seconds of the bare passes, by round.
+        target: Target for the speedup over the published loop, if there is one.
     """
 
     method: str
@@ -80,13 +83,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Faithful:
-    """Cost of a published loop beside the authors' script, in full passes.
+    """Cost of our copy of a published loop compared with the authors' script, in full passes.
 
     Attributes:
-        method: Its name.
-        steps: Number of steps or replays.
-        loop: The loop's time in its own full passes: the median of the rounds' ratios.
-        script: The script's time in its full passes.
+        method: Name of the method.
+        steps: Number of attack steps or replays.
+        loop: Time of the loop divided by that of a full pass: median over the rounds.
+        script: Time of the script divided by that of a full pass.
     """
 
     method: str
@@ -96,7 +99,7 @@ class Faithful:
 
     @property
     def deviation(self) -> float:
-        """Relative excess of the loop's cost."""
+        """Relative deviation of the loop's cost from the script's."""
         return self.loop / self.script - 1
 
 
@@ -104,21 +107,21 @@ def check_methods(names: Sequence[str]) -> list[str]:
     """Return the canonical names of methods; without names, of all methods with a published loop.
 
     Raises:
-        DeatError: There is no such method, or no published loop for it.
+        DeatError: A method is unknown or has no published loop.
     """
     canonical = [recipe(name)[0] for name in names or known_methods()]
     if not names:
         return [name for name in canonical if family(name) in LOOPS]
     for name in canonical:
         if family(name) not in LOOPS:
-            raise DeatError(f"--methods {name} has no published loop to compare with; leave it out")
+            raise DeatError(f"--methods {name} has no published loop to compare with; omit it")
     return list(dict.fromkeys(canonical))
 
 
 def alike(problem: Problem, methods: Sequence[str]) -> list[tuple[str, ...]]:
-    """Group methods whose training steps are the same after `fix_steps`, such as PGD-7 and M+PGD at its bound.
+    """Group methods with the same training step after `fix_steps`, such as PGD-7 and M+PGD at its maximum.
 
-    A group is measured once. Its first method is one with a target or a known time of the authors' script.
+    A group is measured once. Methods with a known time of the authors' script come first in their group.
     """
     groups: dict[tuple[str, int, float | None], list[str]] = {}
     for name in methods:
@@ -129,7 +132,7 @@ def alike(problem: Problem, methods: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def targets_apply(arch: str, problem: Problem) -> bool:
-    """Return whether the targets hold for this network, batch and device."""
+    """Return whether the targets apply to this network, batch size and device."""
     return arch == "preactresnet18" and len(problem.images) == 128 and problem.device.type == "cpu"
 
 
@@ -144,20 +147,20 @@ def measure(
     clock: Clock | None = None,
     notify: Notify = lambda side: None,
 ) -> Iterator[tuple[list[Row], Faithful | None]]:
-    """Measure the methods, those that are `alike` once, alternating the sides of a method.
+    """Measure each group of `alike` methods once, alternating its sides.
 
     Args:
         problem: The network and the batch.
         methods: Names of the methods.
-        precisions: fp32, bf16, fp16.
+        precisions: Precisions among fp32, bf16 and fp16.
         repeats: Number of rounds.
-        with_targets: Whether the targets hold for this problem.
-        compiled: Whether `torch.compile` makes our passes.
-        clock: Returns seconds; by default the device's.
-        notify: Called with the name of what runs next.
+        with_targets: Whether the targets apply to this problem.
+        compiled: Whether to use `torch.compile` for our passes.
+        clock: Function that returns seconds; by default that of the device.
+        notify: Called with the name of the next measurement.
 
     Yields:
-        A group's rows, one per precision, and the cost of its published loop, if the authors' time is known.
+        The rows of a group, one per precision, and the cost of its published loop if the authors' time is known.
     """
     clock = clock or device_clock(problem.device)
     for names in alike(problem, methods):

@@ -1,4 +1,4 @@
-"""Tables of the measurements."""
+"""Result tables."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from benchmarks.speed import FAITHFUL, LIMIT_TARGET, Faithful, Row
 
 
 def at_least(value: float, target: float | None) -> str:
-    """Return a value and whether it reaches its target."""
+    """Format a value and whether it reaches its target."""
     if target is None:
         return f"{value:.2f}"
     return f"{value:.2f} ({'met' if value >= target else 'missed'}: {target:g})"
 
 
 def at_most(value: float, target: float) -> str:
-    """Return a value and whether it stays below its target."""
+    """Format a value and whether it does not exceed its target."""
     return f"{value:.3f} ({'met' if value <= target else 'missed'}: {target:g})"
 
 
@@ -31,7 +31,7 @@ def speed_table(rows: Sequence[Row], precision: str) -> Table:
     table = _table(
         f"Training steps in {precision}, seconds per batch of {rows[0].batch_size if rows else 0}",
         "method", "steps", "passes", "(a) published", "ours", "(b) bare passes", "ms/image", "passes/s",
-        "times (a)", "of (b)",
+        "speedup over (a)", "(b) / ours",
     )  # fmt: skip
     for row in rows:
         table.add_row(
@@ -50,9 +50,9 @@ def speed_table(rows: Sequence[Row], precision: str) -> Table:
 
 
 def faithful_table(found: Sequence[Faithful]) -> Table:
-    """Return the table of the published loops' costs beside the authors' scripts."""
+    """Return the table comparing the published loops' costs with the authors' scripts."""
     table = _table(
-        "(a) beside the authors' scripts, each in its own full passes (NCHW, fp32)",
+        "(a) against the authors' scripts, each relative to its own full pass (NCHW, fp32)",
         "method", "steps", "(a)", "script", "deviation",
     )  # fmt: skip
     for each in found:
@@ -68,15 +68,15 @@ def faithful_table(found: Sequence[Faithful]) -> Table:
 
 
 def memory_table(found: Sequence[Memory]) -> Table:
-    """Return the table of peak memory beside the bare passes."""
+    """Return the table of peak memory against the bare passes."""
     table = _table(
         "Peak memory, MiB",
         "method",
         "precision",
         "ours",
         "(b) bare passes",
-        "of (b)",
-        "of (b), without what was before",
+        "ours / (b)",
+        "ours / (b), increase only",
     )
     for each in found:
         table.add_row(
@@ -94,7 +94,7 @@ def overhead_table(found: Sequence[Overhead]) -> Table:
     """Return the table of the overhead of shuffling, augmentation and metrics."""
     table = _table(
         "Shuffling, augmentation and metrics, milliseconds per batch",
-        "method", "precision", "beside the step", "step", "share",
+        "method", "precision", "overhead", "step", "share",
     )  # fmt: skip
     for each in found:
         table.add_row(
@@ -108,10 +108,10 @@ def overhead_table(found: Sequence[Overhead]) -> Table:
 
 
 def evaluation_table(found: Sequence[Comparison]) -> Table:
-    """Return the table of attacks beside other implementations."""
+    """Return the table of attacks against other implementations."""
     table = _table(
         "Evaluation, seconds",
-        "attack", "images", "eps", "beside", "theirs", "ours", "times theirs", "robust: theirs", "ours", "verdicts",
+        "attack", "images", "eps", "against", "theirs", "ours", "speedup", "robust: theirs", "ours", "verdicts",
     )  # fmt: skip
     for each in found:
         verdicts = f"{each.differing} differ" if each.differing else "equal"
@@ -125,7 +125,7 @@ def evaluation_table(found: Sequence[Comparison]) -> Table:
             at_least(each.speedup, each.target),
             f"{each.theirs_accuracy:.1%}",
             f"{each.ours_accuracy:.1%}",
-            verdicts if each.equal else f"{verdicts} (other starts)",
+            verdicts if each.equal else f"{verdicts} (different starts)",
         )
     return table
 

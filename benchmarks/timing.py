@@ -1,4 +1,4 @@
-"""Alternating timing of the sides of a comparison in one process."""
+"""Timing of the sides of a comparison, alternating in one process."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Side:
     """One side of a comparison.
 
     Attributes:
-        run: The work that is timed.
-        prepare: Restores the state before ``run``; not timed.
+        run: The function to time.
+        prepare: Function that restores the state before ``run``; not timed.
     """
 
     run: Callable[[], object]
@@ -28,7 +28,7 @@ class Side:
 
 
 def device_clock(device: torch.device) -> Clock:
-    """Return a clock that first waits for the device's queue."""
+    """Return a clock that synchronizes with the device first."""
     if device.type == "cpu":
         return time.perf_counter
 
@@ -49,15 +49,15 @@ def alternate(
 ) -> Times:
     """Time every side ``repeats`` times, in turn.
 
-    A temporary slowdown of the machine then affects all sides. Every other round runs backwards, so that no side
-    always follows the same one.
+    A temporary slowdown of the machine then affects all sides. The order is reversed in every other round, so that no
+    side always follows the same one.
 
     Args:
         sides: The sides by name.
         repeats: Number of rounds.
-        warm_up: Whether each side runs once before, untimed.
-        clock: Returns seconds.
-        notify: Called with the name of the side that runs next.
+        warm_up: Whether to run each side once before, untimed.
+        clock: Function that returns seconds.
+        notify: Called with the name of the next side.
 
     Returns:
         Seconds, by side and round.

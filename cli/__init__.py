@@ -1,7 +1,7 @@
 """The command ``deat-rb``.
 
-A command's module is imported when the command runs, so that ``--help`` does not wait for torch. Errors become exit
-statuses here and nowhere else: 2 for an error that the user can correct, 130 for Ctrl-C.
+The module of a subcommand is imported only when it runs, so that ``--help`` does not have to import torch. Exceptions
+are converted to exit statuses here only: 2 for errors that the user can correct, 130 for Ctrl-C.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from deat_rb import __version__
 from deat_rb.utils.errors import DeatError, Interrupted, did_you_mean
 
 COMMANDS = {
-    "train": ("train", "Train a network by one of the methods."),
+    "train": ("train", "Train a network with one of the methods."),
     "eval": ("evaluate", "Attack a trained network and report its robust accuracy."),
-    "compare": ("compare", "Compare evaluations and test whether they differ."),
+    "compare": ("compare", "Compare evaluations and test their differences for significance."),
     "predict": ("predict", "Classify images with a trained network."),
     "export": ("export", "Export a run in RobustBench's format."),
     "submit": ("submit", "Submit a trained network to a leaderboard."),
-    "leaderboard": ("leaderboard", "Show a leaderboard, build its pages, verify it or export it."),
-    "methods": ("methods", "List the methods, or explain one."),
+    "leaderboard": ("leaderboard", "Show, build, verify or export a leaderboard."),
+    "methods": ("methods", "List the methods, or describe one."),
 }
 
 _SYSTEM_ERRORS = {
@@ -30,14 +30,14 @@ _SYSTEM_ERRORS = {
     errno.EDQUOT: "your disk quota is used up; free some space or choose another folder",
     errno.EROFS: "the file system is read-only; choose another folder",
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
-    errno.ELOOP: "it is a symbolic link to itself; give the file itself",
+    errno.ELOOP: "it is a symbolic link that refers to itself; give the actual file",
     errno.EACCES: "permission denied; choose another folder or change its permissions",
 }
-"""Errors of the operating system that the user can correct, in words."""
+"""Messages for operating system errors that the user can correct."""
 
 
 class _UserError(click.ClickException):
-    """Printed as ``Error: <sentence>`` on stderr, without control characters that names of files may contain."""
+    """Error printed as ``Error: <sentence>`` on stderr, with control characters (as in file names) escaped."""
 
     exit_code = 2
 
@@ -63,7 +63,7 @@ class _Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] not in COMMANDS and not args[0].startswith("-"):
-            raise DeatError(f"there is no command '{args[0]}': {did_you_mean(args[0], COMMANDS)}")
+            raise DeatError(f"unknown command '{args[0]}': {did_you_mean(args[0], COMMANDS)}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -91,5 +91,5 @@ class _Commands(click.Group):
 def main() -> None:
     """Adversarial training with gradient-guided methods, and robustness evaluation.
 
-    Images are in [0, 1], and so are --eps and --alpha, which may be written 8/255.
+    Images are in [0, 1]; --eps and --alpha use the same unit and may be given as fractions such as 8/255.
     """

@@ -1,4 +1,4 @@
-"""``deat-rb compare``."""
+"""The command ``deat-rb compare``."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import click
 @click.argument("runs", metavar="RUN RUN ...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Output as JSON.")
 def compare(runs: tuple[Path, ...], as_json: bool) -> None:
-    """Compare evaluations and test whether they differ.
+    """Compare evaluations and test their differences for significance.
 
-    A RUN is an evaluated run directory or the eval.json of an evaluation. All must be of the same images and eps. Each
+    Each RUN is an evaluated run directory or the eval.json of an evaluation; all must use the same images and eps. Each
     is compared with the first by McNemar's exact test on paired examples; p-values are not corrected for multiple
     comparisons.
     """

@@ -1,4 +1,4 @@
-"""``deat-rb eval``."""
+"""The command ``deat-rb eval``."""
 
 from __future__ import annotations
 
@@ -38,31 +38,31 @@ def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> N
 @click.option("--autoattack", is_flag=True, help="Also run AutoAttack's standard version.")
 @click.option("--norm", default="Linf", show_default=True, metavar="[Linf|L2]", help="Norm of the threat model.")
 @click.option("--eps", type=fraction_list, metavar="SIZE[,SIZE...]",
-              help="Perturbation radius; by default the run's own, 8/255 for others, 0.5 in L2. Several radii give a "
-              "sweep with the plot eval-eps.png; the report is then about the default, or the last if it is not among "
-              "them.")  # fmt: skip
-@click.option("--n-examples", type=int, metavar="N", help="Number of test images; by default all.")
+              help="Perturbation radius; by default the run's own, 8/255 without a run, 0.5 for L2. Several radii are "
+              "evaluated as a sweep with the plot eval-eps.png; the report then uses the default radius, or the last "
+              "one if the default is not among them.")  # fmt: skip
+@click.option("--n-examples", type=int, metavar="N", help="Number of test images to evaluate; by default all.")
 @click.option("--batch-size", type=int, default=128, show_default=True, metavar="N", help="Images per batch.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Random seed.")
 @click.option("--precision", default="fp32", show_default=True, metavar="[fp32|bf16]",
-              help="Precision of the attacks; bf16 is faster, and its robust accuracies are upper bounds.")  # fmt: skip
+              help="Precision of the attacks; bf16 is faster, but its robust accuracies are upper bounds.")  # fmt: skip
 @click.option(
     "--device", default="auto", show_default=True, metavar="NAME", help="Device: auto, cpu, cuda, cuda:1, mps, ..."
 )
 @click.option("--checks", default="quick", show_default=True, metavar="[none|quick|full]",
-              help="Level of sanity checking.")  # fmt: skip
+              help="Level of sanity checks.")  # fmt: skip
 @click.option("--strict", is_flag=True, help="Exit with status 1 if a check warns or fails.")
 @click.option("--json", "json_path", type=json_file, metavar="FILE", help="Also write the report to this file.")
-@click.option("--page/--no-page", default=True, help="Write report.html beside the report.")
+@click.option("--page/--no-page", default=True, help="Write report.html next to the report.")
 @click.option("--overwrite", is_flag=True,
-              help="Make this evaluation a run's eval.json even if the present one is fuller.")  # fmt: skip
+              help="Store this evaluation as the run's eval.json even if the existing one covers more.")  # fmt: skip
 @click.option("--resume/--no-resume", default=None,
-              help="Resume an interrupted evaluation, or discard it; by default it is resumed if there is one, and "
-              "refused if its settings differ.")  # fmt: skip
+              help="Resume an interrupted evaluation, or discard it. By default it is resumed; if its settings differ, "
+              "that is an error.")  # fmt: skip
 @click.option(
     "--dataset",
     metavar="NAME",
-    help="Evaluation dataset (taken from the run for run directories): digits, cifar10, cifar100, folder.",
+    help="Evaluation dataset: digits, cifar10, cifar100 or folder; by default the run's.",
 )
 @click.option("--data-dir", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the dataset.")
 @click.option("--memory-limit", type=size, metavar="SIZE",
@@ -95,15 +95,16 @@ def evaluate(
 ) -> None:
     """Attack a trained network and report its robust accuracy.
 
-    A run directory contains its network, dataset and eps, and stores the report as eval.json. A checkpoint is any state
-    dict; describe it with --arch and --dataset. One without mean and std takes images in [0, 1] without normalization.
-    Other networks have names: robustbench:NAME, torchvision:NAME, timm:NAME or package.module:function. For several
-    runs, mean and standard deviation are reported over those that differ in nothing but the seed.
+    A run directory determines network, dataset and eps, and the report is stored there as eval.json. A checkpoint is
+    any state dict; describe it with --arch and --dataset. Images are not normalized unless the checkpoint has mean and
+    std or they are given. Other networks are given by name: robustbench:NAME, torchvision:NAME, timm:NAME or
+    package.module:function. For several runs, mean and standard deviation are reported over those that differ only in
+    the seed.
 
-    The fullest evaluation of a run is its eval.json; others are stored in the run's folder evaluations.
+    The most complete evaluation of a run is its eval.json; others are stored in its folder evaluations.
 
-    An interrupted evaluation of a run or with --json is resumed by the same command; other settings are refused there
-    until it has finished, unless with --no-resume.
+    An interrupted evaluation of a run or with --json is resumed by the same command. Before it has finished, other
+    settings require --no-resume.
     """
     from rich.console import Console
 
@@ -120,11 +121,11 @@ def evaluate(
     check_options(precision=precision, checks=checks)
     radii = None if eps is None else tuple(check_radius(radius, "--eps", norm=norm) for radius in eps)
     if strict and checks == "none":
-        raise DeatError("--strict needs checks: leave out --checks none")
+        raise DeatError("--strict needs checks: omit --checks none")
     where = resolve_device(device)
     if json_path is not None and len(targets) > 1:
         raise DeatError(
-            f"--json {json_path} holds one report, not {len(targets)}: leave it out; each run stores its own"
+            f"--json {json_path} can store only one report, not {len(targets)}: omit it; each run stores its own"
         )
     for name in targets:
         import_from_current_folder(name)
@@ -133,9 +134,7 @@ def evaluate(
     opened = [open_target(target, norm=norm, **data, **network) for target in targets]
     for target in opened:
         if overwrite and not _has_own_data(target):
-            raise DeatError(
-                "--overwrite is for evaluations of runs on the data that they were trained on: leave it out"
-            )
+            raise DeatError("--overwrite applies only to evaluations of runs on their own dataset: omit it")
     console = Console()
     command = {"command": shlex.join(("deat-rb", *sys.argv[1:]))}
     reports = []
@@ -162,7 +161,7 @@ def evaluate(
 
 
 def _state(target: EvalTarget, json_path: Path | None) -> Path | None:
-    """Return the folder of an unfinished evaluation."""
+    """Return the folder in which an unfinished evaluation is stored."""
     if target.run is not None:
         return target.run / "eval-state"
     return None if json_path is None else json_path.with_name(f"{json_path.stem}-state")
@@ -196,14 +195,14 @@ def _print(report: Report, target: EvalTarget, console: Console) -> None:
 
 
 def _print_means(reports: Sequence[Report], targets: Sequence[EvalTarget], console: Console) -> None:
-    """Print mean and standard deviation of each group of evaluations that differ in nothing but the seed."""
+    """Print mean and standard deviation of each group of evaluations that differ only in the seed."""
     from deat_rb.evaluation.tables import are_comparable, group, means
 
     groups = {title: [reports[position] for position in positions]
               for title, positions in group([_options(target) for target in targets]).items()}  # fmt: skip
     unlike = [title for title, members in groups.items() if not are_comparable(members)]
     for title in unlike:
-        note = f"no mean is reported for {title}, as the evaluations differ in images, norm, eps or precision"
+        note = f"no mean is reported for {title}, because the evaluations differ in images, norm, eps or precision"
         console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
     groups = {title: members for title, members in groups.items() if title not in unlike}
     if any(len(members) > 1 for members in groups.values()):
@@ -211,7 +210,7 @@ def _print_means(reports: Sequence[Report], targets: Sequence[EvalTarget], conso
 
 
 def _options(target: EvalTarget) -> dict[str, Any]:
-    """Return what defines a network apart from its seed: a run's options; other networks are known by their weights."""
+    """Return what defines a network except the seed: a run's options, or the source and hash of other weights."""
     from deat_rb.runs.directory import RunDirectory
     from deat_rb.runs.options import MAY_CHANGE
 
@@ -225,7 +224,7 @@ def _options(target: EvalTarget) -> dict[str, Any]:
 
 
 def _has_own_data(target: EvalTarget) -> bool:
-    """Return whether a target is a run on the data that it was trained on."""
+    """Return whether a target is a run that is evaluated on its own dataset."""
     from deat_rb.runs.directory import RunDirectory
 
     if target.run is None:
@@ -243,7 +242,7 @@ def _write(
     report: Report,
     **examples: Any,
 ) -> None:
-    """Write the report, its plot and its page into the run and to ``json_path``, all files of a place or none."""
+    """Write report, plot and page to the run and to ``json_path``; in each place, all files are written or none."""
     from deat_rb.evaluation.html_report import predictions_of, render_page
     from deat_rb.evaluation.plots import draw_sweep
     from deat_rb.evaluation.records import Placement, place
@@ -275,4 +274,4 @@ def _write(
         if placed.sentence:
             written.append(f"note: {placed.sentence}")
         for stale in {page_file, plot} - beside.keys() if target.run is not None and file.name == "eval.json" else ():
-            stale.unlink(missing_ok=True)  # of the previous evaluation
+            stale.unlink(missing_ok=True)  # files of the previous evaluation

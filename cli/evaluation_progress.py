@@ -1,4 +1,4 @@
-"""Progress of an evaluation: a bar on a terminal, plain lines elsewhere."""
+"""Progress of an evaluation: a bar on a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LINE_EVERY = 30.0
-"""Seconds between two plain lines of one attack."""
+"""Minimum interval between two plain lines of an attack, in seconds."""
 
 
 class EvaluationProgress(AbstractContextManager["EvaluationProgress"]):
     """Progress of an evaluation on stderr: attack, images done, accuracy so far and time left.
 
-    It is a ``progress`` object of `deat_rb.evaluate`.
+    It can be passed to `deat_rb.evaluate` as ``progress``.
 
     Args:
-        n_examples: N, number of evaluated images.
-        console: Where to print.
+        n_examples: Number of evaluated images.
+        console: Where to print; by default stderr.
     """
 
     def __init__(self, n_examples: int, console: Console | None = None) -> None:
@@ -64,7 +64,7 @@ class EvaluationProgress(AbstractContextManager["EvaluationProgress"]):
             attack: Name of the attack.
             done: Number of examples attacked so far.
             total: Number of examples to attack.
-            correct: Number of correct ones of those done, or for stages of an attack of all examples.
+            correct: Number of correctly classified examples among those attacked; for a stage of an attack, among all.
         """
         self._switch_to(attack, total)
         self._last = monotonic()
@@ -82,9 +82,9 @@ class EvaluationProgress(AbstractContextManager["EvaluationProgress"]):
 
         Args:
             attack: Name of the attack.
-            batch: Number of the batch, from 1 on.
+            batch: Number of the batch (1-based).
             batches: Number of batches.
-            share: Fraction of the batch's forward passes that is done, in [0, 1].
+            share: Fraction of the batch's forward passes that are done, in [0, 1].
         """
         self._switch_to(attack, None, (batch - 1) / batches)
         self._last = monotonic()
@@ -107,7 +107,7 @@ class EvaluationProgress(AbstractContextManager["EvaluationProgress"]):
             self._bar.update(self._task, completed=done, total=total, accuracy=check)
 
     def _switch_to(self, attack: str, total: int | None, done: float = 0.0) -> None:
-        """Start the clock of a new attack, of which the fraction ``done`` was resumed."""
+        """Reset the clock for a new attack, of which the fraction ``done`` was already done when resumed."""
         if attack != self._attack:
             self._attack, self._accuracy, self._resumed = attack, "", done
             self._start = self._last_line = self._last

@@ -1,4 +1,4 @@
-"""``deat-rb export``."""
+"""The command ``deat-rb export``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import click
 @click.command("export")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--model-name", required=True, metavar="NAME",
-              help="<FirstAuthor><Year><FirstWordOfTitle>, such as Wang2021Gradient_R18.")  # fmt: skip
-@click.option("--as-dataset", metavar="NAME", help="RobustBench dataset that other data stand for: cifar10, cifar100.")
+              help="Name <FirstAuthor><Year><FirstWordOfTitle>, such as Wang2021Gradient_R18.")  # fmt: skip
+@click.option(
+    "--as-dataset", metavar="NAME", help="Export other data as this RobustBench dataset: cifar10 or cifar100."
+)
 @click.option("--output", type=click.Path(path_type=Path), default=".", show_default=True, metavar="DIR",
               help="Folder for the files.")  # fmt: skip
-@click.option("--link", metavar="URL", help="URL of the paper; by default the DEAT paper's, for its methods.")
+@click.option("--link", metavar="URL", help="URL of the paper; for DEAT's methods by default that of the DEAT paper.")
 @click.option("--name", metavar="TITLE", help="Title of the paper.")
 @click.option("--authors", metavar="A, B, ...", help="Authors of the paper.")
 @click.option("--venue", metavar="VENUE", help="Venue and year of the paper.")
@@ -23,10 +25,10 @@ import click
               help="Robust accuracy reported by the authors; by default the lowest measured.")  # fmt: skip
 @click.option("--external", type=float, metavar="PERCENT", help="Best known robust accuracy; RobustBench ranks by it.")
 @click.option("--unreliable/--reliable", default=None,
-              help="Whether AutoAttack's accuracy is unreliable; by default if a check of the evaluation failed."
+              help="Whether AutoAttack's accuracy is unreliable; by default derived from the evaluation's checks."
               )  # fmt: skip
 @click.option("--footnote", metavar="TEXT", help="Text appended to the automatic footnote.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing export of that name.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing export of the same name.")
 def export(
     run: Path,
     model_name: str,
@@ -45,8 +47,8 @@ def export(
 ) -> None:
     """Export a run in RobustBench's format.
 
-    Writes the weights to models/, the metadata of RobustBench's table to model_info/, and the source code of a pull
-    request to RobustBench to pull_request/. The accuracies are those that `deat-rb eval RUN --autoattack` has measured.
+    Writes the weights to models/, the metadata for RobustBench's table to model_info/, and the source code for a pull
+    request to RobustBench to pull_request/. Accuracies are taken from `deat-rb eval RUN --autoattack`.
     """
     from deat_rb.robustbench.export import export
 

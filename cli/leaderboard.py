@@ -1,4 +1,4 @@
-"""``deat-rb leaderboard``."""
+"""The command ``deat-rb leaderboard``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _board = click.option("--board", type=click.Path(path_type=Path), metavar="DIR",
 
 
 def _chosen(context: click.Context, board: Path | None) -> Path:
-    """Return the folder, given to the command or before its name."""
+    """Return the board's folder; --board may be given before or after the subcommand."""
     before = context.parent.params.get("board") if context.parent is not None else None
     return board or before or DEFAULT
 
@@ -32,7 +32,7 @@ def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> N
 
 @click.group("leaderboard", invoke_without_command=True)
 @_board
-@click.option("--dataset", metavar="NAME", help="Only entries of this dataset.")
+@click.option("--dataset", metavar="NAME", help="Show only entries of this dataset.")
 @click.option("--sort", default="rank", show_default=True, metavar="COLUMN",
               help="Row order: rank, autoattack, natural, fgsm, pgd100, cw20, cost, seconds or name.")  # fmt: skip
 @click.option("--json", "form", flag_value="json", help="Print JSON with all fields.")
@@ -43,10 +43,10 @@ def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> N
               help="Print the JSON schema of an entry.")  # fmt: skip
 @click.pass_context
 def leaderboard(context: click.Context, board: Path | None, dataset: str | None, sort: str, form: str | None) -> None:
-    """Show a leaderboard, build its pages, verify it or export it.
+    """Show, build, verify or export a leaderboard.
 
-    Entries are ranked by robust accuracy, the best known or else AutoAttack's, among evaluations on the whole test set
-    with the same dataset and eps. Evaluations on a part of the test set are listed apart, without rank.
+    Entries are ranked by robust accuracy (the best known or, if none is, AutoAttack's) among evaluations on the whole
+    test set with the same dataset and eps. Evaluations on a subset of the test set are listed separately, without rank.
     """
     if context.invoked_subcommand is not None:
         return
@@ -70,7 +70,7 @@ def leaderboard(context: click.Context, board: Path | None, dataset: str | None,
 @_board
 @click.pass_context
 def build(context: click.Context, board: Path | None) -> None:
-    """Write the board's HTML pages, which need no network."""
+    """Write the board's HTML pages, which can be viewed offline."""
     from deat_rb.leaderboard.pages import index as board_page
     from deat_rb.utils.text import printable
 
@@ -83,13 +83,15 @@ def build(context: click.Context, board: Path | None) -> None:
 @leaderboard.command("verify")
 @_board
 @click.option("--sample", type=int, default=100, show_default=True, metavar="N",
-              help="Re-measure this many random examples of each model (at least 50; 0 for none).")  # fmt: skip
+              help="Number of random examples to re-measure of each model (50 or more; 0 for none).")  # fmt: skip
 @click.option("--data-dir", "data_dirs", multiple=True, metavar="NAME=DIR",
-              help="Folder of a dataset; repeatable. The digits need none.")  # fmt: skip
+              help="Folder of a dataset; may be repeated. The digits need none.")  # fmt: skip
 @click.option("--memory-limit", metavar="SIZE",
-              help="Leave a folder's test images in files if they would take more memory, such as 8G.")  # fmt: skip
-@click.option("--batch-size", type=int, default=128, show_default=True, metavar="N", help="Images attacked together.")
-@click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, ...")
+              help="Do not keep a folder's test images in memory if they would take more, such as 8G.")  # fmt: skip
+@click.option("--batch-size", type=int, default=128, show_default=True, metavar="N", help="Images per batch.")
+@click.option(
+    "--device", default="auto", show_default=True, metavar="NAME", help="Device: auto, cpu, cuda, cuda:1, mps, ..."
+)
 @click.pass_context
 def verify(
     context: click.Context,
@@ -100,9 +102,9 @@ def verify(
     batch_size: int,
     device: str,
 ) -> None:
-    """Check and hash every file, and re-measure random examples of every model.
+    """Check all files and hashes, and re-measure random examples of every model.
 
-    Prints every problem and exits with status 1 if there is any.
+    Prints all problems, and exits with status 1 if there are any.
     """
     from deat_rb.cli.evaluation_progress import EvaluationProgress
     from deat_rb.leaderboard.verify import verify as verify_board
@@ -114,7 +116,7 @@ def verify(
     for text in data_dirs:
         name, equals, folder = text.partition("=")
         if not equals or not name or not folder:
-            raise DeatError(f"--data-dir {text} must have the form NAME=DIR, such as cifar10=data")
+            raise DeatError(f"--data-dir {text} is invalid: give NAME=DIR, such as cifar10=data")
         folders[name] = Path(folder)
     where = str(resolve_device(device))
     limit = None if memory_limit is None else parse_size(memory_limit)
@@ -133,8 +135,8 @@ def verify(
 @leaderboard.command("export")
 @_board
 @click.option("--robustbench", "output", required=True, type=click.Path(path_type=Path), metavar="DIR",
-              help="Folder for model_info/ and models/.")  # fmt: skip
-@click.option("--dataset", metavar="NAME", help="Only entries of this dataset.")
+              help="Output folder for model_info/ and models/.")  # fmt: skip
+@click.option("--dataset", metavar="NAME", help="Export only entries of this dataset.")
 @click.option("--as-dataset", metavar="NAME",
               help="Export other datasets under this name (cifar10 or cifar100), with a footnote.")  # fmt: skip
 @click.pass_context

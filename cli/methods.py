@@ -1,4 +1,4 @@
-"""``deat-rb methods``."""
+"""The command ``deat-rb methods``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="Output as JSON.")
 @click.option("--markdown", is_flag=True, help="Output the table as Markdown.")
 def methods(name: str | None, as_json: bool, markdown: bool) -> None:
-    """List the methods, or explain one.
+    """List the methods, or describe one.
 
-    NAME is read as the paper writes it, in any case: m+trades, DEAT-40%, FREE-8.
+    NAME is a method's name as in the paper, such as m+trades, DEAT-40% or FREE-8; case does not matter.
     """
     from deat_rb.methods.describe import COLUMNS, cells, describe, explain, markdown_table, method_table
 

@@ -1,4 +1,4 @@
-"""Options about a network that does not describe itself, shared by eval and predict; and modules beside the user."""
+"""Options of eval and predict that describe a network, and imports of modules from the current folder."""
 
 from __future__ import annotations
 
@@ -22,32 +22,34 @@ def numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise click.BadParameter(f"'{text}' is not a list of numbers such as 0.4914,0.4822,0.4465") from None
+        raise click.BadParameter(
+            f"'{text}' is not a list of numbers; give numbers such as 0.4914,0.4822,0.4465"
+        ) from None
 
 
 NETWORK_OPTIONS = (
     click.option("--arch", metavar="NAME", help="Architecture of a checkpoint, as for train."),
-    click.option("--num-classes", type=int, metavar="N", help="Number of logits of a checkpoint's network."),
+    click.option("--num-classes", type=int, metavar="N", help="Number of classes (logits) of a checkpoint's network."),
     click.option("--image-size", type=int, metavar="N",
-                 help="Resize images to N x N pixels: the size that the network was trained at."),
+                 help="Resize images to N x N pixels, the size used in training."),
     click.option("--classes", type=click.Path(path_type=Path), metavar="FILE",
                  help="Class names, one per line in the order of the network's logits; a folder's classes are matched "
                  "by name."),
     click.option("--mean", type=numbers, metavar="R,G,B",
-                 help="Mean of the network's normalization, of images in [0, 1], if the weights have none."),
+                 help="Mean of the network's normalization, for images in [0, 1], if the weights have none."),
     click.option("--std", type=numbers, metavar="R,G,B", help="Standard deviation of the network's normalization."),
-    click.option("--normalize", metavar="NAME", help="--mean and --std of cifar10, cifar100, digits or imagenet."),
+    click.option("--normalize", metavar="NAME", help="Use --mean and --std of cifar10, cifar100, digits or imagenet."),
     click.option("--weights-key", metavar="KEY",
                  help="State dict to load from a checkpoint that has several, such as state_dict_ema."),
     click.option("--model-dir", type=click.Path(path_type=Path), metavar="DIR",
-                 help="Folder with the weights of RobustBench's zoo.  [default: models]"),
+                 help="Folder for the weights of RobustBench's model zoo.  [default: models]"),
     click.option("--trust-code", is_flag=True,
                  help="Allow a run to call the package.module:factory that builds its network."),
 )  # fmt: skip
 
 
 def network_options(command: F) -> F:
-    """Add `NETWORK_OPTIONS` to a command; `description` turns them into arguments of `open_target`."""
+    """Add `NETWORK_OPTIONS` to a command; `description` converts them to arguments of `open_target`."""
     for option in reversed(NETWORK_OPTIONS):
         command = option(command)
     return command
@@ -56,7 +58,7 @@ def network_options(command: F) -> F:
 def description(
     mean: tuple[float, ...] | None, std: tuple[float, ...] | None, normalize: str | None, **options: Any
 ) -> dict[str, Any]:
-    """Return the options with --mean, --std and --normalize combined to ``normalization``."""
+    """Return the options, with --mean, --std and --normalize combined into ``normalization``."""
     from deat_rb.models.normalization import parse_normalization
 
     if options.get("arch") is not None:
@@ -67,8 +69,8 @@ def description(
 def import_from_current_folder(name: str) -> None:
     """Make ``module:function``, typed by the user, importable if the module lies in the current folder.
 
-    The console command does not have it on its path. Names read from files do not come here: they need --trust-code,
-    and are looked for on Python's path only.
+    A console script does not have the current folder on sys.path. Names read from files are not handled here: they
+    require --trust-code and are resolved on the Python path only.
     """
     kind, colon, _ = name.partition(":")
     package = kind.partition(".")[0]
@@ -80,9 +82,9 @@ def import_from_current_folder(name: str) -> None:
     sys.path.insert(0, str(folder))
     try:
         importlib.import_module(kind)
-    except Exception as error:  # any exception: user code
+    except Exception as error:  # user code may raise any exception
         first = str(error).partition("\n")[0]
         raise DeatError(f"'{name}' cannot be imported from {folder} ({type(error).__name__}: {first})") from error
     finally:
         sys.path.remove(str(folder))
-    sys.path.append(str(folder))  # for what the module imports later
+    sys.path.append(str(folder))  # for imports that the module makes later

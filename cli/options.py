@@ -1,4 +1,4 @@
-"""Option types that several commands share, and click options made of option groups."""
+"""Option types shared by several commands, and click options generated from option groups."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from deat_rb.utils.options import Option
 F = TypeVar("F", bound=Callable[..., Any])
 
 ALIASES = {"early_stopping": ["--no-stop"]}
-"""Spellings that are accepted and not shown."""
+"""Alternative flags that are accepted but not shown in ``--help``."""
 
 
 class GroupedOption(click.Option):
-    """An option that ``--help`` shows under a heading."""
+    """A click option with the heading under which ``--help`` lists it."""
 
     def __init__(self, *args: Any, group: str = "Output", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -26,7 +26,7 @@ class GroupedOption(click.Option):
 
 
 class GroupedCommand(click.Command):
-    """A command that shows its options under headings."""
+    """A click command whose ``--help`` lists the options under headings."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, group by group."""
@@ -43,7 +43,7 @@ class GroupedCommand(click.Command):
 def config_options(options: Iterable[Option]) -> Callable[[F], F]:
     """Return a decorator that adds the options of option groups to a command.
 
-    Values reach the command as typed by the user, None where an option is absent: the option groups validate them.
+    Values are passed to the command as typed by the user, or None if an option is absent; option groups validate them.
     """
 
     def add(command: F) -> F:
@@ -68,7 +68,7 @@ def config_options(options: Iterable[Option]) -> Callable[[F], F]:
 
 
 def fraction(text: str) -> float:
-    """Return a size such as ``8/255`` or ``0.03``, in units of the image range [0, 1]."""
+    """Parse a number such as ``8/255`` or ``0.03``, in units of the image range [0, 1]."""
     from deat_rb.utils.units import parse_fraction
 
     try:
@@ -78,30 +78,30 @@ def fraction(text: str) -> float:
 
 
 def fraction_list(text: str) -> tuple[float, ...]:
-    """Return sizes such as ``0,2/255,4/255``."""
+    """Parse a list of numbers such as ``0,2/255,4/255``."""
     return tuple(fraction(part) for part in text.split(","))
 
 
 def attack_names(text: str) -> tuple[str, ...]:
-    """Return a list such as ``fgsm,torchattacks.PGD(steps=5,alpha=0.01)``; commas in parentheses do not separate."""
+    """Split a list such as ``fgsm,torchattacks.PGD(steps=5,alpha=0.01)`` at commas outside parentheses."""
     from deat_rb.attacks.names import split_names
 
     names = tuple(name for name in split_names(text) if name)
     if not names:
-        raise click.BadParameter("the list is empty; give names with commas between them")
+        raise click.BadParameter("the list is empty; give names separated by commas")
     return names
 
 
 def seed_list(text: str) -> tuple[int, ...]:
-    """Return a list of seeds such as ``0,1,2``."""
+    """Parse a list of seeds such as ``0,1,2``."""
     parts = text.split(",")
     if not all(part.strip().isdecimal() for part in parts) or len(set(parts)) < len(parts):
-        raise click.BadParameter(f"'{text}' is not a list of different integers such as 0,1,2")
+        raise click.BadParameter(f"'{text}' is not a list of different seeds; give integers such as 0,1,2")
     return tuple(int(part) for part in parts)
 
 
 def size(text: str) -> int:
-    """Return the bytes of a size such as ``8G``."""
+    """Return the number of bytes in a size such as ``8G``."""
     from deat_rb.utils.options import parse_size
 
     try:
@@ -111,12 +111,12 @@ def size(text: str) -> int:
 
 
 def json_file(text: str) -> Path:
-    """Return the path of a JSON file that can be written later."""
+    """Return the path of a JSON file to write, after checking suffix and folder."""
     path = Path(text)
     if path.suffix != ".json":
-        raise click.BadParameter(f"'{text}' does not end in .json")
+        raise click.BadParameter(f"'{text}' does not end in .json; give a file name that does")
     if path.is_dir():
-        raise click.BadParameter(f"'{text}' is a folder")
+        raise click.BadParameter(f"'{text}' is a folder; give a file")
     if not path.parent.is_dir():
-        raise click.BadParameter(f"there is no folder '{path.parent}' to write '{path.name}' into")
+        raise click.BadParameter(f"the folder '{path.parent}' for '{path.name}' does not exist; create it")
     return path

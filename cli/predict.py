@@ -1,4 +1,4 @@
-"""``deat-rb predict``."""
+"""The command ``deat-rb predict``."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from .network_options import description, import_from_current_folder, network_op
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--top", type=int, default=1, show_default=True, metavar="K", help="Number of classes per image.")
 @click.option("--json", "as_json", is_flag=True, help="Output as JSON.")
-@click.option("--device", default="auto", show_default=True, metavar="NAME", help="cpu, cuda, cuda:1, mps, ...")
+@click.option(
+    "--device", default="auto", show_default=True, metavar="NAME", help="Device: auto, cpu, cuda, cuda:1, mps, ..."
+)
 @network_options
 def predict(target: str, images: tuple[Path, ...], top: int, as_json: bool, device: str, **options: Any) -> None:
     """Classify images with a trained network.
 
-    The network is a run directory, an export's .pt file, a checkpoint described by --arch, or a name as for eval. The
-    largest centered square of each image is resized to the network's size. Confidences are softmax probabilities,
-    which are not calibrated.
+    The network is given as a run directory, the .pt file of an export, a checkpoint described with --arch, or a name as
+    for eval. The largest centered square of each image is resized to the network's input size. Confidences are
+    uncalibrated softmax probabilities.
     """
     from rich.console import Console
     from rich.markup import escape

@@ -1,4 +1,4 @@
-"""``deat-rb submit``."""
+"""The command ``deat-rb submit``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .network_options import numbers
 @click.option("--model-name", required=True, metavar="NAME", help="Name on the board, such as Wang2021Gradient_R18.")
 @click.option("--board", type=click.Path(path_type=Path), default="leaderboard", show_default=True, metavar="DIR",
               help="The leaderboard's folder.")  # fmt: skip
-@click.option("--info", type=click.Path(path_type=Path), metavar="FILE", help="A checkpoint's RobustBench model_info.")
-@click.option("--arch", metavar="NAME", help="A checkpoint's architecture, if its model_info names none that is known.")
-@click.option("--dataset", metavar="NAME", help="A checkpoint's dataset.  [default: from its model_info]")
-@click.option("--eps", metavar="EPS", help="A checkpoint's radius, if it has no model_info, such as 8/255.")
+@click.option("--info", type=click.Path(path_type=Path), metavar="FILE", help="RobustBench model_info of a checkpoint.")
+@click.option("--arch", metavar="NAME", help="Architecture of a checkpoint, if its model_info has no known one.")
+@click.option("--dataset", metavar="NAME", help="Dataset of a checkpoint.  [default: from its model_info]")
+@click.option("--eps", metavar="EPS", help="Radius of a checkpoint without model_info, such as 8/255.")
 @click.option("--data-dir", type=click.Path(path_type=Path), metavar="DIR",
               help="Folder of the dataset; the digits need none.")  # fmt: skip
 @click.option("--image-size", type=int, metavar="PIXELS",
@@ -26,32 +26,38 @@ from .network_options import numbers
 @click.option("--classes", "class_file", type=click.Path(path_type=Path), metavar="FILE",
               help="Class names, one per line in the order of a checkpoint's logits, for an image folder.")  # fmt: skip
 @click.option("--mean", type=numbers, metavar="R,G,B",
-              help="Mean of a checkpoint's normalization, of images in [0, 1], if its weights have none.")  # fmt: skip
+              help="Mean of a checkpoint's normalization, for images in [0, 1], if its weights have none.")  # fmt: skip
 @click.option("--std", type=numbers, metavar="R,G,B", help="Standard deviation of a checkpoint's normalization.")
-@click.option("--normalize", metavar="NAME", help="--mean and --std of cifar10, cifar100, digits or imagenet.")
+@click.option("--normalize", metavar="NAME", help="Use --mean and --std of cifar10, cifar100, digits or imagenet.")
 @click.option("--weights-key", metavar="KEY",
               help="State dict to load from a checkpoint that has several, such as state_dict_ema.")  # fmt: skip
 @click.option("--memory-limit", metavar="SIZE",
-              help="Leave a folder's test images in files if they would take more memory, such as 8G.")  # fmt: skip
-@click.option("--dataset-name", metavar="NAME", help="The board's name for an image folder, such as cifar10-jpeg.")
-@click.option("--dataset-note", metavar="TEXT", help="Description of an image folder; the board keeps the first.")
-@click.option("--paper", "link", metavar="URL", help="Link to the paper.  [default: DEAT's, for its methods]")
+              help="Do not keep a folder's test images in memory if they would take more, such as 8G.")  # fmt: skip
+@click.option("--dataset-name", metavar="NAME", help="Name of an image folder on the board, such as cifar10-jpeg.")
+@click.option(
+    "--dataset-note", metavar="TEXT", help="Description of an image folder; the board keeps the first one given."
+)
+@click.option("--paper", "link", metavar="URL", help="Link to the paper.  [default: the DEAT paper for its methods]")
 @click.option("--title", "name", metavar="TITLE", help="Title of the paper.")
 @click.option("--authors", metavar="A, B, ...", help="Authors of the paper.")
-@click.option("--venue", metavar="VENUE", help="Venue of the paper, with the year.")
-@click.option("--additional-data", is_flag=True, default=None, help="Other training images were used, too.")
-@click.option("--external", type=float, metavar="PERCENT", help="Best known robust accuracy; it decides the rank.")
+@click.option("--venue", metavar="VENUE", help="Venue and year of the paper.")
+@click.option("--additional-data", is_flag=True, default=None, help="Additional training images were used.")
+@click.option("--external", type=float, metavar="PERCENT", help="Best known robust accuracy; determines the rank.")
 @click.option("--unreliable/--reliable", default=None, help="Whether AutoAttack's accuracy may be unreliable.")
 @click.option("--footnote", metavar="TEXT", help="Footnote for the table.")
 @click.option("--hardware", metavar="TEXT", help="Training hardware.")
 @click.option("--n-examples", type=int, metavar="N", help="Number of test images to evaluate.  [default: all]")
 @click.option("--sample", type=int, default=100, show_default=True, metavar="N",
-              help="Examples of an eval.json that the board re-measures, 50 or more.")  # fmt: skip
-@click.option("--evaluate", "evaluate_anew", is_flag=True, help="Evaluate fully although the run has an eval.json.")
-@click.option("--replace", is_flag=True, help="Replace the entry of that name, which is moved to history/.")
+              help="Number of examples to re-measure if there is an eval.json, 50 or more.")  # fmt: skip
+@click.option(
+    "--evaluate", "evaluate_anew", is_flag=True, help="Run the full evaluation even if the run has an eval.json."
+)
+@click.option("--replace", is_flag=True, help="Replace the entry of the same name; the old one is moved to history/.")
 @click.option("--no-weights", "keep_weights", flag_value=False, default=True, help="Do not store the weights.")
-@click.option("--batch-size", type=int, default=128, show_default=True, metavar="N", help="Images attacked together.")
-@click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, ...")
+@click.option("--batch-size", type=int, default=128, show_default=True, metavar="N", help="Images per batch.")
+@click.option(
+    "--device", default="auto", show_default=True, metavar="NAME", help="Device: auto, cpu, cuda, cuda:1, mps, ..."
+)
 def submit(
     target: Path,
     board: Path,
@@ -71,9 +77,9 @@ def submit(
 ) -> None:
     """Submit a trained network to a leaderboard.
 
-    A run's eval.json is accepted if a random sample of its examples, which the board measures itself, confirms it.
-    Runs without one and checkpoints are evaluated fully: FGSM, PGD-100, CW-20 and AutoAttack. Submitted code is never
-    run, and a refused submission leaves the board unchanged.
+    A run's eval.json is accepted if re-measuring a random sample of its examples confirms it. Runs without one and
+    checkpoints are fully evaluated with FGSM, PGD-100, CW-20 and AutoAttack. Submitted code is never run, and a
+    rejected submission leaves the board unchanged.
     """
     from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""``deat-rb train``."""
+"""The command ``deat-rb train``."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ output_option = partial(click.option, cls=GroupedOption, group="Output")
 
 @click.command(cls=GroupedCommand)
 @config_options(train_options())
-@output_option("--name", help="The run's name.  [default: METHOD-DATASET-ARCH-sSEED]")
-@output_option("--output", default="runs", show_default=True, metavar="PATH", help="Folder of the runs.")
+@output_option("--name", help="Name of the run.  [default: METHOD-DATASET-ARCH-sSEED]")
 @output_option(
-    "--config", type=click.Path(path_type=Path), help="Take the options of a run's config.json; flags override them."
+    "--output", default="runs", show_default=True, metavar="PATH", help="Parent folder of the run directory."
+)
+@output_option(
+    "--config", type=click.Path(path_type=Path), help="Read options from a run's config.json; flags override them."
 )
 @output_option("--seeds", type=seed_list, metavar="0,1,2",
-               help="Train one run per seed, and report mean and standard deviation.")  # fmt: skip
+               help="Train one run per seed and report mean and standard deviation.")  # fmt: skip
 @output_option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Resume an interrupted run.")
 @output_option(
-    "--trust-code", is_flag=True, help="Let a --resume or --config of others import the package.module:factory in it."
+    "--trust-code", is_flag=True, help="Allow --resume and --config to call the package.module:factory that they name."
 )
 @output_option("--dry-run", is_flag=True, help="Print the plan and its cost without training.")
 def train(
@@ -41,10 +43,10 @@ def train(
     dry_run: bool,
     **flags: Any,
 ) -> None:
-    """Train a network by one of the methods.
+    """Train a network with one of the methods.
 
-    Without options: M+TRADES on the embedded digits, a few minutes on a laptop. Images are in [0, 1], and so are --eps
-    and --alpha. The run directory holds configuration, metrics, weights and curves.
+    By default, trains with M+TRADES on the bundled digits, which takes a few minutes on a laptop. Images are in [0, 1];
+    --eps and --alpha use the same unit. Configuration, metrics, weights and plots are stored in the run directory.
     """
     from deat_rb.cli.training_progress import DecodingProgress, TrainingProgress, print_plan, print_result, print_seeds
     from deat_rb.models.names import check_trust
@@ -62,11 +64,11 @@ def train(
     explicit = {key: value for key, value in flags.items() if value not in (None, ())}
     if seeds and "seed" in explicit:
         raise DeatError(
-            f"--seed {explicit['seed']} and --seeds {','.join(map(str, seeds))} exclude each other; give one"
+            f"--seed {explicit['seed']} and --seeds {','.join(map(str, seeds))} are mutually exclusive; give only one"
         )
     if resume is not None:
         if config is not None or name is not None or seeds or dry_run:
-            raise DeatError("--resume continues a run as it is: leave out --config, --name, --seeds and --dry-run")
+            raise DeatError("--resume cannot be combined with --config, --name, --seeds or --dry-run: omit those")
         with TrainingProgress() as progress:
             run, history = resume_training(resume, explicit, callbacks=[progress], trust_code=trust_code)
         if is_main():
@@ -78,8 +80,8 @@ def train(
     for option in ("method", "setting"):
         if option in explicit and recorded.get(option, explicit[option]) != explicit[option]:
             raise DeatError(
-                f"--{option} {explicit[option]} beside --config: {config} holds all options that {recorded[option]} "
-                "stands for; leave --config out and give the options to keep"
+                f"--{option} {explicit[option]} conflicts with --config, as {config} holds the options of "
+                f"{recorded[option]}: omit --config and give the options you want to keep"
             )
     if "arch" in explicit:
         import_from_current_folder(explicit["arch"])

@@ -1,4 +1,4 @@
-"""Progress of training: a bar on a terminal, a line a minute elsewhere, and the summary of plans and runs."""
+"""Progress of training (a bar on a terminal, otherwise a line per minute) and summaries of plans and runs."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ if TYPE_CHECKING:
 
 
 REFRESH_EVERY = 0.5
-"""Seconds between two updates of the bar; each waits for the device."""
+"""Minimum interval between updates of the bar in seconds; each update synchronizes with the device."""
 
 LINE_EVERY = 60.0
-"""Seconds between two lines within an epoch where there is no terminal."""
+"""Minimum interval between lines within an epoch, without a terminal, in seconds."""
 
 BAR_WIDTH = 20
 
 
 class TrainingProgress(Callback, AbstractContextManager["TrainingProgress"]):
-    """Shows metrics and the time left.
+    """Shows metrics and the remaining time.
 
-    On a terminal there is a bar; elsewhere, as in a log file, there is a line a minute. Each epoch ends with a line.
+    On a terminal there is a bar; otherwise, as in a log file, a line is printed every minute. Every epoch ends with a
+    line.
 
     Args:
-        console: Where to show it; by default stderr.
-        seeds: The seeds of the runs that follow each other, if there are several; the time left is that of all.
+        console: Where to print; by default stderr.
+        seeds: The seeds of consecutive runs, if there are several; the remaining time is that of all of them.
     """
 
     def __init__(self, console: Console | None = None, seeds: Sequence[int] = ()) -> None:
@@ -75,14 +76,14 @@ class TrainingProgress(Callback, AbstractContextManager["TrainingProgress"]):
             self._bar.stop()
 
     def on_fit_start(self, state: TrainingState) -> None:
-        """Note which of the runs this is."""
+        """Start showing the next run."""
         self._state = state
         self._run += 1
         self._validated = ""
         self._label = f"seed {state.seed}, " if self._seeds else ""
 
     def on_epoch_start(self, epoch: int, epochs: int, batches: int, steps: int) -> None:
-        """Set the bar to the number of batches of all epochs."""
+        """Show the epoch; the bar counts the batches of all epochs."""
         self._epoch_started = monotonic()
         self._epoch, self._epochs, self._batches = epoch, epochs, batches
         self._done = (epoch - 1) * batches + (self._state.batch if self._state else 0)
@@ -91,7 +92,7 @@ class TrainingProgress(Callback, AbstractContextManager["TrainingProgress"]):
         self._update(f"{self._label}epoch {epoch}/{epochs}, steps {steps}", [])
 
     def on_batch_end(self, sums: EpochAccumulator) -> None:
-        """Show the epoch's metrics so far, from time to time."""
+        """Show the epoch's metrics so far, at intervals."""
         now = monotonic()
         if now - self._shown < (REFRESH_EVERY if self.console.is_interactive else LINE_EVERY):
             return
@@ -112,15 +113,15 @@ class TrainingProgress(Callback, AbstractContextManager["TrainingProgress"]):
             self._print(f"{where}: {', '.join([*metrics, *self._left()])}")
 
     def on_validation_start(self) -> None:
-        """Show that the epoch is being validated."""
+        """Show that validation is running."""
         self._update(f"{self._label}epoch {self._epoch}/{self._epochs}, validating", [])
 
     def on_warning(self, message: str) -> None:
-        """Print the message."""
+        """Print a warning."""
         self._print(f"warning: {message}")
 
     def on_epoch_end(self, row: EpochStats) -> None:
-        """Print the epoch's line."""
+        """Print a line with the epoch's metrics."""
         if row.val_acc is not None and row.val_robust_acc is not None:
             self._validated = f"validation {row.val_acc:.1%}, PGD-20 {row.val_robust_acc:.1%}"
         self._done = row.epoch * self._batches
@@ -139,7 +140,7 @@ class TrainingProgress(Callback, AbstractContextManager["TrainingProgress"]):
             self._print(f"{self._label}stopped: {row.stopped}")
 
     def _left(self) -> list[str]:
-        """Return the time left in words, of all runs that are to come, once there is something to judge by."""
+        """Return the remaining time of all runs as text, or nothing before it can be estimated."""
         runs = max(len(self._seeds), 1)
         total = runs * self._epochs * self._batches
         done = (max(self._run, 1) - 1) * self._epochs * self._batches + self._done
@@ -150,7 +151,7 @@ class TrainingProgress(Callback, AbstractContextManager["TrainingProgress"]):
         return [f"about {duration(left)} left"]
 
     def _update(self, description: str | None, metrics: Sequence[str]) -> None:
-        """Update the bar; as many of the metrics are shown as there is room for."""
+        """Update the bar, with as many metrics as fit."""
         description = description or self._bar.tasks[0].description
         left = "".join(self._left()).removeprefix("about ")
         room = self.console.width - len(description) - BAR_WIDTH - len(left) - 3
@@ -171,7 +172,7 @@ class TrainingProgress(Callback, AbstractContextManager["TrainingProgress"]):
 
 
 class DecodingProgress:
-    """Prints now and then how many images have been decoded, on stderr; called as `load_data` calls its ``progress``.
+    """Callback for the ``progress`` of `load_data` that prints the number of decoded images at intervals.
 
     Args:
         console: Where to print; by default stderr.
@@ -184,7 +185,7 @@ class DecodingProgress:
         self._started = self._shown = monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        """Print a line if the last one was some time ago."""
+        """Print a line, unless the last one was printed recently."""
         now = monotonic()
         if now - self._shown < (10 if self.console.is_interactive else LINE_EVERY) or not done:
             return
@@ -194,7 +195,7 @@ class DecodingProgress:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in words, such as ``45 s``, ``12 min`` or ``3 h 20 min``."""
+    """Format a duration, such as ``45 s``, ``12 min`` or ``3 h 20 min``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -202,7 +203,7 @@ def duration(seconds: float) -> str:
 
 
 def print_plan(planned: TrainingPlan, seeds: Sequence[int] = ()) -> None:
-    """Print a plan, of several runs if there are seeds."""
+    """Print a plan; with ``seeds``, for one run per seed."""
     for name, text in planned.lines():
         if name == "cost" and seeds:
             print(f"{'seeds':<10} {', '.join(map(str, seeds))}: one run per seed, each at this cost")
@@ -230,7 +231,7 @@ def print_seeds(results: Sequence[tuple[RunDirectory, History]]) -> None:
 
 
 def print_result(run: RunDirectory, history: History) -> None:
-    """Print a run's result, and the command that evaluates it."""
+    """Print a run's result and the command that evaluates it."""
     selected = _selected(history)
     print(f"result     epoch {selected.epoch} of {run.path}")
     if selected.val_acc is not None and selected.val_robust_acc is not None:

@@ -1,1 +1,1 @@
-"""Measurements on a machine with a GPU and PyTorch and without a network; see README.md in this folder."""
+"""Measurements on a machine with a GPU and PyTorch but without a network; see README.md in this folder."""

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu STAGES``: run the stages in turn, each result written to disk at once."""
+"""The command ``python -m benchmarks.gpu STAGES``: run stages in order, writing every result to disk immediately."""
 
 from __future__ import annotations
 
@@ -25,13 +25,19 @@ NOT_IN_TABLE = {"stage", "at", "method", "l_x", "train_acc", "loss", "attack_sec
 def parse() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("stages", help=f"comma-separated, of {', '.join(STAGES)}")
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-results")), help="results' folder")
-    parser.add_argument("--budget", type=float, default=600, help="seconds; a stage that would not fit is left out")
+    parser.add_argument("stages", help=f"comma-separated stages among {', '.join(STAGES)}")
+    parser.add_argument(
+        "--out", type=Path, default=Path(os.environ.get("OUT", "gpu-results")), help="folder for the results"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=600, help="time budget in seconds; stages that would exceed it are skipped"
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--arch", default="preactresnet18")
-    parser.add_argument("--data", default="/dev/shm/cifar10-jpeg", help="folder of the images")
-    parser.add_argument("--cache", type=Path, default=Path("/dev/shm/cifar10-jpeg.pt"), help="the decoded images")
+    parser.add_argument("--data", default="/dev/shm/cifar10-jpeg", help="image folder")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("/dev/shm/cifar10-jpeg.pt"), help="file for the decoded images"
+    )
     parser.add_argument("--train-size", type=int)
     parser.add_argument("--val-size", type=int, default=1000)
     parser.add_argument("--test-size", type=int, default=2000)
@@ -48,7 +54,7 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     unknown = [stage for stage in options.stages.split(",") if stage not in STAGES]
     if unknown:
-        parser.error(f"there is no stage '{unknown[0]}' ({', '.join(STAGES)})")
+        parser.error(f"unknown stage '{unknown[0]}': choose one of {', '.join(STAGES)}")
     return options
 
 

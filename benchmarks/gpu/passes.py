@@ -1,6 +1,7 @@
-"""``python -m benchmarks.gpu.passes``: milliseconds per pass of a network, eager, compiled and as a CUDA graph.
+"""The command ``python -m benchmarks.gpu.passes``: times of a network's passes, eager, compiled and as CUDA graphs.
 
-Prints the median per batch and microseconds per image and pass; runs on a CPU too, without the graphs.
+Prints the median in milliseconds per batch and in microseconds per image and pass. Without a GPU it runs on the CPU,
+without graphs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Passes:
-    """The measurements of one call of the command."""
+    """Measurements of one invocation of the command."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -34,7 +35,7 @@ class Passes:
         self.rows: list[dict[str, Any]] = []
 
     def record(self, name: str, batch: int, run: Callable[[], object], passes: float = 1.0, warm_up: int = 5) -> None:
-        """Time a function; an error is printed, and the next measurement runs."""
+        """Time a function; errors are printed, so that the next measurement can run."""
         try:
             ms = self._median_ms(run, warm_up)
         except Exception as error:
@@ -65,7 +66,7 @@ class Passes:
             torch.cuda.synchronize()
 
     def network(self, batch: int, precision: str, layout: torch.memory_format, *, compiled: bool = False) -> None:
-        """Time a full pass with its update and a crafting pass, which forms the images' gradient alone."""
+        """Time a full pass with an update, and an attack pass, which computes the gradient of the images only."""
         torch.manual_seed(0)
         model = build_model(self.options.arch, dataset="cifar10").to(self.device).train().to(memory_format=layout)
         forward = torch.compile(model, mode="max-autotune-no-cudagraphs") if compiled else model
@@ -94,7 +95,7 @@ class Passes:
 
         strides = "channels_last" if layout is torch.channels_last else "NCHW"
         name = f"{precision} {strides}{' compiled' if compiled else ''}"
-        for kind, run in (("full pass and update", full), ("crafting pass", craft)):
+        for kind, run in (("full pass and update", full), ("attack pass", craft)):
             self.record(f"{name}: {kind}", batch, run)
             if self.cuda:
                 self._record_graph(f"{name}, CUDA graph: {kind}", batch, run)
@@ -110,7 +111,7 @@ class Passes:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 run()
-        except Exception as error:  # capturing is what may fail; the next measurement has to run
+        except Exception as error:  # capturing may fail, but the next measurement must run
             print(f"{name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
             return
         self.record(name, batch, graph.replay)

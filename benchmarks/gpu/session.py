@@ -1,4 +1,4 @@
-"""Options, time budget and results of one call of ``python -m benchmarks.gpu``."""
+"""Options, time budget and results of one invocation of ``python -m benchmarks.gpu``."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from torch import nn
 
 @dataclass
 class Session:
-    """What all stages share.
+    """State shared by all stages.
 
     Attributes:
-        options: The command's options.
-        began: When the command started, of `time.monotonic`.
-        rows: The results so far.
-        trained: The networks of the stage ``table1``, by method.
+        options: Options of the command.
+        began: Start time of the command, from `time.monotonic`.
+        rows: Results so far.
+        trained: Networks trained by the stage ``table1``, by method.
     """
 
     options: argparse.Namespace
@@ -41,26 +41,26 @@ class Session:
 
     @property
     def device(self) -> torch.device:
-        """The device that is measured."""
+        """The measured device."""
         return torch.device(self.options.device)
 
     @property
     def cuda(self) -> bool:
-        """Whether it is an NVIDIA GPU."""
+        """Whether the device is an NVIDIA GPU."""
         return self.device.type == "cuda"
 
     def seconds_left(self) -> float:
-        """Return the seconds that are left of the budget."""
+        """Return the remaining time budget in seconds."""
         budget: float = self.options.budget
         return budget - (time.monotonic() - self.began)
 
     def wait(self) -> None:
-        """Wait until the device has done all that was queued."""
+        """Synchronize with the device."""
         if self.cuda:
             torch.cuda.synchronize()
 
     def record(self, stage: str, **values: Any) -> None:
-        """Print a result and append it to results.jsonl, written to disk at once."""
+        """Print a result and append it to results.jsonl, synced to disk immediately."""
         row = {"stage": stage, "at": round(time.monotonic() - self.began, 1), **values}
         self.rows.append(row)
         text = json.dumps(row, default=str)
@@ -72,7 +72,7 @@ class Session:
 
     @contextmanager
     def recording_failure(self, stage: str, **values: Any) -> Iterator[None]:
-        """Record an error, with its traceback in log.txt, instead of raising it: the next measurement has to run."""
+        """Record errors, with tracebacks in log.txt, instead of raising them, so that the next measurement can run."""
         try:
             yield
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Stages that measure single training steps and passes, and run the tests and the benchmark."""
+"""Stages that measure training steps and passes, and run the tests and the benchmark."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ METHODS = ("standard", "u-fgsm", "m-deat", "free-4", "pgd-7", "trades", "mart", 
 
 
 def env(session: Session) -> None:
-    """Record versions, the GPU's memory bandwidth and the host's time per small operation."""
+    """Record versions, GPU memory bandwidth and the host's time per small operation."""
     import deat_rb
     from deat_rb.utils import compat
 
@@ -42,7 +42,7 @@ def env(session: Session) -> None:
 
 
 def _copy_bandwidth(session: Session) -> float:
-    """Return the bytes read and written per second while a tensor of 1 GiB is copied."""
+    """Return the bytes read and written per second when copying a tensor of 1 GiB."""
     source = torch.rand(2**28, device=session.device)
     target = torch.empty_like(source)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -76,7 +76,7 @@ def _step(session: Session, method: str, precision: str, arch: str | None = None
 
 
 def smoke(session: Session) -> None:
-    """Run two steps of every method in every precision: do they run, stay finite and never wait for the device?"""
+    """Run two steps of every method in every precision, checking for errors, NaN and waits for the device."""
     for precision in ("bf16", "fp32", "fp16") if session.cuda else ("bf16", "fp32"):
         for method in METHODS:
             with (
@@ -114,7 +114,7 @@ def speed(
     *,
     compiled: bool = False,
 ) -> None:
-    """Record milliseconds per step, steps queued one after another as in training, and the host's share of it."""
+    """Record milliseconds per step, with steps queued back to back as in training, and the host's part of them."""
     repeats = session.options.repeats
     for precision in precisions:
         for method in methods:
@@ -149,14 +149,14 @@ def speed(
 
 
 def compiled(session: Session) -> None:
-    """Time steps under `torch.compile` with the fused optimizer."""
+    """Time steps with `torch.compile` and the fused optimizer."""
     speed(session, "compiled-small", ("pgd-7", "m-deat"), ("bf16",), "wrn-10-1", compiled=True)
     if session.seconds_left() > 150:
         speed(session, "compiled", ("pgd-7",), ("bf16",), compiled=True)
 
 
 def profile(session: Session) -> None:
-    """Record the kernels per step, and the share of the time in which the GPU is busy."""
+    """Record the number of kernels per step, and the fraction of time in which the GPU is busy."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
@@ -209,7 +209,7 @@ def bench(session: Session) -> None:
 
 
 def throughput(session: Session) -> None:
-    """Measure an evaluation's throughput by batch size and layout: PGD-20, with no example misclassified."""
+    """Measure evaluation throughput by batch size and memory layout: PGD-20 without misclassified examples."""
     from deat_rb.attacks.functional import pgd
     from deat_rb.attacks.losses import cross_entropy
 

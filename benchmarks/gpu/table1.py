@@ -1,4 +1,4 @@
-"""Stages that train and evaluate networks on CIFAR-10 (JPEG) in a folder: Table 1, and the CPU beside the GPU."""
+"""Stages that train and evaluate networks on a folder of CIFAR-10 images (JPEG): Table 1, and CPU against GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENTRY = "leaderboard/entries/cifar10-jpeg/Linf/Wang2021Gradient_M-DEAT_WRN-10-1.
 
 
 def decode(session: Session) -> None:
-    """Decode the images once and keep them as tensors for later calls."""
+    """Decode the images and cache them as tensors for later stages."""
     _data(session)
 
 
@@ -44,7 +44,7 @@ _REST = ("classes", "mean", "std", "fingerprint")
 
 
 def _expected_passes(method: str, epochs: int) -> int:
-    """Return about how many backward passes per batch a method takes in all."""
+    """Return the approximate number of backward passes per batch of a whole training."""
     per_epoch = {"pgd-7": 8, "u-fgsm": 2, "free-4": 4, "free-8": 8}
     return per_epoch[method] * epochs if method in per_epoch else 36
 
@@ -52,7 +52,7 @@ def _expected_passes(method: str, epochs: int) -> int:
 def table1(session: Session) -> None:
     """Train each method of the paper's Table 1 (fast setting), and evaluate it on the first test images.
 
-    A method that would not fit into the rest of the budget is left out and recorded as such.
+    Methods that would exceed the remaining time budget are skipped and recorded as such.
     """
     options = session.options
     data = _data(session)
@@ -133,7 +133,7 @@ def full(session: Session) -> None:
 
 
 def parity(session: Session) -> None:
-    """Compare verdicts on the device with the CPU's, example for example, in float32 and in TF32."""
+    """Compare verdicts on the device with those on the CPU, example by example, in float32 and TF32."""
     images, labels = _data(session).test.first(session.options.parity_size).tensors()
     model = load_model(ENTRY)
     reference = None

@@ -128,7 +128,8 @@ class Batches:
         """
         if not 0 <= batch <= len(self):
             raise DeatError(
-                f"cannot continue from batch {batch}: the epoch has {len(self)}; use the same data and batch size"
+                f"cannot continue from batch {batch}: the epoch has {len(self)} batches; "
+                "use the same data and batch size"
             )
         stream = generator(self.seed, "order", self.epoch)
         order = torch.randperm(self._count, generator=stream) if self.shuffle else None

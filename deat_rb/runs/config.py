@@ -1,4 +1,4 @@
-"""Configuration of a run: its options with all defaults resolved, and what they were resolved to."""
+"""Configuration of a run: its options with all defaults filled in, and the values derived from them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from deat_rb.utils.options import validate
 
 
 class RunConfig(TrainOptions):
-    """Everything that determines a run; ``config.json`` of a run directory.
+    """Everything that determines a run, stored as ``config.json`` in the run directory.
 
     Attributes:
-        network: The network.
+        network: Specification of the network.
         classes: Class names, in the order of the network's outputs.
         data_fingerprint: SHA-256 of the dataset.
-        versions: Of the packages that the run started with.
+        versions: Versions of the packages at the start of the run.
     """
 
     network: ModelSpec
@@ -31,36 +31,36 @@ class RunConfig(TrainOptions):
         """Return the same configuration with some options changed.
 
         Raises:
-            DeatError: A value is not admissible.
+            DeatError: A value is invalid.
         """
         return validate(RunConfig, {**self.flat(), **self._facts(), **changes})
 
     def extended(self, epochs: int) -> RunConfig:
-        """Return the same configuration for more epochs; the learning rate keeps its milestones.
+        """Return the same configuration with more epochs; the milestones of the learning rate do not change.
 
         Raises:
-            DeatError: There are fewer epochs, or the learning rate is cyclic.
+            DeatError: ``epochs`` is less than before, or more with a cyclic learning rate.
         """
         optim = self.optim
         if epochs < optim.epochs:
-            raise DeatError(f"--epochs = {epochs} is less than the run's {optim.epochs}; start a new run for it")
+            raise DeatError(f"--epochs = {epochs} is less than the run's {optim.epochs}; start a new run")
         if epochs > optim.epochs and optim.lr_schedule == "cyclic":
             raise DeatError(
-                f"--epochs = {epochs} differs from the run's {optim.epochs}, and a cyclic learning rate, which has "
-                "reached 0 by then, cannot be extended; start a new run for it"
+                f"--epochs = {epochs} differs from the run's {optim.epochs}, and a run with a cyclic learning rate, "
+                "which ends at 0, cannot be extended; start a new run"
             )
         if epochs == optim.epochs or optim.lr_schedule == "flat":
             return self.but(epochs=epochs)
         return self.but(epochs=epochs, lr_epochs=optim.lr_epochs or optim.epochs)
 
     def differences(self, before: Mapping[str, Any]) -> list[str]:
-        """Return the names of what differs from the configuration that has been trained and may not differ.
+        """Return the names of the options that must not change but differ from those of the run so far.
 
         Args:
-            before: That configuration as JSON values, of fewer epochs perhaps.
+            before: The run's earlier configuration as JSON values, possibly with fewer epochs.
 
         Raises:
-            DeatError: It is no configuration.
+            DeatError: ``before`` is not a valid configuration.
         """
         was = validate(RunConfig, before)
         now, then = self._decisive(), was._decisive()

@@ -1,4 +1,4 @@
-"""Default options: the paper's two settings, and what each dataset needs."""
+"""Default options of the paper's two settings and of each dataset."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class DatasetDefaults:
 
     Attributes:
         arch: Architecture.
-        eps: Radius.
-        epoch_factor: Multiplies the setting's epochs: a small dataset needs more epochs for as many updates.
+        eps: Perturbation radius.
+        epoch_factor: Multiplier of the setting's epochs, since small datasets have fewer updates per epoch.
         batch_size: Images per mini-batch.
     """
 
@@ -38,7 +38,7 @@ DATASET_DEFAULTS = {
 
 @dataclass(frozen=True)
 class SettingDefaults:
-    """Default options of a setting of the paper; ``epochs`` is None where the method has its own."""
+    """Default options of a setting of the paper; ``epochs`` is None if it depends on the method."""
 
     epochs: int | None
     lr: float
@@ -65,17 +65,17 @@ DEFAULT_TEXTS = {
         for name in ("lr", "lr_schedule", "precision", "select")
     },
 }
-"""Defaults in words, where they depend on the dataset, the setting or the method."""
+"""Descriptions of the defaults that depend on the dataset, the setting or the method."""
 
 
 def dataset_defaults(dataset: str) -> DatasetDefaults:
     """Return the default options of a dataset.
 
     Raises:
-        DeatError: There is no such dataset.
+        DeatError: The dataset is unknown.
     """
     if dataset not in DATASET_DEFAULTS:
-        raise DeatError(f"there is no dataset '{dataset}': {did_you_mean(dataset, DATASET_DEFAULTS)}")
+        raise DeatError(f"unknown dataset '{dataset}': {did_you_mean(dataset, DATASET_DEFAULTS)}")
     return DATASET_DEFAULTS[dataset]
 
 
@@ -84,10 +84,11 @@ def setting_defaults(setting: str, row: Recipe, arch: str) -> dict[str, Any]:
 
     Args:
         setting: ``fast``: cyclic LR 0 -> 0.1 -> 0, 10 epochs (DEAT-D 12, DEAT-P% and M-DEAT 11, U-FGSM 15), half
-            precision, gamma 1.0 for PreActResNet and 1.01 for WRN, FREE's perturbation carried from batch to batch, the
-            last epoch is the result. ``standard``: 50 epochs, LR 0.05 divided by 10 after 25 and 40, full precision,
-            gamma 1.01, FREE's perturbation zero in each batch, the epoch most robust on validation is the result.
-        row: The method's row.
+            precision, gamma 1.0 for PreActResNet and 1.01 for WRN, FREE's perturbation carried from batch to batch,
+            weights of the last epoch. ``standard``: 50 epochs, LR 0.05 divided by 10 after epochs 25 and 40, full
+            precision, gamma 1.01, FREE's perturbation reset to zero in each batch, weights of the epoch with the
+            highest validation robust accuracy.
+        row: The method's recipe.
         arch: The architecture.
     """
     defaults = asdict(SETTINGS[setting])

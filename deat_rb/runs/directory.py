@@ -1,13 +1,13 @@
 """Run directory: the files of a training run.
 
-config.json          everything that determines the run; `deat-rb train --config` repeats it. If the run was
-                     extended, config-N-epochs.json is the configuration before
-metrics.jsonl        a row of `EpochStats` per epoch
-last.safetensors     the newest weights, with their metrics in last.json
-best.safetensors     the weights most robust on validation, with best.json
-checkpoints/         the newest two, for --resume
-curves.png           the metrics as a picture
-eval.json            the fullest evaluation on the run's own data; others are in evaluations/
+config.json          everything that determines the run; `deat-rb train --config` starts the same run again. If the
+                     run was extended, config-N-epochs.json is its earlier configuration
+metrics.jsonl        one `EpochStats` per line and epoch
+last.safetensors     the latest weights; their metrics are in last.json
+best.safetensors     the weights with the highest validation robust accuracy; their metrics are in best.json
+checkpoints/         the latest two checkpoints, for --resume
+curves.png           plots of the metrics
+eval.json            the most complete evaluation on the run's own data; others are in evaluations/
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def check_name(name: str) -> str:
     """Return a run's name after checking that it is a plain file name.
 
     Raises:
-        DeatError: It is not, for instance because of ``/`` or ``..`` in it.
+        DeatError: The name is invalid, for instance because it contains ``/`` or ``..``.
     """
     if not _NAME.fullmatch(name) or ".." in name:
-        raise DeatError(f"'{name}' cannot be a run's name; use letters, digits and . _ + % - in it, no path")
+        raise DeatError(f"'{name}' is not a valid run name; use only letters, digits and . _ + % -")
     return name
 
 
@@ -64,11 +64,11 @@ def check_free(path: Path) -> None:
     """Check that a run directory can be created at a path.
 
     Raises:
-        DeatError: The name is not admissible or taken.
+        DeatError: The name is invalid or already taken.
     """
     check_name(path.name)
     if path.exists():
-        raise DeatError(f"there is a run at {path} already; choose another --name or --output")
+        raise DeatError(f"{path} already exists; choose another --name or --output")
 
 
 class RunDirectory:
@@ -91,7 +91,7 @@ class RunDirectory:
             DeatError: The name is taken or the folder cannot be created.
         """
         check_free(path)
-        # Under a temporary name until complete, so that a kill in between leaves the name free.
+        # Created under a temporary name, so that the final name stays free if the process is killed.
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
             temporary.mkdir(parents=True)
@@ -110,7 +110,7 @@ class RunDirectory:
         """Open an existing run.
 
         Raises:
-            DeatError: The folder is no run directory or its ``config.json`` is damaged.
+            DeatError: The folder is not a run directory, or its ``config.json`` is damaged.
         """
         path = Path(path)
         if not (path / CONFIG).is_file():
@@ -119,22 +119,23 @@ class RunDirectory:
             return cls(path, RunConfig.model_validate(read_json(path / CONFIG)))
         except ValidationError as error:
             raise DeatError(
-                f"{path / CONFIG} is not a run's configuration: {describe_validation_error(error)}"
+                f"{path / CONFIG} is not a valid run configuration ({describe_validation_error(error)}); "
+                "restore the file or start a new run"
             ) from None
 
     def refuse_links(self) -> None:
-        """Check that nothing in the folder leads training to read or write elsewhere.
+        """Check that the folder has no links or special files, which could make training access other files.
 
         Raises:
-            DeatError: There is a link or a special file, which a run never creates.
+            DeatError: There is one; a run never creates any.
         """
         for folder in (self.path, self.checkpoints):
             for path in sorted(folder.iterdir()) if folder.is_dir() else ():
                 if path.is_symlink() or not (path.is_file() or path.is_dir()):
-                    raise DeatError(f"{path} is a link or a special file, which no run creates; remove it")
+                    raise DeatError(f"{path} is a link or special file, which runs never create; remove it")
 
     def reconfigure(self, config: RunConfig) -> RunDirectory:
-        """Write another configuration; keep the old one of N epochs as ``config-N-epochs.json``."""
+        """Replace the configuration; if the epochs change, keep the old one as ``config-N-epochs.json``."""
         if config.optim.epochs != self.config.optim.epochs:
             write_json(
                 self.path / f"config-{self.config.optim.epochs}-epochs.json", self.config.model_dump(mode="json")
@@ -154,21 +155,21 @@ class RunDirectory:
 
     @property
     def selected_weights_path(self) -> Path:
-        """The weights that are the run's result.
+        """The path of the weights selected as the run's result.
 
         Raises:
-            DeatError: The run has written none yet.
+            DeatError: The run has not written them yet.
         """
         path = self.path / f"{self.config.optim.select}.safetensors"
         if not path.is_file():
-            raise DeatError(f"the run {self.path} has no {path.name}; it ended before its first epoch did")
+            raise DeatError(f"{path} is missing, as the run has not finished an epoch; continue it with --resume")
         return path
 
     def checkpoint(self, which: str) -> dict[str, Any]:
-        """Return epoch, metrics and SHA-256 of the ``best`` or ``last`` weights."""
+        """Return the epoch, metrics and SHA-256 of the ``best`` or ``last`` weights."""
         content = read_json(self.path / f"{which}.json")
         if not isinstance(content, dict):
-            raise DeatError(f"{self.path / which}.json is not a JSON object; the run is damaged")
+            raise DeatError(f"{self.path / which}.json is not a JSON object; restore the file or start a new run")
         return content
 
     @property
@@ -177,15 +178,15 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     def locked(self) -> AbstractContextManager[None]:
-        """Keep every other process from training in this folder.
+        """Lock the run, so that no other process can train in this folder.
 
         Raises:
             DeatError: Another process holds the lock.
         """
         return exclusive_lock(
             self.path / LOCK,
-            busy=f"another process is training in {self.path}; wait for it or end it",
-            failed=f"{self.path / LOCK} cannot be locked to keep other processes out",
+            busy=f"another process is training in {self.path}; wait until it finishes, or stop it",
+            failed=f"cannot lock {self.path / LOCK} against other processes; check that it is writable",
         )
 
     def save_weights(self, which: str, state: Mapping[str, Tensor], row: EpochStats) -> None:
@@ -203,7 +204,7 @@ class RunDirectory:
         """Append an epoch to ``metrics.jsonl`` and sync it to the disk.
 
         Raises:
-            UnwritableError: It cannot be written; the file is as before.
+            UnwritableError: The file cannot be written; it is left unchanged.
         """
         path = self.path / METRICS
         line = (json.dumps(asdict(row), allow_nan=False) + "\n").encode()
@@ -220,22 +221,22 @@ class RunDirectory:
             raise UnwritableError(f"{path} cannot be written ({error.strerror})") from None
 
     def discard_unfinished(self) -> None:
-        """Remove files that a killed process had not finished."""
+        """Remove incomplete files of a killed process."""
         for folder in (self.path, self.checkpoints):
             for path in folder.glob(".*.tmp"):
                 path.unlink(missing_ok=True)
 
     def truncate(self, epochs: int) -> list[EpochStats]:
-        """Remove the metrics of all but the first ``epochs`` epochs, and return those.
+        """Keep only the metrics of the first ``epochs`` epochs, and return them.
 
         Raises:
-            DeatError: There are fewer.
+            DeatError: There are fewer epochs.
         """
         path = self.path / METRICS
         lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
         if len(lines) < epochs:
             raise DeatError(
-                f"{path} has {len(lines)} epochs where the checkpoint has {epochs}: the run is damaged, start a new one"
+                f"{path} has {len(lines)} epochs but the checkpoint has {epochs}; restore the file or start a new run"
             )
         if len(lines) > epochs:
             atomic_write(path, b"".join(lines[:epochs]))
@@ -245,7 +246,7 @@ class RunDirectory:
         """Return the metrics of the epochs so far.
 
         Raises:
-            DeatError: A line does not hold an epoch's metrics.
+            DeatError: A line does not contain an epoch's metrics.
         """
         path = self.path / METRICS
         if not path.is_file():
@@ -256,7 +257,7 @@ class RunDirectory:
                 rows.append(_ROW.validate_json(line, strict=True))
             except ValidationError as error:
                 raise DeatError(
-                    f"{path}, line {number}, does not hold an epoch's metrics ({describe_validation_error(error)}); "
-                    "the run is damaged"
+                    f"{path}, line {number}, does not contain an epoch's metrics ({describe_validation_error(error)}); "
+                    "restore the file or start a new run"
                 ) from None
         return rows

@@ -1,4 +1,4 @@
-"""Options of `deat-rb train`: one field each, from which flags, recorded configuration and docs are made."""
+"""Options of `deat-rb train`; flags, the recorded configuration and documentation are derived from the fields."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from deat_rb.utils.options import Fraction, Numbers, Option, OptionGroup, Size, 
 class DataConfig(OptionGroup):
     """Data."""
 
-    dataset: str = option("digits", "Dataset; folder is your own images.", choices=DATASET_DEFAULTS)
+    dataset: str = option("digits", "Dataset; use folder for your own images.", choices=DATASET_DEFAULTS)
     data_dir: str | None = option(
-        None, "Where the data are: CIFAR's files, or a folder with train/<class>/ and test/<class>/.",
+        None, "Folder of CIFAR's files, or of your images in train/<class>/ and test/<class>/.",
         metavar="PATH", may_change=True,
     )  # fmt: skip
     image_size: int | None = option(None, "Resize a folder's images to N x N pixels.", default_text="32", ge=1)
     train_size: int | None = option(
-        None, "Use only this many training images, classes in proportion.", default_text="all", ge=1
+        None, "Use only this many training images, stratified by class.", default_text="all", ge=1
     )
     val_size: int | None = option(None, "Number of training images held out for validation.", ge=1)
     batch_size: int = option(128, "Images per mini-batch.", ge=2)
     memory_limit: Size | None = option(
-        None, "Decode a folder's images in worker processes if all of them would take more memory than this, such as "
+        None, "Decode a folder's images in worker processes if all together would take more memory than this, such as "
         "8G.", default_text="no limit", may_change=True, ge=0,
     )  # fmt: skip
 
@@ -46,16 +46,16 @@ class ModelConfig(OptionGroup):
     init_from: str | None = option(None, "Initialize the weights from this checkpoint.", metavar="PATH")
     weights_key: str | None = option(
         None,
-        "Key of the state dict in that checkpoint, where it has several, such as state_dict_ema.",
+        "State dict to load from that checkpoint if it has several, such as state_dict_ema.",
         metavar="KEY",
-        default_text="state_dict, model or another usual one",
+        default_text="state_dict, model or another usual key",
     )
     mean: Numbers | None = option(
-        None, "Mean per channel that the network subtracts from its images in [0, 1], such as 0.485,0.456,0.406.",
+        None, "Mean per channel of the network's normalization, for images in [0, 1], such as 0.485,0.456,0.406.",
         default_text="the dataset's",
     )  # fmt: skip
     std: Numbers | None = option(
-        None, "Standard deviation per channel by which the network divides its images.", default_text="the dataset's"
+        None, "Standard deviation per channel of the network's normalization.", default_text="the dataset's"
     )
 
 
@@ -71,9 +71,9 @@ class AttackConfig(OptionGroup):
         None, "Step size of the attack, such as 2/255.", default_text="method's", gt=0, allow_inf_nan=False
     )
     steps: int | None = option(
-        None, "Attack steps; where a schedule raises them, those of the first epoch.", default_text="method's", ge=0
+        None, "Number of attack steps; in the first epoch, if a schedule increases it.", default_text="method's", ge=0
     )
-    max_steps: int | None = option(None, "Most steps that a schedule may reach.", default_text="method's", ge=1)
+    max_steps: int | None = option(None, "Maximum number of attack steps of a schedule.", default_text="method's", ge=1)
     gamma: float | None = option(
         None, "Threshold factor gamma of the gradient-magnitude schedule.", gt=0, allow_inf_nan=False
     )
@@ -85,11 +85,11 @@ class AttackConfig(OptionGroup):
         None, "Patience tau of friendly attacks: steps after misclassification.", default_text="method's: 3", ge=0
     )
     omega: float | None = option(
-        None, "Standard deviation of the noise that friendly attacks add after each step.",
+        None, "Standard deviation of the noise added after each step of friendly attacks.",
         default_text="method's: 0.001 for fat-N, else 0", ge=0, allow_inf_nan=False,
     )  # fmt: skip
     carry: bool | None = option(
-        None, "Carry FREE's perturbation from batch to batch; otherwise it is zero at the start of each batch.",
+        None, "Carry FREE's perturbation over from batch to batch; otherwise it is reset to zero in each batch.",
         default_text="setting's: yes fast, no standard",
     )  # fmt: skip
     attack_mode: Literal["train", "eval"] | None = option(
@@ -108,14 +108,14 @@ class OutputConfig(OptionGroup):
 
 
 FORMER_NAMES = {"heed_stop": "early_stopping", "compiled": "compile"}
-"""Options that earlier versions recorded under another name."""
+"""Names of options in earlier versions, mapped to the current names."""
 
 
 class TrainOptions(BaseModel):
     """Options of a training run, by group.
 
-    Options may also be given without their groups, as in a ``config.json`` of earlier versions. What is not given, or
-    is None, takes the default of the method, the setting or the dataset.
+    Options may also be given without groups, as in the ``config.json`` of earlier versions. Options that are missing or
+    None take the default of the method, the setting or the dataset.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -137,11 +137,11 @@ class TrainOptions(BaseModel):
         return {name: value for group in GROUPS for name, value in getattr(self, group)}
 
     def explicit(self) -> dict[str, Any]:
-        """Return the options that were set to something, by name."""
+        """Return the options that were set explicitly and are not None, by name."""
         return {name: value for group in GROUPS for name, value in getattr(self, group).explicit().items()}
 
     def method_options(self) -> dict[str, Any]:
-        """Return the options for `deat_rb.create`; None where the method has its own value."""
+        """Return the options for `deat_rb.create`; None stands for the method's default."""
         values = {name: getattr(self.attack, name) for name in METHOD_OPTIONS}
         flags = {name for name in values if AttackConfig.model_fields[name].default is False}
         return {name: None if value is False and name in flags else value for name, value in values.items()}
@@ -150,7 +150,7 @@ class TrainOptions(BaseModel):
         """Return the same options with some changed.
 
         Raises:
-            DeatError: A value is not admissible.
+            DeatError: A value is invalid.
         """
         return make_options({**self.explicit(), **changes})
 
@@ -165,7 +165,7 @@ GROUPS: dict[str, type[OptionGroup]] = {
 GROUP_OF = {name: key for key, group in GROUPS.items() for name in group.model_fields}
 
 METHOD_OPTIONS = tuple(name for name in AttackConfig.model_fields if name not in ("method", "setting", "eps"))
-"""Options that are passed on to `deat_rb.create`."""
+"""Options that are passed to `deat_rb.create`."""
 
 
 def train_options() -> list[Option]:
@@ -179,9 +179,9 @@ MAY_CHANGE = tuple(each.name for each in train_options() if each.may_change)
 
 
 def nest(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Sort options by name into their groups; read the names and the layout of earlier versions, too.
+    """Sort options by name into their groups; names and layout of earlier versions are accepted, too.
 
-    Those always carried FREE's perturbation from batch to batch, and added no noise in FAT.
+    Earlier versions always carried FREE's perturbation over from batch to batch, and added no noise in FAT.
     """
     nested = dict(values)
     if isinstance(spec := nested.get("model"), Mapping) and "num_classes" in spec:  # before there were groups
@@ -201,32 +201,32 @@ def nest(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_options(path: str | Path) -> dict[str, Any]:
-    """Read the options of a ``config.json``, a run's own or one written by hand.
+    """Read options from the ``config.json`` of a run, or from a file written by hand.
 
     Returns:
-        Its options, by name.
+        The options that the file sets, by name.
 
     Raises:
-        DeatError: The file does not hold such options.
+        DeatError: The file does not contain valid training options.
     """
     content = read_json(Path(path))
     if not isinstance(content, dict):
-        raise DeatError(f"{path} does not hold a JSON object of training options; a run's config.json does")
+        raise DeatError(f"{path} does not contain a JSON object of training options; give a run's config.json")
     facts = {"network", "classes", "data_fingerprint", "versions"}
     return make_options({key: value for key, value in nest(content).items() if key not in facts}).explicit()
 
 
 def make_options(values: Mapping[str, Any]) -> TrainOptions:
-    """Validate options.
+    """Return validated options.
 
     Raises:
-        DeatError: Naming the first option that is not admissible, and its value.
+        DeatError: An option is invalid; the message names the first one and its value.
     """
     return validate(TrainOptions, values)
 
 
 def options_markdown() -> str:
-    """Return ``docs/options.md``."""
+    """Return the content of ``docs/options.md``."""
     lines = [
         "# Options of `deat-rb train`",
         "",

@@ -1,4 +1,4 @@
-"""Training plan: options resolved, data loaded and the model built, before anything is written."""
+"""Training plan: resolved options, loaded data and the model, before anything is written."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ from deat_rb.utils.units import check_eps, format_fraction
 from deat_rb.utils.versions import versions
 
 RARE = 10
-"""A class is rare that has fewer than one in this many images of the most frequent class."""
+"""A class is rare if it has fewer than 1/10 as many training images as the most frequent class."""
 
 
 @dataclass(eq=False)
 class TrainingPlan:
-    """A run that is ready to start, before anything is written.
+    """A run that is ready to start; nothing has been written yet.
 
     Attributes:
-        config: Its configuration.
+        config: The run's configuration.
         data: The dataset.
-        train: The training images.
-        val: The images held out of them for validation.
+        train: The training images, without those for validation.
+        val: The validation images, held out of the training images.
         trainer: The method and the model.
-        ranks: How many processes train together.
-        notes: What the user should know, such as which weights of a checkpoint were loaded.
+        ranks: Number of ranks of data-parallel training.
+        notes: Notes for the user, such as which weights of a checkpoint were loaded.
     """
 
     config: RunConfig
@@ -70,10 +70,10 @@ class TrainingPlan:
         return -(-len(self.train) // self.config.data.batch_size)
 
     def costs(self) -> dict[str, int] | None:
-        """Return the passes and updates of the whole run, in units of mini-batches (invariant 6).
+        """Return the number of passes and updates of the whole run, in mini-batches (invariant 6).
 
-        None where they depend on the run (guided and accuracy schedules, friendly attacks, stopping rules) or on an
-        attack or a trainer that is not built in.
+        None if it is not known in advance (guided and accuracy schedules, friendly attacks, stopping rules) or if the
+        attack or trainer is not built in.
         """
         trainer, epochs = self.trainer, self.config.optim.epochs
         steps = trainer.schedule.total_steps(epochs)
@@ -83,16 +83,19 @@ class TrainingPlan:
         return self._passes(steps)
 
     def most_costs(self) -> dict[str, int] | None:
-        """Return upper bounds of `costs`; None for an attack, a schedule or a trainer that is not built in."""
+        """Return upper bounds of `costs`; None if the attack, schedule or trainer is not built in."""
         schedule, epochs = self.trainer.schedule, self.config.optim.epochs
         steps = schedule.total_steps(epochs)
-        if steps is None and type(schedule) in (GradientMagnitude, AccuracyThreshold):  # a step more per epoch at most
+        if steps is None and type(schedule) in (
+            GradientMagnitude,
+            AccuracyThreshold,
+        ):  # at most one more step per epoch
             most = math.inf if schedule.max_steps is None else schedule.max_steps
             steps = int(sum(min(schedule.steps + epoch, most) for epoch in range(epochs)))
         return None if steps is None else self._passes(steps)
 
     def _passes(self, steps: int) -> dict[str, int] | None:
-        """Return the passes and updates of a run that takes ``steps`` attack steps, summed over its epochs."""
+        """Return the number of passes and updates of a run with ``steps`` attack steps, summed over its epochs."""
         trainer, crafter, epochs, m = self.trainer, self.trainer.crafter, self.config.optim.epochs, self.batches
         if type(crafter) is not PGD:
             return None
@@ -106,7 +109,7 @@ class TrainingPlan:
         return {"backward passes": (steps + epochs) * m, "forward passes": forwards * m, "updates": epochs * m}
 
     def lines(self) -> list[tuple[str, str]]:
-        """Return the plan in words, as ``--dry-run`` prints it, warnings last."""
+        """Return the plan as pairs of a heading and a text, as printed by ``--dry-run``; warnings come last."""
         data, attack, optim, runtime = self.config.data, self.config.attack, self.config.optim, self.config.runtime
         text = describe(attack.method, eps=attack.eps, **self.config.method_options())
         costs, most = self.costs(), self.most_costs()
@@ -149,24 +152,27 @@ class TrainingPlan:
         ]  # fmt: skip
 
     def warnings(self) -> list[str]:
-        """Return sentences about options and data that probably are not what the user wants."""
+        """Return warnings about options and data that are probably not intended."""
         schedule, method, epochs = self.trainer.schedule, self.config.attack.method, self.config.optim.epochs
         warnings = []
         if isinstance(schedule, EveryDEpochs) and schedule.every >= epochs:
-            percent = f"{method}% raises them by training accuracy" if schedule.every < 100 else "give a smaller D"
+            percent = f"{method}% adds them by training accuracy" if schedule.every < 100 else "choose a smaller D"
             warnings.append(
-                f"{method} adds a replay every {schedule.every} epochs, and this run has {epochs}: it never adds one; "
+                f"{method} adds a replay every {schedule.every} epochs, so it never does in this run of {epochs}; "
                 f"{percent}"
             )
         elif schedule.max_steps is not None and schedule.steps >= schedule.max_steps:
-            warnings.append(f"the schedule starts at its bound of {schedule.max_steps} steps and never adds one")
+            warnings.append(
+                f"the schedule starts at its maximum of {schedule.max_steps} steps and never adds one; "
+                "increase --max-steps"
+            )
         counts = [] if self.data.is_placeholder else self._counts()
         rare = [self.data.classes[label] for label, count in enumerate(counts) if RARE * count < max(counts)]
         if rare:
             named = ", ".join(f"'{name}'" for name in rare[:3]) + (f" and {len(rare) - 3} more" * (len(rare) > 3))
             warnings.append(
-                f"rare classes, with less than a tenth of the most frequent one's images: {named}; the accuracy over "
-                "all images says little about them"
+                f"rare classes, with less than a tenth of the most frequent class's images: {named}; overall accuracy "
+                "says little about them"
             )
         return warnings
 
@@ -194,19 +200,19 @@ def plan(
 ) -> TrainingPlan:
     """Resolve options, load the data and build the model; write nothing.
 
-    What can be refused without the data is refused before any image is decoded.
+    All checks that do not need the data are made before any image is decoded.
 
     Args:
         options: The options.
-        continues: The configuration of the run to continue, whose data these have to be.
+        continues: The configuration of the run to continue; the data must be the same.
         started: Whether that run has a checkpoint, so that the weights it was initialized from are not needed.
-        dry: Whether the plan is only to be looked at, not trained: then nothing is downloaded, and of a folder no more
-            images are decoded than the attack is checked on.
-        data: The dataset, if it has been loaded with these options.
-        progress: Called with the numbers of decoded and of all images, where these are not kept in memory.
+        dry: Whether the plan is only displayed, not trained: then nothing is downloaded, and only the images of a
+            folder that are needed to check the attack are decoded.
+        data: The dataset, if it was already loaded with these options.
+        progress: Called with the number of decoded images and the total, if images are not kept in memory.
 
     Raises:
-        DeatError: Something is not admissible.
+        DeatError: An option or the data are invalid, or options conflict.
     """
     resolved = resolve(options)
     source = resolved.model.init_from
@@ -217,7 +223,9 @@ def plan(
     if data is None:
         data = _load(resolved.data, ranks, dry, progress)
     if continues is not None and data.fingerprint != continues.data_fingerprint:
-        raise DeatError(f"the data of {continues.data.dataset} are not those of the run; start a new run for them")
+        raise DeatError(
+            f"the data of {continues.data.dataset} differ from those of the run; restore them, or start a new run"
+        )
     train_size, val_size, seed = resolved.data.train_size, resolved.data.val_size, resolved.optim.seed
     if val_size is None:
         val_size = default_val_size(min(train_size or len(data.train), len(data.train)))
@@ -226,7 +234,7 @@ def plan(
         train = subset(train, train_size, seed)
     channels, size = train.shape[0], train.shape[-1]
     mean, std, fingerprint = resolved.model.mean, resolved.model.std, ""
-    if dry and data.known_fingerprint is None:  # unknown without decoding all images
+    if dry and data.known_fingerprint is None:  # not known without decoding all images
         mean, std = mean or (0.0,) * channels, std or (1.0,) * channels
     else:
         mean, std, fingerprint = mean or data.mean, std or data.std, data.fingerprint
@@ -256,10 +264,10 @@ def plan(
 
 
 def resolve(options: TrainOptions) -> TrainOptions:
-    """Return options with the defaults of the dataset, the setting and the method filled in, and checked without data.
+    """Fill in the defaults of the dataset, the setting and the method, and check the options without loading data.
 
     Raises:
-        DeatError: Something is not admissible.
+        DeatError: An option is invalid, or options conflict.
     """
     explicit, dataset, device_name = options.explicit(), options.data.dataset, options.runtime.device
     defaults = dataset_defaults(dataset)
@@ -271,7 +279,7 @@ def resolve(options: TrainOptions) -> TrainOptions:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1 and ":" in device_name:
         raise DeatError(
-            f"--device {device_name} is one device for all of the {ranks} ranks; leave it out, and each has its own"
+            f"--device {device_name} is a single device for {ranks} ranks; omit it to use one device per rank"
         )
     device = resolve_device(device_name)
     check_sync_bn(options.runtime.sync_bn, device)
@@ -291,22 +299,22 @@ def resolve(options: TrainOptions) -> TrainOptions:
     check_layout(resolved.optim.lr_schedule, resolved.optim.lr_epochs, "--lr-epochs")
     configure(method, row, eps=resolved.attack.eps, **resolved.method_options())
     if (resolved.model.mean is None) != (resolved.model.std is None):
-        raise DeatError("--mean and --std belong together: give both, or neither for the dataset's own")
+        raise DeatError("--mean and --std must be given together; omit both for those of the dataset")
     if resolved.model.init_from is None and resolved.model.weights_key is not None:
-        raise DeatError("--weights-key chooses among the state dicts of a checkpoint: give that by --init-from")
+        raise DeatError("--weights-key chooses a state dict of a checkpoint: give the checkpoint with --init-from")
     _check_arch(resolved)
     return resolved
 
 
 def _load(options: DataConfig, ranks: World, dry: bool, progress: Progress | None) -> Dataset:
-    # One process of each machine downloads, unpacks and reads the images, and the others use what it has stored.
+    # One rank per machine downloads, unpacks and reads the images first; the others use its files.
     return ranks.local_main_first(
         lambda: load_data(
             options.dataset,
             data_dir=options.data_dir,
             image_size=options.image_size,
             memory_limit=0 if dry else options.memory_limit,
-            test_only=dry and options.dataset == "folder",  # leaves the training images in their files
+            test_only=dry and options.dataset == "folder",  # does not decode the training images
             download=not dry,
             progress=progress,
         )
@@ -314,27 +322,27 @@ def _load(options: DataConfig, ranks: World, dry: bool, progress: Progress | Non
 
 
 def _check_batches(images: int, config: RunConfig, ranks: int) -> None:
-    """Raise an error for batches that BatchNorm cannot be trained on."""
+    """Check that every batch has enough images for BatchNorm."""
     batch_size = config.data.batch_size
     if images < batch_size:
-        raise DeatError(f"{images} training images are fewer than a batch of {batch_size}; give a smaller --batch-size")
+        raise DeatError(f"{images} training images are fewer than a batch of {batch_size}; reduce --batch-size")
     if images % batch_size == 1 and ":" in config.model.arch:
         raise DeatError(
-            f"{images} training images in batches of {batch_size} leave one of a single image, from which BatchNorm "
-            "cannot learn; give another --batch-size or --train-size"
+            f"{images} training images in batches of {batch_size} leave one of a single image, on which BatchNorm "
+            "cannot be trained; change --batch-size or --train-size"
         )
     for size in {batch_size, images % batch_size or batch_size} if ranks > 1 else ():
         if size < 2 * ranks:
             raise DeatError(
-                f"{images} training images in batches of {batch_size} leave one of {size}, too few for two images on "
-                f"each of {ranks} ranks; give another --batch-size or --train-size"
+                f"{images} training images in batches of {batch_size} leave one of {size}, less than two images for "
+                f"each of {ranks} ranks; change --batch-size or --train-size"
             )
 
 
 def _check_arch(options: TrainOptions) -> None:
-    """Raise an error for an architecture that does not exist or does not take the dataset's images.
+    """Check that the architecture exists and accepts the dataset's images.
 
-    The network is built here with as many classes as the dataset seems to have, so that this needs no image.
+    The number of classes is taken from the dataset's name or folder, so that no images are needed.
     """
     dataset, size = options.data.dataset, options.data.image_size or 32
     if dataset in SPEC_DATASETS:
@@ -347,13 +355,13 @@ def _check_arch(options: TrainOptions) -> None:
     if ":" not in spec.arch:
         robustbench_class(spec)
         return
-    if dataset != "digits":  # their images cost nothing
+    if dataset != "digits":  # loading them is fast, so this is checked later
         with seeding.preserved():
             spec.build()
 
 
 def _for_dataset(method: str, dataset: str) -> str:
-    """Fill in the P of ``deat-P%``: 20 on CIFAR-100, 40 elsewhere (section 5.1)."""
+    """Replace P in ``deat-P%`` by 20 for CIFAR-100 and 40 otherwise (section 5.1)."""
     percent = 20 if dataset == "cifar100" else 40
     return f"deat-{percent}%" if method.strip().lower() in ("deat-p%", "deat-%") else method
 
@@ -363,9 +371,9 @@ def _absolute(path: str | None) -> str | None:
 
 
 def default_val_size(images: int) -> int:
-    """Return how many images are held out: 1,000 of CIFAR-10's 50,000, in proportion for fewer, at least 100.
+    """Return the default number of validation images: 1,000 of 50,000, in proportion for fewer, but at least 100.
 
-    No more than a fifth of the images for the sake of the 100.
+    To reach 100, at most a fifth of the images is held out.
     """
     return max(min(100, images // 5), min(1000, images // 50))
 

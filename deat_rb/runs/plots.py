@@ -19,11 +19,11 @@ BLUE, ORANGE, GREEN, GREY = "#2563a8", "#d9822b", "#2e8b57", "#8a8f98"
 
 
 def plot_curves(rows: Sequence[EpochStats], path: Path, *, title: str) -> None:
-    """Plot a run's accuracy, loss, gradient magnitude with the steps, and backward passes.
+    """Plot a run's accuracy, loss, gradient magnitude and attack steps, and backward passes.
 
     Args:
-        rows: The run's epochs.
-        path: The PNG to write, atomically.
+        rows: Metrics of the run's epochs.
+        path: The PNG file to write.
         title: The figure's title.
     """
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Experiment trackers: TensorBoard and the others that Accelerate supports, beside ``metrics.jsonl``."""
+"""Experiment trackers supported by Accelerate, such as TensorBoard, in addition to ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Check that trackers can be used.
+    """Check that trackers exist and are installed.
 
     Raises:
-        DeatError: One does not exist or its package is not installed.
+        DeatError: A tracker does not exist, or its package is not installed.
     """
     if not names:
         return
@@ -36,8 +36,8 @@ class Trackers(Callback):
     """Log the metrics of each epoch to experiment trackers.
 
     Args:
-        names: Accelerate's names of trackers, such as ``tensorboard``; their local files go into the run.
-        run: The run.
+        names: Accelerate's names of the trackers, such as ``tensorboard``.
+        run: The run; trackers store local files in its directory.
     """
 
     def __init__(self, names: Sequence[str], run: RunDirectory) -> None:
@@ -56,13 +56,13 @@ class Trackers(Callback):
             tracker.store_init_configuration(plain)
 
     def on_epoch_end(self, row: EpochStats) -> None:
-        """Log the epoch's metrics, with its number as the step."""
+        """Log the epoch's metrics; the step is the epoch number."""
         metrics = {key: value for key, value in asdict(row).items() if isinstance(value, int | float)}
         del metrics["epoch"]
         for tracker in self._trackers:
             tracker.log(metrics, step=row.epoch)
 
     def close(self) -> None:
-        """Finish the trackers' writing."""
+        """Flush and close all trackers."""
         for tracker in self._trackers:
             tracker.finish()

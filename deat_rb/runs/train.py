@@ -1,4 +1,4 @@
-"""`deat-rb train`: from options to a run directory."""
+"""Training and resuming of runs, as by `deat-rb train`."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def train(
     """Train as `deat-rb train` does.
 
     Args:
-        options: The options by name, see docs/options.md, or a plan made of them.
-        output: The folder of all runs.
-        name: The run's name; by default made of method, dataset, architecture and seed.
+        options: The options by name (see docs/options.md), or a plan created from them.
+        output: Parent folder of the run directory.
+        name: The run's name; by default composed of method, dataset, architecture and seed.
         callbacks: Called during training, on rank 0.
 
     Returns:
         The run directory and the history.
 
     Raises:
-        DeatError: Something is not admissible; then nothing has been written.
+        DeatError: An option or the data are invalid, or the name is taken; nothing has been written then.
     """
     if name is not None:
         check_name(name)
@@ -75,14 +75,14 @@ def resume(
 
     Args:
         path: The run directory.
-        changes: Options given again. Those that affect the result must have the run's values, except ``epochs``, which
-            may be raised under a flat or multistep learning rate.
+        changes: Options to change. Those that affect the result must equal the run's, except ``epochs``, which may be
+            increased with a flat or multistep learning rate.
         callbacks: Called during training, on rank 0.
-        trust_code: Whether the run's network may be built by a ``package.module:factory``; nothing else of a run is
-            ever executed.
+        trust_code: Whether the run's ``package.module:factory`` may be called to build the network; no other code
+            named in a run is ever executed.
 
     Raises:
-        DeatError: It is no run, another process is training in it, or an option, the data or the run's own
+        DeatError: The folder is not a run, another process is training in it, or an option, the data or the run's
             configuration has changed.
     """
     run = RunDirectory.open(path)
@@ -96,24 +96,24 @@ def resume(
         state = read(newest) if newest is not None else None
         if state is not None and (differing := config.differences(state.config)):
             raise DeatError(
-                f"{run.path / 'config.json'} was changed after the run had begun, in {', '.join(differing)}; "
-                "put back what it was, or start a new run"
+                f"{run.path / 'config.json'} was changed after the run began, in {', '.join(differing)}; "
+                "restore the original values, or start a new run"
             )
         _refuse_changes(changes, options, config, RESOLVED)
         _refuse_changes(changes, resolve(options), config)
         longer = config.extended(options.optim.epochs)
         if longer.optim.epochs > config.optim.epochs and state is not None and state.stopped is not None:
             raise DeatError(
-                f"--epochs = {longer.optim.epochs} does not extend a run that its stopping rule has ended "
-                f"({state.stopped}); start a new run, with --no-early-stopping if it is to go on"
+                f"--epochs = {longer.optim.epochs} cannot extend a run that was ended by its stopping rule "
+                f"({state.stopped}); start a new run, with --no-early-stopping to train all epochs"
             )
         planned = plan(options, continues=config, started=newest is not None)
         for package, version in versions().items():
             if config.versions.get(package, version) != version:
-                _warn(callbacks, f"{package} is {version} here, and the run began with {config.versions[package]}")
+                _warn(callbacks, f"{package} is {version} here, but the run started with {config.versions[package]}")
         if longer.optim.epochs != config.optim.epochs:
             layout = longer.optim.lr_epochs
-            milestones = f"; its learning rate keeps the milestones of {layout} epochs" if layout else ""
+            milestones = f"; the learning rate keeps the milestones for {layout} epochs" if layout else ""
             before, after = config.optim.epochs, longer.optim.epochs
             _warn(callbacks, f"the run is extended from {before} to {after} epochs{milestones}")
         resolved = planned.config.flat()
@@ -125,7 +125,7 @@ def resume(
 
 
 RESOLVED = ("method", "arch", "precision", "init_from")
-"""Options that are recorded otherwise than given, so that they are compared once resolved."""
+"""Options whose recorded values differ from the given ones, so that they are compared after resolution."""
 
 
 def _refuse_changes(changes: Mapping[str, Any], now: TrainOptions, before: RunConfig, but: Sequence[str] = ()) -> None:
@@ -133,7 +133,7 @@ def _refuse_changes(changes: Mapping[str, Any], now: TrainOptions, before: RunCo
     for name in changes:
         if name not in (*MAY_CHANGE, "epochs", *but) and values[name] != was[name]:
             flag = f"--{name.replace('_', '-')}"
-            raise DeatError(f"{flag} = {values[name]} differs from the run's {was[name]}; start a new run for it")
+            raise DeatError(f"{flag} = {values[name]} differs from the run's {was[name]}; omit it or start a new run")
 
 
 def _world(options: TrainOptions) -> World:
@@ -142,7 +142,7 @@ def _world(options: TrainOptions) -> World:
 
 @contextmanager
 def _exclusive(run: RunDirectory, ranks: World) -> Iterator[None]:
-    """Keep all processes but these ranks from training in a run; say on Ctrl-C what is kept of it."""
+    """Lock a run against training by other processes; turn Ctrl-C into `Interrupted` with a hint how to resume."""
     with ExitStack() as stack:
         ranks.on_main(lambda: stack.enter_context(run.locked()))
         try:
@@ -150,7 +150,7 @@ def _exclusive(run: RunDirectory, ranks: World) -> Iterator[None]:
         except Interrupted:
             raise
         except KeyboardInterrupt:
-            kept = f"{run.path} keeps what it had; deat-rb train --resume {run.path} goes on from there"
+            kept = f"{run.path} is kept; continue with deat-rb train --resume {run.path}"
             raise Interrupted(kept) from None
 
 
@@ -186,7 +186,7 @@ def _fit(planned: TrainingPlan, run: RunDirectory, callbacks: Sequence[Callback]
             **dict(config.runtime),
         )
     finally:
-        # An error in here must not hide the one that ended training, such as a full disk.
+        # An error here must not hide the one that ended training, such as a full disk.
         try:
             if trackers is not None:
                 trackers.close()
@@ -194,7 +194,7 @@ def _fit(planned: TrainingPlan, run: RunDirectory, callbacks: Sequence[Callback]
                 title = f"{config.attack.method} on {config.data.dataset}, {config.model.arch}"
                 plot_curves(rows, run.path / CURVES, title=title)
         except (DeatError, OSError) as error:
-            _warn(callbacks, f"the curves and the trackers are not complete: {error}")
+            _warn(callbacks, f"the plots or trackers may be incomplete: {error}")
 
 
 def train_seeds(
@@ -209,18 +209,18 @@ def train_seeds(
     """Train once with each of several seeds.
 
     Args:
-        options: The options; their seed is not used.
+        options: The options; their seed is ignored.
         seeds: The seeds, all different.
-        output: The folder of all runs.
-        name: The runs' name, to which ``-s`` and the seed are added.
+        output: Parent folder of the run directories.
+        name: Prefix of the runs' names, followed by ``-s`` and the seed.
         callbacks: Called during training, on rank 0.
-        data: The dataset, if it has been loaded.
+        data: The dataset, if it was already loaded.
 
     Raises:
-        DeatError: Something is not admissible or one of the names is taken; then nothing has been written.
+        DeatError: An option or the data are invalid, or a name is taken; nothing has been written then.
     """
     if len(set(seeds)) != len(seeds) or not seeds:
-        raise DeatError(f"--seeds {','.join(map(str, seeds))}: seeds must be unique, e.g. 0,1,2")
+        raise DeatError(f"--seeds {','.join(map(str, seeds))}: give different seeds, such as 0,1,2")
     first = plan(options.but(seed=seeds[0]), data=data)
     plans = [first, *(plan(options.but(seed=seed), data=first.data) for seed in seeds[1:])]
     names = [f"{name}-s{p.config.optim.seed}" if name else default_name(p.config) for p in plans]

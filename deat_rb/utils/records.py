@@ -6,6 +6,6 @@ from pydantic import ValidationError
 
 
 def describe_validation_error(error: ValidationError) -> str:
-    """Return the field and the message of the first error."""
+    """Return the field and message of the first validation error."""
     first = error.errors()[0]
     return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"

@@ -35,7 +35,7 @@ class Weights:
 
     Attributes:
         tensors: Tensors by name, without DDP's prefix ``module.``.
-        key: Key of the state dict, such as ``state_dict`` or ``ema.model``; None if the file holds nothing else.
+        key: Key of the state dict, such as ``state_dict`` or ``ema.model``; None if the whole file is the dict.
         others: Keys of other state dicts of the same network in the file, such as ``state_dict_ema``.
     """
 
@@ -67,7 +67,7 @@ def load_state_dict(path: Path | str, weights_key: str | None = None) -> Weights
 
     Args:
         path: The file.
-        weights_key: The key to load, such as ``state_dict_ema``; dots lead into nested dicts (``ema.model``).
+        weights_key: The key to load, such as ``state_dict_ema``; dots separate nested keys (``ema.model``).
 
     Raises:
         DeatError: The file is missing, empty, truncated, a web page or a pickle of objects other than tensors; it has

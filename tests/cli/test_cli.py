@@ -76,7 +76,7 @@ def test_version_of_the_installed_command_and_of_the_module() -> None:
 
 
 def test_resolve_command_suggests_the_nearest_name() -> None:
-    assert refusal("trian") == "there is no command 'trian': did you mean 'train'?"
+    assert refusal("trian") == "unknown command 'trian': did you mean 'train'?"
 
 
 # Errors and exit statuses
@@ -209,7 +209,10 @@ def test_eval_of_a_run_uses_its_config_and_writes_eval_json(digits_run: Path) ->
         (["--num-classes", "3"], "--num-classes 3 is too few: folder has 4 classes"),
         (["--image-size", "64"], "takes 3x32x32 images, not 3x64x64"),
         (["--json", "report.txt"], "Invalid value for '--json': 'report.txt' does not end in .json"),
-        (["--json", "nowhere/report.json"], "Invalid value for '--json': there is no folder 'nowhere'"),
+        (
+            ["--json", "nowhere/report.json"],
+            "Invalid value for '--json': the folder 'nowhere' for 'report.json' does not exist",
+        ),
     ],
 )
 def test_eval_refuses(flags: list[str], sentence: str, described: list[str | Path]) -> None:

@@ -194,7 +194,7 @@ def test_eval_of_other_data_is_not_the_runs_evaluation(tmp_path: Path, image_fol
     assert "note: the data are not the run's own, so its eval.json is left as it is" in result.stdout
     refused = run("eval", path, "--data-dir", other, *flags, "--overwrite")
     assert refused.exit_code == 2
-    assert "--overwrite is for evaluations of runs on the data that they were trained on" in refused.stderr
+    assert "--overwrite applies only to evaluations of runs on their own dataset" in refused.stderr
     assert not (path / "eval-state").exists(), "nothing was attacked"
     own = run("eval", path, *flags)
     assert own.exit_code == 0, own.output
@@ -219,7 +219,7 @@ def test_eval_l2_and_bf16(described: list[object], tmp_path: Path) -> None:
         (["--eps", "1/255,x"], "'x' is not a number"),
         (["--attacks", "torchattacks.PDG(steps=3),fgsm"], "torchattacks.PDG does not exist: did you mean 'PGD'"),
         (["--resume"], "there is no unfinished evaluation in"),
-        (["--strict", "--checks", "none"], "--strict needs checks: leave out --checks none"),
+        (["--strict", "--checks", "none"], "--strict needs checks: omit --checks none"),
         (["--model-dir", "zoo"], "--model-dir zoo is only for robustbench:NAME"),
     ],
 )

@@ -63,8 +63,8 @@ def refusal(*arguments: object) -> str:
         (["--eps", "much"], "--eps = 'much' cannot be used: 'much' is not a number; give a fraction such as 8/255"),
         (["--epochs", "0"], "--epochs = '0' cannot be used: it should be greater than or equal to 1"),
         (["--memory-limit", "8X"], "--memory-limit = '8X' cannot be used: '8X' is not a size"),
-        (["--seeds", "1,1"], "'1,1' is not a list of different integers"),
-        (["--seeds", "1,2", "--seed", "3"], "--seed 3 and --seeds 1,2 exclude each other; give one"),
+        (["--seeds", "1,1"], "'1,1' is not a list of different seeds"),
+        (["--seeds", "1,2", "--seed", "3"], "--seed 3 and --seeds 1,2 are mutually exclusive; give only one"),
     ],
 )
 def test_train_refuses(flags: list[str], sentence: str) -> None:
@@ -76,7 +76,7 @@ def test_resume_refuses_flags_of_a_new_run(tmp_path: Path) -> None:
     config = tmp_path / "run" / "config.json"
     config.write_text(run_config().model_dump_json())
     for flags in (["--name", "x"], ["--seeds", "1,2"], ["--dry-run"], ["--config", config]):
-        assert "--resume continues a run as it is: leave out" in refusal("--resume", config.parent, *flags)
+        assert "--resume cannot be combined with" in refusal("--resume", config.parent, *flags)
     assert "--trust-code" in refusal("--resume", config.parent)
     assert refusal("--resume", tmp_path).endswith("is not a run directory: it has no config.json")
 

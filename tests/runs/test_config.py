@@ -98,7 +98,7 @@ def test_read_options_of_a_file_written_by_hand(tmp_path: Path) -> None:
         with pytest.raises(DeatError, match="there is no option --epoch"):
             read_options(path)
     path.write_text("[1]")
-    with pytest.raises(DeatError, match="does not hold a JSON object of training options"):
+    with pytest.raises(DeatError, match="does not contain a JSON object of training options"):
         read_options(path)
 
 

@@ -45,5 +45,5 @@ def test_dataset_defaults_are_the_papers_but_for_digits() -> None:
         defaults = dataset_defaults(dataset)
         assert (defaults.arch, defaults.eps, defaults.batch_size) == ("preactresnet18", 8 / 255, 128)
         assert defaults.epoch_factor == 1
-    with pytest.raises(DeatError, match="no dataset 'cifar': did you mean 'cifar10'"):
+    with pytest.raises(DeatError, match="unknown dataset 'cifar': did you mean 'cifar10'"):
         dataset_defaults("cifar")

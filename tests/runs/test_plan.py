@@ -192,9 +192,9 @@ def test_plan_of_free_carries_as_the_setting_or_the_option_has_it(options: dict[
 
 
 def test_lines_warn_of_a_schedule_that_never_rises() -> None:
-    sentence = "deat-40 adds a replay every 40 epochs, and this run has 40: it never adds one; deat-40% raises them"
+    sentence = "deat-40 adds a replay every 40 epochs, so it never does in this run of 40; deat-40% adds them"
     assert sentence in dict(planned(method="deat-40", epochs=40).lines())["warning"]
-    sentence = "the schedule starts at its bound of 8 steps and never adds one"
+    sentence = "the schedule starts at its maximum of 8 steps and never adds one; increase --max-steps"
     assert dict(planned(method="m-deat", steps=8).lines())["warning"] == sentence
     for method, epochs in (("deat-40", 41), ("deat-3", 4), ("deat-40%", 2), ("m-deat", 1)):
         assert "warning" not in dict(planned(method=method, epochs=epochs).lines())
@@ -242,9 +242,9 @@ def test_lines_count_the_classes_and_warn_of_rare_ones(tmp_path: Path) -> None:
         ({"method": "pgd-1", "beta": 3}, "the method pgd-1 has no beta"),
         ({"lr_schedule": "flat", "lr_epochs": 3}, "--lr-epochs = 3"),
         ({"init_from": "nowhere.pt"}, "nowhere.pt"),
-        ({"mean": "0.5,0.5,0.5"}, "--mean and --std belong together"),
+        ({"mean": "0.5,0.5,0.5"}, "--mean and --std must be given together"),
         ({"mean": "0.5,0.5,0.5", "std": "1,1"}, "must have one number per channel"),
-        ({"weights_key": "ema"}, "--weights-key chooses among the state dicts of a checkpoint: give that by --init"),
+        ({"weights_key": "ema"}, "--weights-key chooses a state dict of a checkpoint: give the checkpoint with --init"),
         ({"track": ["tensorbord"]}, "--track tensorbord is unknown"),
     ],
 )

@@ -77,7 +77,7 @@ def everything(folder: Path) -> dict[Path, bytes]:
 def test_resume_refuses_an_edited_configuration(change: dict[str, Any], named: str, stopped: Path) -> None:
     edit(stopped, **change)
     before = everything(stopped)
-    with pytest.raises(DeatError, match=f"config.json was changed after the run had begun, in {named}; put back"):
+    with pytest.raises(DeatError, match=f"config.json was changed after the run began, in {named}; restore"):
         resume(stopped, {}, trust_code=True)
     assert everything(stopped) == before
 
@@ -85,7 +85,7 @@ def test_resume_refuses_an_edited_configuration(change: dict[str, Any], named: s
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lr": 0.2}, "--lr = 0.2 differs from the run's 0.1; start a new run for it"),
+        ({"lr": 0.2}, "--lr = 0.2 differs from the run's 0.1; omit it or start a new run"),
         ({"method": "pgd-2"}, "--method = pgd-2 differs from the run's pgd-1"),
         ({"dataset": "cifar10"}, "--dataset = cifar10 differs from the run's digits"),
         ({"train_size": 70}, "--train-size = 70 differs from the run's 64"),
@@ -94,8 +94,11 @@ def test_resume_refuses_an_edited_configuration(change: dict[str, Any], named: s
         ({"seed": 1}, "--seed = 1 differs from the run's 0"),
         ({"sync_bn": True}, "--sync-bn = True differs from the run's False"),
         ({"compile": True}, "--compile = True differs from the run's False"),
-        ({"epochs": 3}, "--epochs = 3 differs from the run's 2, and a cyclic learning rate, .*, cannot be extended"),
-        ({"epochs": 1}, "--epochs = 1 is less than the run's 2; start a new run for it"),
+        (
+            {"epochs": 3},
+            "--epochs = 3 differs from the run's 2, and a run with a cyclic learning rate, .*, cannot be extended",
+        ),
+        ({"epochs": 1}, "--epochs = 1 is less than the run's 2; start a new run"),
         ({"init_from": "w.pt"}, "--init-from = .*w.pt differs from the run's None"),
     ],
 )
@@ -116,7 +119,7 @@ def test_resume_refuses_fewer_epochs(tmp_path: Path) -> None:
     run, _ = train({**SMALL, "lr_schedule": "flat"}, output=tmp_path)
     with pytest.raises(DeatError) as refusal:
         resume(run.path, {"epochs": 1}, trust_code=True)
-    assert str(refusal.value) == "--epochs = 1 is less than the run's 2; start a new run for it"
+    assert str(refusal.value) == "--epochs = 1 is less than the run's 2; start a new run"
 
 
 def test_resume_accepts_unchanged_options_and_another_device(stopped: Path, tmp_path: Path) -> None:
@@ -135,7 +138,7 @@ def test_resume_warns_of_other_versions(stopped: Path) -> None:
     edit(stopped, versions={**versions, "torch": "1.0"})
     callback = Stops(10**6)
     _, history = resume(stopped, {}, callbacks=[callback], trust_code=True)
-    assert callback.warnings == [f"torch is {versions['torch']} here, and the run began with 1.0"]
+    assert callback.warnings == [f"torch is {versions['torch']} here, but the run started with 1.0"]
     assert len(history.rows) == 2
 
 
@@ -152,7 +155,9 @@ def test_resume_refuses_changed_data(image_folder: Path, tmp_path: Path) -> None
     for change in changes.values():
         for path in change:
             path.rename(tmp_path / f"{path.parent.name}-{path.name}")
-        with pytest.raises(DeatError, match=r"^the data of folder are not those of the run; start a new run for them$"):
+        with pytest.raises(
+            DeatError, match=r"^the data of folder differ from those of the run; restore them, or start a new run$"
+        ):
             resume(run.path, {"epochs": 3}, trust_code=True)
 
 
@@ -190,7 +195,7 @@ def test_train_writes_a_checkpoint_before_the_first_batch(tmp_path: Path) -> Non
         train(SMALL, output=tmp_path, name="run", callbacks=[Dies()])
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["00000001.safetensors"]
     edit(tmp_path / "run", lr=0.3)
-    with pytest.raises(DeatError, match="was changed after the run had begun, in lr"):
+    with pytest.raises(DeatError, match="was changed after the run began, in lr"):
         resume(tmp_path / "run", {}, trust_code=True)
 
 
@@ -230,7 +235,7 @@ def test_resume_with_more_epochs_keeps_the_milestones(tmp_path: Path) -> None:
         callback = Stops(10**6)
         run, history = resume(run.path, {"epochs": epochs}, callbacks=[callback], trust_code=True)
         assert callback.warnings == [
-            f"the run is extended from {before} to {epochs} epochs; its learning rate keeps the milestones of 4 epochs"
+            f"the run is extended from {before} to {epochs} epochs; the learning rate keeps the milestones for 4 epochs"
         ]
         assert [row.lr for row in history.rows] == pytest.approx(rates + [0.001] * (epochs - 4))
     kept = {path.name: json.loads(path.read_text())["optim"]["epochs"] for path in run.path.glob("config*.json")}
@@ -245,7 +250,7 @@ def test_resume_after_a_kill_before_the_first_checkpoint_of_an_extension(tmp_pat
     callback = Stops(10**6)
     assert len(resume(run.path, {}, callbacks=[callback], trust_code=True)[1].rows) == 3
     edit(run.path, epochs=4, lr_epochs=4)
-    with pytest.raises(DeatError, match="was changed after the run had begun, in epochs, lr_epochs"):
+    with pytest.raises(DeatError, match="was changed after the run began, in epochs, lr_epochs"):
         resume(run.path, {}, trust_code=True)
 
 
@@ -257,7 +262,7 @@ def test_resume_does_not_extend_a_run_ended_by_a_rule(tmp_path: Path, monkeypatc
     run, history = train({**SMALL, "method": "u-fgsm", "lr_schedule": "flat"}, output=tmp_path)
     assert len(history.rows) == 1
     with pytest.raises(
-        DeatError, match=r"--epochs = 3 does not extend a run that its stopping rule has ended .the test says"
+        DeatError, match=r"--epochs = 3 cannot extend a run that was ended by its stopping rule .the test says"
     ):
         resume(run.path, {"epochs": 3}, trust_code=True)
     assert len(resume(run.path, {}, trust_code=True)[1].rows) == 1
@@ -287,7 +292,7 @@ def test_resume_refuses_a_link_before_reading_or_writing(stopped: Path, tmp_path
     (stopped / "metrics.jsonl").rename(tmp_path / "metrics.jsonl")
     (stopped / "metrics.jsonl").symlink_to(tmp_path / "metrics.jsonl")
     before = everything(tmp_path)
-    with pytest.raises(DeatError, match=r"metrics\.jsonl is a link or a special file"):
+    with pytest.raises(DeatError, match=r"metrics\.jsonl is a link or special file"):
         resume(stopped, {}, trust_code=True)
     assert everything(tmp_path) == before
 
@@ -296,7 +301,7 @@ def test_resume_refuses_a_second_process_before_loading_data(stopped: Path) -> N
     """The second is refused before it loads data, whatever becomes of the first one's files meanwhile."""
 
     def second() -> None:
-        with pytest.raises(DeatError, match=f"another process is training in {stopped}; wait for it or end it"):
+        with pytest.raises(DeatError, match=f"another process is training in {stopped}; wait until it finishes"):
             resume(stopped, {}, trust_code=True)
 
     with RunDirectory.open(stopped).locked():
@@ -328,9 +333,7 @@ def test_resume_interrupted_outside_an_epoch_says_what_is_kept(
     monkeypatch.setattr("deat_rb.runs.train.plot_curves" if begun else "deat_rb.runs.plan.load_data", interrupt)
     with pytest.raises(Interrupted) as interrupted:
         resume(stopped, {}, trust_code=True)
-    assert interrupted.value.kept == (
-        f"{stopped} keeps what it had; deat-rb train --resume {stopped} goes on from there"
-    )
+    assert interrupted.value.kept == (f"{stopped} is kept; continue with deat-rb train --resume {stopped}")
 
 
 def test_resume_on_a_full_disk_reports_the_disk(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,16 +345,14 @@ def test_resume_on_a_full_disk_reports_the_disk(stopped: Path, monkeypatch: pyte
     callback = Stops(10**6)
     with pytest.raises(DeatError, match=r"No space left .*run keeps 1 of 2 epochs and 1 batch of the next; deat-rb"):
         resume(stopped, {}, callbacks=[callback], trust_code=True)
-    assert [warning.partition(":")[0] for warning in callback.warnings] == [
-        "the curves and the trackers are not complete"
-    ]
+    assert [warning.partition(":")[0] for warning in callback.warnings] == ["the plots or trackers may be incomplete"]
 
 
 def test_train_refuses_devices_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DeatError, match="--sync-bn needs GPUs"):
         train({**SMALL, "sync_bn": True}, output=tmp_path / "runs")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(DeatError, match="--device cuda:1 is one device for all of the 2 ranks; leave it out"):
+    with pytest.raises(DeatError, match="--device cuda:1 is a single device for 2 ranks; omit it"):
         train({**SMALL, "device": "cuda:1"}, output=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
