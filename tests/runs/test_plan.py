@@ -239,7 +239,7 @@ def test_lines_count_the_classes_and_warn_of_rare_ones(tmp_path: Path) -> None:
         ({"arch": "torchvision:alexnet", "image_size": 8}, "'torchvision:alexnet' does not take"),
         ({"arch": "vit"}, "'vit' is unknown: choose one of preactresnet18, .*, wrn-10-1; others are timm:NAME"),
         ({"arch": "wrn-10"}, "did you mean .*[?] others are timm:NAME, torchvision:NAME and package.module:factory"),
-        ({"method": "pgd-1", "beta": 3}, "the method pgd-1 has no beta"),
+        ({"method": "pgd-1", "beta": 3}, "the method pgd-1 has no parameter beta"),
         ({"lr_schedule": "flat", "lr_epochs": 3}, "--lr-epochs = 3"),
         ({"init_from": "nowhere.pt"}, "nowhere.pt"),
         ({"mean": "0.5,0.5,0.5"}, "--mean and --std must be given together"),
