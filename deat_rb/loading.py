@@ -135,7 +135,7 @@ class EvalTarget:
         """
         test = self.data.test
         if count is not None and not 1 <= count <= len(test):
-            raise DeatError(f"--n-examples {count} is not possible with {len(test)} test images: "
+            raise DeatError(f"--n-examples {count} is out of range for {len(test)} test images: "
                             f"give a number from 1 to {len(test)}")  # fmt: skip
         test = test if count is None else test.first(count)
         labels = test.labels

@@ -39,7 +39,7 @@ def first_test_examples(
     test = data.test
     count = len(test) if count is None else count
     if not 1 <= count <= len(test):
-        raise DeatError(f"--n-examples {count} is not possible (1 to {len(test)} test images)")
+        raise DeatError(f"--n-examples {count} is out of range: give 1 to {len(test)}")
     return images_and_logits(test.first(count), logit_of_class)
 
 

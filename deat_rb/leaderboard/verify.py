@@ -32,7 +32,7 @@ class Verification:
 
     Attributes:
         problems: Errors, each naming the file or entry.
-        notes: Checks that were not possible, each with the reason.
+        notes: Skipped checks, each with the reason.
         entries: Number of entries.
         measured: Number of models that were re-measured.
     """

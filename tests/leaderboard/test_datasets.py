@@ -37,7 +37,7 @@ def test_submit_takes_no_data_from_where_a_submission_says_and_downloads_none(
 
 @pytest.mark.parametrize("count", [0, 501, -1])
 def test_first_test_examples_refuses_impossible_counts(count: int) -> None:
-    with pytest.raises(DeatError, match=rf"--n-examples {count} is not possible \(1 to 500 test images\)"):
+    with pytest.raises(DeatError, match=rf"--n-examples {count} is out of range: give 1 to 500"):
         first_test_examples(digits(), count)
 
 

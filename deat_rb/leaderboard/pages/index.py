@@ -114,7 +114,7 @@ def build(board: str | Path, *, left_out: list[str] | None = None) -> Path:
         left_out: Collects the errors of invalid entries, which then have no page.
 
     Returns:
-        ``<board>/index.html``; the models' pages are ``models/<dataset>/<threat>/<model_name>.html`` beside it.
+        ``<board>/index.html``; the models' pages are ``models/<dataset>/<threat>/<model_name>.html`` next to it.
 
     Raises:
         DeatError: There is no board, the pages cannot be written, or, without ``left_out``, an entry is invalid.
