@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deat_rb.attacks.functional import AttackOutput, CountingModel
 from deat_rb.attacks.names import AUTOATTACK
@@ -128,7 +128,7 @@ class _Suite:
             attack.targeted = name == "fab-t"
             attack.n_restarts = 1 if attack.targeted or self.version != "plus" else 5
         if attack is suite.square and self.context.norm == "L2":
-            return transpose_wide_images(attack)
+            return fit_to_tiles(attack)
         perturb: Callable[[Tensor, Tensor], Tensor] = attack.perturb
         return perturb
 
@@ -150,22 +150,52 @@ class _Suite:
         return suite
 
 
-def transpose_wide_images(square: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """Wrap Square so that images wider than high are transposed for the attack; without that, Square fails in L2."""
+def fit_to_tiles(square: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """Wrap Square's L2 search, whose first perturbation is laid out in tiles that not every size holds.
+
+    Sizes that fail in pyautoattack, such as 12x12, 24x24 and wide images, are attacked transposed and with a margin
+    that is cut off before each forward pass and from the result. A perturbation without its margin has no larger norm.
+    """
 
     def perturb(images: Tensor, labels: Tensor) -> Tensor:
         predict = square.predict
-        wide = images.shape[3] > images.shape[2]
-        if wide:
-            images = images.transpose(2, 3).contiguous()
-            square.predict = lambda transposed: predict(transposed.transpose(2, 3).contiguous())
+        height, width = images.shape[2:]
+        rows, columns, wide = _tiled_size(height, width)
+
+        def search_space(tensor: Tensor) -> Tensor:
+            tensor = tensor.transpose(2, 3) if wide else tensor
+            return nn.functional.pad(tensor, (0, columns - tensor.shape[3], 0, rows - tensor.shape[2])).contiguous()
+
+        def image_space(tensor: Tensor) -> Tensor:
+            tensor = tensor.transpose(2, 3) if wide else tensor
+            return tensor[:, :, :height, :width].contiguous()
+
+        if (rows, columns, wide) == (height, width, False):
+            result: Tensor = square.perturb(images, labels)
+            return result
+        square.predict = lambda tiled: predict(image_space(tiled))
         try:
-            adversarial: Tensor = square.perturb(images, labels)
+            return image_space(square.perturb(search_space(images), labels))
         finally:
             square.predict = predict
-        return adversarial.transpose(2, 3).contiguous() if wide else adversarial
 
     return perturb
+
+
+def _tiled_size(height: int, width: int) -> tuple[int, int, bool]:
+    """Return the smallest rows and columns that Square's L2 search takes, and whether to transpose the images first."""
+
+    def fits(rows: int, columns: int) -> bool:
+        side = rows // 5
+        first = (rows - 5 * side) // 2
+        return side == 1 or all(first + side * (length // side) <= length for length in (rows, columns))
+
+    high, low = max(height, width), min(height, width)
+    sizes = [
+        (rows, columns) for rows in range(high, high + 6) for columns in range(low, rows + 1) if fits(rows, columns)
+    ]
+    rows, columns = min(sizes, key=lambda size: size[0] * size[1])
+    return rows, columns, width > height
 
 
 def _leaving_early(attack: Any) -> Callable[..., tuple[Tensor, ...]]:

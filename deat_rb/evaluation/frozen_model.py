@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deat_rb.data.check import _check_labels, check_batch
 from deat_rb.data.images import LabeledImages
-from deat_rb.models.check import ADVICE, trial_logits
+from deat_rb.models.check import ADVICE, check_weights_exist, trial_logits
 from deat_rb.utils.devices import resolve_device
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.module_state import preserve_state, require_autograd
@@ -107,8 +107,7 @@ def prepared_for_eval(
     Raises:
         DeatError: The model, the images or the labels cannot be used.
     """
-    if not isinstance(model, nn.Module):
-        raise DeatError(f"the model is a {type(model).__name__}, where a torch.nn.Module is needed")
+    check_weights_exist(model, "evaluation")
     require_autograd("evaluation")
     if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
         raise DeatError(f"batch_size = {batch_size!r} is not positive; give a number of images such as 128")

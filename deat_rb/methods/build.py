@@ -12,8 +12,8 @@ from torch import nn
 
 from deat_rb.methods.losses import surrogate
 from deat_rb.methods.recipes import CONSTANT, PAPER_EPS, Recipe, path_of, resolve
+from deat_rb.models.check import check_weights_exist
 from deat_rb.training.base import Schedule
-from deat_rb.training.checks import check_parameters
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.units import check_eps, is_whole_number, parse_scalar
@@ -77,7 +77,7 @@ def build(method: ConfiguredMethod, model: nn.Module) -> Trainer:
     Raises:
         DeatError: If the attack cannot be created with the recipe's parameters, or the model cannot be trained.
     """
-    check_parameters(model)
+    check_weights_exist(model, "training")
     row = method.recipe
     accepts = _parameters(row)
     schedule: Schedule | None = None

@@ -67,6 +67,27 @@ def trial_logits(
     return logits
 
 
+def check_weights_exist(model: nn.Module, purpose: str) -> None:
+    """Check that a model is a module whose parameters exist and can take part in automatic differentiation.
+
+    Args:
+        model: Any object.
+        purpose: What the model is needed for, for the message.
+
+    Raises:
+        DeatError: It is no `torch.nn.Module`, has lazy layers, or was created inside `torch.inference_mode`.
+    """
+    if not isinstance(model, nn.Module):
+        raise DeatError(f"the model is a {type(model).__name__}, where a torch.nn.Module that returns logits is needed")
+    tensors = (*model.parameters(), *model.buffers())
+    if any(torch.nn.parameter.is_lazy(tensor) for tensor in tensors):
+        raise DeatError(f"the model has lazy layers without weights: forward one batch through it before {purpose}")
+    if any(tensor.is_inference() for tensor in tensors):
+        raise DeatError(
+            f"the model was created inside torch.inference_mode(), which rules out {purpose}: create it outside"
+        )
+
+
 def check_trainable(model: nn.Module, *, source: str) -> None:
     """Check that all parameters of a network are initialized and that its state dict can be saved.
 

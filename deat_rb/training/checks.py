@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deat_rb.data.check import ROUNDING, check_batch, check_label_values, check_types
-from deat_rb.models.check import check_trainable, trial_logits
+from deat_rb.models.check import check_trainable, check_weights_exist, trial_logits
 from deat_rb.training.base import Batch, TrainerBase
 from deat_rb.training.engine import Engine
 from deat_rb.utils import seeding
@@ -30,15 +30,10 @@ def check_parameters(model: nn.Module) -> None:
     Raises:
         DeatError: There are no parameters, all are frozen, or some are lazy or inference tensors.
     """
-    if not isinstance(model, nn.Module):
-        raise DeatError(f"model must be a torch.nn.Module that returns logits, not {type(model).__name__}")
+    check_weights_exist(model, "training")
     parameters = list(model.parameters())
     if not parameters:
-        raise DeatError("the model has no parameters, so there is nothing to train: give a model with trainable layers")
-    if any(torch.nn.parameter.is_lazy(tensor) for tensor in (*parameters, *model.buffers())):
-        raise DeatError("the model has lazy layers without weights: call it on one batch before training")
-    if any(parameter.is_inference() for parameter in parameters):
-        raise DeatError("the model was created inside torch.inference_mode() and cannot be trained: create it outside")
+        raise DeatError("the model has no parameters, so there is nothing to train")
     if not any(parameter.requires_grad for parameter in parameters):
         raise DeatError(
             "all parameters of the model are frozen (requires_grad is False), so there is nothing to train: "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
-from deat_rb.attacks.autoattack import transpose_wide_images
+from deat_rb.attacks.autoattack import fit_to_tiles
 from deat_rb.utils import seeding
 
 DIRECTIONS = 8
@@ -174,7 +174,7 @@ class Probe:
 
         attack = SquareAttack(self.model, norm=self.norm, n_queries=queries, eps=self.eps, seed=self.seed,
                               device=self.images.device)  # fmt: skip
-        perturb = transpose_wide_images(attack) if self.norm == "L2" else attack.perturb
+        perturb = fit_to_tiles(attack) if self.norm == "L2" else attack.perturb
         misclassified = [torch.zeros(0, dtype=torch.bool, device=rows.device)]
         for part in rows.split(self.batch_size) if len(rows) else ():
             with torch.no_grad():
