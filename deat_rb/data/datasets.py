@@ -294,7 +294,9 @@ def _folder(request: _Request) -> Dataset:
             raise DeatError(
                 f"--data-dir {data_dir} has no folder {part}: it must contain train/<class>/* and test/<class>/*"
             )
-    (train_files, left_out), (test_files, more) = image_files(data_dir / "train"), image_files(data_dir / "test")
+    visited: dict[tuple[int, int], str] = {}
+    train_files, left_out = image_files(data_dir / "train", visited)
+    test_files, more = image_files(data_dir / "test", visited)
     _check_classes(train_files, test_files, data_dir)
     classes = tuple(train_files)
     train, test = ImageFolder.of(train_files, image_size), ImageFolder.of(test_files, image_size)

@@ -190,10 +190,17 @@ def class_names(root: Path) -> list[str]:
         raise DeatError(f"{error.filename or root} cannot be read: {error.strerror}") from error
 
 
-def image_files(root: Path) -> tuple[dict[str, list[str]], Counter[str]]:
+def image_files(
+    root: Path, visited: dict[tuple[int, int], str] | None = None
+) -> tuple[dict[str, list[str]], Counter[str]]:
     """List the image files of each class, ``<class>/**``.
 
     Links are followed. Hidden files, `SYSTEM_FOLDERS` and files of other types are skipped.
+
+    Args:
+        root: The folder of the class folders.
+        visited: The folders that were read before, by device and inode, to which this call adds its own: the same
+            dictionary for ``train`` and ``test`` refuses a link from one to the other.
 
     Returns:
         The files of each class, with classes and files in alphabetical order; and the number of skipped files by
@@ -204,7 +211,7 @@ def image_files(root: Path) -> tuple[dict[str, list[str]], Counter[str]]:
             not UTF-8, or an image is a broken link or not a regular file.
     """
     left_out: Counter[str] = Counter()
-    visited: dict[tuple[int, int], str] = {}
+    visited = {} if visited is None else visited
     try:
         classes, others = _scan(str(root), visited, left_out)
         if others:

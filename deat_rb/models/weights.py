@@ -160,8 +160,10 @@ def _renamed(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[s
     renamed = max(candidates, key=lambda candidate: 2 * len(candidate.keys() & own.keys()) - len(candidate))
     if "net.block1.layer.0.conv1.weight" in own:  # TRADES' WideResNet has an unused block
         renamed = {name: tensor for name, tensor in renamed.items() if not name.startswith("net.sub_block1.")}
-    for name in ("mu", "sigma"):
-        tensor = renamed.get(name, own[name])
+    if not {"mu", "sigma"} & renamed.keys():  # one of them alone is reported as a missing name
+        renamed |= {name: own[name] for name in ("mu", "sigma")}
+    for name in {"mu", "sigma"} & renamed.keys():
+        tensor = renamed[name]
         same = tensor.numel() == own[name].numel()
         renamed[name] = tensor.reshape(own[name].shape) if same else tensor
         if tensor.numel() == 1:  # one number for all channels

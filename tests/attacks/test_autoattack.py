@@ -142,6 +142,24 @@ def test_square_in_l2_attacks_wide_images_as_it_does_high_ones() -> None:
     assert ((results[1].images - images.transpose(2, 3)).flatten(1).norm(dim=1) <= 0.5 + 1e-5).all()
 
 
+@pytest.mark.parametrize(
+    "size", [(12, 12), (14, 14), (19, 19), (24, 24), (12, 10), (10, 12), (8, 12), (28, 20), (9, 30)]
+)
+def test_square_in_l2_attacks_every_size(size: tuple[int, int]) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(3 * size[0] * size[1], 3)).eval()
+        images = torch.rand(4, 3, *size)
+    with torch.no_grad():
+        labels = model(images).argmax(dim=1)
+    stage = build("square", AttackContext("L2", 0.5, 0, 3, torch.device("cpu"))).parts[0]
+    batch = Batch(images, labels, torch.ones(4, dtype=torch.bool), 0, torch.arange(4))
+    result = stage.craft(CountingModel(model), batch)
+    assert result.images.shape == images.shape
+    assert ((result.images - images).flatten(1).norm(dim=1) <= 0.5 + 1e-5).all()
+    assert result.misclassified.any()
+
+
 class Transposed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return images.transpose(2, 3)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import tempfile
 from collections import Counter
@@ -115,10 +116,10 @@ def test_folder_fingerprint_depends_on_pixels_labels_and_class_names(folder: Pat
 
 def test_image_files_follows_links_out_of_the_folder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    write_image(elsewhere / "yellow" / "0.png", (255, 255, 0))
     write_image(elsewhere / "one.png", (255, 0, 0))
     for part in ("train", "test"):
-        (folder / part / "yellow").symlink_to(elsewhere / "yellow")
+        write_image(elsewhere / part / "0.png", (255, 255, 0))
+        (folder / part / "yellow").symlink_to(elsewhere / part)
     (folder / "train" / "red" / "linked.png").symlink_to(elsewhere / "one.png")
     data = load(folder)
     assert data.classes == ("blue", "green", "red", "yellow")
@@ -245,6 +246,18 @@ def test_image_files_refuses_a_link_to_a_folder_that_is_read_already(folder: Pat
     (folder / "train" / "red" / "more").symlink_to(target)
     with pytest.raises(DeatError, match=r"is the same folder as .*, through a link: remove the link"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("link", "target"), [("test", "train"), ("test/red", "../train/red"), ("test/red/more", "../../train/red")]
+)
+def test_load_data_refuses_test_images_that_are_links_to_training_images(folder: Path, link: str, target: str) -> None:
+    if (folder / link).is_dir():
+        shutil.rmtree(folder / link)
+    (folder / link).symlink_to(target)
+    for test_only in (False, True):
+        with pytest.raises(DeatError, match=r"is the same folder as .*train.*, through a link"):
+            load_data("folder", data_dir=folder, image_size=8, test_only=test_only)
 
 
 def test_image_files_refuses_a_class_that_is_a_link_to_another(folder: Path) -> None:

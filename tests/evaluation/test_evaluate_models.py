@@ -95,6 +95,16 @@ def test_evaluate_refuses_in_place_models_and_leaves_the_images(attacks: str) ->
     assert torch.equal(images, before)
 
 
+def test_evaluate_refuses_lazy_models_and_those_created_in_inference_mode() -> None:
+    images, labels = torch.rand(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64)
+    with torch.inference_mode():
+        inference = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(2))
+    for model, message in [(lazy, "lazy layers without weights"), (inference, "created inside torch.inference_mode")]:
+        with pytest.raises(DeatError, match=message):
+            evaluate(model, images, labels, attacks="natural", eps=0.1)
+
+
 def test_evaluate_in_no_grad_and_with_inference_tensors() -> None:
     network = small_network()
     images, labels = (part[:12] for part in batch_for(network))

@@ -197,20 +197,24 @@ def test_create_reads_eps_and_alpha_as_text(eps: Any) -> None:
     assert (trainer.crafter.eps, trainer.base_alpha) == (pytest.approx(4 / 255), 3 / 255)
 
 
-def test_create_refuses_a_model_that_cannot_be_trained() -> None:
-    frozen = Plane().requires_grad_(False)
+@pytest.mark.parametrize("method", ["pgd-7", "trades", "m-deat"])
+def test_create_attacks_a_frozen_model_that_fit_then_refuses(method: str) -> None:
+    frozen = Plane().requires_grad_(False).eval()
+    images, labels = torch.full((3, 1, 2, 2), 0.5), torch.zeros(3, dtype=torch.int64)
+    trainer = create(method, frozen, eps=0.1)
+    assert 0 < float((trainer(images, labels) - images).abs().max()) <= 0.1 + 1e-6
+    with pytest.raises(DeatError, match=r"all parameters of the model are frozen \(requires_grad is False\)"):
+        trainer.fit([(images, labels)], epochs=1)
+
+
+def test_create_refuses_a_model_without_weights() -> None:
     with torch.inference_mode():
         created_in_inference_mode = Plane()
     for model, message in [
-        (nn.Flatten(), "the model has no parameters, so there is nothing to train"),
-        (frozen, r"all parameters of the model are frozen \(requires_grad is False\)"),
-        (
-            nn.Sequential(nn.Flatten(), nn.LazyLinear(2)),
-            "the model has lazy layers without weights: call it on one batch",
-        ),
+        (nn.Sequential(nn.Flatten(), nn.LazyLinear(2)), "the model has lazy layers without weights: forward one batch"),
         (created_in_inference_mode, r"the model was created inside torch\.inference_mode\(\)"),
-        (lambda images: images, r"model must be a torch\.nn\.Module that returns logits, not function"),
-        ("resnet18", r"model must be a torch\.nn\.Module that returns logits, not str"),
+        (lambda images: images, r"the model is a function, where a torch\.nn\.Module that returns logits is needed"),
+        ("resnet18", r"the model is a str, where a torch\.nn\.Module"),
     ]:
         with pytest.raises(DeatError, match=message):
             create("pgd-7", model)  # type: ignore[arg-type]  # what has another type is to be refused

@@ -52,6 +52,13 @@ def test_load_weights_takes_every_form(form: str) -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("missing", ["mu", "sigma"])
+def test_load_weights_refuses_half_a_normalization(missing: str) -> None:
+    model = build_model("my_networks:small", num_classes=3)
+    with pytest.raises(DeatError, match=rf"a\.pt.*{missing}"):
+        load_weights(model, {n: t for n, t in shifted(model).items() if n != missing}, source="a.pt")
+
+
 def test_load_weights_without_num_batches_tracked() -> None:
     model = build_model("my_networks:small", num_classes=3)
     load_weights(model, {n: t for n, t in shifted(model).items() if "num_batches_tracked" not in n}, source="a.pt")
