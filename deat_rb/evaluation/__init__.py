@@ -1,1 +1,1 @@
-"""Robustness evaluation: running attacks, reports, sanity checks, comparison and the HTML report."""
+"""Robustness evaluation: running attacks, reports, sanity checks and paired comparisons."""

@@ -25,17 +25,17 @@ SAME = {"norm": "norm", "eps": "eps", "n_examples": "number of examples", "num_c
 
 
 class Difference(BaseModel):
-    """Paired difference of two evaluations under one attack.
+    """Paired difference between two evaluations under one attack.
 
     Attributes:
         attack: Name of the attack, or ``worst case`` over the attacks that all compared evaluations have.
         first: Name of the reference evaluation.
         second: Name of the other evaluation.
-        n_examples: N.
-        points: Accuracy of ``second`` minus that of ``first``, in percentage points.
-        only_first: Number of examples that are correct only in ``first``.
-        only_second: Number of examples that are correct only in ``second``.
-        p_value: Of McNemar's exact two-sided test.
+        n_examples: Number of examples, N.
+        points: Accuracy in ``second`` minus accuracy in ``first``, in percentage points.
+        only_first: Number of examples classified correctly only in ``first``.
+        only_second: Number of examples classified correctly only in ``second``.
+        p_value: p-value of McNemar's exact two-sided test.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,15 +51,15 @@ class Difference(BaseModel):
 
 
 class Comparison(BaseModel):
-    """Several evaluations of the same examples.
+    """Comparison of several evaluations on the same examples.
 
     Attributes:
         norm: Norm of the threat model.
         eps: Radius, in [0, 1] pixel units.
-        n_examples: N.
-        accuracy: In [0, 1], by evaluation and attack; ``worst case`` is over the attacks that all of them have.
-        differences: Of every further evaluation from the first one, by attack.
-        notes: Remarks for the reader.
+        n_examples: Number of examples, N.
+        accuracy: Accuracy in [0, 1], by evaluation and attack; ``worst case`` is over the attacks shared by all.
+        differences: Differences between the first evaluation and each of the others, by attack.
+        notes: Notes for the reader.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -76,7 +76,7 @@ class Comparison(BaseModel):
         return f"{as_text(self.table())}\n{as_text(self.difference_table())}"
 
     def table(self) -> Table:
-        """Return the accuracies as a rich table, with one row per attack or, of more than three runs, per run."""
+        """Return the accuracies as a rich table, with one row per attack or, for more than three runs, per run."""
         from rich.markup import escape
 
         table = new_table(f"accuracy on {self.n_examples} images, {self.norm}, eps {format_fraction(self.eps)}")
@@ -108,21 +108,21 @@ class Comparison(BaseModel):
 
 
 def compare(reports: Sequence[tuple[str, Report]]) -> Comparison:
-    """Compare evaluations of the same examples, each with the first.
+    """Compare evaluations on the same examples, each with the first.
 
     Args:
-        reports: Two or more (name, report), with verdicts.
+        reports: Two or more pairs (name, report), with verdicts.
 
     Raises:
-        DeatError: They are not of the same examples within the same radius, or verdicts are missing.
+        DeatError: The evaluations differ in examples, norm or eps, or verdicts are missing.
     """
     if len(reports) < 2:
-        raise DeatError(f"{len(reports)} evaluation cannot be compared; give two or more")
+        raise DeatError(f"{len(reports)} evaluation given; a comparison needs two or more")
     names = _names([name for name, _ in reports])
     first = reports[0][1]
     for name, (_, report) in zip(names, reports, strict=True):
         if not report.verdicts:
-            raise DeatError(f"the verdicts of {name} are missing beside its eval.json; evaluate it again")
+            raise DeatError(f"the verdicts file of {name} is missing next to its eval.json; evaluate it again")
         _check_same(names[0], first, name, report)
     shared = [attack for attack in first.results if all(attack in report.results for _, report in reports)]
     verdicts = {
@@ -144,8 +144,8 @@ def compare(reports: Sequence[tuple[str, Report]]) -> Comparison:
         for attack, correct in verdicts[name].items()
     ]
     notes = [
-        f"{name} was attacked in {report.precision}: its robust accuracies are upper bounds, and its differences from "
-        "others are partly due to the precision"
+        f"{name} was attacked in {report.precision}: its robust accuracies are upper bounds, so its differences from "
+        "the others are partly due to the precision"
         for name, (_, report) in zip(names, reports, strict=True)
         if report.precision != "fp32"
     ]
@@ -154,7 +154,7 @@ def compare(reports: Sequence[tuple[str, Report]]) -> Comparison:
 
 
 def load_reports(paths: Sequence[str | Path]) -> list[tuple[str, Report]]:
-    """Load the reports of run directories or ``.json`` files, each with a name.
+    """Load reports from run directories or ``.json`` files, and name each.
 
     Raises:
         DeatError: A report is missing or damaged.
@@ -185,9 +185,12 @@ def _check_same(first_name: str, first: Report, name: str, report: Report) -> No
     for one, other in zip(*digests, strict=True):
         if one and other:
             if one != other:
-                raise DeatError(f"{first_name} and {name} cannot be compared: they were evaluated on different images")
+                raise DeatError(
+                    f"{first_name} and {name} cannot be compared: they were evaluated on different "
+                    "images; evaluate both on the same images"
+                )
             return
-    raise DeatError(f"{first_name} and {name} do not both record their test images; evaluate them again")
+    raise DeatError(f"{first_name} and {name} do not both record a hash of their test images; evaluate them again")
 
 
 def _with_worst(verdicts: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Robust accuracy of any model under any of the attacks, on the same images, in one report."""
+"""`evaluate`: robust accuracy of a model under several attacks on the same images, in one report."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 CHECKS = ("none", "quick", "full")
 
 KEPT_BYTES = 2 * 2**30
-"""Adversarial images are kept by default if those of all attacks together take no more memory than this."""
+"""Maximum total size up to which the adversarial images of all attacks are kept by default."""
 
 UPPER_BOUND = (
-    "the attacks ran in bf16: what they misclassified was confirmed in fp32, but fp32 attacks may find more, so robust "
-    "accuracies are upper bounds"
+    "the attacks ran in bf16: their adversarial examples were confirmed in fp32, but attacks in fp32 may find more, so "
+    "robust accuracies are upper bounds"
 )
 
 
@@ -73,55 +73,55 @@ def evaluate(
 ) -> Report:
     """Measure accuracy without an attack and under each of ``attacks``.
 
-    The model is evaluated in eval mode; its modes, parameters, gradients and buffers, the images and torch's random
-    state are unchanged afterwards. Only correctly classified examples are attacked.
+    The model is evaluated in eval mode; afterwards its mode, parameters, gradients and buffers, the images and torch's
+    random state are as before. Only correctly classified examples are attacked.
 
     Args:
-        model: Takes images in [0, 1], shape (N, C, H, W), and returns logits (N, K).
-        images: In [0, 1], (N, C, H, W), on any device; batches are moved to ``device``. Images in files, as
-            `load_data` leaves them under a memory limit, are decoded batch by batch.
+        model: Model for images in [0, 1], shape (N, C, H, W), that returns logits (N, K).
+        images: In [0, 1], (N, C, H, W), on any device; batches are moved to ``device``. Images that `load_data`
+            leaves in their files because of a memory limit are decoded batch by batch.
         labels: (N,), int64.
-        attacks: See `parse_attacks`. ``noise-gaussian`` and ``noise-uniform`` are of size ``eps``; ``fgsm`` is one step
-            of ``eps`` without a random start; ``pgd-N`` takes N steps of eps / 4 on the cross-entropy from a uniform
-            start, ``cw-N`` on the margin max_{k != y} z_k - z_y, and ``pgd-NxR`` restarts R times; ``autoattack`` is
-            AutoAttack's standard version, ``autoattack-plus`` and ``autoattack-rand`` are the other two, and ``square``
-            is its black-box part alone; ``torchattacks.NAME(...)`` is that attack, with ``eps`` unless it is given.
-        eps: Radius, in [0, 1] pixel units, as a number or a text such as ``8/255``; several make a sweep.
-        main_eps: The radius of a sweep that the report is about; by default, and if it is not one of them, the last.
+        attacks: See `parse_attacks`. ``noise-gaussian`` and ``noise-uniform`` add noise of size ``eps``; ``fgsm`` takes
+            one step of ``eps`` without a random start; ``pgd-N`` takes N steps of eps / 4 on the cross-entropy
+            from a uniform random start, ``cw-N`` on the margin max_{k != y} z_k - z_y, and ``pgd-NxR`` has R restarts;
+            ``autoattack`` is AutoAttack's standard version, ``autoattack-plus`` and ``autoattack-rand`` are the other
+            two, and ``square`` is its black-box attack alone; ``torchattacks.NAME(...)`` is an attack of torchattacks,
+            with ``eps`` unless its arguments set another.
+        eps: Radius, in [0, 1] pixel units, as a number or a string such as ``8/255``; several make a sweep.
+        main_eps: The radius of a sweep for which accuracies are reported; the last if None or not part of the sweep.
         norm: ``Linf`` or ``L2``.
-        batch_size: How many examples are attacked together.
-        seed: Seed of all random numbers, derived per batch.
-        device: Where to run; by default where the model is.
-        precision: ``fp32``, or ``bf16`` for a faster evaluation, whose robust accuracies are upper bounds.
-        channels_last: On a CPU, use the channels_last memory format for convolutions if the model supports it. That is
-            faster and changes logits by rounding, about 1e-7 of their size.
-        keep_adversarial: Whether the report keeps the adversarial images of the main radius; by default if those of
-            all attacks take no more than 2 GiB.
+        batch_size: Number of examples attacked together.
+        seed: Seed from which the random numbers of each batch are derived.
+        device: Device to run on; by default the model's.
+        precision: ``fp32``, or ``bf16`` for a faster evaluation whose robust accuracies are upper bounds.
+        channels_last: Whether to use the channels_last memory format on a CPU, if the model supports it. It is faster
+            and changes logits by rounding errors, about 1e-7 of their size.
+        keep_adversarial: Whether the report keeps the adversarial images of the main radius; by default only if those
+            of all attacks take at most 2 GiB.
         checks: Level of sanity checks: ``none``, ``quick`` or ``full``.
-        state: Folder in which the result of every batch is stored until the evaluation has finished, so that it can be
-            resumed.
-        resume: True to require an unfinished evaluation in ``state``, False to discard it; by default it is resumed if
-            there is one. One with other settings is refused.
-        progress: Called as ``(attack, done, total, robust)`` after every batch, ``robust`` being how many are correct
-            so far. Stages of an attack are named as in ``autoattack/square``, and for them it is of all examples;
-            those of a sweep as in ``fgsm (eps 4/255)``.
+        state: Folder that stores the result of each batch until the evaluation has finished, for resuming it.
+        resume: True to require an unfinished evaluation in ``state``, False to discard it, None to resume it if there
+            is one. An unfinished evaluation with different settings raises an error.
+        progress: Called as ``(attack, done, total, robust)`` after each batch, where ``robust`` is the number of
+            examples classified correctly so far. Stages of an attack have names such as ``autoattack/square``, and
+            their ``robust`` counts all examples; attacks of a sweep have names such as ``fgsm (eps 4/255)``.
             Its method ``within``, if any, is called as ``(attack, batch, batches, fraction)`` during a batch.
-        provenance: Source of model and data, for the report; invisible characters become U+FFFD.
-        finish: Called with the report, to write it, before ``state`` is removed: if it raises, nothing is lost.
+        provenance: Source of the model and the data, for the report; invisible characters are replaced with U+FFFD.
+        finish: Function that saves the report; called before ``state`` is removed, so that nothing is lost if it fails.
 
     Returns:
         The report, with `Report.verdicts` and `Report.adversarial`.
 
     Raises:
-        DeatError: Images, labels, eps or a name cannot be used, or ``state`` holds a different evaluation.
-        Interrupted: On Ctrl-C; its message says what is stored.
+        DeatError: An argument is invalid, or ``state`` holds a different evaluation.
+        Interrupted: Ctrl-C was pressed; the message says what is stored.
     """
     names = parse_attacks(attacks)
     norm = check_norm(norm)
     check_options(precision=precision, checks=checks)
     radii, main = _radii(eps, main_eps, norm)
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**63:
-        raise DeatError(f"seed = {seed!r} is not possible; give a whole number of 0 or more")
+        raise DeatError(f"seed = {seed!r} is invalid; give a whole number from 0 to 2^63 - 1")
     seed = int(seed)
     with ExitStack() as stack:
         with prepared_for_eval(
@@ -183,7 +183,7 @@ def evaluate(
 
 
 def _finish(finish: Callable[[Report], None], report: Report, store: ResumeStore) -> None:
-    """Call ``finish``; if it fails, say what is stored."""
+    """Call ``finish``; if it fails, add to the message what is stored."""
     try:
         finish(report)
     except DeatError as error:
@@ -193,7 +193,7 @@ def _finish(finish: Callable[[Report], None], report: Report, store: ResumeStore
 def _run(
     runner: AttackRunner, plans: Mapping[float, Mapping[str, Attack]], main: float
 ) -> tuple[dict[Attack, AttackOutcome], tuple[CurvePoint, ...]]:
-    """Run the natural pass once, and the attacks at every radius."""
+    """Classify the clean images once and run the attacks at each radius."""
     natural = runner.run(NATURAL, torch.ones(len(runner.prepared), dtype=torch.bool))
     results: dict[Attack, AttackOutcome] = {NATURAL: natural}
     curve = []
@@ -201,7 +201,7 @@ def _run(
         at_radius = replace(runner, context=replace(runner.context, eps=radius), keep=runner.keep and radius == main)
         verdicts = {"natural": natural.correct}
         for name, attack in attacks.items():
-            # At a radius of 0 there is only the clean image; attacks run there only if it is the report's own radius.
+            # The ball of radius 0 is the clean image, so attacks are skipped there unless it is the main radius.
             outcome = at_radius.run(attack, natural.correct) if radius > 0 or radius == main else natural
             verdicts[name] = outcome.correct
             if radius == main:
@@ -215,33 +215,33 @@ def _attacks(names: Sequence[str], context: AttackContext) -> dict[str, Attack]:
 
 
 def _sweep_cost(plans: Mapping[float, Mapping[str, Attack]], n_examples: int) -> str:
-    """Return a sentence about the cost of a sweep; empty for one radius or where the cost is unknown."""
+    """Describe the cost of a sweep; empty for a single radius or if the cost is unknown."""
     calls = {name: sum(stage.calls for stage in attack.parts) for name, attack in plans[max(plans)].items()}
     count = sum(radius > 0 for radius in plans)
     if count < 2 or not sum(calls.values()):
         return ""
     dearest = max(calls, key=lambda name: calls[name])
     return (f"sweep over {count} radii: at most {count} x {sum(calls.values()):,} forward passes for each of "
-            f"{n_examples:,} images, of which {dearest} takes {count} x {calls[dearest]:,}")  # fmt: skip
+            f"{n_examples:,} images, of which {dearest} needs {count} x {calls[dearest]:,}")  # fmt: skip
 
 
 def _exactly(radius: float) -> str:
-    """Write a radius unambiguously, as a fraction where that is exact."""
+    """Format a radius exactly, as a fraction if possible."""
     short = format_fraction(radius)
     return short if "/" in short or float(short) == radius else repr(radius)
 
 
 def _check_square(names: Sequence[str], norm: str, images: Tensor | LabeledImages) -> None:
-    """Refuse images that are too small for Square in L2, whose tiles are a fifth of the image."""
+    """Refuse images that are too small for Square in L2, whose tiles are a fifth of the image size."""
     squares = [name for name in names if name in ("square", "autoattack", "autoattack-plus")]
     height, width = images.shape[-2:]
     if norm == "L2" and squares and min(height, width) < SQUARE_TILES:
-        raise DeatError(f"{squares[0]} in L2 needs images of at least 5x5 pixels, not {height}x{width}: choose other "
+        raise DeatError(f"{squares[0]} in L2 needs images of at least 5x5 pixels, not {height}x{width}: use other "
                         "attacks, such as pgd-100")  # fmt: skip
 
 
 def _radii(eps: Eps, main_eps: str | float | None, norm: str) -> tuple[tuple[float, ...], float]:
-    """Parse the radii; return them and the one that the report is about."""
+    """Parse the radii; return them and the main one."""
     values = eps.split(",") if isinstance(eps, str) else eps if isinstance(eps, Sequence) else (eps,)
     radii = tuple(dict.fromkeys(check_radius(each, norm=norm) for each in values))
     if not radii:
@@ -257,7 +257,7 @@ def check_options(*, precision: str, checks: str) -> None:
     """Check the precision and the level of checks.
 
     Raises:
-        DeatError: There is no such precision or level.
+        DeatError: The precision or the level is unknown.
     """
     if str(precision) not in PRECISIONS:
         raise DeatError(f"unknown evaluation precision '{precision}': {did_you_mean(str(precision), PRECISIONS)}")
@@ -293,7 +293,7 @@ def _run_checks(
 
 @contextmanager
 def _explained(store: ResumeStore, prepared: PreparedModel) -> Iterator[None]:
-    """Add what is stored to Ctrl-C's message, and a remedy to an out-of-memory error."""
+    """Add what is stored to the message on Ctrl-C, and a remedy to out-of-memory errors."""
     try:
         yield
     except KeyboardInterrupt:
@@ -301,11 +301,11 @@ def _explained(store: ResumeStore, prepared: PreparedModel) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         restart = " and start over with --no-resume" if store.status else ""
         raise DeatError(f"{_device_name(prepared.device)} has too little memory for batches of {prepared.batch_size} "
-                        f"images: give a smaller --batch-size{restart}") from error  # fmt: skip
+                        f"images: use a smaller --batch-size{restart}") from error  # fmt: skip
 
 
 def _digests(model: nn.Module, images: Tensor | LabeledImages, labels: Tensor) -> dict[str, str]:
-    """Return SHA-256 digests of the weights, the network's repr and the examples."""
+    """Return SHA-256 digests of the weights, the repr of the network, and the examples."""
     weights = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     description = re.sub(r" at 0x[0-9a-f]+", "", repr(model))
     return {

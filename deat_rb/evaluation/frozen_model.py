@@ -1,4 +1,4 @@
-"""A model prepared for evaluation (eval mode, frozen parameters, on the device) and its evaluation examples."""
+"""A model prepared for evaluation (in eval mode, frozen, on the device), and its evaluation examples."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from deat_rb.utils.errors import DeatError
 from deat_rb.utils.module_state import preserve_state, require_autograd
 from deat_rb.utils.safe_load import sha256_tensors
 
-SIZES = f"{ADVICE}; RobustBench's architectures are for 32x32"
+SIZES = f"{ADVICE}; RobustBench's architectures need 32x32 images"
 
 
 class PreparedModel:
-    """A model in eval mode with frozen parameters, and the examples it is evaluated on.
+    """A model in eval mode with frozen parameters, and its evaluation examples.
 
     Attributes:
-        model: On ``device``.
-        images: In [0, 1], (N, C, H, W), on any device; or images in files, of which only batches are decoded.
-        labels: (N,).
-        batch_size: How many examples are attacked together.
-        device: Where batches are moved.
-        num_classes: K.
-        channels_last: Whether the model's convolutions are in channels_last memory format.
+        model: The model, on ``device``.
+        images: Images in [0, 1], (N, C, H, W), on any device, or in files that are decoded batch by batch.
+        labels: Labels, (N,).
+        batch_size: Number of examples per batch.
+        device: Device of the model, to which batches are moved.
+        num_classes: Number of classes, K.
+        channels_last: Whether the convolutions use the channels_last memory format.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class PreparedModel:
         return len(self.images)
 
     def batches(self, pool: Tensor) -> tuple[Tensor, ...]:
-        """Split the indices ``pool`` into batches, in their order."""
+        """Split the indices ``pool`` into batches, in order."""
         return torch.split(pool, self.batch_size) if len(pool) else ()
 
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ class PreparedModel:
         return select_images(self.images, torch.arange(len(self))).cpu()
 
     def predict(self, images: Tensor | LabeledImages | None = None, *, count: int | None = None) -> Tensor:
-        """Return the predicted classes, on the CPU, of the (first ``count``) examples or other images (N, C, H, W)."""
+        """Return the predicted classes, on the CPU, of (the first ``count``) ``images``, by default the examples."""
         source = self.images if images is None else images
         count = len(source) if count is None else count
         with torch.no_grad():
@@ -92,20 +92,21 @@ def prepared_for_eval(
     device: torch.device | str | None = None,
     channels_last: bool = False,
 ) -> Iterator[PreparedModel]:
-    """Check the input, put the model into eval mode on the device with frozen parameters, and restore it afterwards.
+    """Check the arguments, and within the context keep the model in eval mode, frozen, and on the device.
 
-    Frozen parameters keep FAB's ``backward()`` from accumulating gradients, and compiled models from computing them.
+    With frozen parameters, FAB's ``backward()`` does not accumulate their gradients, and compiled models do not compute
+    them.
 
     Args:
         model: Any module that returns logits (N, K).
         images: In [0, 1], (N, C, H, W).
-        labels: (N,); None where only predictions are needed.
-        batch_size: How many examples are forwarded together.
-        device: Where to run; by default where the model is.
-        channels_last: On a CPU, use the channels_last memory format for convolutions if the model supports it.
+        labels: (N,); None if only predictions are needed.
+        batch_size: Number of examples per batch.
+        device: Device to run on; by default the model's.
+        channels_last: Whether to use the channels_last memory format on a CPU, if the model supports it.
 
     Raises:
-        DeatError: The model, the images or the labels cannot be used.
+        DeatError: The model, the images, the labels or the batch size are invalid.
     """
     check_weights_exist(model, "evaluation")
     require_autograd("evaluation")
@@ -156,7 +157,7 @@ def _check_examples(images: Tensor | LabeledImages, labels: Tensor, num_classes:
 
 
 def select_images(images: Tensor | LabeledImages, rows: Tensor) -> Tensor:
-    """Return a float copy of the images at the indices ``rows``, (n, C, H, W), decoded where they are in files."""
+    """Return a float copy of the images at the indices ``rows``, (n, C, H, W), decoding those in files."""
     if not isinstance(images, Tensor):
         return images.select(rows).tensors()[0]
     if len(rows) and int(rows[-1] - rows[0]) == len(rows) - 1:
@@ -165,7 +166,7 @@ def select_images(images: Tensor | LabeledImages, rows: Tensor) -> Tensor:
 
 
 def sha256_examples(images: Tensor | LabeledImages, labels: Tensor) -> str:
-    """Return the SHA-256 of float images and labels, the same for images in memory and in files."""
+    """Return the SHA-256 of images (as float) and labels; it is the same for images in memory and in files."""
     if isinstance(images, Tensor):
         return sha256_tensors({"images": images, "labels": labels})
     digest = hashlib.sha256(f"images\0torch.float32\0{(len(images), *images.shape)}\0".encode())
@@ -179,9 +180,9 @@ def sha256_examples(images: Tensor | LabeledImages, labels: Tensor) -> str:
 
 @contextmanager
 def _memory_format(model: nn.Module, images: Tensor, logits: Tensor, *, wanted: bool) -> Iterator[bool]:
-    """Use the channels_last memory format for convolutions; yield whether it is used.
+    """Use the channels_last memory format for convolutions if the model supports it; yield whether it is used.
 
-    It is not used where the model then fails, as models do that flatten by ``view``, or returns other ``logits``.
+    A model does not support it if it fails, for instance because it calls ``view``, or if its ``logits`` change.
     """
     own = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers()) if tensor.ndim == 4]
     if not wanted or all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor, _ in own):

@@ -1,4 +1,4 @@
-"""HTML report of an evaluation, as one self-contained page."""
+"""HTML report of an evaluation, as a self-contained page."""
 
 from __future__ import annotations
 
@@ -43,26 +43,26 @@ def render_page(
     classes: Sequence[str],
     predictions: Mapping[str, Tensor] | None = None,
 ) -> bytes:
-    """Render a report as a page with accuracies, checks, curve, classes, confusions, examples and provenance.
+    """Render a report as an HTML page with accuracies, checks, sweep, classes, confusions, examples and provenance.
 
     Args:
-        report: The report. Examples are shown if it holds adversarial images.
+        report: The report. Examples are shown if it has adversarial images.
         images: The evaluated images, in [0, 1], (N, C, H, W).
         labels: (N,).
         classes: Class names, in the order of the labels.
-        predictions: Predicted classes (N,), by attack and for ``natural``, see `predictions_of`; without them neither
+        predictions: Predicted classes (N,) by attack and for ``natural``, from `predictions_of`; without them neither
             confusions nor predictions are shown.
 
     Returns:
-        The page in UTF-8.
+        The page, encoded in UTF-8.
 
     Raises:
-        DeatError: The images are not those of the report.
+        DeatError: The number of images or labels differs from the report.
     """
     if not len(images) == len(labels) == report.n_examples:
         raise DeatError(
             f"the report covers {report.n_examples} examples, not {len(images)} images with {len(labels)} labels: give "
-            "the evaluated ones"
+            "the images that were evaluated"
         )
     content = _content(report, images, labels.cpu(), _Names(classes), predictions or {})
     return new_environment("deat_rb.evaluation").get_template("report.html.j2").render(content).encode()
@@ -77,10 +77,10 @@ def write_page(
     classes: Sequence[str],
     predictions: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write the page of `render_page` to the ``.html`` file ``path``, and return that path.
+    """Write the page of `render_page` to the ``.html`` file ``path``, and return the path.
 
     Raises:
-        DeatError: The images are not those of the report, or the page cannot be written.
+        DeatError: The number of images or labels differs from the report, or the page cannot be written.
     """
     path = Path(path)
     page = render_page(report, images=images, labels=labels, classes=classes, predictions=predictions)
@@ -99,14 +99,14 @@ def predictions_of(
     """Predict the classes of the evaluated images and of a report's adversarial images.
 
     Args:
-        model: The evaluated model; it is unchanged afterwards.
-        report: With its adversarial images.
+        model: The evaluated model; it is left unchanged.
+        report: The report, with its adversarial images.
         images: The evaluated images, in [0, 1], (N, C, H, W).
-        batch_size: How many images are forwarded together.
-        device: Where to run; by default where the model is.
+        batch_size: Number of images per batch.
+        device: Device to run on; by default the model's.
 
     Returns:
-        Classes (N,) on the CPU, by attack and for ``natural``.
+        Predicted classes (N,) on the CPU, by attack and for ``natural``.
     """
     with prepared_for_eval(model, images, batch_size=batch_size, device=device) as prepared:
         adversarial = {name: prepared.predict(adv) for name, adv in report.adversarial.items()}
@@ -114,7 +114,7 @@ def predictions_of(
 
 
 class _Names:
-    """Class names; a class without one is shown by its number."""
+    """Class names; a class without a name is shown by its number."""
 
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = classes
@@ -202,7 +202,7 @@ def _attack_row(result: AttackResult, report: Report) -> dict[str, Any]:
 
 
 def _curve(report: Report) -> dict[str, Any] | None:
-    """Return the coordinates of a sweep's points in a chart of 640 x 300."""
+    """Return the lines, ticks and labels of a sweep, as coordinates in a 640 x 300 chart."""
     points = report.curve
     if len(points) < 2:
         return None
@@ -240,7 +240,7 @@ def _curve(report: Report) -> dict[str, Any] | None:
 
 
 def _classes(report: Report, labels: Tensor, names: _Names) -> tuple[list[dict[str, Any]], int]:
-    """Return rows for the classes that have examples, the least robust first, and the number of rows not shown."""
+    """Return a row for each class with examples, the least robust first, and the number of rows not shown."""
     if not report.verdicts:
         return [], 0
     natural, worst = report.verdicts["natural"], worst_of(report.verdicts)
@@ -257,7 +257,7 @@ def _classes(report: Report, labels: Tensor, names: _Names) -> tuple[list[dict[s
 
 
 def _balanced(report: Report, labels: Tensor) -> tuple[str, str] | None:
-    """Return clean and worst-case accuracy averaged over the classes that have examples."""
+    """Return clean and worst-case accuracy, averaged over the classes with examples."""
     if not report.verdicts:
         return None
     members = [labels == label for label in labels.unique()]
@@ -267,7 +267,7 @@ def _balanced(report: Report, labels: Tensor) -> tuple[str, str] | None:
 
 
 def _first_attack(report: Report, among: Iterable[str]) -> list[str | None]:
-    """Return, for every example, the first of these attacks under which it is misclassified, if any."""
+    """Return, for each example, the first of the attacks ``among`` that makes it misclassified, or None."""
     first: list[str | None] = [None] * report.n_examples
     natural = report.verdicts["natural"]
     for name in report.results:
@@ -301,7 +301,7 @@ def _pairs(report: Report, labels: Tensor, names: _Names, predictions: Mapping[s
 def _examples(
     report: Report, images: Tensor | LabeledImages, labels: Tensor, names: _Names, predictions: Mapping[str, Tensor]
 ) -> list[dict[str, Any]]:
-    """Return images of misclassified examples, classes alternating, and of some robust ones."""
+    """Return misclassified examples, alternating between classes, and some robust ones."""
     stored = {name: adv for name, adv in report.adversarial.items() if name in report.verdicts}
     if not stored:
         return []
@@ -349,7 +349,7 @@ def _interleave(rows: list[int], labels: Tensor) -> list[int]:
 
 
 def _png(image: Tensor) -> str:
-    """Return an image (C, H, W) as a PNG in a data URI; other than 3 channels are averaged."""
+    """Return an image (C, H, W) as a PNG data URI; its channels are averaged unless there are 3."""
     from PIL import Image
 
     values = image.float().nan_to_num().clamp(0, 1)

@@ -19,14 +19,14 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def draw_sweep(report: Report, *, title: str) -> bytes:
-    """Plot accuracy against eps: one line per attack and one for the worst case; the report's radius is marked.
+    """Plot accuracy against eps: one line per attack and one for the worst case; the main radius is marked.
 
     Args:
         report: Report of a sweep.
         title: Title of the plot.
 
     Returns:
-        The plot as PNG.
+        The plot, as a PNG.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
@@ -48,7 +48,7 @@ def draw_sweep(report: Report, *, title: str) -> bytes:
     axes.annotate(f"eps {format_fraction(report.eps)}", (scale * report.eps, 0), xytext=(-4 if far_right else 4, 5),
                   ha="right" if far_right else "left", textcoords="offset points", color=GREY,
                   fontsize="small")  # fmt: skip
-    unit = "255ths of the image range" if in_255ths else "in units of the image range"
+    unit = "in 1/255 of the image range" if in_255ths else "in units of the image range"
     axes.set(xlabel=f"eps ({report.norm}, {unit})", ylabel=f"accuracy on {report.n_examples} images", ylim=(0, 1))
     axes.set_xlim(left=0)
     axes.set_title(

@@ -1,4 +1,4 @@
-"""Records of a run's evaluations: the fullest is its ``eval.json``, the others lie in ``evaluations/``."""
+"""Files of a run's evaluations: the most comprehensive one is ``eval.json``, the others are in ``evaluations/``."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from deat_rb.utils.units import format_fraction
 FOLDER = "evaluations"
 
 STRENGTHS = {"natural": 0, "noise": 1, "fgsm": 2, "autoattack-rand": 3, "autoattack-plus": 5, "autoattack": 4}
-"""Strength of attacks by the beginning of their names; that of all others is 3."""
+"""Strength of attacks by the prefix of their names; 3 for all others."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a report of a run is written.
+    """File locations for a new report of a run.
 
     Attributes:
-        file: The JSON file.
-        sentence: Note for the user; empty for a run's first evaluation, or the same again.
-        archived: Contents of the files that the previous ``eval.json`` moves to.
+        file: JSON file of the new report.
+        sentence: Note for the user; empty for the first evaluation of a run or a repetition of it.
+        archived: Contents of the files to which the previous ``eval.json`` is moved.
     """
 
     file: Path
@@ -34,32 +34,36 @@ class Placement:
 
 
 def place(run: Path, report: Report, *, own_data: bool, own_eps: float, overwrite: bool = False) -> Placement:
-    """Decide where a report of a run is written.
+    """Choose where to write a report of a run.
 
-    It becomes the run's ``eval.json`` if it is on the run's own data and there is none yet, the present one is of other
-    weights or data, or it is at least as full (see `is_as_full`). The present one then moves to ``evaluations/``.
+    It becomes ``eval.json`` if it uses the run's own data and there is no ``eval.json``, or the existing one was
+    computed for different weights or data, or covers no more (see `is_as_full`). The existing one is then moved to
+    ``evaluations/``.
 
     Args:
         run: The run directory.
         report: The new report.
-        own_data: Whether it is an evaluation on the data that the run was trained on.
-        own_eps: The radius that the run was trained for.
-        overwrite: Make an evaluation on its own data ``eval.json`` even if the present one is fuller.
+        own_data: Whether it was computed on the dataset that the run was trained on.
+        own_eps: The radius with which the run was trained.
+        overwrite: Whether an evaluation on the run's own data replaces a more comprehensive ``eval.json``.
 
     Raises:
-        DeatError: The folder for the other evaluations cannot be created.
+        DeatError: The folder ``evaluations/`` cannot be created.
     """
     beside = run / FOLDER / f"{record_name(report)}.json"
     if not own_data:
         _create(beside.parent)
-        return Placement(beside, "the data are not the run's own, so its eval.json is left as it is")
+        return Placement(beside, "the data are not the run's own, so eval.json is not replaced")
     present = _present(run)
     if present is None:
         return Placement(run / "eval.json")
     outdated = _outdated(present, report)
     if not (outdated or overwrite or _is_preferred(report, present, own_eps)):
         _create(beside.parent)
-        return Placement(beside, f"eval.json keeps the fuller evaluation ({summary(present)}); --overwrite replaces it")
+        return Placement(
+            beside,
+            f"eval.json keeps the more comprehensive evaluation ({summary(present)}); replace it with --overwrite",
+        )
     if record_name(present) == record_name(report):
         return Placement(run / "eval.json")
     _create(beside.parent)
@@ -70,9 +74,9 @@ def place(run: Path, report: Report, *, own_data: bool, own_eps: float, overwrit
 
 
 def is_as_full(new: Report, old: Report) -> bool:
-    """Return whether ``new`` covers ``old``: norm, eps and radii, examples, precision, checks and attacks.
+    """Return whether ``new`` covers ``old`` in norm, eps and radii, examples, precision, checks and attacks.
 
-    The attacks do if each of the old ones was run again, or if one is stronger than all of the old ones.
+    The attacks are covered if ``new`` contains all attacks of ``old``, or one stronger than all of them.
     """
     radii = [{round(point.eps, 9) for point in report.curve} for report in (new, old)]
     return (
@@ -87,7 +91,7 @@ def is_as_full(new: Report, old: Report) -> bool:
 
 
 def record_name(report: Report) -> str:
-    """Return a file name, without suffix, that tells evaluations of a run apart."""
+    """Return a file name, without suffix, that identifies an evaluation of a run."""
     attacks = [name for name in report.results if name != "natural"] or ["natural"]
     readable = re.sub(r"[^A-Za-z0-9.+-]+", "_", "+".join(attacks))[:40].strip("_.+-")
     eps = format_fraction(report.eps).replace("/", "_")
@@ -98,7 +102,7 @@ def record_name(report: Report) -> str:
 
 
 def summary(report: Report) -> str:
-    """Return attacks, examples and radius of a report in a few words."""
+    """Return a short description of a report: attacks, number of images, norm and eps."""
     attacks = ", ".join(name for name in report.results if name != "natural") or "natural accuracy"
     return f"{attacks} on {report.n_examples} images, {report.norm}, eps {format_fraction(report.eps)}"
 
@@ -109,7 +113,7 @@ def _is_preferred(new: Report, present: Report, own_eps: float) -> bool:
 
 
 def _outdated(present: Report, report: Report) -> bool:
-    """Return whether the present report is of other weights or data than the new one."""
+    """Return whether the existing report was computed for different weights or data than the new one."""
     data = [each.provenance.get("data_sha256", "") for each in (present, report)]
     weights = [each.model_sha256 for each in (present, report)]
     return any(all(pair) and pair[0] != pair[1] for pair in (data, weights))
@@ -121,11 +125,11 @@ def _present(run: Path) -> Report | None:
     try:
         return Report.load(run)
     except DeatError:
-        return None  # damaged, or of an earlier schema: nothing to keep
+        return None  # damaged or in an earlier schema: not worth keeping
 
 
 def _files(run: Path) -> dict[str, Path]:
-    """Return the files of a run's ``eval.json`` by the suffix that they have in ``evaluations/``."""
+    """Map each suffix used in ``evaluations/`` to the corresponding file of the run's ``eval.json``."""
     file = run / "eval.json"
     return {".json": file, "-verdicts.safetensors": verdict_file(file), ".html": run / "report.html",
             "-eps.png": run / "eval-eps.png"}  # fmt: skip

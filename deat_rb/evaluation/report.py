@@ -1,4 +1,4 @@
-"""Records of an evaluation: accuracies, intervals and costs as JSON, with the verdict on every example beside them."""
+"""Report of an evaluation: accuracies, intervals and costs as JSON, and per-example verdicts in a second file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 2
 
 SKIPPED = "skipped"
-"""Name of the last check, which lists the checks that were not made."""
+"""Name of the last check, which lists the skipped checks."""
 
 RENAMED = {
     "normalisation inside": "normalization inside",
@@ -39,7 +39,7 @@ RENAMED = {
     "larger balls find no more": "larger eps finds no more",
     "left out": SKIPPED,
 }
-"""Names of checks in reports and leaderboard entries written before, and today's."""
+"""Current names of checks, by their names in older reports and leaderboard entries."""
 
 Norm = Literal["Linf", "L2"]
 
@@ -48,19 +48,20 @@ class AttackResult(BaseModel):
     """Result of one attack.
 
     Attributes:
-        name: The attack, as `deat_rb.evaluation.evaluate.parse_attacks` spells it.
-        n_correct: Number of examples that are still classified correctly.
+        name: Name of the attack, as spelled by `deat_rb.evaluation.evaluate.parse_attacks`.
+        n_correct: Number of examples still classified correctly.
         n_examples: Number of examples.
         accuracy: ``n_correct / n_examples``.
-        low: Lower end of the accuracy's 95 % Wilson interval.
-        high: Upper end of it.
-        seconds: Wall time.
-        forwards: Images forwarded.
-        backwards: Images for which a gradient was computed.
-        inadmissible: Adversarial images that are not finite, in [0, 1] and within eps; they do not count.
-        parameters: The attack's settings; sizes in [0, 1] pixel units.
-        parts: For an attack of several stages, the number of correct examples after each, in their order.
-        notes: Remarks for the reader.
+        low: Lower bound of the 95 % Wilson interval of the accuracy.
+        high: Upper bound of this interval.
+        seconds: Wall time in seconds.
+        forwards: Single-image forward passes.
+        backwards: Single-image backward passes.
+        inadmissible: Number of adversarial images that are not finite, not in [0, 1] or not within eps; they do not
+            count as adversarial.
+        parameters: Parameters of the attack; distances in [0, 1] pixel units.
+        parts: For an attack with several stages, the number of correct examples after each, in order.
+        notes: Notes for the reader.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -81,7 +82,7 @@ class AttackResult(BaseModel):
 
     @classmethod
     def of(cls, name: str, correct: Tensor, **rest: Any) -> AttackResult:
-        """Count verdicts, (N,) bool; ``rest`` are the other fields."""
+        """Create a result from verdicts, (N,) bool; ``rest`` holds the remaining fields."""
         n_correct, n_examples = int(correct.sum()), len(correct)
         low, high = wilson(n_correct, n_examples)
         return cls(
@@ -99,10 +100,10 @@ class Check(BaseModel):
     """Result of one sanity check.
 
     Attributes:
-        name: What is checked.
+        name: Name of the check.
         status: ``pass``, ``warn`` or ``fail``.
-        figure: The measured value, in the unit that the sentence names; None if it could not be measured.
-        sentence: What the value means.
+        figure: Measured value, in the unit given in the sentence; None if it could not be measured.
+        sentence: Explanation of the value.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -122,10 +123,10 @@ class CurvePoint(BaseModel):
     """Accuracies at one radius of a sweep.
 
     Attributes:
-        eps: The radius, in [0, 1] pixel units.
+        eps: Radius, in [0, 1] pixel units.
         n_correct: Number of correctly classified examples, by attack.
         accuracy: Accuracy in [0, 1], by attack.
-        worst_case: Fraction of examples that are correct under every attack.
+        worst_case: Fraction of examples that are classified correctly under every attack.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -137,7 +138,7 @@ class CurvePoint(BaseModel):
 
     @classmethod
     def of(cls, eps: float, verdicts: Mapping[str, Tensor]) -> CurvePoint:
-        """Count verdicts, each (N,) bool."""
+        """Create a point from verdicts by attack, each (N,) bool."""
         return cls(
             eps=eps,
             n_correct={name: int(correct.sum()) for name, correct in verdicts.items()},
@@ -147,7 +148,7 @@ class CurvePoint(BaseModel):
 
 
 def worst_of(verdicts: Mapping[str, Tensor]) -> Tensor:
-    """Return which examples are correct under every attack, (N,) bool."""
+    """Return which examples are classified correctly under every attack, (N,) bool."""
     return torch.stack(list(verdicts.values())).all(dim=0)
 
 
@@ -155,24 +156,24 @@ class Report(BaseModel):
     """Report of an evaluation: settings and accuracies; `verdicts` are stored in a separate file.
 
     Attributes:
-        schema_version: Version of this record.
+        schema_version: Version of the JSON schema.
         norm: Norm of the threat model.
         eps: Radius, in [0, 1] pixel units.
-        n_examples: N; the same examples for every attack.
-        num_classes: K.
+        n_examples: Number of examples, N; the same for every attack.
+        num_classes: Number of classes, K.
         seed: Seed of all random numbers.
-        batch_size: AutoAttack's random stages depend on it.
-        precision: Of the attacks: ``fp32``; with ``bf16`` all accuracies but the natural one are upper bounds.
+        batch_size: Number of examples attacked together; AutoAttack's random stages depend on it.
+        precision: Precision of the attacks; with ``bf16`` all accuracies except the natural one are upper bounds.
         layout: Memory format of the convolutions: the model's own, or channels_last, which is faster on a CPU and
             rounds differently.
-        device: Where it ran.
+        device: Device on which the evaluation ran.
         versions: Versions of Python and of the packages involved.
         results: Results by attack, ``natural`` first.
-        worst_case: An example counts as correct if it is correct under every attack of this report.
-        curve: For a sweep, one point per eps in increasing order.
+        worst_case: Result over all attacks: an example counts as correct only if it is correct under every attack.
+        curve: For a sweep, one point per eps, in increasing order.
         model_sha256: SHA-256 of the names, types, shapes and values of the model's weights and buffers.
         examples_sha256: SHA-256 of the images and labels.
-        notes: Remarks that hold for all results.
+        notes: Notes on all results.
         checks: Results of the sanity checks.
         provenance: Source of the model and the data.
     """
@@ -203,7 +204,7 @@ class Report(BaseModel):
 
     @classmethod
     def of(cls, results: Sequence[AttackResult], verdicts: dict[str, Tensor], **rest: Any) -> Report:
-        """Combine results and their verdicts, each (N,) bool; ``rest`` are the other fields."""
+        """Create a report from results and their verdicts, each (N,) bool; ``rest`` holds the remaining fields."""
         worst = worst_of(verdicts)
         worst_case = AttackResult.of(
             "worst case",
@@ -223,7 +224,7 @@ class Report(BaseModel):
     def verdicts(self) -> dict[str, Tensor]:
         """Which examples are classified correctly, by attack: (N,) bool on the CPU.
 
-        Empty if the report was loaded without the file that holds them.
+        Empty if the report was loaded without its verdicts file.
         """
         return dict(self._verdicts)
 
@@ -231,24 +232,24 @@ class Report(BaseModel):
     def adversarial(self) -> dict[str, Tensor]:
         """Adversarial images by attack: float32 (N, C, H, W) on the CPU.
 
-        Verdicts are the model's predictions on these images, each of which is in [0, 1] and within eps. An example that
-        was misclassified before, or whose adversarial image is inadmissible, has its clean image here. Empty in a
-        loaded report, and where `evaluate` did not keep them.
+        Each is in [0, 1] and within eps; the verdicts are the model's predictions on them. For an example that is
+        misclassified without an attack, or whose adversarial image is inadmissible, this is the clean image. Empty if
+        the report was loaded from a file or `evaluate` did not keep them.
         """
         return dict(self._adversarial)
 
     def save(self, path: str | Path, beside: Mapping[Path, bytes] | None = None) -> Path:
-        """Write the report and, as ``<stem>-verdicts.safetensors``, the verdicts: all files or none.
+        """Write the report and its verdicts, in ``<stem>-verdicts.safetensors``: either all files or none.
 
         Args:
-            path: A ``.json`` file, or a folder, in which it becomes ``eval.json``.
-            beside: Contents of other files to write with it.
+            path: A ``.json`` file, or a folder for ``eval.json``.
+            beside: Contents of additional files to write with the report.
 
         Returns:
             The JSON file.
 
         Raises:
-            DeatError: A file cannot be written; then none is.
+            DeatError: A file cannot be written; in that case none is.
         """
         import safetensors.torch
 
@@ -266,7 +267,7 @@ class Report(BaseModel):
         """Load a report that `save` wrote.
 
         Raises:
-            DeatError: It is not a report, or the verdicts beside it belong to a different report.
+            DeatError: The file is not a report, or the verdicts next to it belong to a different report.
         """
         file = json_file(path)
         content = read_json(file)
@@ -274,14 +275,16 @@ class Report(BaseModel):
         if version != SCHEMA_VERSION:
             raise DeatError(
                 f"{file} is not an evaluation report of schema version {SCHEMA_VERSION} "
-                f"(it says {version!r}); evaluate again"
+                f"(found {version!r}); evaluate again"
             )
         try:
             report = cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise DeatError(f"{file} is not an evaluation report: {where}: {first['msg']}") from None
+            raise DeatError(
+                f"{file} is not a valid evaluation report ({where}: {first['msg']}); evaluate again"
+            ) from None
         if wrong := report._contradiction():
             raise DeatError(f"{file} {wrong}; evaluate again")
         if verdict_file(file).exists():
@@ -295,16 +298,16 @@ class Report(BaseModel):
         return report
 
     def _contradiction(self) -> str:
-        """Return a sentence about inconsistent fields; empty if there are none."""
+        """Describe an inconsistency between fields; empty if there is none."""
         if "natural" not in self.results:
             return "has no natural accuracy"
         for name, each in (*self.results.items(), (self.worst_case.name, self.worst_case)):
             if name != each.name:
-                return f"has the result of {each.name} under {name}"
+                return f"stores the result of {each.name} under the name {name}"
             possible = 0 <= each.n_correct <= each.n_examples == self.n_examples > 0
             if not possible or abs(each.accuracy - each.n_correct / each.n_examples) > 1e-9:
                 return (f"claims {100 * each.accuracy:.2f} % under {name} with {each.n_correct} of {each.n_examples} "
-                        f"correct, on {self.n_examples} examples, which does not add up")  # fmt: skip
+                        f"correct on {self.n_examples} examples, which is inconsistent")  # fmt: skip
         return ""
 
     def __str__(self) -> str:
@@ -335,17 +338,17 @@ class Report(BaseModel):
 
 
 def json_schema(record: type[BaseModel] = Report) -> str:
-    """Return the JSON schema of ``eval.json``, or of another record, as text."""
+    """Return the JSON schema of ``eval.json``, or of another model, as a string."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **record.model_json_schema()}
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
 def json_file(path: str | Path) -> Path:
-    """Return the path of a report: a ``.json`` file itself, or ``eval.json`` in a folder."""
+    """Return the path of a report: ``path`` if it is a ``.json`` file, or else ``eval.json`` in that folder."""
     path = Path(path)
     return path if path.suffix == ".json" else path / "eval.json"
 
 
 def verdict_file(json_file: Path) -> Path:
-    """Return the path of the verdicts beside a report."""
+    """Return the path of the verdicts file of a report."""
     return json_file.with_name(f"{json_file.stem}-verdicts.safetensors")

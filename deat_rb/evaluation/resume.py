@@ -1,9 +1,9 @@
-"""On-disk store of per-batch attack results, from which an interrupted evaluation is resumed.
+"""On-disk store of per-batch attack results, from which an interrupted evaluation can be resumed.
 
-    evaluation.json              the settings of the evaluation; all of them must match for it to be resumed
+    evaluation.json              the settings of the evaluation, all of which must match to resume it
     <16 hex digits>.safetensors  the result of one batch, named by a hash of its radius, attack, stage and batch number
 
-Every file is written atomically and never changed. The folder is removed when the evaluation has finished.
+Each file is written atomically and never changed. The folder is removed when the evaluation has finished.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ SETTINGS = "evaluation.json"
 LOCK = ".lock"
 
 FORMAT = "2"
-"""Format of the folder; part of the settings, so that folders of another format are not resumed."""
+"""Format version; part of the settings, so that folders in another format are not resumed."""
 
 _BATCH = re.compile(r"[0-9a-f]{5,16}\.safetensors")
 _OWN = re.compile(rf"{re.escape(SETTINGS)}|{_BATCH.pattern}|{re.escape(LOCK)}|\..*\.tmp")
 
 
 class ResumeStore:
-    """Per-batch results in a folder; without a folder nothing is stored.
+    """Per-batch results in a folder; without a folder, nothing is stored.
 
     Attributes:
         folder: The folder, or None.
-        message: Sentence for the user about what was resumed or discarded; empty if there was nothing.
-        is_new: Whether the folder held no batches before.
-        has_attacks: Whether it holds more than the pass without an attack.
+        message: Message to the user about what was resumed or discarded; empty if nothing was.
+        is_new: Whether the store started empty.
+        has_attacks: Whether it has results other than those on clean images.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -61,13 +61,15 @@ class ResumeStore:
         try:
             return load_tensors(file)
         except DeatError as error:
-            raise DeatError(f"{error}: the unfinished evaluation is damaged; start over with --no-resume") from None
+            raise DeatError(
+                f"{error}: the stored results of the evaluation are damaged; start over with --no-resume"
+            ) from None
 
     def save(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Store the result of the batch ``key``.
 
         Raises:
-            DeatError: It cannot be written; earlier batches are not affected.
+            DeatError: The result cannot be written; earlier batches are not affected.
         """
         if self.folder is None:
             return
@@ -82,28 +84,28 @@ class ResumeStore:
 
     @property
     def status(self) -> str:
-        """Sentence for the user when an evaluation is interrupted; empty if nothing is stored."""
+        """Message to the user on an interruption; empty if nothing is stored."""
         count = 0 if self.folder is None else _count_batches(self.folder)
         are = "batch is" if count == 1 else "batches are"
-        return f"{count} {are} stored in {self.folder}; the same command with --resume continues" if count else ""
+        return f"{count} {are} stored in {self.folder}; repeat the command with --resume to continue" if count else ""
 
 
 @contextmanager
 def open_store(folder: str | Path | None, settings: Mapping[str, str], resume: bool | None) -> Iterator[ResumeStore]:
-    """Open the store of an evaluation; remove it if the evaluation succeeds or fails before any attack.
+    """Open the store of an evaluation; remove it if the evaluation succeeds, or fails before any attack.
 
     Args:
-        folder: Where it is; None to store nothing.
+        folder: Folder of the store; None to store nothing.
         settings: Settings of the evaluation, which must match those of the stored batches.
         resume: True to require stored batches, False to discard them; None to resume if there are any.
 
     Raises:
-        DeatError: There is nothing to resume, the stored batches belong to another evaluation, another process uses the
-            folder, or the folder cannot be used.
+        DeatError: There is nothing to resume, the stored batches belong to another evaluation, another process is using
+            the folder, or the folder is not writable or contains other files.
     """
     if folder is None:
         if resume:
-            raise DeatError("--resume needs a run directory or --json, beside which unfinished evaluations are stored")
+            raise DeatError("--resume needs a run directory or --json: unfinished evaluations are stored next to these")
         yield ResumeStore(None)
         return
     folder = Path(folder)
@@ -120,18 +122,18 @@ def open_store(folder: str | Path | None, settings: Mapping[str, str], resume: b
 
 @contextmanager
 def _locked(folder: Path, resume: bool | None) -> Iterator[None]:
-    """Lock the folder against other processes; the lock ends with its process."""
+    """Lock the folder against other processes, until this process ends or leaves the context."""
     if resume and not (folder / SETTINGS).is_file():
-        raise DeatError(f"there is no unfinished evaluation in {folder}: leave out --resume")
+        raise DeatError(f"there is no unfinished evaluation in {folder}: omit --resume")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if others := [name for name in os.listdir(folder) if not _OWN.fullmatch(name)]:
-            raise DeatError(f"{folder} cannot store an unfinished evaluation, as it holds {others[0]}: give another "
-                            "folder")  # fmt: skip
+            raise DeatError(f"{folder} cannot store an unfinished evaluation, because it contains {others[0]}: give "
+                            "another folder")  # fmt: skip
     except OSError as error:
-        raise DeatError(f"{folder} cannot store an unfinished evaluation ({error.strerror}): free space there, or copy "
+        raise DeatError(f"{folder} cannot store an unfinished evaluation ({error.strerror}): free some space, or copy "
                         "the run to a writable folder") from None  # fmt: skip
-    busy = f"another process is evaluating in {folder}; wait for it or end it"
+    busy = f"another process is evaluating in {folder}; wait for it or stop it"
     with exclusive_lock(folder / LOCK, busy=busy, failed=f"{folder} cannot store an unfinished evaluation"):
         yield
 
@@ -169,7 +171,7 @@ def _clear(folder: Path, *, lock: bool = False) -> None:
 
 
 def _differing(folder: Path, settings: Mapping[str, str]) -> str:
-    """Name the settings that differ from the stored ones; empty if none does."""
+    """Describe the settings that differ from the stored ones; empty if none does."""
     try:
         stored = read_json(folder / SETTINGS)
     except DeatError:

@@ -1,4 +1,4 @@
-"""Runs attacks on a prepared model batch by batch and stores the result of every batch."""
+"""Runner of attacks on a prepared model, batch by batch, which stores the result of each batch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from deat_rb.utils.units import format_fraction
 Progress = Callable[[str, int, int, int], None]
 
 WITHIN_EVERY = 0.5
-"""Seconds between two progress updates within a batch."""
+"""Seconds between progress updates within a batch."""
 
 
 @dataclass
@@ -31,12 +31,12 @@ class AttackOutcome:
     """Verdicts and cost of an attack, summed over its batches.
 
     Attributes:
-        correct: (N,) bool, on the CPU: still classified correctly.
-        adversarial: Adversarial images (N, C, H, W), on the CPU; None where they are not kept.
-        forwards: Images forwarded.
-        backwards: Images for which a gradient was computed.
-        inadmissible: Adversarial images outside the threat model.
-        seconds: Wall time.
+        correct: Mask of the examples still classified correctly, (N,) bool on the CPU.
+        adversarial: Adversarial images (N, C, H, W), on the CPU; None if they are not kept.
+        forwards: Single-image forward passes.
+        backwards: Single-image backward passes.
+        inadmissible: Number of adversarial images outside the threat model.
+        seconds: Wall time in seconds.
         remaining: Number of correctly classified examples after each stage.
     """
 
@@ -49,11 +49,11 @@ class AttackOutcome:
     remaining: tuple[int, ...] = ()
 
     def result(self, attack: Attack) -> AttackResult:
-        """Return the report's record of the attack."""
+        """Return the result of the attack for the report."""
         total = len(self.correct)
         parts = {part.name: left for part, left in zip(attack.parts, self.remaining, strict=True) if part.name}
         counts = [f"{left} of {total} correct after {name}" for name, left in parts.items()]
-        outside = f"{self.inadmissible} adversarial images were not finite, in [0, 1] and within eps, and do not count"
+        outside = f"{self.inadmissible} adversarial images do not count: not finite, not in [0, 1] or not within eps"
         return AttackResult.of(
             attack.name,
             self.correct,
@@ -73,8 +73,8 @@ def _natural(model: CountingModel, batch: Batch) -> AttackOutput:
         logits = model.exact(batch.images)
     if logits.isnan().any():
         raise DeatError(
-            f"the model returns NaN for images {int(batch.rows[0])} to {int(batch.rows[-1])}; "
-            "a model that has diverged cannot be evaluated"
+            f"the model returns NaN for images {int(batch.rows[0])} to {int(batch.rows[-1])}, so its training probably "
+            "diverged: evaluate an earlier checkpoint, or retrain with a smaller learning rate"
         )
     return AttackOutput(batch.images, logits.argmax(dim=1) != batch.labels)
 
@@ -84,16 +84,16 @@ NATURAL = Attack("natural", (AttackStage("", _natural, calls=1),), {})
 
 @dataclass(frozen=True)
 class AttackRunner:
-    """Runs attacks, one after the other.
+    """Runner of attacks on a model, one after the other.
 
     Attributes:
         prepared: The model and the examples.
         context: Norm, eps and seed of the attacks.
-        store: Where the results of batches are stored.
+        store: Store of the results of batches.
         keep: Whether adversarial images are kept.
-        dtype: Precision in which attacks run; predictions on their images are in the model's own.
-        progress: See `deat_rb.evaluation.evaluate.evaluate`.
-        sweeping: Whether progress shows eps, because there are several.
+        dtype: Precision of the attacks; their images are classified in the model's own precision.
+        progress: Progress callback, see `deat_rb.evaluation.evaluate.evaluate`.
+        sweeping: Whether to show eps in progress, because there are several.
     """
 
     prepared: PreparedModel
@@ -145,7 +145,7 @@ class AttackRunner:
         images, labels = self.prepared.take(rows)
         chosen = outcome.correct[rows].to(self.prepared.device)
         with seeding.preserved():
-            # Random numbers that the model itself draws are the same in every evaluation.
+            # Seeded so that the model's own random numbers are the same in every evaluation.
             seeding.seed_global(self.context.seed, "evaluate", attack.name, stage.name, number)
             output = stage.craft(model, Batch(images, labels, chosen, number, rows))
             misclassified = output.misclassified
@@ -167,7 +167,7 @@ class AttackRunner:
 
 
 def _add(batch: dict[str, Tensor], attacked: Tensor, outcome: AttackOutcome, attack: Attack) -> None:
-    """Add the result of a batch, in which the examples ``attacked`` were attacked, to the outcome."""
+    """Add the result of a batch to the outcome; ``attacked`` are the indices of the attacked examples."""
     forwards, backwards, inadmissible = batch["counts"].tolist()
     outcome.forwards += forwards
     outcome.backwards += backwards
@@ -182,7 +182,7 @@ def _add(batch: dict[str, Tensor], attacked: Tensor, outcome: AttackOutcome, att
 
 
 class _Display:
-    """Reports finished batches, and progress within a batch, to the caller's progress object."""
+    """Reporter of finished batches, and of progress within a batch, to the caller's progress object."""
 
     def __init__(self, name: str, stage: AttackStage, batches: int, total: int, progress: Progress | None) -> None:
         self.name = name
@@ -194,9 +194,9 @@ class _Display:
         self.finished = 0
 
     def done(self, rows: Tensor, correct: Tensor, *, quietly: bool) -> None:
-        """Report a batch: for a named stage the correct ones of all examples, else of those attacked so far.
+        """Report a batch and the number of correct examples: among all for a named stage, else among those done.
 
-        A batch that was loaded from the store is reported, ``quietly``, only if it is the last.
+        With ``quietly``, as for batches loaded from the store, only the last batch is reported.
         """
         self.finished += len(rows)
         if self.progress is not None and (self.finished == self.total or not quietly):
@@ -205,7 +205,7 @@ class _Display:
 
     @contextmanager
     def within(self, number: int, model: CountingModel) -> Iterator[None]:
-        """Count the forward passes of a batch, and report the fraction done every `WITHIN_EVERY` seconds."""
+        """Count the forward passes within a batch and report the fraction done every `WITHIN_EVERY` seconds."""
         update = getattr(self.progress, "within", None)
         if update is None:
             yield

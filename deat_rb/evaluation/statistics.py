@@ -1,10 +1,10 @@
-"""Wilson's interval and McNemar's test, by scipy, which is imported on first use because that takes seconds."""
+"""Wilson's interval and McNemar's test; scipy is imported on first use because importing it takes seconds."""
 
 from __future__ import annotations
 
 
 def wilson(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return Wilson's score interval of a proportion (Wilson 1927), its lower and upper end in [0, 1].
+    """Return the bounds of Wilson's score interval of a proportion (Wilson 1927), in [0, 1].
 
     Args:
         correct: Number of successes.
@@ -21,8 +21,8 @@ def mcnemar(only_first: int, only_second: int) -> float:
     """Return the p-value of McNemar's exact two-sided test: twice the smaller binomial tail at p = 1/2, at most 1.
 
     Args:
-        only_first: Number of examples that are correct in the first evaluation only.
-        only_second: Number of examples that are correct in the second only.
+        only_first: Number of examples classified correctly only in the first evaluation.
+        only_second: Number of examples classified correctly only in the second evaluation.
     """
     from scipy.stats import binomtest
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def sweep_table(report: Report) -> Table:
-    """Return a sweep as a table: one row per attack and one column per eps, or the reverse for many radii."""
+    """Return a sweep as a table: one row per attack and one column per eps, or vice versa for many radii."""
     from rich.markup import escape
 
     worst_case = report.worst_case.name
@@ -42,14 +42,14 @@ def are_comparable(reports: Sequence[Report]) -> bool:
 
 
 def group(keys: Sequence[Mapping[str, Any]], *, name: str = "method") -> dict[str, list[int]]:
-    """Group evaluations whose options are equal.
+    """Group evaluations with equal options.
 
     Args:
-        keys: The options of each evaluation, without those that may differ within a group, such as the seed.
-        name: The option that names a group; options that differ between groups of the same name are added.
+        keys: Options of each evaluation, without those that may differ within a group, such as the seed.
+        name: Option that names a group; options that differ between groups of the same name are appended.
 
     Returns:
-        The positions of each group's members, by the group's name.
+        The indices of each group's members, by the name of the group.
     """
     members: dict[str, list[int]] = {}
     for position, key in enumerate(keys):
@@ -69,8 +69,8 @@ def means(groups: Mapping[str, Sequence[Report]], *, width: int = 80) -> Table:
     """Return mean accuracy and sample standard deviation of each group of reports, one row per group.
 
     Args:
-        groups: Comparable reports, by the group's name; those of several groups may have other attacks.
-        width: Columns of the terminal; where they are too few, a deviation stands below its mean.
+        groups: Comparable reports, by the name of the group; the attacks may differ between groups.
+        width: Width of the terminal; if it is too narrow, standard deviations are placed below the means.
     """
     from rich.markup import escape
 

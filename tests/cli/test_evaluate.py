@@ -156,8 +156,9 @@ def test_eval_keeps_the_fuller_evaluation(tmp_path: Path) -> None:
     lesser = run("eval", path, *QUICK)
     assert lesser.exit_code == 0, lesser.output
     assert {name: (path / name).read_bytes() for name in names} == before
-    assert "note: eval.json keeps the fuller evaluation (fgsm, pgd-2 on 8 images, Linf, eps 0.1); --overwrite" in (
-        lesser.stdout
+    assert (
+        "note: eval.json keeps the more comprehensive evaluation (fgsm, pgd-2 on 8 images, Linf, eps 0.1); replace it"
+        in (lesser.stdout)
     )
     (record,) = (path / "evaluations").glob("*.json")
     assert record.name.startswith("fgsm-Linf-0.1-5-")
@@ -191,7 +192,7 @@ def test_eval_of_other_data_is_not_the_runs_evaluation(tmp_path: Path, image_fol
     assert result.exit_code == 0, result.output
     assert not (path / "eval.json").exists()
     assert len(list((path / "evaluations").glob("*.json"))) == 1
-    assert "note: the data are not the run's own, so its eval.json is left as it is" in result.stdout
+    assert "note: the data are not the run's own, so eval.json is not replaced" in result.stdout
     refused = run("eval", path, "--data-dir", other, *flags, "--overwrite")
     assert refused.exit_code == 2
     assert "--overwrite applies only to evaluations of runs on their own dataset" in refused.stderr

@@ -81,8 +81,12 @@ def test_compare_makes_names_unique() -> None:
         ({"norm": "L2"}, "1111", "their norm is Linf and L2"),
         ({"num_classes": 100}, "1111", "their number of classes is 10 and 100"),
         ({}, "111", "their number of examples is 4 and 3"),
-        ({"provenance": {"data_sha256": "def"}}, "1111", "they were evaluated on different images$"),
-        ({"provenance": {}}, "1111", "a and b do not both record their test images"),
+        (
+            {"provenance": {"data_sha256": "def"}},
+            "1111",
+            "they were evaluated on different images; evaluate both on the same images$",
+        ),
+        ({"provenance": {}}, "1111", "a and b do not both record a hash of their test images"),
     ],
 )
 def test_compare_refuses_other_settings_or_examples(changed: dict[str, Any], correct: str, message: str) -> None:
@@ -109,13 +113,13 @@ def test_compare_notes_bf16_upper_bounds(tmp_path: Path) -> None:
 
 
 def test_compare_needs_two_reports() -> None:
-    with pytest.raises(DeatError, match=r"^1 evaluation cannot be compared; give two or more$"):
+    with pytest.raises(DeatError, match=r"^1 evaluation given; a comparison needs two or more$"):
         compare([("a", report_of(natural="11"))])
 
 
 def test_compare_needs_verdicts(runs: list[Path]) -> None:
     (runs[1] / "eval-verdicts.safetensors").unlink()
-    with pytest.raises(DeatError, match=r"^the verdicts of two are missing beside its eval\.json"):
+    with pytest.raises(DeatError, match=r"^the verdicts file of two is missing next to its eval\.json"):
         compare(load_reports(runs))
 
 
@@ -160,7 +164,7 @@ def test_compare_command_accepts_names_that_are_not_utf8(tmp_path: Path) -> None
 def test_compare_command_refuses_in_one_sentence(runs: list[Path], tmp_path: Path) -> None:
     (tmp_path / "three").mkdir()
     for arguments, message in (
-        ([runs[0]], "1 evaluation cannot be compared; give two or more"),
+        ([runs[0]], "1 evaluation given; a comparison needs two or more"),
         ([runs[0], tmp_path / "three"], f"{tmp_path / 'three'} has no evaluation"),
         ([runs[0], tmp_path / "four.json"], f"{tmp_path / 'four.json'} does not exist"),
     ):

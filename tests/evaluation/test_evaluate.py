@@ -234,7 +234,7 @@ def bad_input() -> Iterator[tuple[str, dict[str, object], str]]:
     yield "norm", {"norm": "L1"}, "unknown norm 'L1'"
     yield "precision", {"precision": "fp16"}, "unknown evaluation precision 'fp16'"
     yield "checks", {"checks": "all"}, "unknown level of checks 'all': "
-    yield "seed", {"seed": -1}, "seed = -1 is not possible"
+    yield "seed", {"seed": -1}, "seed = -1 is invalid"
     yield "attack of another kind", {"attacks": [3]}, "attack names must be strings such as 'pgd-100', not int"
     yield "eps nan", {"eps": float("nan")}, "eps = nan"
     yield "eps pixels", {"eps": 8.0}, "eps = 8"
@@ -277,7 +277,7 @@ def test_evaluate_accepts_numpy_numbers() -> None:
 def test_evaluate_refuses_objects_that_are_no_module() -> None:
     images, labels, _ = plane_images()
     for model in (None, "runs/a", lambda images: images.flatten(1)):
-        with pytest.raises(DeatError, match=r"the model is a \w+, where a torch.nn.Module is needed"):
+        with pytest.raises(DeatError, match=r"the model must be a torch.nn.Module, not a \w+"):
             evaluate(model, images, labels)  # type: ignore[arg-type]  # that is what is tried
 
 
@@ -308,7 +308,7 @@ class Large(Plane):
 
 def test_evaluate_explains_out_of_memory(tmp_path: Path) -> None:
     images, labels, _ = plane_images()
-    with pytest.raises(DeatError, match=r"^cpu has too little memory for batches of 3 images: give a smaller --batch"):
+    with pytest.raises(DeatError, match=r"^cpu has too little memory for batches of 3 images: use a smaller --batch"):
         evaluate(Large(), images, labels, attacks="fgsm", eps=0.1, batch_size=3, state=tmp_path / "state")
     assert evaluate(Large(), images, labels, attacks="fgsm", eps=0.1, batch_size=2, state=tmp_path / "state")
 

@@ -171,7 +171,7 @@ def test_evaluate_images_outside_the_ball_do_not_count(network: nn.Sequential, b
     found = report.results[name]
     assert found.n_correct == report.results["natural"].n_correct
     assert found.inadmissible == 40
-    assert "40 adversarial images were not finite, in [0, 1] and within eps, and do not count" in found.notes
+    assert "40 adversarial images do not count: not finite, not in [0, 1] or not within eps" in found.notes
     assert torch.equal(report.adversarial[name], batch[0])
 
 

@@ -76,12 +76,12 @@ def test_report_load_refuses(tmp_path: Path) -> None:
         Report.load(file)
     content = json.loads(file.read_text())
     file.write_text(json.dumps(content | {"eps": "far"}))
-    with pytest.raises(DeatError, match="not an evaluation report: eps"):
+    with pytest.raises(DeatError, match=r"not a valid evaluation report \(eps"):
         Report.load(file)
     natural = content["results"]["natural"]
     for wrong, sentence in (
         ({"results": {"fgsm": content["results"]["fgsm"]}}, "has no natural accuracy"),
-        ({"results": {"natural": content["results"]["fgsm"]}}, "has the result of fgsm under natural"),
+        ({"results": {"natural": content["results"]["fgsm"]}}, "stores the result of fgsm under the name natural"),
         (
             {"results": {"natural": natural | {"n_correct": 6}}},
             "claims 80.00 % under natural with 6 of 5 correct, on 5",
@@ -96,7 +96,7 @@ def test_report_load_refuses(tmp_path: Path) -> None:
         with pytest.raises(DeatError, match=f"eval.json {sentence}.*; evaluate again$"):
             Report.load(file)
     file.write_text(json.dumps(content | {"schema_version": 1}))
-    with pytest.raises(DeatError, match=r"of schema version 2 \(it says 1\); evaluate again"):
+    with pytest.raises(DeatError, match=r"of schema version 2 \(found 1\); evaluate again"):
         Report.load(file)
     file.write_text(json.dumps(content | {"schema_version": 99}))
     with pytest.raises(DeatError, match="says 99"):

@@ -145,7 +145,7 @@ def test_evaluate_ctrl_c_says_what_is_stored(
     kept = interrupted(network, batch, tmp_path / "state")
     count = len(list((tmp_path / "state").glob("*.safetensors")))
     assert count > 3
-    assert kept == f"{count} batches are stored in {tmp_path / 'state'}; the same command with --resume continues"
+    assert kept == f"{count} batches are stored in {tmp_path / 'state'}; repeat the command with --resume to continue"
     with pytest.raises(Interrupted) as interrupt:
         run(Stops(network, 20), batch)
     assert interrupt.value.kept == ""
@@ -223,7 +223,7 @@ def test_evaluate_keeps_batches_when_finish_fails(
 
     options: dict[str, Any] = {"state": tmp_path / "state", "provenance": {"run": "a"}}
     with pytest.raises(
-        (DeatError, Interrupted), match=r"[0-9]+ batches are stored in .*; the same command with --resume"
+        (DeatError, Interrupted), match=r"[0-9]+ batches are stored in .*; repeat the command with --resume"
     ):
         run(network, batch, finish=fail, **options)
     counted, reports = Forwards(network), list[Report]()
@@ -243,7 +243,7 @@ def test_evaluate_keeps_batches_when_checks_are_interrupted(
     monkeypatch.setattr("deat_rb.evaluation.checks.registry.run_checks", interrupt)
     with pytest.raises(Interrupted) as interrupted:
         run(network, batch, checks="quick", state=tmp_path / "state")
-    assert "the same command with --resume continues" in interrupted.value.kept
+    assert "repeat the command with --resume to continue" in interrupted.value.kept
 
 
 def test_evaluate_removes_the_store_when_no_attack_ran(
@@ -301,9 +301,9 @@ def test_open_store_refuses_folders_with_other_files(
     network: nn.Sequential, batch: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
     (tmp_path / "last.safetensors").write_bytes(b"precious")
-    with pytest.raises(DeatError, match=r"as it holds last.safetensors: give another folder"):
+    with pytest.raises(DeatError, match=r"because it contains last.safetensors: give another folder"):
         run(network, batch, state=tmp_path)
-    with pytest.raises(DeatError, match=r"there is no unfinished evaluation in .*: leave out --resume"):
+    with pytest.raises(DeatError, match=r"there is no unfinished evaluation in .*: omit --resume"):
         run(network, batch, state=tmp_path / "state", resume=True)
     with pytest.raises(DeatError, match="--resume needs a run directory or --json"):
         run(network, batch, resume=True)

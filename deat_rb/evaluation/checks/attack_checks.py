@@ -1,4 +1,4 @@
-"""Checks of the attacks' results: against the stored images, against each other and against theory."""
+"""Checks of the attacks' results against the stored images, each other and theory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROUNDING = 1e-6
 
 
 def admissible(context: CheckContext) -> Outcome | None:
-    """Check that the adversarial images are in the threat model."""
+    """Check that the adversarial images are within the threat model."""
     if not context.report.adversarial:
         return None
     excess, outside, total = 0.0, 0, 0
@@ -40,21 +40,21 @@ def admissible(context: CheckContext) -> Outcome | None:
     return outcome(
         "fail" if outside else "pass",
         excess,
-        f"{outside} of {total} adversarial images are not finite, not in [0, 1] or further than eps + 1e-6 away (eps "
-        f"is exceeded by at most {excess:.1g})",
+        f"{outside} of {total} adversarial images are not finite, not in [0, 1] or farther away than eps + 1e-6 (the "
+        f"largest excess is {excess:.1g})",
         "such images do not count as adversarial examples",
     )
 
 
 def reproduced(context: CheckContext) -> Outcome | None:
-    """Check that the model's predictions on the stored images give the counted verdicts."""
+    """Check that re-evaluating the stored adversarial images reproduces the reported verdicts."""
     differing = total = 0
     for name in context.report.adversarial.keys() & context.report.verdicts.keys():
         adv, correct = context.report.adversarial[name], context.report.verdicts[name]
         count = len(adv) if context.level == "full" else min(len(adv), EXAMPLES[context.level])
         logits = context.probe.logits(adv[:count].to(context.probe.images))
         ahead = margins(logits, context.labels[:count].to(logits.device))
-        # At the decision boundary a different batch size, which rounds differently, may change the prediction.
+        # Near the decision boundary, rounding in a different batch size may change the prediction.
         clear = ahead.abs() > 1e-4 * size(logits)
         differing += int((((ahead > 0) != correct[:count].to(ahead.device)) & clear).sum())
         total += count
@@ -70,7 +70,7 @@ def reproduced(context: CheckContext) -> Outcome | None:
 
 
 def no_change_at_zero(context: CheckContext) -> Outcome:
-    """Check that an attack with eps = 0 changes nothing."""
+    """Check that an attack with eps = 0 does not change accuracy."""
     probe = context.probe
     everyone = torch.arange(len(probe.images), device=probe.labels.device)
     points = [percent(probe.clean_correct) - percent(~probe.pgd(everyone, eps=0.0, steps=1))]
@@ -81,12 +81,12 @@ def no_change_at_zero(context: CheckContext) -> Outcome:
         "fail" if abs(largest) > at_least_one(0, len(everyone)) else "pass",
         largest,
         f"Accuracy under an attack with eps = 0 is {largest:.1f} points below the clean accuracy",
-        "predictions change without any perturbation, for instance at random",
+        "predictions change without a perturbation, for instance because they are random",
     )
 
 
 def clean_highest(context: CheckContext) -> Outcome:
-    """Check that no accuracy under an attack exceeds the clean one."""
+    """Check that no accuracy under attack exceeds the clean accuracy."""
     results = context.report.results
     gain = 100 * (max(result.accuracy for result in results.values()) - results["natural"].accuracy)
     return outcome(
@@ -98,12 +98,12 @@ def clean_highest(context: CheckContext) -> Outcome:
 
 
 def _compared(points: float) -> str:
-    """Return a signed difference in percentage points as words: ``47.0 points below``."""
+    """Format a signed difference in percentage points, as in ``47.0 points below``."""
     return f"{abs(points):.1f} points {'above' if points > 0 else 'below'}"
 
 
 def noise_below_fgsm(context: CheckContext) -> Outcome | None:
-    """Check that a gradient step is stronger than noise."""
+    """Check that FGSM is stronger than noise of the same size."""
     probe = context.probe
     if probe.gradient is None:
         return None
@@ -114,12 +114,12 @@ def noise_below_fgsm(context: CheckContext) -> Outcome | None:
         graded(lead, at_least_one(0.5, len(probe.images)), 5),
         lead,
         f"Accuracy under FGSM is {_compared(lead)} that under noise of the same size",
-        "a step along the gradient should be stronger than a random one, so the gradient is of little use",
+        "a step along the gradient should be stronger than a random one, so the gradients are of little use",
     )
 
 
 def pgd_below_fgsm(context: CheckContext) -> Outcome | None:
-    """Check that many steps are stronger than one."""
+    """Check that PGD is stronger than FGSM."""
     results, (name, steps) = context.report.results, context.pgd
     if name and "fgsm" in results:
         above, count = 100 * (results[name].accuracy - results["fgsm"].accuracy), context.report.n_examples
@@ -133,15 +133,15 @@ def pgd_below_fgsm(context: CheckContext) -> Outcome | None:
         graded(above, at_least_one(0.5, count), 2),
         above,
         f"Accuracy under {name} is {_compared(above)} that under FGSM",
-        "many small steps should be stronger than one large step, unless the gradients are misleading",
+        "many small steps should be stronger than one large step, so the gradients are probably misleading",
     )
 
 
 def converged(context: CheckContext) -> Outcome | None:
-    """Check that twice the steps from another start find few more adversarial examples.
+    """Check that PGD with twice the steps and another random start finds few new adversarial examples.
 
-    Thirty small networks trained with PGD (ten seeds, three instruction sets) had 0 to 3 points at 200 examples, so
-    that the bound of 4 is six examples above the usual 1: rounding does not cross it.
+    Thirty small networks trained with PGD (ten seeds, three instruction sets) lost 0 to 3 points, usually 1, on 200
+    examples. The threshold of 4 points is six examples above that, so rounding differences do not exceed it.
     """
     name, steps = context.pgd
     if not context.attacks_allowed:
@@ -156,8 +156,8 @@ def converged(context: CheckContext) -> Outcome | None:
     return outcome(
         graded(points, at_least_one(4, len(probe.images)), at_least_one(8, len(probe.images))),
         points,
-        f"PGD with {2 * steps} steps from another start lowers accuracy by another {points:.1f} points",
-        "the attack has not converged; use more steps and restarts",
+        f"PGD with {2 * steps} steps from another random start lowers accuracy by another {points:.1f} points",
+        "the attack has not converged; use more steps or restarts",
     )
 
 
@@ -177,13 +177,13 @@ def falls_with_eps(context: CheckContext) -> Outcome | None:
     return outcome(
         graded(rise, at_least_one(0.5, count), 5),
         rise,
-        f"The largest change of accuracy from one eps to the next larger one is {rise:+z.1f} points",
-        "a larger ball contains all images of the smaller one, so the attack fails to search it",
+        f"The largest increase in accuracy from one eps to the next larger one is {rise:+z.1f} points",
+        "a larger ball contains all images of the smaller one, so the attack does not search it well",
     )
 
 
 def chance_at_half(context: CheckContext) -> Outcome | None:
-    """Check that accuracy is at chance level at eps = 1/2, where every image can be turned grey."""
+    """Check that accuracy is at chance level at eps = 1/2, where any image can be turned grey."""
     probe, count = context.probe, context.few
     if probe.gradient is None:
         return None
@@ -194,14 +194,14 @@ def chance_at_half(context: CheckContext) -> Outcome | None:
     return outcome(
         graded(accuracy, bound, bound + 20),
         accuracy,
-        f"At eps = 1/2, which can turn every image grey, accuracy under PGD-10 is {accuracy:.1f} %, and the share of "
-        f"the most common class is {100 * chance:.1f} %",
+        f"At eps = 1/2, where any image can be turned grey, accuracy under PGD-10 is {accuracy:.1f} %; chance level is "
+        f"{100 * chance:.1f} %",
         "the gradients do not lead to adversarial examples",
     )
 
 
 def larger_eps(context: CheckContext) -> Outcome | None:
-    """Check that projecting adversarial examples of larger radii onto the ball finds few new ones."""
+    """Check that adversarial examples at larger eps, projected onto the eps-ball, yield few new ones."""
     probe, count = context.probe, context.few
     if probe.gradient is None or probe.eps == 0:
         return None
@@ -221,14 +221,14 @@ def larger_eps(context: CheckContext) -> Outcome | None:
     return outcome(
         graded(points, at_least_one(2, count), at_least_one(8, count)),
         points,
-        f"Adversarial examples of PGD-10 at twice eps and at 1/2, projected to eps, lower accuracy by another "
+        f"Adversarial examples of PGD-10 at 2 eps and at 1/2, projected onto the eps-ball, lower accuracy by another "
         f"{points:.1f} points",
-        "gradients near the images hide adversarial examples",
+        "gradients near the images do not lead to these, so they are masked",
     )
 
 
 def square_no_better(context: CheckContext) -> Outcome | None:
-    """Check that an attack without gradients finds hardly anything that white-box attacks do not."""
+    """Check that a black-box attack finds hardly any adversarial examples that white-box attacks miss."""
     verdicts, count = context.report.verdicts, context.report.n_examples
     if "square" in verdicts and context.white_box:
         left = torch.stack(list(context.white_box.values())).all(dim=0)
@@ -243,13 +243,13 @@ def square_no_better(context: CheckContext) -> Outcome | None:
     return outcome(
         graded(points, at_least_one(0.2, count), at_least_one(2, count)),
         points,
-        f"Square, which uses no gradient, lowers accuracy by {points:.1f} points below the white-box attacks",
+        f"Square, which uses no gradients, lowers accuracy by {points:.1f} points below the white-box attacks",
         "gradients are masked, and accuracies under white-box attacks are too high",
     )
 
 
 def _found_by_autoattacks_square(report: Report) -> int | None:
-    """Return how many examples Square found after AutoAttack's white-box stages; None where it was not the last."""
+    """Return the number of examples that Square found as AutoAttack's last stage; None if it was not the last."""
     for result in report.results.values():
         *before, last = result.parts or [""]
         if before and last == "square":
@@ -270,12 +270,12 @@ def autoattack_lowest(context: CheckContext) -> Outcome | None:
         graded(above, at_least_one(0.5, context.report.n_examples), 2),
         above,
         f"Accuracy under AutoAttack is {_compared(above)} that under {strongest}, the strongest other attack",
-        "the ensemble is weaker than a single attack, so its accuracy is too high",
+        "the ensemble is weaker than a single attack, so accuracy under AutoAttack is too high",
     )
 
 
 def pgd_near_autoattack(context: CheckContext) -> Outcome | None:
-    """Check that PGD is not far above AutoAttack, or above PGD on the margin and Square in its place."""
+    """Check that accuracy under PGD is close to that under AutoAttack, or else under PGD on the margin and Square."""
     results, (name, steps) = context.report.results, context.pgd
     suites = [result.accuracy for key, result in results.items() if key.startswith("autoattack")]
     if suites and name and steps >= 20:
@@ -290,5 +290,5 @@ def pgd_near_autoattack(context: CheckContext) -> Outcome | None:
         graded(gap, 8, 16),
         gap,
         f"Accuracy under {name} is {_compared(gap)} that under {rival}",
-        "up to 8 points are usual; more indicate masked gradients, and accuracy under PGD means little",
+        "up to 8 points are usual; more indicate masked gradients, so accuracy under PGD means little",
     )

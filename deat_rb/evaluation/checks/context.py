@@ -20,13 +20,13 @@ from deat_rb.evaluation.statistics import mcnemar
 Status = Literal["pass", "warn", "fail"]
 
 Outcome = tuple[Status, float | None, str]
-"""Status, value and sentence of a check."""
+"""Status, measured value and sentence of a check."""
 
 EXAMPLES = {"quick": 100, "full": 200}
-"""Number of examples that a level of checks looks at."""
+"""Number of examples that are checked, by level."""
 
 FEW = {"quick": 32, "full": 100}
-"""Number of examples for the expensive checks."""
+"""Number of examples for the expensive checks, by level."""
 
 SQUARE_QUERIES = 300
 
@@ -39,7 +39,7 @@ NO_ATTACK = ("natural", "noise")
 
 
 RELABELED_POINTS = 20.0
-"""Gain of accuracy by relabeling, in percentage points, above which the labels are in another order."""
+"""Gain in accuracy by relabeling, in percentage points, above which the labels count as permuted."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class LabelOrder:
     """Natural accuracy before and after a one-to-one relabeling of the predictions.
 
     Attributes:
-        accuracy: In percent, with the labels as they are.
-        relabeled: In percent, with the relabeling that fits one half of the examples best, measured on the other half.
-        is_significant: Whether the difference is (McNemar's test, p < 0.001).
-        below_chance: Whether accuracy is below guessing among the classes of the labels (binomial test, p < 0.001).
-        n_classes: Number of classes of the labels.
+        accuracy: Accuracy with the given labels, in percent.
+        relabeled: Accuracy after relabeling, in percent: fitted on one half of the examples, measured on the other.
+        is_significant: Whether the difference is significant (McNemar's test, p < 0.001).
+        below_chance: Whether accuracy is below random guessing among the label classes (binomial test, p < 0.001).
+        n_classes: Number of different labels.
     """
 
     accuracy: float
@@ -62,12 +62,12 @@ class LabelOrder:
 
     @property
     def gain(self) -> float:
-        """Percentage points that relabeling gains."""
+        """Gain in accuracy by relabeling, in percentage points."""
         return self.relabeled - self.accuracy
 
     @classmethod
     def of(cls, predicted: Tensor, labels: Tensor) -> LabelOrder:
-        """Compare predicted classes with labels, both (N,) int64 on the CPU."""
+        """Compare predicted classes with labels; both are (N,) int64 on the CPU."""
         from scipy.stats import binomtest
 
         classes, index = labels.unique(return_inverse=True)
@@ -85,13 +85,15 @@ class LabelOrder:
 
 
 def _relabeling(predicted: Tensor, index: Tensor, classes: Tensor) -> Tensor:
-    """Return the class (C,) that is assigned to each of the labels' classes so that most predictions agree."""
+    """Return the one-to-one mapping from label classes to predicted classes, (C,), that maximizes agreement."""
     from scipy.optimize import linear_sum_assignment
 
     columns = torch.cat((predicted, classes)).unique()
     counts = torch.zeros(len(classes), len(columns), dtype=torch.float64)
     counts.index_put_((index, torch.searchsorted(columns, predicted)), torch.ones(len(index)).double(), accumulate=True)
-    counts[torch.arange(len(classes)), torch.searchsorted(columns, classes)] += 0.5  # ties keep the labels' own order
+    counts[torch.arange(len(classes)), torch.searchsorted(columns, classes)] += (
+        0.5  # break ties in favour of the given labels
+    )
     rows, chosen = linear_sum_assignment(counts.numpy(), maximize=True)
     assigned = torch.empty(len(classes), dtype=torch.int64)
     assigned[torch.as_tensor(rows)] = columns[torch.as_tensor(chosen)]
@@ -100,14 +102,14 @@ def _relabeling(predicted: Tensor, index: Tensor, classes: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class CheckContext:
-    """The evaluation to be checked, and measurements that several checks share.
+    """The evaluation to check, and measurements shared by several checks.
 
     Attributes:
         prepared: The model and all examples of the evaluation.
-        probe: The model with the first few examples, for independent measurements.
+        probe: The model and the first few examples, for independent measurements.
         report: The report of the evaluation.
-        level: ``quick`` or ``full``.
-        before: Copies of the model's parameters and buffers.
+        level: Level of checks: ``quick`` or ``full``.
+        before: Copies of the model's parameters and buffers before the checks.
     """
 
     prepared: PreparedModel
@@ -133,19 +135,19 @@ class CheckContext:
 
     @cached_property
     def predicted(self) -> tuple[Tensor, Tensor]:
-        """Predicted classes and labels of the first 1000 examples, or 10 per class where that is more, on the CPU."""
+        """Predicted classes and labels, on the CPU, of the first 1000 examples, or 10 per class if that is more."""
         labels = self.prepared.labels.cpu()
         count = min(len(labels), max(1000, 10 * len(labels.unique())))
         return self.prepared.predict(count=count), labels[:count]
 
     @cached_property
     def label_order(self) -> LabelOrder:
-        """Accuracy with the labels as they are and after relabeling the predictions."""
+        """Accuracy with the given labels and after relabeling the predictions."""
         return LabelOrder.of(*self.predicted)
 
     @cached_property
     def scaled_accuracies(self) -> dict[str, float]:
-        """Accuracy of the probe's examples, in percent, by other scalings of the images than [0, 1]."""
+        """Accuracy on the probe's examples, in percent, by scalings of the images other than [0, 1]."""
         images = self.probe.images
         values = images.transpose(0, 1).flatten(1)
         mean, std = values.mean(dim=1).view(1, -1, 1, 1), values.std(dim=1).clamp_min(1 / 255).view(1, -1, 1, 1)
@@ -159,11 +161,11 @@ class CheckContext:
 
     @cached_property
     def out_of_order(self) -> bool:
-        """Whether the labels are in another order than the network's, and that explains more than the scaling."""
+        """Whether the labels are not in the network's class order, and this explains more than a wrong scaling."""
         order, (predicted, labels) = self.label_order, self.predicted
         share, true_share = (percent(values == values.mode().values) for values in (predicted, labels))
         if order.n_classes < 2 or (share >= 90 and share - true_share > 40):
-            return False  # a network that has collapsed to one class says nothing about the order
+            return False  # the order cannot be inferred from a network that has collapsed to one class
         gain = max(self.scaled_accuracies.values()) - percent(self.probe.clean_correct)
         if order.gain > max(RELABELED_POINTS, gain) and order.is_significant:
             return True
@@ -172,12 +174,12 @@ class CheckContext:
 
     @property
     def attacks_allowed(self) -> bool:
-        """Whether checks may run attacks for results that the report lacks: at level ``full``."""
+        """Whether checks may run attacks for results missing from the report: only at level ``full``."""
         return self.level == "full" and self.probe.gradient is not None
 
     @property
     def square_allowed(self) -> bool:
-        """Whether checks may run Square: at level ``full``, on images that are large enough for it."""
+        """Whether checks may run Square: only at level ``full``, on images that are large enough for it."""
         images = self.probe.images
         return self.level == "full" and (self.probe.norm == "Linf" or min(images.shape[-2:]) >= SQUARE_TILES)
 
@@ -188,12 +190,12 @@ class CheckContext:
 
     @property
     def half(self) -> float:
-        """The radius at which every image can be turned grey."""
+        """The radius at which any image can be turned grey."""
         return 0.5 if self.probe.norm == "Linf" else 0.5 * math.sqrt(self.probe.images[0].numel())
 
     @cached_property
     def logit_variation(self) -> float:
-        """Difference of the logits between passes over the same images, see `deviation`."""
+        """Difference between logits of several forward passes over the same images, see `deviation`."""
         probe = self.probe
         passes = [probe.logits(probe.images)]
         if probe.differentiated is not None:
@@ -207,7 +209,7 @@ class CheckContext:
 
     @cached_property
     def pgd(self) -> tuple[str, int]:
-        """Name and number of steps of the report's PGD nearest to 50 steps; an empty name and 20 if it has none."""
+        """Name and steps of the PGD attack in the report closest to 50 steps; an empty name and 20 if there is none."""
         steps = {
             name: int(result.parameters.get("steps", 20))
             for name, result in self.report.results.items()
@@ -218,13 +220,13 @@ class CheckContext:
 
     @cached_property
     def white_box(self) -> dict[str, Tensor]:
-        """The report's verdicts, each (N,) bool, under attacks that use gradients."""
+        """The report's verdicts under attacks that use gradients, each (N,) bool."""
         others = (*NO_ATTACK, *WITHOUT_GRADIENT)
         return {name: correct for name, correct in self.report.verdicts.items() if not name.startswith(others)}
 
     @cached_property
     def survivors(self) -> Tensor:
-        """Indices of the few examples that stay correct under the report's white-box attacks and the probe's PGD."""
+        """Indices of the first `few` examples that stay correct under the report's white-box attacks and PGD."""
         left = self.correct_indices[self.correct_indices < self.few]
         for correct in self.white_box.values():
             left = left[correct.to(left.device)[left]]
@@ -234,12 +236,12 @@ class CheckContext:
 
     @cached_property
     def square_finds(self) -> int:
-        """Number of survivors that Square misclassifies."""
+        """Number of `survivors` misclassified under Square."""
         return int(self.probe.square(self.survivors, SQUARE_QUERIES).sum())
 
     @cached_property
     def after_fgsm(self) -> Tensor:
-        """Which of the probe's examples stay correct after one step of eps, (N,) bool."""
+        """Which of the probe's examples stay correct under FGSM, (N,) bool."""
         probe = self.probe
         assert probe.gradient is not None
         stepped = probe.images + probe.eps * probe.steepest(probe.gradient)
@@ -252,14 +254,14 @@ class CheckContext:
 
 
 def graded(value: float, warn: float, fail: float = math.inf) -> Status:
-    """Return pass up to and including ``warn``, fail above ``fail``, warn in between."""
+    """Return the status of a value: pass up to ``warn`` inclusive, warn up to ``fail`` inclusive, fail above."""
     if value <= warn:
         return "pass"
     return "warn" if value <= fail else "fail"
 
 
 def at_least_one(points: float, count: int) -> float:
-    """Return a threshold in percentage points that a single example of ``count`` does not exceed."""
+    """Return ``points``, raised where necessary so that one example in ``count`` does not exceed the threshold."""
     return max(points, 100 / count) + 1e-9
 
 
@@ -269,15 +271,15 @@ def percent(chosen: Tensor) -> float:
 
 
 def deviation(logits: Tensor, others: Tensor) -> float:
-    """Return the largest difference of two sets of logits (N, K), in percent of their standard deviation."""
+    """Return the largest difference between two sets of logits (N, K), in percent of their standard deviation."""
     return 100 * float((logits - others).abs().max()) / max(size(logits), 1e-30)
 
 
 def size(logits: Tensor) -> float:
-    """Return the standard deviation of logits (N, K) around their mean for each image."""
+    """Return the standard deviation of logits (N, K) around the mean logit of each image."""
     return float((logits - logits.mean(dim=1, keepdim=True)).std())
 
 
 def outcome(status: Status, value: float | None, measured: str, meaning: str) -> Outcome:
-    """Return an outcome whose sentence says what was measured and, unless it passed, what that means."""
+    """Return an outcome; its sentence consists of ``measured`` and, unless the check passed, ``meaning``."""
     return status, value, f"{measured}." if status == "pass" else f"{measured}: {meaning}."

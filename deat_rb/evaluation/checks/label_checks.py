@@ -1,4 +1,4 @@
-"""Checks of predictions against labels: order of the classes, collapse to one class, accuracy at chance level."""
+"""Checks of predictions against labels: class order, collapse to one class, accuracy at chance level."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from deat_rb.evaluation.statistics import wilson
 
 
 def labels_in_order(context: CheckContext) -> Outcome:
-    """Check that the labels are in the network's order.
+    """Check that the labels are in the network's class order.
 
-    They are not where a one-to-one relabeling of the predictions, fitted on one half of the examples, raises accuracy
-    on the other half by over 20 points, or where accuracy is below that of guessing among the dataset's classes.
+    The check fails if a one-to-one relabeling of the predictions, fitted on one half of the examples, raises accuracy
+    on the other half by more than 20 points, or if accuracy is below that of guessing among the label classes.
     """
     order, gain = context.label_order, context.label_order.gain
-    hint = "the labels are not in the network's order; use the class order of its training"
+    hint = "the labels are not in the network's class order; use the order of its training"
     if context.out_of_order and gain > RELABELED_POINTS:
         measured = f"Relabeling the predictions raises natural accuracy from {order.accuracy:.1f} % to "
         return "fail", gain, f"{measured}{order.relabeled:.1f} %: {hint}."
     if context.out_of_order:
-        measured = f"Natural accuracy is {order.accuracy:.1f} %, below that of guessing among the {order.n_classes} "
+        measured = f"Natural accuracy is {order.accuracy:.1f} %, worse than guessing among the {order.n_classes} "
         return "fail", gain, f"{measured}classes of the labels ({100 / order.n_classes:.1f} %): {hint}."
     return "pass", gain, f"Relabeling the predictions changes natural accuracy by {gain:+z.1f} points."
 
 
 def several_classes(context: CheckContext) -> Outcome | None:
-    """Check that the network does not predict (nearly) one class for everything."""
+    """Check that the network does not predict one class for (nearly) all images."""
     predicted, labels = context.probe.clean.argmax(dim=1), context.probe.labels
     commonest = int(predicted.bincount().argmax())
     share, true_share = percent(predicted == commonest), percent(labels == commonest)
@@ -42,10 +42,10 @@ def several_classes(context: CheckContext) -> Outcome | None:
 
 
 def above_chance(context: CheckContext) -> Outcome | None:
-    """Check that natural accuracy exceeds that of predictions that are independent of the labels.
+    """Check that natural accuracy exceeds that of predictions independent of the images.
 
-    That is the sum over classes of the shares of the predictions and of the labels, as in Cohen's kappa. Sets that are
-    too small to tell 15 points above chance pass.
+    The latter is the sum over classes of the product of the fractions of predictions and labels, as in Cohen's kappa.
+    Sets of examples that are too small to exclude 15 points above chance pass.
     """
     from scipy.stats import binomtest
 
@@ -64,7 +64,6 @@ def above_chance(context: CheckContext) -> Outcome | None:
     return outcome(
         "fail" if p_value > 0.05 and certain else "pass",
         accuracy - 100 * chance,
-        f"Natural accuracy is {accuracy:.1f} %, and predictions independent of the images would have "
-        f"{100 * chance:.1f} %",
+        f"Natural accuracy is {accuracy:.1f} %, that of predictions independent of the images {100 * chance:.1f} %",
         "the network has not learned to tell the classes apart, and its robust accuracy means nothing",
     )

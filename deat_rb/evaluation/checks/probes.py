@@ -1,6 +1,6 @@
-"""Independent measurements (forward passes, gradients, attacks) that the sanity checks use.
+"""Independent measurements (forward passes, gradients, attacks) for the sanity checks.
 
-They share no code with the attacks that are checked: PGD is torchattacks', Square is pyautoattack's.
+They share no code with the attacks that are checked: PGD is from torchattacks, Square from pyautoattack.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from deat_rb.attacks.autoattack import fit_to_tiles
 from deat_rb.utils import seeding
 
 DIRECTIONS = 8
-"""Random directions per example in which gradients are compared with finite differences."""
+"""Number of random directions per example in which gradients are compared with finite differences."""
 
 
 class Probe:
     """A model in eval mode with frozen parameters, and the first few evaluation examples.
 
     Attributes:
-        images: In [0, 1], (N, C, H, W), on the model's device.
-        labels: (N,), on the same device.
+        images: Images in [0, 1], (N, C, H, W), on the model's device.
+        labels: Labels, (N,), on the same device.
         eps: Radius, in [0, 1] pixel units.
         norm: ``Linf`` or ``L2``.
     """
@@ -58,7 +58,7 @@ class Probe:
             return torch.cat([self.model(part.clone()) for part in images.split(self.batch_size)]).float()
 
     def correct(self, images: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Return which images (N, C, H, W), made from the examples ``rows``, are classified correctly; (N,) bool."""
+        """Return which images (N, C, H, W) of the examples ``rows`` are classified correctly, (N,) bool."""
         labels = self.labels if rows is None else self.labels[rows]
         return self.logits(images).argmax(dim=1) == labels
 
@@ -83,11 +83,11 @@ class Probe:
 
     @property
     def differentiated(self) -> Tensor | None:
-        """Logits (N, K) of the forward pass of that gradient."""
+        """Logits (N, K) of the forward pass that computed `gradient`; None if they have no gradient."""
         return None if self._first_pass is None else self._first_pass[0]
 
     def _gradient(self, images: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor] | None:
-        """Return logits and gradient of ``loss(logits, rows)``, ``rows`` (B,) being the indices of a batch."""
+        """Return logits and gradient of ``loss(logits, rows)``, where ``rows`` (B,) are the indices of a batch."""
         outputs, gradients = [], []
         for rows in torch.arange(len(images), device=images.device).split(self.batch_size):
             part = images[rows].clone().requires_grad_()
@@ -110,7 +110,7 @@ class Probe:
         return (images + delta * (eps / lengths(delta).clamp_min(1e-12)).clamp_max(1)).clamp(0, 1)
 
     def distances(self, adv: Tensor, images: Tensor) -> Tensor:
-        """Return the distance of each of ``adv`` from its image, (N,); both are (N, C, H, W)."""
+        """Return the distances between ``adv`` and ``images``, both (N, C, H, W), as (N,)."""
         delta = (adv - images).flatten(1)
         return delta.abs().amax(dim=1) if self.norm == "Linf" else torch.linalg.vector_norm(delta, dim=1)
 
@@ -128,23 +128,24 @@ class Probe:
         return self.projected(self.images + self.eps * size * noise.to(self.images.device), self.images, self.eps)
 
     def pgd(self, rows: Tensor, *, eps: float, steps: int, loss: str = "ce", start: str = "start") -> Tensor:
-        """Return whether an iterate of `run_pgd` was misclassified, (N,) bool."""
+        """Return whether any iterate of `run_pgd` was misclassified, (N,) bool."""
         return self.run_pgd(rows, eps=eps, steps=steps, loss=loss, start=start)[1]
 
     def run_pgd(
         self, rows: Tensor, *, eps: float, steps: int, loss: str = "ce", start: str = "start"
     ) -> tuple[Tensor, Tensor]:
-        """Attack the examples ``rows`` (N,) by torchattacks' PGD or PGDL2 with steps of eps / 4.
+        """Attack the examples ``rows`` (N,) with torchattacks' PGD or PGDL2 and steps of eps / 4.
 
         Args:
             rows: Indices of the examples.
             eps: Radius, in [0, 1] pixel units.
             steps: Number of steps.
             loss: ``ce`` or ``margin``.
-            start: Seeds the random start.
+            start: Key of the random start's seed.
 
         Returns:
-            The first misclassified iterate or else the last one (N, C, H, W), and whether there was one, (N,) bool.
+            The first misclassified iterate or else the last one (N, C, H, W), and whether any was misclassified, (N,)
+            bool.
         """
         import torchattacks
 
@@ -165,7 +166,7 @@ class Probe:
         return images, misclassified
 
     def square(self, rows: Tensor, queries: int) -> Tensor:
-        """Attack the examples ``rows`` (N,) by Square (Andriushchenko et al. 2020), which needs no gradient.
+        """Attack the examples ``rows`` (N,) with Square (Andriushchenko et al. 2020), which needs no gradients.
 
         Returns:
             Which of them are misclassified, (N,) bool.
@@ -184,20 +185,20 @@ class Probe:
         return torch.cat(misclassified)
 
     def agreement(self, count: int) -> Tensor:
-        """Compare gradients with finite differences, which measure how the function really behaves.
+        """Compare gradients with finite differences, which measure the actual change of the function.
 
-        At a random point of each ball the margin to the strongest wrong class is differentiated in `DIRECTIONS` random
-        directions, by backpropagation and by central differences over a quarter of eps to either side.
+        At a random point in each eps-ball, the margin to the strongest wrong class is differentiated in `DIRECTIONS`
+        random directions, by backpropagation and by central differences with a step of eps / 4.
 
         Args:
-            count: Number of examples, from the first on.
+            count: Number of examples, starting with the first.
 
         Returns:
-            The agreement of the two sets of numbers for each example, (count,): 2 a.b / (a.a + b.b), which is 1 where
-            they are equal, 0 where they are unrelated, of very different size or NaN, and -1 where they are opposite.
+            The agreement of the two vectors of derivatives for each example, (count,): 2 a.b / (a.a + b.b), which is 1
+            if they are equal, 0 if they are unrelated, of very different size or NaN, and -1 if they are opposite.
         """
         numbers = seeding.generator(self.seed, "checks", "directions")
-        eps = max(self.eps, 1 / 255)  # below, differences of float32 logits are rounding
+        eps = max(self.eps, 1 / 255)  # below this, differences of float32 logits are dominated by rounding
         size = eps / 4 if self.norm == "Linf" else eps / 4 / math.sqrt(self.images[0].numel())
         labels = self.labels[:count]
         noise = torch.empty(self.images[:count].shape).uniform_(-4 * size, 4 * size, generator=numbers)
@@ -221,15 +222,15 @@ class Probe:
 
 
 class _IterateRecorder(nn.Module):
-    """A model that records the first misclassified iterate of each example of an attack, or else the last one.
+    """A model that records, for each example of an attack, the first misclassified iterate, or else the last one.
 
-    For the ``margin`` loss it returns two logits, of the true and of the strongest wrong class, divided by their
-    distance: the gradient of their cross-entropy has the margin's direction, and does not vanish far from the boundary.
+    For the ``margin`` loss it returns two logits, of the true and the strongest wrong class, divided by their absolute
+    difference: their cross-entropy's gradient has the margin's direction and does not vanish far from the boundary.
 
     Attributes:
-        targets: The labels for the attack, (N,).
+        targets: Labels to pass to the attack, (N,).
         iterate: The recorded images, (N, C, H, W).
-        misclassified: (N,) bool.
+        misclassified: Which examples were misclassified, (N,) bool.
     """
 
     def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, loss: str) -> None:
@@ -244,9 +245,11 @@ class _IterateRecorder(nn.Module):
         self._outputs: Tensor | None = None
 
     def forward(self, images: Tensor) -> Tensor:
-        """Forward the examples that are not misclassified yet; the others keep their outputs and have no gradient."""
+        """Return logits; examples that were already misclassified keep their earlier outputs, without a gradient."""
         if images.requires_grad:
-            images.register_hook(lambda gradient: gradient.nan_to_num().contiguous())  # torchattacks needs both
+            images.register_hook(
+                lambda gradient: gradient.nan_to_num().contiguous()
+            )  # torchattacks needs finite, contiguous gradients
         rows = (~self.misclassified).nonzero().flatten()
         if self._outputs is not None and len(rows) == 0:
             return self._outputs + 0 * images.flatten(1).sum(dim=1, keepdim=True)
@@ -266,13 +269,13 @@ class _IterateRecorder(nn.Module):
 
 
 def lengths(delta: Tensor) -> Tensor:
-    """Return the L2 norms of (N, C, H, W) as (N, 1, 1, 1)."""
+    """Return the L2 norms of perturbations (N, C, H, W) as (N, 1, 1, 1)."""
     norms: Tensor = torch.linalg.vector_norm(delta.flatten(1), dim=1)
     return norms.view(-1, 1, 1, 1)
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return true-class logits minus the strongest other, (N,), of logits (N, K)."""
+    """Return the margins (N,) of logits (N, K): the true class's logit minus the largest other logit."""
     return _at(logits, labels) - _wrong(logits, labels).amax(dim=1)
 
 

@@ -1,6 +1,6 @@
 """The sanity checks for robustness evaluations (Carlini et al. 2019, "On Evaluating Adversarial Robustness").
 
-A check is a row in `CHECKS`: a function of a `CheckContext` that returns status, value and sentence, or None if the
+A check is an entry of `CHECKS`: a function of a `CheckContext` that returns status, value and sentence, or None if
 results that it needs are missing.
 """
 
@@ -56,7 +56,7 @@ CHECKS: dict[str, Callable[[CheckContext], Outcome | None]] = {
     "PGD near AutoAttack": attack_checks.pgd_near_autoattack,
     "model unchanged": model_checks.unchanged,
 }
-"""By name; "model unchanged" comes last, after all calls of the model."""
+"""Checks by name; "model unchanged" comes last, after all other checks have called the model."""
 
 
 def run_checks(
@@ -75,28 +75,28 @@ def run_checks(
 ) -> tuple[Check, ...]:
     """Run the sanity checks on an evaluation.
 
-    The model, its modes and torch's random state are unchanged afterwards.
+    The model, its mode and torch's random state are left unchanged.
 
     Args:
         model: The evaluated model.
         images: The evaluated images, in [0, 1], (N, C, H, W).
         labels: (N,).
         report: The report; its verdicts and adversarial images are checked if it has them.
-        level: ``none``; ``quick``, which looks at the first 100 images and costs a fraction of a PGD-20; or ``full``,
-            which looks at 200, attacks them, also by Square, where the report lacks results, and classifies every
-            stored image again.
+        level: ``none``; ``quick``, which uses the first 100 images and costs a fraction of PGD-20; or ``full``, which
+            uses 200, runs PGD and Square for results that are missing from the report, and classifies all stored
+            images again.
         eps: Radius, in [0, 1] pixel units.
         norm: ``Linf`` or ``L2``.
-        batch_size: How many images are forwarded together.
+        batch_size: Number of images per batch.
         seed: Seed of noise and random starts.
-        device: Where to run; by default where the model is.
-        progress: Called as ``(check, done, total)`` before every check.
+        device: Device to run on; by default the model's.
+        progress: Called as ``(check, done, total)`` before each check.
 
     Returns:
-        The checks; the last one lists those that were skipped.
+        The results of the checks; the last one lists skipped checks, if any.
 
     Raises:
-        DeatError: There is no such level, or images and labels cannot be used.
+        DeatError: The level is unknown, or the images or labels are invalid.
     """
     if level not in LEVELS:
         raise DeatError(f"--checks {level} is unknown: {did_you_mean(level, LEVELS)}")
@@ -130,10 +130,10 @@ def _as_check(name: str, outcome: Outcome) -> Check:
 
 
 def _skipped(names: list[str], level: str) -> Check:
-    advice = "--checks full runs most of them" if level == "quick" else "they need more attacks"
+    advice = "--checks full runs most of them" if level == "quick" else "evaluate with more attacks to run them"
     return Check(
         name=SKIPPED,
         status="pass",
         figure=float(len(names)),
-        sentence=f"Skipped for lack of results ({'; '.join(names)}): {advice}.",
+        sentence=f"Skipped because results are missing ({'; '.join(names)}): {advice}.",
     )

@@ -42,7 +42,7 @@ def test_labels_in_order_finds_folders_sorted_by_text(level: str) -> None:
     checks = checked(plain(), images, BY_TEXT.argsort()[labels], level)
     assert checks[LABELS].status == "fail"
     assert checks[LABELS].figure == pytest.approx(93, abs=5)
-    assert "the labels are not in the network's order" in checks[LABELS].sentence
+    assert "the labels are not in the network's class order" in checks[LABELS].sentence
     assert {CHANCE, "normalization inside"}.isdisjoint(checks), "accuracies do not tell there"
     assert checks[CLASSES].status == "pass"
 
