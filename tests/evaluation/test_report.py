@@ -84,13 +84,13 @@ def test_report_load_refuses(tmp_path: Path) -> None:
         ({"results": {"natural": content["results"]["fgsm"]}}, "stores the result of fgsm under the name natural"),
         (
             {"results": {"natural": natural | {"n_correct": 6}}},
-            "claims 80.00 % under natural with 6 of 5 correct, on 5",
+            "claims 80.00 % under natural with 6 of 5 correct on 5",
         ),
         (
             {"results": {"natural": natural | {"accuracy": 0.9}}},
-            "claims 90.00 % under natural with 4 of 5 correct, on 5",
+            "claims 90.00 % under natural with 4 of 5 correct on 5",
         ),
-        ({"n_examples": 4}, "claims 80.00 % under natural with 4 of 5 correct, on 4"),
+        ({"n_examples": 4}, "claims 80.00 % under natural with 4 of 5 correct on 4"),
     ):
         file.write_text(json.dumps(content | wrong))
         with pytest.raises(DeatError, match=f"eval.json {sentence}.*; evaluate again$"):
