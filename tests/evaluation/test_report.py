@@ -99,7 +99,7 @@ def test_report_load_refuses(tmp_path: Path) -> None:
     with pytest.raises(DeatError, match=r"of schema version 2 \(found 1\); evaluate again"):
         Report.load(file)
     file.write_text(json.dumps(content | {"schema_version": 99}))
-    with pytest.raises(DeatError, match="says 99"):
+    with pytest.raises(DeatError, match="found 99"):
         Report.load(file)
     file.write_text("[1]")
     with pytest.raises(DeatError, match="says None"):
