@@ -277,7 +277,7 @@ def test_evaluate_accepts_numpy_numbers() -> None:
 def test_evaluate_refuses_objects_that_are_no_module() -> None:
     images, labels, _ = plane_images()
     for model in (None, "runs/a", lambda images: images.flatten(1)):
-        with pytest.raises(DeatError, match=r"the model must be a torch.nn.Module, not a \w+"):
+        with pytest.raises(DeatError, match=r"the model is a \w+, where a torch.nn.Module that returns"):
             evaluate(model, images, labels)  # type: ignore[arg-type]  # that is what is tried
 
 
