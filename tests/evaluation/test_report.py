@@ -102,7 +102,7 @@ def test_report_load_refuses(tmp_path: Path) -> None:
     with pytest.raises(DeatError, match="found 99"):
         Report.load(file)
     file.write_text("[1]")
-    with pytest.raises(DeatError, match="says None"):
+    with pytest.raises(DeatError, match="found None"):
         Report.load(file)
     with pytest.raises(DeatError, match="does not exist"):
         Report.load(tmp_path / "nowhere")
