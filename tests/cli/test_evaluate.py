@@ -165,7 +165,7 @@ def test_eval_keeps_the_fuller_evaluation(tmp_path: Path) -> None:
     assert Report.load(record).n_examples == 5
     sweep = run("eval", path, *QUICK, "--eps", "0,0.05,0.1")
     assert sweep.exit_code == 0, sweep.output
-    assert "sweep over 2 radii: at most 2 x 2 forward passes for each of 5 images, of which fgsm takes" in sweep.stderr
+    assert "sweep over 2 radii: at most 2 x 2 forward passes for each of 5 images, of which fgsm needs" in sweep.stderr
     assert len(list((path / "evaluations").glob("*-eps.png"))) == 1
     assert Report.load(path).n_examples == 8
     replaced = run("eval", path, *QUICK, "--overwrite")
