@@ -98,7 +98,7 @@ REFUSED: dict[tuple[str, str], dict[str, Setup | tuple[Setup, str]]] = {
             "homoglyph": "Wang2021Gr\u0430dient", "full width": "Wang2021\uff27radient",
             "zero width": "Wang2021\u200bGradient", "right to left": "Wang2021Gradient_\u202egnp",
             "line end": "Wang2021Gradient\n", "digits": "Wang\u0662\u0660\u0662\u0661Gradient"}.items()},
-        "case": (declared(model_name="Wang2021GRADIENT"), "only in upper and lower case"),
+        "case": (declared(model_name="Wang2021GRADIENT"), "only in letter case"),
         "blank in JSON": (info(architecture="\u3164"), r"invisible character U\+3164"),
         "digits in JSON": (info(architecture="WideResNet-\u0661\u0660-1"), "digits other than 0 to 9"),
     },

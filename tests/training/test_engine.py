@@ -41,7 +41,7 @@ def test_resolve_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_precision("bf16", CPU) == "bf16"
     with pytest.raises(DeatError, match="fp16 is not supported on a CPU; use --precision bf16, fp32 or auto"):
         resolve_precision("fp16", CPU)
-    with pytest.raises(DeatError, match="no precision 'bf61': did you mean 'bf16'"):
+    with pytest.raises(DeatError, match="unknown precision 'bf61': did you mean 'bf16'"):
         resolve_precision("bf61", CPU)
     for bf16, amx, expected in ((True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda bf16=bf16: bf16)
