@@ -27,10 +27,10 @@ class BestWeights(Callback):
         self.written: dict[str, int] = {}
         """The epoch in each weights file of the run."""
 
-    def on_fit_start(self, state: TrainingState) -> None:  # noqa: D102
+    def on_fit_start(self, state: TrainingState) -> None:  # noqa: D102 - the base class says it
         self.state = state
 
-    def on_epoch_end(self, row: EpochStats) -> None:  # noqa: D102
+    def on_epoch_end(self, row: EpochStats) -> None:  # noqa: D102 - the base class says it
         state, recent = self.state, self.state.recent
         if len(recent) == recent.maxlen:
             state.settled = _most_robust([state.settled, recent[0]])

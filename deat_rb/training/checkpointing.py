@@ -22,10 +22,10 @@ class MetricsWriter(Callback):
     def __init__(self, run: RunStore) -> None:
         self.run = run
 
-    def on_fit_start(self, state: TrainingState) -> None:  # noqa: D102
+    def on_fit_start(self, state: TrainingState) -> None:  # noqa: D102 - the base class says it
         self.state = state
 
-    def on_epoch_end(self, row: EpochStats) -> None:  # noqa: D102
+    def on_epoch_end(self, row: EpochStats) -> None:  # noqa: D102 - the base class says it
         self.state.world.on_main(partial(self.run.append, row))
 
 
@@ -45,7 +45,7 @@ class Checkpointing(Callback):
         self.save_every = save_every
         self.resume = resume
 
-    def on_fit_start(self, state: TrainingState) -> None:  # noqa: D102
+    def on_fit_start(self, state: TrainingState) -> None:  # noqa: D102 - the base class says it
         self.state = state
         self._saved_at = time.monotonic()
         if self.resume:
@@ -60,7 +60,7 @@ class Checkpointing(Callback):
         if action in (Action.SAVE, Action.STOP):
             self._save()
 
-    def on_epoch_end(self, row: EpochStats) -> None:  # noqa: D102
+    def on_epoch_end(self, row: EpochStats) -> None:  # noqa: D102 - the base class says it
         self._save()
 
     def _save(self) -> None:

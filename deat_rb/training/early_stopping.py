@@ -20,10 +20,10 @@ class EarlyStopping(Callback):
         self.rule = rule
         self.enabled = enabled
 
-    def on_fit_start(self, state: TrainingState) -> None:  # noqa: D102
+    def on_fit_start(self, state: TrainingState) -> None:  # noqa: D102 - the base class says it
         self.state = state
 
-    def on_validation_end(self, row: EpochStats) -> None:  # noqa: D102
+    def on_validation_end(self, row: EpochStats) -> None:  # noqa: D102 - the base class says it
         stop = self.rule.update(row)
         if stop is None:
             return

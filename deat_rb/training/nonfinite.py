@@ -66,15 +66,15 @@ class NonFiniteMonitor(Callback):
         self._flags = NonFiniteFlags()
         self._snapshot: Snapshot | None = None
 
-    def on_fit_start(self, state: TrainingState) -> None:  # noqa: D102
+    def on_fit_start(self, state: TrainingState) -> None:  # noqa: D102 - the base class says it
         self.state = state
         self._checked_at = time.monotonic()
 
-    def on_batch_start(self) -> None:  # noqa: D102
+    def on_batch_start(self) -> None:  # noqa: D102 - the base class says it
         if self.skip:
             self._snapshot = Snapshot(self.state.trainer, self.state.optimizer, self.state.engine)
 
-    def on_step_end(self, stats: BatchStats) -> None:  # noqa: D102
+    def on_step_end(self, stats: BatchStats) -> None:  # noqa: D102 - the base class says it
         state = self.state
         finite = self._flags.note(stats, state.model, state.batch)
         if self._snapshot is not None and state.world.max_over_ranks(not bool(finite.all())):
@@ -99,12 +99,12 @@ class NonFiniteMonitor(Callback):
         if action == Action.ABORT or self.state.world.max_over_ranks(self._found() is not None):
             self._raise()
 
-    def on_train_epoch_end(self) -> None:  # noqa: D102
+    def on_train_epoch_end(self) -> None:  # noqa: D102 - the base class says it
         all_skipped = self.state.sums.batches == 0 and self.state.skipped > 0
         if self.state.world.max_over_ranks(all_skipped or self._found() is not None):
             self._raise()
 
-    def on_epoch_end(self, row: EpochStats) -> None:  # noqa: D102
+    def on_epoch_end(self, row: EpochStats) -> None:  # noqa: D102 - the base class says it
         self._flags, self.state.inputs = NonFiniteFlags(), InputFlags()
 
     def _found(self) -> str | None:

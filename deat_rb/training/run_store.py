@@ -17,19 +17,19 @@ class RunStore(Protocol):
     path: Path
 
     @property
-    def checkpoints(self) -> Path: ...  # noqa: D102
+    def checkpoints(self) -> Path: ...  # noqa: D102 - see RunDirectory
 
     @property
-    def config_json(self) -> dict[str, Any]: ...  # noqa: D102
+    def config_json(self) -> dict[str, Any]: ...  # noqa: D102 - see RunDirectory
 
-    def rows(self) -> list[EpochStats]: ...  # noqa: D102
+    def rows(self) -> list[EpochStats]: ...  # noqa: D102 - see RunDirectory
 
-    def append(self, row: EpochStats) -> None: ...  # noqa: D102
+    def append(self, row: EpochStats) -> None: ...  # noqa: D102 - see RunDirectory
 
-    def truncate(self, epochs: int) -> list[EpochStats]: ...  # noqa: D102
+    def truncate(self, epochs: int) -> list[EpochStats]: ...  # noqa: D102 - see RunDirectory
 
-    def discard_unfinished(self) -> None: ...  # noqa: D102
+    def discard_unfinished(self) -> None: ...  # noqa: D102 - see RunDirectory
 
-    def save_weights(self, which: str, state: Mapping[str, Tensor], row: EpochStats) -> None: ...  # noqa: D102
+    def save_weights(self, which: str, state: Mapping[str, Tensor], row: EpochStats) -> None: ...  # noqa: D102 - see RunDirectory
 
-    def discard_weights(self, which: str) -> None: ...  # noqa: D102
+    def discard_weights(self, which: str) -> None: ...  # noqa: D102 - see RunDirectory

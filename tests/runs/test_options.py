@@ -74,7 +74,7 @@ def test_options_markdown_is_in_the_docs() -> None:
 
 @pytest.mark.slow
 def test_an_option_is_added_by_one_line(tmp_path: Path) -> None:
-    """In a copy of the package one line is added to a group; nothing else is told of it."""
+    """In a copy of the package one line is added to a group; nothing else changes."""
     package = tmp_path / "deat_rb"
     shutil.copytree(ROOT / "deat_rb", package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "cli", package / "cli", ignore=shutil.ignore_patterns("__pycache__"))

@@ -49,7 +49,7 @@ def test_train_repeats_a_config_json_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_train_never_uses_a_test_image(tmp_path: Path) -> None:
-    """Law 7: the run goes through although its test images cannot be looked at."""
+    """Invariant 7: the run trains although its test images cannot be read."""
 
     class Forbidden:
         def __getattr__(self, name: str) -> object:
