@@ -199,8 +199,8 @@ def image_files(
 
     Args:
         root: The folder of the class folders.
-        visited: The folders that were read before, by device and inode, to which this call adds its own: the same
-            dictionary for ``train`` and ``test`` refuses a link from one to the other.
+        visited: Folders already read, by device and inode; updated in place. Pass the same dictionary for ``train``
+            and ``test`` to detect links from one to the other.
 
     Returns:
         The files of each class, with classes and files in alphabetical order; and the number of skipped files by

@@ -75,7 +75,7 @@ def check_weights_exist(model: nn.Module, purpose: str) -> None:
         purpose: What the model is needed for, for the message.
 
     Raises:
-        DeatError: It is no `torch.nn.Module`, has lazy layers, or was created inside `torch.inference_mode`.
+        DeatError: The model is not a `torch.nn.Module`, has lazy layers, or was created inside `torch.inference_mode`.
     """
     if not isinstance(model, nn.Module):
         raise DeatError(f"the model is a {type(model).__name__}, where a torch.nn.Module that returns logits is needed")

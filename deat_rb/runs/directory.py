@@ -127,7 +127,7 @@ class RunDirectory:
         """Check that the folder has no links or special files, which could make training access other files.
 
         Raises:
-            DeatError: There is one; a run never creates any.
+            DeatError: The folder contains a link or special file.
         """
         for folder in (self.path, self.checkpoints):
             for path in sorted(folder.iterdir()) if folder.is_dir() else ():

@@ -71,7 +71,7 @@ def load_state_dict(path: Path | str, weights_key: str | None = None) -> Weights
 
     Raises:
         DeatError: The file is missing, empty, truncated, a web page or a pickle of objects other than tensors; it has
-            no state dict, or several of which none has a usual key; or a tensor is not dense and real.
+            no state dict, or several, none of them under a key of `WRAPPERS`; or a tensor is not dense and real.
     """
     data = read_bytes(path)
     head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()

@@ -201,7 +201,7 @@ def chance_at_half(context: CheckContext) -> Outcome | None:
 
 
 def larger_eps(context: CheckContext) -> Outcome | None:
-    """Check that adversarial examples at larger eps, projected onto the eps-ball, yield few new ones."""
+    """Check that projecting adversarial examples of a larger eps onto the eps-ball yields few additional ones."""
     probe, count = context.probe, context.few
     if probe.gradient is None or probe.eps == 0:
         return None
