@@ -170,8 +170,8 @@ def test_pgd_with_normalization_used_equals_torchattacks() -> None:
     attacks = (PGD(model, steps=3, attack_mode="eval"), torchattacks.PGD(model, steps=3))
     for attack in attacks:
         attack.set_normalization_used(mean, std)
-    normalised = (images - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
-    found, expected = both(*attacks, normalised, labels)
+    normalized = (images - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+    found, expected = both(*attacks, normalized, labels)
     assert torch.equal(found, expected)
     assert attacks[0]._normalization_applied is True
 

@@ -10,32 +10,12 @@ import pytest
 import torch
 from rich.console import Console
 from rich.table import Table
+from small_reports import CW, FGSM, NATURAL, report_of
 
-from deat_rb.evaluation.report import AttackResult, Check, CurvePoint, Report, json_schema
+from deat_rb.evaluation.report import Check, CurvePoint, Report, json_schema
 from deat_rb.evaluation.statistics import wilson
 from deat_rb.evaluation.tables import sweep_table
 from deat_rb.utils.errors import DeatError
-
-NATURAL = torch.tensor([True, True, True, True, False])
-
-
-FGSM = torch.tensor([True, True, True, False, False])
-
-
-CW = torch.tensor([False, True, True, True, False])
-
-
-def report_of(**verdicts: torch.Tensor) -> Report:
-    """A report of examples whose verdicts are given, each attack having cost 2 s, 10 forwards and 5 backwards."""
-    results = [
-        AttackResult.of(
-            name, correct, seconds=2.0, forwards=10, backwards=5, parameters={"steps": 3}, notes=("a note",)
-        )
-        for name, correct in verdicts.items()
-    ]
-    return Report.of(
-        results, verdicts, eps=0.1, num_classes=2, seed=7, batch_size=4, device="cpu", versions={"python": "3.11"}
-    )
 
 
 def test_report_worst_case_is_per_example() -> None:

@@ -6,34 +6,13 @@ import io
 import re
 
 import pytest
-import torch
 from rich.console import Console
 from rich.table import Table
+from small_reports import CW, FGSM, NATURAL, report_of
 
-from deat_rb.evaluation.report import AttackResult, CurvePoint, Report
+from deat_rb.evaluation.report import CurvePoint
 from deat_rb.evaluation.tables import are_comparable, group, means, sweep_table
 from deat_rb.utils.text import as_text
-
-NATURAL = torch.tensor([True, True, True, True, False])
-
-
-FGSM = torch.tensor([True, True, True, False, False])
-
-
-CW = torch.tensor([False, True, True, True, False])
-
-
-def report_of(**verdicts: torch.Tensor) -> Report:
-    """A report of examples whose verdicts are given, each attack having cost 2 s, 10 forwards and 5 backwards."""
-    results = [
-        AttackResult.of(
-            name, correct, seconds=2.0, forwards=10, backwards=5, parameters={"steps": 3}, notes=("a note",)
-        )
-        for name, correct in verdicts.items()
-    ]
-    return Report.of(
-        results, verdicts, eps=0.1, num_classes=2, seed=7, batch_size=4, device="cpu", versions={"python": "3.11"}
-    )
 
 
 def printed(table: Table) -> list[list[str]]:

@@ -51,7 +51,7 @@ def test_load_weights_of_the_zoos_networks(name: str, arch: str) -> None:
     assert torch.equal(ours(IMAGES[:4]), theirs(IMAGES[:4]))
 
 
-def test_our_cifar10_normalisation_is_robustbenchs() -> None:
+def test_our_cifar10_normalization_is_robustbenchs() -> None:
     compat.robustbench()
     from robustbench.model_zoo.cifar10 import Wong2020FastNet
 
