@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -12,11 +15,23 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+import deat_rb
 from deat_rb import build_model
 from deat_rb.methods.describe import markdown_table
 from deat_rb.training.engine import Engine
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    built = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert built.returncode == 0, built.stderr
+    page = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
+    assert [name for name in deat_rb.__all__ if name != "__version__" and f'id="deat_rb.{name}"' not in page] == []
 
 
 @pytest.mark.slow
