@@ -2,48 +2,165 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from deat_rb.utils.errors import DeatError, Interrupted
+
 from .network_options import description, import_from_current_folder, network_options
+from .progress import ImageProgress
+
+if TYPE_CHECKING:
+    from deat_rb.inference import Prediction
+
+
+def _csv_file(text: str) -> Path:
+    path = Path(text)
+    if path.suffix != ".csv":
+        raise click.BadParameter(f"'{text}' does not end in .csv; give a file name that does")
+    if path.is_dir() or not path.parent.is_dir():
+        raise click.BadParameter(f"'{text}' is a folder, or is in a folder that does not exist; give a file")
+    return path
 
 
 @click.command("predict")
 @click.argument("target", metavar="RUN|CHECKPOINT|NAME")
-@click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--top", type=int, default=1, show_default=True, metavar="K", help="Number of classes per image.")
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True)
+@click.option("--top-k", type=int, default=1, show_default=True, metavar="K", help="Number of classes per image.")
+@click.option("--csv", "csv_path", type=_csv_file, metavar="FILE", help="Write a CSV file, a row per image.")
 @click.option("--json", "as_json", is_flag=True, help="Output as JSON.")
+@click.option("--batch-size", type=int, default=64, show_default=True, metavar="N", help="Images per forward pass.")
 @click.option(
     "--device", default="auto", show_default=True, metavar="NAME", help="Device: auto, cpu, cuda, cuda:1, mps, ..."
 )
 @network_options
-def predict(target: str, images: tuple[Path, ...], top: int, as_json: bool, device: str, **options: Any) -> None:
+@click.pass_context
+def predict(
+    ctx: click.Context,
+    /,
+    target: str,
+    paths: tuple[str, ...],
+    top_k: int,
+    csv_path: Path | None,
+    as_json: bool,
+    batch_size: int,
+    device: str,
+    **options: Any,
+) -> None:
     """Classify images with a trained network.
 
     The network is given as a run directory, the .pt file of an export, a checkpoint described with --arch, or a name as
-    for eval. The largest centered square of each image is resized to the network's input size. Confidences are
-    uncalibrated softmax probabilities.
+    for eval. PATH is an image file, a folder, which is searched with its subfolders, or a quoted pattern such as
+    'photos/**/*.jpg'. The EXIF orientation is applied, and the largest centered square of each image is resized to the
+    network's input size. Confidences are uncalibrated softmax probabilities.
+
+    A file that cannot be read gets a row with the reason; the exit status is then 1.
     """
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from deat_rb.data.image_files import describe_left_out, find_images
+    from deat_rb.inference import iter_predictions
 
-    from deat_rb.inference import predict
-
+    if csv_path is not None and as_json:
+        raise DeatError("--csv and --json exclude each other: give one")
     import_from_current_folder(target)
-    predictions = predict(target, images, top=top, device=device, **description(**options),
-                          notify=lambda note: click.echo(f"note: {note}", err=True))  # fmt: skip
-    if as_json:
-        click.echo(json.dumps([prediction.model_dump(mode="json") for prediction in predictions], indent=2))
-        return
-    table = Table("image", "class", box=None, pad_edge=False)
-    table.add_column("confidence", justify="right")
-    for prediction in predictions:
+    files, left_out, problems = find_images(paths)
+    for note in filter(None, (describe_left_out(left_out), *map(str, problems))):
+        click.echo(f"note: {note}", err=True)
+    if not files:
+        raise DeatError(f"there are no images in {', '.join(paths)}: give others")
+    predictions = iter_predictions(target, files, top_k=top_k, batch_size=batch_size, device=device,
+                                   notify=lambda note: click.echo(f"note: {note}", err=True),
+                                   **description(**options))  # fmt: skip
+    done = failed = 0
+    with (
+        _writer(csv_path, as_json, files, top_k) as write,
+        ImageProgress("classified", bar=csv_path is not None or not sys.stdout.isatty()) as progress,
+    ):
+        try:
+            for done, prediction in enumerate(predictions, 1):
+                write(prediction)
+                failed += prediction.error is not None
+                progress(done, len(files))
+        except KeyboardInterrupt:
+            kept = f"{csv_path} has the first {done:,} of {len(files):,} images" if csv_path is not None else ""
+            raise Interrupted(kept) from None
+    if csv_path is not None:
+        click.echo(f"{csv_path}: {len(files):,} images", err=True)
+    if failed or problems:
+        unread, total = failed + len(problems), len(files) + len(problems)
+        click.echo(f"{unread:,} of {total:,} paths could not be read", err=True)
+        ctx.exit(1)
+
+
+class _Writer:
+    """Writes a prediction in one of the forms; the base class prints aligned lines."""
+
+    def __init__(self, file: TextIO, files: list[str], top_k: int) -> None:
+        self.file = file
+        self.width = min(max(map(len, files)), 60)
+        self.top_k = top_k
+
+    def __call__(self, prediction: Prediction) -> None:
+        """Write a prediction."""
+        from deat_rb.utils.text import printable
+
+        name = f"{printable(prediction.image, 4000):<{self.width}}"
+        if prediction.error is not None:
+            click.echo(f"{name}  error: {printable(prediction.error, 4000)}", file=self.file)
         for place, guess in enumerate(prediction.guesses):
-            table.add_row(
-                "" if place else escape(prediction.image), escape(guess.name), f"{100 * guess.confidence:.2f} %"
-            )
-    Console().print(table)
+            shown = name if place == 0 else " " * self.width
+            click.echo(f"{shown}  {100 * guess.confidence:6.2f} %  {printable(guess.name)}", file=self.file)
+
+    def end(self) -> None:
+        """Write what follows the last prediction."""
+
+
+class _Json(_Writer):
+    """Writes a JSON array."""
+
+    separator = "[\n"
+
+    def __call__(self, prediction: Prediction) -> None:
+        """Write an element of the array."""
+        content = json.dumps(prediction.model_dump(mode="json", exclude_none=True))
+        click.echo(f"{self.separator}  {content}", nl=False, file=self.file)
+        self.separator = ",\n"
+
+    def end(self) -> None:
+        """Close the array."""
+        click.echo("\n]", file=self.file)
+
+
+class _Csv(_Writer):
+    """Writes a CSV file with a header."""
+
+    def __init__(self, file: TextIO, files: list[str], top_k: int) -> None:
+        super().__init__(file, files, top_k)
+        self._rows = csv.writer(file)
+        numbered = [column for place in range(2, top_k + 1) for column in (f"class_{place}", f"confidence_{place}")]
+        self._rows.writerow(["image", "class", "confidence", *numbered, "error"])
+
+    def __call__(self, prediction: Prediction) -> None:
+        """Write a row; missing classes are empty."""
+        cells = [cell for guess in prediction.guesses for cell in (guess.name, f"{guess.confidence:.6f}")]
+        cells += [""] * (2 * self.top_k - len(cells))
+        self._rows.writerow([prediction.image, *cells, prediction.error or ""])
+        self.file.flush()
+
+
+@contextmanager
+def _writer(csv_path: Path | None, as_json: bool, files: list[str], top_k: int) -> Iterator[_Writer]:
+    """Yield the writer of the requested form."""
+    if csv_path is not None:
+        with csv_path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            yield _Csv(file, files, top_k)
+        return
+    writer = (_Json if as_json else _Writer)(sys.stdout, files, top_k)
+    yield writer
+    writer.end()

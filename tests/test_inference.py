@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from numpy.typing import NDArray
 from PIL import Image
 from training_problems import ARCH, run_config
 
+from deat_rb import inference
 from deat_rb.cli import main
-from deat_rb.inference import predict
+from deat_rb.data.image_folder import read_image
+from deat_rb.inference import iter_predictions, predict
 from deat_rb.models.spec import ModelSpec
 from deat_rb.runs.config import RunConfig
 from deat_rb.runs.directory import RunDirectory
@@ -53,7 +58,7 @@ def run(*arguments: object) -> Result:
 
 
 def test_predict_returns_classes_and_confidences(coloured_run: Path, files: list[Path]) -> None:
-    found = predict(coloured_run, files, top=2, trust_code=True)
+    found = predict(coloured_run, files, top_k=2, trust_code=True)
     assert [each.image for each in found] == [str(file) for file in files]
     assert [each.guesses[0].name for each in found] == ["0-red", "1-green", "2-blue"]
     assert [each.guesses[0].index for each in found] == [0, 1, 2]
@@ -77,11 +82,11 @@ def test_predict_gives_a_network_of_one_channel_the_mean(files: list[Path], tmp_
 
 
 def test_predict_top_is_at_most_the_number_of_classes(coloured_run: Path, files: list[Path]) -> None:
-    guesses = predict(coloured_run, files[:1], top=9, trust_code=True)[0].guesses
+    guesses = predict(coloured_run, files[:1], top_k=9, trust_code=True)[0].guesses
     assert len(guesses) == 3
     assert sum(guess.confidence for guess in guesses) == pytest.approx(1)
-    with pytest.raises(DeatError, match=r"^--top 0 is invalid: give 1 or more$"):
-        predict(coloured_run, files, top=0, trust_code=True)
+    with pytest.raises(DeatError, match=r"^--top-k 0 is invalid: give 1 to 1000$"):
+        predict(coloured_run, files, top_k=0, trust_code=True)
     with pytest.raises(DeatError, match=r"^files must be a list with at least one image"):
         predict(coloured_run, [], trust_code=True)
     with pytest.raises(DeatError, match=r"^files must be a list with at least one image"):
@@ -101,12 +106,11 @@ def test_predict_command_does_not_trust_code(coloured_run: Path, files: list[Pat
 
 
 def test_predict_command_prints_a_table(coloured_run: Path, files: list[Path]) -> None:
-    result = run(coloured_run, *files, "--trust-code", "--top", 2)
+    result = run(coloured_run, *files, "--trust-code", "--top-k", 2)
     assert result.exit_code == 0, result.output
     joined = " ".join(result.output.split())
-    assert "0-red 90.94 %" in joined
-    assert "2-blue 90.94 %" in joined
-    assert joined.count(" 4.53 %") == 3
+    assert "red.png 90.94 % 0-red 4.53 % " in joined
+    assert "blue.png 90.94 % 2-blue 4.53 % " in joined
 
 
 def test_predict_command_writes_json(coloured_run: Path, files: list[Path]) -> None:
@@ -119,21 +123,107 @@ def test_predict_command_writes_json(coloured_run: Path, files: list[Path]) -> N
     ]
 
 
-def test_predict_command_refuses_bad_images(coloured_run: Path, files: list[Path], tmp_path: Path) -> None:
-    (tmp_path / "text.png").write_text("no image")
-    (tmp_path / "cut.png").write_bytes(files[0].read_bytes()[:40])
-    Image.new("I;16", (8, 8)).save(tmp_path / "deep.png")
-    for name, message in (
-        ("text.png", "cannot be read as an image"),
-        ("cut.png", "cannot be read as an image"),
-        ("deep.png", "has more than 8 bits per value"),
-        ("missing.png", "does not exist or is not a file"),
-        ("data", "does not exist or is not a file"),
-    ):
-        result = run(coloured_run, files[0], tmp_path / name, "--trust-code")
-        assert (result.exit_code, result.stdout) == (2, "")
-        assert f"{tmp_path / name} {message}" in result.stderr
-        assert "Traceback" not in result.stderr
+def write_bad_images(folder: Path, good: Path) -> dict[str, str]:
+    """Write files that cannot be read, and return what is wrong with each."""
+    folder.mkdir(exist_ok=True)
+    (folder / "text.png").write_text("no image")
+    (folder / "cut.png").write_bytes(good.read_bytes()[:40])
+    Image.new("I;16", (8, 8)).save(folder / "deep.png")
+    damaged = "cannot be read as an image"
+    return {"cut.png": damaged, "deep.png": "has more than 8 bits per value", "text.png": damaged}
+
+
+def test_predict_command_gives_a_bad_image_a_row_and_goes_on(coloured_run: Path, files: list[Path]) -> None:
+    folder = files[0].parent / "bad"
+    bad = write_bad_images(folder, files[0]) | {"missing.png": "does not exist or is not a file"}
+    given = [each for name in bad for each in (folder / name, files[2])]
+    result = run(coloured_run, *given, "--trust-code", "--json", "--batch-size", 3)
+    assert result.exit_code == 1
+    assert "4 of 5 paths could not be read" in result.stderr
+    rows = {row["image"]: row for row in json.loads(result.stdout)}
+    assert list(rows) == [str(each) for each in dict.fromkeys(given)]
+    assert rows[str(files[2])]["guesses"][0]["name"] == "2-blue"
+    for name, reason in bad.items():
+        assert f"{folder / name} {reason}" in rows[str(folder / name)]["error"]
+        assert rows[str(folder / name)]["guesses"] == []
+    only_bad = run(coloured_run, folder / "cut.png", "--trust-code")
+    assert (only_bad.exit_code, only_bad.stdout.count("error: ")) == (1, 1)
+
+
+def test_predict_command_takes_folders_and_patterns(coloured_run: Path, files: list[Path], tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    (photos / "sub" / ".hidden").mkdir(parents=True)
+    for number, place in enumerate(("b.png", "sub/a.png", "sub/.hidden/c.png", "sub/[1].png")):
+        Image.new("RGB", (8, 8), list(COLOURS.values())[number % 3]).save(photos / place)
+    (photos / "notes.txt").touch()
+    (photos / "sub" / "back").symlink_to(photos)
+    result = run(coloured_run, photos, "--trust-code", "--csv", tmp_path / "out.csv", "--top-k", 2)
+    assert result.exit_code == 1, "the link is told"
+    assert "2 files skipped: .txt (1), hidden (1)" in result.stderr
+    assert "back is the same folder as" in result.stderr
+    with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["image", "class", "confidence", "class_2", "confidence_2", "error"]
+    assert [(Path(row[0]).name, row[1], row[2]) for row in rows[1:]] == [
+        ("b.png", "0-red", "0.909443"), ("[1].png", "0-red", "0.909443"), ("a.png", "1-green", "0.909443"),
+    ]  # fmt: skip
+    found = run(coloured_run, photos / "**" / "*.png", photos / "sub" / "[1].png", "--trust-code", "--json")
+    assert [Path(row["image"]).name for row in json.loads(found.stdout)] == ["b.png", "[1].png", "a.png"]
+
+
+def test_predict_reads_the_exif_orientation(coloured_run: Path, tmp_path: Path) -> None:
+    image = Image.new("RGB", (8, 4), COLOURS["red"])
+    image.paste(COLOURS["blue"], (0, 0, 2, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned: to be rotated by 90 degrees clockwise
+    image.save(tmp_path / "turned.jpg", exif=exif, quality=100, subsampling=0)
+    decoded = read_image(tmp_path / "turned.jpg", 4)
+    assert decoded[2, 0].min() < 50, "the centered square of the turned image has no blue row"
+    square = Image.new("RGB", (8, 8), COLOURS["red"])
+    square.paste(COLOURS["blue"], (0, 0, 2, 8))
+    square.save(tmp_path / "square.png", exif=exif)
+    assert (read_image(tmp_path / "square.png", 8)[2].argmax(axis=0) == 0).all(), "the blue edge is on top"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing-*.png"], "no file matches 'nothing-*.png'"),
+        (["empty"], "the folder empty has no images"),
+        (["a.png", "--csv", "a.png"], "does not end in .csv"),
+        (["a.png", "--csv", "no/a.csv"], "is in a folder that does not exist"),
+        (["a.png", "--csv", "a.csv", "--json"], "--csv and --json exclude each other"),
+        (["a.png", "--batch-size", "0"], "--batch-size 0 is invalid: give 1 to 1000000"),
+    ],
+)
+def test_predict_command_says_what_is_wrong(
+    coloured_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    Image.new("RGB", (8, 8)).save("a.png")
+    before = sorted(tmp_path.iterdir())
+    result = run(coloured_run, *arguments, "--trust-code")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in " ".join(result.stderr.split())
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_iter_predictions_reads_two_batches_ahead_at_most(
+    coloured_run: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+
+    def reading(path: Path, size: int) -> NDArray[np.uint8]:
+        read.append(path)
+        return read_image(path, size)
+
+    monkeypatch.setattr(inference, "read_image", reading)
+    stream = iter_predictions(coloured_run, files * 10, batch_size=2, trust_code=True)
+    assert read == [], "nothing is decoded before the first prediction is asked for"
+    assert next(stream).guesses[0].name == "0-red"
+    assert len(read) <= 4
+    assert len(list(stream)) == 29
 
 
 def test_predict_command_refuses_other_folders(files: list[Path], tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from deat_rb.data.image_folder import ImageFolder, check_utf8, describe_left_out, image_files
+from deat_rb.data.image_files import ImageLister, check_utf8, describe_left_out
+from deat_rb.data.image_folder import ImageFolder
 from deat_rb.data.images import ImageSet, LabeledImages, interleave_classes, train_val_split
 from deat_rb.data.normalization import NORMALIZATION, Normalization
 from deat_rb.data.statistics import DatasetStatistics, Progress, StatisticsCache, compute_statistics
@@ -43,7 +44,7 @@ class Dataset:
         classes: Class names, indexed by label.
         statistics: Fingerprint, mean and standard deviation, or a function that computes them from all images.
         augment: Whether training images are cropped and flipped at random.
-        left_out: Number of skipped files of a folder, by reason; see `deat_rb.data.image_folder.image_files`.
+        left_out: Number of skipped files of a folder, by reason; see `deat_rb.data.image_files.ImageLister`.
         is_placeholder: Whether the images are black because the dataset was not downloaded.
 
     Raises:
@@ -294,9 +295,8 @@ def _folder(request: _Request) -> Dataset:
             raise DeatError(
                 f"--data-dir {data_dir} has no folder {part}: it must contain train/<class>/* and test/<class>/*"
             )
-    visited: dict[tuple[int, int], str] = {}
-    train_files, left_out = image_files(data_dir / "train", visited)
-    test_files, more = image_files(data_dir / "test", visited)
+    lister = ImageLister()
+    train_files, test_files = lister.classes(data_dir / "train"), lister.classes(data_dir / "test")
     _check_classes(train_files, test_files, data_dir)
     classes = tuple(train_files)
     train, test = ImageFolder.of(train_files, image_size), ImageFolder.of(test_files, image_size)
@@ -317,7 +317,7 @@ def _folder(request: _Request) -> Dataset:
         parts = held_train, interleave_classes(held_test)
     else:
         statistics = cache.read_or_compute(request.progress)
-    return Dataset("folder", *parts, classes, statistics, augment=True, left_out=left_out + more)
+    return Dataset("folder", *parts, classes, statistics, augment=True, left_out=lister.left_out)
 
 
 def _check_classes(train: dict[str, list[str]], test: dict[str, list[str]], data_dir: Path) -> None:

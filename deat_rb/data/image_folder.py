@@ -1,15 +1,13 @@
-"""Folders of image files: listing, decoding, and reading in every epoch if they do not fit in memory."""
+"""Image files: decoding, and reading in every epoch if they do not fit in memory."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -24,12 +22,6 @@ from deat_rb.utils.errors import DeatError
 
 if TYPE_CHECKING:
     from PIL import Image
-
-FORMATS = {"AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP"}
-"""Pillow formats that are read if the installed Pillow supports them."""
-
-SYSTEM_FOLDERS = {"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found", "System Volume Information"}
-"""Folders created by operating systems and network drives; they are skipped like hidden files."""
 
 DECODING_THREADS = 4
 
@@ -165,128 +157,6 @@ class ImageFolder(LabeledImages):
     def reader(self, device: torch.device | str) -> Reader:
         """Return a reader whose worker processes decode the images in every epoch."""
         return WorkerReader(self._decoder(), device)
-
-
-@cache
-def image_suffixes() -> frozenset[str]:
-    """Return the file suffixes, such as ``.png``, of those `FORMATS` that the installed Pillow can read."""
-    from PIL import Image
-
-    Image.init()
-    return frozenset(
-        suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS and name in Image.OPEN
-    )
-
-
-def class_names(root: Path) -> list[str]:
-    """Return the names of the class folders in ``root``, in alphabetical order, without reading the folders.
-
-    Raises:
-        DeatError: The folder cannot be read.
-    """
-    try:
-        return _scan(str(root), {}, Counter())[0]
-    except OSError as error:
-        raise DeatError(f"{error.filename or root} cannot be read: {error.strerror}") from error
-
-
-def image_files(
-    root: Path, visited: dict[tuple[int, int], str] | None = None
-) -> tuple[dict[str, list[str]], Counter[str]]:
-    """List the image files of each class, ``<class>/**``.
-
-    Links are followed. Hidden files, `SYSTEM_FOLDERS` and files of other types are skipped.
-
-    Args:
-        root: The folder of the class folders.
-        visited: Folders already read, by device and inode; updated in place. Pass the same dictionary for ``train``
-            and ``test`` to detect links from one to the other.
-
-    Returns:
-        The files of each class, with classes and files in alphabetical order; and the number of skipped files by
-        reason: "hidden", "outside the class folders", or the suffix.
-
-    Raises:
-        DeatError: A folder cannot be read or is reached twice through a link, a class has no images or a name that is
-            not UTF-8, or an image is a broken link or not a regular file.
-    """
-    left_out: Counter[str] = Counter()
-    visited = {} if visited is None else visited
-    try:
-        classes, others = _scan(str(root), visited, left_out)
-        if others:
-            left_out["outside the class folders"] += len(others)
-        return {name: _class_files(root, name, visited, left_out) for name in classes}, left_out
-    except OSError as error:
-        raise DeatError(f"{error.filename or root} cannot be read: {error.strerror}") from error
-
-
-def _class_files(root: Path, name: str, visited: dict[tuple[int, int], str], left_out: Counter[str]) -> list[str]:
-    check_utf8(root / name, "the class folder")
-    before = left_out.copy()
-    folders = sorted(_walk(os.path.join(root, name), visited, left_out))
-    files = [os.path.join(folder, file) for folder, inside in folders for file in inside]
-    if not files:
-        others = describe_left_out(left_out - before)
-        raise DeatError(f"the class folder {root / name} has no images{others and f' ({others})'}: "
-                        "add some, or remove it")  # fmt: skip
-    return files
-
-
-def _walk(folder: str, visited: dict[tuple[int, int], str], left_out: Counter[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield each folder with the names of its image files."""
-    subfolders, names = _scan(folder, visited, left_out)
-    images = []
-    for name in names:
-        suffix = os.path.splitext(name)[1].lower()
-        if suffix not in image_suffixes():
-            left_out[suffix or "no suffix"] += 1
-        elif os.path.isfile(os.path.join(folder, name)):
-            images.append(name)
-        else:
-            raise DeatError(f"{os.path.join(folder, name)} is a broken link or not a regular file: repair or remove it")
-    yield folder, images
-    for name in subfolders:
-        yield from _walk(os.path.join(folder, name), visited, left_out)
-
-
-def _scan(folder: str, visited: dict[tuple[int, int], str], left_out: Counter[str]) -> tuple[list[str], list[str]]:
-    """Return the sorted names of a folder's visible subfolders and files; raise if it was visited before."""
-    state = os.stat(folder)
-    first = visited.setdefault((state.st_dev, state.st_ino), folder)
-    if first != folder and state.st_ino:  # 0 on file systems without inode numbers
-        raise DeatError(f"{folder} is the same folder as {first}, through a link: remove the link, "
-                        "which would add the same images twice")  # fmt: skip
-    names: tuple[list[str], list[str]] = ([], [])
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if not entry.name.startswith(".") and entry.name not in SYSTEM_FOLDERS:
-                names[0 if entry.is_dir() else 1].append(entry.name)
-            elif entry.is_dir(follow_symlinks=False):
-                left_out["hidden"] += sum(len(files) for _, _, files in os.walk(entry.path))
-            else:
-                left_out["hidden"] += 1
-    return sorted(names[0]), sorted(names[1])
-
-
-def describe_left_out(left_out: Counter[str]) -> str:
-    """Return a summary such as "3 files skipped: .heic (2), hidden (1)", "" for none."""
-    count = left_out.total()
-    reasons = ", ".join(f"{reason} ({number})" for reason, number in left_out.most_common() if number)
-    return f"{count} {'file' if count == 1 else 'files'} skipped: {reasons}" if count else ""
-
-
-def check_utf8(path: str | Path, what: str) -> None:
-    """Check that a path is valid UTF-8, because a run's JSON files cannot store others.
-
-    Raises:
-        DeatError: The path is not valid UTF-8.
-    """
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        readable = os.fsencode(path).decode("utf-8", "backslashreplace")
-        raise DeatError(f"{what} {readable} has a name that is not UTF-8: rename it") from None
 
 
 def read_image(path: Path, size: int) -> NDArray[np.uint8]:

@@ -11,7 +11,7 @@ import torch
 
 from deat_rb.attacks.pgd import PGD
 from deat_rb.data.datasets import Dataset, load_data
-from deat_rb.data.image_folder import check_utf8, class_names
+from deat_rb.data.image_files import ImageLister, check_utf8
 from deat_rb.data.images import LabeledImages, subset, train_val_split
 from deat_rb.data.statistics import Progress
 from deat_rb.methods.build import configure
@@ -349,7 +349,7 @@ def _check_arch(options: TrainOptions) -> None:
         classes, size = SPEC_DATASETS[dataset][0], 32
     else:
         train = Path(options.data.data_dir or "", "train")
-        classes = len(class_names(train)) if os.path.isdir(train) else 2
+        classes = len(ImageLister().class_names(train)) if os.path.isdir(train) else 2
     network = options.model
     spec = model_spec(network.arch, num_classes=max(classes, 2), image_size=size, mean=network.mean, std=network.std)
     if ":" not in spec.arch:

@@ -17,7 +17,8 @@ from children import run_in_child
 from PIL import Image
 
 from deat_rb.data.datasets import Dataset, load_data
-from deat_rb.data.image_folder import Paths, class_names, image_files, read_image
+from deat_rb.data.image_files import ImageLister
+from deat_rb.data.image_folder import Paths, read_image
 from deat_rb.utils.errors import DeatError
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
@@ -55,7 +56,7 @@ def test_folder_classes_images_and_labels(folder: Path) -> None:
         assert image.amin((1, 2)).tolist() == list(COLOURS[data.classes[label]])
 
 
-def test_image_files_are_those_of_torchvision(folder: Path) -> None:
+def test_image_lister_are_those_of_torchvision(folder: Path) -> None:
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / "train" / "red" / "10.JPG")
     Image.fromarray(rng.integers(0, 256, (32, 32), dtype=np.uint8)).save(folder / "train" / "blue" / "grey.bmp")
@@ -114,7 +115,7 @@ def test_folder_fingerprint_depends_on_pixels_labels_and_class_names(folder: Pat
     assert len(set(prints)) == 4
 
 
-def test_image_files_follows_links_out_of_the_folder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_image_lister_follows_links_out_of_the_folder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     write_image(elsewhere / "one.png", (255, 0, 0))
     for part in ("train", "test"):
@@ -159,7 +160,7 @@ def test_read_image_names_a_damaged_image(folder: Path, content: bytes | str) ->
         load(folder)
 
 
-def test_image_files_refuses_a_broken_link(folder: Path) -> None:
+def test_image_lister_refuses_a_broken_link(folder: Path) -> None:
     (folder / "train" / "red" / "gone.png").symlink_to(folder / "gone.png")
     with pytest.raises(DeatError, match=r"gone\.png is a broken link or not a regular file"):
         load(folder)
@@ -173,7 +174,7 @@ def test_read_image_refuses_more_than_8_bits(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
-def test_image_files_refuses_a_class_without_images(folder: Path, part: str) -> None:
+def test_image_lister_refuses_a_class_without_images(folder: Path, part: str) -> None:
     for name in ("train", "test"):
         (folder / name / "yellow").mkdir()
     write_image(folder / {"train": "test", "test": "train"}[part] / "yellow" / "0.png", (255, 255, 0))
@@ -203,31 +204,32 @@ def test_folder_refuses_different_classes_in_train_and_test(folder: Path, part: 
 # What is left out, and what is refused.
 
 
-def test_image_files_leaves_out_hidden_and_system_names_and_counts_them(folder: Path) -> None:
+def test_image_lister_leaves_out_hidden_and_system_names_and_counts_them(folder: Path) -> None:
     before = load(folder)
     for part in ("train", "test"):
         for place in (".ipynb_checkpoints", "@eaDir", "__MACOSX", "red/.ipynb_checkpoints", "red/@eaDir/x"):
             write_image(folder / part / place / "0-checkpoint.png", (1, 2, 3))
         write_image(folder / part / "red" / "._0.png", (1, 2, 3))
     data = load(folder)
-    assert class_names(folder / "train") == list(data.classes)
+    assert ImageLister().class_names(folder / "train") == list(data.classes)
     assert (data.classes, data.fingerprint) == (before.classes, before.fingerprint)
     assert data.left_out == {"hidden": 12}
     assert data.notes == ("12 files skipped: hidden (12)",)
 
 
-def test_image_files_counts_files_of_other_types_by_suffix(folder: Path) -> None:
+def test_image_lister_counts_files_of_other_types_by_suffix(folder: Path) -> None:
     for number, name in enumerate(("a.heic", "b.HEIC", "c.txt", "LICENSE")):
         (folder / "train" / "red" / name).write_bytes(bytes(number))
     (folder / "test" / "list.csv").touch()
-    _, left_out = image_files(folder / "train")
-    assert left_out == {".heic": 2, ".txt": 1, "no suffix": 1}
+    lister = ImageLister()
+    lister.classes(folder / "train")
+    assert lister.left_out == {".heic": 2, ".txt": 1, "no suffix": 1}
     (note,) = load(folder).notes
     assert note.startswith("5 files skipped: .heic (2), ")
     assert "outside the class folders (1)" in note
 
 
-def test_image_files_of_a_class_of_other_types_says_which(folder: Path) -> None:
+def test_image_lister_of_a_class_of_other_types_says_which(folder: Path) -> None:
     for path in (folder / "train" / "red").iterdir():
         path.rename(path.with_suffix(".heic"))
     with pytest.raises(DeatError, match=r"red has no images \(5 files skipped: \.heic \(5\)\): add some"):
@@ -235,14 +237,14 @@ def test_image_files_of_a_class_of_other_types_says_which(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".jfif", ".JPE", ".gif", ".jp2", ".tga", ".webp", ".pbm", ".apng"])
-def test_image_files_reads_what_pillow_reads(folder: Path, suffix: str) -> None:
+def test_image_lister_reads_what_pillow_reads(folder: Path, suffix: str) -> None:
     Image.new("RGB", (32, 32), (255, 0, 0)).save(folder / "train" / "red" / f"more{suffix}")
     data = load(folder)
     assert (len(data.train), data.left_out) == (13, Counter())
 
 
 @pytest.mark.parametrize("target", [".", "..", "../..", "../green"])
-def test_image_files_refuses_a_link_to_a_folder_that_is_read_already(folder: Path, target: str) -> None:
+def test_image_lister_refuses_a_link_to_a_folder_that_is_read_already(folder: Path, target: str) -> None:
     (folder / "train" / "red" / "more").symlink_to(target)
     with pytest.raises(DeatError, match=r"is the same folder as .*, through a link: remove the link"):
         load(folder)
@@ -260,14 +262,14 @@ def test_load_data_refuses_test_images_that_are_links_to_training_images(folder:
             load_data("folder", data_dir=folder, image_size=8, test_only=test_only)
 
 
-def test_image_files_refuses_a_class_that_is_a_link_to_another(folder: Path) -> None:
+def test_image_lister_refuses_a_class_that_is_a_link_to_another(folder: Path) -> None:
     for part in ("train", "test"):
         (folder / part / "rouge").symlink_to("red")
     with pytest.raises(DeatError, match=r"rouge is the same folder as .*red, through a link"):
         load(folder)
 
 
-def test_image_files_refuses_a_link_to_itself_and_a_pipe(folder: Path) -> None:
+def test_image_lister_refuses_a_link_to_itself_and_a_pipe(folder: Path) -> None:
     (folder / "train" / "red" / "self").symlink_to("self")
     with pytest.raises(DeatError, match=r"self cannot be read: .*symbolic links"):
         load(folder)
