@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor, enable_grad, nn
+from torch import OutOfMemoryError, Tensor, enable_grad, nn
 from torchattacks.attack import Attack
 
+from deat_rb.data.check import check_label_values, check_types
+from deat_rb.models.check import trial_logits
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.module_state import preserve_modes, preserve_state, require_autograd
 
@@ -64,7 +68,8 @@ class StatelessAttack(Attack):
             The adversarial examples (N, C, H, W), normalized if ``inputs`` are.
 
         Raises:
-            DeatError: If this is called inside `torch.inference_mode`, or the model was created there.
+            DeatError: If this is called inside `torch.inference_mode`, the model was created there, or the attack fails
+                on these images because of the model's output, the labels or its number of classes.
         """
         require_autograd(f"the attack {self.attack}")
         if any(parameter.is_inference() for parameter in self.model.parameters()):
@@ -76,7 +81,7 @@ class StatelessAttack(Attack):
         if labels is not None and labels.is_inference():
             labels = labels.clone()
         applied = self._normalization_applied
-        with preserve_state(self.model), enable_grad():
+        with preserve_state(self.model), enable_grad(), explained_failures(self, inputs, labels):
             self.enter_mode()
             try:
                 adv: Tensor = super().__call__(inputs, labels, *args, **kwargs)
@@ -124,6 +129,59 @@ class StatelessAttack(Attack):
 
     def _recover_model_mode(self, given_training: bool) -> None:
         pass
+
+
+DLR_CLASSES = {"APGD": 3, "APGDT": 4}
+"""Classes that the DLR losses of torchattacks' APGD and APGDT need."""
+
+
+@contextmanager
+def explained_failures(attack: Attack, images: Tensor, labels: Tensor | None) -> Iterator[None]:
+    """Replace an error of an attack by a `DeatError` if the model, the images or the labels explain it.
+
+    Nothing is checked unless the attack fails.
+
+    Args:
+        attack: The attack that is called inside the context.
+        images: Its images.
+        labels: Its labels, if any.
+
+    Raises:
+        DeatError: The model's output cannot be attacked, the images or labels are invalid, or the attack is for another
+            number of classes; other errors are raised unchanged.
+    """
+    try:
+        yield
+    except (DeatError, OutOfMemoryError):
+        raise
+    except Exception as error:  # any exception: the model and the attack may be user code
+        _explain(attack, images, labels, error)
+        raise
+
+
+def _explain(attack: Attack, images: Tensor, labels: Tensor | None, error: Exception) -> None:
+    """Raise the `DeatError` that explains a failure, if one does."""
+    if labels is not None:
+        check_types(images, labels)
+    few = images[:2].to(attack.device)
+    advice = "attacks need a model that returns logits (N, K) for these images"
+    num_classes = trial_logits(attack.model, few, advice=advice).shape[1]
+    if labels is not None:
+        check_label_values(labels, num_classes)
+    nested = (attack, *attack._attacks.values())
+    for each in nested:
+        kind = each.attack
+        if num_classes < DLR_CLASSES.get(kind, 0) and getattr(each, "loss", "dlr") == "dlr":
+            raise DeatError(
+                f"{kind} needs {DLR_CLASSES[kind]} classes or more for its loss, but the model has {num_classes}: use "
+                "another attack"
+            ) from error
+        if num_classes <= getattr(each, "n_target_classes", 0) and getattr(each, "multi_targeted", True):
+            outer = next((other.attack for other in nested if hasattr(other, "n_classes")), kind)
+            raise DeatError(
+                f"{kind} is for {each.n_target_classes + 1} classes, but the model has {num_classes}: create {outer} "
+                f"with n_classes={num_classes}"
+            ) from error
 
 
 @dataclass

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
-from deat_rb.attacks.base import CraftStats
+from deat_rb.attacks.base import CraftStats, explained_failures
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.module_state import preserve_state
 from deat_rb.utils.seeding import preserved
@@ -95,7 +95,8 @@ def uses_mean_reduction(attack: Attack, images: Tensor) -> bool:
     for copies in (1, 2):
         with preserve_state(attack.model), preserved(), GradientProbe(attack.model) as probe:
             torch.manual_seed(0)
-            attack(torch.cat([few] * copies), torch.cat([labels] * copies))
+            with explained_failures(attack, few, labels):
+                attack(torch.cat([few] * copies), torch.cat([labels] * copies))
         if probe.gradient is None:
             raise DeatError(
                 f"{attack.attack} computes no gradient at its inputs, so l_X is undefined; "
@@ -103,6 +104,49 @@ def uses_mean_reduction(attack: Attack, images: Tensor) -> bool:
             )
         norms.append(float(probe.gradient[: len(few)].abs().sum()))
     return norms[1] < 0.7 * norms[0]
+
+
+SUCCESSFUL_ONLY = ("APGD", "APGDT", "FAB", "AutoAttack", "CW", "DeepFool", "SparseFool", "JSMA", "EADL1", "EADEN")
+"""Gradient attacks of torchattacks that return only successful or minimal perturbations."""
+
+
+def check_every_image_is_attacked(attack: Attack, images: Tensor) -> None:
+    """Check that an attack also perturbs images whose prediction it does not change, as training needs.
+
+    Attacks made for evaluation return the clean image there. They are known by name (`SUCCESSFUL_ONLY`) or by a trial
+    on a few images, in which logits are replaced by ones that always predict the label but have the model's gradients.
+    The model's state and torch's generators are preserved.
+
+    Raises:
+        DeatError: If the attack returns clean images.
+    """
+    kind = type(attack)
+    if not (kind.__module__.startswith("torchattacks.") and kind.__name__ in SUCCESSFUL_ONLY):
+        few = images[:8] / 2 + 0.25  # away from 0 and 1, so that clamping cannot undo the perturbation
+
+        def always_class_0(module: nn.Module, inputs: tuple[Any, ...], logits: Tensor) -> Tensor:
+            fixed = torch.zeros_like(logits)
+            fixed[:, 0] = 5.0
+            return logits - logits.detach() + fixed
+
+        labels = torch.zeros(len(few), dtype=torch.long, device=few.device)
+        with explained_failures(attack, few, labels), preserve_state(attack.model), preserved():
+            handle = attack.model.register_forward_hook(always_class_0)
+            try:
+                with GradientProbe(attack.model) as probe:
+                    adv = attack(few, labels)
+            finally:
+                handle.remove()
+        if not attack.eps or probe.gradient is None:
+            return
+        # Without a gradient, as in a saturated network, FGSM does not change an image either.
+        attacked = probe.gradient.flatten(1).any(dim=1) if len(probe.gradient) == len(few) else probe.gradient.any()
+        if not ((adv.detach() == few).flatten(1).all(dim=1) & attacked).any():
+            return
+    raise DeatError(
+        f"{attack.attack} returns the clean image where it does not change the prediction, so that training would use "
+        "clean images for the most part: use an attack that perturbs every image, such as deat_rb.PGD"
+    )
 
 
 def lipschitz_lower_bound(l_x: float, *, examples: int, eps: float, size: int) -> float:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torchattacks.attack import Attack
 
 from deat_rb.attacks.base import CraftStats, StatelessAttack
-from deat_rb.attacks.gradient_probe import GradientProbe, uses_mean_reduction
+from deat_rb.attacks.gradient_probe import GradientProbe, check_every_image_is_attacked, uses_mean_reduction
 from deat_rb.attacks.pgd import PGD
 from deat_rb.attacks.threat_models import Linf
 from deat_rb.methods.losses import surrogate
@@ -33,7 +33,9 @@ from deat_rb.utils.module_state import frozen_parameters, preserve_modes, requir
 class AttackTrainer(Trainer):
     """Attack, then update: PGD-N, U-FGSM, FAT, TRADES, MART, and their guided forms (Algorithms 4 and 5).
 
-    Any torchattacks attack can be used; unless it is our PGD, a probe records its gradient magnitude.
+    Any gradient attack of torchattacks with an eps can be used; unless it is our PGD, a probe records its gradient
+    magnitude. Training refuses attacks that return the clean image where they do not change the prediction (APGD,
+    APGDT, FAB, AutoAttack and others made for evaluation), since it would use clean images for the most part.
     """
 
     _averages: bool | None = None
@@ -48,8 +50,9 @@ class AttackTrainer(Trainer):
         return crafter if isinstance(crafter, PGD) and type(crafter).forward is PGD.forward else None
 
     def check_attack(self, images: Tensor) -> None:
-        """Reject an attack that computes no gradient, and determine whether its loss is averaged."""
+        """Check that the attack computes gradients and perturbs every image; determine if its loss is averaged."""
         if self._averages is None and self._own is None:
+            check_every_image_is_attacked(self.crafter, images.contiguous())
             self._averages = uses_mean_reduction(self.crafter, images.contiguous())
 
     def craft(self, images: Tensor, labels: Tensor, loss_scale: float = 1.0) -> tuple[Tensor, CraftStats]:

@@ -14,16 +14,18 @@ def exclusive_lock(path: Path, *, busy: str = "", failed: str = "") -> Iterator[
     """Hold a lock file; a symbolic link is not followed.
 
     Args:
-        path: The lock file, created if it is missing and never removed.
+        path: The lock file, created if it is missing and never removed. Without the operating system's locks, the
+            existence of ``<path>.held`` is the lock, because ``path`` itself is left behind where there are such locks.
         busy: The error message if another process holds the lock; if empty, wait until it is released.
         failed: The error message if the file cannot be opened or locked; the cause is appended in parentheses.
 
     Raises:
         DeatError: Another process holds the lock (with ``busy``), or the file cannot be opened or locked.
     """
-    from filelock import FileLock, Timeout
+    from filelock import FileLock, SoftFileLock, Timeout
 
-    lock = FileLock(path, thread_local=False)
+    soft = issubclass(FileLock, SoftFileLock)
+    lock = FileLock(f"{path}.held" if soft else path, thread_local=False)
     try:
         lock.acquire(timeout=0 if busy else -1)
     except Timeout:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 import torchattacks
 from small_problems import batch_for, small_network
 from torch import Tensor, nn
+from torchattacks.attack import Attack
 
 from deat_rb.attacks.base import AttackMode, StatelessAttack
 from deat_rb.attacks.pgd import PGD
+from deat_rb.methods.registry import create
+from deat_rb.methods.trainers import AttackTrainer
+from deat_rb.utils.errors import DeatError
 
 
 @pytest.fixture(autouse=True)
@@ -124,3 +129,95 @@ def test_pgd_works_under_no_grad() -> None:
     with torch.no_grad():
         quiet = attack(images, labels)
     assert torch.equal(quiet, attack(images, labels))
+
+
+class Changed(nn.Module):
+    """A linear network whose images or logits are changed."""
+
+    def __init__(self, images: Callable[[Tensor], Any] = lambda x: x, logits: Callable[[Tensor], Any] = lambda x: x):
+        super().__init__()
+        self.change_images, self.change_logits, self.linear = images, logits, nn.Linear(48, 4)
+
+    def forward(self, images: Tensor) -> Any:
+        self.change_images(images)
+        return self.change_logits(self.linear(images.flatten(1)))
+
+
+CHANGED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "tuple": (lambda: Changed(logits=lambda out: (out, out)), "the model returns a tuple for 2 images of 3x4x4, not a"),
+    "dict": (lambda: Changed(logits=lambda out: {"logits": out}), "the model returns a dict"),
+    "1-D": (
+        lambda: Changed(logits=lambda out: out[:, 0]),
+        r"returns logits of shape \(2,\) for 2 images .* not \(2, K\)",
+    ),
+    "sub_": (lambda: Changed(lambda x: x.sub_(0.5)), "the model changes its input in place .*: write its forward"),
+    "a view": (lambda: Changed(lambda x: x[:, 0].zero_()), "the model changes its input in place"),
+    "another size": (
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 4)),
+        "does not take torch.float32 images of 3x4",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+@pytest.mark.parametrize("method", ["pgd-2", "free-2", "trades", "fat-2", "torchattacks", "PGD"])
+def test_call_explains_a_model_that_cannot_be_attacked(case: str, method: str) -> None:
+    make, message = CHANGED[case]
+    model = make()
+    images = IMAGES.clone()
+    attack: Attack = (
+        AttackTrainer(torchattacks.PGD(model)) if method == "torchattacks"
+        else PGD(model) if method == "PGD" else create(method, model)
+    )  # fmt: skip
+    with pytest.raises(DeatError, match=message):
+        attack(images, FOUR)
+    assert torch.equal(images, IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (FOUR + 1, "label 4 is out of range: labels must be 0 to 3 for 4 classes"),
+        (FOUR.float(), "labels must be int64 class indices"),
+        (FOUR[:, None], r"labels must be int64 .* not int64 of shape \(4, 1\)"),
+        (FOUR[:3], "there are 4 images but 3 labels"),
+    ],
+)
+def test_call_explains_invalid_labels(labels: Tensor, message: str) -> None:
+    with pytest.raises(DeatError, match=message):
+        PGD(Changed())(IMAGES, labels)
+
+
+@pytest.mark.parametrize(
+    ("classes", "make", "message"),
+    [
+        (3, lambda m: torchattacks.APGDT(m), "APGDT needs 4 classes or more for its loss, but the model has 3"),
+        (3, lambda m: torchattacks.APGDT(m, n_classes=3), "APGDT needs 4 classes or more"),
+        (3, lambda m: torchattacks.AutoAttack(m), "APGDT needs 4 classes or more"),
+        (
+            2,
+            lambda m: torchattacks.APGD(m, loss="dlr"),
+            "APGD needs 3 classes or more for its loss, but the model has 2",
+        ),
+        (5, lambda m: torchattacks.APGDT(m), "APGDT is for 10 classes, .* 5: create APGDT with n_classes=5"),
+        (5, lambda m: torchattacks.AutoAttack(m), "APGDT is for 10 classes, .* 5: create AutoAttack with n_classes=5"),
+        (
+            5,
+            lambda m: torchattacks.FAB(m, multi_targeted=True),
+            "FAB is for 10 classes, .* create FAB with n_classes=5",
+        ),
+    ],
+)
+def test_call_explains_an_attack_for_other_numbers_of_classes(
+    classes: int, make: Callable[[nn.Module], Attack], message: str
+) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, classes))
+    labels = model(IMAGES).argmax(dim=1)
+    with pytest.raises(DeatError, match=message):
+        AttackTrainer(make(model))(IMAGES, labels)
+
+
+def test_call_leaves_unexplained_errors_as_they_are() -> None:
+    model = Recorder(fails_at=2)
+    with pytest.raises(RuntimeError, match=r"^the model fails here"):
+        PGD(model, steps=3)(IMAGES, FOUR)
