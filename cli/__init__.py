@@ -19,7 +19,7 @@ COMMANDS = {
     "eval": ("evaluate", "Attack a trained network and report its robust accuracy."),
     "compare": ("compare", "Compare evaluations and test their differences for significance."),
     "predict": ("predict", "Classify images with a trained network."),
-    "export": ("export", "Export a run in RobustBench's format."),
+    "export": ("export", "Export a network for RobustBench, ONNX or torch.export."),
     "submit": ("submit", "Submit a trained network to a leaderboard."),
     "leaderboard": ("leaderboard", "Show, build, verify or export a leaderboard."),
     "methods": ("methods", "List the methods, or describe one."),

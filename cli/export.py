@@ -2,73 +2,92 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
+from deat_rb.utils.errors import DeatError
 
-@click.command("export")
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--model-name", required=True, metavar="NAME",
-              help="Name <FirstAuthor><Year><FirstWordOfTitle>, such as Wang2021Gradient_R18.")  # fmt: skip
-@click.option(
+from .network_options import import_from_current_folder
+from .options import GroupedCommand, GroupedOption
+
+robustbench_option = partial(click.option, cls=GroupedOption, group="Only with --format robustbench")
+
+
+@click.command("export", cls=GroupedCommand)
+@click.argument("target", metavar="RUN")
+@click.option("--format", "file_format", type=click.Choice(["robustbench", "onnx", "torch-export"]),
+              default="robustbench", show_default=True, help="Format of the files.")  # fmt: skip
+@click.option("--output", type=click.Path(path_type=Path), default=".", show_default=True, metavar="PATH",
+              help="Folder for the files; for onnx and torch-export also a file name.")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace an existing export of the same name.")
+@click.option("--trust-code", is_flag=True,
+              help="Allow a run to call the package.module:factory that builds its network.")  # fmt: skip
+@robustbench_option("--model-name", metavar="NAME",
+                    help="Name <FirstAuthor><Year><FirstWordOfTitle>, such as Wang2021Gradient_R18; required."
+                    )  # fmt: skip
+@robustbench_option(
     "--as-dataset", metavar="NAME", help="Export other data as this RobustBench dataset: cifar10 or cifar100."
 )
-@click.option("--output", type=click.Path(path_type=Path), default=".", show_default=True, metavar="DIR",
-              help="Folder for the files.")  # fmt: skip
-@click.option("--link", metavar="URL", help="URL of the paper; for DEAT's methods by default that of the DEAT paper.")
-@click.option("--name", metavar="TITLE", help="Title of the paper.")
-@click.option("--authors", metavar="A, B, ...", help="Authors of the paper.")
-@click.option("--venue", metavar="VENUE", help="Venue and year of the paper.")
-@click.option("--additional-data", is_flag=True, help="Additional training images were used.")
-@click.option("--reported", type=float, metavar="PERCENT",
-              help="Robust accuracy reported by the authors; by default the lowest measured.")  # fmt: skip
-@click.option("--external", type=float, metavar="PERCENT", help="Best known robust accuracy; RobustBench ranks by it.")
-@click.option("--unreliable/--reliable", default=None,
-              help="Whether AutoAttack's accuracy is unreliable; by default derived from the evaluation's checks."
-              )  # fmt: skip
-@click.option("--footnote", metavar="TEXT", help="Text appended to the automatic footnote.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing export of the same name.")
-def export(
-    run: Path,
-    model_name: str,
-    as_dataset: str | None,
-    output: Path,
-    link: str | None,
-    name: str | None,
-    authors: str | None,
-    venue: str | None,
-    additional_data: bool,
-    reported: float | None,
-    external: float | None,
-    unreliable: bool | None,
-    footnote: str | None,
-    overwrite: bool,
-) -> None:
-    """Export a run in RobustBench's format.
+@robustbench_option("--link", metavar="URL", help="URL of the paper; for DEAT's methods by default the DEAT paper's.")
+@robustbench_option("--name", metavar="TITLE", help="Title of the paper.")
+@robustbench_option("--authors", metavar="A, B, ...", help="Authors of the paper.")
+@robustbench_option("--venue", metavar="VENUE", help="Venue and year of the paper.")
+@robustbench_option("--additional-data", is_flag=True, default=None, help="Additional training images were used.")
+@robustbench_option("--reported", type=float, metavar="PERCENT",
+                    help="Robust accuracy reported by the authors; by default the lowest measured.")  # fmt: skip
+@robustbench_option(
+    "--external", type=float, metavar="PERCENT", help="Best known robust accuracy; RobustBench ranks by it."
+)
+@robustbench_option("--unreliable/--reliable", default=None,
+                    help="Whether AutoAttack's accuracy is unreliable; by default derived from the evaluation's checks."
+                    )  # fmt: skip
+@robustbench_option("--footnote", metavar="TEXT", help="Text appended to the automatic footnote.")
+def export(target: str, file_format: str, output: Path, overwrite: bool, trust_code: bool, **metadata: Any) -> None:
+    """Export a network for RobustBench, ONNX or torch.export.
 
-    Writes the weights to models/, the metadata for RobustBench's table to model_info/, and the source code for a pull
-    request to RobustBench to pull_request/. Accuracies are taken from `deat-rb eval RUN --autoattack`.
+    robustbench: writes the weights to models/, the metadata for RobustBench's table to model_info/, and the source code
+    for a pull request to RobustBench to pull_request/. Accuracies are taken from `deat-rb eval RUN --autoattack`.
+
+    onnx, torch-export: writes one file RUN.onnx or RUN.pt2, which takes batches of any size of images in [0, 1]; the
+    normalization is inside, class names and origin are in the metadata. The file is compared with the network before it
+    is written. Entries of a leaderboard and networks given by name, as for eval, can be exported, too.
     """
+    given = {name: value for name, value in metadata.items() if value is not None}
+    if file_format == "robustbench":
+        if "model_name" not in given:
+            raise DeatError("--model-name is missing: RobustBench needs a name such as Wang2021Gradient_R18")
+        if trust_code:
+            raise DeatError("--trust-code is only for --format onnx and torch-export: omit it")
+        _robustbench(target, output=output, overwrite=overwrite, **given)
+        return
+    for name in given:
+        raise DeatError(f"--{name.replace('_', '-')} is only for --format robustbench, not for {file_format}: omit it")
+    _deploy(target, file_format, output, overwrite, trust_code)
+
+
+def _robustbench(run: str, **options: Any) -> None:
     from deat_rb.robustbench.export import export
 
-    paths = export(
-        run,
-        model_name=model_name,
-        output=output,
-        as_dataset=as_dataset,
-        link=link,
-        name=name,
-        authors=authors,
-        venue=venue,
-        additional_data=additional_data,
-        reported=reported,
-        external=external,
-        unreliable=unreliable,
-        footnote=footnote,
-        overwrite=overwrite,
-    )
+    paths = export(run, **options)
     for path in (paths.weights, paths.info, paths.source):
         click.echo(f"written: {path}")
     if paths.unknown:
         click.echo(f"unknown: {', '.join(paths.unknown)}; run deat-rb eval {run} --autoattack, then export again")
+
+
+def _deploy(target: str, file_format: Any, output: Path, overwrite: bool, trust_code: bool) -> None:
+    from deat_rb.deployment import CHECKED_BATCHES, deploy
+    from deat_rb.utils.text import printable
+
+    import_from_current_folder(target)
+    deployed = deploy(target, format=file_format, output=output, overwrite=overwrite, trust_code=trust_code)
+    by = "onnxruntime" if file_format == "onnx" else "torch.export.load"
+    classes = printable(", ".join(deployed.classes), 200) if deployed.classes else "unknown"
+    click.echo(f"classes    {classes}")
+    click.echo(f"check      logits from {by} differ by at most {deployed.difference:.1e} (largest logit "
+               f"{deployed.largest_logit:.3g}; batches of {', '.join(map(str, CHECKED_BATCHES))} random images)"
+               )  # fmt: skip
+    click.echo(f"written: {deployed.path}")

@@ -15,6 +15,7 @@ from deat_rb.utils.lazy import attach
 if TYPE_CHECKING:
     from deat_rb.attacks.pgd import PGD
     from deat_rb.data.datasets import load_data
+    from deat_rb.deployment import deploy
     from deat_rb.evaluation.evaluate import evaluate
     from deat_rb.loading import load_model
     from deat_rb.methods.registry import create, register_method
@@ -38,6 +39,7 @@ __all__ = [
     "__version__",
     "build_model",
     "create",
+    "deploy",
     "evaluate",
     "export",
     "load_data",
@@ -54,6 +56,7 @@ _MODULE_OF = {
     "PGD": "attacks.pgd",
     "build_model": "models.spec",
     "create": "methods.registry",
+    "deploy": "deployment",
     "evaluate": "evaluation.evaluate",
     "export": "robustbench.export",
     "load_data": "data.datasets",

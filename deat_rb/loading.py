@@ -144,8 +144,8 @@ class EvalTarget:
         return (test.tensors()[0] if isinstance(test, ImageSet) else test), labels
 
 
-def load_model(path: str | Path, *, device: torch.device | str = "cpu", trust_code: bool = False) -> nn.Module:
-    """Load a trained network in eval mode; it takes images in [0, 1].
+def load_model(path: str | Path, *, device: torch.device | str = "cpu", trust_code: bool = False) -> NormalizedModel:
+    """Load a trained network in eval mode; it takes images in [0, 1], and its ``classes`` are the class names.
 
     Args:
         path: A run directory, whose selected checkpoint is loaded; the ``.pt`` file of an export; or the ``.json`` of
@@ -160,8 +160,13 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu", trust_co
     """
     path = Path(path)
     if path.suffix == ".json":
-        return _open_entry(path).model.to(device)
-    return (_open_run(path, trust_code) if path.is_dir() else _open_export(path)).model.to(device)
+        network = _open_entry(path)
+    else:
+        network = _open_run(path, trust_code) if path.is_dir() else _open_export(path)
+    model = network.model
+    assert isinstance(model, NormalizedModel)
+    model.classes = network.classes
+    return model.to(device)
 
 
 def open_network(target: str | Path, options: NetworkOptions, *, dataset: str | None = None) -> Network:

@@ -31,10 +31,14 @@ class NormalizedModel(nn.Module):
     """A network with its normalization as a layer, for images in [0, 1].
 
     The buffers ``mu`` and ``sigma``, of shape (1, C, 1, 1), are named as in RobustBench.
+
+    Attributes:
+        classes: Class names in the order of the logits, set by `deat_rb.load_model`; empty if unknown.
     """
 
     mu: Tensor
     sigma: Tensor
+    classes: tuple[str, ...] = ()
 
     def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()

@@ -268,7 +268,9 @@ def test_export_writes_the_accuracies_of_eval_json(digits_run: Path, tmp_path: P
 
 
 def test_export_refuses(digits_run: Path, tmp_path: Path) -> None:
-    assert refusal("export", digits_run) == "Missing option '--model-name'."
+    assert refusal("export", digits_run) == (
+        "--model-name is missing: RobustBench needs a name such as Wang2021Gradient_R18"
+    )
     name = ["--model-name", "Wang2021Gradient", "--output", tmp_path / "out"]
     assert "RobustBench has no dataset 'digits'" in refusal("export", digits_run, *name)
     assert refusal("export", tmp_path, *name, "--as-dataset", "cifar10").endswith("it has no config.json")
