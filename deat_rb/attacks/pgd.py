@@ -90,6 +90,7 @@ class PGD(StatelessAttack):
         self.tau = tau
         self.omega = omega
         self.loss_scale = 1.0
+        self.fixed_size = False
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
         """Generate adversarial examples; see `craft`."""
@@ -156,33 +157,43 @@ class PGD(StatelessAttack):
         """Run PGD with FAT's early stop per example, using masks and no host sync.
 
         On a CPU in eval mode, where reading a mask costs nothing and examples do not affect each other, stopped
-        examples are dropped from the batch. In train mode they are kept, since BatchNorm uses the whole batch.
+        examples are dropped from the batch, unless `fixed_size`: a compiled model would be compiled for each size. In
+        train mode they are kept, since BatchNorm uses the whole batch.
         """
         threat = Linf(self.eps)
-        leave = images.device.type == "cpu" and not self.model.training
+        leave = images.device.type == "cpu" and not self.model.training and not self.fixed_size
         moving = torch.ones_like(labels, dtype=torch.bool)
-        all_rows = torch.arange(len(images), device=images.device)
         patience = torch.full_like(labels, self.tau or 0)
         l_x = images.new_zeros(len(images))
         passes = images.new_zeros(())
+        rows: Tensor | None = None  # all
+
+        def chosen(whole: Tensor) -> Tensor:
+            return whole if rows is None else whole[rows]
+
+        def replaced(whole: Tensor, part: Tensor) -> Tensor:
+            return part if rows is None else whole.index_copy(0, rows, part)
+
         for step in range(self.steps):
-            rows = all_rows[moving] if leave else all_rows
-            if len(rows) == 0:
-                break
+            if leave:
+                rows = moving.nonzero().squeeze(1)
+                if len(rows) == 0:
+                    break
             passes = passes + moving.sum() / len(images)
+            current, still = chosen(adv), chosen(labels)
             with self._full_precision(images, step):
-                logits, gradient, unit = self._gradient(adv[rows], labels[rows], None if clean is None else clean[rows])
-            wrong = logits.argmax(dim=1) != labels[rows]
-            go_on = moving[rows] & ~(wrong & (patience[rows] == 0))
+                logits, gradient, unit = self._gradient(current, still, None if clean is None else chosen(clean))
+            wrong = logits.argmax(dim=1) != still
+            go_on = chosen(moving) & ~(wrong & (chosen(patience) == 0))
             noise = self._step_noise(images)
             stepped = threat.ascend(
-                adv[rows], images[rows], gradient, self.alpha, None if noise is None else noise[rows]
+                current, chosen(images), gradient, self.alpha, None if noise is None else chosen(noise)
             )
-            adv = adv.index_copy(0, rows, torch.where(go_on[:, None, None, None], stepped, adv[rows]))
             norms = gradient.abs().flatten(1).sum(dim=1) * unit
-            l_x = l_x.index_copy(0, rows, torch.where(go_on, norms, l_x[rows]))
-            patience = patience.index_copy(0, rows, patience[rows] - (wrong & go_on).to(patience.dtype))
-            moving = moving.index_copy(0, rows, go_on)
+            adv = replaced(adv, torch.where(go_on[:, None, None, None], stepped, current))
+            l_x = replaced(l_x, torch.where(go_on, norms, chosen(l_x)))
+            patience = replaced(patience, chosen(patience) - (wrong & go_on).to(patience.dtype))
+            moving = replaced(moving, go_on)
         return adv, CraftStats(l_x.sum(), forwards=passes, backwards=passes)
 
     def _full_precision(self, images: Tensor, step: int) -> AbstractContextManager[object]:

@@ -55,13 +55,16 @@ class AttackTrainer(Trainer):
             check_every_image_is_attacked(self.crafter, images.contiguous())
             self._averages = uses_mean_reduction(self.crafter, images.contiguous())
 
-    def craft(self, images: Tensor, labels: Tensor, loss_scale: float = 1.0) -> tuple[Tensor, CraftStats]:
+    def craft(
+        self, images: Tensor, labels: Tensor, loss_scale: float = 1.0, fixed_size: bool = False
+    ) -> tuple[Tensor, CraftStats]:
         """Generate adversarial examples for training; in train mode this updates BatchNorm's statistics.
 
         Args:
             images: As for `training_step`.
             labels: (N,).
             loss_scale: Loss scale for the gradients of our PGD.
+            fixed_size: Whether our PGD always passes the whole batch to the model.
 
         Returns:
             The adversarial examples (N, C, H, W) and the attack's statistics.
@@ -69,7 +72,7 @@ class AttackTrainer(Trainer):
         crafter, own = self.crafter, self._own
         with preserve_modes(self.model):
             if own is not None:
-                own.loss_scale = loss_scale
+                own.loss_scale, own.fixed_size = loss_scale, fixed_size
                 own.enter_mode()
                 return own.craft(images, labels)
             self.check_attack(images)
@@ -92,7 +95,7 @@ class AttackTrainer(Trainer):
         # Freeze only if compiled: a compiled pass computes all requested gradients, even if unused; an eager one would
         # not cache the casts of frozen weights.
         with engine.autocast(), frozen_parameters(self.model) if engine.compiled else nullcontext():
-            adv, crafting = self.craft(images, labels, engine.loss_scale)
+            adv, crafting = self.craft(images, labels, engine.loss_scale, fixed_size=engine.compiled)
         # A separate autocast region: casts of weights cached by a no_grad forward carry no gradient.
         with engine.autocast():
             ddp_model = engine.ddp_model(self.model)

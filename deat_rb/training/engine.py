@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +26,9 @@ _OWN_BUFFERS: dict[str, Any] = {
 if len(_OWN_BUFFERS) == 2:
     del _OWN_BUFFERS["broadcast_buffers"]
 
+_GRAPH_LIMITS = ("recompile_limit", "accumulated_recompile_limit", "cache_size_limit", "accumulated_cache_size_limit")
+"""torch's settings of the number of graphs per function, under the names of old and new versions."""
+
 
 class Engine:
     """Device, precision and ranks of a training step.
@@ -40,6 +43,7 @@ class Engine:
     Attributes:
         loss_scale: Fixed loss scale in deat-rb's own attacks, so that fp16 gradients do not underflow.
         global_batch: Number of examples in the current batch over all ranks; None if all are on this rank.
+        full_batch: Number of examples in a batch of the usual size over all ranks; None if unknown.
 
     Raises:
         DeatError: ``sync_bn`` is set on a CPU.
@@ -61,6 +65,7 @@ class Engine:
         self.sync_bn = sync_bn
         check_sync_bn(sync_bn, self.device)
         self.global_batch: int | None = None
+        self.full_batch: int | None = None
         self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         self.loss_scale = 1024.0 if precision == "fp16" else 1.0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
@@ -99,13 +104,32 @@ class Engine:
         if self.world.size > 1:
             # Attacks call the model itself, because DDP expects a backward pass after each forward pass.
             self._replica = DistributedDataParallel(model, **_OWN_BUFFERS)
-        # Compile only forward, so that adding or removing hooks, such as the probe's, does not recompile.
-        compiled = torch.compile(model.forward) if self.compiled else None
-        try:
-            with fast_gpu_math(self.device), _replace_forward(model, compiled):
-                yield
-        finally:
-            self._replica = None
+        with ExitStack() as contexts:
+            contexts.callback(setattr, self, "_replica", None)
+            contexts.enter_context(fast_gpu_math(self.device))
+            if self.compiled:
+                contexts.enter_context(_unlimited_graphs())
+                # Compile only forward, so that adding or removing hooks, such as the probe's, does not recompile.
+                compiled = torch.compile(model.forward, dynamic=False, **self._compile_options())
+                contexts.enter_context(_replace_forward(model, compiled))
+            yield
+
+    def _compile_options(self) -> dict[str, Any]:
+        # On a GPU with autotuned kernels, but without torch.compile's CUDA graphs: a forward pass would overwrite the
+        # outputs of the previous one, which TRADES and MART still need.
+        return {"mode": "max-autotune-no-cudagraphs"} if self.device.type == "cuda" else {}
+
+    @contextmanager
+    def sized_for(self, model: nn.Module, examples: int) -> Iterator[None]:
+        """Run a batch; one of unusual size, such as a short last batch, without torch.compile and autotuning.
+
+        Args:
+            model: The model.
+            examples: Number of examples in the global batch. A batch larger than all earlier ones sets the usual size.
+        """
+        self.full_batch = max(examples, self.full_batch or 0)
+        with nullcontext() if examples == self.full_batch else self.eager(model):
+            yield
 
     @contextmanager
     def eager(self, model: nn.Module) -> Iterator[None]:
@@ -214,6 +238,16 @@ def fast_gpu_math(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def _unlimited_graphs() -> Iterator[None]:
+    """Lift torch.compile's limit of 8 graphs, which all networks of a class share, before it falls back to eager."""
+    import torch._dynamo
+
+    limits = {name: 10_000 for name in _GRAPH_LIMITS if hasattr(torch._dynamo.config, name)}
+    with torch._dynamo.config.patch(limits):
+        yield
 
 
 @contextmanager

@@ -80,6 +80,8 @@ class Loop:
         check_loader(loader, self.checker.name)
         state.batches = count_batches(loader)
         shards = shard(loader, state.world)
+        size = getattr(loader, "batch_size", None)
+        state.engine.full_batch = size if isinstance(size, int) else None
         try:
             for each in self.callbacks:
                 each.on_fit_start(state)
@@ -180,7 +182,7 @@ class Loop:
         if world.size > 1:
             stream = seeding.generator(state.seed, *key, device=state.engine.device)
             noise = seeding.global_batch_noise(world.share(total), total, stream)
-        with noise:
+        with noise, state.engine.sized_for(state.model, total):
             stats = state.trainer.training_step(images, labels, state.optimizer, state.engine)
         state.engine.sync_buffers(state.model)
         for each in self.callbacks:
