@@ -124,6 +124,8 @@ class TrainingProgress(Callback, AbstractContextManager["TrainingProgress"]):
         """Print a line with the epoch's metrics."""
         if row.val_acc is not None and row.val_robust_acc is not None:
             self._validated = f"validation {row.val_acc:.1%}, PGD-20 {row.val_robust_acc:.1%}"
+        if row.raw_val_acc is not None and row.raw_val_robust_acc is not None:
+            self._validated += f" (raw weights {row.raw_val_acc:.1%}, {row.raw_val_robust_acc:.1%})"
         self._done = row.epoch * self._batches
         self._shown = monotonic()
         metrics = [

@@ -5,6 +5,8 @@ config.json          everything that determines the run; `deat-rb train --config
 metrics.jsonl        one `EpochStats` per line and epoch
 last.safetensors     the latest weights; their metrics are in last.json
 best.safetensors     the weights with the highest validation robust accuracy; their metrics are in best.json
+best-raw.safetensors, last-raw.safetensors
+                     with --ema, whose average is in the two files above: the weights of the same epochs, not averaged
 checkpoints/         the latest two checkpoints, for --resume
 curves.png           plots of the metrics
 eval.json            the most complete evaluation on the run's own data; others are in evaluations/

@@ -138,6 +138,9 @@ class TrainingPlan:
                         f"{per_replay}"),
             ("optimizer", f"SGD, momentum {optim.momentum:g}, weight decay {optim.weight_decay:g}, batches of "
                           f"{data.batch_size}, seed {optim.seed}"),
+            *([] if optim.ema is None else [
+                ("average", f"exponential moving average of the weights, decay {optim.ema:g}, after every update")
+            ]),
             ("precision", f"{runtime.precision} on {resolve_device(runtime.device)}{ranks}{compiled}"),
             ("model", f"{self.config.model.arch}, {parameters:,} parameters, {self.config.network.num_classes} classes"
                       f"{weights}"),

@@ -36,6 +36,8 @@ def plot_curves(rows: Sequence[EpochStats], path: Path, *, title: str) -> None:
 
     _line(accuracy, epochs, [row.val_acc for row in rows], "validation, natural", BLUE)
     _line(accuracy, epochs, [row.val_robust_acc for row in rows], "validation, PGD-20", ORANGE)
+    _line(accuracy, epochs, [row.raw_val_acc for row in rows], "natural, raw weights", BLUE, style=":")
+    _line(accuracy, epochs, [row.raw_val_robust_acc for row in rows], "PGD-20, raw weights", ORANGE, style=":")
     _line(accuracy, epochs, [row.train_acc for row in rows], "training, as trained on", GREY)
     accuracy.set(ylabel="accuracy", ylim=(0, 1))
     accuracy.yaxis.set_major_formatter(PercentFormatter(1))
@@ -72,8 +74,14 @@ def plot_curves(rows: Sequence[EpochStats], path: Path, *, title: str) -> None:
 
 
 def _line(
-    axes: Axes, epochs: list[int], values: Sequence[float | None], label: str, color: str, marker: str = "."
+    axes: Axes,
+    epochs: list[int],
+    values: Sequence[float | None],
+    label: str,
+    color: str,
+    marker: str = ".",
+    style: str = "-",
 ) -> None:
     shown = [(epoch, value) for epoch, value in zip(epochs, values, strict=True) if value is not None]
     if shown:
-        axes.plot(*zip(*shown, strict=True), label=label, color=color, marker=marker)
+        axes.plot(*zip(*shown, strict=True), label=label, color=color, marker=marker, linestyle=style)

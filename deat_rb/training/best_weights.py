@@ -16,7 +16,8 @@ class BestWeights(Callback):
     """Keep the weights of the epoch with the highest robust validation accuracy and of the newest epochs.
 
     Ties go to the higher natural accuracy, then to the earlier epoch. When a stopping rule ends training, the epochs
-    after the one that it keeps are dropped.
+    after the one that it keeps are dropped. With ``ema`` these are the averaged weights; the raw ones of the same
+    epochs are saved beside them.
 
     Args:
         select: The weights to load into the model after training: ``best`` or ``last``.
@@ -34,7 +35,9 @@ class BestWeights(Callback):
         state, recent = self.state, self.state.recent
         if len(recent) == recent.maxlen:
             state.settled = _most_robust([state.settled, recent[0]])
-        recent.append(EpochWeights(row, _copy(state.model)))
+        raw = None if state.average is None else _copy(state.model)
+        with state.averaged():
+            recent.append(EpochWeights(row, _copy(state.model), raw))
         while state.stop is not None and recent[-1].row.epoch > state.stop.keep and len(recent) > 1:
             recent.pop()
         self.write()
@@ -42,9 +45,9 @@ class BestWeights(Callback):
     def on_fit_end(self, history: History) -> None:
         """Load the selected weights into the model."""
         best = self._best() if self.select == "best" else None
-        row, weights = best or self.state.recent[-1]
-        history.selected = row.epoch
-        self.state.model.load_state_dict(weights)
+        selected = best or self.state.recent[-1]
+        history.selected = selected.row.epoch
+        self.state.model.load_state_dict(selected.weights)
 
     def write(self) -> None:
         """Write the best and the last weights to the run, unless its files already hold them."""
@@ -57,8 +60,11 @@ class BestWeights(Callback):
             for which, epoch in (("best", self._best()), ("last", recent[-1] if recent else None)):
                 if epoch is None:
                     run.discard_weights(which)
+                    run.discard_weights(f"{which}-raw")
                 elif self.written.get(which) != epoch.row.epoch:
                     run.save_weights(which, epoch.weights, epoch.row)
+                    if epoch.raw is not None:
+                        run.save_weights(f"{which}-raw", epoch.raw, epoch.row)
                     self.written[which] = epoch.row.epoch
 
         self.state.world.on_main(write)

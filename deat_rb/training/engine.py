@@ -142,10 +142,10 @@ class Engine:
         """Return the module to call in a training step; its gradients are averaged over all ranks."""
         return self._replica or model
 
-    def sync_buffers(self, model: nn.Module) -> None:
+    def sync_buffers(self, buffers: Iterable[Tensor]) -> None:
         """Average BatchNorm's running statistics over all ranks."""
         if not self.sync_bn:
-            self.world.average(model.buffers())
+            self.world.average(buffers)
 
     def loss_divisor(self, count: int) -> float:
         """Return the divisor of the summed loss of this rank's ``count`` examples.

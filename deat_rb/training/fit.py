@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from deat_rb.training.averaging import WeightAverage
 from deat_rb.training.base import Batch, TrainerBase
 from deat_rb.training.best_weights import BestWeights
 from deat_rb.training.callbacks import Callback
@@ -84,12 +85,18 @@ def fit(
         trainer.reset_schedule()
     try:
         with seeding.preserved(), engine.prepared(trainer.model):
+            optimizer = engine.sgd(
+                trainer.model.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
+            )
+            average = None
+            if optim.ema is not None:
+                average = WeightAverage(trainer.model, optim.ema)
+                optimizer.register_step_post_hook(average.after_step)
             state = TrainingState(
                 trainer=trainer,
                 engine=engine,
-                optimizer=engine.sgd(
-                    trainer.model.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
-                ),
+                optimizer=optimizer,
+                average=average,
                 epochs=optim.epochs,
                 seed=optim.seed,
                 run=run,

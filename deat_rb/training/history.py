@@ -58,6 +58,7 @@ COLUMNS: list[tuple[str, Callable[[EpochStats], str]]] = [
     ("train", lambda row: _percent(row.train_acc)),
     ("validation", lambda row: _percent(row.val_acc)),
     ("PGD-20", lambda row: _percent(row.val_robust_acc)),
+    ("raw PGD-20", lambda row: _percent(row.raw_val_robust_acc)),
     ("l_X", lambda row: f"{row.l_x:.4g}"),
     ("lr", lambda row: f"{row.lr:.4g}"),
     ("backward passes", lambda row: f"{row.backwards:g}"),

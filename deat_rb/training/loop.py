@@ -184,7 +184,9 @@ class Loop:
             noise = seeding.global_batch_noise(world.share(total), total, stream)
         with noise, state.engine.sized_for(state.model, total):
             stats = state.trainer.training_step(images, labels, state.optimizer, state.engine)
-        state.engine.sync_buffers(state.model)
+        state.engine.sync_buffers(state.model.buffers())
+        if state.average is not None:
+            state.engine.sync_buffers(state.average.buffers())
         for each in self.callbacks:
             each.on_step_end(stats)
         if not state.skip_batch:

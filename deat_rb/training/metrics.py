@@ -113,6 +113,8 @@ class EpochStats:
         val_acc: Natural accuracy on the validation images, in [0, 1].
         val_robust_acc: PGD-20 accuracy on the validation images, in [0, 1].
         val_top_predicted: Fraction of the validation images that are predicted as the most common class.
+        raw_val_acc: With ``ema``, the natural accuracy of the weights that are not averaged.
+        raw_val_robust_acc: With ``ema``, their PGD-20 accuracy.
         stop_robust_acc: PGD-5 accuracy on the first 128 validation images, for the stopping rule, in [0, 1].
         backwards: Backward passes in units of mini-batches.
         forwards: Forward passes in units of mini-batches.
@@ -140,6 +142,8 @@ class EpochStats:
     val_acc: float | None = None
     val_robust_acc: float | None = None
     val_top_predicted: float | None = None
+    raw_val_acc: float | None = None
+    raw_val_robust_acc: float | None = None
     stop_robust_acc: float | None = None
     backwards: float = 0.0
     forwards: float = 0.0

@@ -9,12 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
-from torch.optim import SGD
 
-from deat_rb.training.base import TrainerBase
 from deat_rb.training.callbacks import Action, Callback
 from deat_rb.training.checks import InputFlags
-from deat_rb.training.engine import Engine
 from deat_rb.training.metrics import BatchStats, EpochStats
 from deat_rb.training.state import TrainingState
 from deat_rb.utils.errors import DeatError
@@ -72,7 +69,7 @@ class NonFiniteMonitor(Callback):
 
     def on_batch_start(self) -> None:  # noqa: D102 - the base class says it
         if self.skip:
-            self._snapshot = Snapshot(self.state.trainer, self.state.optimizer, self.state.engine)
+            self._snapshot = Snapshot(self.state)
 
     def on_step_end(self, stats: BatchStats) -> None:  # noqa: D102 - the base class says it
         state = self.state
@@ -136,11 +133,15 @@ class NonFiniteMonitor(Callback):
 class Snapshot:
     """Copy of all state that a training step changes."""
 
-    def __init__(self, trainer: TrainerBase, optimizer: SGD, engine: Engine) -> None:
-        self._trainer, self._engine = trainer, engine
+    def __init__(self, state: TrainingState) -> None:
+        trainer, optimizer, engine = state.trainer, state.optimizer, state.engine
+        self._trainer, self._engine, self._average = trainer, engine, state.average
         self._model = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-        buffers = [state["momentum_buffer"] for state in optimizer.state.values()]
+        buffers = [each["momentum_buffer"] for each in optimizer.state.values()]
         self._momentum = [(buffer, buffer.clone()) for buffer in buffers]
+        if state.average is not None:
+            self._averages = {name: tensor.clone() for name, tensor in state.average.tensors.items()}
+            self._updates = state.average.updates.clone()
         self._tensors = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
         self._states: tuple[dict[str, Any], dict[str, Any]] = copy.deepcopy(
             (trainer.state_dict(), engine.scaler.state_dict())
@@ -151,6 +152,8 @@ class Snapshot:
         self._trainer.model.load_state_dict(self._model)
         for buffer, before in self._momentum:
             buffer.copy_(before)
+        if self._average is not None:
+            self._average.load(self._averages, self._updates)
         trainer_state, scaler_state = self._states
         self._trainer.load_state_dict(trainer_state, self._tensors)
         if scaler_state:

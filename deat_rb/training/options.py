@@ -20,6 +20,10 @@ class OptimConfig(OptionGroup):
     )  # fmt: skip
     momentum: float = option(0.9, "Momentum of SGD.", ge=0, lt=1)
     weight_decay: float = option(5e-4, "Weight decay of SGD.", ge=0, allow_inf_nan=False)
+    ema: float | None = option(
+        None, "Validate, select and save an exponential moving average of the weights with this decay, such as 0.9995.",
+        default_text="off", gt=0, lt=1,
+    )  # fmt: skip
     early_stopping: bool = option(True, "Only record where the method's stopping rule would end training.")
     select: Literal["best", "last"] | None = option(
         None, "Epoch whose weights are the result: the best robust validation accuracy, or the last."

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from deat_rb.training.averaging import WeightAverage
 from deat_rb.training.base import Stop, TrainerBase
 from deat_rb.training.checkpoint import Checkpoint
 from deat_rb.training.checks import InputFlags
@@ -29,10 +30,17 @@ from deat_rb.utils.records import describe_validation_error
 
 
 class EpochWeights(NamedTuple):
-    """The metrics of an epoch and the model's weights after it, on the CPU."""
+    """The metrics of an epoch and the model's weights after it, on the CPU.
+
+    Attributes:
+        row: The metrics.
+        weights: The weights; with ``ema`` the averaged ones.
+        raw: With ``ema``, the weights that are not averaged.
+    """
 
     row: EpochStats
     weights: dict[str, Tensor]
+    raw: dict[str, Tensor] | None = None
 
 
 @dataclass
@@ -47,6 +55,7 @@ class TrainingState:
         seed: Seed of the run.
         recent: The newest epochs and their weights, as many as the stopping rule may go back.
         run: Storage of metrics, weights and checkpoints; None to store nothing.
+        average: The moving average of the weights; None without ``ema``.
         settled: The most robust epoch before ``recent``, to which no stopping rule can go back.
         batches: Batches per epoch.
         epoch: The current epoch, numbered from 1.
@@ -68,6 +77,7 @@ class TrainingState:
     seed: int
     recent: deque[EpochWeights]
     run: RunStore | None = None
+    average: WeightAverage | None = None
     settled: EpochWeights | None = None
     batches: int = 0
     epoch: int = 1
@@ -88,6 +98,10 @@ class TrainingState:
         """The model that is trained."""
         model: nn.Module = self.trainer.model
         return model
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Return a context in which the model has the averaged weights, if they are averaged."""
+        return nullcontext() if self.average is None else self.average.swapped_in()
 
     @property
     def world(self) -> World:
@@ -191,11 +205,20 @@ def save(state: TrainingState, config: dict[str, Any]) -> Checkpoint:
     checkpoint.put("model", state.model.state_dict())
     checkpoint.put_optimizer(state.optimizer)
     checkpoint.put("trainer", state.trainer.tensors())
-    for row, weights in state.recent:
-        checkpoint.put(f"kept.{row.epoch}", weights)
+    if state.average is not None:
+        checkpoint.put("average", state.average.tensors)
+        checkpoint.put("averaging", {"updates": state.average.updates})
+    for epoch in state.recent:
+        _put_epoch(checkpoint, f"kept.{epoch.row.epoch}", epoch)
     if state.settled is not None:
-        checkpoint.put("settled", state.settled.weights)
+        _put_epoch(checkpoint, "settled", state.settled)
     return checkpoint
+
+
+def _put_epoch(checkpoint: Checkpoint, prefix: str, epoch: EpochWeights) -> None:
+    checkpoint.put(prefix, epoch.weights)
+    if epoch.raw is not None:
+        checkpoint.put(f"raw_{prefix}", epoch.raw)
 
 
 def read(checkpoint: Checkpoint) -> SavedState:
@@ -228,11 +251,19 @@ def restore(state: TrainingState, checkpoint: Checkpoint, saved: SavedState) -> 
         state.trainer.load_state_dict(saved.trainer, checkpoint.take("trainer"))
         state.engine.scaler.load_state_dict(saved.scaler)
         state.sums = EpochAccumulator.resume_share(saved.sums, state.world)
+        averages = checkpoint.take_like("average", {} if state.average is None else state.average.tensors)
+        if state.average is not None:
+            counts = checkpoint.take_like("averaging", {"updates": state.average.updates})
+            state.average.load(averages, counts["updates"])
+
+        def take(prefix: str, epoch: int) -> EpochWeights:
+            raw = checkpoint.take_like(f"raw_{prefix}", expected) if state.average is not None else None
+            return EpochWeights(rows[epoch], checkpoint.take_like(prefix, expected), raw)
+
         rows = {row.epoch: row for row in state.history.rows}
         if saved.settled is not None:
-            state.settled = EpochWeights(rows[saved.settled], checkpoint.take_like("settled", expected))
-        for epoch in saved.kept:
-            state.recent.append(EpochWeights(rows[epoch], checkpoint.take_like(f"kept.{epoch}", expected)))
+            state.settled = take("settled", saved.settled)
+        state.recent.extend(take(f"kept.{epoch}", epoch) for epoch in saved.kept)
 
 
 @contextmanager

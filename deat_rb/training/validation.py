@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -134,13 +134,23 @@ def has_collapsed(predicted: int, labelled: int, count: int) -> bool:
 
 
 def validate_epoch(state: TrainingState, row: EpochStats, batch: Batch, requests: StopRequests) -> EpochStats:
-    """Return the metrics of an epoch with the validation accuracies, including those that the stopping rule needs."""
+    """Return the metrics of an epoch with the validation accuracies, including those that the stopping rule needs.
+
+    With ``ema``, both the averaged and the raw weights are validated. The stopping rule uses the raw ones, which
+    collapse first.
+    """
     began = time.perf_counter()
     images, labels = batch
     rule = state.trainer.stopping
-    options: dict[str, Any] = {"eps": state.trainer.eps, "seed": state.seed}
-    with requests.at_once(), state.engine.eager(state.model), state.engine.autocast():
-        full = validate(state.model, images, labels, steps=20, **options)
+
+    def attacked(count: int | None = None, steps: int = 20) -> Validation:
+        with state.engine.autocast():  # of its own, because autocast caches the weights that it has cast
+            return validate(state.model, images[:count], labels[:count], steps=steps, eps=state.trainer.eps,
+                            seed=state.seed)  # fmt: skip
+
+    with requests.at_once(), state.engine.eager(state.model):
+        with state.averaged():
+            full = attacked()
         row = replace(
             row,
             val_acc=full.natural,
@@ -155,10 +165,17 @@ def validate_epoch(state: TrainingState, row: EpochStats, batch: Batch, requests
                 f"the validation images, of which {full.top_labelled:.0%} belong to it: the model has collapsed to "
                 "(nearly) one class"
             )
-        if rule is not None and rule.validation_steps:
-            own = validate(
-                state.model, images[:STOP_BATCH], labels[:STOP_BATCH], steps=rule.validation_steps, **options
+        if state.average is not None:
+            raw = attacked()
+            row = replace(
+                row,
+                raw_val_acc=raw.natural,
+                raw_val_robust_acc=raw.robust,
+                val_forwards=row.val_forwards + raw.forwards,
+                val_backwards=row.val_backwards + raw.backwards,
             )
+        if rule is not None and rule.validation_steps:
+            own = attacked(STOP_BATCH, rule.validation_steps)
             row = replace(
                 row,
                 stop_robust_acc=own.robust,

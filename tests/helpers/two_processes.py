@@ -39,12 +39,13 @@ def data() -> list[tuple[Tensor, Tensor]]:
 
 
 def train(method: str) -> tuple[dict[str, Tensor], list[float]]:
-    """Return the weights and the metrics after an epoch of five batches."""
+    """Return the weights and the metrics after an epoch of five batches; ``ema`` in the name averages the weights."""
     model = small_model()
-    trainer = deat_rb.create(method, model, eps=EPS)
+    name, _, average = method.partition(" ")
+    trainer = deat_rb.create(name, model, eps=EPS)
     if method.startswith("m"):
         trainer.steps = 2
-    history = trainer.fit(data(), epochs=1, lr=0.1, lr_schedule="flat")
+    history = trainer.fit(data(), epochs=1, lr=0.1, lr_schedule="flat", ema=0.8 if average else None)
     row = history.rows[0]
     metrics = [row.l_x, row.loss, row.train_acc, row.backwards, row.forwards, float(row.updates), float(row.examples)]
     return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, metrics
