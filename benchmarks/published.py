@@ -148,6 +148,16 @@ def pgd(loop: PublishedLoop, images: Tensor, labels: Tensor) -> None:
     loop.update(F.cross_entropy(logits, labels), logits, labels)
 
 
+def n_fgsm(loop: PublishedLoop, images: Tensor, labels: Tensor) -> None:
+    """Train with N-FGSM (de Jorge et al. 2022): noise of 2 eps, one step, no projection onto the eps-ball."""
+    eta = torch.zeros_like(images).uniform_(-2 * loop.eps, 2 * loop.eps)
+    eta = torch.max(torch.min(eta, 1 - images), 0 - images).requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(loop.model(images + eta), labels), eta)
+    delta = eta.detach() + loop.alpha * torch.sign(gradient)
+    logits = loop.model(images + torch.max(torch.min(delta, 1 - images), 0 - images))
+    loop.update(F.cross_entropy(logits, labels), logits, labels)
+
+
 def craft(loop: PublishedLoop, images: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:
     """Return the adversarial examples of TRADES or MART; ``objective`` maps images (N, C, H, W) to a scalar."""
     adv = loop.normal_start(images)
@@ -262,6 +272,7 @@ LOOPS: dict[str, Callable[[PublishedLoop, Tensor, Tensor], None]] = {
     "deat": deat,
     "pgd": pgd,
     "u-fgsm": pgd,
+    "n-fgsm": n_fgsm,
     "fat": fat,
     "trades": trades,
     "f+trades": f_trades,

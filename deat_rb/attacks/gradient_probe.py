@@ -149,7 +149,7 @@ def check_every_image_is_attacked(attack: Attack, images: Tensor) -> None:
     )
 
 
-def lipschitz_lower_bound(l_x: float, *, examples: int, eps: float, size: int) -> float:
+def lipschitz_lower_bound(l_x: float, *, examples: int, eps: float, size: int, radius: float | None = None) -> float:
     """Return the mean over examples of ||grad||_1 / (2 eps |x|) <= l_xx (Theorem 1, Equation 5).
 
     Args:
@@ -157,5 +157,7 @@ def lipschitz_lower_bound(l_x: float, *, examples: int, eps: float, size: int) -
         examples: Number of examples.
         eps: The radius, in [0, 1] pixel units.
         size: |x|, the number of values of one image, C * H * W.
+        radius: Distance from the clean image within which the gradients were computed, if not ``eps``: the two terms of
+            the proof's triangle inequality (Equation 7) are then ``radius`` and ``eps``.
     """
-    return l_x / (examples * 2 * eps * size)
+    return l_x / (examples * ((eps if radius is None else radius) + eps) * size)

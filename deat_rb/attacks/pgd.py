@@ -38,6 +38,9 @@ class PGD(StatelessAttack):
         start: ``uniform`` in [-eps, eps], ``normal`` (0.001 * N(0, 1), as in TRADES and MART) or ``none``.
         clamp_start: Whether the start is clamped to [0, 1] before the first gradient is computed, as in Madry et al.;
             the public code of TRADES and MART does not clamp it. The adversarial examples are always in [0, 1].
+        start_scale: Radius of the uniform start in units of eps; N-FGSM (de Jorge et al. 2022) uses 2.
+        project: Whether every iterate is projected onto the eps-ball; N-FGSM keeps it in [0, 1] only, so that its
+            adversarial examples may be further away than eps.
         tau: Early stop of friendly adversarial training (Zhang et al. 2020): the maximum number of steps that an
             example takes after it is first misclassified; None for no limit.
         omega: Standard deviation of normal noise added after every step, before the projection (FAT's public code).
@@ -59,6 +62,8 @@ class PGD(StatelessAttack):
         loss: str = "ce",
         start: str = "uniform",
         clamp_start: bool = True,
+        start_scale: float = 1.0,
+        project: bool = True,
         tau: int | None = None,
         omega: float = 0.0,
         attack_mode: AttackMode | None = None,
@@ -75,6 +80,8 @@ class PGD(StatelessAttack):
             raise DeatError(f"alpha = {alpha:g} is not a positive number; give a step size such as 2/255")
         if alpha > 1:
             raise DeatError(f"alpha = {alpha:.10g} is above 1; images are in [0, 1], so give a step size such as 2/255")
+        if not (isinstance(start_scale, int | float) and math.isfinite(start_scale) and start_scale > 0):
+            raise DeatError(f"start_scale = {start_scale} is not a positive number; N-FGSM uses 2")
         if tau is not None and not (is_whole_number(tau) and tau >= 0):
             raise DeatError(
                 f"tau = {tau} is not a whole number of 0 or more; it limits the steps after a misclassification"
@@ -87,10 +94,23 @@ class PGD(StatelessAttack):
         self.loss = loss
         self.start = start
         self.clamp_start = clamp_start
+        self.start_scale = start_scale
+        self.project = project
         self.tau = tau
         self.omega = omega
         self.loss_scale = 1.0
         self.fixed_size = False
+
+    @property
+    def threat(self) -> Linf:
+        """The threat model of a step: the eps-ball, or all images in [0, 1] without projection."""
+        return Linf(self.eps if self.project else math.inf)
+
+    @property
+    def gradient_radius(self) -> float:
+        """The distance from the clean image within which the gradients are computed, in [0, 1] pixel units."""
+        start = max(self.start_scale, 1.0) * self.eps
+        return start if self.project else start + max(self.steps - 1, 0) * self.alpha
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
         """Generate adversarial examples; see `craft`."""
@@ -132,7 +152,9 @@ class PGD(StatelessAttack):
         if self.start == "none":
             return images
         noise = (
-            seeding.uniform_like(images, self.eps) if self.start == "uniform" else seeding.normal_like(images, 0.001)
+            seeding.uniform_like(images, self.start_scale * self.eps)
+            if self.start == "uniform"
+            else seeding.normal_like(images, 0.001)
         )
         return (images + noise).clamp(0, 1) if self.clamp_start else images + noise
 
@@ -143,7 +165,7 @@ class PGD(StatelessAttack):
     def _all_steps(
         self, images: Tensor, labels: Tensor, clean: Tensor | None, adv: Tensor
     ) -> tuple[Tensor, CraftStats]:
-        threat = Linf(self.eps)
+        threat = self.threat
         gradient, unit = images.new_zeros(()), 1.0
         for step in range(self.steps):
             with self._full_precision(images, step):
@@ -160,7 +182,7 @@ class PGD(StatelessAttack):
         examples are dropped from the batch, unless `fixed_size`: a compiled model would be compiled for each size. In
         train mode they are kept, since BatchNorm uses the whole batch.
         """
-        threat = Linf(self.eps)
+        threat = self.threat
         leave = images.device.type == "cpu" and not self.model.training and not self.fixed_size
         moving = torch.ones_like(labels, dtype=torch.bool)
         patience = torch.full_like(labels, self.tau or 0)

@@ -1,4 +1,4 @@
-"""The methods of the paper's tables: recipes, trainers, surrogate losses, step schedules and stopping rules.
+"""The methods of the paper's tables and others: recipes, trainers, surrogate losses, step schedules and stopping rules.
 
 Method-specific code belongs here; training code that all methods share belongs in `deat_rb.training`.
 """

@@ -16,7 +16,7 @@ from deat_rb.methods.recipes import (
     Recipe,
     path_of,
 )
-from deat_rb.methods.registry import family, is_builtin, known_methods, recipe
+from deat_rb.methods.registry import family, is_in_paper, known_methods, recipe
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.units import format_fraction
 
@@ -110,6 +110,10 @@ def _attack(row: Recipe, eps: float) -> str:
     start = {"uniform": ", uniform start", "normal": ", start 0.001 N(0,1)", "none": ""}[
         options.get("start", "uniform")
     ]
+    if options.get("start_scale", 1) != 1:
+        start += f" within {options['start_scale']:g} eps"
+    if not options.get("project", True):
+        start += ", not projected onto the eps-ball"
     if "carry" in row.trainer_options:
         start = ", delta carried from batch to batch" if row.trainer_options["carry"] else ", delta zero in each batch"
     tau, mode = options.get("tau"), options.get("attack_mode")
@@ -221,6 +225,6 @@ def explain(name: str) -> str:
         *([] if text.stop == "-" else [f"  stop       {text.stop}"]),
         f"  cost       {text.cost} backward passes over T epochs of M mini-batches",
         f"  settings   {settings}",
-        f"  paper      {'arXiv:2103.03076, ' if is_builtin(canonical) else ''}{text.paper}",
+        f"  paper      {'arXiv:2103.03076, ' if is_in_paper(canonical) else ''}{text.paper}",
     ]
     return "\n".join(lines + [f"  note       {note}" for note in row.notes])

@@ -11,4 +11,5 @@ PAPER = {
     "venue": "arXiv, Mar 2021",
 }
 
-PAPERS_OWN = re.compile(r"m\+|m-deat|deat-")
+PAPERS_OWN = re.compile(r"m\+(?!n-fgsm)|m-deat|deat-")
+"""Names of the methods that the paper introduces."""

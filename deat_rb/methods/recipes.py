@@ -1,4 +1,4 @@
-"""Recipes: the methods of the paper's table, as plain data that can be read without importing torch."""
+"""Recipes of the paper's methods, as plain data that can be read without importing torch."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ def _guided(loss: str, attack_options: Mapping[str, Any]) -> Recipe:
     )
 
 
-FAMILIES: list[tuple[str, str, str, Callable[..., Recipe]]] = [
+PAPER_FAMILIES: list[tuple[str, str, str, Callable[..., Recipe]]] = [
     # notation in tables, name pattern, example, recipe factory (called with the number in the name)
     ("standard", r"standard", "standard", _standard),
     ("free-R", r"free-(\d+)", "free-8", _free),

@@ -10,13 +10,17 @@ import re
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
-from deat_rb.methods.recipes import FAMILIES, PAPER_EPS, Recipe
+from deat_rb.methods.other_recipes import OTHER_FAMILIES
+from deat_rb.methods.recipes import PAPER_EPS, PAPER_FAMILIES, Recipe
 from deat_rb.utils.errors import DeatError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
 
     from deat_rb.training.trainer import Trainer
+
+FAMILIES = [*PAPER_FAMILIES, *OTHER_FAMILIES]
+"""The built-in methods: the paper's, then the others."""
 
 DEFAULT_PERCENT = ("deat-p%", "deat-%")
 """Names of DEAT-P% that leave P to the dataset."""
@@ -48,7 +52,7 @@ def register_method(name: str, recipe: Recipe) -> None:
 
 
 def known_methods() -> list[str]:
-    """Return the names of all methods: the paper's (an example of each family) and the registered ones."""
+    """Return the names of all methods: the built-in ones (an example of each family) and the registered ones."""
     return [example for _, _, example, _ in FAMILIES] + list(_registered) + list(_plugins())
 
 
@@ -58,12 +62,17 @@ def family(canonical: str) -> str:
 
 
 def is_builtin(canonical: str) -> bool:
-    """Return whether a name is one of the paper's methods."""
+    """Return whether a name is that of a built-in method."""
     return any(re.fullmatch(pattern, canonical) for _, pattern, _, _ in FAMILIES)
 
 
+def is_in_paper(canonical: str) -> bool:
+    """Return whether a name is one of the paper's methods."""
+    return any(re.fullmatch(pattern, canonical) for _, pattern, _, _ in PAPER_FAMILIES)
+
+
 def _plugins() -> dict[str, EntryPoint]:
-    """Return the entry points of installed packages; the paper's names cannot be replaced."""
+    """Return the entry points of installed packages; built-in methods cannot be replaced."""
     points = {point.name.strip().lower(): point for point in entry_points(group="deat_rb.methods")}
     return {name: point for name, point in points.items() if name not in _registered and not is_builtin(name)}
 

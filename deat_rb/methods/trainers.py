@@ -19,7 +19,6 @@ from torchattacks.attack import Attack
 from deat_rb.attacks.base import CraftStats, StatelessAttack
 from deat_rb.attacks.gradient_probe import GradientProbe, check_every_image_is_attacked, uses_mean_reduction
 from deat_rb.attacks.pgd import PGD
-from deat_rb.attacks.threat_models import Linf
 from deat_rb.methods.losses import surrogate
 from deat_rb.training.base import SurrogateLoss
 from deat_rb.training.engine import Engine
@@ -196,7 +195,7 @@ class ReplayTrainer(Trainer):
         self.require_pixels()
         require_autograd("training", grad_mode=True)
         engine = engine or Engine(images.device)
-        threat = Linf(self.eps)
+        threat = self.crafter.threat
         adv, gradient = self.initialize(images, engine.rank_slice(len(images))), images
         for replay in range(self.steps):
             if self.lr_per_replay and self._rate is not None:

@@ -221,7 +221,11 @@ class Loop:
             alpha=alpha,
             l_x=totals["l_x"],
             lipschitz=lipschitz_lower_bound(
-                totals["l_x"], examples=sums.examples, eps=state.trainer.eps, size=sums.image_size
+                totals["l_x"],
+                examples=sums.examples,
+                eps=state.trainer.eps,
+                size=sums.image_size,
+                radius=getattr(state.trainer.crafter, "gradient_radius", None),
             ),
             examples=sums.examples,
             loss=totals["loss"] / sums.examples,

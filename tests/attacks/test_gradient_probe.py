@@ -312,3 +312,5 @@ def test_gradient_probe_records_gradient_and_passes() -> None:
 def test_lipschitz_lower_bound_by_hand() -> None:
     """Equation 5: 48 / (4 examples * 2 * 0.1 * 3072 values)."""
     assert lipschitz_lower_bound(48.0, examples=4, eps=0.1, size=3072) == pytest.approx(12 / 614.4)
+    # Gradients at images that are up to 0.2 away: 48 / (4 * (0.2 + 0.1) * 3072).
+    assert lipschitz_lower_bound(48.0, examples=4, eps=0.1, size=3072, radius=0.2) == pytest.approx(12 / 921.6)

@@ -1,4 +1,4 @@
-"""The paper's table of methods, with the values of the paper and of the authors' code."""
+"""The paper's table of methods and the other rows, with the values of the paper and of the authors' code."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from deat_rb.methods.stopping import GradientRatio, RobustnessDrop
 from deat_rb.training.base import Constant
 
 D = {"every": 3, "max_steps": None}
+NOT_IN_THE_PAPER = ("n-fgsm", "m+n-fgsm")
 P = {"threshold": 0.4, "max_steps": None}
 DROP = {"drop": 0.2, "validation_steps": 5}
 RATIO = {"m": 2, "gamma": 1.5, "guard": 0.4}
@@ -43,4 +44,7 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "mart":     ("attack", 10,  2, "normal",  "ce", None, "train", "mart",   Constant, {}, None, {}, 10),
     "f+mart":   ("attack", 10,  2, "normal",  "kl", 3,    "eval",  "mart",   Constant, {}, None, {}, 10),
     "m+mart":   ("attack",  1,  2, "normal",  "ce", None, "train", "mart",   Guided, at_most(10), None, {}, 10),
+    # Not in the paper. N-FGSM: de Jorge et al. 2022, section 4 (alpha = eps); T as U-FGSM.
+    "n-fgsm":   ("attack",  1,  8, "uniform", "ce", None, "train", "ce",     Constant, {}, None, {}, 15),
+    "m+n-fgsm": ("attack",  1,  8, "uniform", "ce", None, "train", "ce",     Constant, {}, GradientRatio, RATIO, 15),
 }  # fmt: skip

@@ -42,6 +42,8 @@ CASES = [
     ("m+pgd", 6),
     ("u-fgsm", None),
     ("m+u-fgsm", None),
+    ("n-fgsm", None),
+    ("m+n-fgsm", None),
     ("fat-5", None),
     ("trades", None),
     ("f+trades", None),

@@ -1,6 +1,7 @@
-"""The paper's fifteen methods as plain training loops, to hold the product against.
+"""The paper's fifteen methods and N-FGSM as plain training loops, to hold the product against.
 
-Written from the paper (arXiv:2103.03076v1: Algorithms 1-5, sections 4 and 5, appendix A.2) and without deat_rb, so that
+Written from the papers (arXiv:2103.03076v1: Algorithms 1-5, sections 4 and 5, appendix A.2; those named at the other
+loops) and without deat_rb, so that
 the two can only agree by both being right. Naive on purpose: one loop per algorithm, ``loss.backward()`` for every
 gradient, FAT one example at a time. Read it with the paper beside it; numbers in comments are the
 algorithms' lines.
@@ -198,6 +199,18 @@ def u_fgsm(loop: Loop, images: Tensor, labels: Tensor) -> None:
     loop.update(cross_entropy(logits, labels), logits, labels)  # 7
 
 
+def n_fgsm(loop: Loop, images: Tensor, labels: Tensor) -> None:
+    """N-FGSM (de Jorge et al. 2022, Algorithm 1 with k = 2): noise of 2 eps, a step of eps, no projection."""
+    noisy = uniform_start(images, 2 * loop.eps).requires_grad_()
+    cross_entropy(loop.forward(noisy), labels).sum().backward()
+    loop.epoch.backwards += 1
+    assert noisy.grad is not None
+    loop.epoch.l_x += noisy.grad.abs().sum().item()
+    adversarial = torch.clamp(noisy.detach() + loop.alpha * noisy.grad.sign(), 0, 1)
+    logits = loop.forward(adversarial)
+    loop.update(cross_entropy(logits, labels), logits, labels)
+
+
 def trades(loop: Loop, images: Tensor, labels: Tensor) -> None:
     """TRADES: the attack maximizes KL to the clean prediction, computed once; Algorithm 4 with another loss."""
     fixed = loop.forward(images).detach()
@@ -317,6 +330,7 @@ BODIES: dict[str, tuple[Body, float, int]] = {
     "pgd": (pgd, INNER, 7),
     "deat": (deat, SINGLE, 8),
     "u-fgsm": (u_fgsm, SINGLE, 1),
+    "n-fgsm": (n_fgsm, 8 / 255, 1),
     "fat": (fat, INNER, 5),
     "trades": (trades, INNER, 10),
     "f+trades": (f_trades, INNER, 10),

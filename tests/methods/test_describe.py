@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from paper_table import TABLE
+from paper_table import NOT_IN_THE_PAPER, TABLE
 
 from deat_rb.methods import registry
 from deat_rb.methods.describe import describe, explain, markdown_table
@@ -40,6 +40,7 @@ ATTACKS = [
     ("pgd-7",    {"eps": 16 / 255, "alpha": 1 / 255}, "7 steps of 1/255, uniform start"),
     ("pgd-7",    {"attack_mode": "eval"}, "7 steps of 2/255, uniform start, in eval mode"),
     ("u-fgsm",   {}, "one step of 10/255, uniform start"),
+    ("n-fgsm",   {}, "one step of 8/255, uniform start within 2 eps, not projected onto the eps-ball"),
     ("fat-5",    {}, f"5 steps of 2/255, uniform start, FAT's early stop with tau = 3{NOISE}"),
     ("fat-5",    {"omega": 0}, "5 steps of 2/255, uniform start, FAT's early stop with tau = 3"),
     ("f+mart",   {}, "10 steps of 2/255 on KL, start 0.001 N(0,1), FAT's early stop with tau = 3"),
@@ -120,7 +121,8 @@ def test_explain_gives_the_choices_the_cost_and_the_source(name: str) -> None:
     stop = [] if describe(name).stop == "-" else ["stop"]
     named = [line.split()[0] for line in lines[1:] if not line.startswith("  note")]
     assert named == ["attack", "loss", "schedule", *stop, "cost", "settings", "paper"]
-    assert f"  paper      arXiv:2103.03076, {describe(name).paper}" in lines
+    source = describe(name).paper if name in NOT_IN_THE_PAPER else f"arXiv:2103.03076, {describe(name).paper}"
+    assert f"  paper      {source}" in lines
     assert f"fast: {TABLE[name][-1]} epochs" in text
     assert ("alpha* = max(alpha, eps/r)" in text) == (TABLE[name][8] is GradientMagnitude)
 

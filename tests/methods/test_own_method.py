@@ -67,10 +67,10 @@ def noise_of(images: Tensor, bound: float, seed: int) -> Tensor:
 
 
 def test_own_method_doc_registers_its_methods(documented: ModuleType) -> None:
-    assert known_methods()[-2:] == ["n-fgsm", "m+n-fgsm"]
-    assert recipe("N-FGSM")[1] is documented.N_FGSM
-    assert describe("n-fgsm").cost == "2MT"
-    assert recipe("m+n-fgsm")[1].guided
+    assert known_methods()[-2:] == ["my-n-fgsm", "m+my-n-fgsm"]
+    assert recipe("MY-N-FGSM")[1] is documented.N_FGSM
+    assert describe("my-n-fgsm").cost == "2MT"
+    assert recipe("m+my-n-fgsm")[1].guided
 
 
 @pytest.mark.usefixtures("documented")
@@ -78,13 +78,17 @@ def test_own_method_doc_n_fgsm_by_hand() -> None:
     # On a plane the step is -alpha sign(w) for label 0 and +alpha sign(w) for label 1, wherever it begins.
     images, labels, _ = plane_images()
     direction = torch.where(labels == 0, -1.0, 1.0)[:, None] * torch.tensor([1.0, -1.0, 1.0, -1.0])
-    trainer = create("n-fgsm", Plane(), eps=0.1)
+    trainer = create("my-n-fgsm", Plane(), eps=0.1)
     assert trainer.alpha == pytest.approx(0.1)
     with torch.random.fork_rng(devices=[]):
         begun = (images + noise_of(images, 0.2, seed=3)).clamp(0, 1)
         torch.manual_seed(3)
         adv = trainer(images, labels)
     torch.testing.assert_close(adv, (begun + 0.1 * direction.view(8, 1, 2, 2)).clamp(0, 1), rtol=0, atol=1e-6)
+    builtin = create("n-fgsm", Plane(), eps=0.1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        torch.testing.assert_close(builtin(images, labels), adv)
     assert 0.15 < float((adv - images).abs().max()) <= 0.3 + 1e-6
 
 
@@ -92,7 +96,7 @@ def test_own_method_doc_n_fgsm_by_hand() -> None:
 def test_own_method_doc_guided_n_fgsm_by_hand() -> None:
     images, labels, _ = plane_images()
     model = Plane()
-    trainer = create("m+n-fgsm", model, eps=0.1)
+    trainer = create("m+my-n-fgsm", model, eps=0.1)
     seen = []
     for _ in range(6):
         trainer.steps = trainer.schedule.steps
@@ -121,15 +125,15 @@ def test_own_method_doc_entry_points_reach_the_command_line(tmp_path: Path, monk
     (tmp_path / "nfgsm.py").write_text(blocks("python")[0])
     install(tmp_path, "\n".join(f"{name} = {target}" for name, target in entries.items()))
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert known_methods() == [*paper, "n-fgsm", "m+n-fgsm"]
+    assert known_methods() == [*paper, "my-n-fgsm", "m+my-n-fgsm"]
     table = CliRunner().invoke(main, ["methods"])
     assert table.exit_code == 0
-    assert "m+n-fgsm" in table.output
+    assert "m+my-n-fgsm" in table.output
     for name in entries:
         one = CliRunner().invoke(main, ["methods", name.upper()])
         assert one.exit_code == 0, one.output
         assert "noise of 2 eps" in one.output
-    assert create("N-FGSM", Plane()).attack == "n-fgsm"
+    assert create("MY-N-FGSM", Plane()).attack == "my-n-fgsm"
 
 
 def test_own_method_doc_replays_a_run(

@@ -39,7 +39,7 @@ def _nothing_stays_registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_create_builds_the_papers_row(name: str) -> None:
+def test_create_builds_the_row(name: str) -> None:
     kind, steps, alpha, start, craft, tau, mode, loss, schedule, numbers, stopping, stop_numbers, epochs = TABLE[name]
     model = Plane().train()
     trainer = create(name, model)
@@ -67,7 +67,7 @@ def test_create_builds_the_papers_row(name: str) -> None:
     assert row.guided == (schedule is GradientMagnitude)
 
 
-def test_known_methods_are_the_papers_in_its_order() -> None:
+def test_known_methods_are_the_papers_in_its_order_and_then_the_others() -> None:
     assert known_methods() == list(TABLE)
     assert [row.name for row in method_table()] == list(TABLE)
 
@@ -167,7 +167,10 @@ def test_recipe_suggests_the_nearest_name(wrong: str, meant: str) -> None:
 
 
 def test_create_lists_all_names_when_none_is_near() -> None:
-    with pytest.raises(DeatError, match=r"no method 'zzzzzzzz': choose one of standard, free-8, deat-3, .*, m\+mart$"):
+    with pytest.raises(
+        DeatError,
+        match=r"no method 'zzzzzzzz': choose one of standard, free-8, deat-3, .*, m\+mart, n-fgsm, m\+n-fgsm$",
+    ):
         create("zzzzzzzz", Plane())
 
 

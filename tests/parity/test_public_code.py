@@ -89,6 +89,8 @@ def train(name: str, **options: Any) -> tuple[Trainer, float, int, float]:
         ("free, zero in each batch", "free-3", {"carry": False}),
         ("m-deat", "m-deat", {"steps": 3, "alpha": 10 / 255}),
         ("u-fgsm", "u-fgsm", {}),
+        ("n-fgsm", "n-fgsm", {}),
+        ("n-fgsm", "m+n-fgsm", {}),
     ],
 )
 def test_training_equals_the_public_code(case: str, name: str, options: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from deat_rb.attacks import losses, threat_models
 from deat_rb.attacks.base import CraftStats
 from deat_rb.attacks.pgd import PGD
 from deat_rb.methods import trainers
-from deat_rb.methods.registry import family
+from deat_rb.methods.registry import family, known_methods
 from deat_rb.methods.trainers import AttackTrainer, ReplayTrainer
 from deat_rb.training.engine import Engine
 from deat_rb.training.metrics import BatchStats
@@ -24,6 +24,9 @@ from deat_rb.training.trainer import Trainer
 from deat_rb.utils.module_state import preserve_state
 
 METHODS = list(dict.fromkeys(name for name, _ in CASES if name != "standard"))
+FREED = [("n-fgsm", "ball"), ("m+n-fgsm", "ball")]
+"""Methods without the projection onto the eps-ball."""
+
 OTHER_START = {"uniform": "normal", "normal": "uniform"}
 
 
@@ -49,9 +52,9 @@ def change_trainers(monkeypatch: pytest.MonkeyPatch, change: Callable[[Trainer],
     monkeypatch.setattr(deat_rb, "create", changed)
 
 
-def test_mutations_cover_the_fifteen_methods() -> None:
+def test_mutations_cover_all_methods() -> None:
     families = {family(name) for name in METHODS}
-    assert len(families) == 15
+    assert families == {family(name) for name in known_methods() if name != "standard"}
     assert not any(noticed(name) for name in METHODS), "unchanged, all are as their reference loops"
 
 
@@ -78,8 +81,9 @@ def test_mutation_of_the_start_is_noticed(name: str, monkeypatch: pytest.MonkeyP
     assert noticed(name)
 
 
-@pytest.mark.parametrize("bound", ["ball", "image"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "bound"), [(name, bound) for name in METHODS for bound in ("ball", "image") if (name, bound) not in FREED]
+)
 def test_mutation_without_projection_is_noticed(name: str, bound: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def ascend(
         self: threat_models.Linf,
@@ -95,6 +99,13 @@ def test_mutation_without_projection_is_noticed(name: str, bound: str, monkeypat
         return images + (moved - images).clamp(-self.eps, self.eps)
 
     monkeypatch.setattr(threat_models.Linf, "ascend", ascend)
+    assert noticed(name)
+
+
+@pytest.mark.parametrize("change", [{"project": True}, {"start_scale": 1.9}])
+@pytest.mark.parametrize("name", [name for name, _ in FREED])
+def test_mutation_of_n_fgsm_is_noticed(name: str, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    change_trainers(monkeypatch, lambda trainer: vars(trainer.crafter).update(change))
     assert noticed(name)
 
 

@@ -23,8 +23,8 @@ EVERYWHERE = ["m+trades", "free-3", "m-deat"]
 
 
 WITHIN_AN_EPOCH = [
-    "standard", "deat-2", "deat-40%", "pgd-2", "m+pgd", "u-fgsm", "m+u-fgsm", "fat-2", "trades", "f+trades", "mart",
-    "f+mart", "m+mart", "torchattacks.PGD",
+    "standard", "deat-2", "deat-40%", "pgd-2", "m+pgd", "u-fgsm", "m+u-fgsm", "n-fgsm", "m+n-fgsm", "fat-2",
+    "trades", "f+trades", "mart", "f+mart", "m+mart", "torchattacks.PGD",
 ]  # fmt: skip
 
 

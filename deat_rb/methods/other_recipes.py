@@ -1,0 +1,45 @@
+"""Recipes of methods that are not in the paper, in the same form as those of its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from deat_rb.methods.recipes import GRADIENT_RATIO, UNIFORM, Recipe
+
+N_FGSM_SOURCE = "de Jorge et al. 2022, arXiv:2202.01181"
+
+
+def _n_fgsm() -> Recipe:
+    return Recipe(
+        steps=1,
+        alpha=8 / 255,
+        attack_options={**UNIFORM, "start_scale": 2.0, "project": False},
+        fast_epochs=15,
+        paper=N_FGSM_SOURCE,
+        notes=(
+            "The adversarial examples of training may be 3 eps away from the images, within [0, 1]; validation and "
+            "evaluation use eps.",
+            "15 epochs in the fast setting, as U-FGSM; its public code trains for 30 with a learning rate up to 0.2.",
+        ),
+    )
+
+
+def _m_n_fgsm() -> Recipe:
+    row = _n_fgsm()
+    return Recipe(
+        steps=row.steps,
+        alpha=row.alpha,
+        attack_options=row.attack_options,
+        stopping=GRADIENT_RATIO,
+        stopping_options={"m": 2, "gamma": 1.5},
+        fast_epochs=row.fast_epochs,
+        paper=f"{N_FGSM_SOURCE}; the stopping rule of arXiv:2103.03076, section 5.3, Algorithm 5, Equation 8",
+        notes=(*row.notes, "This combination is in neither paper."),
+    )
+
+
+OTHER_FAMILIES: list[tuple[str, str, str, Callable[..., Recipe]]] = [
+    # as `deat_rb.methods.recipes.PAPER_FAMILIES`
+    ("n-fgsm", r"n-fgsm", "n-fgsm", _n_fgsm),
+    ("m+n-fgsm", r"m\+n-fgsm", "m+n-fgsm", _m_n_fgsm),
+]
