@@ -107,7 +107,13 @@ class EvaluationProgress(AbstractContextManager["EvaluationProgress"]):
             self._bar.update(self._task, completed=done, total=total, accuracy=check)
 
     def _switch_to(self, attack: str, total: int | None, done: float = 0.0) -> None:
-        """Reset the clock for a new attack, of which the fraction ``done`` was already done when resumed."""
+        """Start the display of another attack or of the checks, unless it is shown already.
+
+        Args:
+            attack: The attack, or "checks".
+            total: Number of images or checks; None if unknown.
+            done: Fraction in [0, 1] that an interrupted evaluation had done, which the estimated time leaves out.
+        """
         if attack != self._attack:
             self._attack, self._accuracy, self._resumed = attack, "", done
             self._start = self._last_line = self._last

@@ -205,7 +205,12 @@ def duration(seconds: float) -> str:
 
 
 def print_plan(planned: TrainingPlan, seeds: Sequence[int] = ()) -> None:
-    """Print a plan; with ``seeds``, for one run per seed."""
+    """Print what a run will do and cost, as ``--dry-run`` does.
+
+    Args:
+        planned: The plan.
+        seeds: The seeds if several runs are trained with this plan, one per seed; the cost is that of each.
+    """
     for name, text in planned.lines():
         if name == "cost" and seeds:
             print(f"{'seeds':<10} {', '.join(map(str, seeds))}: one run per seed, each at this cost")

@@ -188,7 +188,10 @@ def _literal(text: str, call: str, node: ast.expr) -> Value:
     value = tuple(value) if isinstance(value, list) else value
     if value is not None and not isinstance(value, bool | int | float | str | tuple):
         written = ast.get_source_segment(call, node)
-        raise DeatError(f"attack '{text}' has the value {written}: give a number, a string or a fraction such as 8/255")
+        raise DeatError(
+            f"attack '{text}' has the invalid value {written}: values must be numbers, fractions such as 8/255, quoted "
+            "strings, lists of these, True, False or None"
+        )
     return value
 
 

@@ -156,7 +156,11 @@ def _unchanged(batch: Any) -> Any:
 
 @contextmanager
 def _sigint_blocked() -> Iterator[None]:
-    """Block SIGINT while workers start, until they ignore the signal themselves; they inherit the signal mask."""
+    """Hold back Ctrl-C (SIGINT) inside the context, in which worker processes are started.
+
+    Workers inherit this and ignore the signal as soon as they run, so none of them is interrupted while it starts. A
+    Ctrl-C meanwhile reaches this process when the context ends.
+    """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return

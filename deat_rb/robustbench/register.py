@@ -65,7 +65,8 @@ def register(folder: str | Path) -> tuple[str, ...]:
         dataset, name = info.parts[-3], info.stem
         compat.check_dataset(dataset)
         if NAME.fullmatch(name) is None:
-            raise DeatError(f"{info} does not have RobustBench's form of names, <FirstAuthor><Year><FirstWordOfTitle>")
+            raise DeatError(f"{info} is not named <FirstAuthor><Year><FirstWordOfTitle>.json, as RobustBench requires, "
+                            "such as Wang2021Gradient.json: rename it and its weights")  # fmt: skip
         spec = exported_spec(ExportPaths.below(Path(folder), dataset, name).weights)
         entries.append((name, dataset, _factory(spec)))
     add_to_zoo(entries)

@@ -304,7 +304,10 @@ def resolve(options: TrainOptions) -> TrainOptions:
     if (resolved.model.mean is None) != (resolved.model.std is None):
         raise DeatError("--mean and --std must be given together; omit both for those of the dataset")
     if resolved.model.init_from is None and resolved.model.weights_key is not None:
-        raise DeatError("--weights-key chooses a state dict of a checkpoint: give the checkpoint with --init-from")
+        raise DeatError(
+            f"--weights-key {resolved.model.weights_key} requires --init-from: give the checkpoint that has these "
+            "weights, or omit --weights-key"
+        )
     _check_arch(resolved)
     return resolved
 
@@ -331,14 +334,14 @@ def _check_batches(images: int, config: RunConfig, ranks: int) -> None:
         raise DeatError(f"{images} training images are fewer than a batch of {batch_size}; reduce --batch-size")
     if images % batch_size == 1 and ":" in config.model.arch:
         raise DeatError(
-            f"{images} training images in batches of {batch_size} leave one of a single image, on which BatchNorm "
-            "cannot be trained; change --batch-size or --train-size"
+            f"the last batch would have only 1 of the {images} training images (--batch-size {batch_size}), and "
+            "BatchNorm needs 2 or more; change --batch-size or --train-size"
         )
     for size in {batch_size, images % batch_size or batch_size} if ranks > 1 else ():
         if size < 2 * ranks:
             raise DeatError(
-                f"{images} training images in batches of {batch_size} leave one of {size}, less than two images for "
-                f"each of {ranks} ranks; change --batch-size or --train-size"
+                f"a batch would have only {size} of the {images} training images (--batch-size {batch_size}), and "
+                f"{ranks} ranks need {2 * ranks} or more, 2 for each; change --batch-size or --train-size"
             )
 
 

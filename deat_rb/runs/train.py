@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -220,7 +221,9 @@ def train_seeds(
         DeatError: An option or the data are invalid, or a name is taken; nothing has been written then.
     """
     if len(set(seeds)) != len(seeds) or not seeds:
-        raise DeatError(f"--seeds {','.join(map(str, seeds))}: give different seeds, such as 0,1,2")
+        twice = [seed for seed, count in Counter(seeds).items() if count > 1]
+        problem = f"has {twice[0]} twice: remove the duplicates" if twice else "is empty: give seeds such as 0,1,2"
+        raise DeatError(f"--seeds {','.join(map(str, seeds))} {problem}")
     first = plan(options.but(seed=seeds[0]), data=data)
     plans = [first, *(plan(options.but(seed=seed), data=first.data) for seed in seeds[1:])]
     names = [f"{name}-s{p.config.optim.seed}" if name else default_name(p.config) for p in plans]

@@ -65,10 +65,13 @@ class ShardedLoader:
 
 
 class PreShardedLoader:
-    """One rank's share of each batch, from a loader that can load only that share.
+    """One rank's share of each global batch, from a loader that does not load the other ranks' images.
+
+    `ShardedLoader` is for other loaders: it loads the whole batch on each rank and keeps a part.
 
     Args:
-        loader: A loader with the methods ``divided`` and ``examples_in`` of `deat_rb.data.batches.Batches`.
+        loader: A loader like `deat_rb.data.batches.Batches`: its method ``divided`` returns the loader of one rank's
+            share, whose method ``examples_in`` returns the size of a global batch.
         world: The ranks.
     """
 

@@ -56,7 +56,7 @@ class TrainingState:
         recent: The newest epochs and their weights, as many as the stopping rule may go back.
         run: Storage of metrics, weights and checkpoints; None to store nothing.
         average: The moving average of the weights; None without ``ema``.
-        settled: The most robust epoch before ``recent``, to which no stopping rule can go back.
+        settled: The most robust on validation of the epochs before ``recent``, kept for ``--select best``.
         batches: Batches per epoch.
         epoch: The current epoch, numbered from 1.
         batch: Number of finished batches in the current epoch.
@@ -159,8 +159,8 @@ class SavedState(BaseModel):
         sums: Statistics summed over the epoch's batches, one entry per rank.
         trainer: `state_dict` of the trainer.
         scaler: State of fp16's loss scale.
-        settled: Epoch whose weights are stored under ``settled``.
-        kept: Epochs whose weights are stored under ``kept.``.
+        settled: Epoch of `TrainingState.settled`, whose weights are the tensors ``settled.NAME``; may be None.
+        kept: Epochs of `TrainingState.recent`, whose weights are the tensors ``kept.EPOCH.NAME``.
         stopped: Reason why the stopping rule ended training, or None.
     """
 

@@ -131,13 +131,14 @@ class World:
         return cast(T, result) if is_first else action()
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """Run ``action`` on rank 0 while the others wait, and return its result on all ranks.
+        """Run a function on rank 0 only and return its result on every rank; all ranks must call this together.
 
         Args:
-            action: Function to call; its result is pickled and should be small.
+            action: The function; its result is pickled and sent to the other ranks, so it should be small.
 
         Raises:
-            DeatError: ``action`` raised it on rank 0; it is raised on all ranks then, like KeyboardInterrupt.
+            DeatError: ``action`` raised it on rank 0; then every rank raises it.
+            KeyboardInterrupt: Likewise.
         """
         if self.size == 1:
             return action()

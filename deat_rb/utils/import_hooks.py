@@ -17,10 +17,10 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 class CommandFinder:
-    """Finds ``deat_rb.cli`` in a checkout, where it is in ``cli/`` next to the package ``deat_rb/``.
+    """Finds ``deat_rb.cli`` in a checkout of the repository, where it is the folder ``cli/`` next to ``deat_rb/``.
 
-    An installed package contains it. In a checkout, ``python -m deat_rb`` imports the package in the current directory,
-    even if another is installed.
+    An installed deat_rb contains the module ``deat_rb.cli``, so the finder is not used. In the folder of a checkout,
+    ``python -m deat_rb`` imports the checkout's ``deat_rb``, which does not contain it.
     """
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:

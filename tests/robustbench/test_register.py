@@ -112,5 +112,5 @@ def test_register_refuses(run: Run, tmp_path: Path) -> None:
     with pytest.raises(DeatError, match="RobustBench already has a model 'Wong2020Fast'"):
         register(tmp_path / "out")
     paths.info.with_name("Wong2020Fast.json").rename(paths.info.with_name("my model.json"))
-    with pytest.raises(DeatError, match=r"my model\.json does not have RobustBench's form"):
+    with pytest.raises(DeatError, match=r"my model\.json is not named <FirstAuthor><Year><FirstWordOfTitle>\.json, as"):
         register(tmp_path / "out")

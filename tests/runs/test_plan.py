@@ -244,7 +244,7 @@ def test_lines_count_the_classes_and_warn_of_rare_ones(tmp_path: Path) -> None:
         ({"init_from": "nowhere.pt"}, "nowhere.pt"),
         ({"mean": "0.5,0.5,0.5"}, "--mean and --std must be given together"),
         ({"mean": "0.5,0.5,0.5", "std": "1,1"}, "must have one number per channel"),
-        ({"weights_key": "ema"}, "--weights-key chooses a state dict of a checkpoint: give the checkpoint with --init"),
+        ({"weights_key": "ema"}, "--weights-key ema requires --init-from: give the checkpoint"),
         ({"track": ["tensorbord"]}, "--track tensorbord is unknown"),
     ],
 )

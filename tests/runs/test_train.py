@@ -85,6 +85,10 @@ def test_train_resets_peak_memory_in_each_epoch(monkeypatch: pytest.MonkeyPatch,
         ({"eps": 8.0}, "--eps = 8 is outside"),
         ({"beta": 3.0}, "the method pgd-1 has no parameter beta"),
         ({"batch_size": 65}, "64 training images are fewer than a batch of 65; reduce --batch-size"),
+        (
+            {"batch_size": 63, "arch": "training_problems:network"},
+            r"the last batch would have only 1 of the 64 training images \(--batch-size 63\), and BatchNorm needs 2",
+        ),
         ({"train_size": 5000}, "--train-size 5000 cannot be taken from 1281"),
         ({"val_size": 1297}, "--val-size 1297 cannot be held out of 1297"),
         ({"val_size": 0}, "val-size"),
@@ -158,5 +162,5 @@ def test_train_seeds_loads_the_data_once(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_train_seeds_refuses_a_seed_twice(tmp_path: Path) -> None:
-    with pytest.raises(DeatError, match="--seeds 1,1: give different seeds"):
+    with pytest.raises(DeatError, match=r"--seeds 1,1 has 1 twice: remove the duplicates$"):
         train_seeds(make_options(SMALL), [1, 1], output=tmp_path)

@@ -230,9 +230,18 @@ def _labels(
     first: Sequence[int],
     line: Sequence[tuple[float, float]],
 ) -> list[dict[str, Any] | None]:
-    """Place labels next to their dots, without overlap with each other or a line; None where there is no room.
+    """Place a label next to each dot so that it covers no dot, no other label and no part of the line.
 
-    Overlapping dots share one label that lists all their texts. Labels of the dots in ``first`` are placed first.
+    Dots that overlap get one label with all their texts.
+
+    Args:
+        places: Position (x, y) of each dot.
+        texts: Text of each dot.
+        first: Indices of the dots whose labels are placed first and so find room most easily.
+        line: Corners of the line.
+
+    Returns:
+        The label of each dot for the template; None where there is no room or another dot has its label.
     """
     order = [*first, *(each for each in range(len(places)) if each not in first)]
     shared: dict[int, list[int]] = {}
