@@ -45,6 +45,7 @@ class Dataset:
         statistics: Fingerprint, mean and standard deviation, or a function that computes them from all images.
         augment: Whether training images are cropped and flipped at random.
         left_out: Number of skipped files of a folder, by reason; see `deat_rb.data.image_files.ImageLister`.
+        repeated: Number of a folder's images that are links to other images of their class.
         is_placeholder: Whether the images are black because the dataset was not downloaded.
 
     Raises:
@@ -58,6 +59,7 @@ class Dataset:
     statistics: DatasetStatistics | Callable[[], DatasetStatistics]
     augment: bool
     left_out: Counter[str] = field(default_factory=Counter)
+    repeated: int = 0
     is_placeholder: bool = False
 
     def __post_init__(self) -> None:
@@ -103,13 +105,18 @@ class Dataset:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes for the user on skipped files, images with transparency and a missing download."""
+        """Notes for the user on skipped files, repeated or transparent images and a missing download."""
         known = self._statistics.transparent if self.known_fingerprint is not None else 0
         transparency = (
             f"{known} {'image has' if known == 1 else 'images have'} transparency and were composited on white"
         )
+        repeated = (
+            f"{self.repeated} {'image is a link' if self.repeated == 1 else 'images are links'} to another image of "
+            "the same class, which counts again"
+        )
         missing = f"{self.name} has not been downloaded yet" if self.is_placeholder else ""
-        return tuple(filter(None, (describe_left_out(self.left_out), transparency if known else "", missing)))
+        skipped = describe_left_out(self.left_out)
+        return tuple(filter(None, (skipped, repeated * bool(self.repeated), transparency * bool(known), missing)))
 
 
 @dataclass(frozen=True)
@@ -298,6 +305,7 @@ def _folder(request: _Request) -> Dataset:
     lister = ImageLister()
     train_files, test_files = lister.classes(data_dir / "train"), lister.classes(data_dir / "test")
     _check_classes(train_files, test_files, data_dir)
+    repeated = lister.count_repeated(train_files, test_files)
     classes = tuple(train_files)
     train, test = ImageFolder.of(train_files, image_size), ImageFolder.of(test_files, image_size)
     cache = StatisticsCache(data_dir, train, test, classes)
@@ -317,7 +325,7 @@ def _folder(request: _Request) -> Dataset:
         parts = held_train, interleave_classes(held_test)
     else:
         statistics = cache.read_or_compute(request.progress)
-    return Dataset("folder", *parts, classes, statistics, augment=True, left_out=lister.left_out)
+    return Dataset("folder", *parts, classes, statistics, augment=True, left_out=lister.left_out, repeated=repeated)
 
 
 def _check_classes(train: dict[str, list[str]], test: dict[str, list[str]], data_dir: Path) -> None:

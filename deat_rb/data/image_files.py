@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -51,6 +51,7 @@ class ImageLister:
         self.left_out: Counter[str] = Counter()
         self._report = report
         self._visited: dict[tuple[int, int], str] = {}
+        self._links: set[str] = set()
 
     def class_names(self, root: Path) -> list[str]:
         """Return the names of the class folders in ``root``, in alphabetical order.
@@ -68,7 +69,7 @@ class ImageLister:
 
         Raises:
             DeatError: A folder cannot be read or is reached twice through a link, a class has no images or a name that
-                is not UTF-8, or an image is a broken link or not a regular file.
+                is not UTF-8, a link is broken, or an image is not a regular file.
         """
         files = {}
         for name in self.class_names(root):
@@ -92,6 +93,33 @@ class ImageLister:
         folders = sorted(self._walk(str(folder)))
         return [os.path.join(path, name) for path, names in folders for name in names]
 
+    def count_repeated(self, *parts: Mapping[str, Sequence[str]]) -> int:
+        """Count the links to images that are listed, too, so that they count as several images.
+
+        Args:
+            parts: The result of `classes` for the training images and that for the test images.
+
+        Raises:
+            DeatError: A link leads to an image of another part or class.
+        """
+        if not self._links:
+            return 0
+        listed = [(path, (part, name)) for part, files in enumerate(parts) for name in files for path in files[name]]
+        real_folder = cache(os.path.realpath)
+        places = {
+            os.path.join(real_folder(os.path.dirname(path)), os.path.basename(path)): (path, place)
+            for path, place in listed
+            if path not in self._links
+        }
+        repeated = 0
+        for path, place in (each for each in listed if each[0] in self._links):
+            first, first_place = places.setdefault(os.path.realpath(path), (path, place))
+            repeated += first != path
+            if place != first_place:
+                where = "of two classes" if place[0] == first_place[0] else "in the training and the test images"
+                raise DeatError(f"{first} and {path} are the same file, through a link, {where}: remove one of them")
+        return repeated
+
     def _walk(self, folder: str) -> Iterator[tuple[str, list[str]]]:
         """Yield each folder with the names of its image files."""
         try:
@@ -108,7 +136,7 @@ class ImageLister:
             elif os.path.isfile(path):
                 images.append(name)
             else:
-                self._report(DeatError(f"{path} is a broken link or not a regular file: repair or remove it"))
+                self._report(DeatError(f"{path} is not a regular file: remove it"))
         yield folder, images
         for name in subfolders:
             yield from self._walk(os.path.join(folder, name))
@@ -125,7 +153,17 @@ class ImageLister:
             with os.scandir(folder) as entries:
                 for entry in entries:
                     if not entry.name.startswith(".") and entry.name not in SYSTEM_FOLDERS:
-                        names[0 if entry.is_dir() else 1].append(entry.name)
+                        is_folder = entry.is_dir()
+                        if not is_folder and entry.is_symlink():
+                            if not os.path.exists(entry.path):
+                                target = os.readlink(entry.path)
+                                self._report(
+                                    DeatError(f"{entry.path} is a broken link, since {target} does not exist: repair "
+                                              "or remove it")
+                                )  # fmt: skip
+                                continue
+                            self._links.add(entry.path)
+                        names[0 if is_folder else 1].append(entry.name)
                     elif entry.is_dir(follow_symlinks=False):
                         self.left_out["hidden"] += sum(len(files) for _, _, files in os.walk(entry.path))
                     else:

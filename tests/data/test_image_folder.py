@@ -162,7 +162,7 @@ def test_read_image_names_a_damaged_image(folder: Path, content: bytes | str) ->
 
 def test_image_lister_refuses_a_broken_link(folder: Path) -> None:
     (folder / "train" / "red" / "gone.png").symlink_to(folder / "gone.png")
-    with pytest.raises(DeatError, match=r"gone\.png is a broken link or not a regular file"):
+    with pytest.raises(DeatError, match=r"gone\.png is a broken link, since .*gone\.png does not exist: repair"):
         load(folder)
 
 
@@ -275,7 +275,52 @@ def test_image_lister_refuses_a_link_to_itself_and_a_pipe(folder: Path) -> None:
         load(folder)
     (folder / "train" / "red" / "self").unlink()
     os.mkfifo(folder / "train" / "red" / "pipe.png")
-    with pytest.raises(DeatError, match=r"pipe\.png is a broken link or not a regular file"):
+    with pytest.raises(DeatError, match=r"pipe\.png is not a regular file: remove it"):
+        load(folder)
+
+
+@pytest.mark.parametrize("link", ["train/pink", "train/red/more", "test/red/more.png", "train/red/notes.txt"])
+def test_image_lister_refuses_a_broken_link_by_its_name(folder: Path, link: str) -> None:
+    (folder / link).symlink_to("nowhere")
+    with pytest.raises(DeatError, match=rf"{link} is a broken link, since nowhere does not exist: repair or remove it"):
+        load(folder)
+
+
+def test_load_data_says_which_images_are_links_to_others_of_their_class(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    write_image(elsewhere / "one.png", (255, 0, 0))
+    (folder / "train" / "red" / "one.png").symlink_to(elsewhere / "one.png")
+    assert load(folder).notes == ()
+    (folder / "train" / "red" / "a.png").symlink_to("0.png")
+    data = load(folder)
+    assert (data.notes, len(data.train)) == (
+        ("1 image is a link to another image of the same class, which counts again",),
+        14,
+    )
+    (folder / "test" / "red" / "b.png").symlink_to(folder / "test" / "red" / "0.png")
+    (folder / "train" / "red" / "two.png").symlink_to(elsewhere / "one.png")
+    # The folder may itself be reached through a link.
+    linked = elsewhere / "linked"
+    linked.symlink_to(folder)
+    (note,) = load(linked).notes
+    assert note == "3 images are links to another image of the same class, which counts again"
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "where"),
+    [
+        ("train/red/b.png", "../blue/0.png", "of two classes"),
+        ("test/red/b.png", "../../train/red/0.png", "in the training and the test images"),
+        ("train/red/b.png", "../../test/red/0.png", "in the training and the test images"),
+    ],
+)
+def test_load_data_refuses_links_to_images_of_other_classes_and_parts(
+    folder: Path, link: str, target: str, where: str
+) -> None:
+    (folder / link).symlink_to(target)
+    with pytest.raises(DeatError, match=rf"0\.png and .*b\.png are the same file, through a link, {where}: remove one"):
         load(folder)
 
 
