@@ -69,13 +69,16 @@ def export(target: str, file_format: str, output: Path, overwrite: bool, trust_c
 
 
 def _robustbench(run: str, **options: Any) -> None:
-    from deat_rb.robustbench.export import export
+    from deat_rb.robustbench.export import UNKNOWN_ACCURACY, export
 
     paths = export(run, **options)
     for path in (paths.weights, paths.info, paths.source):
         click.echo(f"written: {path}")
     if paths.unknown:
-        click.echo(f"unknown: {', '.join(paths.unknown)}; run deat-rb eval {run} --autoattack, then export again")
+        click.echo(
+            f"note: AutoAttack was not run, so {', '.join(paths.unknown)} is written as {UNKNOWN_ACCURACY}, which "
+            f"ranks last on RobustBench: run deat-rb eval {run} --autoattack, then export again"
+        )
 
 
 def _deploy(target: str, file_format: Any, output: Path, overwrite: bool, trust_code: bool) -> None:

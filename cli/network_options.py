@@ -33,8 +33,7 @@ NETWORK_OPTIONS = (
     click.option("--image-size", type=int, metavar="N",
                  help="Resize images to N x N pixels, the size used in training."),
     click.option("--classes", type=click.Path(path_type=Path), metavar="FILE",
-                 help="Class names, one per line in the order of the network's logits; a folder's classes are matched "
-                 "by name."),
+                 help="Class names, one per line in the order of the network's logits; labels are matched by name."),
     click.option("--mean", type=numbers, metavar="R,G,B",
                  help="Mean of the network's normalization, for images in [0, 1], if the weights have none."),
     click.option("--std", type=numbers, metavar="R,G,B", help="Standard deviation of the network's normalization."),

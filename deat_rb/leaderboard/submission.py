@@ -163,6 +163,9 @@ def open_submission(target: Path, metadata: SubmissionMetadata, scratch: Path) -
         raise DeatError(f"{target} does not exist: submit a run directory, an export or a checkpoint")
     if _exists(target / CONFIG):
         return _open_run(target, metadata, scratch)
+    if target.name in ("best.safetensors", "last.safetensors") and _exists(target.parent / CONFIG):
+        raise DeatError(f"{target} is a file of the run {target.parent}: submit that folder, which says how the "
+                        "network was trained")  # fmt: skip
     weights = target if not target.is_dir() else _weights_in_export(target, metadata.model_name)
     return _open_checkpoint(weights, metadata, scratch)
 
@@ -258,7 +261,8 @@ def _open_checkpoint(weights: Path, metadata: SubmissionMetadata, scratch: Path)
                         "--arch, such as preactresnet18 or wrn-34-10")  # fmt: skip
     _check_arch(arch, weights)
     if loader != "folder" and metadata.classes is not None:
-        raise DeatError(f"--classes is only for image folders: {loader} has its own classes")
+        raise DeatError(f"--classes is only for image folders: networks for {loader} must have their logits in its own "
+                        "order of classes, as on RobustBench; reorder the last layer")  # fmt: skip
     check_image_size(arch, metadata.image_size, source=str(weights), required=loader == "folder")
     copied = scratch / "weights.safetensors"
     with _named_as_submitted({copied: weights}):

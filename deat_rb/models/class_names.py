@@ -60,8 +60,10 @@ def match_classes(
     if known and (must_match or any(name in counts for name in classes)):
         for name in classes:
             if name not in counts:
-                raise DeatError(f"{dataset} has the class '{name}', which {source} lacks "
-                                f"({suggest(name, known)}): rename or remove the class")  # fmt: skip
+                advice = "rename or remove the class" if dataset == "folder" else f"name the classes as {dataset} does"
+                raise DeatError(
+                    f"{dataset} has the class '{name}', which {source} lacks ({suggest(name, known)}): {advice}"
+                )
             if counts[name] > 1:
                 raise DeatError(f"{source} has {counts[name]} classes '{name}': give unique names with --classes FILE")
         logits = tuple(known.index(name) for name in classes)

@@ -35,7 +35,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
         source: Origin of the tensors, for the error message.
 
     Raises:
-        DeatError: A tensor is missing, unexpected or of the wrong shape.
+        DeatError: See `check_weights`.
     """
     model.load_state_dict(check_weights(model, tensors, source=source))
 
@@ -44,7 +44,8 @@ def check_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: st
     """Return the tensors under the model's own names, checked but not loaded.
 
     Raises:
-        DeatError: A tensor is missing, unexpected or of the wrong shape.
+        DeatError: A tensor is missing, unexpected or of the wrong shape, has integers for floating-point weights, or
+            fractions for integers.
     """
     own: dict[str, Tensor] = model.state_dict()
     renamed = _renamed(tensors, own) if isinstance(model, NormalizedModel) else dict(tensors)
@@ -60,6 +61,16 @@ def check_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: st
     problems += [f"shapes differ ({_and_more(shapes)})"] if shapes else []
     if problems:
         raise DeatError(f"{source} has a different architecture or number of classes: {', '.join(problems)}")
+    for name, tensor in renamed.items():
+        kind, needed = tensor.dtype, own[name].dtype
+        quantized = needed.is_floating_point and not kind.is_floating_point and name not in ("mu", "sigma")
+        if quantized or (
+            kind.is_floating_point and not needed.is_floating_point and bool((tensor != tensor.round()).any())
+        ):
+            raise DeatError(
+                f"{source} has the tensor {name} in {kind} instead of {needed}"
+                f"{', as quantized networks do' if quantized else ''}: save weights of the model's own types"
+            )
     return {**own, **renamed}
 
 

@@ -259,7 +259,7 @@ def test_export_writes_the_accuracies_of_eval_json(digits_run: Path, tmp_path: P
                  "--output", tmp_path, "--venue", "At home, 2021")  # fmt: skip
     assert result.exit_code == 0, result.output
     *written, unknown = result.stdout.splitlines()
-    assert unknown.startswith("unknown: autoattack_acc; ")
+    assert unknown.startswith("note: AutoAttack was not run, so autoattack_acc is written as 0.00, which ranks last")
     assert {Path(line.removeprefix("written: ")) for line in written} == {p for p in tmp_path.rglob("*") if p.is_file()}
     info = json.loads((tmp_path / "model_info" / "cifar10" / "Linf" / "Wang2021Gradient_R18.json").read_text())
     correct = Report.load(digits_run).results["natural"].n_correct

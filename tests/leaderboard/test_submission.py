@@ -67,6 +67,14 @@ def test_submit_takes_flags_instead_of_a_model_info(tmp_path: Path, board: Board
         submit(board, weights, "Wong2020Fast", data_dir=tmp_path, eps=0.1)
 
 
+@pytest.mark.parametrize("flags", [{}, {"arch": "wrn-10-1", "dataset": "digits", "eps": "0.1"}])
+def test_submit_of_a_file_of_a_run_names_the_run(tmp_path: Path, board: Board, flags: dict[str, str]) -> None:
+    run = make_run(tmp_path / "run")
+    message = rf"last\.safetensors is a file of the run {run}: submit that folder, which says how the network was"
+    with pytest.raises(DeatError, match=message):
+        submit(board, run / "last.safetensors", **flags)
+
+
 def prefixed(prefix: str) -> dict[str, Tensor]:
     return {f"{prefix}{name}": value for name, value in bare_state().items()}
 
@@ -248,7 +256,7 @@ def test_submit_matches_labels_by_class_name(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"classes": ("red", "green", "blue", "black")}, "the class 'grey', which"),
-     ({"dataset": "digits", "dataset_name": None, "data_dir": None}, "--classes is only for image folders: digits has"),
+     ({"dataset": "digits", "dataset_name": None, "data_dir": None}, "--classes is only for image folders: networks"),
      ({"arch": "torchvision:resnet18"}, "accepts images of several sizes .*: give --image-size"),
      ({"image_size": 64, "data_dir": Path("missing")}, "takes 3x32x32 images, not 3x64x64"),
      ({"weights_key": "state_dict_ema"}, "state_dict_ema")],

@@ -82,6 +82,16 @@ def test_match_classes_refuses(classes: tuple[str, ...], known: tuple[str, ...],
         match(classes, known, logits)
 
 
+def test_match_classes_names_the_classes_of_a_known_dataset() -> None:
+    digits = tuple(map(str, range(10)))
+    matched = match_classes(digits, digits[::-1], 10, source="net.pt", dataset="digits")
+    assert matched.logit_of_class == (9, 8, 7, 6, 5, 4, 3, 2, 1, 0)
+    with pytest.raises(
+        DeatError, match=r"^digits has the class '0', .* \(did you .*\): name the classes as digits does$"
+    ):
+        match_classes(digits, [f"{digit}." for digit in digits], 10, source="net.pt", dataset="digits")
+
+
 def test_read_class_names(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_bytes("\ufeffant\r\nred fox\r\nÄffchen\r\n\r\n".encode())
     assert read_class_names(tmp_path / "classes.txt") == ("ant", "red fox", "Äffchen")

@@ -83,6 +83,38 @@ def test_load_weights_of_another_architecture_changes_nothing(change: Any, sente
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        ("net.4.weight", lambda t: (100 * t).to(torch.int8), r"torch\.int8 instead of torch\.float32, as quantized"),
+        ("net.1.running_var", lambda t: t.long(), r"torch\.int64 instead of torch\.float32, as quantized networks do"),
+        ("net.0.bias", lambda t: t > 0, r"torch\.bool instead of torch\.float32, as quantized networks do: save"),
+        ("net.1.num_batches_tracked", lambda t: t + 0.5, r"torch\.float32 instead of torch\.int64: save weights of"),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_load_weights_refuses_integers_for_weights(
+    name: str, change: Callable[[Tensor], Tensor], sentence: str, prefix: str
+) -> None:
+    model = build_model("my_networks:small", num_classes=3)
+    before = copy.deepcopy(model.state_dict())
+    tensors = shifted(model)
+    tensors[name] = change(tensors[name])
+    with pytest.raises(DeatError, match=rf"^q\.pt has the tensor {name} in {sentence}"):
+        load_weights(model, {f"{prefix}{each}": tensor for each, tensor in tensors.items()}, source="q.pt")
+    assert all(torch.equal(tensor, before[each]) for each, tensor in model.state_dict().items())
+
+
+def test_load_weights_takes_other_floating_point_types() -> None:
+    model = build_model("my_networks:small", num_classes=3)
+    load_weights(model, {name: tensor.double() for name, tensor in shifted(model).items()}, source="a.pt")
+    half = {name: tensor.half() for name, tensor in shifted(model).items()}
+    half["mu"], half["sigma"] = torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.int64)
+    load_weights(model, half, source="a.pt")
+    assert int(model.net.get_buffer("1.num_batches_tracked")) == 2
+    assert model.net.get_parameter("4.bias").dtype == torch.float32
+
+
 def test_load_weights_of_a_wrn_into_a_preactresnet() -> None:
     tensors = build_model("wrn-10-1", dataset="cifar10").state_dict()
     with pytest.raises(DeatError, match=r"missing: net\.layer1.* and \d+ more; unexpected: net\.block1"):
