@@ -10,8 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -32,6 +34,16 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     page = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
     assert [name for name in deat_rb.__all__ if name != "__version__" and f'id="deat_rb.{name}"' not in page] == []
+
+
+@pytest.mark.slow
+def test_the_notebook_runs() -> None:
+    notebook = nbformat.read(ROOT / "docs" / "notebooks" / "from_torchattacks.ipynb", as_version=4)  # type: ignore[no-untyped-call]  # nbformat is partly typed
+    NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    plain, robust = (float(text) for text in re.findall(r"^PGD-20 ([\d.]+)%", printed, re.MULTILINE))
+    assert plain < 10
+    assert robust > 40
 
 
 @pytest.mark.slow
