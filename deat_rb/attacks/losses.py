@@ -21,9 +21,12 @@ def label_mask(logits: Tensor, labels: Tensor) -> Tensor:
     return labels[:, None] == torch.arange(logits.shape[1], device=labels.device)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy of logits (N, K) and labels (N,), per example (N,)."""
-    return F.cross_entropy(at_least_float32(logits), labels, reduction="none")
+def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Return the cross-entropy of logits (N, K) and labels (N,), per example (N,).
+
+    With ``label_smoothing`` s the target is 1 - s + s/K for the label and s/K for each other class.
+    """
+    return F.cross_entropy(at_least_float32(logits), labels, reduction="none", label_smoothing=label_smoothing)
 
 
 def kl_divergence(logits: Tensor, target_logits: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from deat_rb.utils.units import check_eps, is_whole_number, parse_scalar
 WHOLE_NUMBERS = frozenset({"steps", "max_steps", "start", "every", "tau", "m"})
 """Overrides that are counts."""
 
-NUMBERS = frozenset({"gamma", "beta", "omega", "threshold", "drop", "guard"})
+NUMBERS = frozenset({"gamma", "beta", "label_smoothing", "omega", "threshold", "drop", "guard"})
 """Overrides that are real numbers."""
 
 
@@ -58,6 +58,8 @@ def configure(canonical: str, row: Recipe, /, *, eps: float | str = PAPER_EPS, *
     trainer_keys = ({"carry"} & set(trainer_options)) | ({"lr_per_replay"} if row.replays else set())
     trainer_options |= {key: values.pop(key) for key in trainer_keys & set(values)}
     beta = values.pop("beta", row.beta) if row.loss in ("trades", "mart") else row.beta
+    smoothing = values.pop("label_smoothing", row.label_smoothing)
+    surrogate(row.loss, beta=beta, label_smoothing=smoothing)
     schedule_options = {**row.schedule_options, **_take(resolve(row.schedule), values)}
     stopping_options = {**row.stopping_options, **_take(resolve(row.stopping), values)}
     if values:
@@ -65,7 +67,8 @@ def configure(canonical: str, row: Recipe, /, *, eps: float | str = PAPER_EPS, *
             f"the method {canonical} has no parameter {', '.join(sorted(values))}; see deat-rb methods {canonical}"
         )
     row = replace(
-        row, steps=steps, alpha=alpha, beta=beta, attack_options=attack_options, trainer_options=trainer_options,
+        row, steps=steps, alpha=alpha, beta=beta, label_smoothing=smoothing, attack_options=attack_options,
+        trainer_options=trainer_options,
         schedule_options=schedule_options, stopping_options=stopping_options,
     )  # fmt: skip
     return ConfiguredMethod(canonical, row, eps)
@@ -86,7 +89,7 @@ def build(method: ConfiguredMethod, model: nn.Module) -> Trainer:
         first = "start" if "start" in inspect.signature(schedule_class).parameters else "steps"
         schedule = schedule_class(**{first: row.steps, **row.schedule_options})
     stopping = resolve(row.stopping)(**row.stopping_options) if row.stopping else None
-    loss = surrogate(row.loss, beta=row.beta)
+    loss = surrogate(row.loss, beta=row.beta, label_smoothing=row.label_smoothing)
     sizes = {key: value for key, value in (("alpha", row.alpha), ("steps", row.steps)) if key in accepts}
     try:
         attack = resolve(row.attack)(model, eps=method.eps, **sizes, **row.attack_options)

@@ -127,9 +127,10 @@ def _attack(row: Recipe, eps: float) -> str:
 def _loss(row: Recipe) -> str:
     if not isinstance(row.loss, str):
         return row.loss.name
+    smoothed = f", label smoothing {row.label_smoothing:g}" if row.label_smoothing else ""
     if row.loss == "trades":
-        return f"CE(clean) + {row.beta:g} KL" if row.beta else "CE(clean)"
-    return f"MART, lambda {row.beta:g}" if row.loss == "mart" else row.loss.upper()
+        return (f"CE(clean) + {row.beta:g} KL" if row.beta else "CE(clean)") + smoothed
+    return f"MART, lambda {row.beta:g}" if row.loss == "mart" else row.loss.upper() + smoothed
 
 
 def _schedule(row: Recipe) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +26,15 @@ def boosted_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits, labels) - torch.log(1.0001 - strongest_wrong + 1e-12)
 
 
-def trades(adv_logits: Tensor, labels: Tensor, clean_logits: Tensor, *, beta: float = 6.0) -> Tensor:
-    """Return TRADES' loss, per example (N,): CE(clean) + beta * KL(clean || adversarial) (Zhang 2019, Equation 5)."""
-    return cross_entropy(clean_logits, labels) + beta * kl_divergence(adv_logits, clean_logits)
+def trades(
+    adv_logits: Tensor, labels: Tensor, clean_logits: Tensor, *, beta: float = 6.0, label_smoothing: float = 0.0
+) -> Tensor:
+    """Return TRADES' loss, per example (N,): CE(clean) + beta * KL(clean || adversarial) (Zhang 2019, Equation 5).
+
+    ``label_smoothing`` applies to CE, as in the TRADES of Gowal et al. 2021 and Wang et al. 2023.
+    """
+    natural = cross_entropy(clean_logits, labels, label_smoothing=label_smoothing)
+    return natural + beta * kl_divergence(adv_logits, clean_logits)
 
 
 def mart(adv_logits: Tensor, labels: Tensor, clean_logits: Tensor, *, beta: float = 6.0) -> Tensor:
@@ -41,19 +48,29 @@ def mart(adv_logits: Tensor, labels: Tensor, clean_logits: Tensor, *, beta: floa
     return boosted_cross_entropy(adv_logits, labels) + beta * kl_divergence(adv_logits, clean_logits) * missed
 
 
-def surrogate(name: str | SurrogateLoss, *, beta: float = 6.0) -> SurrogateLoss:
+def surrogate(name: str | SurrogateLoss, *, beta: float = 6.0, label_smoothing: float = 0.0) -> SurrogateLoss:
     """Return the surrogate loss ``ce``, ``trades`` or ``mart``; a custom loss is returned unchanged.
 
     Raises:
-        DeatError: If no loss has that name, or beta is negative.
+        DeatError: If no loss has that name, beta is negative, or ``label_smoothing`` is not in [0, 1) or not 0 for a
+            loss other than ``ce`` and ``trades``.
     """
+    if not 0 <= label_smoothing < 1:
+        raise DeatError(f"label_smoothing = {label_smoothing:g} is not in [0, 1); 0.1 to 0.4 are usual")
+    smoothed: dict[str, Any] = {"label_smoothing": label_smoothing} if label_smoothing else {}
+    if smoothed and name not in ("ce", "trades"):
+        what = name.name if isinstance(name, SurrogateLoss) else name
+        raise DeatError(
+            f"label_smoothing = {label_smoothing:g} is defined for cross-entropy and TRADES, not for the loss {what}; "
+            "omit it"
+        )
     if isinstance(name, SurrogateLoss):
         return name
     if not (math.isfinite(beta) and beta >= 0):
         raise DeatError(f"beta = {beta:g} is not a finite number of 0 or more; TRADES and MART use 6")
     if name == "ce":
-        return SurrogateLoss("ce", cross_entropy)
+        return SurrogateLoss("ce", partial(cross_entropy, **smoothed) if smoothed else cross_entropy)
     regularized = {"trades": trades, "mart": mart}
     if name not in regularized:
         raise DeatError(f"there is no surrogate loss '{name}': {did_you_mean(str(name), ('ce', *regularized))}")
-    return SurrogateLoss(name, partial(regularized[name], beta=beta), needs_clean=True)
+    return SurrogateLoss(name, partial(regularized[name], beta=beta, **smoothed), needs_clean=True)

@@ -54,6 +54,7 @@ class Recipe:
         attack_options: Further keyword arguments of the attack.
         loss: The surrogate loss: ``ce``, ``trades``, ``mart`` or a custom loss.
         beta: The weight of the regularization term of ``trades`` and ``mart`` (MART's lambda).
+        label_smoothing: Label smoothing of the cross-entropy of ``ce`` and ``trades``.
         schedule: The class of the step schedule.
         schedule_options: Its keyword arguments, except ``steps`` (``start`` if the schedule raises them).
         stopping: The class of the stopping rule, or None.
@@ -74,6 +75,7 @@ class Recipe:
     attack_options: Mapping[str, Any] = field(default_factory=dict)
     loss: str | SurrogateLoss = "ce"
     beta: float = 6.0
+    label_smoothing: float = 0.0
     schedule: type[Schedule] | str = CONSTANT
     schedule_options: Mapping[str, Any] = field(default_factory=dict)
     stopping: type[StoppingRule] | str | None = None

@@ -133,8 +133,9 @@ def create(name: str, model: nn.Module, *, eps: float | str = PAPER_EPS, **overr
         model: The model to train: takes images in [0, 1], (N, C, H, W), and returns logits (N, K).
         eps: The Linf radius, in [0, 1] pixel units; strings such as ``8/255`` are accepted.
         overrides: Parameters that replace the method's defaults: ``alpha``, ``steps`` (of the first epoch, if a
-            schedule raises them), ``max_steps``, ``gamma``, ``beta``, ``tau``, ``omega``, ``attack_mode``, ``carry``,
-            ``lr_per_replay``, and the other parameters of its schedule and stopping rule. None keeps the default.
+            schedule raises them), ``max_steps``, ``gamma``, ``beta``, ``label_smoothing``, ``tau``, ``omega``,
+            ``attack_mode``, ``carry``, ``lr_per_replay``, and the other parameters of its schedule and stopping rule.
+            None keeps the default.
 
     Returns:
         A trainer: a torchattacks attack with the method ``fit``.

@@ -81,6 +81,10 @@ class AttackConfig(OptionGroup):
         None, "Weight of the regularization term of TRADES and MART.", default_text="method's: 6", ge=0,
         allow_inf_nan=False,
     )  # fmt: skip
+    label_smoothing: float | None = option(
+        None, "Label smoothing of the cross-entropy in the training loss, such as 0.1; not for MART.",
+        default_text="0", ge=0, lt=1,
+    )  # fmt: skip
     tau: int | None = option(
         None, "Patience tau of friendly attacks: steps after misclassification.", default_text="method's: 3", ge=0
     )

@@ -54,6 +54,8 @@ OTHERS = [
     ("loss",     "pgd-7",    {}, "CE"),
     ("loss",     "trades",   {"beta": 1.5}, "CE(clean) + 1.5 KL"),
     ("loss",     "trades",   {"beta": 0}, "CE(clean)"),
+    ("loss",     "trades",   {"label_smoothing": 0.1}, "CE(clean) + 6 KL, label smoothing 0.1"),
+    ("loss",     "m-deat",   {"label_smoothing": 0.4}, "CE, label smoothing 0.4"),
     ("loss",     "mart",     {}, "MART, lambda 6"),
     ("loss",     "mart",     {"beta": 0.0}, "MART, lambda 0"),
     ("schedule", "pgd-7",    {}, "constant"),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from deat_rb.attacks import losses
 from deat_rb.methods import losses as methods_losses
+from deat_rb.training.base import SurrogateLoss
 from deat_rb.utils.errors import DeatError
 
 # Two classes with probabilities 3/4 and 1/4, and 1/2 and 1/2.
@@ -149,6 +150,30 @@ def test_surrogate_returns_losses_by_name() -> None:
 def test_surrogate_beta_is_six_by_default() -> None:
     found = methods_losses.surrogate("trades").function(UNSURE, FIRST, SURE)
     assert torch.equal(found, methods_losses.trades(UNSURE, FIRST, SURE, beta=6.0))
+
+
+def test_label_smoothing_by_hand() -> None:
+    """p = (1/4, 3/4), the label has p = 3/4, and s = 0.2 leaves a target of (0.1, 0.9)."""
+    logits, labels = torch.tensor([[0.0, math.log(3)]]), torch.tensor([1])
+    expected = 0.9 * math.log(4 / 3) + 0.1 * math.log(4)
+    smoothed = methods_losses.surrogate("ce", label_smoothing=0.2)
+    assert smoothed.function(logits, labels).item() == pytest.approx(expected, rel=1e-6)
+    assert torch.nn.CrossEntropyLoss(label_smoothing=0.2)(logits, labels).item() == pytest.approx(expected, rel=1e-6)
+    trades = methods_losses.surrogate("trades", beta=2.0, label_smoothing=0.2)
+    even = torch.zeros(1, 2)  # KL(p || even) = log 2 - H(p)
+    kl = math.log(2) - math.log(4) / 4 - 3 / 4 * math.log(4 / 3)
+    assert trades.function(even, labels, logits).item() == pytest.approx(expected + 2 * kl, rel=1e-6)
+
+
+def test_surrogate_refuses_label_smoothing_for_mart_and_own_losses() -> None:
+    own = SurrogateLoss("half", lambda logits, labels: losses.cross_entropy(logits, labels) / 2)
+    for loss, name in (("mart", "mart"), (own, "half")):
+        with pytest.raises(DeatError, match=f"label_smoothing = 0.1 is .* not for the loss {name}; omit it"):
+            methods_losses.surrogate(loss, label_smoothing=0.1)
+        assert methods_losses.surrogate(loss, label_smoothing=0.0).name == name
+    for wrong in (1.0, -0.1, math.nan):
+        with pytest.raises(DeatError, match=r"label_smoothing = .* is not in \[0, 1\)"):
+            methods_losses.surrogate("ce", label_smoothing=wrong)
 
 
 def test_surrogate_suggests_the_nearest_name() -> None:

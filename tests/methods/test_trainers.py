@@ -75,6 +75,24 @@ def test_trainer_call_on_a_linear_model_by_hand() -> None:
 # A step
 
 
+@pytest.mark.parametrize(("name", "smoothing_in_l_x"), [("free-1", 0.3), ("pgd-1", 0.0), ("u-fgsm", 0.0)])
+def test_l_x_is_that_of_the_attacks_loss_with_label_smoothing(name: str, smoothing_in_l_x: float) -> None:
+    """A replay's gradient is the update's, of the smoothed loss; other attacks maximize the plain cross-entropy."""
+    model = made().double().eval()
+    images, labels = images_and_labels()
+    images = images.double().requires_grad_()
+    torch.nn.CrossEntropyLoss(label_smoothing=smoothing_in_l_x, reduction="sum")(model(images), labels).backward()
+    assert images.grad is not None
+    trainer = deat_rb.create(name, model, eps=EPS, label_smoothing=0.3, **({"carry": True} if "free" in name else {}))
+    if "free" not in name:
+        trainer.crafter.start = "none"
+    stats = trainer.training_step(images.detach(), labels, still(model))
+    assert stats.l_x.item() == pytest.approx(images.grad.abs().sum().item(), rel=1e-6)
+    if smoothing_in_l_x:
+        expected = torch.nn.CrossEntropyLoss(label_smoothing=0.3, reduction="sum")(model(images), labels)
+        assert stats.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("name", ["pgd-1", "free-1", "standard", "trades"])
 def test_training_step_statistics_by_hand(name: str) -> None:
     """On two images of the plane, at eps 0.1 and with steps of 0.1 from the clean image: each loses 1.0 of margin."""
