@@ -25,6 +25,9 @@ class StatelessAttack(Attack):
     each module, the buffers and the gradients are restored, even after an exception; an attack in train mode leaves
     modules in eval mode if they are frozen there.
 
+    Several threads may attack the same model at once if it is in eval mode and so are the attacks. In train mode that
+    is not supported, because the threads would change and restore each other's modes and BatchNorm statistics.
+
     Args:
         name: The attack's name.
         model: The model to attack: takes images (N, C, H, W), returns logits (N, K).

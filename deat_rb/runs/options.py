@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -202,6 +203,20 @@ def nest(values: Mapping[str, Any]) -> dict[str, Any]:
                 group = nested.get(key, {})
                 nested[key] = {**(group if isinstance(group, dict) else dict(group)), option_name: value}
     return nested
+
+
+def had_another_start(config: Mapping[str, Any]) -> bool:
+    """Return whether a run's configuration is from a version in which its method's attack started elsewhere.
+
+    Such configurations lack ``omega``: TRADES and MART and their guided forms started at clamped noise, FAT-N at
+    0.001 N(0,1); see docs/methods.md.
+
+    Args:
+        config: The run's configuration as JSON values, grouped or in the layout of earlier versions.
+    """
+    attack = {**config, **config.get("attack", {})}
+    changed = re.fullmatch(r"(m\+)?(trades|mart)|fat-\d+", str(attack.get("method", "")))
+    return changed is not None and "omega" not in attack
 
 
 def read_options(path: str | Path) -> dict[str, Any]:

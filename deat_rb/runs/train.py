@@ -17,7 +17,7 @@ from deat_rb.data.images import interleave_classes
 from deat_rb.models.names import check_trust
 from deat_rb.runs.config import RunConfig
 from deat_rb.runs.directory import CURVES, RunDirectory, check_free, check_name
-from deat_rb.runs.options import MAY_CHANGE, TrainOptions, make_options
+from deat_rb.runs.options import MAY_CHANGE, TrainOptions, had_another_start, make_options
 from deat_rb.runs.plan import TrainingPlan, default_name, plan, resolve
 from deat_rb.runs.plots import plot_curves
 from deat_rb.runs.trackers import Trackers
@@ -112,6 +112,12 @@ def resume(
         for package, version in versions().items():
             if config.versions.get(package, version) != version:
                 _warn(callbacks, f"{package} is {version} here, but the run started with {config.versions[package]}")
+        if state is not None and had_another_start(state.config):
+            _warn(
+                callbacks,
+                f"the run began with an earlier version, in which the attack of {config.attack.method} started "
+                "elsewhere (docs/methods.md), and continues with today's start; start a new run for comparable results",
+            )
         if longer.optim.epochs != config.optim.epochs:
             layout = longer.optim.lr_epochs
             milestones = f"; the learning rate keeps the milestones for {layout} epochs" if layout else ""

@@ -90,8 +90,8 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
 
     Attacks in train mode update BatchNorm's running statistics, some torchattacks attacks call ``backward()``, and
     torchattacks sets all modules to the same mode. Buffers, parameters and other tensor attributes that ``forward``
-    replaces are restored by module and name. Several threads may attack the same model: the last one to exit restores
-    the state found by the first.
+    replaces are restored by module and name. Several threads may attack the same model in eval mode: the last one to
+    exit restores the state found by the first.
     """
     thread = threading.get_ident()
     with _lock:

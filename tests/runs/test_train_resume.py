@@ -17,8 +17,9 @@ from deat_rb.methods.stopping import RobustnessDrop
 from deat_rb.runs import plan
 from deat_rb.runs import train as training
 from deat_rb.runs.directory import RunDirectory
-from deat_rb.runs.options import make_options, nest, read_options
+from deat_rb.runs.options import had_another_start, make_options, nest, read_options
 from deat_rb.runs.train import resume, train
+from deat_rb.training import checkpoint
 from deat_rb.training.base import Stop
 from deat_rb.training.callbacks import Callback
 from deat_rb.training.metrics import EpochStats
@@ -373,3 +374,33 @@ def test_plan_loads_data_on_the_first_rank_of_a_machine_first(monkeypatch: pytes
     monkeypatch.setattr(plan, "load_data", loaded)
     plan.plan(make_options(SMALL))
     assert asked == ["first", "load"]
+
+
+@pytest.mark.parametrize("method", ["trades", "pgd-1"])
+def test_resume_says_that_the_start_of_the_attack_has_changed(method: str, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train({**SMALL, "method": method, "steps": 1}, output=tmp_path, name="run", callbacks=[Stops(3)])
+    run = tmp_path / "run"
+    saved = checkpoint.newest(run / "checkpoints", print)
+    assert saved is not None
+    for name in ("omega", "carry"):  # as in a configuration that was written before there were these options
+        del saved.facts["config"]["attack"][name]
+    checkpoint.write(run / "checkpoints", saved)
+    again = Stops(0)
+    resume(run, {}, callbacks=[again], trust_code=True)
+    begun = "the run began with an earlier version, in which the attack of trades started elsewhere"
+    assert [warning[: len(begun)] for warning in again.warnings] == ([begun] if method == "trades" else [])
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"method": "m+mart", "eps": 0.1, "model": {"num_classes": 10}}, True),
+        ({"attack": {"method": "fat-5"}}, True),
+        ({"attack": {"method": "fat-5", "omega": None}}, False),
+        ({"attack": {"method": "f+trades"}}, False),
+        ({"attack": {"method": "m-deat"}}, False),
+    ],
+)
+def test_had_another_start(config: dict[str, Any], expected: bool) -> None:
+    assert had_another_start(config) == expected
