@@ -18,6 +18,7 @@ COMMANDS = {
     "train": ("train", "Train a network with one of the methods."),
     "eval": ("evaluate", "Attack a trained network and report its robust accuracy."),
     "compare": ("compare", "Compare evaluations and test their differences for significance."),
+    "data": ("data", "Inspect a folder of images, or split it into train and test."),
     "predict": ("predict", "Classify images with a trained network."),
     "export": ("export", "Export a network for RobustBench, ONNX or torch.export."),
     "submit": ("submit", "Submit a trained network to a leaderboard."),

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import stat
 import tempfile
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from deat_rb.data.folder_layout import LAYOUT, check_classes, folder_layout
 from deat_rb.data.image_files import ImageLister, check_utf8, describe_left_out
 from deat_rb.data.image_folder import ImageFolder
 from deat_rb.data.images import ImageSet, LabeledImages, interleave_classes, train_val_split
@@ -47,6 +46,8 @@ class Dataset:
         left_out: Number of skipped files of a folder, by reason; see `deat_rb.data.image_files.ImageLister`.
         repeated: Number of a folder's images that are links to other images of their class.
         is_placeholder: Whether the images are black because the dataset was not downloaded.
+        val: The folder's own validation images, of the same size; None if they are to be held out of ``train``.
+        layout_note: Note for the user on which folder is read as what.
 
     Raises:
         DeatError: There is only one class, the image sizes differ, or a label is out of range.
@@ -61,6 +62,8 @@ class Dataset:
     left_out: Counter[str] = field(default_factory=Counter)
     repeated: int = 0
     is_placeholder: bool = False
+    val: LabeledImages | None = None
+    layout_note: str = ""
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
@@ -70,7 +73,11 @@ class Dataset:
                 f"{self.name} has training images of {self.train.shape} and test images of {self.test.shape}: "
                 "their shapes (C, H, W) must be equal"
             )
-        for part, images in (("training", self.train), ("test", self.test)):
+        if self.val is not None and self.val.shape != self.train.shape:
+            raise DeatError(f"{self.name} has validation images of {self.val.shape}, but training images of "
+                            f"{self.train.shape}: their shapes (C, H, W) must be equal")  # fmt: skip
+        own = [("training", self.train), ("test", self.test), *([("validation", self.val)] if self.val else [])]
+        for part, images in own:
             highest = int(images.labels.max())
             if highest >= len(self.classes):
                 raise DeatError(
@@ -105,7 +112,7 @@ class Dataset:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes for the user on skipped files, repeated or transparent images and a missing download."""
+        """Notes for the user on the folders, skipped, repeated or transparent images and a missing download."""
         known = self._statistics.transparent if self.known_fingerprint is not None else 0
         transparency = (
             f"{known} {'image has' if known == 1 else 'images have'} transparency and were composited on white"
@@ -116,7 +123,8 @@ class Dataset:
         )
         missing = f"{self.name} has not been downloaded yet" if self.is_placeholder else ""
         skipped = describe_left_out(self.left_out)
-        return tuple(filter(None, (skipped, repeated * bool(self.repeated), transparency * bool(known), missing)))
+        repeated, transparency = repeated * bool(self.repeated), transparency * bool(known)
+        return tuple(filter(None, (self.layout_note, skipped, repeated, transparency, missing)))
 
 
 @dataclass(frozen=True)
@@ -145,8 +153,8 @@ def load_data(
 
     Args:
         name: "digits", "cifar10", "cifar100" or "folder".
-        data_dir: Folder of CIFAR's files or for their download (default "data"), or the folder with
-            ``train/<class>/*`` and ``test/<class>/*``.
+        data_dir: Folder of CIFAR's files or for their download (default "data"), or the folder of
+            images, see `deat_rb.data.folder_layout.folder_layout`.
         image_size: Height and width to which a folder's images are resized (default 32). Other datasets are 32x32.
         memory_limit: Maximum size in bytes of a folder's decoded images, one byte per value. Larger datasets are not
             kept in memory but decoded by worker processes in each epoch; batches, fingerprint, mean and standard
@@ -285,65 +293,42 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
 
 
 def _folder(request: _Request) -> Dataset:
-    """Load an image folder with ``train/<class>/*`` and ``test/<class>/*``."""
+    """Load an image folder; see `folder_layout`."""
     data_dir, image_size = request.data_dir, request.image_size
     if data_dir is None:
-        raise DeatError("--dataset folder needs --data-dir: a folder with train/<class>/* and test/<class>/*")
+        raise DeatError(f"--dataset folder needs --data-dir: a folder with {LAYOUT}")
     if image_size < 1:
         raise DeatError(f"--image-size {image_size} is invalid: give 1 or more pixels")
-    for part in ("train", "test"):
-        try:
-            missing = not stat.S_ISDIR(os.stat(data_dir / part).st_mode)
-        except PermissionError as error:
-            raise DeatError(f"{data_dir / part} cannot be read: {error.strerror}") from error
-        except OSError:
-            missing = True
-        if missing:
-            raise DeatError(
-                f"--data-dir {data_dir} has no folder {part}: it must contain train/<class>/* and test/<class>/*"
-            )
-    lister = ImageLister()
-    train_files, test_files = lister.classes(data_dir / "train"), lister.classes(data_dir / "test")
-    _check_classes(train_files, test_files, data_dir)
-    repeated = lister.count_repeated(train_files, test_files)
-    classes = tuple(train_files)
-    train, test = ImageFolder.of(train_files, image_size), ImageFolder.of(test_files, image_size)
-    cache = StatisticsCache(data_dir, train, test, classes)
-    decoded = test.nbytes if request.test_only else train.nbytes + test.nbytes
+    layout, lister = folder_layout(data_dir), ImageLister()
+    files = {part: lister.classes(folder) for part, folder in layout.parts().items()}
+    check_classes(files, layout)
+    repeated = lister.count_repeated(files)
+    classes = tuple(files["train"])
+    folders = {part: ImageFolder.of(listed, image_size) for part, listed in files.items()}
+    train, test, val = folders["train"], folders["test"], folders.get("val")
+    cache = StatisticsCache(data_dir, train, test, classes, val)
+    decoded = test.nbytes if request.test_only else sum(part.nbytes for part in folders.values())
     in_memory = request.memory_limit is None or decoded <= request.memory_limit
     # The fingerprint covers the images in the order of the folder, class by class.
-    parts: tuple[LabeledImages, LabeledImages] = train, interleave_classes(test)
+    parts: tuple[LabeledImages, LabeledImages, LabeledImages | None] = train, interleave_classes(test), val
     statistics: DatasetStatistics | Callable[[], DatasetStatistics]
     if request.test_only:
         statistics = cache.read() or partial(cache.read_or_compute, request.progress)
         if in_memory:
-            parts = train, parts[1].in_memory()
+            parts = train, parts[1].in_memory(), val
     elif in_memory:
-        (held_train, some), (held_test, others) = train.decode(), test.decode()
-        statistics = replace(compute_statistics(held_train, held_test, classes), transparent=some + others)
+        held = {part: folder.decode() for part, folder in folders.items()}
+        held_train, held_test, held_val = held["train"][0], held["test"][0], held["val"][0] if val is not None else None
+        statistics = replace(
+            compute_statistics(held_train, held_test, classes, val=held_val),
+            transparent=sum(transparent for _, transparent in held.values()),
+        )
         cache.write(statistics)
-        parts = held_train, interleave_classes(held_test)
+        parts = held_train, interleave_classes(held_test), held_val
     else:
         statistics = cache.read_or_compute(request.progress)
-    return Dataset("folder", *parts, classes, statistics, augment=True, left_out=lister.left_out, repeated=repeated)
-
-
-def _check_classes(train: dict[str, list[str]], test: dict[str, list[str]], data_dir: Path) -> None:
-    differing = sorted(train.keys() ^ test.keys())
-    if differing:
-        composed = [unicodedata.normalize("NFC", name) for name in differing]
-        spelling = (
-            "" if len(set(composed)) == len(composed) else ", in different Unicode normalization forms (NFC, NFD)"
-        )
-        raise DeatError(
-            f"the class '{differing[0]}' is in only one of {data_dir / 'train'} and {data_dir / 'test'}{spelling}: "
-            "both must have the same classes"
-        )
-    if len(train) < 2:
-        raise DeatError(
-            f"{data_dir / 'train'} has {f'only one class, {min(train)}' if train else 'no classes'}: "
-            "at least two are needed, each in its own folder"
-        )
+    return Dataset("folder", parts[0], parts[1], classes, statistics, augment=True, left_out=lister.left_out,
+                   repeated=repeated, val=parts[2], layout_note=layout.note)  # fmt: skip
 
 
 DATASETS: dict[str, Callable[[_Request], Dataset]] = {

@@ -18,6 +18,10 @@ SYSTEM_FOLDERS = {"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found"
 """Folders created by operating systems and network drives; they are skipped like hidden files."""
 
 
+PARTS = {"train": "training", "test": "test", "val": "validation"}
+"""Parts of a dataset, with the adjectives for their images."""
+
+
 @cache
 def image_suffixes() -> frozenset[str]:
     """Return the file suffixes, such as ``.png``, of those `FORMATS` that the installed Pillow can read."""
@@ -93,18 +97,18 @@ class ImageLister:
         folders = sorted(self._walk(str(folder)))
         return [os.path.join(path, name) for path, names in folders for name in names]
 
-    def count_repeated(self, *parts: Mapping[str, Sequence[str]]) -> int:
+    def count_repeated(self, parts: Mapping[str, Mapping[str, Sequence[str]]]) -> int:
         """Count the links to images that are listed, too, so that they count as several images.
 
         Args:
-            parts: The result of `classes` for the training images and that for the test images.
+            parts: The result of `classes` for each part, "train", "test" and "val".
 
         Raises:
             DeatError: A link leads to an image of another part or class.
         """
         if not self._links:
             return 0
-        listed = [(path, (part, name)) for part, files in enumerate(parts) for name in files for path in files[name]]
+        listed = [(path, (part, name)) for part in parts for name in parts[part] for path in parts[part][name]]
         real_folder = cache(os.path.realpath)
         places = {
             os.path.join(real_folder(os.path.dirname(path)), os.path.basename(path)): (path, place)
@@ -116,7 +120,10 @@ class ImageLister:
             first, first_place = places.setdefault(os.path.realpath(path), (path, place))
             repeated += first != path
             if place != first_place:
-                where = "of two classes" if place[0] == first_place[0] else "in the training and the test images"
+                names = [word for part, word in PARTS.items() if part in (place[0], first_place[0])]
+                where = (
+                    "of two classes" if place[0] == first_place[0] else f"in the {names[0]} and the {names[1]} images"
+                )
                 raise DeatError(f"{first} and {path} are the same file, through a link, {where}: remove one of them")
         return repeated
 

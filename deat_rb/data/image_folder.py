@@ -23,6 +23,9 @@ from deat_rb.utils.errors import DeatError
 if TYPE_CHECKING:
     from PIL import Image
 
+ORIENTATION = 0x0112
+"""EXIF tag of the orientation: 1 for upright, 2 to 8 for turned or mirrored."""
+
 DECODING_THREADS = 4
 
 FILES_PER_TASK = 64
@@ -176,17 +179,49 @@ def _decode(path: Path, size: int) -> tuple[NDArray[np.uint8], bool]:
     """Decode as `read_image` does; also return whether the image has transparent pixels."""
     from PIL import Image, ImageOps
 
+    image = open_image(path)
+    pixels = np.asarray(ImageOps.fit(image.rgb, (size, size), Image.Resampling.BILINEAR))
+    return pixels.transpose(2, 0, 1), image.transparent
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedImage:
+    """A decoded image.
+
+    Attributes:
+        rgb: The pixels in RGB, turned as the EXIF orientation says, on white where they are transparent.
+        mode: Pillow's mode of the file, such as L or RGBA.
+        format: Format of the file, such as JPEG.
+        turned: Whether the EXIF orientation turned or mirrored it.
+        transparent: Whether it has transparent pixels.
+    """
+
+    rgb: Image.Image
+    mode: str
+    format: str
+    turned: bool
+    transparent: bool
+
+
+def open_image(path: Path) -> OpenedImage:
+    """Decode an image file at its own size.
+
+    Raises:
+        DeatError: See `read_image`.
+    """
+    from PIL import Image, ImageOps
+
     try:
         with Image.open(path) as image:
-            mode = image.mode
+            mode, kind, turned = image.mode, str(image.format), False
             if mode.startswith(("I", "F")):
                 raise DeatError(f"{path} has more than 8 bits per value, which Pillow would clip at 255: "
                                 "convert it to 8 bits")  # fmt: skip
             image.load()
             with contextlib.suppress(Exception):  # an intact image may have damaged EXIF data
+                turned = image.getexif().get(ORIENTATION, 1) in range(2, 9)
                 ImageOps.exif_transpose(image, in_place=True)
             rgb, transparent = _to_rgb(image)
-        pixels = np.asarray(ImageOps.fit(rgb, (size, size), Image.Resampling.BILINEAR))
     except DeatError:
         raise
     except Image.DecompressionBombError as error:
@@ -198,7 +233,7 @@ def _decode(path: Path, size: int) -> tuple[NDArray[np.uint8], bool]:
         if isinstance(error, OSError) and error.errno is not None:
             raise DeatError(f"{path} cannot be read: {error.strerror}") from error
         raise DeatError(f"{path} cannot be read as an image: repair or remove it") from error
-    return pixels.transpose(2, 0, 1), transparent
+    return OpenedImage(rgb, mode, kind, turned, transparent)
 
 
 def _to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:

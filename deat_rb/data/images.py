@@ -187,22 +187,20 @@ def train_val_split(train: Images, size: int, *, seed: int) -> tuple[Images, Ima
     return train.select(torch.nonzero(~held_out)[:, 0]), train.select(torch.nonzero(held_out)[:, 0])
 
 
-def subset(train: Images, size: int, seed: int) -> Images:
-    """Return a subset of training images, stratified by class, in the order of ``train``.
+def subset(train: Images, size: int, seed: int, flag: str = "--train-size") -> Images:
+    """Return a subset of images, stratified by class, in the order of ``train``.
 
     Args:
         train: The images to choose from.
         size: The number of images.
         seed: Seed of the choice.
+        flag: Name of ``size`` in the error message.
 
     Raises:
         DeatError: ``size`` is below 1 or above the number of images.
     """
     if not 1 <= size <= len(train):
-        raise DeatError(
-            f"--train-size {size} cannot be taken from {len(train)} training images: "
-            f"give a number from 1 to {len(train)}"
-        )
+        raise DeatError(f"{flag} {size} cannot be taken from {len(train)} images: give a number from 1 to {len(train)}")
     return train.select(torch.nonzero(_stratified(train.labels, size, generator(seed, "subset")))[:, 0])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -48,6 +48,7 @@ def compute_statistics(
     test: LabeledImages,
     classes: tuple[str, ...],
     *,
+    val: LabeledImages | None = None,
     normalization: Normalization | None = None,
     progress: Progress | None = None,
 ) -> DatasetStatistics:
@@ -57,6 +58,7 @@ def compute_statistics(
         train: The training images.
         test: The test images.
         classes: Names of the classes.
+        val: The dataset's own validation images, if any.
         normalization: Mean and standard deviation, if they are known.
         progress: Called after each chunk.
 
@@ -66,7 +68,8 @@ def compute_statistics(
     digest = hashlib.sha256(repr(classes).encode())
     counts = torch.zeros(train.shape[0], 256, dtype=torch.int64)
     done = transparent = 0
-    for part in (train, test):
+    parts = [train, test, *([] if val is None else [val])]
+    for part in parts:
         digest.update(repr((len(part), *part.shape)).encode())
         for images, transparent_here in part.chunks():
             digest.update(images.contiguous().numpy().data)
@@ -75,7 +78,7 @@ def compute_statistics(
             transparent += transparent_here
             done += len(images)
             if progress is not None:
-                progress(done, len(train) + len(test))
+                progress(done, sum(map(len, parts)))
         digest.update(part.labels.contiguous().numpy().data)
     mean, std = normalization or _mean_and_std(counts)
     return DatasetStatistics(digest.hexdigest(), mean, std, transparent)
@@ -106,14 +109,23 @@ class StatisticsCache:
     folder, and a cache that cannot be read or written is ignored.
     """
 
-    def __init__(self, root: Path, train: ImageFolder, test: ImageFolder, classes: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        train: ImageFolder,
+        test: ImageFolder,
+        classes: tuple[str, ...],
+        val: ImageFolder | None = None,
+    ) -> None:
         """Derive the cache key from the state of the files in ``root``.
 
         Raises:
             DeatError: A file cannot be read, for instance because it was removed.
         """
         self._parts = train, test, classes
-        self._path = _cache_folder() / f"{_state_key(root, train, test, classes)}.json"
+        self._val = val
+        parts = [train, test, *([] if val is None else [val])]
+        self._path = _cache_folder() / f"{_state_key(root, parts, classes)}.json"
 
     def read(self) -> DatasetStatistics | None:
         """Return the cached statistics, None if there are none."""
@@ -135,7 +147,7 @@ class StatisticsCache:
         """
         statistics = self.read()
         if statistics is None:
-            statistics = compute_statistics(*self._parts, progress=progress)
+            statistics = compute_statistics(*self._parts, val=self._val, progress=progress)
             self.write(statistics)
         return statistics
 
@@ -146,12 +158,12 @@ def _cache_folder() -> Path:
     return (base if base.is_absolute() else Path(os.path.expanduser("~/.cache"))) / "deat-rb" / "statistics"
 
 
-def _state_key(root: Path, train: ImageFolder, test: ImageFolder, classes: tuple[str, ...]) -> str:
+def _state_key(root: Path, parts: Sequence[ImageFolder], classes: tuple[str, ...]) -> str:
     """Return a key that depends on the state of every file, the class names and the decoder."""
     import PIL
 
-    digest = hashlib.sha256(repr((CACHE_VERSION, PIL.__version__, train.size, classes)).encode())
-    for part in (train, test):
+    digest = hashlib.sha256(repr((CACHE_VERSION, PIL.__version__, parts[0].size, classes)).encode())
+    for part in parts:
         for path in part.files():
             try:
                 facts = os.stat(path)

@@ -29,7 +29,9 @@ class DataConfig(OptionGroup):
     train_size: int | None = option(
         None, "Use only this many training images, stratified by class.", default_text="all", ge=1
     )
-    val_size: int | None = option(None, "Number of training images held out for validation.", ge=1)
+    val_size: int | None = option(
+        None, "Number of training images held out for validation; of the images in val, if a folder has its own.", ge=1
+    )
     batch_size: int = option(128, "Images per mini-batch.", ge=2)
     memory_limit: Size | None = option(
         None, "Decode a folder's images in worker processes if all together would take more memory than this, such as "

@@ -11,6 +11,7 @@ import torch
 
 from deat_rb.attacks.pgd import PGD
 from deat_rb.data.datasets import Dataset, load_data
+from deat_rb.data.folder_info import rare_classes
 from deat_rb.data.image_files import ImageLister, check_utf8
 from deat_rb.data.images import LabeledImages, subset, train_val_split
 from deat_rb.data.statistics import Progress
@@ -37,9 +38,6 @@ from deat_rb.utils.options import validate
 from deat_rb.utils.safe_load import load_state_dict
 from deat_rb.utils.units import check_eps, format_fraction
 from deat_rb.utils.versions import versions
-
-RARE = 10
-"""A class is rare if it has fewer than 1/10 as many training images as the most frequent class."""
 
 
 @dataclass(eq=False)
@@ -170,7 +168,7 @@ class TrainingPlan:
                 "increase --max-steps"
             )
         counts = [] if self.data.is_placeholder else self._counts()
-        rare = [self.data.classes[label] for label, count in enumerate(counts) if RARE * count < max(counts)]
+        rare = rare_classes(dict(zip(self.data.classes, counts, strict=True))) if counts else []
         if rare:
             named = ", ".join(f"'{name}'" for name in rare[:3]) + (f" and {len(rare) - 3} more" * (len(rare) > 3))
             warnings.append(
@@ -230,9 +228,12 @@ def plan(
             f"the data of {continues.data.dataset} differ from those of the run; restore them, or start a new run"
         )
     train_size, val_size, seed = resolved.data.train_size, resolved.data.val_size, resolved.optim.seed
-    if val_size is None:
-        val_size = default_val_size(min(train_size or len(data.train), len(data.train)))
-    train, val = train_val_split(data.train, val_size, seed=seed)
+    if data.val is not None:
+        train, val = data.train, data.val if val_size is None else subset(data.val, val_size, seed, "--val-size")
+    else:
+        if val_size is None:
+            val_size = default_val_size(min(train_size or len(data.train), len(data.train)))
+        train, val = train_val_split(data.train, val_size, seed=seed)
     if train_size is not None:
         train = subset(train, train_size, seed)
     channels, size = train.shape[0], train.shape[-1]
