@@ -195,8 +195,10 @@ class CraftStats:
         l_x: Sum over the batch of the L1 norm of each example's last input gradient, in pixel space, a 0-d tensor.
         forwards: Forward passes, in units of this mini-batch.
         backwards: Backward passes, in units of this mini-batch.
+        overflows: Number of gradients of single examples, over all steps, that overflowed in fp16 and count as zero.
     """
 
     l_x: Tensor
     forwards: float | Tensor
     backwards: float | Tensor
+    overflows: float | Tensor = 0.0

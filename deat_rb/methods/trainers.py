@@ -55,14 +55,14 @@ class AttackTrainer(Trainer):
             self._averages = uses_mean_reduction(self.crafter, images.contiguous())
 
     def craft(
-        self, images: Tensor, labels: Tensor, loss_scale: float = 1.0, fixed_size: bool = False
+        self, images: Tensor, labels: Tensor, loss_scale: float | Tensor = 1.0, fixed_size: bool = False
     ) -> tuple[Tensor, CraftStats]:
         """Generate adversarial examples for training; in train mode this updates BatchNorm's statistics.
 
         Args:
             images: As for `training_step`.
             labels: (N,).
-            loss_scale: Loss scale for the gradients of our PGD.
+            loss_scale: Loss scale for the gradients of our PGD, which halves it after an overflow if it is a tensor.
             fixed_size: Whether our PGD always passes the whole batch to the model.
 
         Returns:
@@ -105,7 +105,7 @@ class AttackTrainer(Trainer):
             else:
                 adv_logits = ddp_model(adv)
                 loss = self.loss.function(adv_logits, labels)
-        engine.backward_and_step(loss, optimizer, images)
+        engine.update(loss, optimizer)
         return BatchStats(
             examples=len(images),
             loss=loss.detach().sum(),
@@ -115,6 +115,7 @@ class AttackTrainer(Trainer):
             backwards=crafting.backwards + 1,
             updates=1,
             image_size=images[0].numel(),
+            overflows=crafting.overflows,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
+from deat_rb.training.batch_counters import BatchCounters
 from deat_rb.utils.devices import Precision, check_sync_bn
 from deat_rb.utils.distributed import World
 
@@ -25,6 +26,9 @@ _OWN_BUFFERS: dict[str, Any] = {
 
 if len(_OWN_BUFFERS) == 2:
     del _OWN_BUFFERS["broadcast_buffers"]
+
+ATTACK_SCALE = 1024.0
+"""Initial loss scale of attacks in fp16."""
 
 _GRAPH_LIMITS = ("recompile_limit", "accumulated_recompile_limit", "cache_size_limit", "accumulated_cache_size_limit")
 """torch's settings of the number of graphs per function, under the names of old and new versions."""
@@ -41,7 +45,8 @@ class Engine:
         sync_bn: Whether BatchNorm computes its statistics over all ranks instead of per rank.
 
     Attributes:
-        loss_scale: Fixed loss scale in deat-rb's own attacks, so that fp16 gradients do not underflow.
+        loss_scale: Loss scale in deat-rb's own attacks, so that fp16 gradients do not underflow; a scalar on the device
+            in fp16, where the attacks halve it after an overflow, otherwise 1.
         global_batch: Number of examples in the current batch over all ranks; None if all are on this rank.
         full_batch: Number of examples in a batch of the usual size over all ranks; None if unknown.
 
@@ -67,9 +72,10 @@ class Engine:
         self.global_batch: int | None = None
         self.full_batch: int | None = None
         self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-        self.loss_scale = 1024.0 if precision == "fp16" else 1.0
+        self.loss_scale = torch.tensor(ATTACK_SCALE, device=self.device) if precision == "fp16" else 1.0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self._replica: nn.Module | None = None
+        self.counters = BatchCounters()
 
     def sgd(self, parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float) -> SGD:
         """Return SGD for parameters on the device; on a GPU the fused version, which unscales without a device sync.
@@ -120,15 +126,18 @@ class Engine:
         return {"mode": "max-autotune-no-cudagraphs"} if self.device.type == "cuda" else {}
 
     @contextmanager
-    def sized_for(self, model: nn.Module, examples: int) -> Iterator[None]:
-        """Run a batch; one of unusual size, such as a short last batch, without torch.compile and autotuning.
+    def training_batch(self, model: nn.Module, examples: int) -> Iterator[None]:
+        """Train on a batch; one of unusual size, such as a short last batch, without torch.compile and autotuning.
 
         Args:
             model: The model.
             examples: Number of examples in the global batch. A batch larger than all earlier ones sets the usual size.
         """
         self.full_batch = max(examples, self.full_batch or 0)
-        with nullcontext() if examples == self.full_batch else self.eager(model):
+        usual = examples == self.full_batch
+        # A compiled model would be compiled anew for each number that the counters hold.
+        counting = nullcontext() if self.compiled and usual else self.counters.counting(model)
+        with nullcontext() if usual else self.eager(model), counting:
             yield
 
     @contextmanager
@@ -174,8 +183,18 @@ class Engine:
         whole[self.rank_slice(len(rows))] = rows
         return self.world.sum(whole)
 
-    def backward_and_step(self, losses: Tensor, optimizer: Optimizer, images: Tensor) -> Tensor:
+    def update(self, losses: Tensor, optimizer: Optimizer) -> None:
         """Run one backward pass and one optimizer step on the mean loss of the global batch.
+
+        Args:
+            losses: Loss per example, (N,).
+            optimizer: The optimizer of the model's parameters.
+        """
+        self._backward(losses, optimizer)
+        self._step(optimizer)
+
+    def backward_and_step(self, losses: Tensor, optimizer: Optimizer, images: Tensor) -> Tensor:
+        """Do the same as `update`, and return the gradient of the images from the same backward pass.
 
         Args:
             losses: Loss per example, (N,).
@@ -183,13 +202,10 @@ class Engine:
             images: The model's input, (N, C, H, W).
 
         Returns:
-            The gradient with respect to ``images`` from the same backward pass, unscaled; zeros if ``images`` is not a
-            leaf that requires grad. Multiplied by `loss_divisor`, it is the gradient of each example's loss.
+            The gradient with respect to ``images``, unscaled; zeros if ``images`` is not a leaf that requires grad.
+            Multiplied by `loss_divisor`, it is the gradient of each example's loss.
         """
-        loss = losses.sum() / self.loss_divisor(len(losses))
-        optimizer.zero_grad(set_to_none=True)
-        scaled = self.scaler.scale(loss)
-        scaled.backward()
+        self._backward(losses, optimizer)
         gradient = torch.zeros_like(images) if images.grad is None else images.grad
         if self.scaler.is_enabled():
             # get_scale() synchronizes with the device; the tensor that it reads does not.
@@ -198,9 +214,37 @@ class Engine:
             gradient = gradient / scale
             # By design, a growing scale overflows now and then: the step is then skipped, and the gradient zeroed.
             gradient = torch.where(gradient.isfinite().all(), gradient, torch.zeros_like(gradient))
+        self._step(optimizer)
+        return gradient
+
+    def _backward(self, losses: Tensor, optimizer: Optimizer) -> None:
+        loss = losses.sum() / self.loss_divisor(len(losses))
+        optimizer.zero_grad(set_to_none=True)
+        scaled: Tensor = self.scaler.scale(loss)
+        scaled.backward()
+
+    def _step(self, optimizer: Optimizer) -> None:
+        self.counters.write()
+        for group in optimizer.param_groups:
+            if group.get("fused"):
+                for parameter in group["params"]:
+                    if parameter.grad is not None and parameter.grad.stride() != parameter.stride():
+                        parameter.grad = _laid_out_like(parameter, parameter.grad)
         self.scaler.step(optimizer)
         self.scaler.update()
-        return gradient
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the loss scales of fp16 as JSON values; empty in other precisions."""
+        state: dict[str, Any] = self.scaler.state_dict()
+        return {**state, "attack_scale": float(self.loss_scale)} if state else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a `state_dict`; one of an earlier version has no scale of the attacks."""
+        scales = dict(state)
+        attack_scale = scales.pop("attack_scale", ATTACK_SCALE)
+        self.scaler.load_state_dict(scales)
+        if isinstance(self.loss_scale, Tensor):
+            self.loss_scale.fill_(attack_scale)
 
     def reset_peak_memory(self) -> None:
         """Reset the peak memory statistics of a GPU."""
@@ -220,6 +264,17 @@ class Engine:
             return 0
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """Return a gradient with the strides of its parameter, which torch's fused optimizers require.
+
+    They differ where a dimension of size 1, as of a 1x1 convolution, leaves the strides open; then nothing is copied.
+    """
+    pairs = zip(parameter.shape, parameter.stride(), gradient.stride(), strict=True)
+    if all(length == 1 or mine == other for length, mine, other in pairs):
+        return gradient.as_strided(parameter.shape, parameter.stride())
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 @contextmanager

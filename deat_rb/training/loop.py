@@ -182,7 +182,7 @@ class Loop:
         if world.size > 1:
             stream = seeding.generator(state.seed, *key, device=state.engine.device)
             noise = seeding.global_batch_noise(world.share(total), total, stream)
-        with noise, state.engine.sized_for(state.model, total):
+        with noise, state.engine.training_batch(state.model, total):
             stats = state.trainer.training_step(images, labels, state.optimizer, state.engine)
         state.engine.sync_buffers(state.model.buffers())
         if state.average is not None:
@@ -238,6 +238,7 @@ class Loop:
             images_per_second=sums.examples / state.seconds,
             peak_memory=state.engine.peak_memory(),
             skipped=state.skipped,
+            overflows=int(totals["overflows"]),
             processes=state.world.size,
         )
 

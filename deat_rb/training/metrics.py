@@ -11,6 +11,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from deat_rb.utils.distributed import World
 
+SUMMED = ("loss", "correct", "l_x", "forwards", "backwards", "overflows")
+
 
 @dataclass
 class BatchStats:
@@ -25,6 +27,7 @@ class BatchStats:
         backwards: Backward passes of attack and update, in units of mini-batches.
         updates: Optimizer steps.
         image_size: Number of values per image, |x| = C * H * W.
+        overflows: See `CraftStats`.
     """
 
     examples: int
@@ -35,6 +38,7 @@ class BatchStats:
     backwards: float | Tensor
     updates: int
     image_size: int
+    overflows: float | Tensor = 0.0
 
 
 class EpochAccumulator:
@@ -49,7 +53,7 @@ class EpochAccumulator:
 
     def __init__(self) -> None:
         self.examples = self.updates = self.batches = self.image_size = 0
-        self._sums: dict[str, float | Tensor] = dict.fromkeys(("loss", "correct", "l_x", "forwards", "backwards"), 0.0)
+        self._sums: dict[str, float | Tensor] = dict.fromkeys(SUMMED, 0.0)
 
     def add(self, stats: BatchStats, share: float = 1.0) -> None:
         """Add the statistics of a batch; its passes are weighted with the rank's ``share`` of the batch."""
@@ -84,6 +88,7 @@ class EpochAccumulator:
             int(parts[0][name]) for name in ("updates", "batches", "image_size")
         )
         sums.examples = sum(int(part["examples"]) for part in parts)
+        parts = [{"overflows": 0.0, **part} for part in parts]  # a checkpoint of an earlier version has none
         sums._sums.update({name: sum(float(part[name]) for part in parts) for name in sums._sums})
         return sums
 
@@ -128,6 +133,7 @@ class EpochStats:
         peak_memory: Peak memory in bytes: on the GPU in this epoch, or of the process so far.
         stopped: Reason why a stopping rule ended training here, or would have if early stopping were enabled.
         skipped: Number of batches rolled back because of NaN or Inf.
+        overflows: Number of examples' gradients, over all attack steps, that overflowed in fp16 and counted as zero.
         processes: Number of ranks.
     """
 
@@ -157,6 +163,7 @@ class EpochStats:
     peak_memory: int = 0
     stopped: str | None = None
     skipped: int = 0
+    overflows: int = 0
     processes: int = 1
 
     @classmethod

@@ -143,9 +143,7 @@ class Snapshot:
             self._averages = {name: tensor.clone() for name, tensor in state.average.tensors.items()}
             self._updates = state.average.updates.clone()
         self._tensors = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
-        self._states: tuple[dict[str, Any], dict[str, Any]] = copy.deepcopy(
-            (trainer.state_dict(), engine.scaler.state_dict())
-        )
+        self._states: tuple[dict[str, Any], dict[str, Any]] = copy.deepcopy((trainer.state_dict(), engine.state_dict()))
 
     def restore(self) -> None:
         """Restore the copied state."""
@@ -157,4 +155,4 @@ class Snapshot:
         trainer_state, scaler_state = self._states
         self._trainer.load_state_dict(trainer_state, self._tensors)
         if scaler_state:
-            self._engine.scaler.load_state_dict(scaler_state)
+            self._engine.load_state_dict(scaler_state)

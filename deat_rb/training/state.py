@@ -158,7 +158,7 @@ class SavedState(BaseModel):
         skipped: Number of batches rolled back in the current epoch.
         sums: Statistics summed over the epoch's batches, one entry per rank.
         trainer: `state_dict` of the trainer.
-        scaler: State of fp16's loss scale.
+        scaler: State of fp16's loss scales.
         settled: Epoch of `TrainingState.settled`, whose weights are the tensors ``settled.NAME``; may be None.
         kept: Epochs of `TrainingState.recent`, whose weights are the tensors ``kept.EPOCH.NAME``.
         stopped: Reason why the stopping rule ended training, or None.
@@ -196,7 +196,7 @@ def save(state: TrainingState, config: dict[str, Any]) -> Checkpoint:
         skipped=state.skipped,
         sums=state.world.all_gather(state.sums.state_dict()),
         trainer=state.trainer.state_dict(),
-        scaler=state.engine.scaler.state_dict(),
+        scaler=state.engine.state_dict(),
         settled=state.settled.row.epoch if state.settled else None,
         kept=[each.row.epoch for each in state.recent],
         stopped=state.history.stopped,
@@ -249,7 +249,7 @@ def restore(state: TrainingState, checkpoint: Checkpoint, saved: SavedState) -> 
         checkpoint.take_optimizer(state.optimizer)
         set_rate(state.optimizer, saved.lr)
         state.trainer.load_state_dict(saved.trainer, checkpoint.take("trainer"))
-        state.engine.scaler.load_state_dict(saved.scaler)
+        state.engine.load_state_dict(saved.scaler)
         state.sums = EpochAccumulator.resume_share(saved.sums, state.world)
         averages = checkpoint.take_like("average", {} if state.average is None else state.average.tensors)
         if state.average is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Literal, cast
 
 import torch
@@ -64,3 +66,26 @@ def check_sync_bn(sync_bn: bool, device: torch.device) -> None:
     """
     if sync_bn and device.type == "cpu":
         raise DeatError("--sync-bn needs GPUs, because torch synchronizes BatchNorm on GPUs only; omit it on a CPU")
+
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Compute in float32: without autocast, and on a GPU without TF32, whose products have 10 bits of precision."""
+    autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    with torch.autocast(device.type, enabled=False) if autocast else nullcontext(), _without_tf32(device):
+        yield
+
+
+@contextmanager
+def _without_tf32(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

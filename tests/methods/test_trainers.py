@@ -157,7 +157,7 @@ def test_waits_detects_synchronization() -> None:
     with Waits() as waits:
         deat_rb.create("fat-2", model).training_step(*images_and_labels(), still(model))
         float(torch.ones(1))
-    assert {"index", "_local_scalar_dense"} <= set(waits.seen)
+    assert {"nonzero", "_local_scalar_dense"} <= set(waits.seen)
 
 
 def test_attack_trainer_takes_a_loss_of_ones_own() -> None:

@@ -139,10 +139,10 @@ def test_mutation_with_an_early_update_is_noticed(name: str, monkeypatch: pytest
     """Algorithm 4, lines 6-13: all r steps come before the update."""
     craft = AttackTrainer.craft
 
-    def early(self: AttackTrainer, images: Tensor, labels: Tensor, scale: float = 1.0) -> tuple[Tensor, CraftStats]:
+    def early(self: AttackTrainer, *args: Any, **options: Any) -> tuple[Tensor, CraftStats]:
         self.crafter.steps -= 1
         try:
-            return craft(self, images, labels, scale)
+            return craft(self, *args, **options)
         finally:
             self.crafter.steps += 1
 

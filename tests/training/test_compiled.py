@@ -73,5 +73,5 @@ def test_a_run_resumed_at_a_short_batch_does_not_compile_it(counter: CompileCoun
     engine.full_batch = 6
     with engine.prepared(model):
         for examples, compiled in ((4, False), (6, True), (8, True), (6, False)):
-            with engine.sized_for(model, examples):
+            with engine.training_batch(model, examples):
                 assert hasattr(model.forward, "_torchdynamo_orig_callable") == compiled
