@@ -20,18 +20,20 @@ from torch import Tensor
 
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import read_json, write_json
-from deat_rb.utils.locks import exclusive_lock
+from deat_rb.utils.locks import HELD, exclusive_lock
 from deat_rb.utils.safe_load import load_tensors, save_tensors
 
 SETTINGS = "evaluation.json"
 
 LOCK = ".lock"
 
+LOCK_FILES = (LOCK, LOCK + HELD)
+
 FORMAT = "2"
 """Format version; part of the settings, so that folders in another format are not resumed."""
 
 _BATCH = re.compile(r"[0-9a-f]{5,16}\.safetensors")
-_OWN = re.compile(rf"{re.escape(SETTINGS)}|{_BATCH.pattern}|{re.escape(LOCK)}|\..*\.tmp")
+_OWN = re.compile(rf"{re.escape(SETTINGS)}|{_BATCH.pattern}|{'|'.join(map(re.escape, LOCK_FILES))}|\..*\.tmp")
 
 
 class ResumeStore:
@@ -163,7 +165,7 @@ def _clear(folder: Path, *, lock: bool = False) -> None:
     """Remove the store's files, the settings first, and with ``lock`` the lock file and the folder as well."""
     (folder / SETTINGS).unlink(missing_ok=True)
     for name in os.listdir(folder):
-        if _OWN.fullmatch(name) and (lock or name != LOCK):
+        if _OWN.fullmatch(name) and (lock or name not in LOCK_FILES):
             (folder / name).unlink(missing_ok=True)
     if lock:
         with contextlib.suppress(OSError):

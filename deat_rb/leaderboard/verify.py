@@ -19,10 +19,11 @@ from deat_rb.leaderboard.weights import check_hash, load_network
 from deat_rb.models.class_names import match_classes
 from deat_rb.models.spec import ModelSpec
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.locks import HELD
 from deat_rb.utils.text import printable
 from deat_rb.utils.units import parse_fraction
 
-OTHER_FILES = ("README.md", "LICENSE", ".gitignore", ".gitattributes", ".lock", INDEX)
+OTHER_FILES = ("README.md", "LICENSE", ".gitignore", ".gitattributes", ".lock", f".lock{HELD}", INDEX)
 """Files in a board's folder that belong to no entry."""
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from deat_rb.utils.errors import DeatError
 
+HELD = ".held"
+"""Suffix of the file that is the lock where the operating system has no file locks."""
+
 
 @contextmanager
 def exclusive_lock(path: Path, *, busy: str = "", failed: str = "") -> Iterator[None]:
@@ -15,7 +18,8 @@ def exclusive_lock(path: Path, *, busy: str = "", failed: str = "") -> Iterator[
 
     Args:
         path: The lock file, created if it is missing and never removed. Without the operating system's locks, the
-            existence of ``<path>.held`` is the lock, because ``path`` itself is left behind where there are such locks.
+            existence of another file, ``path`` with the suffix `HELD`, is the lock, because ``path`` itself is left
+            behind by systems that have such locks.
         busy: The error message if another process holds the lock; if empty, wait until it is released.
         failed: The error message if the file cannot be opened or locked; the cause is appended in parentheses.
 
@@ -25,7 +29,7 @@ def exclusive_lock(path: Path, *, busy: str = "", failed: str = "") -> Iterator[
     from filelock import FileLock, SoftFileLock, Timeout
 
     soft = issubclass(FileLock, SoftFileLock)
-    lock = FileLock(f"{path}.held" if soft else path, thread_local=False)
+    lock = FileLock(f"{path}{HELD}" if soft else path, thread_local=False)
     try:
         lock.acquire(timeout=0 if busy else -1)
     except Timeout:
