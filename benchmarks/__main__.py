@@ -56,6 +56,7 @@ class Results:
     memory: list[dict[str, Any]] = field(default_factory=list)
     overhead: list[dict[str, Any]] = field(default_factory=list)
     evaluation: list[dict[str, Any]] = field(default_factory=list)
+    busy: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Progress:
@@ -106,6 +107,9 @@ def _names(context: click.Context, parameter: click.Parameter, text: str | None)
     is_flag=True,
     help="Also time PGD-100 against torchattacks and AutoAttack against RobustBench.",
 )
+@click.option(
+    "--busy", is_flag=True, help="Also time training and evaluation beside busy loops, with settings of OpenMP."
+)
 @click.option("--run", type=click.Path(path_type=Path), help="Run to evaluate; by default a network is trained for it.")
 @click.option(
     "--images", type=click.IntRange(min=1), default=500, show_default=True, help="Number of images to evaluate."
@@ -124,6 +128,7 @@ def main(
     memory: bool,
     overhead: bool,
     evaluation: bool,
+    busy: bool,
     no_autoattack: bool,
     json_path: Path | None,
     quick: bool,
@@ -141,9 +146,9 @@ def main(
     try:
         if json_path is not None and not json_path.parent.is_dir():
             raise DeatError(f"--json {json_path} cannot be written: create the folder {json_path.parent} first")
-        if not (evaluation or memory or overhead) and no_speed:
-            raise DeatError("--no-speed leaves nothing to measure: add --memory, --overhead or --eval")
-        parts = {"speed": not no_speed, "memory": memory, "overhead": overhead, "evaluation": evaluation}
+        if not (evaluation or memory or overhead or busy) and no_speed:
+            raise DeatError("--no-speed leaves nothing to measure: add --memory, --overhead, --eval or --busy")
+        parts = {"speed": not no_speed, "memory": memory, "overhead": overhead, "evaluation": evaluation, "busy": busy}
         results = measure(options, threads, [name for name, asked in parts.items() if asked])
     except DeatError as error:
         raise UserError(str(error)) from None
@@ -180,9 +185,10 @@ def measure(options: Options, threads: int | None, parts: list[str]) -> Results:
     console.print(f"{options.arch}, batches of {options.batch_size}, {options.repeats} rounds\n")
     progress = Progress()
     for part in parts:
-        {"speed": _speed, "memory": _memory, "overhead": _overhead, "evaluation": _evaluation}[part](
-            options, device, results, console, progress
-        )
+        run = {"speed": _speed, "memory": _memory, "overhead": _overhead, "evaluation": _evaluation, "busy": _busy}[
+            part
+        ]
+        run(options, device, results, console, progress)
     return results
 
 
@@ -282,6 +288,19 @@ def _evaluation(options: Options, device: Any, results: Results, console: Consol
     console.print(f"Evaluated: {target.source}")
     console.print(evaluation_table(found))
     results.evaluation = [asdict(each) | {"speedup": each.speedup} for each in found]
+
+
+def _busy(options: Options, device: Any, results: Results, console: Console, progress: Progress) -> None:
+    from benchmarks import busy
+    from benchmarks.tables import busy_table
+
+    found = list(busy.measure(options.repeats, notify=progress))
+    progress.done()
+    console.print(busy_table(found))
+    results.busy = [asdict(each) | {"quotient": each.quotient} for each in found]
+
+
+PARTS = {"speed": _speed, "memory": _memory, "overhead": _overhead, "evaluation": _evaluation, "busy": _busy}
 
 
 if __name__ == "__main__":

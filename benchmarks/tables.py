@@ -8,6 +8,7 @@ from statistics import median
 from rich import box
 from rich.table import Table
 
+from benchmarks import busy
 from benchmarks.evaluation import Comparison
 from benchmarks.memory import MEMORY_TARGET, Memory
 from benchmarks.overhead import OVERHEAD_TARGET, Overhead
@@ -126,6 +127,23 @@ def evaluation_table(found: Sequence[Comparison]) -> Table:
             f"{each.theirs_accuracy:.1%}",
             f"{each.ours_accuracy:.1%}",
             verdicts if each.equal else f"{verdicts} (different starts)",
+        )
+    return table
+
+
+def busy_table(rows: Sequence[busy.Row]) -> Table:
+    """Return the table of settings of OpenMP; the command's choice is marked with a star."""
+    names = list(rows[0].times) if rows else []
+    table = _table(
+        "A CPU that others use, seconds (median)", "workload", "busy loops", "others running", *names, "quotient"
+    )
+    for row in rows:
+        table.add_row(
+            f"{row.kind}, {row.arch}",
+            str(row.loops),
+            f"{row.others:.1f}",
+            *(f"{median(row.times[name]):.2f}{'*' if name == row.ours else ''}" for name in names),
+            at_most(row.quotient, row.target),
         )
     return table
 

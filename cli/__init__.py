@@ -13,6 +13,7 @@ import click
 
 from deat_rb import __version__
 from deat_rb.utils.errors import DeatError, Interrupted, did_you_mean
+from deat_rb.utils.threads import share_cpu
 
 COMMANDS = {
     "train": ("train", "Train a network with one of the methods."),
@@ -55,6 +56,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
+        share_cpu()  # before the command's module imports torch
         module = COMMANDS[cmd_name][0]
         command = getattr(import_module(f"{__name__}.{module}"), module)
         assert isinstance(command, click.Command)

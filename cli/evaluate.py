@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .network_options import description, import_from_current_folder, network_options
-from .options import attack_names, fraction_list, json_file, size
+from .options import attack_names, fraction_list, json_file, size, threads_option
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +49,7 @@ def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> N
 @click.option(
     "--device", default="auto", show_default=True, metavar="NAME", help="Device: auto, cpu, cuda, cuda:1, mps, ..."
 )
+@threads_option
 @click.option("--checks", default="quick", show_default=True, metavar="[none|quick|full]",
               help="Level of sanity checks.")  # fmt: skip
 @click.option("--strict", is_flag=True, help="Exit with status 1 if a check warns or fails.")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from .options import threads_option
+
 DEFAULT = Path("leaderboard")
 _board = click.option("--board", type=click.Path(path_type=Path), metavar="DIR", help="[default: leaderboard]")
 
@@ -92,6 +94,7 @@ def build(context: click.Context, board: Path | None) -> None:
 @click.option(
     "--device", default="auto", show_default=True, metavar="NAME", help="Device: auto, cpu, cuda, cuda:1, mps, ..."
 )
+@threads_option
 @click.pass_context
 def verify(
     context: click.Context,

@@ -120,3 +120,16 @@ def json_file(text: str) -> Path:
     if not path.parent.is_dir():
         raise click.BadParameter(f"the folder '{path.parent}' for '{path.name}' does not exist; create it")
     return path
+
+
+def _use_threads(context: click.Context, parameter: click.Parameter, threads: int | None) -> None:
+    from deat_rb.utils.threads import cpu_threads
+
+    context.with_resource(cpu_threads(threads))
+
+
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), metavar="N", expose_value=False, callback=_use_threads,
+    help="CPU threads, at most one per processor; by default one per processor.",
+)  # fmt: skip
+"""The option ``--threads`` of commands that do not train; the number applies while the command runs."""

@@ -15,6 +15,7 @@ import click
 from deat_rb.utils.errors import DeatError, Interrupted
 
 from .network_options import description, import_from_current_folder, network_options
+from .options import threads_option
 from .progress import ImageProgress
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def _csv_file(text: str) -> Path:
 @click.option(
     "--device", default="auto", show_default=True, metavar="NAME", help="Device: auto, cpu, cuda, cuda:1, mps, ..."
 )
+@threads_option
 @network_options
 @click.pass_context
 def predict(

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from .network_options import numbers
+from .options import threads_option
 
 
 @click.command("submit")
@@ -58,6 +59,7 @@ from .network_options import numbers
 @click.option(
     "--device", default="auto", show_default=True, metavar="NAME", help="Device: auto, cpu, cuda, cuda:1, mps, ..."
 )
+@threads_option
 def submit(
     target: Path,
     board: Path,

@@ -66,6 +66,11 @@ def train(
         raise DeatError(
             f"--seed {explicit['seed']} and --seeds {','.join(map(str, seeds))} are mutually exclusive; give only one"
         )
+    if "threads" in explicit and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise DeatError(
+            f"--threads {explicit['threads']} is for a single rank; for several, set the environment variable "
+            "OMP_NUM_THREADS instead"
+        )
     if resume is not None:
         if config is not None or name is not None or seeds or dry_run:
             raise DeatError("--resume cannot be combined with --config, --name, --seeds or --dry-run: omit those")

@@ -36,6 +36,7 @@ from deat_rb.utils.distributed import World, world
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.options import validate
 from deat_rb.utils.safe_load import load_state_dict
+from deat_rb.utils.threads import thread_count
 from deat_rb.utils.units import check_eps, format_fraction
 from deat_rb.utils.versions import versions
 
@@ -121,6 +122,7 @@ class TrainingPlan:
         parameters = sum(parameter.numel() for parameter in self.trainer.model.parameters())
         weights = f", weights from {self.config.model.init_from}" if self.config.model.init_from else ""
         ranks = f", {self.ranks} ranks" if self.ranks > 1 else ""
+        threads = f", {runtime.threads} thread{'s' if runtime.threads > 1 else ''}" if runtime.threads else ""
         compiled = ", compiled" if runtime.compile else ""
         per_replay = ", updated after each replay" if attack.lr_per_replay else ""
         alpha = "" if self.trainer.alpha is None else f", alpha = {format_fraction(self.trainer.alpha)}"
@@ -139,7 +141,7 @@ class TrainingPlan:
             *([] if optim.ema is None else [
                 ("average", f"exponential moving average of the weights, decay {optim.ema:g}, after every update")
             ]),
-            ("precision", f"{runtime.precision} on {resolve_device(runtime.device)}{ranks}{compiled}"),
+            ("precision", f"{runtime.precision} on {resolve_device(runtime.device)}{threads}{ranks}{compiled}"),
             ("model", f"{self.config.model.arch}, {parameters:,} parameters, {self.config.network.num_classes} classes"
                       f"{weights}"),
             ("data", f"{data.dataset}: {len(self.train):,} training, {len(self.val):,} validation, "
@@ -298,6 +300,7 @@ def resolve(options: TrainOptions) -> TrainOptions:
         "eps": check_eps(explicit.get("eps", defaults.eps), "--eps"),
         "arch": arch,
         "precision": resolve_precision(explicit.get("precision", setting["precision"]), device),
+        "threads": thread_count(options.runtime.threads) if ranks == 1 and device.type == "cpu" else None,
     }
     resolved = validate(TrainOptions, values)
     check_layout(resolved.optim.lr_schedule, resolved.optim.lr_epochs, "--lr-epochs")

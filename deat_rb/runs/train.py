@@ -118,6 +118,10 @@ def resume(
                 f"the run began with an earlier version, in which the attack of {config.attack.method} started "
                 "elsewhere (docs/methods.md), and continues with today's start; start a new run for comparable results",
             )
+        threads, usable = config.runtime.threads, planned.config.runtime.threads
+        if "threads" not in changes and threads is not None and usable is not None and usable < threads:
+            _warn(callbacks, f"the run used {threads} threads, but there are only {usable} processors here; the number "
+                  "of threads affects rounding")  # fmt: skip
         if longer.optim.epochs != config.optim.epochs:
             layout = longer.optim.lr_epochs
             milestones = f"; the learning rate keeps the milestones for {layout} epochs" if layout else ""

@@ -26,6 +26,7 @@ from deat_rb.utils.devices import resolve_device, resolve_precision
 from deat_rb.utils.distributed import world
 from deat_rb.utils.errors import DeatError, did_you_mean
 from deat_rb.utils.options import validate
+from deat_rb.utils.threads import cpu_threads
 
 
 def fit(
@@ -84,7 +85,8 @@ def fit(
     if not resume:
         trainer.reset_schedule()
     try:
-        with seeding.preserved(), engine.prepared(trainer.model):
+        threads = cpu_threads(runtime.threads if ranks.size == 1 else None)
+        with seeding.preserved(), threads, engine.prepared(trainer.model):
             optimizer = engine.sgd(
                 trainer.model.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
             )

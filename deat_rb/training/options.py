@@ -37,6 +37,10 @@ class RuntimeConfig(OptionGroup):
     device: str = option(
         "auto", "Device: cpu, cuda, cuda:1, mps or auto, the best available.", metavar="NAME", may_change=True
     )
+    threads: int | None = option(
+        None, "CPU threads, at most one per processor; affects rounding. With several ranks, set OMP_NUM_THREADS.",
+        default_text="one per processor", may_change=True, ge=1,
+    )  # fmt: skip
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "fp32", "Floating-point precision; auto is bf16 or fp16 if the hardware supports it."
     )

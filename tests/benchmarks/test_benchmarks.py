@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import evaluation, problem, speed
+from benchmarks import busy, evaluation, problem, speed
 from benchmarks.limit import Limit, Pass, observed
 from benchmarks.published import LOOPS, PublishedLoop, family
 from benchmarks.speed import Row
@@ -23,6 +24,7 @@ from deat_rb import create
 from deat_rb.methods.registry import known_methods
 from deat_rb.utils import seeding
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.threads import BUSY
 
 ROOT = Path(__file__).parents[2]
 LR = 0.05
@@ -69,6 +71,31 @@ def test_row_properties() -> None:
     assert row.passes_per_second == 2
     assert row.speedup == 3  # 3, 4, 2
     assert row.of_limit == pytest.approx(0.8)  # 0.75, 0.8, 1
+
+
+def test_busy_row_compares_with_the_default_or_with_the_best_setting() -> None:
+    times = {busy.BEFORE: [2.0, 2.0, 9.0], "short": [2.2, 2.1, 2.2], "one": [4.0], "passive": [2.0]}
+    quiet = busy.Row("training", "wrn-10-1", loops=0, others=0.0, ours="short", times=times)
+    assert quiet.quotient == pytest.approx(1.1)
+    assert quiet.target == 1.1
+    beside = busy.Row("training", "preactresnet18", loops=4, others=0.0, ours="one", times=times | {"passive": [1.6]})
+    assert (beside.quotient, beside.target) == (2.5, 1.2)
+
+
+@pytest.mark.slow
+def test_busy_times_a_workload_without_and_with_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    loops: list[int] = []
+
+    def busy_loops(count: int) -> AbstractContextManager[None]:
+        loops.append(count)
+        return nullcontext()
+
+    monkeypatch.setattr(busy, "_busy_loops", busy_loops)
+    monkeypatch.setattr(busy, "processors", lambda: 3)
+    settings = {"one thread": {"OMP_NUM_THREADS": "1"}, "passive": BUSY}
+    rows = list(busy.measure(1, settings=settings, workloads=[("training", "wrn-10-1")]))
+    assert [row.loops for row in rows] == loops == [0, 6]
+    assert all(seconds > 0 for row in rows for times in row.times.values() for seconds in times)
 
 
 def test_check_methods_has_a_loop_for_every_method() -> None:

@@ -136,7 +136,7 @@ def test_lines_state_the_plan() -> None:
     assert lines["method"].startswith("deat-3 (section 4.1")
     assert "eps = 8/255, alpha = 10/255" in lines["attack"]
     assert lines["setting"] == "fast: 24 epochs, cyclic LR up to 0.1"
-    assert lines["precision"] == "fp32 on cpu"
+    assert lines["precision"] == "fp32 on cpu, 1 thread"
     assert "64 training, 16 validation, 500 test images of 32x32" in lines["data"]
     assert lines["result"] == "the weights of the last epoch"
     # 3 * (1 + ... + 8) = 108 replays of 2 batches.
@@ -171,7 +171,7 @@ def test_default_name_is_a_file_name() -> None:
         ({"method": "u-fgsm", "early_stopping": False}, "stop", "only recorded"),
         ({"momentum": 0.5, "weight_decay": 0, "seed": 3}, "optimizer", "momentum 0.5, weight decay 0, batches of 32, "
          "seed 3"),
-        ({"compile": True}, "precision", "fp32 on cpu, compiled"),
+        ({"compile": True}, "precision", "fp32 on cpu, 1 thread, compiled"),
     ],
 )  # fmt: skip
 def test_lines_state_the_values_that_run(options: dict[str, Any], line: str, text: str) -> None:

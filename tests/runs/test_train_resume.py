@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from children import run_in_child
 from resumed_runs import Stops
 from small_runs import SMALL, identical
@@ -22,7 +23,8 @@ from deat_rb.runs.train import resume, train
 from deat_rb.training import checkpoint
 from deat_rb.training.base import Stop
 from deat_rb.training.callbacks import Callback
-from deat_rb.training.metrics import EpochStats
+from deat_rb.training.metrics import EpochAccumulator, EpochStats
+from deat_rb.utils import threads
 from deat_rb.utils.distributed import World
 from deat_rb.utils.errors import DeatError, Interrupted
 
@@ -141,6 +143,36 @@ def test_resume_warns_of_other_versions(stopped: Path) -> None:
     _, history = resume(stopped, {}, callbacks=[callback], trust_code=True)
     assert callback.warnings == [f"torch is {versions['torch']} here, but the run started with 1.0"]
     assert len(history.rows) == 2
+
+
+class Threads(Stops):
+    """Record the number of CPU threads of each batch."""
+
+    def __init__(self) -> None:
+        super().__init__(10**6)
+        self.used: set[int] = set()
+
+    def on_batch_end(self, sums: EpochAccumulator) -> None:
+        self.used.add(torch.get_num_threads())
+
+
+@pytest.mark.parametrize(
+    ("recorded", "given", "used", "kept", "warned"),
+    [(2, {}, 2, 2, False), (64, {}, 3, 64, True), (2, {"threads": 1}, 1, 1, False)],
+)
+def test_resume_keeps_the_number_of_threads(
+    recorded: int, given: dict[str, int], used: int, kept: int, warned: bool, stopped: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    assert RunDirectory.open(stopped).config.runtime.threads == torch.get_num_threads() == 1
+    monkeypatch.setattr(threads, "processors", lambda: 3)
+    edit(stopped, threads=recorded)
+    callback = Threads()
+    run, _ = resume(stopped, given, callbacks=[callback], trust_code=True)
+    assert callback.used == {used}
+    assert RunDirectory.open(run.path).config.runtime.threads == kept
+    warning = "the run used 64 threads, but there are only 3 processors here; the number of threads affects rounding"
+    assert callback.warnings == [warning] * warned
 
 
 def test_resume_refuses_changed_data(image_folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,112 @@
+"""Threads of torch on a CPU: their number, and how long they spin while they wait for each other.
+
+`share_cpu` must be called before torch is loaded, so this module imports torch only inside functions.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+QUIET = {"GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "1"}
+"""How long a waiting thread spins before it sleeps, if there are enough processors: a fraction of a millisecond with
+GNU's libgomp, which torch's packages for Linux contain, and one with LLVM's and Intel's, which others contain."""
+
+BUSY = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Both runtimes: waiting threads sleep at once."""
+
+POLICIES = (*BUSY, *QUIET)
+"""Environment variables that determine how threads wait."""
+
+COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""Environment variables that determine the number of threads."""
+
+
+def share_cpu() -> dict[str, str]:
+    """Set environment variables with which torch's threads leave the CPU to others while they wait for each other.
+
+    By default, waiting threads spin for milliseconds. Where other processes need the CPU, a spinning thread takes time
+    from the threads that it waits for, and training becomes many times slower. Therefore they spin for a shorter time,
+    and not at all if other processes are using the CPU now; results do not change. In a container with a quota of fewer
+    processors than the machine has, there are only as many threads as processors in the quota. See docs/shared_cpu.md.
+
+    OpenMP reads the variables when torch is loaded, so call this before torch is imported. The command `deat-rb` does.
+
+    Returns:
+        The variables that were set: none if torch is loaded already, and none that the environment determines.
+    """
+    chosen: dict[str, str] = {}
+    if "torch" in sys.modules:
+        return chosen
+    if not any(name in os.environ for name in POLICIES):
+        chosen |= waiting()
+    if not any(name in os.environ for name in COUNTS) and processors() < _affinity():
+        chosen["OMP_NUM_THREADS"] = str(processors())
+    os.environ.update(chosen)
+    return chosen
+
+
+def processors() -> int:
+    """Return the number of processors that this process may use, according to its affinity and its container's quota.
+
+    A quota of 1.5 processors counts as 2.
+    """
+    quota = _quota()
+    return _affinity() if quota == math.inf else max(1, min(_affinity(), math.ceil(quota)))
+
+
+def waiting() -> dict[str, str]:
+    """Return `BUSY` if there are fewer processors than threads of this process and of others together, else `QUIET`."""
+    lacking = running_elsewhere() + processors() - (os.cpu_count() or 1)
+    return BUSY if lacking > max(0.5, 0.1 * processors()) else QUIET
+
+
+def running_elsewhere(file: Path = Path("/proc/stat"), samples: int = 10) -> float:
+    """Return the mean number of other threads that run or wait for a processor, over 50 ms; 0 if it is not known."""
+    running = 0
+    for _ in range(samples):
+        time.sleep(0.005)
+        try:
+            lines = file.read_text(encoding="ascii").splitlines()
+        except OSError:  # not Linux: the mean over the last minute
+            return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        running += next((int(line.split()[1]) for line in lines if line.startswith("procs_running ")), 1) - 1
+    return running / samples
+
+
+def _affinity() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _quota(folder: Path = Path("/sys/fs/cgroup")) -> float:
+    """Return the container's quota of processors; infinity if there is none."""
+    try:
+        quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
+        return int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):  # not Linux, or "max": no quota
+        return math.inf
+
+
+def thread_count(threads: int | None) -> int:
+    """Return the number of threads to use: ``threads``, but at most one per processor; by default torch's own."""
+    import torch
+
+    return torch.get_num_threads() if threads is None else min(threads, processors())
+
+
+@contextmanager
+def cpu_threads(threads: int | None) -> Iterator[None]:
+    """Use `thread_count` threads within the context."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(thread_count(threads))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
