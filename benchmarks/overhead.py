@@ -94,7 +94,7 @@ class Beside:
             ImageSet(pixels, true_labels),
             len(images),
             shuffle=True,
-            augment=True,
+            augmentation="crop-flip",
             device=problem.device,
             memory_format=torch.channels_last,
         )

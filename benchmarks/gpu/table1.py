@@ -29,7 +29,7 @@ def _data(session: Session) -> Dataset:
     if cache.exists():
         saved = torch.load(cache, weights_only=True)
         train, test = (ImageSet(saved[f"{part}_images"], saved[f"{part}_labels"]) for part in ("train", "test"))
-        return Dataset("folder", train, test, **{name: saved[name] for name in _REST}, augment=True)
+        return Dataset("folder", train, test, **{name: saved[name] for name in _REST})
     began = time.monotonic()
     data = load_data("folder", data_dir=session.options.data)
     parts = {f"{part}_{name}": getattr(getattr(data, part).in_memory(), name)
@@ -60,7 +60,7 @@ def table1(session: Session) -> None:
     if options.train_size:
         train = subset(train, options.train_size, 0)
     spec = model_spec(options.arch, num_classes=len(data.classes), image_size=32, mean=data.mean, std=data.std)
-    batches = Batches(train, options.batch_size, shuffle=True, augment=True, seed=0, device=session.device,
+    batches = Batches(train, options.batch_size, shuffle=True, augmentation="crop-flip", seed=0, device=session.device,
                       memory_format=torch.channels_last)  # fmt: skip
     stop_batch = Batches(val.first(min(128, len(val))), 128, device=session.device)
     per_pass = 0.0

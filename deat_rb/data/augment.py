@@ -1,20 +1,127 @@
-"""Random crop and horizontal flip of a batch."""
+"""Augmentation of batches of training images."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from deat_rb.utils.errors import DeatError, did_you_mean
+from deat_rb.utils.seeding import derive, generator
+
 PADDING = 4
 
+AUGMENTATIONS = {
+    "none": "none",
+    "flip": "horizontal flips",
+    "crop-flip": "random crops of images padded by 4 pixels, horizontal flips",
+    "cutout": "crops and flips; a black square of half the height (Cutout)",
+    "trivialaugment": "crops and flips; one random operation per image (TrivialAugment)",
+    "randaugment": "crops and flips; two random operations per image (RandAugment)",
+    "autoaugment": "crops and flips; AutoAugment's policy for CIFAR-10",
+    "resized-crop": "crops of 8 to 100 % of the area, resized to the full size, horizontal flips",
+}
+"""Names of the augmentations, with descriptions."""
 
-def _augment(images: Tensor, stream: torch.Generator, size: int, own: slice) -> Tensor:
-    """Draw crops and flips for a global batch of ``size`` images, and apply those of this rank's part, ``own``."""
-    offsets = torch.randint(0, 2 * PADDING + 1, (2, size), generator=stream)
-    flipped = torch.randint(0, 2, (1, size), generator=stream)
-    top, left, flip = torch.cat((offsets, flipped))[:, own].to(images.device, non_blocking=True)
-    return crop_and_flip(images, top, left, flip > 0)
+
+def augment(name: str, images: Tensor, *, seed: int, epoch: int, batch: int, size: int, own: slice) -> Tensor:
+    """Augment one rank's part of a global batch.
+
+    Each image is augmented by itself; the result depends on the seed, the epoch, the batch and the position of the
+    image in the global batch. TrivialAugment, RandAugment, AutoAugment and resized crops are torchvision's v2
+    transforms, on the images' device.
+
+    Args:
+        name: A key of `AUGMENTATIONS`.
+        images: The images of this rank, uint8 (n, C, H, W).
+        seed: Seed of the run.
+        epoch: Number of the epoch.
+        batch: Number of the batch in the epoch.
+        size: Number of images of the global batch.
+        own: This rank's part of the global batch.
+
+    Returns:
+        The augmented images, uint8 (n, C, H, W).
+    """
+    if name == "none":
+        return images
+    stream = generator(seed, "augment", epoch, batch)
+    if name == "flip":
+        flips = torch.randint(0, 2, (1, size), generator=stream)[:, own].to(images.device, non_blocking=True)
+        return torch.where(flips[0, :, None, None, None] > 0, images.flip(-1), images)
+    if name != "resized-crop":
+        offsets = torch.randint(0, 2 * PADDING + 1, (2, size), generator=stream)
+        flipped = torch.randint(0, 2, (1, size), generator=stream)
+        top, left, flip = torch.cat((offsets, flipped))[:, own].to(images.device, non_blocking=True)
+        images = crop_and_flip(images, top, left, flip > 0)
+    if name == "crop-flip":
+        return images
+    if name == "cutout":
+        rows = torch.randint(0, images.shape[2], (1, size), generator=stream)
+        columns = torch.randint(0, images.shape[3], (1, size), generator=stream)
+        row, column = torch.cat((rows, columns))[:, own].to(images.device, non_blocking=True)
+        return cut_out(images, row, column, images.shape[2] // 2)
+    transform = _transform(name, images.shape[2], images.shape[3])
+    before = torch.get_rng_state()
+    try:  # torchvision's transforms draw from the CPU's global generator
+        augmented = []
+        for position, image in enumerate(images, own.start):
+            torch.default_generator.manual_seed(derive(seed, "augment", epoch, batch, position))
+            augmented.append(transform(image))
+        return torch.stack(augmented)
+    finally:
+        torch.set_rng_state(before)
+
+
+@cache
+def _transform(name: str, height: int, width: int) -> Callable[[Tensor], Tensor]:
+    """Return torchvision's transform of one image."""
+    from torchvision.transforms import v2
+
+    if name == "resized-crop":
+        chain: Any = v2.Compose([v2.RandomResizedCrop((height, width), antialias=True), v2.RandomHorizontalFlip()])
+    else:
+        chain = {
+            "trivialaugment": v2.TrivialAugmentWide,
+            "randaugment": v2.RandAugment,
+            "autoaugment": lambda: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
+        }[name]()
+    return chain  # type: ignore[no-any-return]  # torchvision is untyped
+
+
+def check_augmentation(name: str) -> None:
+    """Check that an augmentation exists.
+
+    Raises:
+        DeatError: It does not.
+    """
+    if name not in AUGMENTATIONS:
+        raise DeatError(f"--augment {name} is unknown: {did_you_mean(name, AUGMENTATIONS)}")
+
+
+def cut_out(images: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:
+    """Set a square of each image to zero (DeVries & Taylor 2017); at the border, a part of the square is outside.
+
+    Args:
+        images: Images (N, C, H, W) of any dtype.
+        row: Row of the center of each square, (N,) int64.
+        column: Column of the center, (N,) int64.
+        side: Side of the squares; they begin ``side // 2`` pixels before the center.
+
+    Returns:
+        The images with the squares, (N, C, H, W).
+    """
+
+    def inside(length: int, center: Tensor) -> Tensor:
+        distance = torch.arange(length, device=images.device) - center[:, None]
+        return (distance >= -(side // 2)) & (distance < side - side // 2)
+
+    square = inside(images.shape[2], row)[:, :, None] & inside(images.shape[3], column)[:, None, :]
+    return images.masked_fill(square[:, None], 0)
 
 
 def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:

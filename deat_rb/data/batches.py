@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from deat_rb.data.augment import _augment
+from deat_rb.data.augment import augment, check_augmentation
 from deat_rb.data.images import LabeledImages
 from deat_rb.utils.distributed import share
 from deat_rb.utils.errors import DeatError
@@ -28,7 +28,7 @@ class Batches:
         batch_size: int,
         *,
         shuffle: bool = False,
-        augment: bool = False,
+        augmentation: str = "none",
         seed: int = 0,
         device: torch.device | str = "cpu",
         drop_last: bool = False,
@@ -42,7 +42,7 @@ class Batches:
             data: The images.
             batch_size: Images per global batch, over all ranks; the last batch may be smaller.
             shuffle: Whether to reshuffle the images in every epoch.
-            augment: Whether to pad each image with 4 zeros, crop it at random and flip it with probability 1/2.
+            augmentation: A key of `deat_rb.data.augment.AUGMENTATIONS`.
             seed: Seed of order and augmentation.
             device: Device of the batches.
             drop_last: Whether to drop a smaller last batch.
@@ -51,9 +51,10 @@ class Batches:
             processes: Number of ranks.
 
         Raises:
-            DeatError: ``batch_size`` is below 1, there are fewer training images than one batch needs, or a batch has
-                fewer images than there are ranks.
+            DeatError: ``batch_size`` is below 1, there is no such augmentation, there are fewer training images than
+                one batch needs, or a batch has fewer images than there are ranks.
         """
+        check_augmentation(augmentation)
         if batch_size < 1:
             raise DeatError(f"--batch-size {batch_size} is below 1: give 1 or more")
         if (shuffle or drop_last) and len(data) < batch_size:
@@ -63,7 +64,7 @@ class Batches:
             )
         self.batch_size = batch_size
         self.shuffle = shuffle
-        self.augment = augment
+        self.augmentation = augmentation
         self.seed = seed
         self.drop_last = drop_last
         self.memory_format = memory_format
@@ -141,9 +142,8 @@ class Batches:
             own = self._share(number)
             windows.append(slice(number * self.batch_size + own.start, number * self.batch_size + own.stop))
         for number, (images, labels) in zip(numbers, self._read(order, windows), strict=True):
-            if self.augment:
-                stream = generator(self.seed, "augment", epoch, number)
-                images = _augment(images, stream, self.examples_in(number), self._share(number))
+            images = augment(self.augmentation, images, seed=self.seed, epoch=epoch, batch=number,
+                             size=self.examples_in(number), own=self._share(number))  # fmt: skip
             yield images.to(torch.float32).div_(255).contiguous(memory_format=self.memory_format), labels
 
     def _share(self, number: int) -> slice:

@@ -42,7 +42,6 @@ class Dataset:
         test: The test images, of the same size; for a folder, classes are interleaved.
         classes: Class names, indexed by label.
         statistics: Fingerprint, mean and standard deviation, or a function that computes them from all images.
-        augment: Whether training images are cropped and flipped at random.
         left_out: Number of skipped files of a folder, by reason; see `deat_rb.data.image_files.ImageLister`.
         repeated: Number of a folder's images that are links to other images of their class.
         is_placeholder: Whether the images are black because the dataset was not downloaded.
@@ -58,7 +57,6 @@ class Dataset:
     test: LabeledImages
     classes: tuple[str, ...]
     statistics: DatasetStatistics | Callable[[], DatasetStatistics]
-    augment: bool
     left_out: Counter[str] = field(default_factory=Counter)
     repeated: int = 0
     is_placeholder: bool = False
@@ -200,7 +198,7 @@ def _digits(request: _Request) -> Dataset:
     images = large.round().clamp(0, 255).to(torch.uint8).repeat(1, 3, 1, 1)
     train, test = train_val_split(ImageSet(images, torch.from_numpy(bunch.target).long()), DIGITS_TEST_SIZE, seed=0)
     classes = tuple(str(digit) for digit in range(10))
-    return Dataset("digits", train, test, classes, compute_statistics(train, test, classes), augment=False)
+    return Dataset("digits", train, test, classes, compute_statistics(train, test, classes))
 
 
 def _cifar10(request: _Request) -> Dataset:
@@ -235,7 +233,7 @@ def _cifar(name: str, source: Any, request: _Request) -> Dataset:
     )
     classes = tuple(parts[0].classes)
     statistics = compute_statistics(train, test, classes, normalization=normalization)
-    return Dataset(name, train, test, classes, statistics, augment=True)
+    return Dataset(name, train, test, classes, statistics)
 
 
 def _cifar_placeholder(name: str, normalization: Normalization) -> Dataset:
@@ -247,7 +245,7 @@ def _cifar_placeholder(name: str, normalization: Normalization) -> Dataset:
     )
     statistics = DatasetStatistics("not downloaded", *normalization)
     classes = tuple(str(label) for label in range(count))
-    return Dataset(name, train, test, classes, statistics, augment=True, is_placeholder=True)
+    return Dataset(name, train, test, classes, statistics, is_placeholder=True)
 
 
 def _fetch_cifar(name: str, source: Any, root: Path) -> None:
@@ -327,7 +325,7 @@ def _folder(request: _Request) -> Dataset:
         parts = held_train, interleave_classes(held_test), held_val
     else:
         statistics = cache.read_or_compute(request.progress)
-    return Dataset("folder", parts[0], parts[1], classes, statistics, augment=True, left_out=lister.left_out,
+    return Dataset("folder", parts[0], parts[1], classes, statistics, left_out=lister.left_out,
                    repeated=repeated, val=parts[2], layout_note=layout.note)  # fmt: skip
 
 

@@ -20,16 +20,18 @@ class DatasetDefaults:
         eps: Perturbation radius.
         epoch_factor: Multiplier of the setting's epochs, since small datasets have fewer updates per epoch.
         batch_size: Images per mini-batch.
+        augment: Augmentation of the training images.
     """
 
     arch: str = "preactresnet18"
     eps: float = 8 / 255
     epoch_factor: int = 1
     batch_size: int = 128
+    augment: str = "crop-flip"
 
 
 DATASET_DEFAULTS = {
-    "digits": DatasetDefaults(arch="wrn-10-1", eps=0.1, epoch_factor=2, batch_size=64),
+    "digits": DatasetDefaults(arch="wrn-10-1", eps=0.1, epoch_factor=2, batch_size=64, augment="none"),
     "cifar10": DatasetDefaults(),
     "cifar100": DatasetDefaults(),
     "folder": DatasetDefaults(),
@@ -57,6 +59,7 @@ DEFAULT_TEXTS = {
     "arch": "wrn-10-1 for digits, else preactresnet18",
     "eps": "0.1 for digits, else 8/255",
     "batch_size": "64 for digits, else 128",
+    "augment": "none for digits, else crop-flip",
     "epochs": "setting's: 10 to 15 fast, by method; 50 standard; twice as many for digits",
     "gamma": "setting's: 1.0 fast with preactresnet18, else 1.01",
     "val_size": "1,000 of 50,000, in proportion for fewer, but 100 if that is at most a fifth",

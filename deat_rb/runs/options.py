@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from deat_rb.data.augment import AUGMENTATIONS
 from deat_rb.runs.defaults import DATASET_DEFAULTS, DEFAULT_TEXTS, SETTINGS
 from deat_rb.training.options import OptimConfig, RuntimeConfig
 from deat_rb.utils.errors import DeatError
@@ -33,6 +34,10 @@ class DataConfig(OptionGroup):
         None, "Number of training images held out for validation; of the images in val, if a folder has its own.", ge=1
     )
     batch_size: int = option(128, "Images per mini-batch.", ge=2)
+    augment: str | None = option(
+        None, "Augmentation of the training images; all but none, flip and resized-crop begin with crop-flip.",
+        choices=AUGMENTATIONS,
+    )  # fmt: skip
     memory_limit: Size | None = option(
         None, "Decode a folder's images in worker processes if all together would take more memory than this, such as "
         "8G.", default_text="no limit", may_change=True, ge=0,

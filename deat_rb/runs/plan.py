@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from deat_rb.attacks.pgd import PGD
+from deat_rb.data.augment import AUGMENTATIONS
 from deat_rb.data.datasets import Dataset, load_data
 from deat_rb.data.folder_info import rare_classes
 from deat_rb.data.image_files import ImageLister, check_utf8
@@ -148,6 +149,7 @@ class TrainingPlan:
                      f"{len(self.data.test):,} test images of {data.image_size}x{data.image_size}"),
             *(("files", note) for note in self.data.notes),
             *([] if self.data.is_placeholder else [("classes", self._class_counts())]),
+            ("augmentation", AUGMENTATIONS[data.augment or "none"]),
             ("result", f"the weights of the {optim.select} epoch"),
             ("cost", cost),
             *(("note", note) for note in self.notes),
@@ -292,6 +294,7 @@ def resolve(options: TrainOptions) -> TrainOptions:
     values = {
         **options.flat(),
         "batch_size": defaults.batch_size,
+        "augment": defaults.augment,
         **setting,
         **explicit,
         "method": method,

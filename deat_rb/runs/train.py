@@ -180,7 +180,7 @@ def _fit(planned: TrainingPlan, run: RunDirectory, callbacks: Sequence[Callback]
         planned.train,
         batch_size,
         shuffle=True,
-        augment=planned.data.augment,
+        augmentation=planned.config.data.augment or "none",
         seed=config.optim.seed,
         device=device,
         memory_format=torch.channels_last,

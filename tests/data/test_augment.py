@@ -7,9 +7,12 @@ import torch
 from small_image_sets import epoch_of, grids
 from torch import Tensor
 
-from deat_rb.data.augment import crop_and_flip
+from deat_rb.data.augment import AUGMENTATIONS, augment, crop_and_flip, cut_out
 from deat_rb.data.batches import Batches
 from deat_rb.data.images import ImageSet
+from deat_rb.runs.options import make_options
+from deat_rb.runs.plan import plan, resolve
+from deat_rb.utils.errors import DeatError
 
 
 @pytest.mark.parametrize(
@@ -40,7 +43,7 @@ def test_crop_and_flip_of_images_that_are_not_square() -> None:
 
 def test_augmented_images_are_crops_of_their_padded_originals() -> None:
     data = grids(64)
-    images, _ = epoch_of(Batches(data, 16, augment=True))
+    images, _ = epoch_of(Batches(data, 16, augmentation="crop-flip"))
     seen = [placements(image, original) for image, original in zip(images, data.images, strict=True)]
     assert all(seen)
     assert {flip for placements in seen for _, _, flip in placements} == {False, True}
@@ -67,7 +70,7 @@ def test_augmentation_flips_half_and_draws_offsets_uniformly() -> None:
     images = torch.zeros(2000, 1, 1, 40, dtype=torch.uint8)
     images[..., 10] = 255
     data = ImageSet(images, torch.zeros(2000, dtype=torch.int64))
-    moved, _ = epoch_of(Batches(data, 500, augment=True))
+    moved, _ = epoch_of(Batches(data, 500, augmentation="crop-flip"))
     visible = moved[moved.amax((1, 2, 3)) > 0]
     # The one row is kept by one of nine vertical offsets: 222 of 2,000, give or take 5 standard deviations of 14.
     assert 152 < len(visible) < 292
@@ -78,13 +81,13 @@ def test_augmentation_flips_half_and_draws_offsets_uniformly() -> None:
 
 def test_augmentation_differs_between_images_of_a_batch() -> None:
     same = ImageSet(grids(1).images.repeat(32, 1, 1, 1), torch.zeros(32, dtype=torch.int64))
-    ((images, _),) = Batches(same, 32, augment=True)
+    ((images, _),) = Batches(same, 32, augmentation="crop-flip")
     assert len({tuple(image.flatten().tolist()) for image in images}) > 10
 
 
 def test_augmentation_differs_between_batches_and_epochs() -> None:
     same = ImageSet(grids(1).images.repeat(32, 1, 1, 1), torch.zeros(32, dtype=torch.int64))
-    batches = Batches(same, 16, augment=True)
+    batches = Batches(same, 16, augmentation="crop-flip")
     one, two = (images for images, _ in batches)
     assert not torch.equal(one, two)
     batches.set_epoch(1)
@@ -94,6 +97,83 @@ def test_augmentation_differs_between_batches_and_epochs() -> None:
 def test_augmentation_does_not_change_the_stored_images() -> None:
     data = grids(8)
     before = data.images.clone()
-    epoch_of(Batches(data, 4, augment=True))
+    epoch_of(Batches(data, 4, augmentation="crop-flip"))
     epoch_of(Batches(data, 4))
     assert torch.equal(data.images, before)
+
+
+def test_cut_out_by_hand() -> None:
+    images = torch.ones(3, 1, 4, 4, dtype=torch.uint8)
+    # Squares of 2 pixels begin one pixel before the center; the second and third are cut off at the border.
+    cut = cut_out(images, torch.tensor([2, 0, 3]), torch.tensor([1, 0, 3]), 2)
+    assert cut[0, 0].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]]
+    assert cut[1, 0].tolist() == [[0, 1, 1, 1]] + [[1] * 4] * 3
+    assert cut[2, 0].tolist() == [[1] * 4] * 2 + [[1, 1, 0, 0]] * 2
+    assert images.min() == 1
+
+
+def augmented(name: str, images: Tensor, **changes: int) -> Tensor:
+    where = {"seed": 3, "epoch": 2, "batch": 1, "size": len(images), **changes}
+    return augment(name, images, own=slice(0, len(images)), **where)
+
+
+def test_flip_flips_half_of_the_images() -> None:
+    images = grids(200).images
+    flipped = augmented("flip", images)
+    same = (flipped == images).flatten(1).all(1)
+    mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
+    assert bool((same | mirrored).all())
+    assert 65 < int(same.sum()) < 135  # 100, give or take 5 standard deviations of 7
+
+
+def test_cutout_blackens_a_square_of_half_the_height() -> None:
+    white = torch.full((400, 3, 8, 8), 255, dtype=torch.uint8)
+    cropped, cut = augmented("crop-flip", white), augmented("cutout", white)
+    assert torch.equal(cut[cut > 0], cropped[cut > 0])
+    removed = ((cropped > 0) & (cut == 0))[:, 0]
+    rows, columns = removed.any(2).sum(1), removed.any(1).sum(1)
+    assert (int(rows.max()), int(columns.max())) == (4, 4)
+    assert bool((removed.sum((1, 2)) == rows * columns).all()), "a rectangle"
+
+
+@pytest.mark.parametrize("name", ["trivialaugment", "randaugment", "autoaugment", "resized-crop"])
+def test_torchvisions_augmentations_differ_per_image_and_spare_the_global_generator(name: str) -> None:
+    images = torch.randint(0, 256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    images = images.repeat(24, 1, 1, 1)
+    state = torch.get_rng_state()
+    once = augmented(name, images)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(77)
+    assert torch.equal(augmented(name, images), once)
+    assert (once.shape, once.dtype) == (images.shape, torch.uint8)
+    assert len({tuple(image.flatten().tolist()) for image in once}) > 12
+    for change in ({"epoch": 3}, {"batch": 0}, {"seed": 4}):
+        assert not torch.equal(augmented(name, images, **change), once)
+
+
+def test_trivialaugment_is_torchvisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.transforms import v2
+
+    seen = []
+    forward = v2.TrivialAugmentWide.forward
+
+    def watched(self: v2.TrivialAugmentWide, image: Tensor) -> Tensor:
+        seen.append(image)
+        result: Tensor = forward(self, image)
+        return result
+
+    monkeypatch.setattr(v2.TrivialAugmentWide, "forward", watched)
+    images = grids(4).images
+    augmented("trivialaugment", images)
+    assert torch.equal(torch.stack(seen), augmented("crop-flip", images)), "of cropped and flipped images, one by one"
+
+
+def test_augment_defaults_to_that_of_the_dataset() -> None:
+    assert resolve(make_options({"dataset": "digits"})).data.augment == "none"
+    assert resolve(make_options({"dataset": "cifar10"})).data.augment == "crop-flip"
+    planned = plan(make_options({"augment": "cutout", "method": "standard"}), dry=True)
+    assert dict(planned.lines())["augmentation"] == AUGMENTATIONS["cutout"]
+    with pytest.raises(DeatError, match=r"^--augment = 'mixup' cannot be used: it should be 'none', 'flip'"):
+        make_options({"augment": "mixup"})
+    with pytest.raises(DeatError, match=r"^--augment mixup is unknown: choose one of none, flip, crop-flip"):
+        Batches(grids(4), 2, augmentation="mixup")

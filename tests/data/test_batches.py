@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from small_image_sets import epoch_of, grids, image_set
 from torch.profiler import ProfilerActivity, profile
 
+from deat_rb.data.augment import AUGMENTATIONS
 from deat_rb.data.batches import Batches
 from deat_rb.utils.errors import DeatError
 
@@ -41,10 +42,10 @@ def test_batches_shuffled_hold_every_image_with_its_label_once() -> None:
 def test_batches_of_the_same_seed_and_epoch_are_bitwise_equal() -> None:
     data = grids(20)
     torch.manual_seed(1)
-    one = epoch_of(Batches(data, 8, shuffle=True, augment=True, seed=5), 2)
+    one = epoch_of(Batches(data, 8, shuffle=True, augmentation="crop-flip", seed=5), 2)
     torch.manual_seed(2)
-    two = epoch_of(Batches(data, 8, shuffle=True, augment=True, seed=5), 2)
-    other = epoch_of(Batches(data, 8, shuffle=True, augment=True, seed=6), 2)
+    two = epoch_of(Batches(data, 8, shuffle=True, augmentation="crop-flip", seed=5), 2)
+    other = epoch_of(Batches(data, 8, shuffle=True, augmentation="crop-flip", seed=6), 2)
     assert torch.equal(one[0], two[0])
     assert torch.equal(one[1], two[1])
     assert not torch.equal(one[0], other[0])
@@ -52,17 +53,17 @@ def test_batches_of_the_same_seed_and_epoch_are_bitwise_equal() -> None:
 
 def test_batches_leave_the_global_generator_alone() -> None:
     before = torch.get_rng_state()
-    epoch_of(Batches(grids(20), 8, shuffle=True, augment=True))
+    epoch_of(Batches(grids(20), 8, shuffle=True, augmentation="crop-flip"))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("start", range(4))
 def test_starting_at_continues_an_epoch(start: int) -> None:
     data = grids(20)
-    batches = Batches(data, 8, shuffle=True, augment=True, seed=5)
+    batches = Batches(data, 8, shuffle=True, augmentation="crop-flip", seed=5)
     batches.set_epoch(3)
     whole = list(batches)
-    fresh = Batches(data, 8, shuffle=True, augment=True, seed=5)
+    fresh = Batches(data, 8, shuffle=True, augmentation="crop-flip", seed=5)
     fresh.set_epoch(3)
     rest = list(fresh.starting_at(start))
     assert len(rest) == 3 - start
@@ -86,8 +87,8 @@ def test_drop_last_leaves_the_rest_out() -> None:
 
 def test_batches_channels_last_has_the_same_values() -> None:
     data = grids(8)
-    one, _ = next(iter(Batches(data, 8, shuffle=True, augment=True)))
-    two, _ = next(iter(Batches(data, 8, shuffle=True, augment=True, memory_format=torch.channels_last)))
+    one, _ = next(iter(Batches(data, 8, shuffle=True, augmentation="crop-flip")))
+    two, _ = next(iter(Batches(data, 8, shuffle=True, augmentation="crop-flip", memory_format=torch.channels_last)))
     assert torch.equal(one, two)
     assert two.is_contiguous(memory_format=torch.channels_last)
     assert one.is_contiguous()
@@ -96,7 +97,7 @@ def test_batches_channels_last_has_the_same_values() -> None:
 def test_batches_do_not_synchronize_with_the_device() -> None:
     # Operations that wait for an accelerator: a value copied to the host, or a shape that depends on values.
     waiting = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"}
-    batches = Batches(grids(20), 8, shuffle=True, augment=True)
+    batches = Batches(grids(20), 8, shuffle=True, augmentation="crop-flip")
     with profile(activities=[ProfilerActivity.CPU]) as record:
         for _ in batches:
             pass
@@ -124,18 +125,18 @@ def test_batches_refuse_sizes_below_1(size: int) -> None:
     processes=st.integers(1, 5),
     epoch=st.integers(0, 3),
     shuffle=st.booleans(),
-    augment=st.booleans(),
+    augmentation=st.sampled_from(sorted(AUGMENTATIONS)),
     drop_last=st.booleans(),
     skipped=st.integers(0, 3),
 )
 @settings(max_examples=80, deadline=None)
 def test_divided_shares_of_all_ranks_are_the_global_batch(
-    count: int, batch_size: int, processes: int, epoch: int, shuffle: bool, augment: bool, drop_last: bool,
+    count: int, batch_size: int, processes: int, epoch: int, shuffle: bool, augmentation: str, drop_last: bool,
     skipped: int,
 ) -> None:  # fmt: skip
     batch_size = min(batch_size, count)
     data = grids(count, channels=1)
-    whole = Batches(data, batch_size, shuffle=shuffle, augment=augment, drop_last=drop_last, seed=7)
+    whole = Batches(data, batch_size, shuffle=shuffle, augmentation=augmentation, drop_last=drop_last, seed=7)
     sizes = [len(labels) for _, labels in whole]
     if min(sizes) < processes:
         with pytest.raises(DeatError, match=f"leave a batch of {min(sizes)}, fewer than the {processes} ranks"):

@@ -90,7 +90,6 @@ def check(data: Dataset) -> None:
     assert data.classes[:2] == ("class0", "class1")
     assert data.mean == (0.4914, 0.4822, 0.4465)
     assert data.std == (0.2471, 0.2435, 0.2616)
-    assert data.augment
     # Row by row, channel after channel: value k of an image is at channel k // 1024, row k % 1024 // 32.
     assert data.test.in_memory().images.shape == (2, 3, 32, 32)
     assert data.test.in_memory().images[0, 2, 5, 7].item() == (2 * 1024 + 5 * 32 + 7) % 256

@@ -45,19 +45,19 @@ def test_dataset_refuses_labels_without_a_class(part: str) -> None:
     with pytest.raises(
         DeatError, match=f"mine has the {part} label 2, which is out of range: labels of its 2 classes must be 0 to 1"
     ):
-        Dataset("mine", train, test, ("a", "b"), STATISTICS, False)
+        Dataset("mine", train, test, ("a", "b"), STATISTICS)
 
 
 def test_dataset_refuses_one_class() -> None:
     data = ImageSet(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 0]))
     with pytest.raises(DeatError, match="mine has only one class, a: at least two are needed"):
-        Dataset("mine", data, data, ("a",), STATISTICS, False)
+        Dataset("mine", data, data, ("a",), STATISTICS)
 
 
 def test_dataset_refuses_parts_of_different_size() -> None:
     parts = [ImageSet(torch.zeros(2, 3, n, n, dtype=torch.uint8), torch.tensor([0, 1])) for n in (4, 5)]
     with pytest.raises(DeatError, match=r"\(3, 4, 4\) and test images of \(3, 5, 5\)"):
-        Dataset("mine", parts[0], parts[1], ("a", "b"), STATISTICS, False)
+        Dataset("mine", parts[0], parts[1], ("a", "b"), STATISTICS)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,6 @@ def test_digits_have_1297_training_and_500_test_images(digits: Dataset) -> None:
     assert (len(digits.train), len(digits.test)) == (1297, 500)
     assert digits.train.shape == (3, 32, 32)
     assert digits.classes == ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
-    assert not digits.augment
 
 
 def test_digits_split_is_stratified(digits: Dataset) -> None:

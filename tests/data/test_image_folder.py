@@ -46,7 +46,6 @@ def load(folder: Path, image_size: int | None = None) -> Dataset:
 def test_folder_classes_images_and_labels(folder: Path) -> None:
     data = load(folder)
     assert data.classes == ("blue", "green", "red")
-    assert data.augment
     assert data.notes == ()
     assert data.train.labels.tolist() == [0] * 3 + [1] * 4 + [2] * 5
     assert data.test.labels.tolist() == [0, 1, 2]

@@ -87,7 +87,7 @@ def test_fit_trains_the_same_weights_as_in_memory(folder: Path) -> None:
     for limit in (None, 0):
         model, data = made(), load(folder, limit)
         train, val = train_val_split(data.train, 6, seed=0)
-        loader = Batches(train, 7, shuffle=True, augment=True, seed=1)
+        loader = Batches(train, 7, shuffle=True, augmentation="crop-flip", seed=1)
         deat_rb.create("m-deat", model).fit(loader, [val.tensors()], epochs=3, lr=0.05, seed=1)
         weights.append(model.state_dict())
     assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
@@ -305,7 +305,7 @@ def worker():
 def epoch(folder):
     seen = grown = 0
     data = load_data("folder", data_dir=Path(sys.argv[1], folder), image_size=512, memory_limit=0)
-    for images, _ in Batches(data.train, 4, shuffle=True, augment=True):
+    for images, _ in Batches(data.train, 4, shuffle=True, augmentation="crop-flip"):
         if folder == "large" and seen == 0:
             before = worker()
             time.sleep(2)

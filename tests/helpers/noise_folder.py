@@ -38,7 +38,7 @@ def load(folder: Path, memory_limit: int | None = 0, **options: Any) -> Dataset:
 
 
 def batches(data: Dataset, **options: Any) -> Batches:
-    return Batches(data.train, 8, shuffle=True, augment=True, seed=5, **options)
+    return Batches(data.train, 8, shuffle=True, augmentation="crop-flip", seed=5, **options)
 
 
 def epoch_of(loader: Batches, epoch: int, start: int = 0) -> list[tuple[Tensor, Tensor]]:

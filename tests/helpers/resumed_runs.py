@@ -51,7 +51,7 @@ def train(method: str, run: RunDirectory, callback: Callback | None = None, **op
     images, labels = images_and_labels(22)
     data = ImageSet((255 * images).round().to(torch.uint8), labels)
     # Four batches, the last one short.
-    train_loader = Batches(data, 6, shuffle=True, augment=True, memory_format=torch.channels_last)
+    train_loader = Batches(data, 6, shuffle=True, augmentation="crop-flip", memory_format=torch.channels_last)
     model = normalized()
     if method == "torchattacks.PGD":
         trainer: Trainer = deat_rb.AttackTrainer(torchattacks.PGD(model, steps=2))
