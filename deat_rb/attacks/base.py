@@ -168,7 +168,8 @@ def _explain(attack: Attack, images: Tensor, labels: Tensor | None, error: Excep
         check_types(images, labels)
     few = images[:2].to(attack.device)
     advice = "attacks need a model that returns logits (N, K) for these images"
-    num_classes = trial_logits(attack.model, few, advice=advice).shape[1]
+    with preserve_state(attack.model):
+        num_classes = trial_logits(attack.model, few, advice=advice).shape[1]
     if labels is not None:
         check_label_values(labels, num_classes)
     nested = (attack, *attack._attacks.values())
