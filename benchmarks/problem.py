@@ -21,6 +21,8 @@ from deat_rb.training.base import Constant
 from deat_rb.training.engine import Engine
 from deat_rb.training.lr import set_rate
 from deat_rb.training.metrics import EpochAccumulator
+from deat_rb.training.optimizers import build_optimizer
+from deat_rb.training.options import OptimConfig
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils import seeding
 from deat_rb.utils.devices import resolve_precision
@@ -92,7 +94,7 @@ class Step:
     def __enter__(self) -> Step:
         self._stack.enter_context(self.engine.prepared(self.trainer.model))
         self.trainer.set_device(self.problem.device)
-        self.optimizer = self.engine.sgd(self.trainer.model.parameters(), lr=LR, momentum=0.9, weight_decay=5e-4)
+        self.optimizer = build_optimizer(self.trainer.model, OptimConfig(lr=LR), self.engine.device)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -132,7 +132,7 @@ class TrainingProgress(Callback, AbstractContextManager["TrainingProgress"]):
             f"steps {row.steps}",
             f"loss {row.loss:.3f}",
             f"train {row.train_acc:.1%}",
-            *([self._validated] if self._validated else []),
+            *([self._validated] if row.val_acc is not None else []),
             f"grad. magnitude {row.l_x:.4g}",
             f"{row.images_per_second:.0f} images/s",
             *self._left(),

@@ -8,6 +8,7 @@ from typing import Any
 
 from deat_rb.models.spec import ModelSpec
 from deat_rb.runs.options import MAY_CHANGE, TrainOptions
+from deat_rb.training.lr import OPEN_ENDED
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.options import validate
 
@@ -39,15 +40,15 @@ class RunConfig(TrainOptions):
         """Return the same configuration with more epochs; the milestones of the learning rate do not change.
 
         Raises:
-            DeatError: ``epochs`` is less than before, or more with a cyclic learning rate.
+            DeatError: ``epochs`` is less than before, or more with a learning rate that ends at 0.
         """
         optim = self.optim
         if epochs < optim.epochs:
             raise DeatError(f"--epochs = {epochs} is less than the run's {optim.epochs}; start a new run")
-        if epochs > optim.epochs and optim.lr_schedule == "cyclic":
+        if epochs > optim.epochs and optim.lr_schedule not in OPEN_ENDED:
             raise DeatError(
-                f"--epochs = {epochs} differs from the run's {optim.epochs}, and a run with a cyclic learning rate, "
-                "which ends at 0, cannot be extended; start a new run"
+                f"--epochs = {epochs} differs from the run's {optim.epochs}, and a run with a {optim.lr_schedule} "
+                "learning rate, which ends at 0, cannot be extended; start a new run"
             )
         if epochs == optim.epochs or optim.lr_schedule == "flat":
             return self.but(epochs=epochs)

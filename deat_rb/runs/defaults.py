@@ -67,7 +67,9 @@ DEFAULT_TEXTS = {
         name: "setting's: " + ", ".join(f"{getattr(row, name)} {setting}" for setting, row in SETTINGS.items())
         for name in ("lr", "lr_schedule", "precision", "select")
     },
+    "weight_decay": "0.0005; 0.01 with adamw",
 }
+DEFAULT_TEXTS["lr"] += "; 0.001 with adamw"
 """Descriptions of the defaults that depend on the dataset, the setting or the method."""
 
 

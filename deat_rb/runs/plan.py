@@ -29,7 +29,7 @@ from deat_rb.runs.config import RunConfig
 from deat_rb.runs.defaults import dataset_defaults, setting_defaults
 from deat_rb.runs.options import DataConfig, TrainOptions
 from deat_rb.runs.trackers import check_trackers
-from deat_rb.training.lr import check_layout
+from deat_rb.training.options import OptimConfig, check_optim, optimizer_defaults
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils import seeding
 from deat_rb.utils.devices import check_sync_bn, resolve_device, resolve_precision
@@ -126,6 +126,7 @@ class TrainingPlan:
         threads = f", {runtime.threads} thread{'s' if runtime.threads > 1 else ''}" if runtime.threads else ""
         compiled = ", compiled" if runtime.compile else ""
         per_replay = ", updated after each replay" if attack.lr_per_replay else ""
+        warmup = f" after {optim.warmup_epochs:g} epochs of warm-up" if optim.warmup_epochs else ""
         alpha = "" if self.trainer.alpha is None else f", alpha = {format_fraction(self.trainer.alpha)}"
         if alpha and self.trainer.schedule.guided:
             alpha += " in the first epoch"
@@ -136,9 +137,8 @@ class TrainingPlan:
             ("schedule", text.schedule),
             ("stop", text.stop if optim.early_stopping or text.stop == "-" else f"{text.stop}: only recorded"),
             ("setting", f"{attack.setting}: {optim.epochs} epochs, {optim.lr_schedule} LR up to {optim.lr:g}"
-                        f"{per_replay}"),
-            ("optimizer", f"SGD, momentum {optim.momentum:g}, weight decay {optim.weight_decay:g}, batches of "
-                          f"{data.batch_size}, seed {optim.seed}"),
+                        f"{warmup}{per_replay}"),
+            ("optimizer", f"{_optimizer(optim)}, batches of {data.batch_size}, seed {optim.seed}"),
             *([] if optim.ema is None else [
                 ("average", f"exponential moving average of the weights, decay {optim.ema:g}, after every update")
             ]),
@@ -296,6 +296,7 @@ def resolve(options: TrainOptions) -> TrainOptions:
         "batch_size": defaults.batch_size,
         "augment": defaults.augment,
         **setting,
+        **optimizer_defaults(explicit.get("optimizer")),
         **explicit,
         "method": method,
         "data_dir": _absolute(options.data.data_dir),
@@ -306,7 +307,7 @@ def resolve(options: TrainOptions) -> TrainOptions:
         "threads": thread_count(options.runtime.threads) if ranks == 1 and device.type == "cpu" else None,
     }
     resolved = validate(TrainOptions, values)
-    check_layout(resolved.optim.lr_schedule, resolved.optim.lr_epochs, "--lr-epochs")
+    check_optim(resolved.optim)
     configure(method, row, eps=resolved.attack.eps, **resolved.method_options())
     if (resolved.model.mean is None) != (resolved.model.std is None):
         raise DeatError("--mean and --std must be given together; omit both for those of the dataset")
@@ -377,6 +378,17 @@ def _for_dataset(method: str, dataset: str) -> str:
     """Replace P in ``deat-P%`` by 20 for CIFAR-100 and 40 otherwise (section 5.1)."""
     percent = 20 if dataset == "cifar100" else 40
     return f"deat-{percent}%" if method.strip().lower() in ("deat-p%", "deat-%") else method
+
+
+def _optimizer(optim: OptimConfig) -> str:
+    if optim.optimizer == "adamw":
+        text = f"AdamW, betas {optim.momentum:g} and 0.999"
+    else:
+        text = f"SGD, {'Nesterov ' if optim.nesterov else ''}momentum {optim.momentum:g}"
+    text += f", weight decay {optim.weight_decay:g}"
+    if optim.no_decay:
+        text += f" but for {' and '.join(optim.no_decay)}"
+    return text + (f", gradients of norm at most {optim.grad_clip:g}" if optim.grad_clip else "")
 
 
 def _absolute(path: str | None) -> str | None:

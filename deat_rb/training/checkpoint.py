@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
+from deat_rb.training.optimizers import optimizer_tensors
 from deat_rb.utils.errors import DeatError, UnwritableError
 from deat_rb.utils.safe_load import save_tensors, sha256_tensors
 
@@ -54,17 +55,17 @@ class Checkpoint:
         return {name.removeprefix(start): tensor for name, tensor in self.tensors.items() if name.startswith(start)}
 
     def put_optimizer(self, optimizer: Optimizer) -> None:
-        """Add SGD's momentum buffers, named by the index of the parameter."""
-        buffers = [optimizer.state[p].get("momentum_buffer") for p in _parameters(optimizer)]
-        self.put("momentum", {str(index): buffer for index, buffer in enumerate(buffers) if buffer is not None})
+        """Add the optimizer's state: SGD's under ``momentum.``, AdamW's under ``exp_avg.`` and so on."""
+        for prefix, tensors in _optimizer_state(optimizer).items():
+            self.put(prefix, tensors)
 
     def take_optimizer(self, optimizer: Optimizer) -> None:
-        """Load SGD's momentum buffers, in the memory layout of the parameters."""
-        before = [optimizer.state[p].get("momentum_buffer") for p in _parameters(optimizer)]
-        buffers = self.take_like("momentum", {str(i): buffer for i, buffer in enumerate(before) if buffer is not None})
-        for index, parameter in enumerate(_parameters(optimizer)):
-            if str(index) in buffers:
-                optimizer.state[parameter]["momentum_buffer"].copy_(buffers[str(index)])
+        """Load the optimizer's state, in the memory layout of the parameters."""
+        state = _optimizer_state(optimizer)
+        for prefix in ("momentum", *(state.keys() - {"momentum"})):
+            tensors = state.get(prefix, {})
+            for name, tensor in self.take_like(prefix, tensors).items():
+                tensors[name].copy_(tensor)
 
     def take_like(self, prefix: str, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors under a prefix.
@@ -84,8 +85,13 @@ def _describe(tensor: Tensor | None) -> str:
     return "missing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} of {tuple(tensor.shape)}"
 
 
-def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def _optimizer_state(optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
+    """Return the state by prefix and index of the parameter."""
+    state: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in optimizer_tensors(optimizer).items():
+        prefix, _, index = name.rpartition(".")
+        state.setdefault("momentum" if prefix == "momentum_buffer" else prefix, {})[index] = tensor
+    return state
 
 
 def write(folder: Path, checkpoint: Checkpoint) -> Path:

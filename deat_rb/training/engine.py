@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 from deat_rb.training.batch_counters import BatchCounters
 from deat_rb.utils.devices import Precision, check_sync_bn
@@ -76,20 +76,6 @@ class Engine:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self._replica: nn.Module | None = None
         self.counters = BatchCounters()
-
-    def sgd(self, parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float) -> SGD:
-        """Return SGD for parameters on the device; on a GPU the fused version, which unscales without a device sync.
-
-        The momentum buffers are initialized with zeros here: if the loss scaler skipped the first step on overflow,
-        fused SGD would leave them uninitialized.
-        """
-        trained = list(parameters)
-        fused = self.device.type == "cuda"
-        optimizer = SGD(trained, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=fused)
-        if momentum:
-            for parameter in trained:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return optimizer
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the autocast context for the precision."""

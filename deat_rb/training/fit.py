@@ -15,10 +15,10 @@ from deat_rb.training.checks import check_fit
 from deat_rb.training.early_stopping import EarlyStopping
 from deat_rb.training.engine import Engine
 from deat_rb.training.history import History
-from deat_rb.training.loop import LearningRate, Loop
-from deat_rb.training.lr import check_layout
+from deat_rb.training.loop import Loop
 from deat_rb.training.nonfinite import NonFiniteMonitor
-from deat_rb.training.options import OptimConfig, RuntimeConfig
+from deat_rb.training.optimizers import build_optimizer
+from deat_rb.training.options import OptimConfig, RuntimeConfig, check_optim, optimizer_defaults
 from deat_rb.training.run_store import RunStore
 from deat_rb.training.state import TrainingState
 from deat_rb.utils import seeding
@@ -72,7 +72,7 @@ def fit(
     if "device" in given:
         given["device"] = str(given["device"])
     optim, runtime = _grouped(given)
-    check_layout(optim.lr_schedule, optim.lr_epochs)
+    check_optim(optim, "")
     if optim.select == "best" and val_loader is None:
         raise DeatError("select = 'best' needs validation images; give a val_loader, or set select = 'last'")
     if resume and run is None:
@@ -87,9 +87,7 @@ def fit(
     try:
         threads = cpu_threads(runtime.threads if ranks.size == 1 else None)
         with seeding.preserved(), threads, engine.prepared(trainer.model):
-            optimizer = engine.sgd(
-                trainer.model.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
-            )
+            optimizer = build_optimizer(trainer.model, optim, engine.device)
             average = None
             if optim.ema is not None:
                 average = WeightAverage(trainer.model, optim.ema)
@@ -116,8 +114,9 @@ def fit(
                 own.append(Checkpointing(run, weights, save_every=60 * runtime.save_every, resume=resume))
             loop = Loop(
                 state,
-                LearningRate(optim.lr, optim.lr_schedule, optim.lr_epochs or optim.epochs),
+                optim.learning_rate,
                 [*own, *(callbacks if ranks.is_main else ())],
+                validate_every=optim.validate_every,
             )
             return loop(train_loader, val_loader)
     finally:
@@ -129,6 +128,7 @@ def _grouped(options: dict[str, Any]) -> tuple[OptimConfig, RuntimeConfig]:
     names = OptimConfig.model_fields | RuntimeConfig.model_fields
     if unknown := [name for name in options if name not in names]:
         raise DeatError(f"there is no option {unknown[0]}: {did_you_mean(unknown[0], names)}")
-    optim = {name: value for name, value in options.items() if name in OptimConfig.model_fields}
+    optim = optimizer_defaults(options.get("optimizer"))
+    optim |= {name: value for name, value in options.items() if name in OptimConfig.model_fields}
     runtime = {name: value for name, value in options.items() if name in RuntimeConfig.model_fields}
     return validate(OptimConfig, optim, ""), validate(RuntimeConfig, runtime, "")

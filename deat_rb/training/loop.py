@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ from deat_rb.training.callbacks import Action, Callback
 from deat_rb.training.checks import BatchChecker, BatchError
 from deat_rb.training.dataloading import Loader, check_loader, count_batches, epoch_batches, materialize, shard
 from deat_rb.training.history import History
-from deat_rb.training.lr import LR_SCHEDULES, set_rate
+from deat_rb.training.lr import LearningRate, set_momentum, set_rate
 from deat_rb.training.metrics import EpochStats
 from deat_rb.training.signals import StopRequests
 from deat_rb.training.state import TrainingState
@@ -26,25 +25,6 @@ from deat_rb.utils.distributed import is_peer_failure
 from deat_rb.utils.errors import DeatError, Interrupted, UnwritableError
 
 
-@dataclass(frozen=True)
-class LearningRate:
-    """The learning rate as a function of training progress.
-
-    Attributes:
-        peak: Peak learning rate.
-        schedule: A key of `LR_SCHEDULES`.
-        epochs: Number of epochs over which the schedule extends.
-    """
-
-    peak: float
-    schedule: str
-    epochs: int
-
-    def at(self, epochs: float) -> float:
-        """Return the learning rate after ``epochs`` epochs, which may be fractional."""
-        return self.peak * LR_SCHEDULES[self.schedule](epochs / self.epochs)
-
-
 class Loop:
     """The training loop.
 
@@ -52,12 +32,16 @@ class Loop:
         state: The training state; a callback may restore it from a checkpoint.
         lr: The learning rate.
         callbacks: Callbacks, called in this order; those that communicate must be in the same order on all ranks.
+        validate_every: Number of epochs from one validation to the next; the last epoch is always validated.
     """
 
-    def __init__(self, state: TrainingState, lr: LearningRate, callbacks: Sequence[Callback]) -> None:
+    def __init__(
+        self, state: TrainingState, lr: LearningRate, callbacks: Sequence[Callback], *, validate_every: int = 1
+    ) -> None:
         self.state = state
         self.lr = lr
         self.callbacks = callbacks
+        self.validate_every = validate_every
         self.checker = BatchChecker(state.trainer, state.engine)
         self.requests = StopRequests(enabled=state.run is not None)
         state.warn = self._warn
@@ -147,6 +131,8 @@ class Loop:
             engine.global_batch = total
             trainer.set_replay_lr(partial(self._rate, state.batch))
             set_rate(state.optimizer, self._rate(state.batch, 0.0))
+            if (momentum := self.lr.momentum_at(self._progress(state.batch, 0.0))) is not None:
+                set_momentum(state.optimizer, momentum)
             self._step(images, labels, total)
             state.batch += 1
             for each in self.callbacks:
@@ -194,7 +180,11 @@ class Loop:
 
     def _rate(self, batch: int, share: float) -> float:
         """Return the learning rate when a fraction ``share`` in [0, 1] of a batch is done."""
-        return self.lr.at(self.state.epoch - 1 + min((batch + share) / self.state.batches, 1))
+        return self.lr.at(self._progress(batch, share))
+
+    def _progress(self, batch: int, share: float) -> float:
+        """Return the number of epochs done, with a fraction."""
+        return self.state.epoch - 1 + min((batch + share) / self.state.batches, 1)
 
     def _agreed_action(self) -> Action:
         """Return the highest action that a callback or signal on any rank requests; waits for the other ranks."""
@@ -243,11 +233,13 @@ class Loop:
         )
 
     def _validate(self, row: EpochStats, batch: Batch | None) -> EpochStats:
-        if batch is None:
+        state, rule = self.state, self.state.trainer.stopping
+        due = row.epoch % self.validate_every == 0 or row.epoch == state.epochs
+        if batch is None or not (due or (rule is not None and rule.validation_steps)):
             return row
         for each in self.callbacks:
             each.on_validation_start()
-        return validate_epoch(self.state, row, batch, self.requests)
+        return validate_epoch(state, row, batch, self.requests, only_rule=not due)
 
     def _warn(self, message: str) -> None:
         for each in self.callbacks:

@@ -5,10 +5,10 @@ The learning rate changes with each batch or, if a replay trainer has ``lr_per_r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-from deat_rb.utils.errors import DeatError, did_you_mean
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -29,32 +29,88 @@ def constant(progress: float) -> float:
     return 1.0
 
 
-LR_SCHEDULES: dict[str, Callable[[float], float]] = {"cyclic": cyclic, "multistep": multistep, "flat": constant}
+def cosine(progress: float) -> float:
+    """Return a fraction that falls from 1 to 0 along half a cosine, as torch's CosineAnnealingLR."""
+    return (1 + math.cos(math.pi * progress)) / 2
 
 
-def check_layout(lr_schedule: str, lr_epochs: int | None, option: str = "lr_epochs") -> None:
-    """Check the name of a schedule and the number of epochs over which it extends.
+def onecycle(progress: float) -> float:
+    """Return a fraction that rises from 1/25 to 1 in the first 30 % and then falls to 4e-6, along half cosines.
 
-    Args:
-        lr_schedule: A key of `LR_SCHEDULES`.
-        lr_epochs: Number of epochs; None for the number of training epochs.
-        option: Name of ``lr_epochs`` in error messages.
-
-    Raises:
-        DeatError: The schedule is unknown, or ``lr_epochs`` is below 1 or given without multistep: a cyclic learning
-            rate would fall below 0 after ``lr_epochs``.
+    These are the defaults of torch's OneCycleLR, here as a function of continuous progress.
     """
-    if lr_schedule not in LR_SCHEDULES:
-        raise DeatError(f"lr_schedule = '{lr_schedule}' is unknown: {did_you_mean(lr_schedule, LR_SCHEDULES)}")
-    if lr_epochs is None:
-        return
-    if lr_schedule != "multistep":
-        raise DeatError(f"{option} = {lr_epochs} applies only to the multistep schedule, not to {lr_schedule}; omit it")
-    if lr_epochs < 1:
-        raise DeatError(f"{option} = {lr_epochs} is below 1; give the number of epochs that the milestones refer to")
+    low = 1 / 25 if progress < RISE else 1 / 25e4
+    return low + (1 - low) * _cycle(progress)
+
+
+def _cycle(progress: float) -> float:
+    """Return a fraction that rises from 0 to 1 in the first 30 % and then falls to 0, along half cosines."""
+    return 1 - cosine(progress / RISE) if progress < RISE else cosine((progress - RISE) / (1 - RISE))
+
+
+RISE = 0.3
+"""Fraction of training in which ``onecycle`` rises."""
+
+LR_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cyclic": cyclic, "multistep": multistep, "flat": constant, "cosine": cosine, "onecycle": onecycle,
+}  # fmt: skip
+
+OPEN_ENDED = ("flat", "multistep")
+"""Schedules under which a run can be extended; the others end at a learning rate of 0."""
+
+MOMENTUM_RANGE = 0.05
+"""Amplitude of the momentum under ``onecycle``."""
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """The learning rate and the momentum as functions of training progress.
+
+    Attributes:
+        peak: Peak learning rate.
+        schedule: A key of `LR_SCHEDULES`.
+        epochs: Number of epochs over which the schedule extends.
+        warmup: Number of epochs in which the learning rate first rises linearly from 0 to the peak; the schedule then
+            extends over the remaining epochs.
+        momentum: The momentum, or AdamW's beta1.
+    """
+
+    peak: float
+    schedule: str
+    epochs: int
+    warmup: float = 0.0
+    momentum: float = 0.9
+
+    def at(self, epochs: float) -> float:
+        """Return the learning rate after ``epochs`` epochs, which may be fractional."""
+        if epochs < self.warmup:
+            return self.peak * epochs / self.warmup
+        return self.peak * LR_SCHEDULES[self.schedule](self._progress(epochs))
+
+    def momentum_at(self, epochs: float) -> float | None:
+        """Return the momentum after ``epochs`` epochs, or None if it is constant.
+
+        Under ``onecycle`` it moves against the learning rate, as with torch's OneCycleLR: with a momentum of 0.9 from
+        0.95 to 0.85 and back.
+        """
+        if self.schedule != "onecycle":
+            return None
+        return self.momentum + MOMENTUM_RANGE * (1 - 2 * _cycle(self._progress(epochs)))
+
+    def _progress(self, epochs: float) -> float:
+        return (epochs - self.warmup) / (self.epochs - self.warmup)
 
 
 def set_rate(optimizer: Optimizer, rate: float) -> None:
     """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def set_momentum(optimizer: Optimizer, momentum: float) -> None:
+    """Set the momentum of SGD, or beta1 of AdamW, of all parameter groups."""
+    for group in optimizer.param_groups:
+        if "betas" in group:
+            group["betas"] = (momentum, group["betas"][1])
+        else:
+            group["momentum"] = momentum

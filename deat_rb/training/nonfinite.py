@@ -13,6 +13,7 @@ from torch.nn.utils import get_total_norm
 from deat_rb.training.callbacks import Action, Callback
 from deat_rb.training.checks import InputFlags
 from deat_rb.training.metrics import BatchStats, EpochStats
+from deat_rb.training.optimizers import optimizer_tensors
 from deat_rb.training.state import TrainingState
 from deat_rb.utils.errors import DeatError
 
@@ -137,8 +138,7 @@ class Snapshot:
         trainer, optimizer, engine = state.trainer, state.optimizer, state.engine
         self._trainer, self._engine, self._average = trainer, engine, state.average
         self._model = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-        buffers = [each["momentum_buffer"] for each in optimizer.state.values()]
-        self._momentum = [(buffer, buffer.clone()) for buffer in buffers]
+        self._optimizer = [(tensor, tensor.clone()) for tensor in optimizer_tensors(optimizer).values()]
         if state.average is not None:
             self._averages = {name: tensor.clone() for name, tensor in state.average.tensors.items()}
             self._updates = state.average.updates.clone()
@@ -148,8 +148,8 @@ class Snapshot:
     def restore(self) -> None:
         """Restore the copied state."""
         self._trainer.model.load_state_dict(self._model)
-        for buffer, before in self._momentum:
-            buffer.copy_(before)
+        for tensor, before in self._optimizer:
+            tensor.copy_(before)
         if self._average is not None:
             self._average.load(self._averages, self._updates)
         trainer_state, scaler_state = self._states

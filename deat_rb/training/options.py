@@ -2,33 +2,64 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from deat_rb.training.lr import LR_SCHEDULES
-from deat_rb.utils.options import OptionGroup, option
+from pydantic import field_validator
+
+from deat_rb.training.lr import LR_SCHEDULES, MOMENTUM_RANGE, LearningRate
+from deat_rb.utils.errors import DeatError
+from deat_rb.utils.options import Names, OptionGroup, option
 
 
 class OptimConfig(OptionGroup):
     """Optimization."""
 
-    epochs: int = option(10, "Training epochs; can be raised with --resume, unless the learning rate is cyclic.", ge=1)
-    lr: float = option(0.1, "Peak learning rate of SGD.", gt=0, allow_inf_nan=False)
+    epochs: int = option(
+        10, "Training epochs; can be raised with --resume under a flat or multistep learning rate.", ge=1
+    )
+    optimizer: Literal["sgd", "adamw"] = option("sgd", "Optimizer.")
+    lr: float = option(0.1, "Peak learning rate.", gt=0, allow_inf_nan=False)
     lr_schedule: str = option("cyclic", "Learning-rate schedule.", choices=LR_SCHEDULES)
     lr_epochs: int | None = option(
         None, "Place the milestones of a multistep schedule as in a run of this many epochs.",
         default_text="--epochs", ge=1,
     )  # fmt: skip
-    momentum: float = option(0.9, "Momentum of SGD.", ge=0, lt=1)
-    weight_decay: float = option(5e-4, "Weight decay of SGD.", ge=0, allow_inf_nan=False)
+    warmup_epochs: float = option(
+        0, "Raise the learning rate linearly from 0 in the first epochs; the schedule extends over the others.", ge=0,
+        allow_inf_nan=False,
+    )  # fmt: skip
+    momentum: float = option(0.9, "Momentum of SGD, or beta1 of AdamW.", ge=0, lt=1)
+    nesterov: bool = option(False, "Use Nesterov momentum.")
+    weight_decay: float = option(5e-4, "Weight decay.", ge=0, allow_inf_nan=False)
+    no_decay: Names = option(
+        (), "Parameters without weight decay: norm (normalization layers), bias, or norm,bias.", metavar="KINDS"
+    )
+    grad_clip: float | None = option(
+        None, "Scale gradients down to this total L2 norm before each update.", default_text="off", gt=0,
+        allow_inf_nan=False,
+    )  # fmt: skip
     ema: float | None = option(
         None, "Validate, select and save an exponential moving average of the weights with this decay, such as 0.9995.",
         default_text="off", gt=0, lt=1,
     )  # fmt: skip
     early_stopping: bool = option(True, "Only record where the method's stopping rule would end training.")
+    validate_every: int = option(1, "Validate every N epochs, and after the last one.", ge=1)
     select: Literal["best", "last"] | None = option(
         None, "Epoch whose weights are the result: the best robust validation accuracy, or the last."
     )
     seed: int = option(0, "Random seed for the data split, weights, batches and attacks.", ge=0)
+
+    @field_validator("no_decay")
+    @classmethod
+    def _are_kinds(cls, kinds: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [kind for kind in kinds if kind not in ("norm", "bias")]:
+            raise ValueError(f"there is no kind of parameter '{wrong[0]}': give norm, bias or norm,bias")
+        return kinds
+
+    @property
+    def learning_rate(self) -> LearningRate:
+        """The learning rate and the momentum as functions of training progress."""
+        return LearningRate(self.lr, self.lr_schedule, self.lr_epochs or self.epochs, self.warmup_epochs, self.momentum)
 
 
 class RuntimeConfig(OptionGroup):
@@ -53,3 +84,44 @@ class RuntimeConfig(OptionGroup):
         5.0, "Minutes between checkpoints within an epoch.", metavar="MINUTES", may_change=True, gt=0,
         allow_inf_nan=False,
     )  # fmt: skip
+
+
+def optimizer_defaults(optimizer: str | None) -> dict[str, Any]:
+    """Return the default options of an optimizer that differ from those of SGD; AdamW's are torch's."""
+    return {"lr": 1e-3, "weight_decay": 1e-2} if optimizer == "adamw" else {}
+
+
+def check_optim(optim: OptimConfig, prefix: str = "--") -> None:
+    """Check that the options of `OptimConfig` can be combined.
+
+    Args:
+        optim: The options.
+        prefix: As for `deat_rb.utils.options.validate`.
+
+    Raises:
+        DeatError: They cannot.
+    """
+
+    def named(name: str) -> str:
+        return prefix + name.replace("_", "-") if prefix else name
+
+    schedule, epochs = optim.lr_schedule, optim.lr_epochs or optim.epochs
+    if optim.lr_epochs is not None and schedule != "multistep":
+        raise DeatError(
+            f"{named('lr_epochs')} = {optim.lr_epochs} applies only to the multistep schedule, not to {schedule}; "
+            "omit it"
+        )
+    warmup = f"{named('warmup_epochs')} = {optim.warmup_epochs:g}"
+    if optim.warmup_epochs and schedule in ("cyclic", "onecycle"):
+        raise DeatError(f"{warmup} cannot be combined with the {schedule} schedule, which rises by itself; omit it")
+    if optim.warmup_epochs >= epochs:
+        raise DeatError(f"{warmup} leaves none of {epochs} epochs for the schedule; reduce it")
+    if optim.nesterov and (optim.optimizer != "sgd" or optim.momentum == 0):
+        what = "the optimizer sgd" if optim.optimizer != "sgd" else f"a {named('momentum')} above 0"
+        raise DeatError(f"{named('nesterov')} needs {what}; omit it")
+    if schedule == "onecycle" and not MOMENTUM_RANGE <= optim.momentum < 1 - MOMENTUM_RANGE:
+        raise DeatError(
+            f"{named('momentum')} = {optim.momentum:g} cannot be used with the onecycle schedule, which moves it up "
+            f"and down by {MOMENTUM_RANGE:g} within [0, 1); give a value from {MOMENTUM_RANGE:g} to below "
+            f"{1 - MOMENTUM_RANGE:g}"
+        )

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import Optimizer
 
 from deat_rb.training.averaging import WeightAverage
 from deat_rb.training.base import Stop, TrainerBase
@@ -72,7 +72,7 @@ class TrainingState:
 
     trainer: TrainerBase
     engine: Engine
-    optimizer: SGD
+    optimizer: Optimizer
     epochs: int
     seed: int
     recent: deque[EpochWeights]

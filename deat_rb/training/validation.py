@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -133,8 +134,10 @@ def has_collapsed(predicted: int, labelled: int, count: int) -> bool:
     return count >= FEW and (far_too_many or all_of_several)
 
 
-def validate_epoch(state: TrainingState, row: EpochStats, batch: Batch, requests: StopRequests) -> EpochStats:
-    """Return the metrics of an epoch with the validation accuracies, including those that the stopping rule needs.
+def validate_epoch(
+    state: TrainingState, row: EpochStats, batch: Batch, requests: StopRequests, *, only_rule: bool = False
+) -> EpochStats:
+    """Return the metrics of an epoch with the validation accuracies, or with ``only_rule`` those of the stopping rule.
 
     With ``ema``, both the averaged and the raw weights are validated. The stopping rule uses the raw ones, which
     collapse first.
@@ -149,31 +152,8 @@ def validate_epoch(state: TrainingState, row: EpochStats, batch: Batch, requests
                             seed=state.seed)  # fmt: skip
 
     with requests.at_once(), state.engine.eager(state.model):
-        with state.averaged():
-            full = attacked()
-        row = replace(
-            row,
-            val_acc=full.natural,
-            val_robust_acc=full.robust,
-            val_top_predicted=full.top_predicted,
-            val_forwards=full.forwards,
-            val_backwards=full.backwards,
-        )
-        if full.collapsed:
-            state.warn(
-                f"epoch {state.epoch}: the model predicts class {full.top_prediction} for {full.top_predicted:.0%} of "
-                f"the validation images, of which {full.top_labelled:.0%} belong to it: the model has collapsed to "
-                "(nearly) one class"
-            )
-        if state.average is not None:
-            raw = attacked()
-            row = replace(
-                row,
-                raw_val_acc=raw.natural,
-                raw_val_robust_acc=raw.robust,
-                val_forwards=row.val_forwards + raw.forwards,
-                val_backwards=row.val_backwards + raw.backwards,
-            )
+        if not only_rule:
+            row = _with_accuracies(state, row, attacked)
         if rule is not None and rule.validation_steps:
             own = attacked(STOP_BATCH, rule.validation_steps)
             row = replace(
@@ -183,3 +163,34 @@ def validate_epoch(state: TrainingState, row: EpochStats, batch: Batch, requests
                 val_backwards=row.val_backwards + own.backwards,
             )
     return replace(row, val_seconds=time.perf_counter() - began)
+
+
+def _with_accuracies(state: TrainingState, row: EpochStats, attacked: Callable[[], Validation]) -> EpochStats:
+    """Return the metrics with the accuracies of the model; with ``ema`` of the averaged and of the raw weights."""
+    with state.averaged():
+        full = attacked()
+    row = replace(
+        row,
+        val_acc=full.natural,
+        val_robust_acc=full.robust,
+        val_top_predicted=full.top_predicted,
+        val_forwards=full.forwards,
+        val_backwards=full.backwards,
+    )
+    if full.collapsed:
+        model = "the model" if state.average is None else "the averaged model"
+        state.warn(
+            f"epoch {state.epoch}: {model} predicts class {full.top_prediction} for {full.top_predicted:.0%} of "
+            f"the validation images, of which {full.top_labelled:.0%} belong to it: it has collapsed to "
+            "(nearly) one class"
+        )
+    if state.average is not None:
+        raw = attacked()
+        row = replace(
+            row,
+            raw_val_acc=raw.natural,
+            raw_val_robust_acc=raw.robust,
+            val_forwards=row.val_forwards + raw.forwards,
+            val_backwards=row.val_backwards + raw.backwards,
+        )
+    return row

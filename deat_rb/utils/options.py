@@ -68,6 +68,16 @@ def parse_numbers(text: str | Sequence[float]) -> tuple[float, ...]:
 Numbers = Annotated[tuple[float, ...], BeforeValidator(parse_numbers)]
 """Numbers, for instance one per channel; a comma-separated string is accepted."""
 
+
+def parse_names(text: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the names in a comma-separated string such as ``norm,bias``."""
+    parts = text.split(",") if isinstance(text, str) else text
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(parse_names)]
+"""Names; a comma-separated string is accepted."""
+
 Model = TypeVar("Model", bound=BaseModel)
 
 METAVARS: dict[Any, str] = {
@@ -77,6 +87,7 @@ METAVARS: dict[Any, str] = {
     parse_fraction: "FRACTION",
     parse_size: "SIZE",
     parse_numbers: "NUMBERS",
+    parse_names: "NAMES",
 }
 """Placeholders for values in ``--help``, by the values' type or parser."""
 

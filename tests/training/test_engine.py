@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +15,8 @@ from training_problems import images_and_labels, loader, made
 
 import deat_rb
 from deat_rb.training.engine import Engine, fast_gpu_math
+from deat_rb.training.optimizers import build_optimizer
+from deat_rb.training.options import OptimConfig
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils.devices import Precision, resolve_device, resolve_precision
 from deat_rb.utils.errors import DeatError
@@ -63,40 +64,6 @@ def test_fast_gpu_math_is_for_gpus_and_restored(device: str, precision: str) -> 
         with Engine().eager(made()):
             assert chosen() == (precision, False)
     assert chosen() == ("highest", False)
-
-
-def test_sgd_is_torchs_with_momentum_buffers_from_the_start() -> None:
-    ours, theirs = made(), made()
-    optimizers = [
-        Engine().sgd(ours.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4),
-        SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4),
-    ]
-    momenta = [state["momentum_buffer"] for state in optimizers[0].state.values()]
-    assert [buffer.shape for buffer in momenta] == [parameter.shape for parameter in ours.parameters()]
-    for model, optimizer in zip((ours, theirs), optimizers, strict=True):
-        for _ in range(3):
-            optimizer.zero_grad()
-            torch.manual_seed(0)  # of the dropout
-            model(images_and_labels()[0]).square().sum().backward()
-            optimizer.step()
-    assert all(torch.equal(*pair) for pair in zip(ours.parameters(), theirs.parameters(), strict=True))
-
-
-@pytest.mark.parametrize(("device", "fused"), [("cuda", True), ("cpu", False)])
-def test_sgd_is_fused_on_a_gpu_in_every_precision(device: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other one waits for the device at each update under fp16's loss scale."""
-    asked: list[bool] = []
-
-    def sgd(parameters: list[nn.Parameter], fused: bool, **options: Any) -> SGD:
-        asked.append(fused)
-        return SGD(parameters, **options)
-
-    monkeypatch.setattr("deat_rb.training.engine.SGD", sgd)
-    for precision in ("fp32", "bf16", "fp16"):
-        engine = Engine("cpu", precision)
-        engine.device = torch.device(device)
-        engine.sgd(made().parameters(), lr=0.1, momentum=0, weight_decay=0)
-    assert asked == [fused] * 3
 
 
 def test_backward_and_step_returns_the_gradient_before_the_update() -> None:
@@ -184,7 +151,7 @@ def test_a_training_step_on_a_gpu_does_not_wait(name: str, precision: Precision)
     model = made().cuda()
     trainer = trainer_of(name, model)
     engine = Engine("cuda", precision)
-    optimizer = engine.sgd(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    optimizer = build_optimizer(model, OptimConfig(lr=0.01), engine.device)
     images, labels = (part.cuda() for part in images_and_labels(16))
     trainer.training_step(images, labels, optimizer, engine)
     with syncs_raise():

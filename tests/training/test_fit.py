@@ -22,7 +22,7 @@ from deat_rb.utils.errors import DeatError
         ({"epochs": 0}, "^epochs = 0 cannot be used: it should be greater than or equal to 1"),
         (
             {"lr_schedule": "cylic"},
-            "lr_schedule = 'cylic' cannot be used: it should be 'cyclic', 'multistep' or 'flat'",
+            "lr_schedule = 'cylic' cannot be used: it should be 'cyclic', 'multistep', 'flat', 'cosine' or 'onecycle'",
         ),
         ({"lr_epochs": 1, "epochs": 3}, "lr_epochs = 1 applies only to the multistep schedule, not to cyclic"),
         (

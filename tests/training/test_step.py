@@ -16,6 +16,8 @@ from deat_rb.methods.registry import known_methods
 from deat_rb.training.engine import ATTACK_SCALE, Engine
 from deat_rb.training.metrics import EpochAccumulator
 from deat_rb.training.nonfinite import NonFiniteFlags
+from deat_rb.training.optimizers import build_optimizer
+from deat_rb.training.options import OptimConfig
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils.devices import full_float32
 
@@ -38,7 +40,7 @@ def test_no_method_looks_at_a_value(method: str) -> None:
     images, labels = (part.to("meta") for part in images_and_labels(8))
     sums, flags = EpochAccumulator(), NonFiniteFlags()
     with engine.prepared(model):
-        optimizer = engine.sgd(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+        optimizer = build_optimizer(model, OptimConfig(lr=0.1), engine.device)
         for batch in range(2):
             with engine.training_batch(model, 8):
                 stats = trainer.training_step(images, labels, optimizer, engine)
@@ -65,7 +67,7 @@ def kernels(method: str) -> list[str]:
     model = made()
     trainer = taking_steps(method, model)
     engine = Engine()
-    optimizer = engine.sgd(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    optimizer = build_optimizer(model, OptimConfig(lr=0.1), engine.device)
     images, labels = images_and_labels(8)
     recorded = Kernels()
     with engine.prepared(model), engine.training_batch(model, 8), recorded:
@@ -86,7 +88,7 @@ def test_batches_are_counted_as_torch_does(method: str) -> None:
     for counting in (False, True):
         model = made()
         trainer, engine = taking_steps(method, model), Engine()
-        optimizer = engine.sgd(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+        optimizer = build_optimizer(model, OptimConfig(lr=0.1), engine.device)
         images, labels = images_and_labels(8)
         if counting:
             with engine.training_batch(model, 8):
