@@ -243,36 +243,14 @@ def _write(
     report: Report,
     **examples: Any,
 ) -> None:
-    """Write report, plot and page to the run and to ``json_path``; in each place, all files are written or none."""
-    from deat_rb.evaluation.html_report import predictions_of, render_page
-    from deat_rb.evaluation.plots import draw_sweep
-    from deat_rb.evaluation.records import Placement, place
+    """Write report, plot and page to the run and to ``json_path``."""
+    from deat_rb.evaluation.store import store_report
     from deat_rb.runs.directory import RunDirectory
 
-    placements = [] if json_path is None else [Placement(json_path)]
+    run: dict[str, Any] = {}
     if target.run is not None:
-        config = RunDirectory.open(target.run).config
-        placed = place(
-            target.run, report, own_data=_has_own_data(target), own_eps=config.attack.eps, overwrite=overwrite
-        )
-        placements.insert(0, placed)
-    html = b""
-    if page and placements:
-        predictions = predictions_of(
-            target.model, report, examples["images"], batch_size=report.batch_size, device=device
-        )
-        html = render_page(report, classes=target.classes, predictions=predictions, **examples)
-    for placed in placements:
-        file = placed.file
-        page_file = file.with_name("report.html" if file.name == "eval.json" else f"{file.stem}.html")
-        plot = file.with_name(f"{file.stem}-eps.png")
-        beside = {page_file: html} if page else {}
-        if report.curve:
-            title = target.run.name if target.run is not None and file.name == "eval.json" else file.stem
-            beside[plot] = draw_sweep(report, title=title)
-        report.save(file, beside | placed.archived)
-        written += [f"written: {path}" for path in (*beside, file)]
-        if placed.sentence:
-            written.append(f"note: {placed.sentence}")
-        for stale in {page_file, plot} - beside.keys() if target.run is not None and file.name == "eval.json" else ():
-            stale.unlink(missing_ok=True)  # files of the previous evaluation
+        eps = RunDirectory.open(target.run).config.attack.eps
+        run = {"run": target.run, "own_data": _has_own_data(target), "own_eps": eps}
+    stored = store_report(report, model=target.model, classes=target.classes, device=device, json_path=json_path,
+                          page=page, overwrite=overwrite, **run, **examples)  # fmt: skip
+    written += stored.sentences

@@ -1,0 +1,223 @@
+"""Options and work shared by `deat-rb sweep` and `deat-rb reproduce`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from deat_rb.evaluation.runner import Progress
+    from deat_rb.reproduction.folder import Record, StudyFolder
+    from deat_rb.reproduction.study import RunSpec, Study
+    from deat_rb.training.callbacks import Callback
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_OPTIONS = (
+    click.option("--jobs", type=int, metavar="N", help="Start N worker processes on this machine."),
+    click.option("--gpus", metavar="0,1,...", help="Start workers on these GPUs, --per-gpu on each."),
+    click.option("--per-gpu", type=int, default=1, show_default=True, metavar="K", help="Workers per GPU."),
+    click.option("--print", "print_commands", is_flag=True,
+                 help="Print one command per run that is left, for GNU parallel or a job array, and exit."),
+    click.option("--only", metavar="RUN", help="Work on this run only."),
+    click.option("--no-wait", is_flag=True, help="Exit when all runs that are left are claimed by other processes."),
+    click.option("--retry", is_flag=True, help="Try runs again that have failed."),
+    click.option("--status", is_flag=True, help="Print what is done, running and waiting, and when it will end."),
+    click.option("--tables", "tables_only", is_flag=True, help="Write the tables of the runs that are done, and exit."),
+    click.option("--dry-run", is_flag=True, help="Print the runs and their cost, timed on this machine."),
+)  # fmt: skip
+
+
+def study_options(command: F) -> F:
+    """Add the options to a command, which receives them as keyword arguments of `WorkOptions`."""
+    for each in reversed(_OPTIONS):
+        command = each(command)
+    return command
+
+
+@dataclass(frozen=True)
+class WorkOptions:
+    """The options that `study_options` adds."""
+
+    jobs: int | None
+    gpus: str | None
+    per_gpu: int
+    print_commands: bool
+    only: str | None
+    no_wait: bool
+    retry: bool
+    status: bool
+    tables_only: bool
+    dry_run: bool
+
+
+def work(
+    study: Study, folder: StudyFolder, options: WorkOptions, arguments: Sequence[str], write: Callable[[], None]
+) -> None:
+    """Do what the options ask for.
+
+    Args:
+        study: The study.
+        folder: Its folder.
+        options: The options.
+        arguments: The command's arguments, without those of `study_options`.
+        write: Writes and prints the tables.
+
+    Raises:
+        DeatError: An option is invalid, or the folder cannot be used.
+    """
+    import shlex
+
+    from deat_rb.reproduction.work import Worker
+    from deat_rb.reproduction.workers import environments
+
+    gpus = tuple(filter(None, (options.gpus or "").split(",")))
+    workers = environments(options.jobs, gpus, options.per_gpu)
+    if options.print_commands:
+        for run in study.runs:
+            if not folder.is_settled(run):
+                click.echo(shlex.join(["deat-rb", *arguments, "--only", run.name]))
+        return
+    if options.status:
+        print_status(study, folder)
+        return
+    if options.dry_run:
+        print_estimate(study, folder, len(workers))
+        return
+    if options.tables_only:
+        write()
+        return
+    for run in study.runs if options.retry else ():
+        folder.forget_failure(run)
+    if options.only is not None:
+        run = study.run(options.only)
+        if not Worker(study, folder, Listener(folder)).work_on(run):
+            click.echo(f"another process works on {run.name}")
+    elif len(workers) > 1 or gpus:
+        _run_workers(study, folder, workers, [*arguments, *(["--no-wait"] if options.no_wait else [])])
+        write()
+    else:
+        Worker(study, folder, Listener(folder)).work(wait=not options.no_wait)
+        write()
+
+
+def _run_workers(study: Study, folder: StudyFolder, environs: list[dict[str, str]], arguments: list[str]) -> None:
+    from deat_rb.reproduction.workers import run_workers
+
+    folder.create()
+    settled = {run.name for run in study.runs if folder.is_settled(run)}
+    listener = Listener(folder)
+    click.echo(f"{len(environs)} workers for {len(study.runs) - len(settled)} runs, logs in {folder.logs}", err=True)
+
+    def tell() -> None:
+        for run in study.runs:
+            if run.name not in settled and folder.is_settled(run):
+                settled.add(run.name)
+                record = folder.record(run)
+                assert record is not None
+                click.echo(f"{len(settled)} of {len(study.runs)}: ", nl=False, err=True)
+                listener.on_run_end(run, record)
+
+    run_workers(arguments, environs, folder.logs, on_poll=tell, on_end=lambda text: click.echo(text, err=True))
+    tell()
+
+
+class Listener:
+    """Shows the work on stderr; a `deat_rb.reproduction.work.WorkListener`."""
+
+    def __init__(self, folder: StudyFolder) -> None:
+        self._folder = folder
+
+    def on_run_start(self, run: RunSpec, number: int, total: int) -> None:
+        """Print which run begins."""
+        click.echo(f"run {number} of {total}: {run.label}, seed {run.seed} ({run.name})", err=True)
+
+    def on_run_end(self, run: RunSpec, record: Record) -> None:
+        """Print a run's result, or why it failed."""
+        from deat_rb.reproduction.results import collect
+
+        if record.status == "failed":
+            click.echo(f"failed: {run.label}, seed {run.seed}: {record.reason}", err=True)
+            return
+        values = collect(self._folder, [run])[0].values
+        text = ", ".join(f"{column} {value:,.2f}" for column, value in values.items())
+        click.echo(f"done: {run.label}, seed {run.seed}: {text}", err=True)
+
+    def on_waiting(self, busy: int) -> None:
+        """Print that other processes work on the remaining runs."""
+        click.echo(f"waiting for {busy} runs of other processes (--no-wait does not)", err=True)
+
+    @contextmanager
+    def training(self) -> Iterator[Callback]:
+        """Show a bar, or a line per minute."""
+        from deat_rb.cli.training_progress import TrainingProgress
+
+        with TrainingProgress() as progress:
+            yield progress
+
+    def evaluating(self, n_examples: int) -> AbstractContextManager[Progress | None]:
+        """Show a bar, or a line per 30 seconds."""
+        from deat_rb.cli.evaluation_progress import EvaluationProgress
+
+        progress: AbstractContextManager[Progress] = EvaluationProgress(n_examples)
+        return progress
+
+
+def print_status(study: Study, folder: StudyFolder) -> None:
+    """Print the state of each run and when all are done."""
+    from datetime import datetime, timedelta
+
+    from rich.console import Console
+    from rich.markup import escape
+
+    from deat_rb.cli.training_progress import duration
+    from deat_rb.reproduction.estimate import read_estimate
+    from deat_rb.reproduction.status import study_state
+    from deat_rb.utils.text import new_table
+
+    state = study_state(folder, study.runs, read_estimate(folder))
+    table = new_table(escape(study.title))
+    for column in ("run", "seed", "state", "epochs"):
+        table.add_column(column, overflow="fold", justify="left" if column in ("run", "state") else "right")
+    for each in state.runs:
+        text = f"failed: {each.reason}" if each.status == "failed" else each.status
+        table.add_row(escape(each.run.label), str(each.run.seed), escape(text), f"{each.epochs} of {each.total}")
+    Console().print(table)
+    counts = state.counts()
+    click.echo(", ".join(f"{counts[status]} {status}" for status in ("done", "failed", "running", "begun", "waiting")
+                         if counts[status]))  # fmt: skip
+    left = state.seconds_left()
+    if left is None:
+        click.echo("left: not known before a run is done; --dry-run predicts it")
+    elif left:
+        end = datetime.now().astimezone() + timedelta(seconds=left)
+        click.echo(f"left: about {duration(left)} with {max(1, counts['running'])} runs at a time, "
+                   f"until {end:%Y-%m-%d %H:%M}")  # fmt: skip
+
+
+def print_estimate(study: Study, folder: StudyFolder, workers: int) -> None:
+    """Time the networks and print the runs that are left with their cost."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from deat_rb.cli.training_progress import duration
+    from deat_rb.reproduction.estimate import estimate
+    from deat_rb.utils.text import new_table
+
+    left = [run for run in study.runs if not folder.is_settled(run)]
+    predicted = estimate(folder, left, notify=lambda text: click.echo(text, err=True))
+    table = new_table(escape(study.title))
+    table.add_column("run", overflow="fold")
+    for column in ("seed", "epochs", "backward passes", "training", "evaluation"):
+        table.add_column(column, justify="right")
+    for each in predicted:
+        table.add_row(escape(each.run.label), str(each.run.seed), str(each.epochs), each.passes_text(),
+                      duration(each.training), duration(each.evaluation))  # fmt: skip
+    Console().print(table)
+    total = sum(each.training + each.evaluation for each in predicted)
+    settled = len(study.runs) - len(left)
+    click.echo(f"{len(left)} runs left, {settled} done: about {duration(total / workers)} with {workers} at a time")

@@ -1,0 +1,52 @@
+"""The command ``deat-rb sweep``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .network_options import import_from_current_folder
+from .study_options import WorkOptions, study_options, work
+
+
+@click.command("sweep")
+@click.argument("study", metavar="STUDY", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), metavar="PATH",
+              help="Folder of the runs and tables.  [default: the file's name without suffix]")  # fmt: skip
+@study_options
+def sweep(study: Path, output: Path | None, **options: Any) -> None:
+    """Train and evaluate all runs of a study, and write a table of their means.
+
+    STUDY is a TOML or JSON file: options of all runs in [options], combinations in [grid], single runs in [[runs]],
+    seeds, and attacks in [evaluation]; options are those of deat-rb train. See docs/studies.md.
+
+    Each run is claimed by a lock in the output folder, resumed if it was begun and skipped if it is done: the same
+    command in several shells, or on machines with a shared disk, shares the work, and may be killed at any time. A run
+    that fails is listed with its reason and stops no other.
+    """
+    from rich.console import Console
+
+    from deat_rb.reproduction.folder import StudyFolder
+    from deat_rb.reproduction.outputs import write_table
+    from deat_rb.reproduction.results import collect
+    from deat_rb.reproduction.study import read_study
+    from deat_rb.reproduction.tables import ResultTable, as_rich, unfinished_lines
+
+    described = read_study(study)
+    for run in described.runs:
+        import_from_current_folder(run.options.model.arch)
+    folder = StudyFolder(output or Path(study.stem))
+
+    def write() -> None:
+        results = collect(folder, described.runs)
+        table = ResultTable.of(results, name="table", title=described.title)
+        written = write_table(table, folder.path)
+        Console().print(as_rich(table))
+        for line in unfinished_lines(table):
+            click.echo(line)
+        click.echo(f"written: {', '.join(map(str, written))}")
+
+    arguments = ["sweep", str(study), "--output", str(folder.path)]
+    work(described, folder, WorkOptions(**options), arguments, write)

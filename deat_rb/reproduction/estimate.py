@@ -1,0 +1,255 @@
+"""Prediction of the time that runs take, from ten timed batches of each network."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from deat_rb.data.datasets import Dataset
+from deat_rb.methods.registry import create, recipe
+from deat_rb.methods.trainers import AttackTrainer, ReplayTrainer
+from deat_rb.reproduction.folder import StudyFolder
+from deat_rb.reproduction.study import AUTOATTACK, RunSpec
+from deat_rb.runs.options import TrainOptions
+from deat_rb.runs.plan import TrainingPlan, plan
+from deat_rb.training.engine import Engine
+from deat_rb.utils import seeding
+from deat_rb.utils.devices import resolve_device, resolve_precision
+from deat_rb.utils.errors import DeatError
+from deat_rb.utils.files import read_json, write_json
+
+ESTIMATE = "estimate.json"
+
+BATCHES = 10
+
+LONGEST = 60.0
+"""Seconds after which a measurement ends before its ten batches."""
+
+VALIDATION_PASSES = 14
+"""Passes of PGD-20 per validation image, most of which are misclassified early or stay correct to the end."""
+
+ROBUST = 0.6
+"""Share of an attack's passes that are made, as images that are misclassified are not attacked further."""
+
+AUTOATTACK_PASSES = 3600
+"""Passes of AutoAttack per image that stays correct: 100 + 2 x 900 with gradients, and 5,000 forward passes."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The predicted cost of a run.
+
+    Attributes:
+        run: The run.
+        epochs: Its epochs.
+        passes: Expected number of backward passes, in mini-batches.
+        exact: Whether that number is known in advance.
+        training: Seconds of training and validation.
+        evaluation: Seconds of evaluation.
+    """
+
+    run: RunSpec
+    epochs: int
+    passes: float
+    exact: bool
+    training: float
+    evaluation: float
+
+    def passes_text(self) -> str:
+        """Return the number of backward passes as text."""
+        return f"{'' if self.exact else 'about '}{self.passes:,.0f}"
+
+
+def read_estimate(folder: StudyFolder) -> dict[str, float]:
+    """Return the predicted seconds of each run, by name, of an earlier `estimate`; empty if there was none."""
+    path = folder.path / ESTIMATE
+    if not path.is_file():
+        return {}
+    content = read_json(path)
+    if not isinstance(content, dict) or not all(isinstance(value, int | float) for value in content.values()):
+        raise DeatError(f"{path} is damaged; remove it")
+    return {str(name): float(value) for name, value in content.items()}
+
+
+def estimate(folder: StudyFolder, runs: Sequence[RunSpec], *, notify: Callable[[str], None]) -> list[Prediction]:
+    """Predict the time of runs on this machine, and store it for `--status`.
+
+    The times of an attack step and of an update are measured in ten batches of each network and loss. Where the
+    number of steps is not known in advance, it is that of finished runs of the same row, or halfway between the
+    least and the most.
+
+    Args:
+        folder: The folder of the study.
+        runs: The runs.
+        notify: Called with a sentence before each measurement.
+
+    Raises:
+        DeatError: An option of a run or its data are invalid.
+    """
+    clock = _Clock(notify)
+    predicted = [_predict(run, clock, _passes_of_others(folder, run, runs)) for run in runs]
+    folder.create()
+    seconds = {**read_estimate(folder), **{each.run.name: each.training + each.evaluation for each in predicted}}
+    write_json(folder.path / ESTIMATE, seconds)
+    return predicted
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds per mini-batch of a network.
+
+    Attributes:
+        update: An update.
+        step: An attack step, forward and backward.
+        evaluation: A forward and backward pass in an evaluation, in fp32.
+    """
+
+    update: float
+    step: float
+    evaluation: float
+
+
+class _Clock:
+    """Measures `Times`, once for each network, batch size, precision and kind of trainer; keeps the last dataset."""
+
+    def __init__(self, notify: Callable[[str], None]) -> None:
+        self._notify = notify
+        self._times: dict[tuple[object, ...], Times] = {}
+        self._loaded: tuple[tuple[object, ...], Dataset] | None = None
+
+    def plan(self, options: TrainOptions) -> TrainingPlan:
+        data = options.data
+        key = (data.dataset, data.data_dir, data.image_size, data.memory_limit)
+        known = self._loaded[1] if self._loaded is not None and self._loaded[0] == key else None
+        planned = plan(options, dry=True, data=known)
+        self._loaded = (key, planned.data)
+        return planned
+
+    def times(self, planned: TrainingPlan) -> Times:
+        config = planned.config
+        kind = _kind(planned)
+        key = (config.network, config.data.batch_size, config.runtime.precision, config.runtime.device, kind)
+        if key not in self._times:
+            self._notify(f"timing {kind} with {config.model.arch}, batches of {config.data.batch_size}")
+            self._times[key] = _measure(planned, kind)
+        return self._times[key]
+
+
+def _kind(planned: TrainingPlan) -> str:
+    """Return a method with the same costs per step and update; methods of other packages are timed themselves."""
+    _, row = recipe(planned.config.attack.method)
+    if row.replays:
+        return "free-2"
+    if row.uses_pgd and row.loss in ("ce", "trades", "mart") and type(planned.trainer) is AttackTrainer:
+        return {"ce": "pgd-1"}.get(str(row.loss), str(row.loss))
+    return planned.config.attack.method
+
+
+def _measure(planned: TrainingPlan, kind: str) -> Times:
+    config = planned.config
+    device = resolve_device(config.runtime.device)
+    size = config.data.batch_size
+    shape = (size, config.network.channels, config.network.image_size, config.network.image_size)
+    with seeding.preserved():
+        torch.manual_seed(0)
+        images = torch.rand(shape).to(device, memory_format=torch.channels_last)
+        labels = (torch.arange(size) % config.network.num_classes).to(device)
+        model = config.network.build()
+        trainer = create(kind, model, eps=config.attack.eps)
+        engine = Engine(device, resolve_precision(config.runtime.precision, device), compiled=config.runtime.compile)
+        with engine.prepared(model):
+            trainer.set_device(device)
+            optimizer = engine.sgd(model.parameters(), lr=1e-6, momentum=0.9, weight_decay=5e-4)
+            model.train()
+            seconds = {}
+            for steps in (2,) if kind == "free-2" else (1, 3):
+                trainer.steps = steps
+                seconds[steps] = _time(lambda: trainer.training_step(images, labels, optimizer, engine), device)
+        return _times(seconds, _time_evaluation(model, images, labels, device))
+
+
+def _times(seconds: dict[int, float], evaluation: float) -> Times:
+    if len(seconds) == 1:  # a replay is both
+        return Times(update=0.0, step=seconds[2] / 2, evaluation=evaluation)
+    step = max((seconds[3] - seconds[1]) / 2, 0.0)
+    return Times(update=max(seconds[1] - step, 0.0), step=step, evaluation=evaluation)
+
+
+def _time_evaluation(model: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> float:
+    model.eval()
+
+    def attack_pass() -> None:
+        inputs = images.detach().requires_grad_()
+        torch.autograd.grad(functional.cross_entropy(model(inputs), labels), inputs)
+
+    return _time(attack_pass, device)
+
+
+def _time(work: Callable[[], object], device: torch.device) -> float:
+    """Return the mean seconds of ten calls after two; fewer if they take more than a minute."""
+    for _ in range(2):
+        work()
+    wait(device)
+    seconds: list[float] = []
+    while len(seconds) < BATCHES and sum(seconds) < LONGEST:
+        begin = time.perf_counter()
+        work()
+        wait(device)
+        seconds.append(time.perf_counter() - begin)
+    return fmean(seconds)
+
+
+def wait(device: torch.device) -> None:
+    """Wait until a GPU has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _passes_of_others(folder: StudyFolder, run: RunSpec, runs: Sequence[RunSpec]) -> float | None:
+    """Return the mean backward passes of finished runs of the same row; None if there are none."""
+    counts = [
+        sum(row.backwards for row in folder.rows(other))
+        for other in runs
+        if other.label == run.label and folder.status(other) == "done"
+    ]
+    return fmean(counts) if counts else None
+
+
+def _predict(run: RunSpec, clock: _Clock, known: float | None) -> Prediction:
+    planned = clock.plan(run.options)
+    config, times, m = planned.config, clock.times(planned), planned.batches
+    epochs = config.optim.epochs
+    exact = planned.costs()
+    replays = type(planned.trainer) is ReplayTrainer
+    most = (planned.most_costs() or {}).get("backward passes")
+    if exact is not None:
+        passes = float(exact["backward passes"])
+    elif known is not None:
+        passes = known
+    elif planned.trainer.schedule.total_steps(epochs) is None and most is not None:
+        passes = (epochs * m * (1 if replays else 2) + most) / 2
+    else:
+        passes = float(most or epochs * m * (1 + planned.trainer.steps))
+    updates = 0 if replays else epochs * m
+    training = (passes - updates) * times.step + updates * times.update
+    per_image = times.evaluation / config.data.batch_size
+    training += epochs * len(planned.val) * VALIDATION_PASSES * per_image
+    tested = [(attacks, min(asked or len(planned.data.test), len(planned.data.test)))
+              for attacks, asked in run.evaluation.parts()]  # fmt: skip
+    evaluation = sum(count * sum(map(_attack_passes, attacks)) * per_image for attacks, count in tested)
+    return Prediction(run, epochs, passes, exact is not None, training, ROBUST * evaluation)
+
+
+def _attack_passes(attack: str) -> float:
+    """Return about how many passes an attack makes per image that stays correct."""
+    number = re.fullmatch(r"(?:pgd|cw)-(\d+)(?:x(\d+))?", attack)
+    if number:
+        return int(number[1]) * int(number[2] or 1)
+    return AUTOATTACK_PASSES if attack.startswith(AUTOATTACK) else 1.0

@@ -1,0 +1,139 @@
+"""Results of runs: accuracies, cost and stopping epoch of each, and their mean and deviation over seeds."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+
+from deat_rb.evaluation.report import Report
+from deat_rb.reproduction.folder import StudyFolder
+from deat_rb.reproduction.provenance import eval_command, train_command
+from deat_rb.reproduction.study import RunSpec
+from deat_rb.runs.directory import RunDirectory
+from deat_rb.training.metrics import EpochStats
+
+PASSES, MINUTES, EPOCHS = "backward passes", "minutes", "epochs"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The result of a run.
+
+    Attributes:
+        name: The run's name.
+        label: Name of its row: the same for runs that differ only in the seed.
+        seed: The random seed.
+        status: ``waiting``, ``begun``, ``running``, ``done`` or ``failed``.
+        reason: Why it failed.
+        values: Values by column: accuracies in percent by attack, ``backward passes`` in mini-batches, ``minutes`` of
+            training, and ``epochs`` trained until the end or the stopping rule.
+        page: Path of the page of its evaluation.
+        commit: Git commit of deat-rb.
+        hardware: The device, in words.
+        finished: When it was done (ISO 8601, UTC).
+        commands: The commands that train and evaluate it.
+    """
+
+    name: str
+    label: str
+    seed: int
+    status: str
+    reason: str = ""
+    values: dict[str, float] = field(default_factory=dict)
+    page: Path | None = None
+    commit: str = ""
+    hardware: str = ""
+    finished: str = ""
+    commands: tuple[str, ...] = ()
+
+
+def cost(rows: Sequence[EpochStats]) -> dict[str, float]:
+    """Return backward passes, minutes of training without validation, and epochs."""
+    return {
+        PASSES: sum(row.backwards for row in rows),
+        MINUTES: sum(row.seconds for row in rows) / 60,
+        EPOCHS: float(len(rows)),
+    }
+
+
+def collect(folder: StudyFolder, runs: Sequence[RunSpec]) -> list[RunResult]:
+    """Return the results of runs, also of those that are not done.
+
+    Raises:
+        DeatError: A file of a run is damaged.
+    """
+    return [_result(folder, run) for run in runs]
+
+
+def _result(folder: StudyFolder, run: RunSpec) -> RunResult:
+    status, record = folder.status(run), folder.record(run)
+    commands = [train_command(run, folder.runs)]
+    commands += [eval_command(run, folder.runs, attacks, asked) for attacks, asked in run.evaluation.parts()]
+    if record is None or status not in ("done", "failed"):
+        return RunResult(run.name, run.label, run.seed, status, commands=tuple(commands))
+    values, page = {}, None
+    for attacks, asked in run.evaluation.parts():
+        for attack in ("natural", *attacks):
+            found = folder.report(run, attack, asked)
+            if found is not None and attack not in values:
+                values[attack] = 100 * found[1].results[attack].accuracy
+                page = page or page_of(found[0])
+    values |= cost(folder.rows(run)) if status == "done" else {}
+    return RunResult(run.name, run.label, run.seed, status, record.reason, values, page, record.commit,
+                     record.hardware, record.finished, tuple(commands))  # fmt: skip
+
+
+def of_run(path: Path, report: Report, label: str) -> RunResult:
+    """Return the result of a run directory with its evaluation."""
+    run = RunDirectory.open(path)
+    values = {name: 100 * each.accuracy for name, each in report.results.items()}
+    config = run.config
+    options = " ".join(
+        f"--{name} {shlex.quote(str(value))}"
+        for name, value in (("method", config.attack.method), ("seed", config.optim.seed))
+    )
+    return RunResult(path.absolute().name, label, config.optim.seed, "done", values={**values, **cost(run.rows())},
+                     commands=(f"deat-rb train --config {path / 'config.json'} {options}",))  # fmt: skip
+
+
+def page_of(report: Path) -> Path | None:
+    """Return the page of a report's JSON file, if there is one."""
+    page = report.with_name("report.html" if report.name == "eval.json" else f"{report.stem}.html")
+    return page if page.is_file() else None
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean of a value over the runs of a row.
+
+    Attributes:
+        mean: The mean.
+        deviation: The sample standard deviation; None for a single run.
+        count: Number of runs.
+    """
+
+    mean: float
+    deviation: float | None
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        """Return the mean of one or more values."""
+        return cls(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
+
+
+def mean_of(results: Sequence[RunResult], column: str) -> Mean | None:
+    """Return the mean of a column over the runs that have it; None if none has."""
+    values = [each.values[column] for each in results if column in each.values]
+    return Mean.of(values) if values else None
+
+
+def by_label(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
+    """Group results by their rows, in the order of their first runs."""
+    rows: dict[str, list[RunResult]] = {}
+    for each in results:
+        rows.setdefault(each.label, []).append(each)
+    return rows

@@ -1,0 +1,98 @@
+"""State of a study: which runs are done, running and waiting, and how long the rest takes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from deat_rb.reproduction.folder import Status, StudyFolder
+from deat_rb.reproduction.study import RunSpec
+from deat_rb.runs.directory import RunDirectory
+from deat_rb.runs.plan import resolve
+
+
+@dataclass(frozen=True)
+class RunState:
+    """State of a run.
+
+    Attributes:
+        run: The run.
+        status: Its status.
+        epochs: Epochs trained.
+        total: Epochs of the whole run.
+        seconds: Wall time that training and evaluation took, if done.
+        reason: Why it failed.
+    """
+
+    run: RunSpec
+    status: Status
+    epochs: int = 0
+    total: int = 0
+    seconds: float | None = None
+    reason: str = ""
+
+    @property
+    def share(self) -> float:
+        """Share of the epochs trained, in [0, 1]."""
+        return min(self.epochs / self.total, 1.0) if self.total else 0.0
+
+
+@dataclass(frozen=True)
+class StudyState:
+    """State of all runs of a study.
+
+    Attributes:
+        runs: The state of each run.
+        predicted: Predicted seconds by run name, as far as known.
+    """
+
+    runs: tuple[RunState, ...]
+    predicted: Mapping[str, float]
+
+    def counts(self) -> Counter[Status]:
+        """Return the number of runs by status."""
+        return Counter(each.status for each in self.runs)
+
+    def seconds_left(self) -> float | None:
+        """Return the expected time until all runs are done, in seconds; None if it is not known.
+
+        It assumes that as many runs are always in progress as now.
+        """
+        left = [each for each in self.runs if each.status not in ("done", "failed")]
+        times = [self._expected(each) for each in left]
+        known = [seconds * (1 - each.share) for seconds, each in zip(times, left, strict=True) if seconds is not None]
+        return sum(known) / max(1, self.counts()["running"]) if len(known) == len(left) else None
+
+    def _expected(self, state: RunState) -> float | None:
+        """Return the expected seconds of a whole run: as other seeds took, as predicted, or as the mean run took."""
+        done = [each for each in self.runs if each.seconds]
+        alike = [each.seconds for each in done if each.run.label == state.run.label and each.seconds]
+        if alike:
+            return fmean(alike)
+        predicted = self.predicted.get(state.run.name)
+        if predicted is not None:
+            pairs = [(each.seconds, self.predicted[each.run.name]) for each in done
+                     if each.run.name in self.predicted and each.seconds]  # fmt: skip
+            ratio = sum(real for real, _ in pairs) / sum(told for _, told in pairs) if pairs else 1.0
+            return predicted * ratio
+        return fmean(each.seconds for each in done if each.seconds) if done else None
+
+
+def study_state(folder: StudyFolder, runs: Sequence[RunSpec], predicted: Mapping[str, float]) -> StudyState:
+    """Return the state of runs.
+
+    Raises:
+        DeatError: A file of a run is damaged.
+    """
+    return StudyState(tuple(_state(folder, run) for run in runs), predicted)
+
+
+def _state(folder: StudyFolder, run: RunSpec) -> RunState:
+    status = folder.status(run)
+    record = folder.record(run)
+    path = folder.run_path(run)
+    epochs = RunDirectory.open(path).config.optim.epochs if path.is_dir() else resolve(run.options).optim.epochs
+    seconds = record.seconds if record is not None and status == "done" else None
+    return RunState(run, status, len(folder.rows(run)), epochs, seconds, record.reason if record is not None else "")

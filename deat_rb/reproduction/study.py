@@ -1,0 +1,242 @@
+"""Studies: the runs that a file describes by a grid, a list and seeds, and how they are evaluated."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from deat_rb.attacks.names import parse_attacks
+from deat_rb.runs.options import MAY_CHANGE, TrainOptions, make_options
+from deat_rb.runs.plan import default_name
+from deat_rb.utils.errors import DeatError
+from deat_rb.utils.files import read_bytes, read_json
+from deat_rb.utils.records import describe_validation_error
+
+AUTOATTACK = "autoattack"
+
+DEFAULT_ATTACKS = ("fgsm", "pgd-100", "cw-20")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How the runs of a study are evaluated.
+
+    Attributes:
+        attacks: Names of attacks, as for `deat_rb.evaluate`, without AutoAttack.
+        n_examples: Number of test images; None for all.
+        autoattack: Number of test images for AutoAttack's standard version; 0 for all, None for no AutoAttack.
+    """
+
+    attacks: tuple[str, ...] = DEFAULT_ATTACKS
+    n_examples: int | None = None
+    autoattack: int | None = None
+
+    def parts(self) -> tuple[tuple[tuple[str, ...], int | None], ...]:
+        """Return the evaluations to make: attacks and number of test images (None for all) of each."""
+        main = ((self.attacks, self.n_examples),) if self.attacks else ()
+        return main if self.autoattack is None else (*main, ((AUTOATTACK,), self.autoattack or None))
+
+    def merged(self, other: Evaluation) -> Evaluation:
+        """Return an evaluation that covers both; the numbers of images are those of ``self``, if it has any."""
+        attacks = tuple(dict.fromkeys((*self.attacks, *other.attacks)))
+        return replace(
+            self, attacks=attacks, autoattack=other.autoattack if self.autoattack is None else self.autoattack
+        )
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """A run of a study.
+
+    Attributes:
+        options: The options of `deat-rb train` that are set, including the seed.
+        evaluation: How the run is evaluated.
+        label: Name of its row in tables: the same for runs that differ only in the seed.
+    """
+
+    options: TrainOptions
+    evaluation: Evaluation
+    label: str
+
+    @property
+    def name(self) -> str:
+        """Name of the run directory, derived from the options: equal options have the same name in every study.
+
+        Options that do not affect the result are ignored; of the data folder, only the name counts.
+        """
+        decisive = {name: value for name, value in self.options.explicit().items() if name not in MAY_CHANGE}
+        if self.options.data.data_dir is not None:
+            decisive["data_dir"] = Path(self.options.data.data_dir).name
+        digest = sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:8]
+        return f"{default_name(self.options)}-{digest}"
+
+    @property
+    def seed(self) -> int:
+        """The random seed."""
+        return self.options.optim.seed
+
+
+@dataclass(frozen=True)
+class Study:
+    """A named list of runs.
+
+    Attributes:
+        name: Name, also of the table's files.
+        title: Title of the table.
+        runs: The runs, in the order of the table; no two have the same name.
+    """
+
+    name: str
+    title: str
+    runs: tuple[RunSpec, ...]
+
+    def run(self, name: str) -> RunSpec:
+        """Return the run with a name.
+
+        Raises:
+            DeatError: There is none.
+        """
+        for each in self.runs:
+            if each.name == name:
+                return each
+        raise DeatError(f"{self.name} has no run named {name}; --print lists the commands of its runs")
+
+
+class _EvaluationTable(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    attacks: str | list[str] = list(DEFAULT_ATTACKS)
+    n_examples: int | None = Field(default=None, ge=1)
+    autoattack: bool | int | None = Field(default=None, ge=0)
+
+    def evaluation(self) -> Evaluation:
+        names = [name for name in parse_attacks(self.attacks) if name != "natural"]
+        autoattack = self.autoattack
+        if isinstance(autoattack, bool):
+            autoattack = (self.n_examples or 0) if autoattack else None
+        elif AUTOATTACK in names and autoattack is None:
+            autoattack = self.n_examples or 0
+        return Evaluation(tuple(name for name in names if name != AUTOATTACK), self.n_examples, autoattack)
+
+
+class _StudyFile(BaseModel):
+    """The content of a study's file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    title: str = ""
+    seeds: list[int] = [0]
+    options: dict[str, Any] = {}
+    grid: dict[str, list[Any]] = {}
+    runs: list[dict[str, Any]] = []
+    evaluation: _EvaluationTable = _EvaluationTable()
+
+
+def read_study(path: str | Path) -> Study:
+    """Read a study from a TOML or JSON file; docs/studies.md describes its tables.
+
+    Raises:
+        DeatError: The file is missing or invalid, or an option of a run is.
+    """
+    path = Path(path)
+    if path.suffix == ".json":
+        content = read_json(path)
+    elif path.suffix == ".toml":
+        try:
+            content = tomllib.loads(read_bytes(path).decode())
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise DeatError(f"{path} is not valid TOML: {error}") from None
+    else:
+        raise DeatError(f"{path} is neither a .toml nor a .json file; give a study's file")
+    try:
+        file = _StudyFile.model_validate(content)
+    except ValidationError as error:
+        raise DeatError(f"{path} is not a valid study ({describe_validation_error(error)})") from None
+    if not file.grid and not file.runs:
+        raise DeatError(f"{path} describes no runs: give a [grid] of options, or a list of [[runs]]")
+    try:
+        runs = expand(file.options, file.grid, file.runs, file.seeds, file.evaluation.evaluation())
+    except DeatError as error:
+        raise DeatError(f"{path}: {error}") from None
+    return Study(path.stem, file.title or path.stem, runs)
+
+
+def expand(
+    options: Mapping[str, Any],
+    grid: Mapping[str, Sequence[Any]],
+    listed: Sequence[Mapping[str, Any]],
+    seeds: Sequence[int],
+    evaluation: Evaluation,
+) -> tuple[RunSpec, ...]:
+    """Return all combinations of the grid, then the listed runs, each with every seed.
+
+    Args:
+        options: Options of all runs; a grid or a listed run overrides them.
+        grid: Lists of values by option.
+        listed: Options of single runs; ``label``, if given, names the run's row.
+        seeds: The seeds.
+        evaluation: How all runs are evaluated.
+
+    Raises:
+        DeatError: An option is invalid, or two runs are the same.
+    """
+    if len(set(seeds)) != len(seeds) or not seeds:
+        raise DeatError(f"seeds = {list(seeds)} are not different seeds; give a list such as [0, 1, 2]")
+    empty = [name for name, values in grid.items() if not values]
+    if empty:
+        raise DeatError(f"the grid has no value for {empty[0]}; give one or more")
+    points = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())] if grid else []
+    rows = [*points, *(dict(each) for each in listed)]
+    own_labels = [str(row.pop("label", "")) for row in rows]
+    chosen = [{**options, **row} for row in rows]
+    for each in chosen:
+        if "seed" in each:
+            raise DeatError(f"the option seed = {each['seed']} is set by seeds; give the list seeds instead")
+    validated = [make_options(each) for each in chosen]
+    automatic = iter(_labels([row for row, own in zip(chosen, own_labels, strict=True) if not own]))
+    labels = [own or next(automatic) for own in own_labels]
+    runs = [
+        RunSpec(each.but(seed=seed), evaluation, label)
+        for each, label in zip(validated, labels, strict=True)
+        for seed in seeds
+    ]
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            raise DeatError(f"two runs have the same options ({run.label}, seed {run.seed}); remove one of them")
+    return tuple(runs)
+
+
+def merge(studies: Iterable[Study], name: str, title: str) -> Study:
+    """Return one study with the runs of several; runs with the same options are trained once.
+
+    Each is evaluated under the attacks of all studies that need it.
+    """
+    runs: dict[str, RunSpec] = {}
+    for study in studies:
+        for run in study.runs:
+            known = runs.get(run.name)
+            runs[run.name] = (
+                run if known is None else replace(known, evaluation=known.evaluation.merged(run.evaluation))
+            )
+    return Study(name, title, tuple(runs.values()))
+
+
+def _labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name each row by its method and the options in which the rows differ."""
+    names = dict.fromkeys(name for row in rows for name in row if name != "method")
+    differing = [name for name in names if len({repr(row.get(name)) for row in rows}) > 1]
+    labels = []
+    for row in rows:
+        parts = [str(row.get("method", "m+trades")).lower()]
+        parts += [f"{name.replace('_', ' ')} {row[name]}" for name in differing if name in row]
+        labels.append(", ".join(parts))
+    return labels

@@ -1,0 +1,212 @@
+"""Work on a study: claim runs one after the other, train and evaluate each, and record how it ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from deat_rb.data.datasets import Dataset, load_data
+from deat_rb.evaluation.evaluate import Report, evaluate
+from deat_rb.evaluation.runner import Progress
+from deat_rb.evaluation.store import store_report
+from deat_rb.loading import open_target
+from deat_rb.reproduction.folder import Evaluated, Record, StudyFolder
+from deat_rb.reproduction.provenance import eval_command, hardware, now, source_commit
+from deat_rb.reproduction.study import RunSpec, Study
+from deat_rb.runs.options import TrainOptions
+from deat_rb.runs.plan import plan
+from deat_rb.runs.train import resume, train
+from deat_rb.training.callbacks import Callback
+from deat_rb.utils.devices import resolve_device
+from deat_rb.utils.errors import DeatError, UnwritableError
+
+POLL = 2.0
+"""Seconds between two looks at runs that other processes have claimed."""
+
+
+class WorkListener(Protocol):
+    """What a command shows of the work."""
+
+    def on_run_start(self, run: RunSpec, number: int, total: int) -> None:
+        """Run when run ``number`` (from 1) of ``total`` was claimed."""
+
+    def on_run_end(self, run: RunSpec, record: Record) -> None:
+        """Run when a run is done or has failed."""
+
+    def on_waiting(self, busy: int) -> None:
+        """Run once when all remaining runs, ``busy`` of them, are claimed by other processes."""
+
+    def training(self) -> AbstractContextManager[Callback]:
+        """Return a callback for training."""
+        ...
+
+    def evaluating(self, n_examples: int) -> AbstractContextManager[Progress | None]:
+        """Return the progress of an evaluation of ``n_examples`` images."""
+        ...
+
+
+class Silent:
+    """A `WorkListener` that shows nothing."""
+
+    def on_run_start(self, run: RunSpec, number: int, total: int) -> None:
+        """Do nothing."""
+
+    def on_run_end(self, run: RunSpec, record: Record) -> None:
+        """Do nothing."""
+
+    def on_waiting(self, busy: int) -> None:
+        """Do nothing."""
+
+    def training(self) -> AbstractContextManager[Callback]:
+        """Return a callback that does nothing."""
+        return nullcontext(Callback())
+
+    def evaluating(self, n_examples: int) -> AbstractContextManager[Progress | None]:
+        """Return no progress."""
+        return nullcontext(None)
+
+
+class Worker:
+    """Trains and evaluates the runs of a study that no other process has claimed.
+
+    Args:
+        study: The study.
+        folder: Its folder.
+        listener: Shows the work.
+    """
+
+    def __init__(self, study: Study, folder: StudyFolder, listener: WorkListener | None = None) -> None:
+        self.study = study
+        self.folder = folder
+        self.listener = listener or Silent()
+        self._loaded: tuple[tuple[Any, ...], Dataset] | None = None
+
+    def work(self, *, wait: bool = True) -> None:
+        """Work until all runs are done or have failed.
+
+        Args:
+            wait: Whether to wait for runs that other processes have claimed, and take over those of killed ones.
+
+        Raises:
+            DeatError: The folder cannot be written or a record is damaged. Errors of a run are recorded instead.
+            Interrupted: Ctrl-C was pressed; the run in progress can be resumed.
+        """
+        self.folder.create()
+        waiting = False
+        while True:
+            worked, busy = self._pass()
+            if not busy or (not worked and not wait):
+                return
+            if not worked:
+                if not waiting:
+                    self.listener.on_waiting(busy)
+                waiting = True
+                time.sleep(POLL)
+
+    def work_on(self, run: RunSpec) -> bool:
+        """Train and evaluate one run, unless it is done, has failed or is claimed; return whether it was free."""
+        self.folder.create()
+        with self.folder.claimed(run) as free:
+            if free and not self.folder.is_settled(run):
+                self._process(run, self.study.runs.index(run) + 1)
+            return free
+
+    def _pass(self) -> tuple[bool, int]:
+        """Try each run once; return whether one was worked on, and how many are claimed by other processes."""
+        worked, busy = False, 0
+        for number, run in enumerate(self.study.runs, start=1):
+            if self.folder.is_settled(run):
+                continue
+            with self.folder.claimed(run) as free:
+                if not free:
+                    busy += 1
+                elif not self.folder.is_settled(run):
+                    worked = True
+                    self._process(run, number)
+        return worked, busy
+
+    def _process(self, run: RunSpec, number: int) -> None:
+        self.listener.on_run_start(run, number, len(self.study.runs))
+        began, started = time.monotonic(), now()
+        record = self.folder.record(run)
+        facts: dict[str, Any] = {
+            "commit": source_commit(),
+            "hardware": hardware(run.options.runtime.device),
+            "started": started,
+        }
+        try:
+            if record is None:
+                self._train(run)
+                record = Record(status="trained", finished=now(), seconds=time.monotonic() - began, **facts)
+                self.folder.write_record(run, record)
+            for attacks, asked in record.missing(run.evaluation):
+                made = self._evaluate(run, attacks, asked)
+                record = record.model_copy(update={"evaluations": (*record.evaluations, made)})
+                self.folder.write_record(run, record)
+            seconds = record.seconds if record.status == "done" else time.monotonic() - began
+            record = record.model_copy(update={"status": "done", "finished": now(), "seconds": seconds})
+        except UnwritableError:
+            raise
+        except Exception as error:  # any error of a run is told in the table and stops no other run
+            reason = str(error) if isinstance(error, DeatError) else f"{type(error).__name__}: {_first_line(error)}"
+            past = record.evaluations if record is not None else ()
+            record = Record(status="failed", reason=reason, evaluations=past, finished=now(), **facts)
+        self.folder.write_record(run, record)
+        self.listener.on_run_end(run, record)
+
+    def _train(self, run: RunSpec) -> None:
+        path = self.folder.run_path(run)
+        with self.listener.training() as callback:
+            if path.is_dir():
+                resume(path, {}, callbacks=[callback], trust_code=True)
+                return
+            planned = plan(run.options, data=self._data(run.options))
+            train(planned, output=self.folder.runs, name=run.name, callbacks=[callback])
+
+    def _data(self, options: TrainOptions) -> Dataset:
+        """Return a run's dataset; the last one is kept."""
+        data = options.data
+        key = (data.dataset, data.data_dir, data.image_size, data.memory_limit)
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = None  # so that two datasets are never in memory
+            loaded = load_data(data.dataset, data_dir=data.data_dir, image_size=data.image_size,
+                               memory_limit=data.memory_limit)  # fmt: skip
+            self._loaded = (key, loaded)
+        return self._loaded[1]
+
+    def _evaluate(self, run: RunSpec, attacks: Sequence[str], asked: int | None) -> Evaluated:
+        path = self.folder.run_path(run)
+        target = open_target(path, trust_code=True)
+        images, labels = target.test_images(asked)
+        device = resolve_device(run.options.runtime.device)
+
+        def finish(report: Report) -> None:
+            store_report(report, model=target.model, images=images, labels=labels, device=device,
+                         classes=target.classes, run=path, own_eps=target.eps)  # fmt: skip
+
+        with self.listener.evaluating(len(labels)) as progress:
+            report = evaluate(
+                target.model, images, labels, attacks=attacks, eps=target.eps, device=device, checks="quick",
+                state=_state(path, attacks, asked), progress=progress, finish=finish,
+                provenance={**target.provenance, "command": eval_command(run, self.folder.runs, attacks, asked)},
+            )  # fmt: skip
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        # natural accuracy is part of every report
+        return Evaluated(attacks=("natural", *attacks), asked=asked, n_examples=report.n_examples,
+                         model_sha256=report.model_sha256)  # fmt: skip
+
+
+def _state(run: Path, attacks: Sequence[str], asked: int | None) -> Path:
+    """Return the folder of an unfinished evaluation, one for each set of attacks and number of images."""
+    return run / f"eval-state-{sha256(repr((tuple(attacks), asked)).encode()).hexdigest()[:8]}"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "no message")

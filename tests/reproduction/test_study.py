@@ -1,0 +1,92 @@
+"""Files that describe studies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deat_rb.reproduction.study import Evaluation, Study, expand, merge, read_study
+from deat_rb.utils.errors import DeatError
+
+FILE = """
+title = "Step sizes"
+seeds = [0, 3]
+[options]
+dataset = "digits"
+epochs = 4
+[grid]
+method = ["u-fgsm", "m+u-fgsm"]
+alpha = ["12/255", "14/255"]
+[[runs]]
+method = "PGD-7"
+label = "the baseline"
+epochs = 5
+[evaluation]
+attacks = "fgsm,pgd-20"
+n_examples = 100
+autoattack = 20
+"""
+
+
+def test_read_study_expands_grid_list_and_seeds(tmp_path: Path) -> None:
+    path = tmp_path / "alphas.toml"
+    path.write_text(FILE)
+    study = read_study(path)
+    assert (study.name, study.title) == ("alphas", "Step sizes")
+    described = [(run.label, run.seed, run.options.optim.epochs) for run in study.runs]
+    assert described == [
+        ("u-fgsm, alpha 12/255", 0, 4), ("u-fgsm, alpha 12/255", 3, 4),
+        ("u-fgsm, alpha 14/255", 0, 4), ("u-fgsm, alpha 14/255", 3, 4),
+        ("m+u-fgsm, alpha 12/255", 0, 4), ("m+u-fgsm, alpha 12/255", 3, 4),
+        ("m+u-fgsm, alpha 14/255", 0, 4), ("m+u-fgsm, alpha 14/255", 3, 4),
+        ("the baseline", 0, 5), ("the baseline", 3, 5),
+    ]  # fmt: skip
+    assert study.runs[2].options.attack.alpha == pytest.approx(14 / 255)
+    assert study.runs[0].evaluation.parts() == ((("fgsm", "pgd-20"), 100), (("autoattack",), 20))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[options]\nepochs = 2", "describes no runs"),
+        ("[grid]\nmethod = []", "the grid has no value for method"),
+        ("[grid]\nmethod = ['pgd-7']\nepoch = [3]", "there is no option --epoch"),
+        ("[grid]\nmethod = ['pgd-7', 'pgd-7']", "two runs have the same options"),
+        ("seeds = [1, 1]\n[grid]\nmethod = ['pgd-7']", "are not different seeds"),
+        ("[grid]\nseed = [1]", "is set by seeds"),
+        ("[grid]\nmethod = ['pgd-7']\n[evaluation]\nattacks = 'pdg-3'", "there is no attack"),
+        ("[grids]\nmethod = ['pgd-7']", "grids"),
+        ("[grid", "is not valid TOML"),
+    ],
+)
+def test_read_study_refuses(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(content)
+    with pytest.raises(DeatError, match=message) as caught:
+        read_study(path)
+    assert str(path) in str(caught.value)
+
+
+def test_names_depend_only_on_options_that_matter(tmp_path: Path) -> None:
+    """Equal options have the same name in every study, on every machine and wherever the data are."""
+
+    def name(**options: object) -> str:
+        return expand({}, {}, [{"method": "pgd-7", **options}], [0], Evaluation())[0].name
+
+    folder = {"dataset": "folder", "arch": "wrn-10-1"}
+    assert name() == name(device="cpu", save_every=1)
+    assert name(alpha="2/255") == name(alpha=2 / 255)
+    assert name() != name(epochs=3)
+    assert name(**folder, data_dir="/one/birds") == name(**folder, data_dir="two/birds")
+    assert name(**folder, data_dir="birds") != name(**folder, data_dir="cars")
+
+
+def test_merge_trains_a_run_of_two_studies_once() -> None:
+    def study(name: str, methods: list[str], *attacks: str) -> Study:
+        return Study(name, name, expand({}, {"method": methods}, [], [0], Evaluation(attacks)))
+
+    both = merge([study("a", ["pgd-7", "free-4"], "fgsm"), study("b", ["free-4", "free-8"], "pgd-20")], "all", "All")
+    assert [(run.label, run.evaluation.attacks) for run in both.runs] == [
+        ("pgd-7", ("fgsm",)), ("free-4", ("fgsm", "pgd-20")), ("free-8", ("pgd-20",)),
+    ]  # fmt: skip

@@ -1,0 +1,98 @@
+"""Work on a study by one process and by several that are killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from small_runs import identical
+from small_studies import small_study, table_json, work
+
+from deat_rb.reproduction.folder import StudyFolder
+from deat_rb.reproduction.results import collect
+from deat_rb.reproduction.study import Evaluation
+from deat_rb.reproduction.work import Worker
+from deat_rb.runs.directory import RunDirectory
+from deat_rb.runs.train import train
+
+KILLS = 6
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip the curves, which take longer than these runs."""
+    monkeypatch.setattr("deat_rb.runs.train.plot_curves", lambda *_, **__: None)
+
+
+def test_work_trains_evaluates_and_records(tmp_path: Path) -> None:
+    study = small_study({"method": "pgd-1"}, {"method": "free-2"})
+    folder = work(study, tmp_path)
+    results = collect(folder, study.runs)
+    assert [(each.label, each.status) for each in results] == [("pgd-1", "done"), ("free-2", "done")]
+    assert set(results[0].values) == {"natural", "fgsm", "pgd-2", "backward passes", "minutes", "epochs"}
+    assert [each.values["backward passes"] for each in results] == [8, 8]  # 2 batches, 2 epochs: 1 + 1 and 2 passes
+    # the run is the one that `train` makes with the same options
+    alone, _ = train(study.runs[0].options, output=tmp_path / "alone")
+    there = RunDirectory.open(folder.run_path(study.runs[0]))
+    assert identical(alone, there)
+
+
+def test_work_skips_what_is_done_and_adds_an_attack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = work(small_study(), tmp_path)
+    monkeypatch.setattr("deat_rb.reproduction.work.train", None)
+    monkeypatch.setattr("deat_rb.reproduction.work.resume", None)
+    work(small_study(), tmp_path)
+    more = small_study(evaluation=Evaluation(("fgsm", "pgd-3"), 16))
+    work(more, tmp_path)
+    assert {"fgsm", "pgd-3"} <= collect(folder, more.runs)[0].values.keys()
+
+
+def test_a_failed_run_stops_no_other_and_is_tried_again_on_request(tmp_path: Path) -> None:
+    study = small_study({"method": "u-fgsm", "lr": 1e30}, {"method": "pgd-1"})
+    folder = work(study, tmp_path)
+    failed, done = collect(folder, study.runs)
+    assert (failed.status, done.status) == ("failed", "done")
+    assert "diverged" in failed.reason
+    assert "diverged" in table_json(study, folder).decode()
+    before = folder.record(study.runs[0])
+    work(study, tmp_path)
+    assert folder.record(study.runs[0]) == before
+    folder.forget_failure(study.runs[0])
+    assert folder.status(study.runs[0]) == "begun"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its workers")
+def test_killed_workers_give_the_same_table(tmp_path: Path) -> None:
+    study = small_study({"method": "pgd-1"}, {"method": "m-deat"}, {"method": "u-fgsm", "lr": 1e30}, seeds=(0, 1))
+    undisturbed = table_json(study, work(study, tmp_path / "undisturbed"))
+    folder = StudyFolder(tmp_path / "killed")
+    folder.create()
+    clock = random.Random(0)
+
+    def started() -> int:
+        child = os.fork()
+        if child == 0:
+            try:
+                Worker(study, folder).work()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        return child
+
+    workers = {started(): time.monotonic() + clock.uniform(0.2, 2.0) for _ in range(2)}
+    for _ in range(KILLS):
+        child, moment = min(workers.items(), key=lambda item: item[1])
+        time.sleep(max(0.0, moment - time.monotonic()))
+        os.kill(child, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        del workers[child]
+        workers[started()] = time.monotonic() + clock.uniform(0.2, 2.0)
+    assert all(os.waitpid(child, 0)[1] == 0 for child in workers)
+    again = table_json(study, folder).replace(b"/killed/", b"/undisturbed/")
+    assert again == undisturbed
+    assert b'"failed"' in again
