@@ -20,7 +20,7 @@ COMMANDS = {
     "eval": ("evaluate", "Attack a trained network and report its robust accuracy."),
     "compare": ("compare", "Compare evaluations and test their differences for significance."),
     "data": ("data", "Inspect a folder of images, or split it into train and test."),
-    "sweep": ("sweep", "Train and evaluate all runs of a study, and write a table of their means."),
+    "sweep": ("sweep", "Train and evaluate all runs of a study."),
     "predict": ("predict", "Classify images with a trained network."),
     "export": ("export", "Export a network for RobustBench, ONNX or torch.export."),
     "submit": ("submit", "Submit a trained network to a leaderboard."),

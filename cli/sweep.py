@@ -17,9 +17,9 @@ from .study_options import WorkOptions, study_options, work
               help="Folder of the runs and tables.  [default: the file's name without suffix]")  # fmt: skip
 @study_options
 def sweep(study: Path, output: Path | None, **options: Any) -> None:
-    """Train and evaluate all runs of a study, and write a table of their means.
+    """Train and evaluate all runs of a study.
 
-    STUDY is a TOML or JSON file: options of all runs in [options], combinations in [grid], single runs in [[runs]],
+    A table has the means over seeds. STUDY is a TOML or JSON file: options of all runs in [options], combinations in [grid], single runs in [[runs]],
     seeds, and attacks in [evaluation]; options are those of deat-rb train. See docs/studies.md.
 
     Each run is claimed by a lock in the output folder, resumed if it was begun and skipped if it is done: the same
