@@ -19,8 +19,9 @@ from .study_options import WorkOptions, study_options, work
 def sweep(study: Path, output: Path | None, **options: Any) -> None:
     """Train and evaluate all runs of a study.
 
-    A table has the means over seeds. STUDY is a TOML or JSON file: options of all runs in [options], combinations in [grid], single runs in [[runs]],
-    seeds, and attacks in [evaluation]; options are those of deat-rb train. See docs/studies.md.
+    A table has the means over seeds. STUDY is a TOML or JSON file: options of all runs in [options], combinations in
+    [grid], single runs in [[runs]], seeds, and attacks in [evaluation]; options are those of deat-rb train. See
+    docs/studies.md.
 
     Each run is claimed by a lock in the output folder, resumed if it was begun and skipped if it is done: the same
     command in several shells, or on machines with a shared disk, shares the work, and may be killed at any time. A run
