@@ -20,6 +20,7 @@ from deat_rb.reproduction.study import AUTOATTACK, RunSpec
 from deat_rb.runs.options import TrainOptions
 from deat_rb.runs.plan import TrainingPlan, plan
 from deat_rb.training.engine import Engine
+from deat_rb.training.optimizers import build_optimizer
 from deat_rb.utils import seeding
 from deat_rb.utils.devices import resolve_device, resolve_precision
 from deat_rb.utils.errors import DeatError
@@ -166,7 +167,7 @@ def _measure(planned: TrainingPlan, kind: str) -> Times:
         engine = Engine(device, resolve_precision(config.runtime.precision, device), compiled=config.runtime.compile)
         with engine.prepared(model):
             trainer.set_device(device)
-            optimizer = engine.sgd(model.parameters(), lr=1e-6, momentum=0.9, weight_decay=5e-4)
+            optimizer = build_optimizer(model, config.optim, device)
             model.train()
             seconds = {}
             for steps in (2,) if kind == "free-2" else (1, 3):
