@@ -18,10 +18,10 @@ from deat_rb.training.trainer import Trainer
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.units import check_eps, is_whole_number, parse_scalar
 
-WHOLE_NUMBERS = frozenset({"steps", "max_steps", "start", "every", "tau", "m"})
+WHOLE_NUMBERS = frozenset({"steps", "max_steps", "start", "every", "tau", "m", "awp_warmup"})
 """Overrides that are counts."""
 
-NUMBERS = frozenset({"gamma", "beta", "label_smoothing", "omega", "threshold", "drop", "guard"})
+NUMBERS = frozenset({"awp", "gamma", "beta", "label_smoothing", "omega", "threshold", "drop", "guard"})
 """Overrides that are real numbers."""
 
 
@@ -55,7 +55,13 @@ def configure(canonical: str, row: Recipe, /, *, eps: float | str = PAPER_EPS, *
     if steps > 0 or row.guided:
         alpha = values.pop("alpha", alpha) if "alpha" in accepts else alpha
         steps = values.pop("steps", steps) if "steps" in accepts else steps
-    trainer_keys = ({"carry"} & set(trainer_options)) | ({"lr_per_replay"} if row.replays else set())
+    if row.replays and {"awp", "awp_warmup"} & set(values):
+        raise DeatError(
+            f"the method {canonical} cannot use awp: its perturbation of the weights needs a backward pass of its own "
+            "before the update, but a replay has one pass for attack and update; use pgd-N, n-fgsm, trades or another"
+        )
+    accepted = set(inspect.signature(resolve(row.trainer)).parameters)
+    trainer_keys = ({"carry"} & set(trainer_options)) | ({"lr_per_replay", "awp", "awp_warmup"} & accepted)
     trainer_options |= {key: values.pop(key) for key in trainer_keys & set(values)}
     beta = values.pop("beta", row.beta) if row.loss in ("trades", "mart") else row.beta
     smoothing = values.pop("label_smoothing", row.label_smoothing)

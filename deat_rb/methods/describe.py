@@ -86,7 +86,7 @@ def _describe(canonical: str, row: Recipe, eps: float, own_values: bool = False)
         loss=_loss(row),
         schedule=_schedule(row),
         stop=_stop(row),
-        cost=row.cost or (_cost(row) if row.uses_pgd else "counted during training"),
+        cost=_cost(row),
         paper=row.paper or "-",
     )
 
@@ -125,12 +125,22 @@ def _attack(row: Recipe, eps: float) -> str:
 
 
 def _loss(row: Recipe) -> str:
+    awp = row.trainer_options.get("awp")
+    return _surrogate(row) + (f", AWP with gamma {awp:g}{_after_warmup(row)}" if awp is not None else "")
+
+
+def _surrogate(row: Recipe) -> str:
     if not isinstance(row.loss, str):
         return row.loss.name
     smoothed = f", label smoothing {row.label_smoothing:g}" if row.label_smoothing else ""
     if row.loss == "trades":
         return (f"CE(clean) + {row.beta:g} KL" if row.beta else "CE(clean)") + smoothed
     return f"MART, lambda {row.beta:g}" if row.loss == "mart" else row.loss.upper() + smoothed
+
+
+def _after_warmup(row: Recipe) -> str:
+    warmup = row.trainer_options.get("awp_warmup")
+    return f" after {warmup} epoch{'s' * (warmup != 1)}" if warmup else ""
 
 
 def _schedule(row: Recipe) -> str:
@@ -165,6 +175,11 @@ def _stop(row: Recipe) -> str:
 
 
 def _cost(row: Recipe) -> str:
+    cost = row.cost or (_passes(row) if row.uses_pgd else "counted during training")
+    return cost + (f", and 1 for AWP in each batch{_after_warmup(row)}" if row.trainer_options.get("awp") else "")
+
+
+def _passes(row: Recipe) -> str:
     """Return the backward passes of a built-in trainer with `deat_rb.PGD`."""
     if path_of(row.schedule) != CONSTANT:
         return "sum of r, times M" if row.replays else "sum of (r + 1), times M"

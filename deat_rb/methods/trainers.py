@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchattacks.attack import Attack
 
@@ -20,13 +20,14 @@ from deat_rb.attacks.base import CraftStats, StatelessAttack
 from deat_rb.attacks.gradient_probe import GradientProbe, check_every_image_is_attacked, uses_mean_reduction
 from deat_rb.attacks.pgd import PGD
 from deat_rb.methods.losses import surrogate
+from deat_rb.methods.weight_perturbation import WeightPerturbation
 from deat_rb.training.base import SurrogateLoss
 from deat_rb.training.engine import Engine
 from deat_rb.training.lr import set_rate
 from deat_rb.training.metrics import BatchStats
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.module_state import frozen_parameters, preserve_modes, require_autograd
+from deat_rb.utils.module_state import frozen_parameters, preserve_modes, preserved_buffers, require_autograd
 
 
 class AttackTrainer(Trainer):
@@ -35,12 +36,31 @@ class AttackTrainer(Trainer):
     Any gradient attack of torchattacks with an eps can be used; unless it is our PGD, a probe records its gradient
     magnitude. Training refuses attacks that return the clean image where they do not change the prediction (APGD,
     APGDT, FAB, AutoAttack and others made for evaluation), since it would use clean images for the most part.
+
+    Args:
+        attack: The attack.
+        loss: The surrogate loss: ``ce``, ``trades``, ``mart`` or a custom loss.
+        awp: Gamma of adversarial weight perturbation (`WeightPerturbation`); None for none. It takes one more backward
+            pass per batch, with as many forward passes as the loss, which do not change BatchNorm's statistics.
+        awp_warmup: Number of epochs before it begins.
+        options: As for `Trainer`.
     """
 
     _averages: bool | None = None
 
-    def __init__(self, attack: Attack, *, loss: str | SurrogateLoss = "ce", **options: Any) -> None:
+    def __init__(
+        self,
+        attack: Attack,
+        *,
+        loss: str | SurrogateLoss = "ce",
+        awp: float | None = None,
+        awp_warmup: int | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(attack, loss=surrogate(loss), **options)
+        if awp is None and awp_warmup is not None:
+            raise DeatError("awp_warmup has no effect without awp: give awp, such as 0.005, too")
+        self.awp = None if awp is None else WeightPerturbation(awp, awp_warmup or 0)
 
     @property
     def _own(self) -> PGD | None:
@@ -95,28 +115,60 @@ class AttackTrainer(Trainer):
         # not cache the casts of frozen weights.
         with engine.autocast(), frozen_parameters(self.model) if engine.compiled else nullcontext():
             adv, crafting = self.craft(images, labels, engine.loss_scale, fixed_size=engine.compiled)
-        # A separate autocast region: casts of weights cached by a no_grad forward carry no gradient.
-        with engine.autocast():
-            ddp_model = engine.ddp_model(self.model)
-            if self.loss.needs_clean:
-                clean_logits = ddp_model(images)
-                adv_logits = ddp_model(adv)
-                loss = self.loss.function(adv_logits, labels, clean_logits)
-            else:
-                adv_logits = ddp_model(adv)
-                loss = self.loss.function(adv_logits, labels)
-        engine.update(loss, optimizer)
+        extra = 0
+        try:
+            if self.awp is not None and self.progress >= self.awp.warmup:
+                self._perturb_weights(self.awp, images, adv, labels, engine)
+                extra = 1
+            loss, adv_logits = self._forward_losses(engine.ddp_model(self.model), images, adv, labels, engine)
+            engine.update(loss, optimizer)
+        finally:
+            if self.awp is not None:
+                self.awp.remove()  # done by `after_step`, unless the loss scaler skipped the step
+        own = 2 if self.loss.needs_clean else 1
         return BatchStats(
             examples=len(images),
             loss=loss.detach().sum(),
             correct=(adv_logits.argmax(dim=1) == labels).sum(),
             l_x=crafting.l_x,
-            forwards=crafting.forwards + (2 if self.loss.needs_clean else 1),
-            backwards=crafting.backwards + 1,
+            forwards=crafting.forwards + own * (1 + extra),
+            backwards=crafting.backwards + 1 + extra,
             updates=1,
             image_size=images[0].numel(),
             overflows=crafting.overflows,
         )
+
+    def _forward_losses(
+        self, model: nn.Module, images: Tensor, adv: Tensor, labels: Tensor, engine: Engine
+    ) -> tuple[Tensor, Tensor]:
+        """Return the surrogate loss per example (N,) and the logits (N, K) of the adversarial examples."""
+        # In an autocast region of its own: casts of weights cached by a no_grad forward carry no gradient, and those
+        # cached before a perturbation are outdated.
+        with engine.autocast():
+            if self.loss.needs_clean:
+                clean_logits = model(images)
+                adv_logits: Tensor = model(adv)
+                return self.loss.function(adv_logits, labels, clean_logits), adv_logits
+            adv_logits = model(adv)
+            return self.loss.function(adv_logits, labels), adv_logits
+
+    def _perturb_weights(
+        self, awp: WeightPerturbation, images: Tensor, adv: Tensor, labels: Tensor, engine: Engine
+    ) -> None:
+        """Add AWP's perturbation to the weights, from the gradient of the mean loss over all ranks."""
+        weights = awp.weights(self.model)
+        with preserved_buffers(self.model), engine.counters.paused():
+            losses, _ = self._forward_losses(self.model, images, adv, labels, engine)
+            loss = losses.sum() * (engine.loss_scale / engine.loss_divisor(len(losses)))
+            found = torch.autograd.grad(loss, weights, allow_unused=True)
+        gradients = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
+        engine.world.average(gradients)
+        awp.add(weights, gradients)
+
+    def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remove AWP's perturbation, so that it is not part of the averaged weights."""
+        if self.awp is not None:
+            self.awp.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the method's state besides the weights, as JSON values."""

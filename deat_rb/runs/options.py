@@ -107,6 +107,11 @@ class AttackConfig(OptionGroup):
     attack_mode: Literal["train", "eval"] | None = option(
         None, "Mode of the model while adversarial examples are generated.", default_text="method's"
     )
+    awp: float | None = option(
+        None, "Adversarial weight perturbation (AWP): its size relative to the weights, such as 0.005.",
+        metavar="GAMMA", default_text="off", gt=0, lt=1,
+    )  # fmt: skip
+    awp_warmup: int | None = option(None, "Begin AWP after this many epochs.", default_text="0", ge=0)
     lr_per_replay: bool = option(False, "Update the learning rate after each replay, as FREE's public code does.")
 
 

@@ -103,10 +103,15 @@ class TrainingPlan:
             return {"backward passes": steps * m, "forward passes": steps * m, "updates": steps * m}
         if type(trainer) is not AttackTrainer:
             return None
-        forwards = steps + epochs * (2 if trainer.loss.needs_clean else 1)
+        perturbed = 0 if trainer.awp is None else max(epochs - trainer.awp.warmup, 0)
+        forwards = steps + (epochs + perturbed) * (2 if trainer.loss.needs_clean else 1)
         if steps and crafter.loss == "kl":
             forwards += epochs
-        return {"backward passes": (steps + epochs) * m, "forward passes": forwards * m, "updates": epochs * m}
+        return {
+            "backward passes": (steps + epochs + perturbed) * m,
+            "forward passes": forwards * m,
+            "updates": epochs * m,
+        }
 
     def lines(self) -> list[tuple[str, str]]:
         """Return the plan as pairs of a heading and a text, as printed by ``--dry-run``; warnings come last."""
@@ -171,6 +176,9 @@ class TrainingPlan:
                 f"the schedule starts at its maximum of {schedule.max_steps} steps and never adds one; "
                 "increase --max-steps"
             )
+        warmup = self.config.attack.awp_warmup
+        if warmup is not None and warmup >= epochs:
+            warnings.append(f"AWP begins after {warmup} epochs, so it never does in this run of {epochs}")
         counts = [] if self.data.is_placeholder else self._counts()
         rare = rare_classes(dict(zip(self.data.classes, counts, strict=True))) if counts else []
         if rare:

@@ -154,6 +154,7 @@ class TrainerBase(StatelessAttack):
     Attributes:
         crafter: The attack that generates the adversarial examples.
         base_alpha: Initial step size of the attack, which a guided schedule may raise; None if the attack has none.
+        progress: Epochs trained so far, fractional, on which warm-ups depend; set by `fit`.
 
     Raises:
         DeatError: ``attack`` is not an attack with an eps, or a schedule is given but the attack has no steps.
@@ -190,6 +191,7 @@ class TrainerBase(StatelessAttack):
         self.schedule = schedule or Constant(attack.steps if has_steps else 1)
         self.stopping = stopping
         self.base_alpha: float | None = getattr(attack, "alpha", None)
+        self.progress = 0.0
         self._rate: Callable[[float], float] | None = None
         self._first: dict[str, Any] | None = None
         self.apply_schedule()
@@ -248,6 +250,9 @@ class TrainerBase(StatelessAttack):
         """Set the model's mode during the attack, as in torchattacks."""
         for attack in self._attacks.values():
             attack.set_model_training_mode(model_training, batchnorm_training, dropout_training)
+
+    def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Do what follows an optimizer step; called by `fit` before the weights are averaged."""
 
     def require_pixels(self) -> None:
         """Check that the model takes images in [0, 1].

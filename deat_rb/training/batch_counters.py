@@ -50,6 +50,16 @@ class BatchCounters:
             self.write()
             self._counts = []
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the forward passes within the context."""
+        before = [count.passes for _, count in self._counts]
+        try:
+            yield
+        finally:
+            for (_, count), passes in zip(self._counts, before, strict=True):
+                count.passes = passes
+
     def write(self) -> None:
         """Add what has been counted to the counters."""
         by_passes: dict[int, list[Tensor]] = {}

@@ -88,6 +88,7 @@ def fit(
         threads = cpu_threads(runtime.threads if ranks.size == 1 else None)
         with seeding.preserved(), threads, engine.prepared(trainer.model):
             optimizer = build_optimizer(trainer.model, optim, engine.device)
+            optimizer.register_step_post_hook(trainer.after_step)
             average = None
             if optim.ema is not None:
                 average = WeightAverage(trainer.model, optim.ema)

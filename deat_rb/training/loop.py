@@ -129,6 +129,7 @@ class Loop:
             if engine.device.type != "cpu":
                 labels = state.inputs.note(images, labels, self.checker.num_classes, state.batch)
             engine.global_batch = total
+            trainer.progress = state.epoch - 1 + min(state.batch / state.batches, 1)
             trainer.set_replay_lr(partial(self._rate, state.batch))
             set_rate(state.optimizer, self._rate(state.batch, 0.0))
             if (momentum := self.lr.momentum_at(self._progress(state.batch, 0.0))) is not None:

@@ -28,6 +28,23 @@ def preserve_modes(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def preserved_buffers(model: nn.Module) -> Iterator[None]:
+    """Restore a model's buffers on exit, without a device sync."""
+    saved = [
+        (module._buffers, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffers, name, buffer, value in saved:
+                buffers[name] = buffer.copy_(value)
+
+
+@contextmanager
 def frozen_parameters(model: nn.Module) -> Iterator[None]:
     """Disable parameter gradients inside the context, so that neither autograd nor a compiled graph computes them."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

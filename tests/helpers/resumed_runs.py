@@ -56,7 +56,13 @@ def train(method: str, run: RunDirectory, callback: Callback | None = None, **op
     if method == "torchattacks.PGD":
         trainer: Trainer = deat_rb.AttackTrainer(torchattacks.PGD(model, steps=2))
     else:
-        trainer = deat_rb.create(method, model, **({"steps": 2} if method in ("trades", "mart") else {}))
+        name, _, awp = method.partition(" ")
+        trainer = deat_rb.create(
+            name,
+            model,
+            **({"steps": 2} if name in ("trades", "mart") else {}),
+            **({"awp": 0.02, "awp_warmup": 1} if awp else {}),
+        )
     return trainer.fit(
         train_loader,
         [images_and_labels(4)],

@@ -39,13 +39,16 @@ def data() -> list[tuple[Tensor, Tensor]]:
 
 
 def train(method: str) -> tuple[dict[str, Tensor], list[float]]:
-    """Return the weights and the metrics after an epoch of five batches; ``ema`` in the name averages the weights."""
+    """Return the weights and the metrics after an epoch of five batches; ``ema`` in the name averages the weights.
+
+    With ``awp`` they are perturbed.
+    """
     model = small_model()
-    name, _, average = method.partition(" ")
-    trainer = deat_rb.create(name, model, eps=EPS)
+    name, _, option = method.partition(" ")
+    trainer = deat_rb.create(name, model, eps=EPS, awp=0.1 if option == "awp" else None)
     if method.startswith("m"):
         trainer.steps = 2
-    history = trainer.fit(data(), epochs=1, lr=0.1, lr_schedule="flat", ema=0.8 if average else None)
+    history = trainer.fit(data(), epochs=1, lr=0.1, lr_schedule="flat", ema=0.8 if option == "ema" else None)
     row = history.rows[0]
     metrics = [row.l_x, row.loss, row.train_acc, row.backwards, row.forwards, float(row.updates), float(row.examples)]
     return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, metrics

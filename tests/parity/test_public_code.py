@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import deat_rb
+from deat_rb.attacks.base import CraftStats
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils import seeding
 
@@ -106,6 +107,25 @@ def test_training_equals_the_public_code(case: str, name: str, options: dict[str
         # Theirs is of the gradient of the batch's mean loss: an eighth and a fifth of each example's.
         first, second = public["l_x_of_mean_loss"]
         assert l_x == pytest.approx(8 * first + 5 * second, rel=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "rel"), [("at", "pgd-7", 1e-9), ("trades", "trades", 1e-9), ("mart", "mart", 1e-6)]
+)
+def test_awp_equals_its_public_code(case: str, name: str, rel: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two batches of 8 and 5 given adversarial examples; MART's form has the loss of its own public code."""
+    public, drawn = PUBLIC[f"awp, {case}"], iter(range(2))
+
+    def crafted(self: deat_rb.PGD, images: Tensor, labels: Tensor) -> tuple[Tensor, CraftStats]:
+        adv = (images + EPS * noise(images, next(drawn)) / 2).clamp(0, 1)
+        return adv, CraftStats(torch.zeros(()), 0.0, 0.0)
+
+    monkeypatch.setattr(deat_rb.PGD, "craft", crafted)
+    trainer, loss, _, _ = train(name, awp=public["gamma"])
+    state = trainer.model.state_dict()
+    for key, value in public["weights"].items():
+        assert float(state[key].double().abs().sum()) == pytest.approx(value, rel=rel), key
+    assert loss == pytest.approx(public["loss"], rel=rel)
 
 
 def test_the_carried_perturbation_may_leave_the_bounds_of_the_next_images() -> None:

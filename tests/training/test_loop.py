@@ -97,6 +97,16 @@ def test_loop_counts_passes_in_mini_batches(
     assert sum(row.updates for row in history.rows) == updates
 
 
+def test_loop_counts_the_passes_of_awp_after_its_warmup() -> None:
+    """M = 2; per batch 2 + 1 backward passes, and 1 more with AWP; forward passes of CE 2 + 1, of TRADES 1 + 2 + 2."""
+    for name, crafting, update in [("pgd-2", 2, 1), ("trades", 3, 2)]:
+        trainer = deat_rb.create(name, made(), steps=2, awp=0.01, awp_warmup=1)
+        rows = trainer.fit([images_and_labels(2)] * 2, epochs=3, lr=1e-4).rows
+        assert [row.backwards for row in rows] == [6, 8, 8]
+        assert [row.forwards for row in rows] == [2 * (crafting + update), *[2 * (crafting + 2 * update)] * 2]
+        assert [row.updates for row in rows] == [2, 2, 2]
+
+
 def test_training_step_counts_the_moving_share_of_friendly_crafting() -> None:
     """With tau = 0 a misclassified example takes the pass that finds this out and no other."""
     model = made().eval()
