@@ -28,7 +28,7 @@ def metrics_rows(path: Path, source: Path) -> list[dict[str, int | float | None]
     lines = path.read_bytes().splitlines() if path.exists() else []
     if len(lines) > MAX_EPOCHS:
         raise DeatError(f"{source} has {len(lines)} lines (at most {MAX_EPOCHS} epochs)")
-    known = set(EpochStats.__dataclass_fields__) - {"stopped"}
+    known = set(EpochStats.__dataclass_fields__) - {"stopped", "val_class_acc", "val_class_robust_acc"}
     rows = []
     for number, line in enumerate(lines, 1):
         row = parse_json_object(line, f"{source}, line {number}")

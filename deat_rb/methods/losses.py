@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the usual alias
 
 from deat_rb.attacks.losses import at_least_float32, cross_entropy, kl_divergence, label_mask
-from deat_rb.training.base import SurrogateLoss
+from deat_rb.training.base import ClassWeights, SurrogateLoss
 from deat_rb.utils.errors import DeatError, did_you_mean
 
 
@@ -46,6 +48,42 @@ def mart(adv_logits: Tensor, labels: Tensor, clean_logits: Tensor, *, beta: floa
     """
     missed = 1 - F.softmax(at_least_float32(clean_logits), dim=1).gather(1, labels[:, None]).squeeze(1)
     return boosted_cross_entropy(adv_logits, labels) + beta * kl_divergence(adv_logits, clean_logits) * missed
+
+
+@dataclass(frozen=True, eq=False)
+class _Weighted:
+    """A loss per example, multiplied by the weight of the example's class."""
+
+    function: Callable[..., Tensor]
+    weights: ClassWeights
+
+    def __call__(self, adv_logits: Tensor, labels: Tensor, *clean_logits: Tensor) -> Tensor:
+        loss: Tensor = self.function(adv_logits, labels, *clean_logits)
+        return loss * self.weights.of(labels)
+
+
+def weighted(loss: SurrogateLoss, weights: Tensor) -> SurrogateLoss:
+    """Return a surrogate loss with each example's loss multiplied by the weight of its class.
+
+    Args:
+        loss: The loss.
+        weights: Weights of the classes, (K,).
+    """
+    by_class = ClassWeights(weights)
+    return replace(loss, function=_Weighted(loss.function, by_class), class_weights=by_class)
+
+
+def balanced_weights(counts: Tensor) -> Tensor:
+    """Return weights (K,) with which all classes have the same total weight, and the mean weight of an example is 1.
+
+    These are scikit-learn's ``balanced`` weights, N / (K * n_k); a class without examples has weight 0.
+
+    Args:
+        counts: Number of examples of each class, or their shares, (K,).
+    """
+    present = counts > 0
+    weights = counts.sum() / (present.sum() * counts.clamp(min=torch.finfo(torch.float64).tiny).double())
+    return torch.where(present, weights, 0.0).float()
 
 
 def surrogate(name: str | SurrogateLoss, *, beta: float = 6.0, label_smoothing: float = 0.0) -> SurrogateLoss:

@@ -261,6 +261,8 @@ class ReplayTrainer(Trainer):
             adv = threat.ascend(adv.detach(), images, gradient, self.crafter.alpha)
         if self.carry:
             self._carry_over(engine.all_gather(adv - images))
+        if self.loss.class_weights is not None:  # l_X is the gradient of each example's own loss
+            gradient = gradient / self.loss.class_weights.of(labels).view(-1, 1, 1, 1)
         return BatchStats(
             examples=len(images),
             loss=loss.detach().sum(),

@@ -93,6 +93,9 @@ class AttackConfig(OptionGroup):
         None, "Label smoothing of the cross-entropy in the training loss, such as 0.1; not for MART.",
         default_text="0", ge=0, lt=1,
     )  # fmt: skip
+    class_weights: Literal["none", "balanced"] = option(
+        "none", "Weights of the classes in the training loss: balanced gives all classes the same total weight."
+    )
     tau: int | None = option(
         None, "Patience tau of friendly attacks: steps after misclassification.", default_text="method's: 3", ge=0
     )
@@ -181,7 +184,9 @@ GROUPS: dict[str, type[OptionGroup]] = {
 
 GROUP_OF = {name: key for key, group in GROUPS.items() for name in group.model_fields}
 
-METHOD_OPTIONS = tuple(name for name in AttackConfig.model_fields if name not in ("method", "setting", "eps"))
+OTHER_OPTIONS = ("method", "setting", "eps", "class_weights")
+
+METHOD_OPTIONS = tuple(name for name in AttackConfig.model_fields if name not in OTHER_OPTIONS)
 """Options that are passed to `deat_rb.create`."""
 
 

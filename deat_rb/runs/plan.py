@@ -18,6 +18,7 @@ from deat_rb.data.images import LabeledImages, subset, train_val_split
 from deat_rb.data.statistics import Progress
 from deat_rb.methods.build import configure
 from deat_rb.methods.describe import describe
+from deat_rb.methods.losses import balanced_weights, weighted
 from deat_rb.methods.registry import create, recipe
 from deat_rb.methods.schedules import AccuracyThreshold, EveryDEpochs, GradientMagnitude
 from deat_rb.methods.trainers import AttackTrainer, ReplayTrainer
@@ -139,6 +140,7 @@ class TrainingPlan:
             ("method", f"{attack.method} ({text.paper})"),
             ("attack", f"{text.attack}; eps = {format_fraction(attack.eps)}{alpha}"),
             ("loss", text.loss),
+            *([("class weights", self._class_weights())] if attack.class_weights == "balanced" else []),
             ("schedule", text.schedule),
             ("stop", text.stop if optim.early_stopping or text.stop == "-" else f"{text.stop}: only recorded"),
             ("setting", f"{attack.setting}: {optim.epochs} epochs, {optim.lr_schedule} LR up to {optim.lr:g}"
@@ -192,6 +194,13 @@ class TrainingPlan:
     def _counts(self) -> list[int]:
         counts: list[int] = torch.bincount(self.train.labels, minlength=len(self.data.classes)).tolist()
         return counts
+
+    def _class_weights(self) -> str:
+        by_class, names = self.trainer.loss.class_weights, self.data.classes
+        weights = [] if by_class is None else by_class.weights.tolist()
+        low, high = min(weights), max(weights)
+        return (f"balanced: {low:.3g} ('{names[weights.index(low)]}') to {high:.3g} ('{names[weights.index(high)]}'), "
+                "multiplied with each example's loss")  # fmt: skip
 
     def _class_counts(self) -> str:
         counts, names = self._counts(), self.data.classes
@@ -274,6 +283,9 @@ def plan(
     if weights is not None:
         load_weights(model, weights.tensors, source=str(source))
     trainer = create(config.attack.method, model, eps=config.attack.eps, **config.method_options())
+    if config.attack.class_weights == "balanced":
+        counts = torch.bincount(train.labels, minlength=len(data.classes))
+        trainer.loss = weighted(trainer.loss, balanced_weights(counts))
     trainer.check_attack(train.first(min(8, len(train))).tensors()[0])
     notes = (weights.note,) if weights is not None and weights.note else ()
     return TrainingPlan(config, data, train, val, trainer, ranks.size, notes)

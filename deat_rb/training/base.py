@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torchattacks.attack import Attack
@@ -20,6 +21,24 @@ from deat_rb.utils.errors import DeatError
 from deat_rb.utils.units import is_whole_number
 
 
+class ClassWeights:
+    """Weights of classes, copied to each device only once.
+
+    Args:
+        weights: The weights, (K,).
+    """
+
+    def __init__(self, weights: Tensor) -> None:
+        self.weights = weights
+        self._on: dict[torch.device, Tensor] = {}
+
+    def of(self, labels: Tensor) -> Tensor:
+        """Return the weight of each label's class, (N,)."""
+        if labels.device not in self._on:
+            self._on[labels.device] = self.weights.to(labels.device)
+        return self._on[labels.device][labels]
+
+
 @dataclass(frozen=True)
 class SurrogateLoss:
     """The loss that a trainer minimizes.
@@ -29,11 +48,13 @@ class SurrogateLoss:
         function: Maps ``(adv_logits, labels)``, or ``(adv_logits, labels, clean_logits)`` if ``needs_clean``, to the
             loss per example (N,).
         needs_clean: Whether the loss needs the logits of the clean images.
+        class_weights: Weights of the classes, (K,), by which ``function`` multiplies each example's loss, if any.
     """
 
     name: str
     function: Callable[..., Tensor]
     needs_clean: bool = False
+    class_weights: ClassWeights | None = None
 
 
 class Schedule:

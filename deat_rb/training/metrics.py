@@ -118,6 +118,9 @@ class EpochStats:
         val_acc: Natural accuracy on the validation images, in [0, 1].
         val_robust_acc: PGD-20 accuracy on the validation images, in [0, 1].
         val_top_predicted: Fraction of the validation images that are predicted as the most common class.
+        val_class_acc: Natural accuracy per class on the validation images, in the order of the labels; None for a class
+            without any.
+        val_class_robust_acc: PGD-20 accuracy per class on the validation images.
         raw_val_acc: With ``ema``, the natural accuracy of the weights that are not averaged.
         raw_val_robust_acc: With ``ema``, their PGD-20 accuracy.
         stop_robust_acc: PGD-5 accuracy on the first 128 validation images, for the stopping rule, in [0, 1].
@@ -148,6 +151,8 @@ class EpochStats:
     val_acc: float | None = None
     val_robust_acc: float | None = None
     val_top_predicted: float | None = None
+    val_class_acc: list[float | None] | None = None
+    val_class_robust_acc: list[float | None] | None = None
     raw_val_acc: float | None = None
     raw_val_robust_acc: float | None = None
     stop_robust_acc: float | None = None

@@ -40,6 +40,8 @@ class Validation(NamedTuple):
         top_prediction: The most frequently predicted class on clean images.
         top_predicted: Fraction of the images that are predicted as this class.
         top_labelled: Fraction of the images that have this label.
+        class_natural: Accuracy per class, in the order of the labels; None for a class without images.
+        class_robust: Accuracy under PGD per class.
         collapsed: Whether nearly all images are predicted as this class, although many have other labels.
     """
 
@@ -51,6 +53,8 @@ class Validation(NamedTuple):
     top_predicted: float = 0.0
     top_labelled: float = 0.0
     collapsed: bool = False
+    class_natural: tuple[float | None, ...] = ()
+    class_robust: tuple[float | None, ...] = ()
 
 
 def validate(
@@ -78,8 +82,8 @@ def validate(
     """
     threat, name = Linf(check_eps(eps)), f"pgd-{steps}"
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), images.device)
-    natural = robust = 0
     predictions: list[Tensor] = []
+    resisted: list[Tensor] = []
     with preserve_state(model):
         model.eval()
         for parameter in model.parameters():  # ScriptModules have no requires_grad_()
@@ -96,7 +100,7 @@ def validate(
                 )
             predictions.append(logits.argmax(dim=1))
             correct = predictions[-1] == target
-            natural += int(correct.sum())
+            resisted.append(torch.zeros_like(correct))
             if not correct.any():
                 continue
             start = threat.start(clean, seeding.generator(seed, "evaluate", name, number))[correct]
@@ -105,20 +109,30 @@ def validate(
                 output = pgd(counting, clean[correct], target[correct], start=start, eps=eps,
                               alpha=eps / 4 if alpha is None else alpha, steps=steps, loss=cross_entropy,
                               threat=threat)  # fmt: skip
-            robust += int((~output.misclassified).sum())
+            resisted[-1][correct] = ~output.misclassified
+    on_device, classes = labels.to(device), logits.shape[1]
+    correct, robust = torch.cat(predictions) == on_device, torch.cat(resisted)
     counts = torch.cat(predictions).bincount()
     top = int(counts.argmax())
     predicted, labelled = int(counts[top]), int((labels == top).sum())
     return Validation(
-        natural=natural / len(images),
-        robust=robust / len(images),
+        natural=int(correct.sum()) / len(images),
+        robust=int(robust.sum()) / len(images),
         forwards=counting.forwards,
         backwards=counting.backwards,
         top_prediction=top,
         top_predicted=predicted / len(images),
         top_labelled=labelled / len(images),
         collapsed=has_collapsed(predicted, labelled, len(images)),
+        class_natural=_per_class(correct, on_device, classes),
+        class_robust=_per_class(robust, on_device, classes),
     )
+
+
+def _per_class(right: Tensor, labels: Tensor, classes: int) -> tuple[float | None, ...]:
+    """Return the share of ``right`` (N,) for each class; None for a class without examples."""
+    hits, counts = (torch.bincount(part, minlength=classes).tolist() for part in (labels[right], labels))
+    return tuple(hit / count if count else None for hit, count in zip(hits, counts, strict=True))
 
 
 def has_collapsed(predicted: int, labelled: int, count: int) -> bool:
@@ -174,6 +188,8 @@ def _with_accuracies(state: TrainingState, row: EpochStats, attacked: Callable[[
         val_acc=full.natural,
         val_robust_acc=full.robust,
         val_top_predicted=full.top_predicted,
+        val_class_acc=list(full.class_natural),
+        val_class_robust_acc=list(full.class_robust),
         val_forwards=full.forwards,
         val_backwards=full.backwards,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -181,3 +182,32 @@ def test_surrogate_suggests_the_nearest_name() -> None:
         methods_losses.surrogate("trade")
     with pytest.raises(DeatError, match="choose one of ce, trades, mart"):
         methods_losses.surrogate("xxxxxx")
+
+
+# Weights of classes
+
+
+def test_balanced_weights_are_those_of_scikit_learn() -> None:
+    from sklearn.utils.class_weight import compute_class_weight
+
+    labels = np.array([0] * 6 + [1] * 3 + [2])
+    weights = methods_losses.balanced_weights(torch.tensor([6, 3, 1]))
+    # N / (K n) = 10/18, 10/9 and 10/3.
+    assert weights.tolist() == pytest.approx([10 / 18, 10 / 9, 10 / 3])
+    assert weights.tolist() == pytest.approx(compute_class_weight("balanced", classes=np.arange(3), y=labels))
+    assert methods_losses.balanced_weights(torch.tensor([0.6, 0.3, 0.1])).tolist() == pytest.approx(weights.tolist())
+    assert methods_losses.balanced_weights(torch.tensor([4, 0, 4])).tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["ce", "trades", "mart"])
+def test_weighted_multiplies_each_examples_loss(name: str) -> None:
+    stream = torch.Generator().manual_seed(0)
+    adv, clean = torch.randn(2, 5, 3, generator=stream).double()
+    labels = torch.tensor([0, 1, 2, 1, 0])
+    loss = methods_losses.surrogate(name, label_smoothing=0.1 if name == "ce" else 0.0)
+    weighted = methods_losses.weighted(loss, torch.tensor([0.5, 2.0, 4.0]))
+    given = (adv, labels, clean) if loss.needs_clean else (adv, labels)
+    expected = loss.function(*given) * torch.tensor([0.5, 2, 4, 2, 0.5])
+    assert torch.allclose(weighted.function(*given), expected, atol=0, rtol=1e-12)
+    assert (weighted.name, weighted.needs_clean) == (loss.name, loss.needs_clean)
+    assert torch.equal(pickle.loads(pickle.dumps(weighted)).function(*given), weighted.function(*given))

@@ -18,6 +18,7 @@ from training_problems import Snapshot, images_and_labels, made, normalized, sig
 import deat_rb
 import deat_rb.methods
 from deat_rb.attacks.base import StatelessAttack
+from deat_rb.methods.losses import weighted
 from deat_rb.training.base import SurrogateLoss
 from deat_rb.training.engine import Engine
 from deat_rb.training.lr import set_rate
@@ -347,3 +348,39 @@ def test_lr_per_replay_moves_the_learning_rate_each_replay() -> None:
             trainer.training_step(*images_and_labels(), optimizer)
         expected = [0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875] if per_replay else [0] * 4 + [0.5] * 4
         assert seen == expected
+
+
+@pytest.mark.parametrize("name", ["free-2", "deat-3", "pgd-2", "trades", "mart"])
+def test_class_weights_change_the_update_but_not_the_attack_and_l_x(name: str) -> None:
+    images, labels = images_and_labels()
+    weights = torch.tensor([0.25, 1.0, 2.0, 3.0])
+    seen = []
+    for weighs in (False, True):
+        model = normalized().eval()  # in train mode, BatchNorm makes an example's gradient depend on the others
+        trainer = deat_rb.create(name, model, steps=1, attack_mode=None if "-" in name and name[0] in "fd" else "eval")
+        if weighs:
+            trainer.loss = weighted(trainer.loss, weights)
+        torch.manual_seed(0)
+        stats = trainer.training_step(images, labels, SGD(model.parameters(), lr=0.1), Engine("cpu"))
+        seen.append((stats, torch.cat([parameter.detach().flatten() for parameter in model.parameters()])))
+    (plain, one), (by_class, two) = seen
+    assert float(by_class.l_x) == pytest.approx(float(plain.l_x), rel=1e-4)
+    assert int(by_class.correct) == int(plain.correct)
+    assert float(by_class.loss) != pytest.approx(float(plain.loss), rel=1e-3)
+    assert not torch.allclose(one, two)
+
+
+def test_class_weights_descend_on_torchs_weighted_cross_entropy() -> None:
+    images, labels = images_and_labels()
+    weights = torch.tensor([0.25, 1.0, 2.0, 3.0])
+    model, twin = normalized(), normalized()
+    trainer = deat_rb.create("standard", model)
+    trainer.loss = weighted(trainer.loss, weights)
+    torch.manual_seed(0)  # for dropout
+    trainer.training_step(images, labels, SGD(model.parameters(), lr=0.1), Engine("cpu"))
+    torch.manual_seed(0)
+    loss = nn.functional.cross_entropy(twin(images), labels, weight=weights, reduction="sum") / len(images)
+    loss.backward()
+    SGD(twin.parameters(), lr=0.1).step()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)

@@ -41,6 +41,26 @@ def test_validate_counts_the_most_common_prediction_and_its_label() -> None:
     assert measured.top_labelled == int((labels == top).sum()) / 40
 
 
+def test_validate_measures_each_class() -> None:
+    model: nn.Module = ByColor(0.0)
+    images, labels = images_and_labels(40)
+    labels = torch.where(labels == 3, torch.tensor(2), labels)
+    labels[:2] = 1
+    measured = validate(model, images, labels, eps=8 / 255, steps=3, batch_size=7)
+    assert len(measured.class_natural) == len(measured.class_robust) == 4
+    assert measured.class_natural[3] is measured.class_robust[3] is None
+    predicted = model(images).argmax(dim=1)
+    shares = torch.bincount(labels, minlength=4).tolist()
+    for label in range(3):
+        of_class = labels == label
+        assert measured.class_natural[label] == pytest.approx(float((predicted[of_class] == label).double().mean()))
+        alone = validate(model, images[of_class], labels[of_class], eps=8 / 255, steps=3)
+        assert alone.natural == pytest.approx(measured.class_natural[label])
+    for total, classes in ((measured.natural, measured.class_natural), (measured.robust, measured.class_robust)):
+        correct = sum((each or 0) * share for each, share in zip(classes, shares, strict=True))
+        assert correct == pytest.approx(40 * total)
+
+
 @pytest.mark.parametrize(
     ("predicted", "labelled", "count", "collapsed"),
     [
