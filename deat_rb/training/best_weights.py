@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from deat_rb.training.callbacks import Callback
+from deat_rb.training.checkpoint import host_copies
 from deat_rb.training.history import History
 from deat_rb.training.metrics import EpochStats
 from deat_rb.training.state import EpochWeights, TrainingState
@@ -50,14 +51,14 @@ class BestWeights(Callback):
         self.state.model.load_state_dict(selected.weights)
 
     def write(self) -> None:
-        """Write the best and the last weights to the run, unless its files already hold them."""
-        run = self.state.run
-        if run is None:
+        """Start writing the best and the last weights to the run, unless its files already hold them."""
+        run, recent = self.state.run, self.state.recent
+        if run is None or not self.state.world.is_main:
             return
+        newest = {"best": self._best(), "last": recent[-1] if recent else None}
 
         def write() -> None:
-            recent = self.state.recent
-            for which, epoch in (("best", self._best()), ("last", recent[-1] if recent else None)):
+            for which, epoch in newest.items():
                 if epoch is None:
                     run.discard_weights(which)
                     run.discard_weights(f"{which}-raw")
@@ -67,7 +68,7 @@ class BestWeights(Callback):
                         run.save_weights(f"{which}-raw", epoch.raw, epoch.row)
                     self.written[which] = epoch.row.epoch
 
-        self.state.world.on_main(write)
+        self.state.writer.start(write)
 
     def _best(self) -> EpochWeights | None:
         return _most_robust([self.state.settled, *self.state.recent])
@@ -79,4 +80,4 @@ def _most_robust(epochs: Iterable[EpochWeights | None]) -> EpochWeights | None:
 
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    return host_copies(model.state_dict())

@@ -1,7 +1,8 @@
 """Checkpoint files: the whole training state in one safetensors file, written atomically.
 
-The header holds JSON metadata, a SHA-256 of tensors and metadata, and the format version. Loading a checkpoint never
-executes code. No random number generator is stored: random numbers are derived from the seed, the epoch and the batch.
+The header holds JSON metadata, a SHA-256 of tensors and metadata, and the format version. Equal tensors, such as the
+model's and those of the best epoch, are stored once. Loading a checkpoint never executes code. No random number
+generator is stored: random numbers are derived from the seed, the epoch and the batch.
 """
 
 from __future__ import annotations
@@ -14,19 +15,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.optim import Optimizer
 
 from deat_rb.training.optimizers import optimizer_tensors
 from deat_rb.utils.errors import DeatError, UnwritableError
-from deat_rb.utils.safe_load import save_tensors, sha256_tensors
+from deat_rb.utils.files import atomic_write
+from deat_rb.utils.safe_load import sha256_tensors
 
 KEEP = 2
 """Number of checkpoints kept per run."""
 
-FORMAT = "2"
+FORMAT = "3"
 """Format version written by `deat_rb.training.state`; format 1 had no version and no configuration."""
+
+FORMER = "2"
+"""Format version that is still read; equal tensors are stored repeatedly."""
 
 _NAME = re.compile(r"\d{8}\.safetensors", re.ASCII)
 
@@ -45,9 +52,10 @@ class Checkpoint:
     facts: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
 
-    def put(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
-        """Add tensors under a prefix."""
-        self.tensors.update({f"{prefix}.{name}": tensor.detach() for name, tensor in tensors.items()})
+    def put(self, prefix: str, tensors: Mapping[str, Tensor], *, copy: bool = True) -> None:
+        """Add tensors under a prefix: contiguous copies in host memory or, without ``copy``, the tensors themselves."""
+        added = host_copies(tensors) if copy else tensors
+        self.tensors.update({f"{prefix}.{name}": tensor for name, tensor in added.items()})
 
     def take(self, prefix: str) -> dict[str, Tensor]:
         """Return the tensors under a prefix, by their names without the prefix."""
@@ -81,6 +89,20 @@ class Checkpoint:
         return tensors
 
 
+def host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous copies of tensors in host memory; those of a GPU's tensors are in pinned memory."""
+    copies, waits = {}, set()
+    for name, tensor in tensors.items():
+        on_gpu = tensor.device.type == "cuda"
+        copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
+        copies[name].copy_(tensor.detach(), non_blocking=on_gpu)
+        if on_gpu:
+            waits.add(tensor.device)
+    for device in waits:
+        torch.cuda.current_stream(device).synchronize()
+    return copies
+
+
 def _describe(tensor: Tensor | None) -> str:
     return "missing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} of {tuple(tensor.shape)}"
 
@@ -107,9 +129,14 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
     earlier = _numbered(folder)
     number = int(earlier[-1].stem) + 1 if earlier else 1
     facts = json.dumps(checkpoint.facts, allow_nan=False)
-    tensors = {name: tensor.cpu() for name, tensor in checkpoint.tensors.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
+    digests = {name: sha256_tensors({"": tensor}) for name, tensor in tensors.items()}
+    first = {digest: name for name, digest in reversed(digests.items())}
+    same = {name: first[digest] for name, digest in digests.items() if first[digest] != name}
+    header = {"format": FORMAT, "facts": facts, "same": json.dumps(same), "sha256": _digest(facts, digests)}
     path = folder / f"{number:08}.safetensors"
-    save_tensors(path, tensors, {"format": FORMAT, "facts": facts, "sha256": _digest(facts, tensors)})
+    stored = {name: tensor for name, tensor in tensors.items() if name not in same}
+    atomic_write(path, safetensors.torch.save(stored, header))
     for old in earlier[: len(earlier) - KEEP + 1]:
         old.unlink(missing_ok=True)
     return path
@@ -153,14 +180,22 @@ def _read(path: Path) -> Checkpoint:
     with safe_open(path, framework="pt") as file:
         header = file.metadata() or {}
         form = header.get("format", "1")
-        if "facts" in header and form != FORMAT:
+        if "facts" in header and form not in (FORMAT, FORMER):
             raise DeatError(
                 f"{path} has checkpoint format {form:.20}, but this version of deat-rb needs format {FORMAT}; "
                 "resume with the version that wrote it, or start a new run"
             )
         names = file.keys()
         tensors = {name: file.get_tensor(name) for name in names}
-    if _digest(header["facts"], tensors) != header["sha256"]:
+    if form == FORMER:
+        digest = hashlib.sha256(header["facts"].encode() + sha256_tensors(tensors).encode()).hexdigest()
+    else:
+        same = json.loads(header["same"])
+        if not isinstance(same, dict):
+            raise ValueError("its list of equal tensors is not a JSON object")
+        tensors |= {name: tensors[str(stored)] for name, stored in same.items()}
+        digest = _digest(header["facts"], {name: sha256_tensors({"": tensor}) for name, tensor in tensors.items()})
+    if digest != header["sha256"]:
         raise ValueError("its checksum does not match")
     facts = json.loads(header["facts"])
     if not isinstance(facts, dict):
@@ -168,5 +203,6 @@ def _read(path: Path) -> Checkpoint:
     return Checkpoint(tensors, facts, path)
 
 
-def _digest(facts: str, tensors: Mapping[str, Tensor]) -> str:
-    return hashlib.sha256(facts.encode() + sha256_tensors(tensors).encode()).hexdigest()
+def _digest(facts: str, digests: Mapping[str, str]) -> str:
+    """Return the checksum of metadata and the digests of the tensors by name."""
+    return hashlib.sha256((facts + json.dumps(digests, sort_keys=True)).encode()).hexdigest()

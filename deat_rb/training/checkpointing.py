@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from pathlib import Path
 
 from deat_rb.training import checkpoint
 from deat_rb.training import state as training_state
 from deat_rb.training.best_weights import BestWeights
 from deat_rb.training.callbacks import Action, Callback
+from deat_rb.training.checkpoint import Checkpoint
 from deat_rb.training.metrics import EpochStats
 from deat_rb.training.run_store import RunStore
 from deat_rb.training.state import SavedPosition, TrainingState
@@ -32,6 +32,9 @@ class MetricsWriter(Callback):
 class Checkpointing(Callback):
     """Write a checkpoint after each epoch and every few minutes, and resume from the newest one.
 
+    A checkpoint is copied to host memory, then written in the background until the next one, the end of the epoch's
+    batches (so that the metrics are at most one epoch ahead of it) or the end of training.
+
     Args:
         run: Storage of the checkpoints.
         weights: The callback that writes the weights files, which are updated on resuming.
@@ -52,24 +55,49 @@ class Checkpointing(Callback):
             self._restore()
 
     def requested_action(self) -> Action:
-        """Request SAVE if the newest checkpoint is older than ``save_every``."""
-        return Action.SAVE if time.monotonic() - self._saved_at > self.save_every else Action.CONTINUE
+        """Request SAVE if the newest checkpoint is older than ``save_every``, or if it could not be written."""
+        due = time.monotonic() - self._saved_at > self.save_every
+        return Action.SAVE if due or self.state.writer.has_failed else Action.CONTINUE
 
     def on_action(self, action: Action) -> None:
         """Write a checkpoint on SAVE and STOP."""
         if action in (Action.SAVE, Action.STOP):
             self._save()
+        if action == Action.STOP:
+            self._wait()
+
+    def on_train_epoch_end(self) -> None:  # noqa: D102 - the base class says it
+        self._wait()
 
     def on_epoch_end(self, row: EpochStats) -> None:  # noqa: D102 - the base class says it
         self._save()
+        if self.state.epoch > self.state.epochs or self.state.history.stopped is not None:
+            self._wait()
 
     def _save(self) -> None:
-        state = training_state.save(self.state, self.run.config_json)
-        self._note(self.state.world.on_main(partial(checkpoint.write, self.run.checkpoints, state)))
+        """Start writing a checkpoint, when the files before it are complete.
 
-    def _note(self, path: Path | None) -> None:
+        Raises:
+            UnwritableError: One of the files before it could not be written.
+        """
+        state = self.state
+        self._wait()
+        copied = training_state.save(state, self.run.config_json)
         self._saved_at = time.monotonic()
-        self.state.saved = SavedPosition(path, self.state.epoch, self.state.batch)
+        if state.world.is_main:
+            state.writer.start(partial(self._write, copied, state.epoch, state.batch))
+
+    def _write(self, copied: Checkpoint, epoch: int, batch: int) -> None:
+        self.state.saved = SavedPosition(checkpoint.write(self.run.checkpoints, copied), epoch, batch)
+
+    def _wait(self) -> None:
+        """Wait until all files are written; raise the error of one that could not be."""
+
+        def wait() -> SavedPosition | None:
+            self.state.writer.wait()
+            return self.state.saved
+
+        self.state.saved = self.state.world.on_main(wait)
 
     def _restore(self) -> None:
         """Restore the newest undamaged checkpoint; if there is none yet, start from the beginning.
@@ -87,5 +115,6 @@ class Checkpointing(Callback):
         saved = training_state.read(newest)
         self.state.history.rows = world.on_main(partial(run.truncate, saved.epoch - 1))
         training_state.restore(self.state, newest, saved)
-        self._note(newest.path)
+        self.state.saved = SavedPosition(newest.path, saved.epoch, saved.batch)
         self.weights.write()
+        self._wait()

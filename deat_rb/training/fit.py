@@ -119,7 +119,8 @@ def fit(
                 [*own, *(callbacks if ranks.is_main else ())],
                 validate_every=optim.validate_every,
             )
-            return loop(train_loader, val_loader)
+            with state.writer:
+                return loop(train_loader, val_loader)
     finally:
         trainer.set_replay_lr(None)
 

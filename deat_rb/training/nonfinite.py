@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from typing import Any
@@ -125,6 +126,8 @@ class NonFiniteMonitor(Callback):
         if state.recent:
             good = f"the model has the weights of epoch {state.recent[-1].row.epoch}"
             state.model.load_state_dict(state.recent[-1].weights)
+        with contextlib.suppress(DeatError):
+            state.writer.wait()
         if state.saved is not None:
             path, epoch, saved_batch = state.saved
             good += f"; the checkpoint {path} (epoch {epoch}, batch {saved_batch}) is unaffected"

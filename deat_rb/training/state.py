@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deat_rb.training.averaging import WeightAverage
+from deat_rb.training.background import BackgroundWriter
 from deat_rb.training.base import Stop, TrainerBase
 from deat_rb.training.checkpoint import Checkpoint
 from deat_rb.training.checks import InputFlags
@@ -66,7 +67,8 @@ class TrainingState:
         sums: Statistics summed over the epoch's batches on this rank.
         history: Metrics of the finished epochs.
         stop: Decision of the stopping rule to end training; None if it has not.
-        saved: Position of the newest checkpoint.
+        saved: Position of the newest checkpoint that is completely written.
+        writer: Writer of weights and checkpoints.
         warn: Function that passes a warning to the callbacks.
     """
 
@@ -89,6 +91,7 @@ class TrainingState:
     history: History = field(default_factory=History)
     stop: Stop | None = None
     saved: SavedPosition | None = None
+    writer: BackgroundWriter = field(default_factory=BackgroundWriter)
     warn: Callable[[str], None] = warnings.warn
     _seconds: float = 0.0
     _started: float | None = None
@@ -128,14 +131,19 @@ class TrainingState:
         self.sums, self._seconds, self._started = EpochAccumulator(), 0.0, None
 
     def describe_saved(self) -> str:
-        """Describe how much of the run is saved."""
+        """Describe how much of the run is saved, once the files that are being written are complete."""
         if self.run is None:
             return f"{len(self.history.rows)} of {self.epochs} epochs were trained; the model has the newest weights"
+        failed = ""
+        try:
+            self.writer.wait()
+        except DeatError as error:
+            failed = f"; {error}"
         epochs, batches = (self.saved.epoch - 1, self.saved.batch) if self.saved else (0, 0)
         done = f"{epochs} of {self.epochs} epochs" + (
             f" and {batches} batch{'es' if batches > 1 else ''} of the next" if batches else ""
         )
-        return f"{self.run.path} keeps {done}; deat-rb train --resume {self.run.path} resumes it"
+        return f"{self.run.path} keeps {done}; deat-rb train --resume {self.run.path} resumes it{failed}"
 
 
 class SavedPosition(NamedTuple):
@@ -216,9 +224,9 @@ def save(state: TrainingState, config: dict[str, Any]) -> Checkpoint:
 
 
 def _put_epoch(checkpoint: Checkpoint, prefix: str, epoch: EpochWeights) -> None:
-    checkpoint.put(prefix, epoch.weights)
+    checkpoint.put(prefix, epoch.weights, copy=False)
     if epoch.raw is not None:
-        checkpoint.put(f"raw_{prefix}", epoch.raw)
+        checkpoint.put(f"raw_{prefix}", epoch.raw, copy=False)
 
 
 def read(checkpoint: Checkpoint) -> SavedState:

@@ -15,7 +15,6 @@ from training_problems import normalized, run_config
 from deat_rb.methods.registry import known_methods
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.training.callbacks import Callback
-from deat_rb.training.metrics import EpochStats
 from deat_rb.utils.errors import DeatError, Interrupted
 from deat_rb.utils.safe_load import load_tensors, sha256_tensors
 
@@ -121,12 +120,13 @@ def test_resume_drops_weights_newer_than_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_checkpointing_on_a_full_disk_loses_nothing(tmp_path: Path) -> None:
-    """The child may write no more than a kilobyte to any file once its first epoch has ended."""
+    """The child may write no more than a kilobyte to any file once the checkpoint of its first epoch is written."""
     resource = pytest.importorskip("resource")
 
     class FillsUp(Callback):
-        def on_epoch_end(self, row: EpochStats) -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+        def on_train_epoch_end(self) -> None:
+            if run.rows():
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
 
     run, whole = (RunDirectory.create(tmp_path / name, run_config()) for name in ("run", "whole"))
 

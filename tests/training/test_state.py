@@ -78,7 +78,7 @@ def test_restore_refuses_an_altered_checkpoint(case: str, interrupted: RunDirect
         train("m-deat", interrupted, resume=True)
 
 
-@pytest.mark.parametrize("form", ["1", "3", None])
+@pytest.mark.parametrize("form", ["1", "4", None])
 def test_newest_refuses_another_format(
     form: str | None, interrupted: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,7 +89,7 @@ def test_newest_refuses_another_format(
     header.pop("format")
     save_tensors(path, tensors, header if form is None else {**header, "format": form})
     with pytest.raises(
-        DeatError, match=f"has checkpoint format {form or 1}, but this version .* needs format 2; resume"
+        DeatError, match=f"has checkpoint format {form or 1}, but this version .* needs format 3; resume"
     ):
         train("m-deat", interrupted, resume=True)
 

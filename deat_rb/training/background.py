@@ -1,0 +1,51 @@
+"""A thread that writes a run's files while training goes on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from types import TracebackType
+
+from deat_rb.utils.errors import DeatError
+
+
+class BackgroundWriter:
+    """Context manager that runs functions one after the other in one thread.
+
+    On leaving the context, it waits for them; an error is then raised only if no other exception is.
+    """
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._jobs: list[Future[None]] = []
+
+    def start(self, action: Callable[[], None]) -> None:
+        """Run ``action`` in the thread after those started before, whether they succeed or not."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="deat-rb-writer")
+        self._jobs.append(self._pool.submit(action))
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether an action has raised an exception that `wait` has not raised yet."""
+        return any(job.done() and job.exception() is not None for job in self._jobs)
+
+    def wait(self) -> None:
+        """Wait for all actions; raise the first exception among theirs. Ctrl-C interrupts the waiting only."""
+        wait(self._jobs)
+        jobs, self._jobs = self._jobs, []
+        for job in jobs:
+            job.result()
+
+    def __enter__(self) -> BackgroundWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(DeatError, OSError):
+            self.wait()
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
