@@ -94,6 +94,7 @@ def test_prepare_and_to_device_use_channels_last() -> None:
 
 def test_peak_memory_is_in_bytes() -> None:
     """A process that has imported torch takes more than 50 MB and less than 100 GB."""
+    pytest.importorskip("resource", reason="the peak is unknown where it does not exist, as on Windows")
     assert 50e6 < Engine().peak_memory() < 100e9
 
 
