@@ -132,7 +132,7 @@ def test_subset_of_all_images_is_all() -> None:
 
 @pytest.mark.parametrize("size", [0, 101])
 def test_subset_refuses_other_sizes(size: int) -> None:
-    with pytest.raises(DeatError, match=f"--train-size {size} .* 100 training images: give a number from 1 to 100"):
+    with pytest.raises(DeatError, match=f"--train-size {size} .* 100 images: give a number from 1 to 100"):
         subset(image_set((60, 30, 10)), size, seed=0)
 
 
