@@ -192,7 +192,7 @@ class Entry(RobustBenchInfo):
         dataset: RobustBench's name of the dataset, or the board's own, such as ``cifar10-jpeg``.
         dataset_note: A description of the dataset, such as "CIFAR-10 (JPEG), not CIFAR-10".
         method: Training method.
-        setting: ``fast`` or ``standard``.
+        setting: ``fast``, ``standard`` or ``fastat``.
         steps: Attack steps in each epoch.
         epochs: Number of training epochs.
         backward_passes: Backward passes of training, in mini-batches.
@@ -224,7 +224,7 @@ class Entry(RobustBenchInfo):
     kind: Literal["measured", "published"]
     dataset_note: LineText | None = None
     method: ShortText | None = None
-    setting: Literal["fast", "standard"] | None = None
+    setting: Literal["fast", "standard", "fastat"] | None = None
     steps: Annotated[tuple[Annotated[int, Field(ge=0, le=10**4)], ...], Field(max_length=MAX_EPOCHS)] | None = None
     epochs: Annotated[int, Field(ge=0, le=MAX_EPOCHS)] | None = None
     backward_passes: Amount | None = None

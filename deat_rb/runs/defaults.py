@@ -1,10 +1,11 @@
-"""Default options of the paper's two settings and of each dataset."""
+"""Default options of the settings and of each dataset."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from deat_rb.methods.recipes import CONSTANT, path_of
 from deat_rb.utils.errors import DeatError, did_you_mean
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ DATASET_DEFAULTS = {
 
 @dataclass(frozen=True)
 class SettingDefaults:
-    """Default options of a setting of the paper; ``epochs`` is None if it depends on the method."""
+    """Default options of a setting; ``epochs`` is None if it depends on the method."""
 
     epochs: int | None
     lr: float
@@ -52,15 +53,22 @@ class SettingDefaults:
 SETTINGS = {
     "fast": SettingDefaults(epochs=None, lr=0.1, lr_schedule="cyclic", precision="auto", select="last"),
     "standard": SettingDefaults(epochs=50, lr=0.05, lr_schedule="multistep", precision="fp32", select="best"),
+    "fastat": SettingDefaults(epochs=100, lr=0.1, lr_schedule="onecycle", precision="fp32", select="best"),
 }
-"""Section 5.1 (half precision, cyclic LR 0 -> 0.1 -> 0) and section 5.2 (LR divided by 10 after epochs 25 and 40)."""
+"""Section 5.1 (half precision, cyclic LR 0 -> 0.1 -> 0) and section 5.2 (LR divided by 10 after epochs 25 and 40) of
+the paper, and the protocol of FastAT Benchmark (arXiv:2604.22853; fzjcdt/FastAT_Benchmark b99c0de, configs/cifar10)."""
+
+FASTAT_EMA, FASTAT_LABEL_SMOOTHING, FASTAT_REPLAYS = 0.9995, 0.4, 200
+"""FastAT's ``tau``, ``label_smoothing`` and, for FREE, ``total_epoch``: the number of epochs times replays."""
 
 DEFAULT_TEXTS = {
-    "arch": "wrn-10-1 for digits, else preactresnet18",
+    "arch": "wrn-10-1 for digits, else preactresnet18; resnet18 fastat on CIFAR",
     "eps": "0.1 for digits, else 8/255",
     "batch_size": "64 for digits, else 128",
     "augment": "none for digits, else crop-flip",
-    "epochs": "setting's: 10 to 15 fast, by method; 50 standard; twice as many for digits",
+    "epochs": "setting's: 10 to 15 fast, by method; 50 standard; 100 fastat (free-R 200/R, deat 50); digits twice that",
+    "ema": "off; 0.9995 fastat",
+    "label_smoothing": "0; 0.4 fastat",
     "gamma": "setting's: 1.0 fast with preactresnet18, else 1.01",
     "val_size": "1,000 of 50,000, in proportion for fewer, but 100 if that is at most a fifth",
     **{
@@ -84,20 +92,40 @@ def dataset_defaults(dataset: str) -> DatasetDefaults:
     return DATASET_DEFAULTS[dataset]
 
 
+def default_arch(dataset: str, setting: str) -> str:
+    """Return the default architecture: FastAT's is ResNet-18 for CIFAR and PreActResNet-18 for Tiny-ImageNet."""
+    if setting == "fastat" and dataset in ("cifar10", "cifar100"):
+        return "resnet18"
+    return dataset_defaults(dataset).arch
+
+
+def fastat_epochs(row: Recipe) -> int:
+    """Return the epochs of the setting ``fastat``: 200/R for FREE-R, 50 for other replays, as for FREE-4, else 100."""
+    if not row.replays:
+        return 100
+    return max(FASTAT_REPLAYS // row.steps, 1) if path_of(row.schedule) == CONSTANT else FASTAT_REPLAYS // 4
+
+
 def setting_defaults(setting: str, row: Recipe, arch: str) -> dict[str, Any]:
-    """Return the default options of one of the paper's two settings.
+    """Return the default options of a setting.
 
     Args:
         setting: ``fast``: cyclic LR 0 -> 0.1 -> 0, 10 epochs (DEAT-D 12, DEAT-P% and M-DEAT 11, U-FGSM 15), half
             precision, gamma 1.0 for PreActResNet and 1.01 for WRN, FREE's perturbation carried from batch to batch,
             weights of the last epoch. ``standard``: 50 epochs, LR 0.05 divided by 10 after epochs 25 and 40, full
             precision, gamma 1.01, FREE's perturbation reset to zero in each batch, weights of the epoch with the
-            highest validation robust accuracy.
+            highest validation robust accuracy. ``fastat``: FastAT Benchmark's protocol, 100 epochs (replays: see
+            `fastat_epochs`), one-cycle LR up to 0.1, full precision, averaged weights, label smoothing (not for MART),
+            images that are not normalized, gamma 1.01, the most robust epoch.
         row: The method's recipe.
         arch: The architecture.
     """
     defaults = asdict(SETTINGS[setting])
     defaults["epochs"] = defaults["epochs"] or row.fast_epochs
+    if setting == "fastat":
+        defaults |= {"epochs": fastat_epochs(row), "ema": FASTAT_EMA}
+        if row.loss in ("ce", "trades"):
+            defaults["label_smoothing"] = FASTAT_LABEL_SMOOTHING
     if "carry" in row.trainer_options:
         defaults["carry"] = setting == "fast"
     if row.guided:

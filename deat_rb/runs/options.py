@@ -72,8 +72,9 @@ class AttackConfig(OptionGroup):
 
     method: str = option("m+trades", "Training method; `deat-rb methods` lists them.", metavar="NAME")
     setting: str = option(
-        "fast", "Training setting of the paper: fast (cyclic LR, few epochs) or standard (50 epochs).", choices=SETTINGS
-    )
+        "fast", "Training setting: the paper's fast (cyclic LR, few epochs) or standard (50 epochs), or fastat, the "
+        "protocol of FastAT Benchmark.", choices=SETTINGS,
+    )  # fmt: skip
     eps: Fraction = option(8 / 255, "Perturbation radius (Linf), such as 8/255.")
     alpha: Fraction | None = option(
         None, "Step size of the attack, such as 2/255.", default_text="method's", gt=0, allow_inf_nan=False
@@ -90,9 +91,8 @@ class AttackConfig(OptionGroup):
         allow_inf_nan=False,
     )  # fmt: skip
     label_smoothing: float | None = option(
-        None, "Label smoothing of the cross-entropy in the training loss, such as 0.1; not for MART.",
-        default_text="0", ge=0, lt=1,
-    )  # fmt: skip
+        None, "Label smoothing of the cross-entropy in the training loss, such as 0.1; not for MART.", ge=0, lt=1
+    )
     class_weights: Literal["none", "balanced"] = option(
         "none", "Weights of the classes in the training loss: balanced gives all classes the same total weight."
     )

@@ -27,9 +27,10 @@ from deat_rb.models.spec import DATASETS as SPEC_DATASETS
 from deat_rb.models.spec import model_spec, robustbench_class
 from deat_rb.models.weights import load_weights
 from deat_rb.runs.config import RunConfig
-from deat_rb.runs.defaults import dataset_defaults, setting_defaults
+from deat_rb.runs.defaults import dataset_defaults, default_arch, setting_defaults
 from deat_rb.runs.options import DataConfig, TrainOptions
 from deat_rb.runs.trackers import check_trackers
+from deat_rb.training.lr import MOMENTUM_RANGE
 from deat_rb.training.options import OptimConfig, check_optim, optimizer_defaults
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils import seeding
@@ -146,7 +147,7 @@ class TrainingPlan:
             ("setting", f"{attack.setting}: {optim.epochs} epochs, {optim.lr_schedule} LR up to {optim.lr:g}"
                         f"{warmup}{per_replay}"),
             ("optimizer", f"{_optimizer(optim)}, batches of {data.batch_size}, seed {optim.seed}"),
-            *([] if optim.ema is None else [
+            *([] if not optim.ema else [
                 ("average", f"exponential moving average of the weights, decay {optim.ema:g}, after every update")
             ]),
             ("precision", f"{runtime.precision} on {resolve_device(runtime.device)}{threads}{ranks}{compiled}"),
@@ -259,6 +260,8 @@ def plan(
         train = subset(train, train_size, seed)
     channels, size = train.shape[0], train.shape[-1]
     mean, std, fingerprint = resolved.model.mean, resolved.model.std, ""
+    if mean is None and resolved.attack.setting == "fastat":
+        mean, std = (0.0,) * channels, (1.0,) * channels
     if dry and data.known_fingerprint is None:  # not known without decoding all images
         mean, std = mean or (0.0,) * channels, std or (1.0,) * channels
     else:
@@ -300,7 +303,7 @@ def resolve(options: TrainOptions) -> TrainOptions:
     explicit, dataset, device_name = options.explicit(), options.data.dataset, options.runtime.device
     defaults = dataset_defaults(dataset)
     method, row = recipe(_for_dataset(options.attack.method, dataset))
-    arch = canonical_arch(explicit.get("arch", defaults.arch))
+    arch = canonical_arch(explicit.get("arch", default_arch(dataset, options.attack.setting)))
     setting = setting_defaults(options.attack.setting, row, arch)
     setting["epochs"] *= defaults.epoch_factor
     check_trackers(options.output.track)
@@ -401,10 +404,13 @@ def _for_dataset(method: str, dataset: str) -> str:
 
 
 def _optimizer(optim: OptimConfig) -> str:
+    momentum = f"{optim.momentum:g}"
+    if optim.lr_schedule == "onecycle":
+        momentum += f" +- {MOMENTUM_RANGE:g}"
     if optim.optimizer == "adamw":
-        text = f"AdamW, betas {optim.momentum:g} and 0.999"
+        text = f"AdamW, betas {momentum} and 0.999"
     else:
-        text = f"SGD, {'Nesterov ' if optim.nesterov else ''}momentum {optim.momentum:g}"
+        text = f"SGD, {'Nesterov ' if optim.nesterov else ''}momentum {momentum}"
     text += f", weight decay {optim.weight_decay:g}"
     if optim.no_decay:
         text += f" but for {' and '.join(optim.no_decay)}"
@@ -427,5 +433,5 @@ def default_name(options: TrainOptions) -> str:
     """Return a run's default name."""
     dataset = options.data.dataset
     method, _ = recipe(_for_dataset(options.attack.method, dataset))
-    arch = canonical_arch(options.explicit().get("arch", dataset_defaults(dataset).arch)).replace(":", "-")
-    return f"{method}-{dataset}-{arch}-s{options.optim.seed}".replace("/", "-")
+    arch = canonical_arch(options.explicit().get("arch", default_arch(dataset, options.attack.setting)))
+    return f"{method}-{dataset}-{arch.replace(':', '-')}-s{options.optim.seed}".replace("/", "-")

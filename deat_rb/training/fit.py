@@ -90,7 +90,7 @@ def fit(
             optimizer = build_optimizer(trainer.model, optim, engine.device)
             optimizer.register_step_post_hook(trainer.after_step)
             average = None
-            if optim.ema is not None:
+            if optim.ema:
                 average = WeightAverage(trainer.model, optim.ema)
                 optimizer.register_step_post_hook(average.after_step)
             state = TrainingState(

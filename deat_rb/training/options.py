@@ -39,8 +39,8 @@ class OptimConfig(OptionGroup):
         allow_inf_nan=False,
     )  # fmt: skip
     ema: float | None = option(
-        None, "Validate, select and save an exponential moving average of the weights with this decay, such as 0.9995.",
-        default_text="off", gt=0, lt=1,
+        None, "Validate, select and save an exponential moving average of the weights with this decay, such as 0.9995; "
+        "0 for none.", default_text="off", ge=0, lt=1,
     )  # fmt: skip
     early_stopping: bool = option(True, "Only record where the method's stopping rule would end training.")
     validate_every: int = option(1, "Validate every N epochs, and after the last one.", ge=1)

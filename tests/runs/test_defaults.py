@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deat_rb.methods.registry import recipe
-from deat_rb.runs.defaults import dataset_defaults, setting_defaults
+from deat_rb.runs.defaults import dataset_defaults, default_arch, setting_defaults
 from deat_rb.utils.errors import DeatError
 
 
@@ -27,6 +27,36 @@ def test_setting_defaults_standard_is_the_papers(method: str) -> None:
     assert settings.pop("gamma", 1.01) == 1.01
     assert settings.pop("carry", None) is (False if method == "free-8" else None)
     assert settings == {"epochs": 50, "lr": 0.05, "lr_schedule": "multistep", "precision": "fp32", "select": "best"}
+
+
+@pytest.mark.parametrize(
+    ("method", "epochs"),
+    [
+        ("pgd-10", 100),
+        ("u-fgsm", 100),
+        ("trades", 100),
+        ("free-4", 50),
+        ("free-8", 25),
+        ("free-300", 1),
+        ("m-deat", 50),
+    ],
+)
+def test_setting_defaults_fastat_is_the_benchmarks(method: str, epochs: int) -> None:
+    """configs/cifar10 of fzjcdt/FastAT_Benchmark: free_at.yaml has 200 epochs for 4 replays, the others 100."""
+    settings = setting_defaults("fastat", recipe(method)[1], "resnet18")
+    assert settings.pop("gamma", 1.01) == 1.01
+    assert settings.pop("carry", False) is False
+    assert settings == {
+        "epochs": epochs, "lr": 0.1, "lr_schedule": "onecycle", "precision": "fp32", "select": "best", "ema": 0.9995,
+        "label_smoothing": 0.4,
+    }  # fmt: skip
+    assert "label_smoothing" not in setting_defaults("fastat", recipe("mart")[1], "resnet18")
+
+
+def test_default_arch_of_fastat_is_resnet18_for_cifar() -> None:
+    archs = [default_arch(dataset, "fastat") for dataset in ("cifar10", "cifar100", "folder", "digits")]
+    assert archs == ["resnet18", "resnet18", "preactresnet18", "wrn-10-1"]
+    assert default_arch("cifar10", "fast") == "preactresnet18"
 
 
 def test_setting_defaults_carry_is_off_in_the_standard_setting() -> None:

@@ -51,7 +51,7 @@ def test_make_options_reads_text_as_from_the_command_line() -> None:
         ("weight_decay", -1, "--weight-decay = -1 cannot be used"),
         ("max_steps", 0, "--max-steps = 0 cannot be used"),
         ("seed", -1, "--seed = -1 cannot be used"),
-        ("setting", "quick", "--setting = 'quick' cannot be used: it should be 'fast' or 'standard'"),
+        ("setting", "quick", "--setting = 'quick' cannot be used: it should be 'fast', 'standard' or 'fastat'"),
         ("dataset", "cifar", "--dataset = 'cifar' cannot be used: it should be 'digits', 'cifar10', 'cifar100' or"),
         ("select", "first", "--select = 'first' cannot be used: it should be 'best' or 'last'"),
         ("attack_mode", "half", "--attack-mode = 'half' cannot be used"),

@@ -313,6 +313,22 @@ def test_plan_normalizes_by_mean_and_std() -> None:
     assert (network.mean, network.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
+def test_plan_of_fastat_does_not_normalize_and_can_be_changed() -> None:
+    options = {"setting": "fastat", "method": "pgd-1", "epochs": None, "precision": None}
+    own = planned(**options)
+    assert (own.config.network.mean, own.config.network.std) == ((0.0,) * 3, (1.0,) * 3)
+    optim = own.config.optim
+    assert (optim.epochs, optim.ema, optim.lr_schedule, optim.select) == (200, 0.9995, "onecycle", "best")
+    lines = dict(own.lines())
+    assert lines["optimizer"].startswith("SGD, momentum 0.9 +- 0.05, weight decay 0.0005")
+    assert lines["average"] == "exponential moving average of the weights, decay 0.9995, after every update"
+    assert lines["loss"] == "CE, label smoothing 0.4"
+    changed = planned(**options, ema=0, label_smoothing=0, mean="0.5,0.5,0.5", std="0.5,0.5,0.5")
+    assert changed.config.network.mean == (0.5, 0.5, 0.5)
+    assert "average" not in dict(changed.lines())
+    assert dict(changed.lines())["loss"] == "CE"
+
+
 def test_plan_lines_say_which_files_of_a_folder_were_left_out(image_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(image_folder, tmp_path / "images")
     (folder / "train" / "red" / "0000.png").rename(folder / "train" / "red" / "0000.heic")
