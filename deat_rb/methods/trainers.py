@@ -114,7 +114,7 @@ class AttackTrainer(Trainer):
         # Freeze only if compiled: a compiled pass computes all requested gradients, even if unused; an eager one would
         # not cache the casts of frozen weights.
         with engine.autocast(), frozen_parameters(self.model) if engine.compiled else nullcontext():
-            adv, crafting = self.craft(images, labels, engine.loss_scale, fixed_size=engine.compiled)
+            adv, crafting = self.craft(images, labels, engine.loss_scale, fixed_size=engine.fixed_size)
         extra = 0
         try:
             if self.awp is not None and self.progress >= self.awp.warmup:
@@ -164,6 +164,10 @@ class AttackTrainer(Trainer):
         gradients = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
         engine.world.average(gradients)
         awp.add(weights, gradients)
+
+    def step_settings(self) -> tuple[object, ...]:
+        """Return the settings that a training step uses, and whether the weights are perturbed in it."""
+        return *super().step_settings(), self.awp is not None and (self.awp.gamma, self.progress >= self.awp.warmup)
 
     def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remove AWP's perturbation, so that it is not part of the averaged weights."""
@@ -275,11 +279,16 @@ class ReplayTrainer(Trainer):
         )
 
     def _carry_over(self, delta: Tensor) -> None:
-        """Store the global batch's perturbation; a short batch replaces the first rows only."""
-        if self._carried is None or self._carried.shape[1:] != delta.shape[1:] or len(self._carried) <= len(delta):
+        """Store the global batch's perturbation, in place if there is room; a short batch replaces the first rows."""
+        if self._carried is None or self._carried.shape[1:] != delta.shape[1:] or len(self._carried) < len(delta):
             self._carried = delta
         else:
-            self._carried = torch.cat([delta, self._carried[len(delta) :]])
+            self._carried[: len(delta)].copy_(delta)
+
+    def step_settings(self) -> tuple[object, ...]:
+        """Return the settings that a training step uses, and where FREE's perturbation is."""
+        place = None if self._carried is None else (self._carried.data_ptr(), self._carried.shape)
+        return *super().step_settings(), place
 
     def tensors(self) -> dict[str, Tensor]:
         """Return FREE's perturbation, if it is carried."""
@@ -289,4 +298,7 @@ class ReplayTrainer(Trainer):
         """Restore a `state_dict` and its `tensors`."""
         super().load_state_dict(state, tensors)
         carried = tensors.get("carried")
-        self._carried = None if carried is None else carried.to(self.device)
+        if carried is not None and self._carried is not None and carried.shape == self._carried.shape:
+            self._carried.copy_(carried)
+        else:
+            self._carried = None if carried is None else carried.to(self.device)

@@ -213,13 +213,27 @@ class TrainerBase(StatelessAttack):
         self.stopping = stopping
         self.base_alpha: float | None = getattr(attack, "alpha", None)
         self.progress = 0.0
-        self._rate: Callable[[float], float] | None = None
+        self._rate: Callable[[float], float | Tensor] | None = None
         self._first: dict[str, Any] | None = None
         self.apply_schedule()
 
-    def set_replay_lr(self, rate: Callable[[float], float] | None) -> None:
+    def set_replay_lr(self, rate: Callable[[float], float | Tensor] | None) -> None:
         """Set the learning rate as a function of the progress in [0, 1] within the current batch; called by `fit`."""
         self._rate = rate
+
+    @property
+    def replay_lr(self) -> Callable[[float], float | Tensor] | None:
+        """The function given to `set_replay_lr`."""
+        return self._rate
+
+    def step_settings(self) -> tuple[object, ...]:
+        """Return the settings that a training step uses, other than the model and the optimizer.
+
+        A step recorded as a CUDA graph is recorded anew when one of them changes.
+        """
+        settings = {**vars(self.crafter), **vars(self), "progress": None}
+        plain = {name: value for name, value in settings.items() if isinstance(value, int | float | str | None)}
+        return self.steps, self.alpha, id(self.loss), *sorted(plain.items())
 
     @property
     def eps(self) -> float:

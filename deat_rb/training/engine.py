@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from deat_rb.training.batch_counters import BatchCounters
+from deat_rb.training.cuda_graphs import Graphs
 from deat_rb.utils.devices import Precision, check_sync_bn
 from deat_rb.utils.distributed import World
 
@@ -49,6 +50,7 @@ class Engine:
             in fp16, where the attacks halve it after an overflow, otherwise 1.
         global_batch: Number of examples in the current batch over all ranks; None if all are on this rank.
         full_batch: Number of examples in a batch of the usual size over all ranks; None if unknown.
+        graphs: Records the training steps; None to run one operation at a time.
 
     Raises:
         DeatError: ``sync_bn`` is set on a CPU.
@@ -71,11 +73,17 @@ class Engine:
         check_sync_bn(sync_bn, self.device)
         self.global_batch: int | None = None
         self.full_batch: int | None = None
+        self.graphs: Graphs | None = None
         self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         self.loss_scale = torch.tensor(ATTACK_SCALE, device=self.device) if precision == "fp16" else 1.0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self._replica: nn.Module | None = None
         self.counters = BatchCounters()
+
+    @property
+    def fixed_size(self) -> bool:
+        """Whether attacks pass the whole batch to the model, as each batch size is compiled or recorded for itself."""
+        return self.compiled or self.graphs is not None
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the autocast context for the precision."""

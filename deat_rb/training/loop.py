@@ -15,10 +15,11 @@ from deat_rb.training.callbacks import Action, Callback
 from deat_rb.training.checks import BatchChecker, BatchError
 from deat_rb.training.dataloading import Loader, check_loader, count_batches, epoch_batches, materialize, shard
 from deat_rb.training.history import History
-from deat_rb.training.lr import LearningRate, set_momentum, set_rate
+from deat_rb.training.lr import LearningRate, rate_of, set_momentum, set_rate
 from deat_rb.training.metrics import EpochStats
 from deat_rb.training.signals import StopRequests
 from deat_rb.training.state import TrainingState
+from deat_rb.training.step_runner import StepRunner
 from deat_rb.training.validation import validate_epoch
 from deat_rb.utils import seeding
 from deat_rb.utils.distributed import is_peer_failure
@@ -43,6 +44,7 @@ class Loop:
         self.callbacks = callbacks
         self.validate_every = validate_every
         self.checker = BatchChecker(state.trainer, state.engine)
+        self.run_step = StepRunner(state.trainer, state.engine, state.optimizer)
         self.requests = StopRequests(enabled=state.run is not None)
         state.warn = self._warn
 
@@ -169,8 +171,8 @@ class Loop:
         if world.size > 1:
             stream = seeding.generator(state.seed, *key, device=state.engine.device)
             noise = seeding.global_batch_noise(world.share(total), total, stream)
-        with noise, state.engine.training_batch(state.model, total):
-            stats = state.trainer.training_step(images, labels, state.optimizer, state.engine)
+        with noise:
+            stats = self.run_step(images, labels, total)
         state.engine.sync_buffers(state.model.buffers())
         if state.average is not None:
             state.engine.sync_buffers(state.average.buffers())
@@ -224,7 +226,7 @@ class Loop:
             backwards=totals["backwards"],
             forwards=totals["forwards"],
             updates=sums.updates,
-            lr=state.optimizer.param_groups[0]["lr"],
+            lr=rate_of(state.optimizer),
             seconds=state.seconds,
             images_per_second=sums.examples / state.seconds,
             peak_memory=state.engine.peak_memory(),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.optim import Optimizer
 
 
@@ -101,10 +102,16 @@ class LearningRate:
         return (epochs - self.warmup) / (self.epochs - self.warmup)
 
 
-def set_rate(optimizer: Optimizer, rate: float) -> None:
-    """Set the learning rate of all parameter groups."""
+def set_rate(optimizer: Optimizer, rate: float | Tensor) -> None:
+    """Set the learning rate of all parameter groups; if it is a tensor, in place, and without a host sync."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        if not hasattr(group["lr"], "copy_"):
+            group["lr"] = rate
+        elif isinstance(rate, int | float):
+            group["lr"].fill_(rate)
+            group["rate"] = rate
+        else:
+            group["lr"].copy_(rate)
 
 
 def set_momentum(optimizer: Optimizer, momentum: float) -> None:
@@ -114,3 +121,9 @@ def set_momentum(optimizer: Optimizer, momentum: float) -> None:
             group["betas"] = (momentum, group["betas"][1])
         else:
             group["momentum"] = momentum
+
+
+def rate_of(optimizer: Optimizer) -> float:
+    """Return the learning rate that was set last, as a number given to `set_rate`, without a host sync."""
+    group = optimizer.param_groups[0]
+    return float(group.get("rate", group["lr"]))

@@ -22,7 +22,7 @@ from deat_rb.training.checkpoint import Checkpoint
 from deat_rb.training.checks import InputFlags
 from deat_rb.training.engine import Engine
 from deat_rb.training.history import History
-from deat_rb.training.lr import set_rate
+from deat_rb.training.lr import rate_of, set_rate
 from deat_rb.training.metrics import EpochAccumulator, EpochStats
 from deat_rb.training.run_store import RunStore
 from deat_rb.utils.distributed import World
@@ -200,7 +200,7 @@ def save(state: TrainingState, config: dict[str, Any]) -> Checkpoint:
         epoch=state.epoch,
         batch=state.batch,
         spent=state.seconds,
-        lr=state.optimizer.param_groups[0]["lr"],
+        lr=rate_of(state.optimizer),
         skipped=state.skipped,
         sums=state.world.all_gather(state.sums.state_dict()),
         trainer=state.trainer.state_dict(),

@@ -1,0 +1,72 @@
+"""Recording of training steps as CUDA graphs.
+
+A graph repeats the kernels of one step on the same memory, without launching each of them from the host.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from deat_rb.training.metrics import BatchStats
+
+Step = Callable[[], BatchStats]
+
+
+class Graphs(Protocol):
+    """Records steps on a device."""
+
+    def warm_up(self, step: Step) -> tuple[BatchStats, bool]:
+        """Run a step; return its statistics, and whether it did not wait for the device, so that it can be recorded."""
+        ...
+
+    def record(self, step: Step) -> Step:
+        """Record a step without running it, and return the function that runs it; its result is overwritten."""
+        ...
+
+
+class CudaGraphs:
+    """Records steps as CUDA graphs.
+
+    Args:
+        device: The GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def warm_up(self, step: Step) -> tuple[BatchStats, bool]:
+        """Run a step on the stream on which it will be recorded, watching for synchronization."""
+        current = torch.cuda.current_stream(self.device)
+        mode = torch.cuda.get_sync_debug_mode()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                stats = step()
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        current.wait_stream(self._stream)
+        waited = [each for each in caught if "synchronizing CUDA operation" in str(each.message)]
+        for each in caught:
+            if each not in waited:
+                warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+        return stats, not waited
+
+    def record(self, step: Step) -> Step:
+        """Record a step; each graph has memory of its own, which is freed with it."""
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, such as the one that writes checkpoints, may use the GPU meanwhile.
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            stats = step()
+
+        def run() -> BatchStats:
+            graph.replay()
+            return stats
+
+        return run

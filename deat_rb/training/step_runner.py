@@ -1,0 +1,178 @@
+"""Runs training steps, recorded as CUDA graphs or one operation at a time.
+
+Before a graph is run, the batch is copied to fixed tensors. The learning rate is a tensor, and everything else that a
+step leaves behind (weights, momentum, BatchNorm's statistics, FREE's perturbation) is changed in place. Random numbers
+are drawn within the graph, from torch's generator as it is seeded before the batch, so that they are those of a step
+that is not recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from deat_rb.training.base import TrainerBase
+from deat_rb.training.cuda_graphs import Graphs, Step
+from deat_rb.training.engine import Engine
+from deat_rb.training.lr import set_rate
+from deat_rb.training.metrics import BatchStats
+from deat_rb.utils.errors import DeatError
+
+WARM_UPS = 2
+"""Number of ordinary steps before a step is recorded; libraries choose and initialize their kernels in them."""
+
+KNOWN = frozenset({"deat_rb", "torch", "torchvision", "timm", "robustbench"})
+"""Packages whose networks do nothing on the host in a forward pass that a graph would leave out."""
+
+
+class StepRunner:
+    """Runs the training steps of `fit`: recorded where the engine has `Graphs`, otherwise one operation at a time.
+
+    Only batches of the usual size are recorded. The graph is recorded anew when something changes that it cannot see:
+    the number of steps or their size, a module's mode, a setting of the attack or the optimizer.
+
+    Args:
+        trainer: The method and its model.
+        engine: Device, precision and ranks.
+        optimizer: Optimizer of the model's parameters.
+        warm_ups: Number of ordinary steps before recording.
+    """
+
+    def __init__(self, trainer: TrainerBase, engine: Engine, optimizer: Optimizer, *, warm_ups: int = WARM_UPS) -> None:
+        self.trainer = trainer
+        self.engine = engine
+        self.optimizer = optimizer
+        self.warm_ups = warm_ups
+        self.recordings = 0
+        self._key: tuple[Any, ...] | None = None
+        self._warmed_up = 0
+        self._can_record = True
+        self._inputs: tuple[Tensor, Tensor] | None = None
+        self._run: Step | None = None
+        self._rates = torch.empty(0)
+        self._shares: list[float] = []
+
+    def __call__(self, images: Tensor, labels: Tensor, total: int) -> BatchStats:
+        """Train on a batch; see `TrainerBase.training_step`.
+
+        Args:
+            images: In [0, 1], (N, C, H, W), on the device.
+            labels: (N,), on the device.
+            total: Number of examples in the global batch.
+
+        Raises:
+            DeatError: The step cannot be recorded.
+        """
+        graphs = self.engine.graphs
+        if graphs is None or not self._can_record or total < (self.engine.full_batch or 0):
+            return self._step(images, labels, total)
+        key = (total, images.dtype, images.shape, images.stride(), labels.dtype, *self._settings())
+        if key != self._key:
+            self._key, self._warmed_up = key, 0
+            self._run = self._inputs = None  # frees the memory of the previous graph
+        if self._warmed_up < self.warm_ups:
+            stats, self._can_record = graphs.warm_up(partial(self._step, images, labels, total))
+            self._warmed_up += 1
+            # A step may have set something up that the key refers to, such as FREE's perturbation.
+            self._key = (*key[:5], *self._settings())
+            return stats
+        return self._replay(graphs, images, labels, total)
+
+    def _step(self, images: Tensor, labels: Tensor, total: int) -> BatchStats:
+        with self.engine.training_batch(self.trainer.model, total):
+            return self.trainer.training_step(images, labels, self.optimizer, self.engine)
+
+    def _replay(self, graphs: Graphs, images: Tensor, labels: Tensor, total: int) -> BatchStats:
+        rate = self.trainer.replay_lr
+        if self._run is None or self._inputs is None:
+            self._inputs = images.clone(), labels.clone()
+            self._run = self._recorded(graphs, total, rate)
+        for fixed, given in zip(self._inputs, (images, labels), strict=True):
+            fixed.copy_(given)
+        if rate is not None and self._shares:
+            self._rates.copy_(torch.tensor([float(rate(share)) for share in self._shares]))
+        stats = self._run()
+        if rate is not None and self._shares:
+            set_rate(self.optimizer, rate(self._shares[-1]))
+        tensors = {field.name: getattr(stats, field.name) for field in fields(stats)}
+        copies: dict[str, Any] = {name: value.clone() for name, value in tensors.items() if isinstance(value, Tensor)}
+        return replace(stats, **copies)
+
+    def _recorded(self, graphs: Graphs, total: int, rate: Callable[[float], float | Tensor] | None) -> Step:
+        assert self._inputs is not None
+        self._shares = []
+        self._rates = torch.zeros(max(self.trainer.steps, 1), device=self.engine.device)
+        try:
+            if rate is not None:
+                self.trainer.set_replay_lr(self._recorded_rate)
+            run = graphs.record(partial(self._step, *self._inputs, total))
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise DeatError(
+                f"the training step cannot be recorded as a CUDA graph ({reason}); use --cuda-graphs off"
+            ) from error
+        finally:
+            self.trainer.set_replay_lr(rate)
+        self._rates = self._rates[: len(self._shares)]
+        self.recordings += 1
+        return run
+
+    def _recorded_rate(self, share: float) -> Tensor:
+        """Return the place of a learning rate within the batch, in which each run of the graph finds it."""
+        self._shares.append(share)
+        return self._rates[len(self._shares) - 1]
+
+    def _settings(self) -> tuple[Any, ...]:
+        """Return what the host decides in a step, except for the batch and the learning rate."""
+        model = self.trainer.model
+        return (
+            self.trainer.step_settings(),
+            *(module.training for module in model.modules()),
+            *(parameter.requires_grad for parameter in model.parameters()),
+            *(
+                tuple((name, value) for name, value in group.items() if isinstance(value, int | float | str | None))
+                for group in ({**group, "lr": None, "rate": None} for group in self.optimizer.param_groups)
+            ),
+        )
+
+
+def unknown_parts(trainer: TrainerBase, optimizer: Optimizer) -> str | None:
+    """Return what may do something on the host in a step that a graph would leave out; None if nothing.
+
+    It is named for a sentence. Own methods, attacks, losses and networks may look at values or count batches; the
+    networks of `KNOWN` packages do not.
+    """
+    loss = trainer.loss.function
+    while isinstance(loss, partial):
+        loss = loss.func
+    parts: list[tuple[str, Any]] = [
+        ("the method", type(trainer)), ("the attack", type(trainer.crafter)), ("the loss", loss),
+    ]  # fmt: skip
+    hooks = [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
+    parts += [("a hook of the optimizer", hook) for hook in hooks]
+    for name, part in parts:
+        if _package(part) != "deat_rb":
+            return f"{name} {getattr(part, '__qualname__', part)}"
+    if _package(type(optimizer)) not in KNOWN:
+        return f"the optimizer {type(optimizer).__qualname__}"
+    for module in trainer.model.modules():
+        if _package(type(module)) not in KNOWN:
+            return f"the module {type(module).__qualname__} of the model"
+        if any(_hooks(module)):
+            return f"a hook of the module {type(module).__qualname__} of the model"
+    return None
+
+
+def _package(part: Any) -> str:
+    return str(getattr(part, "__module__", "")).partition(".")[0]
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        yield from getattr(module, name, {}).values()

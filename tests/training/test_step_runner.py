@@ -1,0 +1,176 @@
+"""Recorded training steps: with a stand-in for CUDA graphs on a CPU, they equal other steps bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torchattacks
+from tape import TapeGraphs
+from torch import Tensor, nn
+from training_problems import images_and_labels, made
+
+import deat_rb
+from deat_rb.methods.registry import known_methods
+from deat_rb.training.base import SurrogateLoss
+from deat_rb.training.engine import Engine
+from deat_rb.training.lr import rate_of, set_rate
+from deat_rb.training.metrics import BatchStats, EpochAccumulator
+from deat_rb.training.step_runner import StepRunner, unknown_parts
+from deat_rb.training.trainer import Trainer
+from deat_rb.utils import seeding
+from deat_rb.utils.errors import DeatError
+
+NEVER = 10**9
+
+
+def trained(
+    method: str, *, recorded: bool, precision: Any = "fp32", **options: Any
+) -> tuple[dict[str, Tensor], list[dict[str, float]], TapeGraphs]:
+    """Two epochs of five full batches and a short one, of which the second has one step more."""
+    model = made()
+    trainer = deat_rb.create(method, model, **options)
+    engine, tape = Engine("cpu", precision), TapeGraphs()
+    engine.graphs, engine.full_batch = tape, 6
+    engine.prepare(model)
+    optimizer = engine.sgd(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    runner = StepRunner(trainer, engine, optimizer, warm_ups=2 if recorded else NEVER)
+    seen = []
+    for epoch in range(2):
+        sums = EpochAccumulator()
+        for batch in range(6):
+            images, labels = engine.to_device(*images_and_labels(6 if batch < 5 else 4, seed=10 * epoch + batch))
+            rate = 0.02 * (batch + 1) + 0.1 * epoch
+            trainer.set_replay_lr(lambda share, rate=rate: rate + share / 100)
+            set_rate(optimizer, rate)
+            seeding.seed_global(0, "batch", epoch, batch)
+            sums.add(runner(images, labels, len(labels)))
+            seen.append({"lr": rate_of(optimizer)} | sums.read())
+        if trainer.schedule.guided:
+            trainer.steps += 1
+    state = model.state_dict() | trainer.tensors()
+    state |= {f"momentum {i}": each["momentum_buffer"] for i, each in enumerate(optimizer.state.values())}
+    return state, seen, tape
+
+
+@pytest.mark.parametrize("method", known_methods())
+def test_recorded_steps_are_those_that_are_not_recorded(method: str) -> None:
+    weights, seen, tape = trained(method, recorded=True)
+    expected, expected_seen, _ = trained(method, recorded=False)
+    assert seen == expected_seen
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(weights[name], tensor), name
+    # Of five full batches, two warm up, once per number of steps.
+    assert (tape.recorded, tape.repeated) == ((2, 6) if deat_rb.create(method, made()).schedule.guided else (1, 8))
+
+
+@pytest.mark.parametrize(("method", "options"), [("free-3", {"lr_per_replay": True}), ("pgd-2", {}), ("m-deat", {})])
+def test_recorded_steps_follow_the_learning_rate_and_fp16s_scales(method: str, options: dict[str, Any]) -> None:
+    for precision in ("fp32", "fp16"):
+        weights, seen, tape = trained(method, recorded=True, precision=precision, **options)
+        expected, expected_seen, _ = trained(method, recorded=False, precision=precision, **options)
+        assert seen == expected_seen
+        assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+        assert tape.repeated >= 6
+
+
+def runner_of(model: nn.Module, trainer: Trainer, **engine_attributes: Any) -> StepRunner:
+    engine = Engine()
+    engine.graphs, engine.full_batch = TapeGraphs(), 6
+    return StepRunner(trainer, engine, engine.sgd(model.parameters(), lr=0.1, momentum=0, weight_decay=0))
+
+
+def test_a_change_that_a_graph_cannot_see_records_anew() -> None:
+    model = made()
+    trainer = deat_rb.create("pgd-2", model)
+    runner = runner_of(model, trainer)
+    images, labels = images_and_labels(6)
+
+    def recordings(batches: int = 3) -> int:
+        for _ in range(batches):
+            runner(images, labels, 6)
+        return runner.recordings
+
+    assert recordings() == 1
+    assert recordings() == 1
+    trainer.crafter.alpha /= 2
+    assert recordings() == 2
+    model[4].eval()
+    assert recordings() == 3
+    model[0].weight.requires_grad_(False)
+    assert recordings() == 4
+    runner.optimizer.param_groups[0]["weight_decay"] = 0.1
+    assert recordings() == 5
+    trainer.steps = 3
+    assert recordings() == 6
+    runner(images[:4], labels[:4], 4)  # a short batch does not
+    assert recordings(1) == 6
+
+
+def test_statistics_are_not_overwritten_by_the_next_step() -> None:
+    model = made()
+    runner = runner_of(model, deat_rb.create("pgd-2", model))
+    kept: list[BatchStats] = []
+    for number in range(5):
+        kept.append(runner(*images_and_labels(6, seed=number), 6))
+    assert len({float(stats.loss) for stats in kept}) == 5
+
+
+class Looking(nn.Module):
+    """A network that reads a value in each forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = made()
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.inner(images)
+        return logits if float(logits.detach().sum()) < 1e9 else 0 * logits
+
+
+def test_a_step_that_cannot_be_recorded_is_refused_in_a_sentence() -> None:
+    model = Looking()
+    runner = runner_of(model, deat_rb.create("pgd-2", model))
+    for _ in range(2):
+        runner(*images_and_labels(6), 6)
+    with pytest.raises(DeatError, match=r"cannot be recorded as a CUDA graph \(.*\); use --cuda-graphs off"):
+        runner(*images_and_labels(6), 6)
+
+
+def test_a_step_that_waits_for_the_device_in_its_warm_up_is_not_recorded() -> None:
+    model = made()
+    runner = runner_of(model, deat_rb.create("pgd-2", model))
+
+    class Waiting(TapeGraphs):
+        def warm_up(self, step: Any) -> tuple[BatchStats, bool]:
+            return step(), False
+
+    runner.engine.graphs = Waiting()
+    for _ in range(4):
+        runner(*images_and_labels(6), 6)
+    assert runner.recordings == 0
+
+
+def own_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+def test_unknown_parts_are_named() -> None:
+    class OwnPGD(deat_rb.PGD):
+        pass
+
+    def found(trainer: Trainer) -> str | None:
+        return unknown_parts(trainer, Engine().sgd(trainer.model.parameters(), lr=0.1, momentum=0, weight_decay=0))
+
+    for method in known_methods():
+        assert found(deat_rb.create(method, made())) is None
+    assert found(deat_rb.create("trades", deat_rb.build_model("wrn-10-1", dataset="digits"))) is None
+    assert found(deat_rb.AttackTrainer(torchattacks.PGD(made()))) == "the attack PGD"
+    assert "OwnPGD" in str(found(deat_rb.AttackTrainer(OwnPGD(made()))))
+    assert "own_loss" in str(found(deat_rb.AttackTrainer(deat_rb.PGD(made()), loss=SurrogateLoss("own", own_loss))))
+    assert found(deat_rb.create("pgd-2", Looking())) == "the module Looking of the model"
+    hooked = made()
+    hooked[0].register_forward_hook(lambda *_: None)
+    assert found(deat_rb.create("pgd-2", hooked)) == "a hook of the module Conv2d of the model"
