@@ -76,7 +76,7 @@ def _is_of_the_paper(method: str) -> bool:
 def training_command(config: RunConfig) -> str:
     """Return the `deat-rb train` command of a configuration, with only the last component of paths."""
     values, defaults = config.flat(), TrainOptions().flat()
-    skipped = {"method", "device", "threads", "save_every", "track", "memory_limit"}
+    skipped = {"method", "device", "threads", "cuda_graphs", "save_every", "track", "memory_limit"}
     if config.data.dataset != "folder":
         skipped.add("image_size")
     words = ["deat-rb", "train", "--method", config.attack.method]

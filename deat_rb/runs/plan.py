@@ -34,7 +34,7 @@ from deat_rb.training.lr import MOMENTUM_RANGE
 from deat_rb.training.options import OptimConfig, check_optim, optimizer_defaults
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils import seeding
-from deat_rb.utils.devices import check_sync_bn, resolve_device, resolve_precision
+from deat_rb.utils.devices import check_cuda_graphs, check_sync_bn, resolve_device, resolve_precision
 from deat_rb.utils.distributed import World, world
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.options import validate
@@ -314,6 +314,7 @@ def resolve(options: TrainOptions) -> TrainOptions:
         )
     device = resolve_device(device_name)
     check_sync_bn(options.runtime.sync_bn, device)
+    check_cuda_graphs(options.runtime.cuda_graphs, device, ranks)
     values = {
         **options.flat(),
         "batch_size": defaults.batch_size,

@@ -12,12 +12,19 @@ from typing import Protocol
 import torch
 
 from deat_rb.training.metrics import BatchStats
+from deat_rb.utils.devices import check_cuda_graphs
 
 Step = Callable[[], BatchStats]
 
 
 class Graphs(Protocol):
-    """Records steps on a device."""
+    """Records steps on a device.
+
+    Attributes:
+        any_code: Whether to record steps with code of the user's, too, although what it does on the host is left out.
+    """
+
+    any_code: bool
 
     def warm_up(self, step: Step) -> tuple[BatchStats, bool]:
         """Run a step; return its statistics, and whether it did not wait for the device, so that it can be recorded."""
@@ -33,10 +40,12 @@ class CudaGraphs:
 
     Args:
         device: The GPU.
+        any_code: See `Graphs`.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, any_code: bool = False) -> None:
         self.device = device
+        self.any_code = any_code
         self._stream = torch.cuda.Stream(device)
 
     def warm_up(self, step: Step) -> tuple[BatchStats, bool]:
@@ -70,3 +79,20 @@ class CudaGraphs:
             return stats
 
         return run
+
+
+def choose_graphs(setting: str, device: torch.device, ranks: int) -> Graphs | None:
+    """Return what records the training steps on a CUDA GPU with a single rank; None if they are not recorded.
+
+    Args:
+        setting: ``on``, ``off``, or ``auto`` to record only steps without code of the user's.
+        device: The device.
+        ranks: Number of ranks.
+
+    Raises:
+        DeatError: ``setting`` is ``on``, but the device or the ranks do not allow it.
+    """
+    check_cuda_graphs(setting, device, ranks)
+    if setting == "off" or device.type != "cuda" or ranks > 1:
+        return None
+    return CudaGraphs(device, any_code=setting == "on")

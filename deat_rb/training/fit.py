@@ -12,6 +12,7 @@ from deat_rb.training.best_weights import BestWeights
 from deat_rb.training.callbacks import Callback
 from deat_rb.training.checkpointing import Checkpointing, MetricsWriter
 from deat_rb.training.checks import check_fit
+from deat_rb.training.cuda_graphs import choose_graphs
 from deat_rb.training.early_stopping import EarlyStopping
 from deat_rb.training.engine import Engine
 from deat_rb.training.history import History
@@ -82,12 +83,13 @@ def fit(
     ranks = world(cpu=target.type == "cpu")
     precision = resolve_precision(runtime.precision, target)
     engine = Engine(target, precision, world=ranks, compiled=runtime.compile, sync_bn=runtime.sync_bn)
+    engine.graphs = choose_graphs(runtime.cuda_graphs, target, ranks.size)
     if not resume:
         trainer.reset_schedule()
     try:
         threads = cpu_threads(runtime.threads if ranks.size == 1 else None)
         with seeding.preserved(), threads, engine.prepared(trainer.model):
-            optimizer = build_optimizer(trainer.model, optim, engine.device)
+            optimizer = build_optimizer(trainer.model, optim, target, recorded=engine.graphs is not None)
             optimizer.register_step_post_hook(trainer.after_step)
             average = None
             if optim.ema:

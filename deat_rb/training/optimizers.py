@@ -9,31 +9,37 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import SGD, AdamW, Optimizer
 
+from deat_rb.training.lr import set_rate
 from deat_rb.training.options import OptimConfig
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 """Normalization layers; the first is the base class of BatchNorm and InstanceNorm."""
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig, device: torch.device) -> Optimizer:
+def build_optimizer(model: nn.Module, optim: OptimConfig, device: torch.device, *, recorded: bool = False) -> Optimizer:
     """Return the optimizer of a model's parameters, which are on ``device``.
 
-    On a GPU it is the fused version, which unscales without a device sync. Its state is initialized with zeros here: if
-    the loss scaler skipped the first step on overflow, fused SGD would leave it uninitialized.
+    On a GPU, and if steps are ``recorded``, it is the fused version, which unscales without a device sync, and its
+    learning rate is a tensor, which a CUDA graph reads in each run; see `deat_rb.training.lr.set_rate`. Its state is
+    initialized with zeros here: if the loss scaler skipped the first step on overflow, fused SGD would leave it
+    uninitialized.
     """
     decayed, exempt = _by_decay(model, optim.no_decay)
     groups: list[dict[str, Any]] = [{"params": decayed}]
     if exempt:
         groups.append({"params": exempt, "weight_decay": 0.0})
-    shared: dict[str, Any] = {"lr": optim.lr, "weight_decay": optim.weight_decay, "fused": device.type == "cuda"}
+    fused = device.type == "cuda" or recorded
+    rate = torch.tensor(optim.lr, device=decayed[0].device) if fused else optim.lr
+    shared: dict[str, Any] = {"lr": rate, "weight_decay": optim.weight_decay, "fused": fused}
     optimizer: Optimizer
     if optim.optimizer == "adamw":
-        optimizer = AdamW(groups, betas=(optim.momentum, 0.999), **shared)
+        optimizer = AdamW(groups, betas=(optim.momentum, 0.999), capturable=device.type == "cuda", **shared)
     else:
         optimizer = SGD(groups, momentum=optim.momentum, nesterov=optim.nesterov, **shared)
+    set_rate(optimizer, optim.lr)
     for parameter in (*decayed, *exempt):
         if optim.optimizer == "adamw":
-            step = torch.zeros((), device=parameter.device if shared["fused"] else "cpu")
+            step = torch.zeros((), device=parameter.device if fused else "cpu")
             optimizer.state[parameter] = {
                 "step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter),
             }  # fmt: skip

@@ -76,6 +76,10 @@ class RuntimeConfig(OptionGroup):
         "fp32", "Floating-point precision; auto is bf16 or fp16 if the hardware supports it."
     )
     compile: bool = option(False, "Compile the model with torch.compile.")
+    cuda_graphs: Literal["auto", "on", "off"] = option(
+        "auto", "Record training steps as CUDA graphs; auto does so for known networks, losses and attacks.",
+        may_change=True,
+    )  # fmt: skip
     sync_bn: bool = option(False, "Synchronize BatchNorm statistics across ranks; GPUs only.")
     on_nonfinite: Literal["stop", "skip"] = option(
         "stop", "If the loss, a gradient or l_X becomes NaN or infinite: stop, or skip that batch.", may_change=True

@@ -41,14 +41,16 @@ class StepRunner:
         trainer: The method and its model.
         engine: Device, precision and ranks.
         optimizer: Optimizer of the model's parameters.
-        warm_ups: Number of ordinary steps before recording.
+        warm_ups: Number of ordinary steps before recording; by default `WARM_UPS`.
     """
 
-    def __init__(self, trainer: TrainerBase, engine: Engine, optimizer: Optimizer, *, warm_ups: int = WARM_UPS) -> None:
+    def __init__(
+        self, trainer: TrainerBase, engine: Engine, optimizer: Optimizer, *, warm_ups: int | None = None
+    ) -> None:
         self.trainer = trainer
         self.engine = engine
         self.optimizer = optimizer
-        self.warm_ups = warm_ups
+        self.warm_ups = WARM_UPS if warm_ups is None else warm_ups
         self.recordings = 0
         self._key: tuple[Any, ...] | None = None
         self._warmed_up = 0
@@ -76,6 +78,9 @@ class StepRunner:
         if key != self._key:
             self._key, self._warmed_up = key, 0
             self._run = self._inputs = None  # frees the memory of the previous graph
+            if not graphs.any_code and unknown_parts(self.trainer, self.optimizer) is not None:
+                self._can_record = False
+                return self._step(images, labels, total)
         if self._warmed_up < self.warm_ups:
             stats, self._can_record = graphs.warm_up(partial(self._step, images, labels, total))
             self._warmed_up += 1
@@ -136,7 +141,7 @@ class StepRunner:
             *(module.training for module in model.modules()),
             *(parameter.requires_grad for parameter in model.parameters()),
             *(
-                tuple((name, value) for name, value in group.items() if isinstance(value, int | float | str | None))
+                tuple((name, value) for name, value in group.items() if isinstance(value, int | float | tuple | None))
                 for group in ({**group, "lr": None, "rate": None} for group in self.optimizer.param_groups)
             ),
         )

@@ -68,6 +68,18 @@ def check_sync_bn(sync_bn: bool, device: torch.device) -> None:
         raise DeatError("--sync-bn needs GPUs, because torch synchronizes BatchNorm on GPUs only; omit it on a CPU")
 
 
+def check_cuda_graphs(setting: str, device: torch.device, ranks: int) -> None:
+    """Check that CUDA graphs are not required where they cannot be used.
+
+    Raises:
+        DeatError: ``setting`` is ``on``, and the device is not a CUDA GPU or there are several ranks.
+    """
+    if setting == "on" and device.type != "cuda":
+        raise DeatError(f"--cuda-graphs on needs a CUDA GPU, but the device is {device}; use --cuda-graphs auto")
+    if setting == "on" and ranks > 1:
+        raise DeatError(f"--cuda-graphs on needs a single rank, not {ranks}; use --cuda-graphs auto")
+
+
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
     """Compute in float32: without autocast, and on a GPU without TF32, whose products have 10 bits of precision."""

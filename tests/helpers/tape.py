@@ -65,7 +65,8 @@ def tensors(tree: Any) -> Iterator[Tensor]:
 class TapeGraphs:
     """Implements `deat_rb.training.cuda_graphs.Graphs` on a CPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, any_code: bool = False) -> None:
+        self.any_code = any_code
         self.recorded = self.repeated = 0
 
     def warm_up(self, step: Step) -> tuple[BatchStats, bool]:

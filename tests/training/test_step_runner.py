@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,19 +15,27 @@ from training_problems import images_and_labels, made
 import deat_rb
 from deat_rb.methods.registry import known_methods
 from deat_rb.training.base import SurrogateLoss
+from deat_rb.training.cuda_graphs import choose_graphs
 from deat_rb.training.engine import Engine
 from deat_rb.training.lr import rate_of, set_rate
 from deat_rb.training.metrics import BatchStats, EpochAccumulator
+from deat_rb.training.optimizers import build_optimizer, optimizer_tensors
+from deat_rb.training.options import OptimConfig
 from deat_rb.training.step_runner import StepRunner, unknown_parts
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils import seeding
+from deat_rb.utils.devices import check_cuda_graphs
 from deat_rb.utils.errors import DeatError
 
 NEVER = 10**9
 
 
+def replay_rate(rate: float, share: float) -> float:
+    return rate + share / 100
+
+
 def trained(
-    method: str, *, recorded: bool, precision: Any = "fp32", **options: Any
+    method: str, *, recorded: bool, precision: Any = "fp32", optim: OptimConfig | None = None, **options: Any
 ) -> tuple[dict[str, Tensor], list[dict[str, float]], TapeGraphs]:
     """Two epochs of five full batches and a short one, of which the second has one step more."""
     model = made()
@@ -34,7 +43,8 @@ def trained(
     engine, tape = Engine("cpu", precision), TapeGraphs()
     engine.graphs, engine.full_batch = tape, 6
     engine.prepare(model)
-    optimizer = engine.sgd(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    optimizer = build_optimizer(model, optim or OptimConfig(lr=0.1), engine.device, recorded=True)
+    optimizer.register_step_post_hook(trainer.after_step)
     runner = StepRunner(trainer, engine, optimizer, warm_ups=2 if recorded else NEVER)
     seen = []
     for epoch in range(2):
@@ -42,7 +52,8 @@ def trained(
         for batch in range(6):
             images, labels = engine.to_device(*images_and_labels(6 if batch < 5 else 4, seed=10 * epoch + batch))
             rate = 0.02 * (batch + 1) + 0.1 * epoch
-            trainer.set_replay_lr(lambda share, rate=rate: rate + share / 100)
+            trainer.progress = epoch + batch / 6
+            trainer.set_replay_lr(partial(replay_rate, rate))
             set_rate(optimizer, rate)
             seeding.seed_global(0, "batch", epoch, batch)
             sums.add(runner(images, labels, len(labels)))
@@ -50,7 +61,7 @@ def trained(
         if trainer.schedule.guided:
             trainer.steps += 1
     state = model.state_dict() | trainer.tensors()
-    state |= {f"momentum {i}": each["momentum_buffer"] for i, each in enumerate(optimizer.state.values())}
+    state |= optimizer_tensors(optimizer)
     return state, seen, tape
 
 
@@ -76,10 +87,29 @@ def test_recorded_steps_follow_the_learning_rate_and_fp16s_scales(method: str, o
         assert tape.repeated >= 6
 
 
-def runner_of(model: nn.Module, trainer: Trainer, **engine_attributes: Any) -> StepRunner:
+def test_recorded_steps_perturb_the_weights_after_the_warmup() -> None:
+    """The graph of the first epoch does not perturb them, that of the second does."""
+    weights, seen, tape = trained("trades", recorded=True, steps=2, awp=0.05, awp_warmup=1)
+    expected, expected_seen, _ = trained("trades", recorded=False, steps=2, awp=0.05, awp_warmup=1)
+    assert seen == expected_seen
+    assert seen[-1]["backwards"] > seen[5]["backwards"]
+    assert (tape.recorded, tape.repeated) == (2, 6)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
+def test_recorded_steps_of_adamw_with_clipped_gradients() -> None:
+    optim = OptimConfig(optimizer="adamw", lr=0.01, momentum=0.9, grad_clip=0.5, no_decay=("norm", "bias"))
+    weights, seen, tape = trained("pgd-2", recorded=True, optim=optim)
+    expected, expected_seen, _ = trained("pgd-2", recorded=False, optim=optim)
+    assert seen == expected_seen
+    assert tape.repeated == 8
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
+def runner_of(model: nn.Module, trainer: Trainer) -> StepRunner:
     engine = Engine()
-    engine.graphs, engine.full_batch = TapeGraphs(), 6
-    return StepRunner(trainer, engine, engine.sgd(model.parameters(), lr=0.1, momentum=0, weight_decay=0))
+    engine.graphs, engine.full_batch = TapeGraphs(any_code=True), 6
+    return StepRunner(trainer, engine, build_optimizer(model, OptimConfig(), engine.device, recorded=True))
 
 
 def test_a_change_that_a_graph_cannot_see_records_anew() -> None:
@@ -162,7 +192,7 @@ def test_unknown_parts_are_named() -> None:
         pass
 
     def found(trainer: Trainer) -> str | None:
-        return unknown_parts(trainer, Engine().sgd(trainer.model.parameters(), lr=0.1, momentum=0, weight_decay=0))
+        return unknown_parts(trainer, build_optimizer(trainer.model, OptimConfig(grad_clip=1.0), torch.device("cpu")))
 
     for method in known_methods():
         assert found(deat_rb.create(method, made())) is None
@@ -174,3 +204,73 @@ def test_unknown_parts_are_named() -> None:
     hooked = made()
     hooked[0].register_forward_hook(lambda *_: None)
     assert found(deat_rb.create("pgd-2", hooked)) == "a hook of the module Conv2d of the model"
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "ranks", "any_code"),
+    [
+        ("auto", "cuda", 1, False),
+        ("on", "cuda", 1, True),
+        ("off", "cuda", 1, None),
+        ("auto", "cuda", 2, None),
+        ("auto", "cpu", 1, None),
+    ],
+)
+def test_where_steps_are_recorded(
+    setting: str, device: str, ranks: int, any_code: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    graphs = choose_graphs(setting, torch.device(device), ranks)
+    assert (graphs and graphs.any_code) == any_code
+
+
+def test_by_default_code_of_the_users_is_not_recorded() -> None:
+    for any_code, recordings in ((False, 0), (True, 1)):
+        model = nn.Sequential(made(), Own())
+        runner = runner_of(model, deat_rb.create("pgd-2", model))
+        runner.engine.graphs = TapeGraphs(any_code)
+        for _ in range(3):
+            runner(*images_and_labels(6), 6)
+        assert runner.recordings == recordings
+
+
+class Own(nn.Module):
+    """Changes nothing."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "message"),
+    [
+        ("cpu", 1, "--cuda-graphs on needs a CUDA GPU, but the device is cpu; use --cuda-graphs auto"),
+        ("cuda", 2, "--cuda-graphs on needs a single rank, not 2; use --cuda-graphs auto"),
+    ],
+)
+def test_graphs_are_refused_where_they_cannot_be(device: str, ranks: int, message: str) -> None:
+    with pytest.raises(DeatError, match=message):
+        check_cuda_graphs("on", torch.device(device), ranks)
+    if device == "cpu":
+        with pytest.raises(DeatError, match=message):
+            deat_rb.create("pgd-2", made()).fit([images_and_labels(6)], epochs=1, cuda_graphs="on")
+
+
+@pytest.mark.parametrize("method", ["m+trades", "free-2"])
+def test_fit_with_recorded_steps_trains_as_without(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an average of the weights, whose update is part of the step, and a batch that is skipped."""
+    data = [images_and_labels(6 if number < 5 else 4, seed=number) for number in range(6)]
+    data[4][0][0, 0, 0, 0] = float("nan")
+    results = []
+    for recorded in (True, False):
+        tape = TapeGraphs()
+        monkeypatch.setattr("deat_rb.training.fit.choose_graphs", lambda *_, tape=tape: tape)
+        monkeypatch.setattr("deat_rb.training.step_runner.WARM_UPS", 2 if recorded else NEVER)
+        model = made()
+        history = deat_rb.create(method, model).fit(data, epochs=2, lr=0.05, ema=0.9, on_nonfinite="skip")
+        rows = [(row.loss, row.l_x, row.train_acc, row.lr, row.skipped, row.steps) for row in history.rows]
+        results.append((rows, model.state_dict()))
+        assert tape.recorded == (0 if not recorded else 2 if method == "m+trades" else 1)
+    assert results[0][0] == results[1][0]
+    assert results[0][0][0][4] == 1
+    assert all(torch.equal(tensor, results[1][1][name]) for name, tensor in results[0][1].items())
