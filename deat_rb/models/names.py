@@ -24,6 +24,10 @@ MAX_PARAMETERS = 2 * 10**9
 """Limit on the size of a WideResNet; RobustBench's largest, WRN-94-16, has 0.37e9 parameters."""
 
 
+OWN_FACTORIES = ("deat_rb.models.small:narrow", "deat_rb.models.small:wide")
+"""Factories of this package, which need no trust."""
+
+
 def canonical_arch(arch: str) -> str:
     """Return the canonical spelling of an architecture: ``WRN34-10`` becomes ``wrn-34-10``.
 
@@ -64,10 +68,10 @@ def check_trust(arch: str, trust_code: bool, *, source: str) -> None:
         source: Origin of the architecture, such as a run directory, for the error message.
 
     Raises:
-        DeatError: The architecture is a ``package.module:factory``, but running code is not allowed.
+        DeatError: The architecture is another package's ``package.module:factory``, but running code is not allowed.
     """
     kind, colon, _ = arch.partition(":")
-    if colon and kind not in PRETRAINED and not trust_code:
+    if colon and kind not in PRETRAINED and arch not in OWN_FACTORIES and not trust_code:
         raise DeatError(
             f"{source} builds its network with '{arch}', which runs that module's code: "
             "if you trust the module, allow it with --trust-code (trust_code=True)"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,7 @@ from deat_rb.runs.directory import RunDirectory
 from deat_rb.training.metrics import EpochStats
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import read_json, write_json
+from deat_rb.utils.locks import BusyError, exclusive_lock
 
 Status = Literal["waiting", "begun", "running", "done", "failed"]
 
@@ -133,22 +134,16 @@ class StudyFolder:
         Raises:
             DeatError: The lock file cannot be used.
         """
-        from filelock import FileLock, Timeout
-
-        lock = FileLock(self.path / "state" / f"{run.name}.lock", thread_local=False)
-        try:
-            lock.acquire(timeout=0.05, poll_interval=0.01)  # `status` holds a lock for a moment
-        except Timeout:
-            yield False
-            return
-        except OSError as error:
-            raise DeatError(
-                f"cannot lock {lock.lock_file} against other processes ({error.strerror or error})"
-            ) from None
-        try:
-            yield True
-        finally:
-            lock.release()
+        path = self.path / "state" / f"{run.name}.lock"
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(
+                    exclusive_lock(path, busy="claimed", failed=f"cannot lock {path} against other processes")
+                )
+                free = True
+            except BusyError:
+                free = False
+            yield free
 
     def record(self, run: RunSpec) -> Record | None:
         """Return a run's record; None if it is not trained yet.

@@ -25,6 +25,7 @@ from deat_rb.runs.train import resume, train
 from deat_rb.training.callbacks import Callback
 from deat_rb.utils.devices import resolve_device
 from deat_rb.utils.errors import DeatError, UnwritableError
+from deat_rb.utils.locks import BusyError
 
 POLL = 2.0
 """Seconds between two looks at runs that other processes have claimed."""
@@ -114,7 +115,7 @@ class Worker:
         self.folder.create()
         with self.folder.claimed(run) as free:
             if free and not self.folder.is_settled(run):
-                self._process(run, self.study.runs.index(run) + 1)
+                return self._process(run, self.study.runs.index(run) + 1)
             return free
 
     def _pass(self) -> tuple[bool, int]:
@@ -127,11 +128,14 @@ class Worker:
                 if not free:
                     busy += 1
                 elif not self.folder.is_settled(run):
-                    worked = True
-                    self._process(run, number)
+                    if self._process(run, number):
+                        worked = True
+                    else:
+                        busy += 1
         return worked, busy
 
-    def _process(self, run: RunSpec, number: int) -> None:
+    def _process(self, run: RunSpec, number: int) -> bool:
+        """Train and evaluate a claimed run; return False if a `deat-rb train --resume` is training it."""
         self.listener.on_run_start(run, number, len(self.study.runs))
         began, started = time.monotonic(), now()
         record = self.folder.record(run)
@@ -153,12 +157,15 @@ class Worker:
             record = record.model_copy(update={"status": "done", "finished": now(), "seconds": seconds})
         except UnwritableError:
             raise
+        except BusyError:
+            return False
         except Exception as error:  # any error of a run is told in the table and stops no other run
             reason = str(error) if isinstance(error, DeatError) else f"{type(error).__name__}: {_first_line(error)}"
             past = record.evaluations if record is not None else ()
             record = Record(status="failed", reason=reason, evaluations=past, finished=now(), **facts)
         self.folder.write_record(run, record)
         self.listener.on_run_end(run, record)
+        return True
 
     def _train(self, run: RunSpec) -> None:
         path = self.folder.run_path(run)

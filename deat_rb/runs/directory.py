@@ -9,6 +9,7 @@ best-raw.safetensors, last-raw.safetensors
                      with --ema, whose average is in the two files above: the weights of the same epochs, not averaged
 checkpoints/         the latest two checkpoints, for --resume
 curves.png           plots of the metrics
+curve-test.jsonl     with --curve-test, the accuracy on test images after each epoch, only to be drawn
 eval.json            the most complete evaluation on the run's own data; others are in evaluations/
 """
 

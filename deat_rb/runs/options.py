@@ -125,6 +125,9 @@ class OutputConfig(OptionGroup):
         (), "Log each epoch to an experiment tracker: tensorboard, wandb, mlflow, ...; may be repeated.",
         metavar="NAME", may_change=True,
     )  # fmt: skip
+    curve_test: int | None = option(
+        None, "Attack this many test images after each epoch, only to draw the curve; nothing is selected by it.", ge=1
+    )
 
 
 FORMER_NAMES = {"heed_stop": "early_stopping", "compiled": "compile"}

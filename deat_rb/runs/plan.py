@@ -249,6 +249,10 @@ def plan(
         raise DeatError(
             f"the data of {continues.data.dataset} differ from those of the run; restore them, or start a new run"
         )
+    if (resolved.output.curve_test or 0) > len(data.test):
+        raise DeatError(
+            f"--curve-test {resolved.output.curve_test} is more than the {len(data.test)} test images; give fewer"
+        )
     train_size, val_size, seed = resolved.data.train_size, resolved.data.val_size, resolved.optim.seed
     if data.val is not None:
         train, val = data.train, data.val if val_size is None else subset(data.val, val_size, seed, "--val-size")

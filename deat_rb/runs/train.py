@@ -16,6 +16,7 @@ from deat_rb.data.datasets import Dataset
 from deat_rb.data.images import interleave_classes
 from deat_rb.models.names import check_trust
 from deat_rb.runs.config import RunConfig
+from deat_rb.runs.curve_test import CurveTest
 from deat_rb.runs.directory import CURVES, RunDirectory, check_free, check_name
 from deat_rb.runs.options import MAY_CHANGE, TrainOptions, had_another_start, make_options
 from deat_rb.runs.plan import TrainingPlan, default_name, plan, resolve
@@ -175,6 +176,8 @@ def _fit(planned: TrainingPlan, run: RunDirectory, callbacks: Sequence[Callback]
     device = resolve_device(config.runtime.device)
     is_main = _world(config).is_main
     trackers = Trackers(config.output.track, run) if config.output.track and is_main else None
+    drawn = config.output.curve_test
+    curve = [CurveTest(run.path, *planned.data.test.first(drawn).tensors())] if drawn and is_main else []
     batch_size = config.data.batch_size
     batches = Batches(
         planned.train,
@@ -192,7 +195,7 @@ def _fit(planned: TrainingPlan, run: RunDirectory, callbacks: Sequence[Callback]
             Batches(interleave_classes(planned.val).in_memory(), batch_size, device=device),
             run=run,
             resume=resume,
-            callbacks=[*callbacks, *([trackers] if trackers else [])],
+            callbacks=[*curve, *callbacks, *([trackers] if trackers else [])],
             **dict(config.optim),
             **dict(config.runtime),
         )

@@ -8,6 +8,11 @@ from pathlib import Path
 
 from deat_rb.utils.errors import DeatError
 
+
+class BusyError(DeatError):
+    """Another process holds the lock."""
+
+
 HELD = ".held"
 """Suffix of the file that is the lock where the operating system has no file locks."""
 
@@ -24,7 +29,8 @@ def exclusive_lock(path: Path, *, busy: str = "", failed: str = "") -> Iterator[
         failed: The error message if the file cannot be opened or locked; the cause is appended in parentheses.
 
     Raises:
-        DeatError: Another process holds the lock (with ``busy``), or the file cannot be opened or locked.
+        BusyError: Another process holds the lock, and there is a message ``busy``.
+        DeatError: The file cannot be opened or locked.
     """
     from filelock import FileLock, SoftFileLock, Timeout
 
@@ -33,7 +39,7 @@ def exclusive_lock(path: Path, *, busy: str = "", failed: str = "") -> Iterator[
     try:
         lock.acquire(timeout=0 if busy else -1)
     except Timeout:
-        raise DeatError(busy) from None
+        raise BusyError(busy) from None
     except OSError as error:
         raise DeatError(f"{failed} ({error.strerror or error})") from None
     try:

@@ -1,0 +1,126 @@
+"""The command ``deat-rb reproduce``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import seed_list
+from .study_options import WorkOptions, study_options, work
+
+
+@click.command("reproduce")
+@click.argument("targets", metavar="TARGET...", nargs=-1)
+@click.option("--list", "list_targets", is_flag=True, help="Say what each target and scale is.")
+@click.option("--scale", default="digits", show_default=True, metavar="[digits|small|paper]",
+              help="Data, networks and epochs: minutes, hours or days.")  # fmt: skip
+@click.option("--seeds", type=seed_list, metavar="0,1,2", help="Seeds.  [default: the scale's]")
+@click.option("--dataset", metavar="NAME", help="Dataset in place of the scale's: cifar10, cifar100, digits or folder.")
+@click.option("--data-dir", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the dataset.")
+@click.option("--arch", metavar="NAME", help="Architecture in place of the scale's.")
+@click.option("--n-examples", type=click.IntRange(min=1), metavar="N",
+              help="Number of test images to evaluate.  [default: the scale's]")  # fmt: skip
+@click.option("--autoattack", type=click.IntRange(min=0), metavar="N",
+              help="Also run AutoAttack on the first N test images of each table's runs; 0 for all.")  # fmt: skip
+@click.option("--output", type=click.Path(path_type=Path), default="reproduction", show_default=True, metavar="PATH",
+              help="Folder of the runs, tables, figures and the page.")  # fmt: skip
+@study_options
+def reproduce(
+    targets: tuple[str, ...],
+    list_targets: bool,
+    scale: str,
+    seeds: tuple[int, ...] | None,
+    dataset: str | None,
+    data_dir: Path | None,
+    arch: str | None,
+    n_examples: int | None,
+    autoattack: int | None,
+    output: Path,
+    **options: Any,
+) -> None:
+    """Train and evaluate what the paper's tables and figures show.
+
+    They are written beside the paper's values. TARGET is table1 to table7, figure2 to figure8, or all. A run that
+    several targets need is trained once. Runs are shared among processes, resumed and skipped as by deat-rb sweep.
+    --output holds the tables and figures, and index.html with all of them.
+    """
+    from deat_rb.reproduction.experiments import Setup, chosen_targets
+    from deat_rb.reproduction.folder import StudyFolder
+    from deat_rb.reproduction.reproduce import check_setup, study_of
+    from deat_rb.utils.errors import DeatError
+
+    if list_targets:
+        _list()
+        return
+    if not targets:
+        raise DeatError("no target is given: name table1 to table7, figure2 to figure8 or all; --list describes them")
+    chosen = chosen_targets(targets)
+    setup = Setup(
+        scale, seeds or (), dataset, None if data_dir is None else str(data_dir), arch, autoattack, n_examples
+    )
+    study = study_of(chosen, setup)
+    folder = StudyFolder(output)
+    given = _given(scale=scale, seeds=seeds, dataset=dataset, data_dir=data_dir, arch=arch, n_examples=n_examples,
+                   autoattack=autoattack, output=output)  # fmt: skip
+    arguments = ["reproduce", *targets, *given]
+
+    def write() -> None:
+        every = check_setup(folder, setup, chosen)
+        _write(every, chosen, setup, folder)
+
+    work(study, folder, WorkOptions(**options), arguments, write)
+
+
+def _given(**values: Any) -> list[str]:
+    words = []
+    for name, value in values.items():
+        if value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words += [f"--{name.replace('_', '-')}", text]
+    return words
+
+
+def _write(every: list[str], chosen: list[str], setup: Any, folder: Any) -> None:
+    """Write the files of all targets of the folder, and print those that were asked for."""
+    from rich.console import Console
+
+    from deat_rb.reproduction.page import render_index
+    from deat_rb.reproduction.reproduce import outcome, write_outcome
+    from deat_rb.reproduction.tables import as_rich, unfinished_lines
+    from deat_rb.utils.files import atomic_write
+
+    console = Console()
+    outcomes = [outcome(name, setup, folder) for name in every]
+    for each in outcomes:
+        write_outcome(each, folder.path)
+        if each.name not in chosen:
+            continue
+        if each.is_figure:
+            click.echo(f"{each.title}: {folder.path / f'{each.name}.png'}")
+        else:
+            console.print(as_rich(each.table))
+        if each.differences:
+            click.echo(each.differences)
+        for line in unfinished_lines(each.table):
+            click.echo(line)
+        for verdict in each.verdicts:
+            click.echo(f"{verdict.outcome}: {verdict.text} ({verdict.detail})")
+        click.echo("")
+    atomic_write(folder.path / "index.html", render_index(outcomes, setup, folder.path))
+    click.echo(f"written: {folder.path / 'index.html'} and the files of {shlex.join(every)}")
+
+
+def _list() -> None:
+    from deat_rb.reproduction.experiments import experiments
+
+    found = experiments()
+    for name, target in found.targets.items():
+        rows = sum(len(part.methods) * max(len(part.alpha), 1) * max(len(part.gamma), 1) for part in target.parts)
+        click.echo(f"{name:<8} {target.title} ({rows} rows)")
+    click.echo()
+    for name, scale in found.scales.items():
+        seeds = f"{len(scale.seeds)} seed{'s' if len(scale.seeds) > 1 else ''}"
+        click.echo(f"--scale {name:<7} {scale.title}, {seeds}")

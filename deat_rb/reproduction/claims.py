@@ -1,0 +1,144 @@
+"""Whether orderings that the paper states hold: paired comparisons over seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Literal
+
+from deat_rb.reproduction.results import RunResult
+from deat_rb.reproduction.tables import spelled
+
+Outcome = Literal["holds", "does not hold", "undecided"]
+
+MOST_SEEDS = 1000
+"""Largest number of seeds that is said to be needed."""
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Differences of two rows in a column, over the seeds that both have.
+
+    Attributes:
+        differences: Value of the row that is claimed to be higher minus the other's, by seed.
+        outcome: Whether the ordering holds, by the 95 % interval of the mean difference (Student's t).
+        needed: Number of seeds with which a difference of this size would be decided with probability 0.8; None if
+            it is decided, or unknown from a single seed.
+    """
+
+    differences: tuple[float, ...]
+    outcome: Outcome
+    needed: int | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a claim holds.
+
+    Attributes:
+        text: The claim.
+        outcome: ``holds`` if all its orderings do, ``does not hold`` if one is reversed, else ``undecided``.
+        detail: The differences, in a sentence.
+    """
+
+    text: str
+    outcome: Outcome
+    detail: str
+
+
+def compare_paired(differences: Sequence[float]) -> Paired:
+    """Decide whether a mean difference is above 0.
+
+    It is decided by the two-sided 95 % interval of the mean of paired differences, so that 2 or 3 seeds decide only
+    differences that are large beside their spread; a single seed decides nothing. Equal values in all seeds are
+    ``does not hold``.
+    """
+    from scipy.stats import t
+
+    values, count = tuple(differences), len(differences)
+    if count < 2:
+        return Paired(values, "undecided")
+    mean, deviation = fmean(values), stdev(values)
+    if deviation == 0:
+        return Paired(values, "holds" if mean > 0 else "does not hold")
+    margin = float(t.ppf(0.975, count - 1)) * deviation / math.sqrt(count)
+    if mean - margin > 0:
+        return Paired(values, "holds")
+    if mean + margin < 0:
+        return Paired(values, "does not hold")
+    return Paired(values, "undecided", seeds_needed(abs(mean) / deviation, beyond=count))
+
+
+def seeds_needed(effect: float, *, beyond: int = 1) -> int:
+    """Return the number of seeds with which a paired t test at 5 % finds an effect with probability 0.8.
+
+    Args:
+        effect: Mean difference divided by the standard deviation of the differences.
+        beyond: A number of seeds known to be too few.
+
+    Returns:
+        The number, at most `MOST_SEEDS` + 1.
+    """
+    from scipy.stats import t
+
+    for count in range(max(beyond + 1, 2), MOST_SEEDS + 1):
+        quantiles = float(t.ppf(0.975, count - 1) + t.ppf(0.8, count - 1))
+        if effect * math.sqrt(count) >= quantiles:
+            return count
+    return MOST_SEEDS + 1
+
+
+def judge(
+    text: str, column: str, more: Sequence[str], less: Sequence[str], rows: Mapping[str, Sequence[RunResult]]
+) -> Verdict:
+    """Judge a claim.
+
+    Args:
+        text: The claim.
+        column: The column.
+        more: Labels of the rows that are claimed to have higher values.
+        less: Labels of the rows that are claimed to have lower values.
+        rows: Runs by label.
+    """
+    pairs = [(high, low) for high in more for low in less]
+    compared = [compare_paired(_differences(rows.get(high, ()), rows.get(low, ()), column)) for high, low in pairs]
+    outcomes = [each.outcome for each in compared]
+    outcome: Outcome = "undecided"
+    if all(each == "holds" for each in outcomes):
+        outcome = "holds"
+    elif "does not hold" in outcomes:
+        outcome = "does not hold"
+    shown = [
+        f"{high} - {low}: {_described(each, column)}" for (high, low), each in zip(pairs, compared, strict=True)
+        if len(pairs) <= 3 or each.outcome != "holds"
+    ]  # fmt: skip
+    held = outcomes.count("holds")
+    if len(pairs) > 3 and held:
+        shown.append(f"{held} of {len(pairs)} orderings hold")
+    return Verdict(text, outcome, "; ".join(shown))
+
+
+def _differences(high: Sequence[RunResult], low: Sequence[RunResult], column: str) -> list[float]:
+    values = [
+        {run.seed: run.values[column] for run in runs if run.status == "done" and column in run.values}
+        for runs in (high, low)
+    ]
+    return [values[0][seed] - values[1][seed] for seed in values[0] if seed in values[1]]
+
+
+def _described(paired: Paired, column: str) -> str:
+    count = len(paired.differences)
+    if not count:
+        return "no seed is done"
+    mean = fmean(paired.differences)
+    sign = "+" if mean >= 0 else "-"
+    text = f"{sign}{spelled(abs(mean), column)}"
+    if count == 1:
+        return f"{text} with one seed, which decides nothing"
+    text += f" ± {spelled(stdev(paired.differences), column)} over {count} seeds"
+    if paired.needed is None:
+        return text
+    needed = f"more than {MOST_SEEDS:,}" if paired.needed > MOST_SEEDS else f"about {paired.needed}"
+    return f"{text}, undecided; to decide a difference of this size {needed} seeds are needed"

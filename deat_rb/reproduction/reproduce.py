@@ -1,0 +1,193 @@
+"""The paper's tables and figures from runs: collected, judged and written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from deat_rb.reproduction.claims import Verdict, judge
+from deat_rb.reproduction.experiments import (
+    Setup,
+    Target,
+    columns_of,
+    differences,
+    experiments,
+    part_runs,
+    published,
+    target_study,
+)
+from deat_rb.reproduction.figures import Drawn, draw
+from deat_rb.reproduction.folder import StudyFolder
+from deat_rb.reproduction.results import RunResult, collect
+from deat_rb.reproduction.study import RunSpec, Study, merge
+from deat_rb.reproduction.tables import ResultTable, Row, as_csv, as_json, as_latex, as_markdown
+from deat_rb.runs.curve_test import curve_test
+from deat_rb.runs.directory import RunDirectory
+from deat_rb.utils.errors import DeatError
+from deat_rb.utils.files import read_json, write_all, write_json
+
+SETUP = "reproduction.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A target's result.
+
+    Attributes:
+        name: The target.
+        title: Its title.
+        differences: How the runs differ from the paper's, in one sentence; empty if they do not.
+        note: A remark.
+        table: The table; for a figure its runs and costs.
+        verdicts: Whether the paper's orderings hold.
+        pictures: The figure by format; empty for tables, and before a run has an epoch.
+    """
+
+    name: str
+    title: str
+    differences: str
+    note: str
+    table: ResultTable
+    verdicts: tuple[Verdict, ...] = ()
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def is_figure(self) -> bool:
+        """Whether the target is a figure."""
+        return self.name.startswith("figure")
+
+
+def study_of(targets: Sequence[str], setup: Setup) -> Study:
+    """Return the runs of targets; a run that several need is there once."""
+    return merge([target_study(name, setup) for name in targets], "reproduction", "The paper's experiments")
+
+
+def check_setup(folder: StudyFolder, setup: Setup, targets: Sequence[str]) -> list[str]:
+    """Record the setup and the targets in a folder, and return all targets that were recorded so far.
+
+    Raises:
+        DeatError: The folder holds a reproduction at another scale or with other data or networks.
+    """
+    own = {"scale": setup.scale, "dataset": setup.dataset, "data_dir": setup.data_dir, "arch": setup.arch}
+    path = folder.path / SETUP
+    known: list[str] = []
+    if path.is_file():
+        content = read_json(path)
+        if not isinstance(content, dict) or not isinstance(content.get("targets"), list):
+            raise DeatError(f"{path} is damaged; remove it")
+        for name, value in own.items():
+            if content.get(name) != value:
+                raise DeatError(
+                    f"{folder.path} holds a reproduction with {name.replace('_', '-')} {content.get(name)}, not "
+                    f"{value}; choose another --output"
+                )
+        known = [str(each) for each in content["targets"]]
+    every = [name for name in experiments().targets if name in {*known, *targets}]
+    if every != known:
+        folder.create()
+        write_json(path, {**own, "targets": every})
+    return every
+
+
+def outcome(name: str, setup: Setup, folder: StudyFolder) -> Outcome:
+    """Return a target's result from the runs that are done so far.
+
+    Raises:
+        DeatError: A file of a run is damaged.
+    """
+    target = experiments().targets[name]
+    rows: list[Row] = []
+    by_part: list[dict[str, list[RunResult]]] = []
+    specs: dict[str, list[RunSpec]] = {}
+    for number, part in enumerate(target.parts):
+        runs = part_runs(setup, target, number)
+        known = published(name, number) if target.columns else {}
+        results: dict[str, list[RunResult]] = {}
+        for run, result in zip(runs, collect(folder, runs), strict=True):
+            results.setdefault(run.label, []).append(result)
+            specs.setdefault(run.label, []).append(run)
+        where = f" ({experiments().environments[part.environment].title})" if len(target.parts) > 1 else ""
+        rows += [Row(f"{label}{where}", tuple(each), known.get(label, {})) for label, each in results.items()]
+        by_part.append(results)
+    columns = columns_of(target, setup.autoattack is not None and bool(target.columns))
+    said = differences(setup, name)
+    table = ResultTable(name, target.title, columns, tuple(rows), (said,) if said else ())
+    verdicts = tuple(judge(claim.text, claim.column, claim.more, claim.less, by_part[claim.part])
+                     for claim in target.claims)  # fmt: skip
+    pictures = _pictures(target, specs, folder) if target.figure else {}
+    return Outcome(name, target.title, said, target.note, table, verdicts, pictures)
+
+
+def _pictures(target: Target, specs: Mapping[str, Sequence[RunSpec]], folder: StudyFolder) -> dict[str, bytes]:
+    parameters = {
+        f"{method}, alpha {alpha}, gamma {gamma:g}": (alpha, gamma)
+        for part in target.parts
+        for method, alpha, gamma in product(part.methods, part.alpha, part.gamma)
+    }
+    drawn = {}
+    for label, runs in specs.items():
+        alpha, gamma = parameters.get(label, ("", None))
+        members = [_drawn(run, folder, alpha, gamma) for run in runs]
+        begun = [each for each in members if each is not None]
+        if begun:
+            drawn[label] = begun
+    assert target.figure is not None
+    return draw(target.figure, target.title, drawn, target.panels) if drawn else {}
+
+
+def _drawn(run: RunSpec, folder: StudyFolder, alpha: str, gamma: float | None) -> Drawn | None:
+    """Return what is drawn of a run that is trained; None if it is not."""
+    record = folder.record(run)
+    if record is None or record.status == "failed":
+        return None
+    path = folder.run_path(run)
+    directory = RunDirectory.open(path)
+    data = directory.config.data
+    batches = -(-(data.train_size or 1) // data.batch_size)
+    found = folder.report(run, "pgd-20", run.evaluation.n_examples)
+    pgd20 = 100 * found[1].results["pgd-20"].accuracy if found is not None else None
+    return Drawn(run.seed, directory.rows(), curve_test(path), batches, pgd20, alpha, gamma)
+
+
+def write_outcome(done: Outcome, folder: Path) -> list[Path]:
+    """Write a target's table as ``NAME.md``, ``.tex``, ``.csv`` and ``.json``, and its figure as ``.png`` and ``.pdf``.
+
+    Raises:
+        DeatError: A file cannot be written.
+    """
+    contents = {
+        "md": as_markdown(done.table) + _verdicts_markdown(done),
+        "tex": as_latex(done.table),
+        "csv": as_csv(done.table),
+        "json": json.dumps({**as_json(done.table), **_judged(done)}, indent=2, ensure_ascii=False) + "\n",
+    }
+    files = {folder / f"{done.name}.{suffix}": text.encode() for suffix, text in contents.items()}
+    files |= {folder / f"{done.name}.{suffix}": picture for suffix, picture in done.pictures.items()}
+    write_all(files)
+    return list(files)
+
+
+def _judged(done: Outcome) -> dict[str, Any]:
+    claims = [{"text": each.text, "outcome": each.outcome, "detail": each.detail} for each in done.verdicts]
+    return {"differences": done.differences, "claims": claims}
+
+
+def _verdicts_markdown(done: Outcome) -> str:
+    lines = [""]
+    if done.is_figure:
+        lines += [
+            *([done.note, ""] if done.note else []),
+            *([f"![{done.title}]({done.name}.png)"] * bool(done.pictures)),
+        ]
+    if done.verdicts:
+        lines += [
+            "What the paper states, and whether it holds here (95 % interval of paired differences over seeds):",
+            "",
+        ]
+        lines += ["| statement | here | differences |", "|---|---|---|"]
+        lines += [f"| {each.text} | {each.outcome} | {each.detail} |" for each in done.verdicts]
+    return "\n".join(lines).rstrip() + "\n"

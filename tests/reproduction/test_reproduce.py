@@ -1,0 +1,103 @@
+"""`deat-rb reproduce` on small problems, and its files."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from training_problems import ARCH
+
+from deat_rb.cli import main
+from deat_rb.reproduction.experiments import experiments
+from deat_rb.reproduction.figures import Drawn, draw
+from deat_rb.training.metrics import EpochStats
+
+PNG, PDF = b"\x89PNG\r\n\x1a\n", b"%PDF"
+
+
+@pytest.fixture(autouse=True)
+def tiny_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the scale ``digits`` so small that a run takes a second."""
+    monkeypatch.setattr("deat_rb.runs.train.plot_curves", lambda *_, **__: None)
+    small = {
+        "networks": {"small": ARCH, "wide": ARCH},
+        "curve_test": 16,
+        "n_examples": 16,
+        "options": {"eps": 0.1, "precision": "fp32", "train_size": 64, "val_size": 16, "batch_size": 32, "epochs": 2},
+        "settings": {},
+    }
+    scales = experiments().scales
+    monkeypatch.setitem(scales, "digits", scales["digits"].model_copy(update=small))
+
+
+class Links(HTMLParser):
+    """Collects the addresses of a page's links and pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value for name, value in attrs if name in ("href", "src") and value]
+
+
+@pytest.mark.slow
+def test_reproduce_writes_tables_figures_and_the_page(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def run(*arguments: str) -> str:
+        result = CliRunner().invoke(main, ["reproduce", *arguments, "--output", str(out)], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    run("figure3", "--seeds", "0")
+    shown = run("table6", "--seeds", "0,1")
+    assert "Not the paper's setting: digits in place of CIFAR-10" in shown
+    names = {path.name for path in out.iterdir()}
+    assert names >= {f"table6.{suffix}" for suffix in ("md", "tex", "csv", "json")}
+    assert names >= {"figure3.png", "figure3.pdf", "index.html"}
+    table = json.loads((out / "table6.json").read_text())
+    assert [row["published"]["pgd-100"]["mean"] for row in table["rows"]] == [40.47, 41.80]
+    assert [len(row["runs"]) for row in table["rows"]] == [2, 2]
+    assert {claim["outcome"] for claim in table["claims"]} <= {"holds", "does not hold", "undecided"}
+    assert "40.47 ± 2.4" in (out / "table6.md").read_text()
+    page = Links()
+    page.feed((out / "index.html").read_text())
+    reports = [address for address in page.addresses if address.endswith("report.html")]
+    assert len(reports) == 5  # of four runs of the table and one of the figure
+    local = [address for address in page.addresses if not address.startswith(("#", "https://arxiv.org/", "data:"))]
+    assert all((out / address.replace("%2B", "+")).is_file() for address in local)
+    refused = CliRunner().invoke(main, ["reproduce", "table6", "--arch", "wrn-10-1", "--tables", "--output", str(out)])
+    assert refused.exit_code == 2
+    assert "choose another --output" in refused.stderr
+
+
+def test_reproduce_lists_and_refuses() -> None:
+    listed = CliRunner().invoke(main, ["reproduce", "--list"]).stdout
+    assert "table4" in listed
+    assert "--scale paper" in listed
+    for arguments, message in (
+        ([], "no target is given"),
+        (["table8"], "there is no target 'table8'"),
+        (["table1", "--scale", "large"], "--scale large does not exist"),
+    ):
+        result = CliRunner().invoke(main, ["reproduce", *arguments])
+        assert result.exit_code == 2
+        assert message in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["accuracy", "collapse", "l_x", "trade-off", "passes", "robustness", "loss"])
+def test_draw(kind: str) -> None:
+    rows = [EpochStats(epoch=epoch, l_x=10.0 * epoch, loss=1 / epoch, val_acc=0.5, val_robust_acc=0.1 * epoch,
+                       backwards=20, seconds=6) for epoch in (1, 2, 3)]  # fmt: skip
+    runs = {
+        f"m-deat, gamma {gamma}": [Drawn(seed, rows, {1: 0.1, 3: 0.3}, 10, 40.0 + seed, "10/255", gamma)
+                                   for seed in (0, 1)]
+        for gamma in (1.0, 1.01)
+    }  # fmt: skip
+    pictures = draw(kind, "A title with $ and _", runs, [])  # type: ignore[arg-type]  # one of the kinds
+    assert pictures["png"].startswith(PNG)
+    assert pictures["pdf"].startswith(PDF)
