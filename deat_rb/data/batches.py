@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from deat_rb.data.augment import augment, check_augmentation
-from deat_rb.data.images import LabeledImages
+from deat_rb.data.extra_data import MixedReader, check_share, mixed_order
+from deat_rb.data.images import LabeledImages, Reader
 from deat_rb.utils.distributed import share
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.seeding import generator
@@ -29,6 +30,8 @@ class Batches:
         *,
         shuffle: bool = False,
         augmentation: str = "none",
+        extra: LabeledImages | None = None,
+        extra_fraction: float = 0.0,
         seed: int = 0,
         device: torch.device | str = "cpu",
         drop_last: bool = False,
@@ -43,6 +46,9 @@ class Batches:
             batch_size: Images per global batch, over all ranks; the last batch may be smaller.
             shuffle: Whether to reshuffle the images in every epoch.
             augmentation: A key of `deat_rb.data.augment.AUGMENTATIONS`.
+            extra: Images beside the training images, of which every batch gets the same number. An epoch has as many
+                batches as without them, all of ``batch_size`` images; see `deat_rb.data.extra_data.mixed_order`.
+            extra_fraction: Their share of a batch, above 0 and below 1; the number is rounded down.
             seed: Seed of order and augmentation.
             device: Device of the batches.
             drop_last: Whether to drop a smaller last batch.
@@ -70,8 +76,15 @@ class Batches:
         self.memory_format = memory_format
         self.epoch = 0
         self._count = len(data)
+        self._extra = 0 if extra is None else len(extra)
+        self._extra_size = int(batch_size * extra_fraction)
+        if extra is not None:
+            check_share(extra, data.shape, extra_fraction, batch_size)
+            if not shuffle:
+                raise DeatError("extra images are mixed into shuffled batches only: set shuffle=True")
         self._divide(rank, processes)
-        self._read = data.reader(device)
+        own = data.reader(device)
+        self._read: Reader = own if extra is None else MixedReader(own, extra.reader(device), len(data))
 
     def divided(self, rank: int, processes: int) -> Batches:
         """Return one rank's parts of these global batches; see `deat_rb.utils.distributed.share`.
@@ -93,7 +106,7 @@ class Batches:
     def _divide(self, rank: int, processes: int) -> None:
         if not 0 <= rank < processes:
             raise DeatError(f"rank {rank} is out of range: with {processes} ranks, give 0 to {processes - 1}")
-        rest = self._count % self.batch_size
+        rest = 0 if self._extra else self._count % self.batch_size
         smallest = rest if rest and not self.drop_last else self.batch_size
         if smallest < processes:
             raise DeatError(
@@ -113,7 +126,7 @@ class Batches:
 
     def examples_in(self, batch: int) -> int:
         """Return the number of images in global batch ``batch`` (0-based)."""
-        return min(self.batch_size, self._count - batch * self.batch_size)
+        return self.batch_size if self._extra else min(self.batch_size, self._count - batch * self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.starting_at(0)
@@ -132,8 +145,12 @@ class Batches:
                 f"cannot continue from batch {batch}: the epoch has {len(self)} batches; "
                 "use the same data and batch size"
             )
-        stream = generator(self.seed, "order", self.epoch)
-        order = torch.randperm(self._count, generator=stream) if self.shuffle else None
+        order: Tensor | None = None
+        if self._extra:
+            order = mixed_order(self._count, self._extra, len(self), self.batch_size - self._extra_size,
+                                self._extra_size, self.seed, self.epoch)  # fmt: skip
+        elif self.shuffle:
+            order = torch.randperm(self._count, generator=generator(self.seed, "order", self.epoch))
         return self._batches(order, self.epoch, range(batch, len(self)))
 
     def _batches(self, order: Tensor | None, epoch: int, numbers: range) -> Iterator[tuple[Tensor, Tensor]]:

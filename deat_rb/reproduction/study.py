@@ -70,11 +70,14 @@ class RunSpec:
     def name(self) -> str:
         """Name of the run directory, derived from the options: equal options have the same name in every study.
 
-        Options that do not affect the result are ignored; of the data folder, only the name counts.
+        Options that do not affect the result are ignored; of the data folder and file of extra data, only the
+        name counts.
         """
         decisive = {name: value for name, value in self.options.explicit().items() if name not in MAY_CHANGE}
-        if self.options.data.data_dir is not None:
-            decisive["data_dir"] = Path(self.options.data.data_dir).name
+        for name in ("data_dir", "extra_data"):
+            path = getattr(self.options.data, name)
+            if path is not None:
+                decisive[name] = Path(path).name
         digest = sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:8]
         return f"{default_name(self.options)}-{digest}"
 

@@ -43,7 +43,7 @@ def export(
     name: str | None = None,
     authors: str | None = None,
     venue: str | None = None,
-    additional_data: bool = False,
+    additional_data: bool | None = None,
     reported: float | None = None,
     external: float | None = None,
     unreliable: bool | None = None,
@@ -66,7 +66,7 @@ def export(
         name: Title of the paper.
         authors: Authors of the paper, separated by commas.
         venue: Venue of the paper, with the year.
-        additional_data: Whether additional training images were used.
+        additional_data: Whether additional training images were used; by default, whether the run had extra data.
         reported: Robust accuracy reported by the authors, in percent; by default the lowest measured.
         external: Best known robust accuracy, in percent, which decides the rank in RobustBench.
         unreliable: Whether AutoAttack's accuracy is unreliable; by default true if a check of the evaluation failed.
@@ -93,7 +93,7 @@ def export(
     publication = {"link": link, "name": name, "authors": authors, "venue": venue}
     info: dict[str, Any] = {
         **{field: credit[field] if text is None else text for field, text in publication.items()},
-        "additional_data": additional_data,
+        "additional_data": config.data.extra_data is not None if additional_data is None else additional_data,
         "number_forward_passes": 1,
         "dataset": dataset,
         "architecture": spelled_architecture(spec),

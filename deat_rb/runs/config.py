@@ -20,12 +20,14 @@ class RunConfig(TrainOptions):
         network: Specification of the network.
         classes: Class names, in the order of the network's outputs.
         data_fingerprint: SHA-256 of the dataset.
+        extra_fingerprint: SHA-256 of the extra images and labels, if there are any.
         versions: Versions of the packages at the start of the run.
     """
 
     network: ModelSpec
     classes: tuple[str, ...] = ()
     data_fingerprint: str
+    extra_fingerprint: str | None = None
     versions: dict[str, str]
 
     def but(self, **changes: Any) -> RunConfig:

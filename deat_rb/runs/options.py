@@ -34,6 +34,13 @@ class DataConfig(OptionGroup):
         None, "Number of training images held out for validation; of the images in val, if a folder has its own.", ge=1
     )
     batch_size: int = option(128, "Images per mini-batch.", ge=2)
+    extra_data: str | None = option(
+        None, "Generated or pseudo-labeled images, of which every batch gets a share: an .npz file with image and "
+        "label.", metavar="PATH", may_change=True,
+    )  # fmt: skip
+    extra_fraction: float | None = option(
+        None, "Share of --extra-data in every batch.", default_text="0.7 with --extra-data", gt=0, lt=1
+    )
     augment: str | None = option(
         None, "Augmentation of the training images; all but none, flip and resized-crop begin with crop-flip.",
         choices=AUGMENTATIONS,
@@ -251,7 +258,7 @@ def read_options(path: str | Path) -> dict[str, Any]:
     content = read_json(Path(path))
     if not isinstance(content, dict):
         raise DeatError(f"{path} does not contain a JSON object of training options; give a run's config.json")
-    facts = {"network", "classes", "data_fingerprint", "versions"}
+    facts = {"network", "classes", "data_fingerprint", "extra_fingerprint", "versions"}
     return make_options({key: value for key, value in nest(content).items() if key not in facts}).explicit()
 
 

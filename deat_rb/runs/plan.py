@@ -12,6 +12,7 @@ import torch
 from deat_rb.attacks.pgd import PGD
 from deat_rb.data.augment import AUGMENTATIONS
 from deat_rb.data.datasets import Dataset, load_data
+from deat_rb.data.extra_data import ExtraData, check_share, load_extra_data
 from deat_rb.data.folder_info import rare_classes
 from deat_rb.data.image_files import ImageLister, check_utf8
 from deat_rb.data.images import LabeledImages, subset, train_val_split
@@ -43,6 +44,9 @@ from deat_rb.utils.threads import thread_count
 from deat_rb.utils.units import check_eps, format_fraction
 from deat_rb.utils.versions import versions
 
+EXTRA_FRACTION = 0.7
+"""Share of extra images in a batch, as in DM-Improves-AT for CIFAR-10."""
+
 
 @dataclass(eq=False)
 class TrainingPlan:
@@ -53,6 +57,7 @@ class TrainingPlan:
         data: The dataset.
         train: The training images, without those for validation.
         val: The validation images, held out of the training images.
+        extra: Images beside the training images, of which every batch gets a share.
         trainer: The method and the model.
         ranks: Number of ranks of data-parallel training.
         notes: Notes for the user, such as which weights of a checkpoint were loaded.
@@ -65,6 +70,7 @@ class TrainingPlan:
     trainer: Trainer = field(repr=False)
     ranks: int = 1
     notes: tuple[str, ...] = ()
+    extra: ExtraData | None = None
 
     @property
     def batches(self) -> int:
@@ -155,6 +161,7 @@ class TrainingPlan:
                       f"{weights}"),
             ("data", f"{data.dataset}: {len(self.train):,} training, {len(self.val):,} validation, "
                      f"{len(self.data.test):,} test images of {data.image_size}x{data.image_size}"),
+            *([] if self.extra is None else [("extra data", self._extra_share(self.extra))]),
             *(("files", note) for note in self.data.notes),
             *([] if self.data.is_placeholder else [("classes", self._class_counts())]),
             ("augmentation", AUGMENTATIONS[data.augment or "none"]),
@@ -195,6 +202,14 @@ class TrainingPlan:
     def _counts(self) -> list[int]:
         counts: list[int] = torch.bincount(self.train.labels, minlength=len(self.data.classes)).tolist()
         return counts
+
+    def _extra_share(self, extra: ExtraData) -> str:
+        size, epoch = self.config.data.batch_size, self.batches * self.config.data.batch_size
+        drawn = int(size * (self.config.data.extra_fraction or 0))
+        where = "mapped from" if extra.mapped else "in memory from"
+        return (f"{len(extra.images):,} images {where} {extra.path.name}, {drawn} in each batch of {size}; an epoch is "
+                f"{self.batches:,} batches, as without them: {epoch - self.batches * drawn:,} training and "
+                f"{self.batches * drawn:,} extra images")  # fmt: skip
 
     def _class_weights(self) -> str:
         by_class, names = self.trainer.loss.class_weights, self.data.classes
@@ -262,6 +277,11 @@ def plan(
         train, val = train_val_split(data.train, val_size, seed=seed)
     if train_size is not None:
         train = subset(train, train_size, seed)
+    extra = None
+    if resolved.data.extra_data is not None:
+        extra = load_extra_data(resolved.data.extra_data, shape=train.shape, num_classes=len(data.classes),
+                                memory_limit=resolved.data.memory_limit)  # fmt: skip
+        check_share(extra.images, train.shape, resolved.data.extra_fraction or 0.0, resolved.data.batch_size)
     channels, size = train.shape[0], train.shape[-1]
     mean, std, fingerprint = resolved.model.mean, resolved.model.std, ""
     if mean is None and resolved.attack.setting == "fastat":
@@ -280,10 +300,14 @@ def plan(
         "classes": data.classes,
         "network": spec,
         "data_fingerprint": fingerprint,
+        "extra_fingerprint": None if extra is None or dry else extra.fingerprint(),
         "versions": versions(),
     }
     config = validate(RunConfig, {**resolved.flat(), **facts})
-    _check_batches(len(train), config, ranks.size)
+    if continues is not None and config.extra_fingerprint != continues.extra_fingerprint:
+        raise DeatError(f"the images of --extra-data {config.data.extra_data} differ from those of the run; restore "
+                        "them, or start a new run")  # fmt: skip
+    _check_batches(len(train) if extra is None else config.data.batch_size, config, ranks.size)
     with seeding.preserved():
         seeding.seed_global(seed, "weights")
         model = spec.build()
@@ -292,10 +316,14 @@ def plan(
     trainer = create(config.attack.method, model, eps=config.attack.eps, **config.method_options())
     if config.attack.class_weights == "balanced":
         counts = torch.bincount(train.labels, minlength=len(data.classes))
+        if extra is not None:
+            added = torch.bincount(extra.images.labels, minlength=len(data.classes))
+            share = int(config.data.batch_size * (config.data.extra_fraction or 0)) / config.data.batch_size
+            counts = (1 - share) * counts / counts.sum() + share * added / added.sum()
         trainer.loss = weighted(trainer.loss, balanced_weights(counts))
     trainer.check_attack(train.first(min(8, len(train))).tensors()[0])
     notes = (weights.note,) if weights is not None and weights.note else ()
-    return TrainingPlan(config, data, train, val, trainer, ranks.size, notes)
+    return TrainingPlan(config, data, train, val, trainer, ranks.size, notes, extra)
 
 
 def resolve(options: TrainOptions) -> TrainOptions:
@@ -329,6 +357,8 @@ def resolve(options: TrainOptions) -> TrainOptions:
         "method": method,
         "data_dir": _absolute(options.data.data_dir),
         "init_from": _absolute(options.model.init_from),
+        "extra_data": _absolute(options.data.extra_data),
+        "extra_fraction": explicit.get("extra_fraction", EXTRA_FRACTION if options.data.extra_data else None),
         "eps": check_eps(explicit.get("eps", defaults.eps), "--eps"),
         "arch": arch,
         "precision": resolve_precision(explicit.get("precision", setting["precision"]), device),
@@ -344,6 +374,8 @@ def resolve(options: TrainOptions) -> TrainOptions:
             f"--weights-key {resolved.model.weights_key} requires --init-from: give the checkpoint that has these "
             "weights, or omit --weights-key"
         )
+    if resolved.data.extra_data is None and resolved.data.extra_fraction is not None:
+        raise DeatError(f"--extra-fraction {resolved.data.extra_fraction:g} is the share of --extra-data: give both")
     _check_arch(resolved)
     return resolved
 

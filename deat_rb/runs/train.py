@@ -136,7 +136,7 @@ def resume(
         return run, _fit(planned, run, callbacks, resume=True)
 
 
-RESOLVED = ("method", "arch", "precision", "init_from")
+RESOLVED = ("method", "arch", "precision", "init_from", "extra_data")
 """Options whose recorded values differ from the given ones, so that they are compared after resolution."""
 
 
@@ -184,6 +184,8 @@ def _fit(planned: TrainingPlan, run: RunDirectory, callbacks: Sequence[Callback]
         batch_size,
         shuffle=True,
         augmentation=planned.config.data.augment or "none",
+        extra=None if planned.extra is None else planned.extra.images,
+        extra_fraction=planned.config.data.extra_fraction or 0.0,
         seed=config.optim.seed,
         device=device,
         memory_format=torch.channels_last,

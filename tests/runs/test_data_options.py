@@ -6,14 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from resumed_runs import TIMES, Stops
 from small_runs import SMALL, identical
 from small_runs import planned as small_plan
 
+from deat_rb.leaderboard.training_record import training_command, training_facts
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.runs.options import make_options
+from deat_rb.runs.plan import plan
 from deat_rb.runs.train import resume, train
 from deat_rb.utils.errors import DeatError, Interrupted
 
@@ -29,6 +32,14 @@ def metrics(run: RunDirectory) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
 
 
+def write_extra(path: Path, count: int = 40, seed: int = 0) -> Path:
+    """Write images of noise with the labels of digits."""
+    rng = np.random.default_rng(seed)
+    images, labels = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, count)
+    np.savez(path, image=images, label=labels)
+    return path
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -39,6 +50,8 @@ def metrics(run: RunDirectory) -> list[dict[str, Any]]:
     ids=str,
 )
 def test_resumed_run_equals_the_uninterrupted_one(changes: dict[str, Any], tmp_path: Path) -> None:
+    if "extra_data" in changes:
+        changes["extra_data"] = str(write_extra(tmp_path / changes["extra_data"]))
     options = {**SMALL, **changes}
     plain, _ = train({**SMALL, "method": options["method"]}, output=tmp_path, name="plain")
     whole, _ = train(options, output=tmp_path, name="whole")
@@ -67,3 +80,40 @@ def test_metrics_and_plan_say_what_classes_weigh_and_how_accurate_each_is(tmp_pa
         assert total == pytest.approx(row[f"val_{name}acc"])
     with pytest.raises(DeatError, match="--class-weights = 'some' cannot be used: it should be 'none' or 'balanced'"):
         make_options({"class_weights": "some"})
+
+
+def test_run_records_its_extra_data_and_resumes_with_the_same_only(tmp_path: Path) -> None:
+    options = {**SMALL, "extra_data": str(write_extra(tmp_path / "extra.npz"))}
+    planned = plan(make_options(options))
+    assert planned.config.data.extra_fraction == 0.7
+    text = dict(planned.lines())["extra data"]
+    # 64 images in batches of 32, of which 0.7 are 22.4.
+    assert text == ("40 images mapped from extra.npz, 22 in each batch of 32; an epoch is 2 batches, as without them: "
+                    "20 training and 44 extra images")  # fmt: skip
+    assert dict(planned.lines())["cost"] == dict(small_plan().lines())["cost"]
+    with pytest.raises(Interrupted):
+        train(planned, output=tmp_path, name="run", callbacks=[Stops(3)])
+    run = RunDirectory.open(tmp_path / "run")
+    assert run.config.extra_fingerprint == planned.extra.fingerprint() if planned.extra else None
+    assert run.rows()[0].examples == 64
+    assert training_facts(run.config, [])["additional_data"] is True
+    assert "--extra-data extra.npz --extra-fraction 0.7" in training_command(run.config)
+    (tmp_path / "extra.npz").rename(tmp_path / "moved.npz")
+    with pytest.raises(DeatError, match=r"--extra-data .*extra.npz cannot be read"):
+        resume(run.path, {}, trust_code=True)
+    write_extra(tmp_path / "extra.npz", seed=1)
+    with pytest.raises(DeatError, match=r"the images of --extra-data .*extra.npz differ from those of the run"):
+        resume(run.path, {}, trust_code=True)
+    again, history = resume(run.path, {"extra_data": str(tmp_path / "moved.npz")}, trust_code=True)
+    assert len(history.rows) == 2
+    assert again.config.data.extra_data == str(tmp_path / "moved.npz")
+
+
+def test_plan_refuses_extra_data(tmp_path: Path) -> None:
+    with pytest.raises(DeatError, match=r"^--extra-fraction 0.5 is the share of --extra-data: give both$"):
+        small_plan(extra_fraction=0.5)
+    with pytest.raises(DeatError, match=r"--extra-fraction = 1\.5 cannot be used"):
+        small_plan(extra_data="x.npz", extra_fraction=1.5)
+    few = write_extra(tmp_path / "few.npz", count=31)
+    with pytest.raises(DeatError, match="31 extra images are fewer than one batch of --batch-size 32"):
+        small_plan(extra_data=str(few))
