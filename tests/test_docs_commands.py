@@ -49,7 +49,7 @@ def parse(arguments: list[str]) -> None:
         name, found, rest = command.resolve_command(parent, rest)
         assert found is not None
         command, parent = found, click.Context(found, info_name=name, parent=parent)
-    if len(arguments) > 1 or command.name == "train":  # a bare name in a sentence refers to the command
+    if rest or command.name == "train":  # a bare name in a sentence refers to the command
         with contextlib.suppress(click.exceptions.Exit):  # --help, --version
             command.make_context(command.name, list(rest), parent=parent.parent)
 
