@@ -14,7 +14,7 @@ from benchmarks.timing import Notify, Side, Times, alternate, device_clock, rati
 from deat_rb import build_model, create, evaluate
 from deat_rb.data.batches import Batches
 from deat_rb.data.datasets import load_data
-from deat_rb.loading import open_target
+from deat_rb.eval_target import open_target
 from deat_rb.robustbench import benchmark as robustbench_benchmark
 from deat_rb.training.validation import validate
 from deat_rb.utils import seeding

@@ -24,6 +24,7 @@ COMMANDS = {
     "sweep": ("sweep", "Train and evaluate all runs of a study."),
     "predict": ("predict", "Classify images with a trained network."),
     "export": ("export", "Export a network for RobustBench, ONNX or torch.export."),
+    "push": ("push", "Upload a run to the Hugging Face Hub."),
     "submit": ("submit", "Submit a trained network to a leaderboard."),
     "leaderboard": ("leaderboard", "Show, build, verify or export a leaderboard."),
     "methods": ("methods", "List the methods, or describe one."),

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
+    from deat_rb.eval_target import EvalTarget
     from deat_rb.evaluation.report import Report
-    from deat_rb.loading import EvalTarget
 
 
 def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -98,9 +98,9 @@ def evaluate(
 
     A run directory determines network, dataset and eps, and the report is stored there as eval.json. A checkpoint is
     any state dict; describe it with --arch and --dataset. Images are not normalized unless the checkpoint has mean and
-    std or they are given. Other networks are given by name: robustbench:NAME, torchvision:NAME, timm:NAME or
-    package.module:function. For several runs, mean and standard deviation are reported over those that differ only in
-    the seed.
+    std or they are given. Other networks are given by name: hf:OWNER/NAME (a run on the Hugging Face Hub),
+    robustbench:NAME, torchvision:NAME, timm:NAME or package.module:function. For several runs, mean and standard
+    deviation are reported over those that differ only in the seed.
 
     The most complete evaluation of a run is its eval.json; others are stored in its folder evaluations.
 
@@ -112,8 +112,8 @@ def evaluate(
     from deat_rb.attacks.names import parse_attacks
     from deat_rb.attacks.threat_models import check_norm, check_radius
     from deat_rb.cli.evaluation_progress import EvaluationProgress
+    from deat_rb.eval_target import open_target
     from deat_rb.evaluation.evaluate import check_options, evaluate
-    from deat_rb.loading import open_target
     from deat_rb.utils.devices import resolve_device
     from deat_rb.utils.errors import DeatError
 

@@ -14,7 +14,7 @@ from deat_rb.utils.errors import DeatError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-PACKAGES = ("torchvision", "timm", "robustbench")
+PACKAGES = ("torchvision", "timm", "robustbench", "hf")
 
 
 def numbers(text: str) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ from .options import threads_option
 
 
 @click.command("submit")
-@click.argument("target", metavar="RUN|EXPORT|CHECKPOINT", type=click.Path(path_type=Path))
+@click.argument("target", metavar="RUN|EXPORT|CHECKPOINT|hf:OWNER/NAME", type=click.Path(path_type=Path))
 @click.option("--model-name", required=True, metavar="NAME", help="Name on the board, such as Wang2021Gradient_R18.")
 @click.option("--board", type=click.Path(path_type=Path), default="leaderboard", show_default=True, metavar="DIR",
               help="The leaderboard's folder.")  # fmt: skip
@@ -80,8 +80,8 @@ def submit(
     """Submit a trained network to a leaderboard.
 
     A run's eval.json is accepted if re-measuring a random sample of its examples confirms it. Runs without one and
-    checkpoints are fully evaluated with FGSM, PGD-100, CW-20 and AutoAttack. Submitted code is never run, and a
-    rejected submission leaves the board unchanged.
+    checkpoints are fully evaluated with FGSM, PGD-100, CW-20 and AutoAttack. hf:OWNER/NAME is a run on the Hugging Face
+    Hub. Submitted code is never run, and a rejected submission leaves the board unchanged.
     """
     from rich.console import Console
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from deat_rb.robustbench.export import export
     from deat_rb.robustbench.register import register
     from deat_rb.runs.train import train
+    from deat_rb.sharing import push
     from deat_rb.utils.errors import DeatError
 
 import_hooks.install()
@@ -44,6 +45,7 @@ __all__ = [
     "export",
     "load_data",
     "load_model",
+    "push",
     "register",
     "register_method",
     "train",
@@ -61,6 +63,7 @@ _MODULE_OF = {
     "export": "robustbench.export",
     "load_data": "data.datasets",
     "load_model": "loading",
+    "push": "sharing",
     "register": "robustbench.register",
     "register_method": "methods.registry",
     "train": "runs.train",

@@ -1,4 +1,4 @@
-"""`deat_rb.loading`: targets of an evaluation, their examples and their data."""
+"""`deat_rb.eval_target`: targets of an evaluation, their examples and their data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from training_problems import run_config
 from deat_rb.data.datasets import load_data
 from deat_rb.data.image_folder import ImageFolder
 from deat_rb.data.normalization import NORMALIZATION
-from deat_rb.loading import EvalTarget, Network, combine, open_target
+from deat_rb.eval_target import EvalTarget, combine, open_target
+from deat_rb.loading import Network
 from deat_rb.models.spec import ModelSpec, build_model
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.runs.train import train

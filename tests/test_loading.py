@@ -121,3 +121,13 @@ def test_eval_of_an_entry_refuses_options_of_checkpoints(entry: Path, flag: list
     result = evaluate(entry, *flag)
     assert result.exit_code == 2
     assert "is only for checkpoints: the entry" in result.stderr
+
+
+ENTRIES = Path(__file__).parents[1] / "leaderboard" / "entries"
+
+
+@pytest.mark.parametrize("file", sorted(ENTRIES.rglob("*.json")), ids=lambda path: path.stem)
+def test_load_model_of_the_repositorys_own_board(file: Path) -> None:
+    model = load_model(file)
+    assert len(model.classes) == 10
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)

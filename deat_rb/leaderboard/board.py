@@ -26,9 +26,11 @@ from deat_rb.leaderboard.submission import Submission, SubmissionMetadata, open_
 from deat_rb.leaderboard.untrusted import MAX_JSON, read_limited, symlink_in_path
 from deat_rb.leaderboard.untrusted_weights import MAX_WEIGHTS, as_safetensors
 from deat_rb.robustbench.format import SPELLED
+from deat_rb.runs.hub_run import HubModel, open_hub
 from deat_rb.utils import compat
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import write_all
+from deat_rb.utils.hub import is_hub
 from deat_rb.utils.locks import exclusive_lock
 from deat_rb.utils.text import printable
 from deat_rb.utils.units import format_fraction
@@ -65,7 +67,8 @@ class Board:
         """Evaluate a model and add it to the board; a refused submission leaves the board unchanged.
 
         Args:
-            target: A run directory, an export, or a checkpoint file.
+            target: A run directory, an export, a checkpoint file, or a run or checkpoint on the Hugging Face Hub
+                (``hf:owner/name``).
             metadata: Metadata declared by the submitter.
             n_examples: Number of test images to evaluate on; by default all.
             sample: Number of examples on which an existing ``eval.json`` is re-measured.
@@ -83,12 +86,17 @@ class Board:
             DeatError: The submission is refused; the message says why.
         """
         options: dict[str, Any] = {"batch_size": batch_size, "device": device, "progress": progress}
+        hub: HubModel | None = None
+        given = Path(target)
         try:
             metadata.check()
             check_sample(sample)
             self._check_writable()
             with tempfile.TemporaryDirectory(prefix="deat-rb-") as scratch:
-                submission = open_submission(Path(target), metadata, Path(scratch))
+                if is_hub(target):
+                    hub = open_hub(str(target))
+                    given = hub.copy(Path(scratch) / "hub")
+                submission = open_submission(given, metadata, Path(scratch))
                 facts = self._facts(submission, metadata)
                 source = f"the entry of {submission.source}"
                 draft = Entry.create({**facts, "kind": "published"}, source)
@@ -106,7 +114,8 @@ class Board:
                 )  # fmt: skip
                 self.commit(entry, weights if keep_weights else None, replace=replace)
         except DeatError as error:
-            raise DeatError(printable(str(error), 1000)) from error
+            message = str(error) if hub is None else str(error).replace(str(given), hub.address)
+            raise DeatError(printable(message, 1000)) from error
         return entry
 
     def _facts(self, submission: Submission, metadata: SubmissionMetadata) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from deat_rb.runs.defaults import DEFAULT_TEXTS
 from deat_rb.runs.options import TrainOptions, train_options
 from deat_rb.training.metrics import EpochStats
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.hub import is_hub
 from deat_rb.utils.records import describe_validation_error
 from deat_rb.utils.units import format_fraction
 
@@ -93,5 +94,5 @@ def training_command(config: RunConfig) -> str:
             continue
         numbers = value if isinstance(value, tuple) else (value,)
         shown = ",".join(format_fraction(number) if each.metavar == "FRACTION" else str(number) for number in numbers)
-        words += [each.flag, Path(shown).name if each.metavar == "PATH" else shown]
+        words += [each.flag, Path(shown).name if each.metavar == "PATH" and not is_hub(shown) else shown]
     return shlex.join(words)

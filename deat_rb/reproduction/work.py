@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import torch
 
 from deat_rb.data.datasets import Dataset, load_data
+from deat_rb.eval_target import open_target
 from deat_rb.evaluation.evaluate import Report, evaluate
 from deat_rb.evaluation.runner import Progress
 from deat_rb.evaluation.store import store_report
-from deat_rb.loading import open_target
 from deat_rb.reproduction.folder import Evaluated, Record, StudyFolder
 from deat_rb.reproduction.provenance import eval_command, hardware, now, source_commit
 from deat_rb.reproduction.study import RunSpec, Study

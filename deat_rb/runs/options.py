@@ -58,7 +58,9 @@ class ModelConfig(OptionGroup):
         "preactresnet18", "Architecture: preactresnet18, resnet18, wrn-D-W, timm:NAME, torchvision:NAME or "
         "package.module:factory.", metavar="NAME",
     )  # fmt: skip
-    init_from: str | None = option(None, "Initialize the weights from this checkpoint.", metavar="PATH")
+    init_from: str | None = option(
+        None, "Initialize the weights from this checkpoint, or from hf:owner/name.", metavar="PATH"
+    )
     weights_key: str | None = option(
         None,
         "State dict to load from that checkpoint if it has several, such as state_dict_ema.",

@@ -14,8 +14,9 @@ from export_runs import evaluate_run
 from torch import nn
 
 from deat_rb.cli import main
+from deat_rb.eval_target import open_target
 from deat_rb.evaluation.report import Check, Report, json_schema
-from deat_rb.loading import load_model, open_target
+from deat_rb.loading import load_model
 from deat_rb.models.spec import build_model
 from deat_rb.runs.train import train
 from deat_rb.utils.errors import DeatError
