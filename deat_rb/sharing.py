@@ -199,7 +199,7 @@ def model_card(run: RunDirectory, report: Report | None, address: HubAddress, li
 # {_plain(address.repository.partition("/")[2])}
 
 {_plain(config.model.arch)} trained by `{row.name}` on {_plain(dataset)} against {_adversary(config)}, with
-[deat-rb](https://pypi.org/project/deat-rb/). The network takes RGB images of {side}x{side} pixels in [0, 1]; the
+deat-rb. The network takes RGB images of {side}x{side} pixels in [0, 1]; the
 normalization is inside.
 
 | {" | ".join(columns)} |
