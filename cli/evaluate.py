@@ -55,6 +55,9 @@ def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> N
 @click.option("--strict", is_flag=True, help="Exit with status 1 if a check warns or fails.")
 @click.option("--json", "json_path", type=json_file, metavar="FILE", help="Also write the report to this file.")
 @click.option("--page/--no-page", default=True, help="Write report.html next to the report.")
+@click.option("--track", is_flag=True,
+              help="Also log the accuracies to the experiment trackers to which the run was logged in training."
+              )  # fmt: skip
 @click.option("--overwrite", is_flag=True,
               help="Store this evaluation as the run's eval.json even if the existing one covers more.")  # fmt: skip
 @click.option("--resume/--no-resume", default=None,
@@ -87,6 +90,7 @@ def evaluate(
     strict: bool,
     json_path: Path | None,
     page: bool,
+    track: bool,
     overwrite: bool,
     resume: bool | None,
     dataset: str | None,
@@ -114,6 +118,7 @@ def evaluate(
     from deat_rb.cli.evaluation_progress import EvaluationProgress
     from deat_rb.eval_target import open_target
     from deat_rb.evaluation.evaluate import check_options, evaluate
+    from deat_rb.runs.trackers import trackers_of
     from deat_rb.utils.devices import resolve_device
     from deat_rb.utils.errors import DeatError
 
@@ -136,6 +141,10 @@ def evaluate(
     for target in opened:
         if overwrite and not _has_own_data(target):
             raise DeatError("--overwrite applies only to evaluations of runs on their own dataset: omit it")
+        if track and target.run is None:
+            raise DeatError("--track applies only to runs: omit it")
+        if track and target.run is not None:
+            trackers_of(target.run)
     console = Console()
     command = {"command": shlex.join(("deat-rb", *sys.argv[1:]))}
     reports = []
@@ -155,10 +164,23 @@ def evaluate(
         _print(report, target, console)
         for sentence in written:
             console.print(sentence, highlight=False, soft_wrap=True, markup=False)
+        if track:
+            _log(target, report)
     if len(reports) > 1:
         _print_means(reports, opened, console)
     if strict and any(check.status != "pass" for report in reports for check in report.checks):
         raise click.exceptions.Exit(1)
+
+
+def _log(target: EvalTarget, report: Report) -> None:
+    """Log the accuracies to the run's trackers."""
+    from deat_rb.runs.directory import RunDirectory
+    from deat_rb.runs.trackers import log_evaluation
+
+    assert target.run is not None
+    accuracies = {each.name: each.accuracy for each in (*report.results.values(), report.worst_case)}
+    names = log_evaluation(RunDirectory.open(target.run), accuracies)
+    click.echo(f"logged to {', '.join(names)}")
 
 
 def _state(target: EvalTarget, json_path: Path | None) -> Path | None:

@@ -10,6 +10,7 @@ best-raw.safetensors, last-raw.safetensors
 checkpoints/         the latest two checkpoints, for --resume
 curves.png           plots of the metrics
 curve-test.jsonl     with --curve-test, the accuracy on test images after each epoch, only to be drawn
+trackers.json        the project and identifier of the run in each experiment tracker
 eval.json            the most complete evaluation on the run's own data; others are in evaluations/
 """
 

@@ -131,8 +131,12 @@ class OutputConfig(OptionGroup):
     """Output."""
 
     track: tuple[str, ...] = option(
-        (), "Log each epoch to an experiment tracker: tensorboard, wandb, mlflow, ...; may be repeated.",
-        metavar="NAME", may_change=True,
+        (), "Log to an experiment tracker: tensorboard, wandb, mlflow, comet_ml, aim, clearml, dvclive, swanlab or "
+        "trackio; may be repeated.", metavar="NAME", may_change=True,
+    )  # fmt: skip
+    project: str = option(
+        "deat-rb", "Project (experiment) of the tracker in which the run is logged under its name.", metavar="NAME",
+        may_change=True, min_length=1,
     )  # fmt: skip
     curve_test: int | None = option(
         None, "Attack this many test images after each epoch, only to draw the curve; nothing is selected by it.", ge=1

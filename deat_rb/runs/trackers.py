@@ -1,17 +1,39 @@
-"""Experiment trackers supported by Accelerate, such as TensorBoard, in addition to ``metrics.jsonl``."""
+"""Experiment trackers supported by Accelerate, such as Weights & Biases, in addition to ``metrics.jsonl``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deat_rb.training.callbacks import Callback
 from deat_rb.utils.errors import DeatError, did_you_mean
+from deat_rb.utils.files import read_json, write_json
+from deat_rb.utils.text import printable
 
 if TYPE_CHECKING:
     from deat_rb.runs.directory import RunDirectory
+    from deat_rb.training.history import History
     from deat_rb.training.metrics import EpochStats
+
+FILE = "trackers.json"
+"""File in the run directory with each tracker's project and identifier, by which the tracker continues the run."""
+
+PIP_NAMES = {"comet_ml": "comet-ml"}
+
+HINTS = {
+    "wandb": "log in with wandb login, or set WANDB_MODE=offline",
+    "mlflow": "check MLFLOW_TRACKING_URI",
+    "comet_ml": "set COMET_API_KEY",
+}
+"""What to do if a tracker does not start."""
+
+
+class TrackerError(DeatError):
+    """A tracker could not be started; nothing was logged."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -29,40 +51,169 @@ def check_trackers(names: Sequence[str]) -> None:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise DeatError(f"--track {name} is unknown: {did_you_mean(name, list(LOGGER_TYPE_TO_CLASS))}")
         if name not in available:
-            raise DeatError(f"--track {name} needs the package {name}, which is not installed: pip install {name}")
+            package = PIP_NAMES.get(name, name)
+            raise DeatError(
+                f"--track {name} needs the package {package}, which is not installed: pip install {package}"
+            )
 
 
 class Trackers(Callback):
-    """Log the metrics of each epoch to experiment trackers.
+    """Log a run to experiment trackers: its options and tags, the metrics of each epoch, and the result.
 
     Args:
-        names: Accelerate's names of the trackers, such as ``tensorboard``.
-        run: The run; trackers store local files in its directory.
+        names: Accelerate's names of the trackers, such as ``wandb``.
+        run: The run, whose directory's name becomes the run's name; trackers store local files in the directory.
+        project: Project that contains the run, for trackers that have projects.
+
+    Raises:
+        TrackerError: A tracker cannot be started.
     """
 
-    def __init__(self, names: Sequence[str], run: RunDirectory) -> None:
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
+    def __init__(self, names: Sequence[str], run: RunDirectory, project: str) -> None:
+        known = _known(run.path)
         self._trackers: list[Any] = []
         for name in names:
-            kind = LOGGER_TYPE_TO_CLASS[name]
-            place = {"logging_dir": run.path / name} if kind.requires_logging_directory else {}
-            tracker = kind(run.path.name, **place)
-            if hasattr(tracker, "start"):
-                tracker.start()
+            if name in known and project not in ("", known[name]["project"]):
+                raise TrackerError(f"--project {project} cannot move {run.path.name}, which is in the project "
+                                   f"{known[name]['project']} of {name}: omit it")  # fmt: skip
+            recorded = known.get(name, {"project": project, "id": secrets.token_hex(4) if name == "wandb" else None})
+            try:
+                tracker = _start(name, run, **recorded)
+                if name not in known:
+                    tracker.store_init_configuration(_plain(run.config.flat()))
+                    known[name] = {**recorded, "id": _identifier(name, tracker) or recorded["id"]}
+            except Exception as error:  # any exception: third-party code
+                self.close()
+                first = printable(str(error).strip().partition("\n")[0], 200)
+                hint = "install it again" if isinstance(error, ImportError) else HINTS.get(name, "omit it")
+                raise TrackerError(f"--track {name} cannot be started ({type(error).__name__}: {first}): {hint}"
+                                   ) from error  # fmt: skip
             self._trackers.append(tracker)
-        plain = {key: value for key, value in run.config.flat().items() if isinstance(value, bool | int | float | str)}
-        for tracker in self._trackers:
-            tracker.store_init_configuration(plain)
+        write_json(run.path / FILE, known)
 
     def on_epoch_end(self, row: EpochStats) -> None:
         """Log the epoch's metrics; the step is the epoch number."""
         metrics = {key: value for key, value in asdict(row).items() if isinstance(value, int | float)}
         del metrics["epoch"]
+        self.log(metrics, row.epoch)
+
+    def on_fit_end(self, history: History) -> None:
+        """Log the selected epoch and the run's total cost."""
+        selected = next(row for row in history.rows if row.epoch == history.selected)
+        result = {
+            "result/epoch": selected.epoch,
+            "result/val_acc": selected.val_acc,
+            "result/val_robust_acc": selected.val_robust_acc,
+            "result/backward_passes": history.backwards,
+            "result/seconds": sum(row.seconds for row in history.rows),
+        }
+        self.log({name: value for name, value in result.items() if value is not None}, len(history.rows))
+
+    def log(self, values: Mapping[str, int | float], step: int) -> None:
+        """Log values at an epoch."""
         for tracker in self._trackers:
-            tracker.log(metrics, step=row.epoch)
+            tracker.log(dict(values), step=step)
 
     def close(self) -> None:
         """Flush and close all trackers."""
         for tracker in self._trackers:
             tracker.finish()
+
+
+def trackers_of(path: Path) -> tuple[str, ...]:
+    """Return the trackers to which a run was logged during training.
+
+    Raises:
+        DeatError: There are none, or one of them is not installed.
+    """
+    names = tuple(_known(path))
+    if not names:
+        raise DeatError(f"{path} was not logged to a tracker during training: omit --track")
+    check_trackers(names)
+    return names
+
+
+def log_evaluation(run: RunDirectory, accuracies: Mapping[str, float]) -> tuple[str, ...]:
+    """Log the accuracies of an evaluation to the trackers to which a run was logged during training.
+
+    Args:
+        run: The run.
+        accuracies: Accuracies in [0, 1] by attack.
+
+    Returns:
+        Names of the trackers.
+
+    Raises:
+        DeatError: The run was trained without trackers, or one of them cannot be started.
+    """
+    names = trackers_of(run.path)
+    trackers = Trackers(names, run, project="")
+    try:
+        trackers.log({f"eval/{name}": value for name, value in accuracies.items()}, len(run.rows()))
+    finally:
+        trackers.close()
+    return names
+
+
+def _known(path: Path) -> dict[str, dict[str, Any]]:
+    file = path / FILE
+    content = read_json(file) if file.is_file() else {}
+    fields = {"project", "id"}
+    if not isinstance(content, dict) or not all(
+        isinstance(each, dict) and each.keys() == fields for each in content.values()
+    ):
+        raise DeatError(f"{file} does not have each tracker's project and id; restore or remove the file")
+    return content
+
+
+def _start(name: str, run: RunDirectory, project: str, id: str | None) -> Any:
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState()  # Accelerate's trackers ask it for the rank
+    title, tags = run.path.name, _tags(run)
+    arguments: dict[str, tuple[str, dict[str, Any]]] = {
+        "wandb": (project, {"name": title, "id": id, "resume": "allow", "tags": list(tags.values()),
+                            "dir": str(run.path)}),
+        "mlflow": (project, {"run_name": title, "run_id": id, "tags": tags}),
+        "comet_ml": (project, {}),
+        "swanlab": (project, {"experiment_name": title, "tags": list(tags.values())}),
+        "trackio": (project, {"name": title}),
+        "clearml": (title, {"project_name": project, "task_name": title, "tags": list(tags.values())}),
+        "aim": (title, {"experiment": project}),
+    }  # fmt: skip
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    first, options = arguments.get(name, (title, {}))
+    if kind.requires_logging_directory:
+        options["logging_dir"] = run.path / name
+    tracker = kind(first, **options)
+    if hasattr(tracker, "start"):
+        tracker.start()
+    if name == "comet_ml":
+        tracker.tracker.set_name(title)
+        tracker.tracker.add_tags(list(tags.values()))
+    return tracker
+
+
+def _identifier(name: str, tracker: Any) -> str | None:
+    if name == "mlflow":
+        return str(tracker.tracker.info.run_id)
+    return None
+
+
+def _tags(run: RunDirectory) -> dict[str, str]:
+    config = run.config
+    return {
+        "method": config.attack.method,
+        "dataset": config.data.dataset,
+        "arch": config.model.arch,
+        "setting": config.attack.setting,
+        "seed": f"seed {config.optim.seed}",
+        "software": f"deat-rb {importlib.import_module('deat_rb').__version__}",
+    }
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    """Return options as values that all trackers accept: lists as text, None left out."""
+    return {name: value if isinstance(value, bool | int | float | str) else str(list(value))
+            for name, value in options.items() if value not in (None, ())}  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from deat_rb.runs.directory import CURVES, RunDirectory, check_free, check_name
 from deat_rb.runs.options import MAY_CHANGE, TrainOptions, had_another_start, make_options
 from deat_rb.runs.plan import TrainingPlan, default_name, plan, resolve
 from deat_rb.runs.plots import plot_curves
-from deat_rb.runs.trackers import Trackers
+from deat_rb.runs.trackers import TrackerError, Trackers
 from deat_rb.training import checkpoint
 from deat_rb.training.callbacks import Callback
 from deat_rb.training.fit import fit
@@ -62,8 +63,12 @@ def train(
     ranks = _world(config)
     run = RunDirectory(Path(output) / (name or default_name(config)), config)
     ranks.on_main(lambda: RunDirectory.create(run.path, config).path)
-    with _exclusive(run, ranks):
-        return run, _fit(options, run, callbacks)
+    try:
+        with _exclusive(run, ranks):
+            return run, _fit(options, run, callbacks)
+    except TrackerError:  # before the first batch: the name stays free
+        ranks.on_main(lambda: shutil.rmtree(run.path, ignore_errors=True))
+        raise
 
 
 def resume(
@@ -174,10 +179,11 @@ def _warn(callbacks: Sequence[Callback], message: str) -> None:
 def _fit(planned: TrainingPlan, run: RunDirectory, callbacks: Sequence[Callback], resume: bool = False) -> History:
     config = run.config
     device = resolve_device(config.runtime.device)
-    is_main = _world(config).is_main
-    trackers = Trackers(config.output.track, run) if config.output.track and is_main else None
+    ranks, trackers = _world(config), list[Trackers]()
+    if config.output.track:  # an error on rank 0 ends the other ranks, too
+        ranks.on_main(lambda: trackers.append(Trackers(config.output.track, run, config.output.project)))
     drawn = config.output.curve_test
-    curve = [CurveTest(run.path, *planned.data.test.first(drawn).tensors())] if drawn and is_main else []
+    curve = [CurveTest(run.path, *planned.data.test.first(drawn).tensors())] if drawn and ranks.is_main else []
     batch_size = config.data.batch_size
     batches = Batches(
         planned.train,
@@ -197,16 +203,16 @@ def _fit(planned: TrainingPlan, run: RunDirectory, callbacks: Sequence[Callback]
             Batches(interleave_classes(planned.val).in_memory(), batch_size, device=device),
             run=run,
             resume=resume,
-            callbacks=[*curve, *callbacks, *([trackers] if trackers else [])],
+            callbacks=[*curve, *callbacks, *trackers],
             **dict(config.optim),
             **dict(config.runtime),
         )
     finally:
         # An error here must not hide the one that ended training, such as a full disk.
         try:
-            if trackers is not None:
-                trackers.close()
-            if is_main and (rows := run.rows()):
+            for each in trackers:
+                each.close()
+            if ranks.is_main and (rows := run.rows()):
                 title = f"{config.attack.method} on {config.data.dataset}, {config.model.arch}"
                 plot_curves(rows, run.path / CURVES, title=title)
         except (DeatError, OSError) as error:

@@ -2,24 +2,138 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
+import accelerate.tracking
 import pytest
+from click.testing import CliRunner
 from small_runs import SMALL
 
-from deat_rb.runs.train import train
+from deat_rb.cli import main
+from deat_rb.runs.directory import RunDirectory
+from deat_rb.runs.trackers import log_evaluation
+from deat_rb.runs.train import resume, train
 from deat_rb.utils.errors import DeatError
 
 
-def test_tracker_logs_each_epoch_to_tensorboard(tmp_path: Path) -> None:
+def test_tracker_logs_each_epoch_and_the_result_to_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run, history = train({**SMALL, "track": ["tensorboard"]}, output=tmp_path, name="run")
-    events = EventAccumulator(str(next((run.path / "tensorboard").rglob("events*")).parent))
-    events.Reload()
-    logged = {event.step: event.value for event in events.Scalars("l_x")}
-    assert logged == {row.epoch: pytest.approx(row.l_x) for row in history.rows}
+    log_evaluation(run, {"fgsm": 0.25})
+    logged: dict[str, dict[int, float]] = {}
+    for folder in {file.parent for file in (run.path / "tensorboard").rglob("events*")}:
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        for name in events.Tags()["scalars"]:
+            logged.setdefault(name, {}).update({event.step: event.value for event in events.Scalars(name)})
+    assert logged["l_x"] == {row.epoch: pytest.approx(row.l_x) for row in history.rows}
+    assert logged["result/epoch"] == {2: history.selected}
+    assert logged["eval/fgsm"] == {2: 0.25}
+
+
+class FakeWandb(ModuleType):
+    """The calls of wandb that Accelerate makes, recorded."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.started: list[dict[str, Any]] = []
+        self.logged: list[tuple[int | None, dict[str, Any]]] = []
+        self.finished = 0
+        self.config = SimpleNamespace(values={}, update=self._update)
+        self.fails = False
+
+    def _update(self, values: dict[str, Any], allow_val_change: bool = False) -> None:
+        self.config.values.update(values)
+
+    def init(self, **options: Any) -> FakeWandb:
+        if self.fails:
+            raise RuntimeError("No API key configured.\nUse `wandb login`")
+        self.started.append(options)
+        return self
+
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWandb]:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: ["wandb"])
+    yield fake
+    assert fake.finished == len(fake.started)
+
+
+def test_wandb_gets_project_name_tags_options_epochs_and_result(tmp_path: Path, wandb: FakeWandb) -> None:
+    run, history = train({**SMALL, "track": ["wandb"], "project": "thesis"}, output=tmp_path, name="first")
+    (started,) = wandb.started
+    assert (started["project"], started["name"], started["resume"]) == ("thesis", "first", "allow")
+    assert {"pgd-1", "digits", "seed 0", "fast"} <= set(started["tags"])
+    assert wandb.config.values["lr"] == run.config.optim.lr
+    assert wandb.config.values["track"] == "['wandb']"
+    assert [step for step, _ in wandb.logged] == [1, 2, 2]
+    assert wandb.logged[0][1]["loss"] == history.rows[0].loss
+    assert wandb.logged[-1][1]["result/backward_passes"] == history.backwards
+
+    log_evaluation(run, {"fgsm": 0.25})
+    assert wandb.started[1]["id"] == started["id"]  # the same run, not another one
+    assert wandb.logged[-1] == (2, {"eval/fgsm": 0.25})
+
+
+def test_wandb_run_is_continued_with_its_identifier(tmp_path: Path, wandb: FakeWandb) -> None:
+    flat = {**SMALL, "lr_schedule": "flat", "track": ["wandb"]}
+    run, _ = train(flat, output=tmp_path, name="run")
+    resume(run.path, {"epochs": 3}, trust_code=True)
+    assert [started["id"] for started in wandb.started] == [wandb.started[0]["id"]] * 2
+    assert wandb.started[0]["project"] == "deat-rb"
+    assert [step for step, _ in wandb.logged] == [1, 2, 2, 3, 3]
+    with pytest.raises(DeatError, match="--project other cannot move run, which is in the project deat-rb of wandb"):
+        resume(run.path, {"epochs": 4, "project": "other"}, trust_code=True)
+    assert len(RunDirectory.open(run.path).rows()) == 3
+
+
+def test_tracker_that_does_not_start_leaves_no_run(tmp_path: Path, wandb: FakeWandb) -> None:
+    wandb.fails = True
+    with pytest.raises(DeatError, match=r"--track wandb cannot be started \(RuntimeError: No API key configured\.\): "
+                                        "log in with wandb login, or set WANDB_MODE=offline"):  # fmt: skip
+        train({**SMALL, "track": ["wandb"]}, output=tmp_path, name="run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_mlflow_run_is_continued_with_its_identifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, Any]] = []
+    logged: list[dict[str, Any]] = []
+
+    def start_run(**options: Any) -> SimpleNamespace:
+        started.append(options)
+        return SimpleNamespace(info=SimpleNamespace(run_id="abc"))
+
+    fake = ModuleType("mlflow")
+    fake.__dict__.update(
+        start_run=start_run, search_experiments=lambda **_: [], create_experiment=lambda **options: options["name"],
+        log_params=logged.append, log_metrics=lambda values, step: logged.append(values), end_run=lambda: None,
+        utils=SimpleNamespace(validation=SimpleNamespace(MAX_PARAM_VAL_LENGTH=500, MAX_PARAMS_TAGS_PER_BATCH=100)),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: ["mlflow"])
+    run, _ = train({**SMALL, "track": ["mlflow"]}, output=tmp_path, name="run")
+    log_evaluation(run, {"fgsm": 0.25})
+    assert [(each["experiment_id"], each["run_name"], each["run_id"]) for each in started] == [
+        ("deat-rb", "run", None), ("deat-rb", "run", "abc")
+    ]  # fmt: skip
+    assert started[0]["tags"]["method"] == "pgd-1"
+    assert json.loads((run.path / "trackers.json").read_text()) == {"mlflow": {"project": "deat-rb", "id": "abc"}}
+    assert logged[-1] == {"eval/fgsm": 0.25}
 
 
 def test_check_trackers_refuses_before_anything_is_written(tmp_path: Path) -> None:
@@ -28,3 +142,10 @@ def test_check_trackers_refuses_before_anything_is_written(tmp_path: Path) -> No
     with pytest.raises(DeatError, match=r"--track wandb needs the package wandb, .*: pip install wandb"):
         train({"method": "pgd-1", "track": ["wandb"]}, output=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_eval_track_needs_a_tracked_run(tmp_path: Path) -> None:
+    run, _ = train(SMALL, output=tmp_path, name="run")
+    done = CliRunner().invoke(main, ["eval", str(run.path), "--track", "--trust-code"])
+    assert done.exit_code == 2
+    assert done.stderr.endswith("run was not logged to a tracker during training: omit --track\n")
