@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deat_rb.runs.directory import CONFIG, METRICS, RunDirectory
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.hub import MAX_TEXT, MAX_WEIGHTS, HubAddress, HubFiles
+from deat_rb.utils.hub import MAX_TEXT, MAX_WEIGHTS, HubAddress, HubFiles, is_hub
 
 CARD = "README.md"
 
@@ -58,6 +58,13 @@ class HubModel:
                 if (self.path / name).exists():
                     shutil.copyfile(self.path / name, copied / name)
         return copied
+
+
+def pinned(source: str | None) -> str | None:
+    """Return an address on the Hub with the commit's hash, or None for other sources."""
+    if source is None or not is_hub(source):
+        return None
+    return source if HubAddress.parse(source).is_pinned else open_hub(source).address
 
 
 def open_hub(target: str) -> HubModel:

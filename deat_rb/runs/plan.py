@@ -29,7 +29,7 @@ from deat_rb.models.spec import model_spec, robustbench_class
 from deat_rb.models.weights import load_weights
 from deat_rb.runs.config import RunConfig
 from deat_rb.runs.defaults import dataset_defaults, default_arch, setting_defaults
-from deat_rb.runs.hub_run import open_hub
+from deat_rb.runs.hub_run import open_hub, pinned
 from deat_rb.runs.options import DataConfig, TrainOptions
 from deat_rb.runs.trackers import check_trackers
 from deat_rb.training.lr import MOMENTUM_RANGE
@@ -39,7 +39,7 @@ from deat_rb.utils import seeding
 from deat_rb.utils.devices import check_cuda_graphs, check_sync_bn, resolve_device, resolve_precision
 from deat_rb.utils.distributed import World, world
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.hub import HubAddress, is_hub
+from deat_rb.utils.hub import is_hub
 from deat_rb.utils.options import validate
 from deat_rb.utils.safe_load import load_state_dict
 from deat_rb.utils.threads import thread_count
@@ -361,7 +361,7 @@ def resolve(options: TrainOptions) -> TrainOptions:
         **explicit,
         "method": method,
         "data_dir": _absolute(options.data.data_dir),
-        "init_from": _pinned(options.model.init_from),
+        "init_from": pinned(options.model.init_from) or _absolute(options.model.init_from),
         "extra_data": _absolute(options.data.extra_data),
         "extra_fraction": explicit.get("extra_fraction", EXTRA_FRACTION if options.data.extra_data else None),
         "eps": check_eps(explicit.get("eps", defaults.eps), "--eps"),
@@ -457,13 +457,6 @@ def _optimizer(optim: OptimConfig) -> str:
     if optim.no_decay:
         text += f" but for {' and '.join(optim.no_decay)}"
     return text + (f", gradients of norm at most {optim.grad_clip:g}" if optim.grad_clip else "")
-
-
-def _pinned(source: str | None) -> str | None:
-    """Return a checkpoint's absolute path, or its address on the Hub with the commit's hash."""
-    if source is None or not is_hub(source):
-        return _absolute(source)
-    return source if HubAddress.parse(source).is_pinned else open_hub(source).address
 
 
 def _absolute(path: str | None) -> str | None:
