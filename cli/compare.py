@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -10,17 +11,34 @@ import click
 @click.command("compare")
 @click.argument("runs", metavar="RUN RUN ...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Output as JSON.")
-def compare(runs: tuple[Path, ...], as_json: bool) -> None:
+@click.option(
+    "--group-by",
+    "by",
+    metavar="OPTION",
+    help="Mean and deviation over seeds, and cost, of runs with equal options, named by one such as method.",
+)
+@click.option("--markdown", "form", flag_value="markdown", help="With --group-by: output as Markdown.")
+@click.option("--latex", "form", flag_value="latex", help="With --group-by: output as LaTeX.")
+@click.option("--csv", "form", flag_value="csv", help="With --group-by: output as CSV.")
+def compare(runs: tuple[Path, ...], as_json: bool, by: str | None, form: str | None) -> None:
     """Compare evaluations and test their differences for significance.
 
     Each RUN is an evaluated run directory or the eval.json of an evaluation; all must use the same images and eps. Each
     is compared with the first by McNemar's exact test on paired examples; p-values are not corrected for multiple
     comparisons.
+
+    With --group-by, runs that differ in nothing but the seed are one row, with mean and standard deviation.
     """
     from rich.console import Console
 
     from deat_rb.evaluation.compare import compare, load_reports
+    from deat_rb.utils.errors import DeatError
 
+    if form is not None and (by is None or as_json):
+        raise DeatError(f"--{form} is a format of --group-by's table: give --group-by method, and no --json")
+    if by is not None:
+        _print_groups(runs, by, "json" if as_json else form)
+        return
     comparison = compare(load_reports(runs))
     if as_json:
         click.echo(comparison.model_dump_json(indent=2))
@@ -30,3 +48,18 @@ def compare(runs: tuple[Path, ...], as_json: bool) -> None:
     console.print(comparison.difference_table())
     for note in comparison.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _print_groups(runs: tuple[Path, ...], by: str, form: str | None) -> None:
+    from rich.console import Console
+
+    from deat_rb.reproduction.grouping import grouped_table
+    from deat_rb.reproduction.tables import as_csv, as_json, as_latex, as_markdown, as_rich
+
+    table = grouped_table(runs, by)
+    if form is None:
+        Console().print(as_rich(table))
+    elif form == "json":
+        click.echo(json.dumps(as_json(table), indent=2, ensure_ascii=False))
+    else:
+        click.echo({"markdown": as_markdown, "latex": as_latex, "csv": as_csv}[form](table), nl=False)

@@ -234,16 +234,14 @@ def _print_means(reports: Sequence[Report], targets: Sequence[EvalTarget], conso
 
 def _options(target: EvalTarget) -> dict[str, Any]:
     """Return what defines a network except the seed: a run's options, or the source and hash of other weights."""
+    from deat_rb.reproduction.grouping import group_key
     from deat_rb.runs.directory import RunDirectory
-    from deat_rb.runs.options import MAY_CHANGE
 
     if target.run is None:
         facts = target.provenance
         source = next((facts[name] for name in ("model", "entry", "weights") if name in facts), "network")
         return {"method": source, "SHA-256": facts.get("weights_sha256", "")[:8]}
-    config = RunDirectory.open(target.run).config
-    options = {name: value for name, value in config.flat().items() if name not in ("seed", *MAY_CHANGE)}
-    return options | {"data": config.data_fingerprint}
+    return group_key(RunDirectory.open(target.run).config)
 
 
 def _has_own_data(target: EvalTarget) -> bool:

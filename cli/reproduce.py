@@ -99,7 +99,9 @@ def _write(every: list[str], chosen: list[str], setup: Any, folder: Any) -> None
         if each.name not in chosen:
             continue
         if each.is_figure:
-            click.echo(f"{each.title}: {folder.path / f'{each.name}.png'}")
+            click.echo(
+                f"{each.title}: {folder.path / f'{each.name}.png' if each.pictures else 'no run is trained yet'}"
+            )
         else:
             console.print(as_rich(each.table))
         if each.differences:

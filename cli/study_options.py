@@ -21,6 +21,9 @@ _OPTIONS = (
     click.option("--jobs", type=int, metavar="N", help="Start N worker processes on this machine."),
     click.option("--gpus", metavar="0,1,...", help="Start workers on these GPUs, --per-gpu on each."),
     click.option("--per-gpu", type=int, default=1, show_default=True, metavar="K", help="Workers per GPU."),
+    click.option("--slurm", is_flag=True, help="Submit --jobs workers to a Slurm cluster through submitit, and exit."),
+    click.option("--slurm-option", "slurm_options", multiple=True, metavar="NAME=VALUE",
+                 help="Parameter of submitit's executor, such as timeout_min=600; may be repeated."),
     click.option("--print", "print_commands", is_flag=True,
                  help="Print one command per run that is left, for GNU parallel or a job array, and exit."),
     click.option("--only", metavar="RUN", help="Work on this run only."),
@@ -46,6 +49,8 @@ class WorkOptions:
     jobs: int | None
     gpus: str | None
     per_gpu: int
+    slurm: bool
+    slurm_options: tuple[str, ...]
     print_commands: bool
     only: str | None
     no_wait: bool
@@ -74,8 +79,13 @@ def work(
 
     from deat_rb.reproduction.work import Worker
     from deat_rb.reproduction.workers import environments
+    from deat_rb.utils.errors import DeatError
 
     gpus = tuple(filter(None, (options.gpus or "").split(",")))
+    if options.slurm and gpus:
+        raise DeatError("--slurm cannot be combined with --gpus: give --slurm-option gpus_per_node=1")
+    if options.slurm_options and not options.slurm:
+        raise DeatError(f"--slurm-option {options.slurm_options[0]} needs --slurm")
     workers = environments(options.jobs, gpus, options.per_gpu)
     if options.print_commands:
         for run in study.runs:
@@ -93,6 +103,9 @@ def work(
         return
     for run in study.runs if options.retry else ():
         folder.forget_failure(run)
+    if options.slurm:
+        _submit(folder, options, len(workers), arguments)
+        return
     if options.only is not None:
         run = study.run(options.only)
         if not Worker(study, folder, Listener(folder)).work_on(run):
@@ -103,6 +116,16 @@ def work(
     else:
         Worker(study, folder, Listener(folder)).work(wait=not options.no_wait)
         write()
+
+
+def _submit(folder: StudyFolder, options: WorkOptions, count: int, arguments: Sequence[str]) -> None:
+    from deat_rb.reproduction.slurm import parse_options, submit
+
+    folder.create()
+    jobs = submit([*arguments, "--no-wait"], count, parse_options(options.slurm_options), folder.logs)
+    for job in jobs:
+        click.echo(f"submitted job {job.job_id}, output {job.paths.stdout}")
+    click.echo("the same command with --status says how far they are, and with --tables writes the tables")
 
 
 def _run_workers(study: Study, folder: StudyFolder, environs: list[dict[str, str]], arguments: list[str]) -> None:

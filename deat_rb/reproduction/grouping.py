@@ -1,0 +1,54 @@
+"""Mean and deviation over the seeds of evaluated runs, by an option such as the method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deat_rb.evaluation.compare import load_reports
+from deat_rb.evaluation.tables import are_comparable, group
+from deat_rb.reproduction.results import of_run
+from deat_rb.reproduction.tables import ResultTable
+from deat_rb.runs.config import RunConfig
+from deat_rb.runs.directory import RunDirectory
+from deat_rb.runs.options import MAY_CHANGE
+from deat_rb.utils.errors import DeatError, did_you_mean
+from deat_rb.utils.units import format_fraction
+
+
+def group_key(config: RunConfig) -> dict[str, Any]:
+    """Return what defines a run except the seed: its options that affect the result, and its data."""
+    options = {name: value for name, value in config.flat().items() if name not in ("seed", *MAY_CHANGE)}
+    return options | {"data": config.data_fingerprint}
+
+
+def grouped_table(paths: Sequence[Path], by: str) -> ResultTable:
+    """Return mean accuracies and costs of the runs that differ in nothing but the seed.
+
+    Args:
+        paths: Evaluated run directories.
+        by: The option that names a group; options that differ between groups of the same name are appended.
+
+    Raises:
+        DeatError: A path is not an evaluated run, the evaluations cannot be compared, or there is no such option.
+    """
+    configs = [RunDirectory.open(path).config for path in paths]
+    keys = [group_key(config) for config in configs]
+    name = by.removeprefix("--").replace("-", "_")
+    if name not in keys[0]:
+        raise DeatError(f"--group-by {by} is not an option of runs: {did_you_mean(name, keys[0])}")
+    reports = [report for _, report in load_reports(paths)]
+    if not are_comparable(reports):
+        raise DeatError(
+            "the evaluations differ in images, norm, eps or precision; evaluate all runs with the same settings"
+        )
+    results = [
+        of_run(paths[position], reports[position], label)
+        for label, positions in group(keys, name=name).items()
+        for position in positions
+    ]
+    first = reports[0]
+    where = f"{first.n_examples:,} images, {first.norm}, eps {format_fraction(first.eps)}"
+    title = f"Mean and standard deviation over seeds, {where}"
+    return ResultTable.of(results, name="comparison", title=title)
