@@ -28,7 +28,38 @@ AUGMENTATIONS = {
 """Names of the augmentations, with descriptions."""
 
 
-def augment(name: str, images: Tensor, *, seed: int, epoch: int, batch: int, size: int, own: slice) -> Tensor:
+def draw(name: str, *, seed: int, epoch: int, batch: int, size: int, height: int, width: int) -> Tensor:
+    """Draw the random numbers of an augmentation for a global batch, on the CPU.
+
+    Args:
+        name: A key of `AUGMENTATIONS`.
+        seed: Seed of the run.
+        epoch: Number of the epoch.
+        batch: Number of the batch in the epoch.
+        size: Number of images of the global batch.
+        height: Height of the images.
+        width: Their width.
+
+    Returns:
+        int64 (k, size): for each image whether it is flipped; or the first row and column of its crop, whether it is
+        flipped and, with Cutout, the center of the square. k is 0 for ``none`` and for torchvision's transforms of
+        whole images, and 3 for its others, which follow a crop and a flip.
+    """
+    if name in ("none", "resized-crop"):
+        return torch.empty((0, size), dtype=torch.int64)
+    stream = generator(seed, "augment", epoch, batch)
+    if name == "flip":
+        return torch.randint(0, 2, (1, size), generator=stream)
+    offsets = torch.randint(0, 2 * PADDING + 1, (2, size), generator=stream)
+    drawn = [offsets, torch.randint(0, 2, (1, size), generator=stream)]
+    if name == "cutout":
+        drawn += [torch.randint(0, length, (1, size), generator=stream) for length in (height, width)]
+    return torch.cat(drawn)
+
+
+def augment(
+    name: str, images: Tensor, *, seed: int, epoch: int, batch: int, size: int, own: slice, drawn: Tensor | None = None
+) -> Tensor:
     """Augment one rank's part of a global batch.
 
     Each image is augmented by itself; the result depends on the seed, the epoch, the batch and the position of the
@@ -43,29 +74,26 @@ def augment(name: str, images: Tensor, *, seed: int, epoch: int, batch: int, siz
         batch: Number of the batch in the epoch.
         size: Number of images of the global batch.
         own: This rank's part of the global batch.
+        drawn: The columns ``own`` of what `draw` returns, on the images' device; by default they are drawn here.
 
     Returns:
         The augmented images, uint8 (n, C, H, W).
     """
     if name == "none":
         return images
-    stream = generator(seed, "augment", epoch, batch)
+    height, width = images.shape[2:]
+    if drawn is None:
+        numbers = draw(name, seed=seed, epoch=epoch, batch=batch, size=size, height=height, width=width)
+        drawn = numbers[:, own].to(images.device, non_blocking=True)
     if name == "flip":
-        flips = torch.randint(0, 2, (1, size), generator=stream)[:, own].to(images.device, non_blocking=True)
-        return torch.where(flips[0, :, None, None, None] > 0, images.flip(-1), images)
+        return torch.where(drawn[0, :, None, None, None] > 0, images.flip(-1), images)
     if name != "resized-crop":
-        offsets = torch.randint(0, 2 * PADDING + 1, (2, size), generator=stream)
-        flipped = torch.randint(0, 2, (1, size), generator=stream)
-        top, left, flip = torch.cat((offsets, flipped))[:, own].to(images.device, non_blocking=True)
-        images = crop_and_flip(images, top, left, flip > 0)
+        images = crop_and_flip(images, drawn[0], drawn[1], drawn[2] > 0)
     if name == "crop-flip":
         return images
     if name == "cutout":
-        rows = torch.randint(0, images.shape[2], (1, size), generator=stream)
-        columns = torch.randint(0, images.shape[3], (1, size), generator=stream)
-        row, column = torch.cat((rows, columns))[:, own].to(images.device, non_blocking=True)
-        return cut_out(images, row, column, images.shape[2] // 2)
-    transform = _transform(name, images.shape[2], images.shape[3])
+        return cut_out(images, drawn[3], drawn[4], height // 2)
+    transform = _transform(name, height, width)
     before = torch.get_rng_state()
     try:  # torchvision's transforms draw from the CPU's global generator
         augmented = []

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from deat_rb.data.augment import augment, check_augmentation
+from deat_rb.data.augment import augment, check_augmentation, draw
 from deat_rb.data.extra_data import MixedReader, check_share, mixed_order
 from deat_rb.data.images import LabeledImages, Reader
 from deat_rb.utils.distributed import share
@@ -83,6 +83,8 @@ class Batches:
             if not shuffle:
                 raise DeatError("extra images are mixed into shuffled batches only: set shuffle=True")
         self._divide(rank, processes)
+        self._size = data.shape[1:]
+        self._device = torch.device(device)
         own = data.reader(device)
         self._read: Reader = own if extra is None else MixedReader(own, extra.reader(device), len(data))
 
@@ -154,13 +156,22 @@ class Batches:
         return self._batches(order, self.epoch, range(batch, len(self)))
 
     def _batches(self, order: Tensor | None, epoch: int, numbers: range) -> Iterator[tuple[Tensor, Tensor]]:
-        windows = []
+        windows, drawn = [], []
         for number in numbers:
             own = self._share(number)
             windows.append(slice(number * self.batch_size + own.start, number * self.batch_size + own.stop))
-        for number, (images, labels) in zip(numbers, self._read(order, windows), strict=True):
+            numbers_of_batch = draw(
+                self.augmentation, seed=self.seed, epoch=epoch, batch=number, size=self.examples_in(number),
+                height=self._size[0], width=self._size[1],
+            )  # fmt: skip
+            drawn.append(numbers_of_batch[:, own])
+        # One copy per epoch: copying each batch's few numbers from pageable memory would wait for the device.
+        parts = (
+            torch.cat(drawn, dim=1).to(self._device).split([part.shape[1] for part in drawn], dim=1) if drawn else []
+        )
+        for number, part, (images, labels) in zip(numbers, parts, self._read(order, windows), strict=True):
             images = augment(self.augmentation, images, seed=self.seed, epoch=epoch, batch=number,
-                             size=self.examples_in(number), own=self._share(number))  # fmt: skip
+                             size=self.examples_in(number), own=self._share(number), drawn=part)  # fmt: skip
             yield images.to(torch.float32).div_(255).contiguous(memory_format=self.memory_format), labels
 
     def _share(self, number: int) -> slice:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deat_rb.data.check import ROUNDING, check_batch, check_label_values, check_types
 from deat_rb.models.check import check_trainable, check_weights_exist, trial_logits
 from deat_rb.training.base import Batch, TrainerBase
-from deat_rb.training.engine import Engine
+from deat_rb.training.engine import Engine, explain_nondeterminism
 from deat_rb.utils import seeding
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.module_state import preserve_state
@@ -133,6 +133,8 @@ class BatchChecker:
             check_label_values(labels, num_classes)
             self.trainer.check_attack(images)
         except DeatError as error:
+            if (nondeterminism := explain_nondeterminism(error)) is not None:
+                raise DeatError(nondeterminism) from None
             reason = str(error)
             if len(images) == 1 and "more than 1 value per channel" in reason:
                 reason = (

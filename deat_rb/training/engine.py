@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -44,6 +46,7 @@ class Engine:
         world: The ranks that train together; by default a single one.
         compiled: Whether the model is compiled with `torch.compile`.
         sync_bn: Whether BatchNorm computes its statistics over all ranks instead of per rank.
+        deterministic: Whether to use deterministic algorithms only, so that a GPU repeats a run bit for bit.
 
     Attributes:
         loss_scale: Loss scale in deat-rb's own attacks, so that fp16 gradients do not underflow; a scalar on the device
@@ -64,12 +67,14 @@ class Engine:
         world: World | None = None,
         compiled: bool = False,
         sync_bn: bool = False,
+        deterministic: bool = False,
     ) -> None:
         self.device = torch.device(device)
         self.precision = precision
         self.world = world or World()
         self.compiled = compiled
         self.sync_bn = sync_bn
+        self.deterministic = deterministic
         check_sync_bn(sync_bn, self.device)
         self.global_batch: int | None = None
         self.full_batch: int | None = None
@@ -106,7 +111,9 @@ class Engine:
             self._replica = DistributedDataParallel(model, **_OWN_BUFFERS)
         with ExitStack() as contexts:
             contexts.callback(setattr, self, "_replica", None)
-            contexts.enter_context(fast_gpu_math(self.device))
+            contexts.enter_context(fast_gpu_math(self.device, autotune=not self.deterministic))
+            if self.deterministic:
+                contexts.enter_context(deterministic_algorithms())
             if self.compiled:
                 contexts.enter_context(_unlimited_graphs())
                 # Compile only forward, so that adding or removing hooks, such as the probe's, does not recompile.
@@ -272,10 +279,11 @@ def _laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
 
 
 @contextmanager
-def fast_gpu_math(device: torch.device) -> Iterator[None]:
+def fast_gpu_math(device: torch.device, *, autotune: bool = True) -> Iterator[None]:
     """Enable TF32 matrix products and cuDNN autotuning on a GPU.
 
-    Convolutions use TF32 by default. Autotuning pays off if all batches have the same size; see `Engine.eager`.
+    Convolutions use TF32 by default. Autotuning pays off if all batches have the same size; see `Engine.eager`. Its
+    choice depends on measured times, so that two runs may differ in rounding.
     """
     if device.type != "cuda":
         yield
@@ -283,10 +291,33 @@ def fast_gpu_math(device: torch.device) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        with _cudnn_benchmark(True):
+        with _cudnn_benchmark(autotune):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """Let torch use deterministic algorithms only; an operation that has none raises a RuntimeError."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS, and read at its first use
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def explain_nondeterminism(error: Exception) -> str | None:
+    """Return what an operation without a deterministic algorithm means for a run; None for other errors."""
+    found = re.search(r"(\S+) does not have a deterministic implementation", str(error))
+    if found is None:
+        return None
+    return (
+        f"--deterministic is impossible: {found[1]} has no deterministic implementation on this device; omit it, or "
+        "use another model"
+    )
 
 
 @contextmanager

@@ -82,7 +82,14 @@ def fit(
     target = resolve_device(runtime.device if "device" in given else str(next(trainer.model.parameters()).device))
     ranks = world(cpu=target.type == "cpu")
     precision = resolve_precision(runtime.precision, target)
-    engine = Engine(target, precision, world=ranks, compiled=runtime.compile, sync_bn=runtime.sync_bn)
+    engine = Engine(
+        target,
+        precision,
+        world=ranks,
+        compiled=runtime.compile,
+        sync_bn=runtime.sync_bn,
+        deterministic=runtime.deterministic,
+    )
     engine.graphs = choose_graphs(runtime.cuda_graphs, target, ranks.size)
     if not resume:
         trainer.reset_schedule()

@@ -14,6 +14,7 @@ from deat_rb.training.base import Batch
 from deat_rb.training.callbacks import Action, Callback
 from deat_rb.training.checks import BatchChecker, BatchError
 from deat_rb.training.dataloading import Loader, check_loader, count_batches, epoch_batches, materialize, shard
+from deat_rb.training.engine import explain_nondeterminism
 from deat_rb.training.history import History
 from deat_rb.training.lr import LearningRate, rate_of, set_momentum, set_rate
 from deat_rb.training.metrics import EpochStats
@@ -74,6 +75,8 @@ class Loop:
             with self.requests:
                 self._train(shards, validation)
         except RuntimeError as error:
+            if (reason := explain_nondeterminism(error)) is not None:
+                raise DeatError(f"{reason}; {state.describe_saved()}") from error
             if not is_peer_failure(error, state.world):
                 raise
             raise DeatError(

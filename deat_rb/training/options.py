@@ -80,6 +80,9 @@ class RuntimeConfig(OptionGroup):
         "auto", "Record training steps as CUDA graphs; auto does so for known networks, losses and attacks.",
         may_change=True,
     )  # fmt: skip
+    deterministic: bool = option(
+        False, "Use deterministic algorithms only, so that a GPU repeats or resumes a run bit for bit; slower."
+    )
     sync_bn: bool = option(False, "Synchronize BatchNorm statistics across ranks; GPUs only.")
     on_nonfinite: Literal["stop", "skip"] = option(
         "stop", "If the loss, a gradient or l_X becomes NaN or infinite: stop, or skip that batch.", may_change=True

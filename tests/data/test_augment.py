@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def test_cut_out_by_hand() -> None:
 
 
 def augmented(name: str, images: Tensor, **changes: int) -> Tensor:
-    where = {"seed": 3, "epoch": 2, "batch": 1, "size": len(images), **changes}
+    where: dict[str, Any] = {"seed": 3, "epoch": 2, "batch": 1, "size": len(images), **changes}
     return augment(name, images, own=slice(0, len(images)), **where)
 
 

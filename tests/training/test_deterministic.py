@@ -1,0 +1,57 @@
+"""Deterministic algorithms: switched on for a run, and what happens where there are none."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from fits import equal, fitted
+from torch import Tensor, nn
+from training_problems import images_and_labels, made
+
+import deat_rb
+from deat_rb.training.engine import Engine
+from deat_rb.utils.errors import DeatError
+
+
+def test_a_run_uses_deterministic_algorithms_and_restores_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    engine = Engine(deterministic=True)
+    with engine.prepared(made()):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.are_deterministic_algorithms_enabled()
+    with Engine().prepared(made()):
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_autotuning_is_off_in_a_deterministic_run() -> None:
+    for deterministic in (True, False):
+        engine = Engine(deterministic=deterministic)
+        engine.device = torch.device("cuda")  # on which nothing is run here
+        engine.prepare = lambda model: model  # type: ignore[method-assign] # there is no GPU to move the model to
+        with engine.prepared(made()):
+            assert torch.backends.cudnn.benchmark != deterministic
+
+
+def test_on_a_cpu_it_changes_nothing() -> None:
+    assert equal(fitted("pgd-2", deterministic=True), fitted("pgd-2"))
+
+
+class Scattered(nn.Module):
+    """A network with an operation that has no deterministic form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = made()
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.inner(images)
+        torch.zeros(4).put_(torch.tensor([0]), torch.ones(1), accumulate=False)
+        return logits
+
+
+def test_an_operation_without_a_deterministic_form_is_named() -> None:
+    with pytest.raises(DeatError, match=r"--deterministic is impossible: put_ has no deterministic implementation .*"):
+        deat_rb.create("pgd-1", Scattered()).fit([images_and_labels()], epochs=1, deterministic=True)
