@@ -49,7 +49,7 @@ def reproduce(
     """
     from deat_rb.reproduction.experiments import Setup, chosen_targets
     from deat_rb.reproduction.folder import StudyFolder
-    from deat_rb.reproduction.reproduce import check_setup, study_of
+    from deat_rb.reproduction.reproduce import check_setup, record_targets, study_of
     from deat_rb.utils.errors import DeatError
 
     if list_targets:
@@ -63,13 +63,13 @@ def reproduce(
     )
     study = study_of(chosen, setup)
     folder = StudyFolder(output)
+    check_setup(folder, setup)
     given = _given(scale=scale, seeds=seeds, dataset=dataset, data_dir=data_dir, arch=arch, n_examples=n_examples,
                    autoattack=autoattack, output=output)  # fmt: skip
     arguments = ["reproduce", *targets, *given]
 
     def write() -> None:
-        every = check_setup(folder, setup, chosen)
-        _write(every, chosen, setup, folder)
+        _write(record_targets(folder, setup, chosen), chosen, setup, folder)
 
     work(study, folder, WorkOptions(**options), arguments, write)
 

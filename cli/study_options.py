@@ -11,6 +11,7 @@ import click
 
 if TYPE_CHECKING:
     from deat_rb.evaluation.runner import Progress
+    from deat_rb.reproduction.estimate import Prediction
     from deat_rb.reproduction.folder import Record, StudyFolder
     from deat_rb.reproduction.study import RunSpec, Study
     from deat_rb.training.callbacks import Callback
@@ -235,11 +236,17 @@ def print_estimate(study: Study, folder: StudyFolder, workers: int) -> None:
     predicted = estimate(folder, left, notify=lambda text: click.echo(text, err=True))
     table = new_table(escape(study.title))
     table.add_column("run", overflow="fold")
-    for column in ("seed", "epochs", "backward passes", "training", "evaluation"):
+    for column in ("seeds", "epochs", "backward passes", "training", "evaluation"):
         table.add_column(column, justify="right")
+    rows: dict[tuple[str, str], list[Prediction]] = {}
     for each in predicted:
-        table.add_row(escape(each.run.label), str(each.run.seed), str(each.epochs), each.passes_text(),
-                      duration(each.training), duration(each.evaluation))  # fmt: skip
+        place = f"{each.run.options.attack.setting}, {each.run.options.model.arch}"
+        rows.setdefault((each.run.label, place), []).append(each)
+    for (label, place), seeds in rows.items():
+        first = seeds[0]
+        name = label if sum(other == label for other, _ in rows) == 1 else f"{label} ({place})"
+        table.add_row(escape(name), str(len(seeds)), str(first.epochs), first.passes_text(),
+                      duration(first.training), duration(first.evaluation))  # fmt: skip
     Console().print(table)
     total = sum(each.training + each.evaluation for each in predicted)
     settled = len(study.runs) - len(left)

@@ -110,6 +110,8 @@ def judge(
         outcome = "holds"
     elif "does not hold" in outcomes:
         outcome = "does not hold"
+    if not any(each.differences for each in compared):
+        return Verdict(text, "undecided", "no seed is done")
     shown = [
         f"{high} - {low}: {_described(each, column)}" for (high, low), each in zip(pairs, compared, strict=True)
         if len(pairs) <= 3 or each.outcome != "holds"

@@ -66,31 +66,43 @@ def study_of(targets: Sequence[str], setup: Setup) -> Study:
     return merge([target_study(name, setup) for name in targets], "reproduction", "The paper's experiments")
 
 
-def check_setup(folder: StudyFolder, setup: Setup, targets: Sequence[str]) -> list[str]:
-    """Record the setup and the targets in a folder, and return all targets that were recorded so far.
+def check_setup(folder: StudyFolder, setup: Setup) -> list[str]:
+    """Check that a folder has no reproduction with another setup, and return the targets that were written so far.
 
     Raises:
         DeatError: The folder holds a reproduction at another scale or with other data or networks.
     """
-    own = {"scale": setup.scale, "dataset": setup.dataset, "data_dir": setup.data_dir, "arch": setup.arch}
     path = folder.path / SETUP
-    known: list[str] = []
-    if path.is_file():
-        content = read_json(path)
-        if not isinstance(content, dict) or not isinstance(content.get("targets"), list):
-            raise DeatError(f"{path} is damaged; remove it")
-        for name, value in own.items():
-            if content.get(name) != value:
-                raise DeatError(
-                    f"{folder.path} holds a reproduction with {name.replace('_', '-')} {content.get(name)}, not "
-                    f"{value}; choose another --output"
-                )
-        known = [str(each) for each in content["targets"]]
+    if not path.is_file():
+        return []
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("targets"), list):
+        raise DeatError(f"{path} is damaged; remove it")
+    for name, value in _fixed(setup).items():
+        if content.get(name) != value:
+            raise DeatError(
+                f"{folder.path} holds a reproduction with {name.replace('_', '-')} {content.get(name)}, not {value}; "
+                "choose another --output"
+            )
+    return [name for name in experiments().targets if name in content["targets"]]
+
+
+def record_targets(folder: StudyFolder, setup: Setup, targets: Sequence[str]) -> list[str]:
+    """Record the setup and targets in a folder, and return all targets that were recorded so far.
+
+    Raises:
+        DeatError: See `check_setup`.
+    """
+    known = check_setup(folder, setup)
     every = [name for name in experiments().targets if name in {*known, *targets}]
     if every != known:
         folder.create()
-        write_json(path, {**own, "targets": every})
+        write_json(folder.path / SETUP, {**_fixed(setup), "targets": every})
     return every
+
+
+def _fixed(setup: Setup) -> dict[str, str | None]:
+    return {"scale": setup.scale, "dataset": setup.dataset, "data_dir": setup.data_dir, "arch": setup.arch}
 
 
 def outcome(name: str, setup: Setup, folder: StudyFolder) -> Outcome:

@@ -114,7 +114,9 @@ def published_text(row: Row, column: str, plus_minus: str = " ± ") -> str:
     known = row.published.get(column)
     if known is None:
         return ""
-    text = f"{known.mean:g}" + ("" if known.deviation is None else f"{plus_minus}{known.deviation:g}")
+    digits = 1 if column in DIGITS else 2  # as the paper prints them
+    text = f"{known.mean:.{digits}f}"
+    text += "" if known.deviation is None else f"{plus_minus}{known.deviation:.1f}"
     value = row.value(column)
     return text if value is None else f"{text} ({_signed(value.mean - known.mean, column)})"
 

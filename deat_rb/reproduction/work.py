@@ -30,6 +30,9 @@ from deat_rb.utils.locks import BusyError
 POLL = 2.0
 """Seconds between two looks at runs that other processes have claimed."""
 
+ATTEMPTS = 5
+"""Attempts to claim a single run: `StudyFolder.status` holds its lock for a moment."""
+
 
 class WorkListener(Protocol):
     """What a command shows of the work."""
@@ -113,10 +116,13 @@ class Worker:
     def work_on(self, run: RunSpec) -> bool:
         """Train and evaluate one run, unless it is done, has failed or is claimed; return whether it was free."""
         self.folder.create()
-        with self.folder.claimed(run) as free:
-            if free and not self.folder.is_settled(run):
-                return self._process(run, self.study.runs.index(run) + 1)
-            return free
+        for _ in range(ATTEMPTS):
+            with self.folder.claimed(run) as free:
+                if free:
+                    settled = self.folder.is_settled(run)
+                    return settled or self._process(run, self.study.runs.index(run) + 1)
+            time.sleep(0.2)
+        return False
 
     def _pass(self) -> tuple[bool, int]:
         """Try each run once; return whether one was worked on, and how many are claimed by other processes."""

@@ -76,9 +76,10 @@ def run_workers(
         raise DeatError(f"the folder {logs} cannot be created ({error.strerror})") from None
     with ExitStack() as stack:
         files = [stack.enter_context(open(logs / f"worker-{k}.log", "ab")) for k in range(1, len(environs) + 1)]
+        # In sessions of their own, so that Ctrl-C reaches only this process, which asks them to stop once.
         workers = [
             subprocess.Popen([sys.executable, "-m", "deat_rb", *arguments], stdin=subprocess.DEVNULL, stdout=file,
-                             stderr=subprocess.STDOUT, env={**os.environ, **extra})
+                             stderr=subprocess.STDOUT, env={**os.environ, **extra}, start_new_session=True)
             for file, extra in zip(files, environs, strict=True)
         ]  # fmt: skip
         stack.callback(_stop, workers)

@@ -1,0 +1,35 @@
+"""Predicted times."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from small_studies import small_study
+
+from deat_rb.reproduction.estimate import ROBUST, VALIDATION_PASSES, Times, estimate, read_estimate
+from deat_rb.reproduction.folder import StudyFolder
+
+
+def test_estimate_adds_steps_updates_validation_and_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds by hand, for 2 epochs of 2 batches of 32 images, and 16 validation images."""
+    times = {"pgd-1": Times(update=2.0, step=1.0, evaluation=32.0), "free-2": Times(0.0, 3.0, 32.0)}
+    monkeypatch.setattr("deat_rb.reproduction.estimate._measure", lambda planned, kind: times[kind])
+    study = small_study({"method": "pgd-3"}, {"method": "free-2"}, {"method": "m+pgd"})
+    folder = StudyFolder(tmp_path)
+    pgd, free, guided = estimate(folder, study.runs, notify=lambda text: None)
+    validation = 2 * 16 * VALIDATION_PASSES * 1.0  # epochs, images, passes per image, seconds per image
+    assert (pgd.passes, pgd.exact, pgd.training) == (16, True, 12 * 1.0 + 4 * 2.0 + validation)
+    assert (free.passes, free.exact, free.training) == (8, True, 8 * 3.0 + validation)
+    # one step in the first epoch and one or two in the second: 8 or 10 passes
+    assert (guided.passes, guided.exact) == (9, False)
+    assert pgd.evaluation == pytest.approx(ROBUST * 16 * (1 + 2))  # FGSM and PGD-2 on 16 images
+    assert read_estimate(folder)[study.runs[0].name] == pytest.approx(pgd.training + pgd.evaluation)
+
+
+@pytest.mark.slow
+def test_estimate_measures(tmp_path: Path) -> None:
+    told: list[str] = []
+    predicted = estimate(StudyFolder(tmp_path), small_study().runs, notify=told.append)
+    assert len(told) == 1
+    assert 0 < predicted[0].training < 60

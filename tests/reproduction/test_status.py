@@ -1,0 +1,46 @@
+"""Time left, and environments of workers."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from small_studies import small_study
+
+from deat_rb.reproduction.folder import Status
+from deat_rb.reproduction.status import RunState, StudyState
+from deat_rb.reproduction.workers import environments
+from deat_rb.utils.errors import DeatError
+
+RUNS = small_study({"method": "pgd-1"}, {"method": "free-2"}, seeds=(0, 1)).runs
+
+
+def state(number: int, status: Status, epochs: int = 0, seconds: float | None = None) -> RunState:
+    return RunState(RUNS[number], status, epochs, 2, seconds)
+
+
+def test_seconds_left_are_those_of_other_seeds() -> None:
+    """Half of a run like the one of 60 s, and two like the one of 20 s, with one at a time."""
+    runs = (state(0, "done", 2, 60.0), state(1, "running", 1), state(2, "done", 2, 20.0), state(3, "waiting"))
+    assert StudyState(runs, {}).seconds_left() == pytest.approx(30 + 20)
+
+
+def test_seconds_left_correct_predictions_by_finished_runs() -> None:
+    """PGD-1 was predicted to take 30 s and took 60 s, so that FREE-2's 10 s become 20 s each, two at a time."""
+    runs = (state(0, "done", 2, 60.0), state(2, "running"), state(3, "running"))
+    predicted = {RUNS[0].name: 30.0, RUNS[2].name: 10.0, RUNS[3].name: 10.0}
+    assert StudyState(runs, predicted).seconds_left() == pytest.approx(20)
+    assert StudyState(runs[1:], {}).seconds_left() is None
+    assert StudyState(runs[:1], {}).seconds_left() == 0
+
+
+def test_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("deat_rb.reproduction.workers._cores", lambda: 8)
+    assert environments(4, (), 1) == [{"OMP_NUM_THREADS": "2"}] * 4
+    assert environments(None, ("0", "3"), 2) == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in ("0", "0", "3", "3")]
+    assert environments(None, (), 1) == [{}]
+    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
+    assert environments(4, (), 1) == [{}] * 4
+    with pytest.raises(DeatError, match="--per-gpu 0 is below 1"):
+        environments(None, ("0",), 0)

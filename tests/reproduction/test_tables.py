@@ -1,0 +1,45 @@
+"""Tables of results as text."""
+
+from __future__ import annotations
+
+from deat_rb.reproduction.results import RunResult
+from deat_rb.reproduction.tables import Published, ResultTable, Row, as_csv, as_json, as_latex, as_markdown
+
+
+def run(seed: int, natural: float, status: str = "done", reason: str = "") -> RunResult:
+    values = {"natural": natural, "backward passes": 1234.0, "minutes": 1.5} if status == "done" else {}
+    return RunResult(f"m-deat-{seed}", "m_deat & co", seed, status, reason, values)
+
+
+def table() -> ResultTable:
+    runs = (run(0, 80.0), run(1, 82.0), run(2, 0.0, "failed", "training diverged"))
+    row = Row("m_deat & co", runs, {"natural": Published(79.88, 0.5)})
+    return ResultTable("t", "A title", ("natural", "backward passes", "minutes"), (row,), ("Not the paper's.",))
+
+
+def test_markdown() -> None:
+    text = as_markdown(table())
+    # the mean of 80 and 82 is 81, their deviation is sqrt 2; 81 - 79.88 = 1.12
+    assert "| m\\_deat & co | 2 of 3 | 81.00 ± 1.41<br>79.88 ± 0.5 (+1.12) | 1,234 ± 0 | 1.50 ± 0.00 |" in text
+    assert "Not the paper's." in text
+    assert "seed 2 failed: training diverged" in text
+
+
+def test_latex_and_csv() -> None:
+    latex = as_latex(table())
+    assert r"m\_deat \& co & 81.00 $\pm$ 1.41" in latex
+    assert r"{\footnotesize 79.88 $\pm$ 0.5 (+1.12)}" in latex
+    header, line = as_csv(table()).splitlines()
+    cells = dict(zip(header.split(","), line.split(","), strict=True))
+    assert (cells["natural"], cells["natural published"], cells["seeds"]) == ("81.0", "79.88", "2")
+
+
+def test_json_has_every_run() -> None:
+    row = as_json(table())["rows"][0]
+    assert row["means"]["natural"]["count"] == 2
+    assert [each["status"] for each in row["runs"]] == ["done", "done", "failed"]
+
+
+def test_a_single_run_has_no_deviation() -> None:
+    one = ResultTable.of([run(0, 80.0)], name="t", title="A title")
+    assert "| 1 | 80.00 | 1,234 | 1.50 |" in as_markdown(one)
