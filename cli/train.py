@@ -32,7 +32,7 @@ output_option = partial(click.option, cls=GroupedOption, group="Output")
 @output_option(
     "--trust-code", is_flag=True, help="Allow --resume and --config to call the package.module:factory that they name."
 )
-@output_option("--dry-run", is_flag=True, help="Print the plan and its cost without training.")
+@output_option("--dry-run", is_flag=True, help="Print the plan and its cost, time and memory without training.")
 def train(
     name: str | None,
     output: str,
@@ -48,7 +48,14 @@ def train(
     By default, trains with M+TRADES on the bundled digits, which takes a few minutes on a laptop. Images are in [0, 1];
     --eps and --alpha use the same unit. Configuration, metrics, weights and plots are stored in the run directory.
     """
-    from deat_rb.cli.training_progress import DecodingProgress, TrainingProgress, print_plan, print_result, print_seeds
+    from deat_rb.cli.training_progress import (
+        DecodingProgress,
+        TrainingProgress,
+        print_estimate,
+        print_plan,
+        print_result,
+        print_seeds,
+    )
     from deat_rb.models.names import check_trust
     from deat_rb.runs.directory import check_free, check_name
     from deat_rb.runs.options import make_options, read_options
@@ -97,6 +104,8 @@ def train(
     if is_main():
         print_plan(planned, seeds or ())
     if dry_run:
+        if is_main():
+            print_estimate(planned, seeds or ())
         return
     with TrainingProgress(seeds=seeds or ()) as progress:
         where: dict[str, Any] = {"output": output, "name": name, "callbacks": [progress]}

@@ -217,6 +217,27 @@ def print_plan(planned: TrainingPlan, seeds: Sequence[int] = ()) -> None:
         print(f"{name:<10} {text}")
 
 
+def print_estimate(planned: TrainingPlan, seeds: Sequence[int] = ()) -> None:
+    """Time a few batches, and print the estimated time and memory of a plan, with ``seeds`` for all their runs."""
+    from deat_rb.runs.estimate import estimate
+
+    found = estimate(planned)
+    runs = max(len(seeds), 1)
+    low, high = (duration(runs * seconds) for seconds in (found.low, found.high))
+    how = ", ".join(
+        f"{seconds:.2g} s with {steps} step{'' if steps == 1 else 's'}" for steps, seconds in found.timed.items()
+    )
+    limits = [
+        *(["one rank only"] if planned.ranks > 1 else []),
+        *(["without --compile"] if planned.config.runtime.compile else []),
+        *(["it may end earlier"] if found.may_end_earlier else []),
+    ]
+    print(f"{'time':<10} about {low if low == high else f'{low} to {high}'} on {found.device}, estimated from "
+          f"{found.batches} batches ({how}{''.join(f'; {each}' for each in limits)})")  # fmt: skip
+    where = "of the GPU's memory" if found.device.startswith("cuda") else "of memory"
+    print(f"{'memory':<10} about {found.memory / 1e9:.1f} GB {where}, estimated: the peak while these were timed")
+
+
 def print_seeds(results: Sequence[tuple[RunDirectory, History]]) -> None:
     """Print mean and standard deviation over the runs of several seeds."""
     from deat_rb.runs.train import mean_and_std

@@ -1,0 +1,95 @@
+"""`deat_rb.runs.estimate`: time and memory of a run from timed batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from small_runs import planned
+
+from deat_rb.cli import main
+from deat_rb.runs import estimate as module
+from deat_rb.runs.estimate import estimate
+from deat_rb.runs.plan import TrainingPlan
+
+
+@pytest.fixture
+def fixed_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch takes 1 s per backward pass, of which there are as many as steps (for replays) or one more."""
+
+    def timed(planned: TrainingPlan, steps: int | None, device: torch.device) -> Any:
+        watch = module._Stopwatch(device)
+        replays = planned.config.attack.method == "m-deat"
+        watch.passes = (steps or planned.trainer.schedule.steps) + (0 if replays else 1)
+        watch.seconds = [100.0, *[float(watch.passes)] * 10]  # the first is left out
+        return watch, 10**9
+
+    monkeypatch.setattr(module, "_timed", timed)
+
+
+def test_estimate_of_constant_steps(fixed_times: None) -> None:
+    """2 epochs of 2 batches of 2 s; validation: 2 epochs, 16 images, 22 passes of 1/32 s each."""
+    found = estimate(planned(method="pgd-1"))
+    assert found.timed == {1: 2.0}
+    assert (found.low, found.high) == (8 + 22, 8 + 22)
+    assert (found.batches, found.memory, found.may_end_earlier) == (10, 10**9, False)
+
+
+def test_estimate_of_guided_steps_is_a_range(fixed_times: None) -> None:
+    """4 epochs of 2 batches: at least 1 + 2 + 2 + 2 replays, at most 1 + 2 + 3 + 4; validation takes 44 s."""
+    found = estimate(planned(method="m-deat", epochs=4))
+    assert found.timed == {1: 1.0, 4: 4.0}
+    assert (found.low, found.high) == (2 * 7 + 44, 2 * 10 + 44)
+
+
+def test_estimate_of_every_d_epochs_is_known(fixed_times: None) -> None:
+    """DEAT-3 in 6 epochs: 3 x 1 + 3 x 2 replays of 2 batches; both are timed, with one pass more than replays here."""
+    found = estimate(planned(method="deat-3", epochs=6))
+    assert found.timed == {1: 2.0, 2: 3.0}
+    assert found.low == found.high == pytest.approx(2 * (6 + 9) + 66)
+
+
+def test_estimate_says_that_a_run_may_end_earlier(fixed_times: None) -> None:
+    assert estimate(planned(method="u-fgsm")).may_end_earlier
+    assert not estimate(planned(method="u-fgsm", early_stopping=False)).may_end_earlier
+
+
+def test_estimate_times_batches_and_leaves_the_plan_as_it_was() -> None:
+    plan = planned(method="m+trades", max_steps=2)
+    before = {name: tensor.clone() for name, tensor in plan.trainer.model.state_dict().items()}
+    random = torch.get_rng_state()
+    found = estimate(plan)
+    assert found.timed.keys() == {1, 2}
+    assert 0 < found.low <= found.high < 300
+    assert found.batches == 10
+    assert found.memory > 10**7
+    after = plan.trainer.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (plan.trainer.schedule.steps, plan.trainer.model.training) == (1, True)
+    assert torch.equal(random, torch.get_rng_state())
+
+
+def test_timing_ends_after_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LIMIT", 0.0)
+    assert estimate(planned()).batches == 1
+
+
+def test_dry_run_prints_time_and_memory(tmp_path: Path, fixed_times: None) -> None:
+    arguments = ["train", "--method", "m-deat", "--arch", "wrn-10-1", "--train-size", "64", "--val-size", "16",
+                 "--batch-size", "32", "--epochs", "4", "--dry-run", "--output", str(tmp_path), "--device",
+                 "cpu"]  # fmt: skip
+    lines = CliRunner().invoke(main, arguments).stdout.splitlines()
+    assert lines[-2:] == [
+        "time       about 58 s to 64 s on cpu, estimated from 10 batches (1 s with 1 step, 4 s with 4 steps)",
+        "memory     about 1.0 GB of memory, estimated: the peak while these were timed",
+    ]
+    assert (
+        CliRunner()
+        .invoke(main, [*arguments, "--seeds", "0,1"])
+        .stdout.splitlines()[-2]
+        .startswith("time       about 2 min on cpu")
+    )
+    assert not list(tmp_path.iterdir())
