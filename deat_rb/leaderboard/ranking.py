@@ -27,7 +27,7 @@ class RankedEntry:
     Attributes:
         entry: The entry.
         rank: Rank, from 1, among full evaluations with the same dataset, threat model and eps; ties share a rank. None
-            for other entries and without a robust accuracy.
+            for other entries, for baselines (trained without adversarial examples) and without a robust accuracy.
         part: ``full``; ``subset`` (of the test set); or ``published`` (not measured by this board).
     """
 
@@ -90,14 +90,21 @@ def rank(entries: Sequence[Entry], *, dataset: str | None = None, sort: str = "r
     ranked = []
     for entry in chosen:
         place, part, robust = None, _part(entry), entry.robust
-        if part == "full" and robust is not None:
-            rivals = (other for other in chosen if _part(other) == "full" and _group(other) == _group(entry))
+        if part == "full" and robust is not None and not is_baseline(entry):
+            rivals = (other for other in chosen
+                      if _part(other) == "full" and _group(other) == _group(entry) and not is_baseline(other)
+                      )  # fmt: skip
             place = 1 + sum((other.robust or 0) > robust for other in rivals)
         ranked.append(RankedEntry(entry, place, part))
     order = list(PARTS)
     return tuple(
         sorted(ranked, key=lambda each: (each.group, order.index(each.part), SORTS[sort](each.entry), each.entry.key))
     )
+
+
+def is_baseline(entry: Entry) -> bool:
+    """Return whether an entry's network was trained without adversarial examples."""
+    return entry.method == "standard"
 
 
 def _part(entry: Entry) -> Part:

@@ -32,7 +32,7 @@ from deat_rb.leaderboard.pages.published import (
     ROBUSTBENCH_LINK,
     PaperTable,
 )
-from deat_rb.leaderboard.ranking import RankedEntry, rank
+from deat_rb.leaderboard.ranking import RankedEntry, is_baseline, rank
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import write_all
 from deat_rb.utils.text import new_environment
@@ -158,11 +158,15 @@ def _environment() -> Environment:
     from markupsafe import Markup
 
     environment = new_environment("deat_rb.leaderboard")
-    style, script = (environment.get_template(f"board.{kind}.j2").render() for kind in ("css", "js"))
-    policy = "; ".join(f"{name}-src 'sha256-{_hash(text)}'" for name, text in (("script", script), ("style", style)))
+    style, script, copy = (
+        environment.get_template(f"{name}.j2").render() for name in ("board.css", "board.js", "copy.js")
+    )
+    scripts = " ".join(f"'sha256-{_hash(text)}'" for text in (script, copy))
+    policy = f"script-src {scripts}; style-src 'sha256-{_hash(style)}'"
     environment.globals.update(
         style=Markup(style),
         script=Markup(script),
+        copy=Markup(copy),
         policy=Markup(f"default-src 'none'; base-uri 'none'; form-action 'none'; {policy}"),
     )
     return environment
@@ -266,7 +270,7 @@ def _entry_row(ranked: RankedEntry) -> dict[str, Any]:
         "title": entry.name or "",
         "link": web_link(entry.link),
         "method": entry.method or "",
-        "baseline": entry.method == "standard",
+        "baseline": is_baseline(entry),
         "notes": [entry.footnote] if entry.footnote else [],
         "natural": cells[0].value,
         "robust": entry.robust,

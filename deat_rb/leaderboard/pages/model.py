@@ -22,6 +22,9 @@ from deat_rb.leaderboard.pages.format import (
     web_link,
 )
 
+HOME = "../../.."
+"""The board's folder, seen from a model's page."""
+
 
 def page_of(entry: Entry) -> PurePosixPath:
     """Return the path of a model's page, relative to the board."""
@@ -39,13 +42,14 @@ def model_content(entry: Entry) -> dict[str, Any]:
         "title": entry.model_name,
         "published": entry.kind == "published",
         "subtitle": f"{dataset_title(entry.dataset)}, {entry.threat_model} at eps {entry.eps}{_extent(entry)}",
-        "home": "../../../index.html",
+        "home": f"{HOME}/index.html",
         "cards": _cards(entry),
         "notes": [note for note in (entry.dataset_note, entry.footnote) if note],
         "figures": [_accuracy_row(name, each, entry.remeasured) for name, each in entry.figures.items()],
         "remeasured": bool(entry.remeasured),
         "curves": curves(entry.metrics),
-        "checks": sorted(entry.checks, key=lambda check: ("fail", "warn", "pass").index(check.status)),
+        "checks": [check for status in ("fail", "warn") for check in entry.checks if check.status == status],
+        "passed": [check for check in entry.checks if check.status == "pass"],
         "marks": MARKS,
         "load": _load(entry),
         "command": entry.command,
@@ -136,7 +140,10 @@ def _facts(entry: Entry) -> list[tuple[str, str | None, str | None]]:
         "evaluated on": entry.evaluated_on,
     }
     paper = ("paper", entry.name or entry.link, web_link(entry.link))
-    return [paper, *((name, value, None) for name, value in facts.items())]
+    own = [f"entries/{entry.key}.json", *([entry.weights_file] if entry.weights_file else [])]
+    files = [(name, place, f"{HOME}/{local_link(*PurePosixPath(place).parts)}")
+             for name, place in zip(("entry", "weights"), own, strict=False)]  # fmt: skip
+    return [paper, *((name, value, None) for name, value in facts.items()), *files]
 
 
 def _text(value: bool | int | Mapping[str, str] | None) -> str | None:
