@@ -88,6 +88,9 @@ COLUMNS = (
 
 EMPTY = Cell(MISSING)
 
+AFTER_RANKED = 10**6
+"""Sort key of the rank of a baseline."""
+
 ATTACKED: tuple[AttackName, ...] = ("fgsm", "pgd-100", "cw-20")
 
 
@@ -214,7 +217,9 @@ def _plural(number: int, noun: str) -> str:
 def _group_content(group: Group, ranked: Sequence[RankedEntry]) -> dict[str, Any]:
     entries = [each.entry for each in ranked if each.entry not in REFERENCES]
     rows = [_entry_row(each) for each in ranked]
-    rows.sort(key=lambda row: (row["robust"] is None, -(row["robust"] or 0), -(row["natural"] or 0), row["name"]))
+    rows.sort(key=lambda row: (
+        row["robust"] is None, row["baseline"], -(row["robust"] or 0), -(row["natural"] or 0), row["name"]
+    ))  # fmt: skip
     points, left_out = [], []
     for entry in entries:
         robust, cost = entry.robust, entry.backward_passes
@@ -263,7 +268,7 @@ def _entry_row(ranked: RankedEntry) -> dict[str, Any]:
     )
     return {
         "kind": entry.kind,
-        "rank": EMPTY if ranked.rank is None else Cell(str(ranked.rank), ranked.rank),
+        "rank": _rank_cell(ranked),
         "name": entry.model_name,
         "parts": name_parts(entry.model_name),
         "page": None if entry in REFERENCES else link_of(entry),
@@ -276,6 +281,13 @@ def _entry_row(ranked: RankedEntry) -> dict[str, Any]:
         "robust": entry.robust,
         "cells": cells,
     }
+
+
+def _rank_cell(ranked: RankedEntry) -> Cell:
+    """Return the cell of a rank; baselines, which have none, are sorted after the ranked models."""
+    if ranked.rank is None:
+        return Cell(MISSING, AFTER_RANKED) if is_baseline(ranked.entry) and ranked.part == "full" else EMPTY
+    return Cell(str(ranked.rank), ranked.rank)
 
 
 def _percent_cell(accuracy: str | float | None, note: str = "") -> Cell:

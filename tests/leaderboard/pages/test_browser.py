@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -174,6 +175,17 @@ def test_the_filter_finds_words(page: Page) -> None:
     page.get_by_role("button", name="Clear").click()
     playwright.expect(status).to_have_text("21 models")
     assert names(table(page)) == RANKED
+
+
+def test_a_command_can_be_copied(page: Page) -> None:
+    page.get_by_role("link", name="Doe2021Made_MDEAT", exact=True).click()
+    buttons = page.get_by_role("button", name="Copy")
+    assert buttons.count() == page.locator("pre code").count() > 0
+    buttons.first.click()
+    text = page.locator("pre code").first.text_content()
+    playwright.expect(page.locator(".copied button").first).to_have_text(re.compile("Copied|Selected"))
+    if page.locator(".copied button").first.text_content() == "Selected":
+        assert page.evaluate("getSelection().toString()").strip() == (text or "").strip()
 
 
 def test_the_filter_takes_a_method_or_what_was_measured(page: Page) -> None:

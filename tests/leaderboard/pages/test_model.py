@@ -55,7 +55,9 @@ def test_the_lines_on_a_page_load_the_network(tmp_path: Path, monkeypatch: pytes
     made_up_board.write(tmp_path, [entry])
     build(board)
     (lines,) = re.findall(
-        "<h2>Load the model</h2>\n<pre><code>(.*?)</code>", (board / f"models/{entry.key}.html").read_text(), re.S
+        '<h2>Load the model</h2>\n<div class="copied"><pre><code>(.*?)</code>',
+        (board / f"models/{entry.key}.html").read_text(),
+        re.S,
     )
     assert len(html.unescape(lines).splitlines()) == 3
     monkeypatch.chdir(board)
