@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> N
               "evaluated as a sweep with the plot eval-eps.png; the report then uses the default radius, or the last "
               "one if the default is not among them.")  # fmt: skip
 @click.option("--n-examples", type=int, metavar="N", help="Number of test images to evaluate; by default all.")
-@click.option("--batch-size", type=int, default=128, show_default=True, metavar="N", help="Images per batch.")
+@click.option("--batch-size", type=int, metavar="N", help="Images per batch.  [default: 500 on a GPU, otherwise 128]")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Random seed.")
 @click.option("--precision", default="fp32", show_default=True, metavar="[fp32|bf16]",
               help="Precision of the attacks; bf16 is faster, but its robust accuracies are upper bounds.")  # fmt: skip
@@ -82,7 +83,7 @@ def evaluate(
     norm: str,
     eps: tuple[float, ...] | None,
     n_examples: int | None,
-    batch_size: int,
+    batch_size: int | None,
     seed: int,
     precision: str,
     device: str,
@@ -109,7 +110,7 @@ def evaluate(
     The most complete evaluation of a run is its eval.json; others are stored in its folder evaluations.
 
     An interrupted evaluation of a run or with --json is resumed by the same command. Before it has finished, other
-    settings require --no-resume.
+    settings require --no-resume. Started with torchrun, several GPUs share the batches of one evaluation.
     """
     from rich.console import Console
 
@@ -120,6 +121,7 @@ def evaluate(
     from deat_rb.evaluation.evaluate import check_options, evaluate
     from deat_rb.runs.trackers import trackers_of
     from deat_rb.utils.devices import resolve_device
+    from deat_rb.utils.distributed import world
     from deat_rb.utils.errors import DeatError
 
     chosen = parse_attacks((*attacks, "autoattack") if autoattack else attacks)
@@ -137,7 +139,8 @@ def evaluate(
         import_from_current_folder(name)
     network = description(**options)
     data: dict[str, Any] = {"dataset": dataset, "data_dir": data_dir, "memory_limit": memory_limit}
-    opened = [open_target(target, norm=norm, **data, **network) for target in targets]
+    ranks = world(cpu=where.type == "cpu")
+    opened = [ranks.local_main_first(partial(open_target, target, norm=norm, **data, **network)) for target in targets]
     for target in opened:
         if overwrite and not _has_own_data(target):
             raise DeatError("--overwrite applies only to evaluations of runs on their own dataset: omit it")
@@ -153,20 +156,22 @@ def evaluate(
         own = target.eps if norm == "Linf" else 0.5
         written: list[str] = []
         finish = partial(_write, target, json_path, page, overwrite, where, written, images=images, labels=labels)
-        with EvaluationProgress(len(labels)) as progress:
+        with EvaluationProgress(len(labels)) if ranks.is_main else nullcontext() as progress:
             report = evaluate(
                 target.model, images, labels, attacks=chosen, eps=radii or (own,), main_eps=own, norm=norm,
                 batch_size=batch_size, seed=seed, device=where, precision=precision, checks=checks,
                 state=_state(target, json_path), resume=resume, progress=progress,
-                provenance=target.provenance | command, finish=finish,
+                provenance=target.provenance | command, finish=finish, ranks=ranks,
             )  # fmt: skip
         reports.append(report)
+        if not ranks.is_main:
+            continue
         _print(report, target, console)
         for sentence in written:
             console.print(sentence, highlight=False, soft_wrap=True, markup=False)
         if track:
             _log(target, report)
-    if len(reports) > 1:
+    if len(reports) > 1 and ranks.is_main:
         _print_means(reports, opened, console)
     if strict and any(check.status != "pass" for report in reports for check in report.checks):
         raise click.exceptions.Exit(1)

@@ -90,7 +90,7 @@ def build(context: click.Context, board: Path | None) -> None:
               help="Folder of a dataset; may be repeated. The digits need none.")  # fmt: skip
 @click.option("--memory-limit", metavar="SIZE",
               help="Do not keep a folder's test images in memory if they would take more, such as 8G.")  # fmt: skip
-@click.option("--batch-size", type=int, default=128, show_default=True, metavar="N", help="Images per batch.")
+@click.option("--batch-size", type=int, metavar="N", help="Images per batch.  [default: 500 on a GPU, otherwise 128]")
 @click.option(
     "--device", default="auto", show_default=True, metavar="NAME", help="Device: auto, cpu, cuda, cuda:1, mps, ..."
 )
@@ -102,7 +102,7 @@ def verify(
     sample: int,
     data_dirs: tuple[str, ...],
     memory_limit: str | None,
-    batch_size: int,
+    batch_size: int | None,
     device: str,
 ) -> None:
     """Check all files and hashes, and re-measure random examples of every model.

@@ -55,7 +55,7 @@ from .options import threads_option
 )
 @click.option("--replace", is_flag=True, help="Replace the entry of the same name; the old one is moved to history/.")
 @click.option("--no-weights", "keep_weights", flag_value=False, default=True, help="Do not store the weights.")
-@click.option("--batch-size", type=int, default=128, show_default=True, metavar="N", help="Images per batch.")
+@click.option("--batch-size", type=int, metavar="N", help="Images per batch.  [default: 500 on a GPU, otherwise 128]")
 @click.option(
     "--device", default="auto", show_default=True, metavar="NAME", help="Device: auto, cpu, cuda, cuda:1, mps, ..."
 )
@@ -68,7 +68,7 @@ def submit(
     evaluate_anew: bool,
     replace: bool,
     keep_weights: bool,
-    batch_size: int,
+    batch_size: int | None,
     device: str,
     class_file: Path | None,
     mean: tuple[float, ...] | None,

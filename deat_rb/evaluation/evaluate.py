@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from numbers import Integral
 from pathlib import Path
@@ -26,6 +27,8 @@ from deat_rb.evaluation.resume import ResumeStore, open_store
 from deat_rb.evaluation.runner import NATURAL, AttackOutcome, AttackRunner, Progress
 from deat_rb.evaluation.statistics import wilson
 from deat_rb.training.validation import validate
+from deat_rb.utils.devices import uses_tf32
+from deat_rb.utils.distributed import World
 from deat_rb.utils.errors import DeatError, Interrupted, did_you_mean
 from deat_rb.utils.safe_load import sha256_tensors
 from deat_rb.utils.text import replace_invisible
@@ -58,7 +61,7 @@ def evaluate(
     eps: Eps = 8 / 255,
     main_eps: str | float | None = None,
     norm: str = "Linf",
-    batch_size: int = 128,
+    batch_size: int | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
     precision: str = "fp32",
@@ -70,6 +73,7 @@ def evaluate(
     progress: Progress | None = None,
     provenance: Mapping[str, str] | None = None,
     finish: Callable[[Report], None] | None = None,
+    ranks: World | None = None,
 ) -> Report:
     """Measure accuracy without an attack and under each of ``attacks``.
 
@@ -90,12 +94,13 @@ def evaluate(
         eps: Radius, in [0, 1] pixel units, as a number or a string such as ``8/255``; several make a sweep.
         main_eps: The radius of a sweep for which accuracies are reported; the last if None or not part of the sweep.
         norm: ``Linf`` or ``L2``.
-        batch_size: Number of examples attacked together.
+        batch_size: Number of examples attacked together; by default 500 on a GPU, otherwise 128.
         seed: Seed from which the random numbers of each batch are derived.
         device: Device to run on; by default the model's.
-        precision: ``fp32``, or ``bf16`` for a faster evaluation whose robust accuracies are upper bounds.
-        channels_last: Whether to use the channels_last memory format on a CPU, if the model supports it. It is faster
-            and changes logits by rounding errors, about 1e-7 of their size.
+        precision: ``fp32``, or ``bf16`` for a faster evaluation whose robust accuracies are upper bounds. In ``fp32``,
+            torch computes convolutions in TF32 on NVIDIA's GPUs; the report says so. Verdicts are always in float32.
+        channels_last: Whether to use the channels_last memory format on a CPU or GPU, if the model supports it. It is
+            faster and changes logits by rounding errors, about 1e-7 of their size.
         keep_adversarial: Whether the report keeps the adversarial images of the main radius; by default only if those
             of all attacks take at most 2 GiB.
         checks: Level of sanity checks: ``none``, ``quick`` or ``full``.
@@ -108,6 +113,8 @@ def evaluate(
             Its method ``within``, if any, is called as ``(attack, batch, batches, fraction)`` during a batch.
         provenance: Source of the model and the data, for the report; invisible characters are replaced with U+FFFD.
         finish: Function that saves the report; called before ``state`` is removed, so that nothing is lost if it fails.
+        ranks: The ranks that share the evaluation, from `deat_rb.utils.distributed.world`; all must call this with the
+            same arguments. Only rank 0 calls ``finish``. By default, this process evaluates alone.
 
     Returns:
         The report, with `Report.verdicts` and `Report.adversarial`.
@@ -128,6 +135,7 @@ def evaluate(
             model, images, labels, batch_size=batch_size, device=device, channels_last=channels_last
         ) as prepared:
             _check_square(names, norm, images)
+            ranks = ranks or World()
             keep = keep_adversarial
             if keep is None:
                 keep = 4 * len(images) * math.prod(images.shape[-3:]) * (len(names) - 1) <= KEPT_BYTES
@@ -146,12 +154,18 @@ def evaluate(
                 "device": _device_name(prepared.device),
                 "adversarial images": "kept" if keep else "not kept",
             }
-            store = stack.enter_context(open_store(state, {**digests, **settings, **versions()}, resume))
+            tf32 = precision == "fp32" and uses_tf32(prepared.device)
+            if tf32:
+                settings["convolutions"] = "TF32"
+            store = _shared_store(stack, state, {**digests, **settings, **versions()}, resume, ranks)
             stack.enter_context(_explained(store, prepared))
             if hasattr(progress, "say"):
                 for sentence in filter(None, (store.message, _sweep_cost(plans, len(images)))):
                     cast(Any, progress).say(sentence)
-            runner = AttackRunner(prepared, context, store, keep, PRECISIONS[precision], progress, len(plans) > 1)
+            runner = AttackRunner(
+                prepared, context, store, keep, PRECISIONS[precision], progress, sweeping=len(plans) > 1,
+                confirm=tf32 or precision != "fp32", ranks=ranks,
+            )  # fmt: skip
             outcomes, curve = _run(runner, plans, main)
         report = Report.of(
             [outcome.result(attack) for attack, outcome in outcomes.items()],
@@ -162,6 +176,7 @@ def evaluate(
             seed=seed,
             batch_size=prepared.batch_size,
             precision=precision,
+            tf32=tf32,
             layout=cast(Any, settings["layout"]),
             device=settings["device"],
             versions=versions(),
@@ -175,11 +190,20 @@ def evaluate(
             {attack.name: each.adversarial for attack, each in outcomes.items() if each.adversarial is not None}
         )
         if checks != "none":
-            done = _run_checks(model, images, labels, report, checks, device, progress)
-            report = report.model_copy(update={"checks": done})
+            run_checks = partial(_run_checks, model, images, labels, report, checks, device, progress)
+            report = report.model_copy(update={"checks": ranks.on_main(run_checks)})
         if finish is not None:
-            _finish(finish, report, store)
+            ranks.on_main(partial(_finish, finish, report, store))
     return report
+
+
+def _shared_store(
+    stack: ExitStack, state: str | Path | None, settings: Mapping[str, str], resume: bool | None, ranks: World
+) -> ResumeStore:
+    """Open the store on rank 0, which removes it in the end, and then the same folder on the other ranks."""
+    opened: list[ResumeStore] = []
+    ranks.on_main(lambda: opened.append(stack.enter_context(open_store(state, settings, resume))))
+    return opened[0] if opened else ResumeStore(None if state is None else Path(state))
 
 
 def _finish(finish: Callable[[Report], None], report: Report, store: ResumeStore) -> None:

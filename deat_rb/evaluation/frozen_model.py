@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deat_rb.data.check import _check_labels, check_batch
 from deat_rb.data.images import LabeledImages
 from deat_rb.models.check import ADVICE, check_weights_exist, trial_logits
-from deat_rb.utils.devices import resolve_device
+from deat_rb.utils.devices import default_batch_size, full_float32, resolve_device
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.module_state import preserve_state, require_autograd
 from deat_rb.utils.safe_load import sha256_tensors
@@ -88,7 +88,7 @@ def prepared_for_eval(
     images: Tensor | LabeledImages,
     labels: Tensor | None = None,
     *,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     device: torch.device | str | None = None,
     channels_last: bool = False,
 ) -> Iterator[PreparedModel]:
@@ -101,16 +101,17 @@ def prepared_for_eval(
         model: Any module that returns logits (N, K).
         images: In [0, 1], (N, C, H, W).
         labels: (N,); None if only predictions are needed.
-        batch_size: Number of examples per batch.
+        batch_size: Number of examples per batch; by default 500 on a GPU, otherwise 128.
         device: Device to run on; by default the model's.
-        channels_last: Whether to use the channels_last memory format on a CPU, if the model supports it.
+        channels_last: Whether to use the channels_last memory format on a CPU or GPU, if the model supports it.
 
     Raises:
         DeatError: The model, the images, the labels or the batch size are invalid.
     """
     check_weights_exist(model, "evaluation")
     require_autograd("evaluation")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
+    invalid = isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1
+    if batch_size is not None and invalid:
         raise DeatError(f"batch_size = {batch_size!r} is not positive; give a number of images such as 128")
     if labels is None:
         labels = torch.zeros(len(images), dtype=torch.int64)
@@ -129,17 +130,18 @@ def prepared_for_eval(
             model.to(target)
         try:
             trial = first.to(target)
-            logits = trial_logits(model, trial, advice=SIZES)
+            with full_float32(target):
+                logits = trial_logits(model, trial, advice=SIZES)
             num_classes = logits.shape[1]
             _check_examples(images, labels, num_classes)
             with _memory_format(
-                model, trial, logits, wanted=channels_last and target.type == "cpu"
+                model, trial, logits, wanted=channels_last and target.type in ("cpu", "cuda")
             ) as is_channels_last:
                 yield PreparedModel(
                     model,
                     images,
                     labels,
-                    batch_size=int(batch_size),
+                    batch_size=default_batch_size(target) if batch_size is None else int(batch_size),
                     device=target,
                     num_classes=num_classes,
                     channels_last=is_channels_last,
@@ -182,7 +184,8 @@ def sha256_examples(images: Tensor | LabeledImages, labels: Tensor) -> str:
 def _memory_format(model: nn.Module, images: Tensor, logits: Tensor, *, wanted: bool) -> Iterator[bool]:
     """Use the channels_last memory format for convolutions if the model supports it; yield whether it is used.
 
-    A model does not support it if it fails, for instance because it calls ``view``, or if its ``logits`` change.
+    A model does not support it if it fails, for instance because it calls ``view``, or if its ``logits`` in float32
+    change.
     """
     own = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers()) if tensor.ndim == 4]
     if not wanted or all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor, _ in own):
@@ -193,7 +196,8 @@ def _memory_format(model: nn.Module, images: Tensor, logits: Tensor, *, wanted: 
             tensor.data = data.contiguous(memory_format=torch.channels_last)
         supported = True
         try:
-            torch.testing.assert_close(trial_logits(model, images), logits)
+            with full_float32(images.device):
+                torch.testing.assert_close(trial_logits(model, images), logits)
         except (AssertionError, DeatError):
             supported = False
             for tensor, data in own:

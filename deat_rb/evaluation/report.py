@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -54,7 +54,9 @@ class AttackResult(BaseModel):
         accuracy: ``n_correct / n_examples``.
         low: Lower bound of the 95 % Wilson interval of the accuracy.
         high: Upper bound of this interval.
-        seconds: Wall time in seconds.
+        seconds: Wall time in seconds; with several ranks, the sum of theirs.
+        energy_kwh: Energy of the GPU in kWh, measured by NVML; None if it was not measured.
+        peak_memory: Peak of the GPU memory that torch allocated, in bytes; None on a CPU.
         forwards: Single-image forward passes.
         backwards: Single-image backward passes.
         inadmissible: Number of adversarial images that are not finite, not in [0, 1] or not within eps; they do not
@@ -73,6 +75,8 @@ class AttackResult(BaseModel):
     low: float
     high: float
     seconds: float
+    energy_kwh: float | None = None
+    peak_memory: int | None = None
     forwards: int
     backwards: int
     inadmissible: int = 0
@@ -94,6 +98,13 @@ class AttackResult(BaseModel):
             high=high,
             **rest,
         )
+
+
+_USAGE: dict[str, Callable[[AttackResult], str]] = {
+    "kWh": lambda result: "" if result.energy_kwh is None else f"{result.energy_kwh:.4f}",
+    "peak memory": lambda result: "" if result.peak_memory is None else f"{result.peak_memory / 2**20:,.0f} MiB",
+}
+"""Columns that are shown if they were measured."""
 
 
 class Check(BaseModel):
@@ -164,8 +175,10 @@ class Report(BaseModel):
         seed: Seed of all random numbers.
         batch_size: Number of examples attacked together; AutoAttack's random stages depend on it.
         precision: Precision of the attacks; with ``bf16`` all accuracies except the natural one are upper bounds.
-        layout: Memory format of the convolutions: the model's own, or channels_last, which is faster on a CPU and
-            rounds differently.
+        tf32: Whether the attacks' convolutions in ``fp32`` were computed in TF32, as torch does on NVIDIA's GPUs. The
+            verdicts are in float32.
+        layout: Memory format of the convolutions: the model's own, or channels_last, which is faster and rounds
+            differently.
         device: Device on which the evaluation ran.
         versions: Versions of Python and of the packages involved.
         results: Results by attack, ``natural`` first.
@@ -188,6 +201,7 @@ class Report(BaseModel):
     seed: int
     batch_size: int
     precision: Literal["fp32", "bf16"] = "fp32"
+    tf32: bool = False
     layout: Literal["own", "channels_last"] = "own"
     device: str
     versions: dict[str, str]
@@ -210,6 +224,8 @@ class Report(BaseModel):
             "worst case",
             worst,
             seconds=sum(result.seconds for result in results),
+            energy_kwh=_total([result.energy_kwh for result in results]),
+            peak_memory=max((result.peak_memory for result in results if result.peak_memory is not None), default=None),
             forwards=sum(result.forwards for result in results),
             backwards=sum(result.backwards for result in results),
             inadmissible=sum(result.inadmissible for result in results),
@@ -323,9 +339,10 @@ class Report(BaseModel):
             + (", upper bounds" if self.precision != "fp32" else "")
         )
         table.add_column("attack", overflow="fold")
-        for column in ("accuracy", "correct", "95 % interval", "seconds"):
-            table.add_column(column, justify="right")
         rows = [*self.results.values(), *([self.worst_case] if len(self.results) > 2 else [])]
+        usage = {title: text for title, text in _USAGE.items() if any(map(text, rows))}
+        for column in ("accuracy", "correct", "95 % interval", "seconds", *usage):
+            table.add_column(column, justify="right")
         for result in rows:
             table.add_row(
                 escape(result.name),
@@ -333,8 +350,15 @@ class Report(BaseModel):
                 f"{result.n_correct} / {result.n_examples}",
                 f"{100 * result.low:.2f} - {100 * result.high:.2f}",
                 f"{result.seconds:.1f}",
+                *(text(result) for text in usage.values()),
             )
         return table
+
+
+def _total(values: Sequence[float | None]) -> float | None:
+    """Return the sum of those that are known; None if none is."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
 
 
 def json_schema(record: type[BaseModel] = Report) -> str:

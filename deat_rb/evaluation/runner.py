@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,7 +17,10 @@ from deat_rb.evaluation.frozen_model import PreparedModel
 from deat_rb.evaluation.report import AttackResult
 from deat_rb.evaluation.resume import ResumeStore
 from deat_rb.utils import seeding
+from deat_rb.utils.devices import full_float32
+from deat_rb.utils.distributed import World
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.metering import JOULES_PER_KWH, Meter
 from deat_rb.utils.units import format_fraction
 
 Progress = Callable[[str, int, int, int], None]
@@ -36,7 +39,9 @@ class AttackOutcome:
         forwards: Single-image forward passes.
         backwards: Single-image backward passes.
         inadmissible: Number of adversarial images outside the threat model.
-        seconds: Wall time in seconds.
+        seconds: Wall time in seconds, summed over ranks.
+        joules: Energy; None if it is not known.
+        memory: Peak GPU memory in bytes; None on a CPU.
         remaining: Number of correctly classified examples after each stage.
     """
 
@@ -46,6 +51,8 @@ class AttackOutcome:
     backwards: int = 0
     inadmissible: int = 0
     seconds: float = 0.0
+    joules: float | None = None
+    memory: int | None = None
     remaining: tuple[int, ...] = ()
 
     def result(self, attack: Attack) -> AttackResult:
@@ -58,6 +65,8 @@ class AttackOutcome:
             attack.name,
             self.correct,
             seconds=self.seconds,
+            energy_kwh=None if self.joules is None else self.joules / JOULES_PER_KWH,
+            peak_memory=self.memory,
             forwards=self.forwards,
             backwards=self.backwards,
             inadmissible=self.inadmissible,
@@ -94,6 +103,8 @@ class AttackRunner:
         dtype: Precision of the attacks; their images are classified in the model's own precision.
         progress: Progress callback, see `deat_rb.evaluation.evaluate.evaluate`.
         sweeping: Whether to show eps in progress, because there are several.
+        confirm: Whether to classify the adversarial images again, in float32, because the attacks are less precise.
+        ranks: The ranks that share the batches of each stage.
     """
 
     prepared: PreparedModel
@@ -103,6 +114,8 @@ class AttackRunner:
     dtype: torch.dtype | None = None
     progress: Progress | None = None
     sweeping: bool = False
+    confirm: bool = False
+    ranks: World = field(default_factory=World)
 
     def run(self, attack: Attack, correct: Tensor) -> AttackOutcome:
         """Attack the examples in the mask ``correct``, (N,) bool on the CPU, stage by stage."""
@@ -116,8 +129,11 @@ class AttackRunner:
             if self.sweeping and attack is not NATURAL:
                 name += f" (eps {format_fraction(self.context.eps)})"
             display = _Display(name, stage, len(batches), len(pool), self.progress)
-            for number, rows in enumerate(batches):
-                attacked, stored = rows[outcome.correct[rows]], None
+            shares: list[dict[int, dict[str, Tensor]]] = [{} for _ in range(self.ranks.size)]
+            own = shares[self.ranks.rank]
+            for number in range(self.ranks.rank, len(batches), self.ranks.size):
+                rows, stored = batches[number], None
+                attacked = rows[outcome.correct[rows]]
                 if len(attacked):
                     key = f"eps {self.context.eps!r}, {attack.name}, {stage.name or 'all'}, batch {number}"
                     stored = self.store.load(key)
@@ -126,8 +142,17 @@ class AttackRunner:
                             batch = self._attack(attack, stage, model, outcome, rows, number)
                         self.store.save(key, batch)
                     self.store.has_attacks |= attack is not NATURAL
-                    _add(stored or batch, attacked, outcome, attack)
+                    own[number] = stored or batch
+                    _add(own[number], attacked, outcome, attack)
                 display.done(rows, outcome.correct, quietly=stored is not None)
+            if self.ranks.size > 1:
+                shares = self.ranks.all_gather(own)
+                for number, rows in enumerate(batches):
+                    by = number % self.ranks.size
+                    if by != self.ranks.rank:
+                        if number in shares[by]:
+                            _add(shares[by][number], rows[outcome.correct[rows]], outcome, attack)
+                        display.done(rows, outcome.correct, quietly=True)
             outcome.remaining = (*outcome.remaining, int(outcome.correct.sum()))
         return outcome
 
@@ -142,15 +167,18 @@ class AttackRunner:
     ) -> dict[str, Tensor]:
         """Attack one batch; return the tensors to store."""
         start, forwards, backwards = time.perf_counter(), model.forwards, model.backwards
+        device = self.prepared.device
+        meter = Meter(device)
+        meter.start()
         images, labels = self.prepared.take(rows)
-        chosen = outcome.correct[rows].to(self.prepared.device)
-        with seeding.preserved():
+        chosen = outcome.correct[rows].to(device)
+        with seeding.preserved(), full_float32(device) if attack is NATURAL else nullcontext():
             # Seeded so that the model's own random numbers are the same in every evaluation.
             seeding.seed_global(self.context.seed, "evaluate", attack.name, stage.name, number)
             output = stage.craft(model, Batch(images, labels, chosen, number, rows))
             misclassified = output.misclassified
-            if model.dtype is not None:
-                with torch.no_grad():
+            if self.confirm and attack is not NATURAL:
+                with torch.no_grad(), full_float32(device):
                     misclassified = model.exact(output.images).argmax(dim=1) != labels[chosen]
         clean = images[chosen]
         admissible = self.context.ball.contains(output.images, clean)
@@ -162,6 +190,11 @@ class AttackRunner:
         }
         if outcome.adversarial is not None:
             result["adversarial"] = torch.where(admissible[:, None, None, None], output.images, clean).float().cpu()
+        usage = meter.read()
+        if usage.joules is not None:
+            result["joules"] = torch.tensor(usage.joules, dtype=torch.float64)
+        if usage.memory is not None:
+            result["memory"] = torch.tensor(usage.memory)
         result["seconds"] = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
         return result
 
@@ -173,6 +206,10 @@ def _add(batch: dict[str, Tensor], attacked: Tensor, outcome: AttackOutcome, att
     outcome.backwards += backwards
     outcome.inadmissible += inadmissible
     outcome.seconds += float(batch["seconds"])
+    if "joules" in batch:
+        outcome.joules = (outcome.joules or 0.0) + float(batch["joules"])
+    if "memory" in batch:
+        outcome.memory = max(outcome.memory or 0, int(batch["memory"]))
     outcome.correct[attacked] = ~batch["misclassified"]
     if outcome.adversarial is not None:
         outcome.adversarial[attacked] = batch["adversarial"]

@@ -60,7 +60,7 @@ class Board:
         evaluate_anew: bool = False,
         replace: bool = False,
         keep_weights: bool = True,
-        batch_size: int = 128,
+        batch_size: int | None = None,
         device: str | None = None,
         progress: Progress | None = None,
     ) -> Entry:

@@ -50,7 +50,7 @@ def verify(
     sample: int = SAMPLE,
     data_dirs: Mapping[str, Path] | None = None,
     memory_limit: int | None = None,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> Verification:

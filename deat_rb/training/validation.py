@@ -18,6 +18,7 @@ from deat_rb.training.metrics import EpochStats
 from deat_rb.training.signals import StopRequests
 from deat_rb.training.state import TrainingState
 from deat_rb.utils import seeding
+from deat_rb.utils.devices import default_batch_size
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.module_state import preserve_state
 from deat_rb.utils.units import check_eps
@@ -65,7 +66,7 @@ def validate(
     eps: float,
     steps: int = 20,
     alpha: float | None = None,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     seed: int = 0,
 ) -> Validation:
     """Measure accuracy and PGD accuracy on held-out training images, with the same random starts in every call.
@@ -77,11 +78,12 @@ def validate(
         eps: Linf radius, in [0, 1] pixel units.
         steps: Steps of PGD.
         alpha: Step size; by default eps / 4.
-        batch_size: Number of examples attacked together.
+        batch_size: Number of examples attacked together; by default 500 on a GPU, otherwise 128.
         seed: Seed of the random starts.
     """
     threat, name = Linf(check_eps(eps)), f"pgd-{steps}"
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), images.device)
+    size = default_batch_size(device) if batch_size is None else batch_size
     predictions: list[Tensor] = []
     resisted: list[Tensor] = []
     with preserve_state(model):
@@ -89,7 +91,7 @@ def validate(
         for parameter in model.parameters():  # ScriptModules have no requires_grad_()
             parameter.requires_grad_(False)
         counting = CountingModel(model)
-        for number, (clean, target) in enumerate(zip(images.split(batch_size), labels.split(batch_size), strict=True)):
+        for number, (clean, target) in enumerate(zip(images.split(size), labels.split(size), strict=True)):
             clean, target = clean.detach().to(device, copy=True), target.to(device)
             with torch.no_grad():
                 logits = counting(clean)

@@ -80,6 +80,17 @@ def check_cuda_graphs(setting: str, device: torch.device, ranks: int) -> None:
         raise DeatError(f"--cuda-graphs on needs a single rank, not {ranks}; use --cuda-graphs auto")
 
 
+def default_batch_size(device: torch.device) -> int:
+    """Return the default number of images that are attacked together: 500 on a GPU, otherwise 128."""
+    return 500 if device.type == "cuda" else 128
+
+
+def uses_tf32(device: torch.device) -> bool:
+    """Return whether convolutions in float32 are computed in TF32, as torch does by default on NVIDIA's GPUs."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.backends.cudnn.allow_tf32 and torch.cuda.get_device_capability(device)[0] >= 8
+
+
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
     """Compute in float32: without autocast, and on a GPU without TF32, whose products have 10 bits of precision."""

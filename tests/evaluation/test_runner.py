@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +13,12 @@ from short_autoattack import shorten
 from small_problems import Plane, batch_for, small_network
 from torch import Tensor, nn
 
+from deat_rb.evaluation import frozen_model, runner
 from deat_rb.evaluation.evaluate import evaluate
 from deat_rb.evaluation.plots import draw_sweep
-from deat_rb.evaluation.report import Check, CurvePoint
+from deat_rb.evaluation.report import Check, CurvePoint, Report
 from deat_rb.utils import seeding
+from deat_rb.utils.metering import Meter, Usage
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +198,62 @@ def test_evaluate_seeds_models_that_draw_random_numbers(batch: tuple[Tensor, Ten
     for name in first.verdicts:
         assert torch.equal(first.verdicts[name], again.verdicts[name])
     assert 0 < first.results["pgd-3"].n_correct < 48
+
+
+class Rounds(nn.Module):
+    """A network that is misled only while ``exact`` is false, as one in TF32 might be."""
+
+    exact = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        brightness = self.scale * images.flatten(1).mean(dim=1)
+        return torch.stack([torch.zeros_like(brightness), brightness - (0.4 if self.exact else 0.5)], dim=1)
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_evaluate_confirms_examples_found_in_tf32(tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Rounds()
+
+    @contextmanager
+    def full_float32(device: torch.device) -> Iterator[None]:
+        network.exact = tf32
+        yield
+        network.exact = False
+
+    for module in (runner, frozen_model):
+        monkeypatch.setattr(module, "full_float32", full_float32)
+    monkeypatch.setattr("deat_rb.evaluation.evaluate.uses_tf32", lambda device: tf32)
+    images, labels = torch.full((3, 1, 4, 4), 0.55), torch.ones(3, dtype=torch.int64)
+    report = evaluate(network, images, labels, attacks="fgsm", eps=0.1)
+    assert report.tf32 is tf32
+    assert report.results["natural"].n_correct == 3
+    assert report.results["fgsm"].n_correct == (3 if tf32 else 0)
+
+
+def test_evaluate_reports_energy_and_memory(
+    network: nn.Sequential, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    peaks = iter(range(1000))
+
+    class Fake(Meter):
+        def read(self) -> Usage:
+            return Usage(joules=1.8e6, memory=2**20 * next(peaks))
+
+    monkeypatch.setattr(runner, "Meter", Fake)
+    report = evaluate(network, *batch, attacks="fgsm,pgd-2", eps=0.04, batch_size=24)
+    assert [each.energy_kwh for each in report.results.values()] == [1.0, 1.0, 1.0]  # two batches each
+    assert [each.peak_memory for each in report.results.values()] == [2**20, 3 * 2**20, 5 * 2**20]
+    assert (report.worst_case.energy_kwh, report.worst_case.peak_memory) == (3.0, 5 * 2**20)
+    assert "kWh" in str(report)
+    assert "5 MiB" in str(report)
+    assert Report.load(report.save(tmp_path)).model_dump() == report.model_dump()
+
+
+def test_report_omits_energy_and_memory_of_a_cpu(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
+    report = evaluate(network, *batch, attacks="fgsm", eps=0.04)
+    assert report.worst_case.energy_kwh is report.worst_case.peak_memory is None
+    assert "kWh" not in str(report)
