@@ -104,8 +104,11 @@ def cpu_threads(threads: int | None) -> Iterator[None]:
     """Use `thread_count` threads within the context."""
     import torch
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(thread_count(threads))
+    before, count = torch.get_num_threads(), thread_count(threads)
+    if count == before:  # setting it, even to the same number, changes how MKL chooses its own
+        yield
+        return
+    torch.set_num_threads(count)
     try:
         yield
     finally:

@@ -112,8 +112,16 @@ def test_cpu_threads_is_capped_and_undone(monkeypatch: pytest.MonkeyPatch) -> No
     with cpu_threads(64):
         assert torch.get_num_threads() == thread_count(64) == 3
     assert torch.get_num_threads() == before
-    with cpu_threads(None):
-        assert torch.get_num_threads() == before
+
+
+def test_cpu_threads_sets_nothing_if_the_number_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(count: int) -> None:
+        raise AssertionError(f"set to {count}")
+
+    monkeypatch.setattr(torch, "set_num_threads", fail)
+    for threads_ in (None, torch.get_num_threads()):
+        with cpu_threads(threads_):
+            pass
 
 
 def test_threads_option_applies_while_the_command_runs(monkeypatch: pytest.MonkeyPatch) -> None:
