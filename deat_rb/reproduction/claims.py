@@ -138,7 +138,7 @@ def _described(paired: Paired, column: str) -> str:
     sign = "+" if mean >= 0 else "-"
     text = f"{sign}{spelled(abs(mean), column)}"
     if count == 1:
-        return f"{text} with one seed, which decides nothing"
+        return f"{text} with one seed"
     text += f" ± {spelled(stdev(paired.differences), column)} over {count} seeds"
     if paired.needed is None:
         return text

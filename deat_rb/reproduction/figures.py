@@ -131,6 +131,8 @@ def _curves(axes: Axes, kind: str, runs: Mapping[str, Sequence[Drawn]]) -> None:
     if kind == "l_x":
         axes.set_yscale("log")
     axes.set(xlabel=x_label, ylabel="accuracy, %" if kind == "accuracy" else y_label)
+    if x_label == "epoch":
+        _whole_epochs(axes)
     _finish(axes)
 
 
@@ -158,6 +160,7 @@ def _collapse(axes: Axes, runs: Mapping[str, Sequence[Drawn]]) -> None:
     axes.yaxis.label.set_color(BLUE)
     right.yaxis.label.set_color(ORANGE)
     axes.grid(alpha=0.25)
+    _whole_epochs(axes)
     handles, names = axes.get_legend_handles_labels()
     others, more = right.get_legend_handles_labels()
     axes.legend(handles + others, names + more, fontsize="x-small", loc="best")
@@ -185,6 +188,12 @@ def _trade_off(axes: Axes, runs: Mapping[str, Sequence[Drawn]]) -> None:
 
 def _spread(values: Sequence[float]) -> float:
     return stdev(values) if len(values) > 1 else 0.0
+
+
+def _whole_epochs(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _finish(axes: Axes) -> None:

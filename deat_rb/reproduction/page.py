@@ -10,7 +10,7 @@ from typing import Any
 from deat_rb.reproduction.experiments import Setup
 from deat_rb.reproduction.reproduce import Outcome
 from deat_rb.reproduction.results import MINUTES, PASSES, RunResult
-from deat_rb.reproduction.tables import Row, heading, mean_text, published_text, seeds_text
+from deat_rb.reproduction.tables import Row, heading, mean_text, published_text, spelled
 from deat_rb.utils.text import new_environment
 
 SHORT = {"holds": "holds", "does not hold": "not", "undecided": "open"}
@@ -61,7 +61,6 @@ def _target(outcome: Outcome, folder: Path) -> dict[str, Any]:
         "rows": [
             {
                 "label": row.label,
-                "seeds": seeds_text(row),
                 "cells": [(mean_text(row.value(column), column), published_text(row, column))
                           for column in table.columns],
                 "unfinished": row.unfinished,
@@ -84,7 +83,7 @@ def _run(run: RunResult, row: Row, outcome: Outcome, folder: Path) -> dict[str, 
         "status": run.status,
         "reason": run.reason,
         "page": page,
-        "cells": [mean_text_of(run, column) for column in outcome.table.columns],
+        "cells": [_value_text(run, column) for column in outcome.table.columns],
         "commit": run.commit,
         "hardware": run.hardware,
         "finished": run.finished,
@@ -92,8 +91,5 @@ def _run(run: RunResult, row: Row, outcome: Outcome, folder: Path) -> dict[str, 
     }
 
 
-def mean_text_of(run: RunResult, column: str) -> str:
-    """Return a run's value of a column as text; ``-`` if it has none."""
-    from deat_rb.reproduction.tables import spelled
-
+def _value_text(run: RunResult, column: str) -> str:
     return spelled(run.values[column], column) if column in run.values else "-"

@@ -67,7 +67,7 @@ def test_reproduce_writes_tables_figures_and_the_page(tmp_path: Path) -> None:
     page = Links()
     page.feed((out / "index.html").read_text())
     reports = [address for address in page.addresses if address.endswith("report.html")]
-    assert len(reports) == 5  # of four runs of the table and one of the figure
+    assert len(reports) == 10  # of four runs of the table and one of the figure, each in its row and its details
     local = [address for address in page.addresses if not address.startswith(("#", "https://arxiv.org/", "data:"))]
     assert all((out / address.replace("%2B", "+")).is_file() for address in local)
     refused = CliRunner().invoke(main, ["reproduce", "table6", "--arch", "wrn-10-1", "--tables", "--output", str(out)])
