@@ -59,7 +59,8 @@ def train(
     from deat_rb.models.names import check_trust
     from deat_rb.runs.directory import check_free, check_name
     from deat_rb.runs.options import make_options, read_options
-    from deat_rb.runs.plan import default_name, plan
+    from deat_rb.runs.plan import plan
+    from deat_rb.runs.resolution import default_name
     from deat_rb.runs.train import resume as resume_training
     from deat_rb.runs.train import train as run_training
     from deat_rb.runs.train import train_seeds

@@ -17,7 +17,8 @@ from huggingface_hub import RepoCard, constants
 import deat_rb
 from deat_rb.cli import main
 from deat_rb.runs.options import make_options
-from deat_rb.runs.plan import plan, resolve
+from deat_rb.runs.plan import plan
+from deat_rb.runs.resolution import resolve
 from deat_rb.sharing import push
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.hub import HubAddress, is_hub

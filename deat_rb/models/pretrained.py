@@ -8,8 +8,9 @@ import io
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from deat_rb.data.normalization import Normalization
 from deat_rb.models.check import first_line
 from deat_rb.models.names import suggest
 from deat_rb.models.spec import NormalizedModel
@@ -98,10 +99,64 @@ def load_pretrained(target: str) -> tuple[nn.Module, tuple[int, int], tuple[str,
     return NormalizedModel(net, mean, std).eval(), size, classes
 
 
+def library_weights(arch: str) -> dict[str, Tensor]:
+    """Return the pretrained weights of a ``torchvision:NAME`` or ``timm:NAME`` as a state dict.
+
+    The package downloads them unless they are in its cache.
+
+    Raises:
+        DeatError: The model is unknown or has no weights, or they cannot be downloaded.
+    """
+    kind, _, name = arch.partition(":")
+    try:
+        net = (_torchvision(name) if kind == "torchvision" else _timm(name))[0]
+    except DeatError:
+        raise
+    except Exception as error:  # any exception: a download fails in many ways
+        raise DeatError(f"the weights of {arch} cannot be loaded ({type(error).__name__}: {first_line(error)}): "
+                        "download them once with internet access, or give their file with --weights"
+                        ) from error  # fmt: skip
+    tensors: dict[str, Tensor] = net.state_dict()
+    return tensors
+
+
+def library_input(arch: str) -> tuple[Normalization, int]:
+    """Return the normalization and the image size of pretrained weights, without downloading them.
+
+    Args:
+        arch: ``torchvision:NAME`` or ``timm:NAME``.
+
+    Returns:
+        Mean and standard deviation, and the height and width of the images that the weights were trained on.
+
+    Raises:
+        DeatError: The model is unknown or has no weights.
+    """
+    kind, _, name = arch.partition(":")
+    if kind == "torchvision":
+        _, mean, std, (size, _), _ = _torchvision_preset(name)
+        return (mean, std), size
+    import timm
+
+    if not timm.is_model(name):
+        raise DeatError(f"timm has no model '{name}': {suggest(name, timm.list_models())}")
+    try:
+        known: Any = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # the part after the dot is unknown
+        raise DeatError(f"timm:{name} is unknown ({first_line(error)}): see timm's list of weights") from error
+    if known is None or not known.has_weights:
+        raise DeatError(f"timm:{name} has no pretrained weights: omit --pretrained, or choose another --arch")
+    return (tuple(known.mean), tuple(known.std)), int(known.input_size[1])
+
+
 Pretrained = tuple[nn.Module, tuple[float, ...], tuple[float, ...], tuple[int, int], tuple[str, ...]]
 
 
-def _torchvision(name: str) -> Pretrained:
+Preset = tuple[Any, tuple[float, ...], tuple[float, ...], tuple[int, int], tuple[str, ...]]
+
+
+def _torchvision_preset(name: str) -> Preset:
+    """Return the default weights of a classifier with their normalization, image size and classes."""
     from torchvision import models
 
     if name not in models.list_models():
@@ -113,7 +168,14 @@ def _torchvision(name: str) -> Pretrained:
         raise DeatError(f"torchvision:{name} is not a classifier with pretrained weights: use a state dict with --arch")
     side = preset.crop_size[-1]
     classes = tuple(getattr(weights, "meta", {}).get("categories", ()))
-    return models.get_model(name, weights=weights), tuple(preset.mean), tuple(preset.std), (side, side), classes
+    return weights, tuple(preset.mean), tuple(preset.std), (side, side), classes
+
+
+def _torchvision(name: str) -> Pretrained:
+    from torchvision import models
+
+    weights, mean, std, size, classes = _torchvision_preset(name)
+    return models.get_model(name, weights=weights), mean, std, size, classes
 
 
 def _timm(name: str) -> Pretrained:

@@ -40,6 +40,38 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
     model.load_state_dict(check_weights(model, tensors, source=source))
 
 
+def with_new_head(
+    model: nn.Module, tensors: Mapping[str, Tensor], num_classes: int
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Replace the last layer in a state dict by the model's own if it is for another number of classes.
+
+    The tensors of the last layer are those that differ from the model's only in their first dimension, which is
+    ``num_classes`` in the model and one other number in the state dict, or that the state dict does not have.
+
+    Args:
+        model: A `NormalizedModel`.
+        tensors: The state dict, as for `load_weights`.
+        num_classes: Number of logits of the model.
+
+    Returns:
+        The state dict under the model's names, and the names of the replaced tensors; none if the shapes are equal or
+        differ in another way, which `load_weights` reports.
+    """
+    own: dict[str, Tensor] = model.state_dict()
+    renamed = _renamed(tensors, own)
+    given = {name: renamed[name].shape for name in own if name in renamed and renamed[name].shape != own[name].shape}
+    absent = [name for name in own if name not in renamed and not name.endswith("num_batches_tracked")]
+    names = tuple(name for name in own if name in given or name in absent)
+    is_head = (
+        all(own[name].ndim and len(own[name]) == num_classes for name in names)
+        and all(shape[1:] == own[name].shape[1:] for name, shape in given.items())
+        and len({shape[:1] for shape in given.values()}) <= 1
+    )
+    if not names or not is_head:
+        return dict(tensors), ()
+    return {**renamed, **{name: own[name] for name in names}}, names
+
+
 def check_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
     """Return the tensors under the model's own names, checked but not loaded.
 

@@ -10,7 +10,7 @@ from statistics import fmean
 from deat_rb.reproduction.folder import Status, StudyFolder
 from deat_rb.reproduction.study import RunSpec
 from deat_rb.runs.directory import RunDirectory
-from deat_rb.runs.plan import resolve
+from deat_rb.runs.resolution import resolve
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deat_rb.attacks.names import parse_attacks
 from deat_rb.runs.options import MAY_CHANGE, TrainOptions, make_options
-from deat_rb.runs.plan import default_name
+from deat_rb.runs.resolution import default_name
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import read_bytes, read_json
 from deat_rb.utils.records import describe_validation_error

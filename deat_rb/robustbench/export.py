@@ -66,7 +66,8 @@ def export(
         name: Title of the paper.
         authors: Authors of the paper, separated by commas.
         venue: Venue of the paper, with the year.
-        additional_data: Whether additional training images were used; by default, whether the run had extra data.
+        additional_data: Whether additional training images were used; by default, whether the run had
+            extra data or pretrained weights.
         reported: Robust accuracy reported by the authors, in percent; by default the lowest measured.
         external: Best known robust accuracy, in percent, which decides the rank in RobustBench.
         unreliable: Whether AutoAttack's accuracy is unreliable; by default true if a check of the evaluation failed.
@@ -89,11 +90,12 @@ def export(
     failed = [check.name for check in report.checks if check.status == "fail"]
     unknown = "autoattack" not in report.results
     unreliable = True if unreliable is None and (failed or unknown) else unreliable
+    uses_other_data = config.data.extra_data is not None or config.model.pretrained
     credit = PAPER if PAPERS_OWN.match(config.attack.method) else dict.fromkeys(PAPER, "")
     publication = {"link": link, "name": name, "authors": authors, "venue": venue}
     info: dict[str, Any] = {
         **{field: credit[field] if text is None else text for field, text in publication.items()},
-        "additional_data": config.data.extra_data is not None if additional_data is None else additional_data,
+        "additional_data": uses_other_data if additional_data is None else additional_data,
         "number_forward_passes": 1,
         "dataset": dataset,
         "architecture": spelled_architecture(spec),

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -14,40 +12,31 @@ from deat_rb.data.augment import AUGMENTATIONS
 from deat_rb.data.datasets import Dataset, load_data
 from deat_rb.data.extra_data import ExtraData, check_share, load_extra_data
 from deat_rb.data.folder_info import rare_classes
-from deat_rb.data.image_files import ImageLister, check_utf8
+from deat_rb.data.image_files import check_utf8
 from deat_rb.data.images import LabeledImages, subset, train_val_split
 from deat_rb.data.statistics import Progress
-from deat_rb.methods.build import configure
 from deat_rb.methods.describe import describe
 from deat_rb.methods.losses import balanced_weights, weighted
-from deat_rb.methods.registry import create, recipe
+from deat_rb.methods.registry import create
 from deat_rb.methods.schedules import AccuracyThreshold, EveryDEpochs, GradientMagnitude
 from deat_rb.methods.trainers import AttackTrainer, ReplayTrainer
-from deat_rb.models.names import canonical_arch
-from deat_rb.models.spec import DATASETS as SPEC_DATASETS
-from deat_rb.models.spec import model_spec, robustbench_class
-from deat_rb.models.weights import load_weights
+from deat_rb.models.initialization import InitialWeights, freeze_parameters, initial_weights
+from deat_rb.models.spec import model_spec
 from deat_rb.runs.config import RunConfig
-from deat_rb.runs.defaults import dataset_defaults, default_arch, setting_defaults
-from deat_rb.runs.hub_run import open_hub, pinned
-from deat_rb.runs.options import DataConfig, TrainOptions
-from deat_rb.runs.trackers import check_trackers
+from deat_rb.runs.hub_run import open_hub
+from deat_rb.runs.options import DataConfig, ModelConfig, TrainOptions
+from deat_rb.runs.resolution import resolve
 from deat_rb.training.lr import MOMENTUM_RANGE
-from deat_rb.training.options import OptimConfig, check_optim, optimizer_defaults
+from deat_rb.training.options import OptimConfig
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils import seeding
-from deat_rb.utils.devices import check_cuda_graphs, check_sync_bn, resolve_device, resolve_precision
+from deat_rb.utils.devices import resolve_device
 from deat_rb.utils.distributed import World, world
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.hub import is_hub
 from deat_rb.utils.options import validate
-from deat_rb.utils.safe_load import load_state_dict
-from deat_rb.utils.threads import thread_count
-from deat_rb.utils.units import check_eps, format_fraction
+from deat_rb.utils.units import format_fraction
 from deat_rb.utils.versions import versions
-
-EXTRA_FRACTION = 0.7
-"""Share of extra images in a batch, as in DM-Improves-AT for CIFAR-10."""
 
 
 @dataclass(eq=False)
@@ -60,6 +49,7 @@ class TrainingPlan:
         train: The training images, without those for validation.
         val: The validation images, held out of the training images.
         extra: Images beside the training images, of which every batch gets a share.
+        frozen: How many of the parameters are frozen.
         trainer: The method and the model.
         ranks: Number of ranks of data-parallel training.
         notes: Notes for the user, such as which weights of a checkpoint were loaded.
@@ -73,6 +63,7 @@ class TrainingPlan:
     ranks: int = 1
     notes: tuple[str, ...] = ()
     extra: ExtraData | None = None
+    frozen: str | None = None
 
     @property
     def batches(self) -> int:
@@ -136,7 +127,10 @@ class TrainingPlan:
         else:
             cost = f"counted during training ({text.cost}; M = {self.batches})"
         parameters = sum(parameter.numel() for parameter in self.trainer.model.parameters())
-        weights = f", weights from {self.config.model.init_from}" if self.config.model.init_from else ""
+        network = self.config.model
+        library = f"{network.arch.partition(':')[0]} (pretrained)" if network.pretrained else None
+        origin = network.init_from or network.weights or library
+        weights = f", weights from {origin}" if origin else ""
         ranks = f", {self.ranks} ranks" if self.ranks > 1 else ""
         threads = f", {runtime.threads} thread{'s' if runtime.threads > 1 else ''}" if runtime.threads else ""
         compiled = ", compiled" if runtime.compile else ""
@@ -161,6 +155,7 @@ class TrainingPlan:
             ("precision", f"{runtime.precision} on {resolve_device(runtime.device)}{threads}{ranks}{compiled}"),
             ("model", f"{self.config.model.arch}, {parameters:,} parameters, {self.config.network.num_classes} classes"
                       f"{weights}"),
+            *([] if self.frozen is None else [("frozen", self.frozen)]),
             ("data", f"{data.dataset}: {len(self.train):,} training, {len(self.val):,} validation, "
                      f"{len(self.data.test):,} test images of {data.image_size}x{data.image_size}"),
             *([] if self.extra is None else [("extra data", self._extra_share(self.extra))]),
@@ -255,13 +250,10 @@ def plan(
         DeatError: An option or the data are invalid, or options conflict.
     """
     resolved = resolve(options)
-    source = resolved.model.init_from
-    if source is not None:
-        check_utf8(source, "--init-from")
-    weights = None
-    if source is not None and not started:
-        file = open_hub(source).weights if is_hub(source) else source
-        weights = load_state_dict(file, resolved.model.weights_key)
+    for flag, path in (("--init-from", resolved.model.init_from), ("--weights", resolved.model.weights)):
+        if path is not None:
+            check_utf8(path, flag)
+    weights = None if started else _initial_weights(resolved.model, dry)
     ranks = world(cpu=resolve_device(resolved.runtime.device).type == "cpu")
     if data is None:
         data = _load(resolved.data, ranks, dry, progress)
@@ -316,8 +308,8 @@ def plan(
     with seeding.preserved():
         seeding.seed_global(seed, "weights")
         model = spec.build()
-    if weights is not None:
-        load_weights(model, weights.tensors, source=str(source))
+    notes = () if weights is None else weights.load_into(model, spec.num_classes)
+    frozen = None if config.model.freeze is None else freeze_parameters(model, config.model.freeze)
     trainer = create(config.attack.method, model, eps=config.attack.eps, **config.method_options())
     if config.attack.class_weights == "balanced":
         counts = torch.bincount(train.labels, minlength=len(data.classes))
@@ -327,62 +319,18 @@ def plan(
             counts = (1 - share) * counts / counts.sum() + share * added / added.sum()
         trainer.loss = weighted(trainer.loss, balanced_weights(counts))
     trainer.check_attack(train.first(min(8, len(train))).tensors()[0])
-    notes = (weights.note,) if weights is not None and weights.note else ()
-    return TrainingPlan(config, data, train, val, trainer, ranks.size, notes, extra)
+    return TrainingPlan(config, data, train, val, trainer, ranks.size, notes, extra, frozen)
 
 
-def resolve(options: TrainOptions) -> TrainOptions:
-    """Fill in the defaults of the dataset, the setting and the method, and check the options without loading data.
-
-    Raises:
-        DeatError: An option is invalid, or options conflict.
-    """
-    explicit, dataset, device_name = options.explicit(), options.data.dataset, options.runtime.device
-    defaults = dataset_defaults(dataset)
-    method, row = recipe(_for_dataset(options.attack.method, dataset))
-    arch = canonical_arch(explicit.get("arch", default_arch(dataset, options.attack.setting)))
-    setting = setting_defaults(options.attack.setting, row, arch)
-    setting["epochs"] *= defaults.epoch_factor
-    check_trackers(options.output.track)
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks > 1 and ":" in device_name:
-        raise DeatError(
-            f"--device {device_name} is a single device for {ranks} ranks; omit it to use one device per rank"
-        )
-    device = resolve_device(device_name)
-    check_sync_bn(options.runtime.sync_bn, device)
-    check_cuda_graphs(options.runtime.cuda_graphs, device, ranks)
-    values = {
-        **options.flat(),
-        "batch_size": defaults.batch_size,
-        "augment": defaults.augment,
-        **setting,
-        **optimizer_defaults(explicit.get("optimizer")),
-        **explicit,
-        "method": method,
-        "data_dir": _absolute(options.data.data_dir),
-        "init_from": pinned(options.model.init_from) or _absolute(options.model.init_from),
-        "extra_data": _absolute(options.data.extra_data),
-        "extra_fraction": explicit.get("extra_fraction", EXTRA_FRACTION if options.data.extra_data else None),
-        "eps": check_eps(explicit.get("eps", defaults.eps), "--eps"),
-        "arch": arch,
-        "precision": resolve_precision(explicit.get("precision", setting["precision"]), device),
-        "threads": thread_count(options.runtime.threads) if ranks == 1 and device.type == "cpu" else None,
-    }
-    resolved = validate(TrainOptions, values)
-    check_optim(resolved.optim)
-    configure(method, row, eps=resolved.attack.eps, **resolved.method_options())
-    if (resolved.model.mean is None) != (resolved.model.std is None):
-        raise DeatError("--mean and --std must be given together; omit both for those of the dataset")
-    if resolved.model.init_from is None and resolved.model.weights_key is not None:
-        raise DeatError(
-            f"--weights-key {resolved.model.weights_key} requires --init-from: give the checkpoint that has these "
-            "weights, or omit --weights-key"
-        )
-    if resolved.data.extra_data is None and resolved.data.extra_fraction is not None:
-        raise DeatError(f"--extra-fraction {resolved.data.extra_fraction:g} is the share of --extra-data: give both")
-    _check_arch(resolved)
-    return resolved
+def _initial_weights(options: ModelConfig, dry: bool) -> InitialWeights | None:
+    if dry and options.pretrained and options.weights is None:
+        return None  # a dry run downloads nothing
+    source = options.init_from
+    file = str(open_hub(source).weights) if source is not None and is_hub(source) else source
+    return initial_weights(
+        options.arch, init_from=file, new_head=options.new_head, pretrained=options.pretrained,
+        file=options.weights, weights_key=options.weights_key,
+    )  # fmt: skip
 
 
 def _load(options: DataConfig, ranks: World, dry: bool, progress: Progress | None) -> Dataset:
@@ -418,33 +366,6 @@ def _check_batches(images: int, config: RunConfig, ranks: int) -> None:
             )
 
 
-def _check_arch(options: TrainOptions) -> None:
-    """Check that the architecture exists and accepts the dataset's images.
-
-    The number of classes is taken from the dataset's name or folder, so that no images are needed.
-    """
-    dataset, size = options.data.dataset, options.data.image_size or 32
-    if dataset in SPEC_DATASETS:
-        classes, size = SPEC_DATASETS[dataset][0], 32
-    else:
-        train = Path(options.data.data_dir or "", "train")
-        classes = len(ImageLister().class_names(train)) if os.path.isdir(train) else 2
-    network = options.model
-    spec = model_spec(network.arch, num_classes=max(classes, 2), image_size=size, mean=network.mean, std=network.std)
-    if ":" not in spec.arch:
-        robustbench_class(spec)
-        return
-    if dataset != "digits":  # loading them is fast, so this is checked later
-        with seeding.preserved():
-            spec.build()
-
-
-def _for_dataset(method: str, dataset: str) -> str:
-    """Replace P in ``deat-P%`` by 20 for CIFAR-100 and 40 otherwise (section 5.1)."""
-    percent = 20 if dataset == "cifar100" else 40
-    return f"deat-{percent}%" if method.strip().lower() in ("deat-p%", "deat-%") else method
-
-
 def _optimizer(optim: OptimConfig) -> str:
     momentum = f"{optim.momentum:g}"
     if optim.lr_schedule == "onecycle":
@@ -459,21 +380,9 @@ def _optimizer(optim: OptimConfig) -> str:
     return text + (f", gradients of norm at most {optim.grad_clip:g}" if optim.grad_clip else "")
 
 
-def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).expanduser().resolve())
-
-
 def default_val_size(images: int) -> int:
     """Return the default number of validation images: 1,000 of 50,000, in proportion for fewer, but at least 100.
 
     To reach 100, at most a fifth of the images is held out.
     """
     return max(min(100, images // 5), min(1000, images // 50))
-
-
-def default_name(options: TrainOptions) -> str:
-    """Return a run's default name."""
-    dataset = options.data.dataset
-    method, _ = recipe(_for_dataset(options.attack.method, dataset))
-    arch = canonical_arch(options.explicit().get("arch", default_arch(dataset, options.attack.setting)))
-    return f"{method}-{dataset}-{arch.replace(':', '-')}-s{options.optim.seed}".replace("/", "-")

@@ -20,8 +20,9 @@ from deat_rb.runs.config import RunConfig
 from deat_rb.runs.curve_test import CurveTest
 from deat_rb.runs.directory import CURVES, RunDirectory, check_free, check_name
 from deat_rb.runs.options import MAY_CHANGE, TrainOptions, had_another_start, make_options
-from deat_rb.runs.plan import TrainingPlan, default_name, plan, resolve
+from deat_rb.runs.plan import TrainingPlan, plan
 from deat_rb.runs.plots import plot_curves
+from deat_rb.runs.resolution import default_name, resolve
 from deat_rb.runs.trackers import TrackerError, Trackers
 from deat_rb.training import checkpoint
 from deat_rb.training.callbacks import Callback
@@ -141,7 +142,7 @@ def resume(
         return run, _fit(planned, run, callbacks, resume=True)
 
 
-RESOLVED = ("method", "arch", "precision", "init_from", "extra_data")
+RESOLVED = ("method", "arch", "precision", "init_from", "weights", "extra_data")
 """Options whose recorded values differ from the given ones, so that they are compared after resolution."""
 
 

@@ -12,7 +12,8 @@ from deat_rb.data.augment import AUGMENTATIONS, augment, crop_and_flip, cut_out
 from deat_rb.data.batches import Batches
 from deat_rb.data.images import ImageSet
 from deat_rb.runs.options import make_options
-from deat_rb.runs.plan import plan, resolve
+from deat_rb.runs.plan import plan
+from deat_rb.runs.resolution import resolve
 from deat_rb.utils.errors import DeatError
 
 

@@ -15,7 +15,7 @@ from deat_rb.reproduction.experiments import (
 )
 from deat_rb.reproduction.results import MINUTES, PASSES
 from deat_rb.reproduction.study import merge
-from deat_rb.runs.plan import resolve
+from deat_rb.runs.resolution import resolve
 from deat_rb.utils.errors import DeatError
 
 TABLES = [name for name in experiments().targets if name.startswith("table")]

@@ -20,7 +20,8 @@ from deat_rb.data.images import LabeledImages
 from deat_rb.methods import registry
 from deat_rb.methods.recipes import Recipe
 from deat_rb.runs.options import make_options, read_options
-from deat_rb.runs.plan import default_name, plan
+from deat_rb.runs.plan import plan
+from deat_rb.runs.resolution import default_name
 from deat_rb.runs.train import train
 from deat_rb.utils.errors import DeatError
 
