@@ -49,9 +49,11 @@ def parse(arguments: list[str]) -> None:
         name, found, rest = command.resolve_command(parent, rest)
         assert found is not None
         command, parent = found, click.Context(found, info_name=name, parent=parent)
-    if rest or command.name == "train":  # a bare name in a sentence refers to the command
-        with contextlib.suppress(click.exceptions.Exit):  # --help, --version
-            command.make_context(command.name, list(rest), parent=parent.parent)
+    accepted: list[type[Exception]] = [click.exceptions.Exit]  # --help, --version
+    if len(rest) <= 1:  # a command, or one of its flags, named in a sentence: `eval --track`
+        accepted.append(click.MissingParameter)
+    with contextlib.suppress(*accepted):
+        command.make_context(command.name, list(rest), parent=parent.parent)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
