@@ -23,6 +23,9 @@ BUSY = {"OMP_WAIT_POLICY": "PASSIVE"}
 POLICIES = (*BUSY, *QUIET)
 """Environment variables that determine how threads wait."""
 
+CHOSEN = "DEAT_RB_OPENMP"
+"""Environment variable with what `share_cpu` has set, so that a process started by this one chooses anew."""
+
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """Environment variables that determine the number of threads."""
 
@@ -38,16 +41,23 @@ def share_cpu() -> dict[str, str]:
     OpenMP reads the variables when torch is loaded, so call this before torch is imported. The command `deat-rb` does.
 
     Returns:
-        The variables that were set: none if torch is loaded already, and none that the environment determines.
+        The variables that were set: none if torch is loaded already, and none that the environment determines, except
+        by this function in a parent process.
     """
     chosen: dict[str, str] = {}
     if "torch" in sys.modules:
         return chosen
+    for setting in os.environ.pop(CHOSEN, "").split():
+        name, _, value = setting.partition("=")
+        if os.environ.get(name) == value:
+            del os.environ[name]
     if not any(name in os.environ for name in POLICIES):
         chosen |= waiting()
     if not any(name in os.environ for name in COUNTS) and processors() < _affinity():
         chosen["OMP_NUM_THREADS"] = str(processors())
     os.environ.update(chosen)
+    if chosen:
+        os.environ[CHOSEN] = " ".join(f"{name}={value}" for name, value in chosen.items())
     return chosen
 
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from cli.options import threads_option
 from deat_rb.utils import threads
-from deat_rb.utils.threads import BUSY, QUIET, cpu_threads, processors, share_cpu, thread_count
+from deat_rb.utils.threads import BUSY, CHOSEN, QUIET, cpu_threads, processors, share_cpu, thread_count
 
 
 @pytest.fixture
@@ -43,15 +43,30 @@ def test_share_cpu_shortens_spinning(
     monkeypatch.setattr(threads, "os", SimpleNamespace(environ=environment, cpu_count=lambda: cpus))
     monkeypatch.setattr(threads, "_affinity", lambda: usable)
     monkeypatch.setattr(threads, "running_elsewhere", lambda: others)
-    assert share_cpu() == environment == chosen
+    assert share_cpu() == chosen
+    assert environment == chosen | {CHOSEN: " ".join(f"{name}={value}" for name, value in chosen.items())}
 
 
-def testrunning_elsewhere_leaves_out_this_process(tmp_path: Path) -> None:
+def test_share_cpu_in_a_child_process_chooses_anew(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert share_cpu() == QUIET
+    environment["KMP_BLOCKTIME"] = "5"  # set by the user for the child
+    assert share_cpu() == {}
+    assert environment == {"KMP_BLOCKTIME": "5"}
+    del environment["KMP_BLOCKTIME"]
+    assert share_cpu() == QUIET
+    monkeypatch.setattr(threads, "running_elsewhere", lambda: 9.0)
+    assert share_cpu() == BUSY
+    assert {name for name in environment if name != CHOSEN} == set(BUSY)
+
+
+def test_running_elsewhere_leaves_out_this_process(tmp_path: Path) -> None:
     (tmp_path / "stat").write_text("cpu  1 2 3\nprocs_running 5\nprocs_blocked 1\n")
     assert threads.running_elsewhere(tmp_path / "stat", samples=2) == 4
 
 
-def testrunning_elsewhere_without_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_elsewhere_without_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.getloadavg", lambda: (1.5, 2.5, 3.5))
     assert threads.running_elsewhere(tmp_path / "stat") == 1.5
 
