@@ -271,11 +271,13 @@ def _write(
     """Write report, plot and page to the run and to ``json_path``."""
     from deat_rb.evaluation.store import store_report
     from deat_rb.runs.directory import RunDirectory
+    from deat_rb.runs.summary import summary
 
     run: dict[str, Any] = {}
     if target.run is not None:
-        eps = RunDirectory.open(target.run).config.attack.eps
-        run = {"run": target.run, "own_data": _has_own_data(target), "own_eps": eps}
+        opened = RunDirectory.open(target.run)
+        run = {"run": target.run, "own_data": _has_own_data(target), "own_eps": opened.config.attack.eps,
+               "training": summary(opened)}  # fmt: skip
     stored = store_report(report, model=target.model, classes=target.classes, device=device, json_path=json_path,
                           page=page, overwrite=overwrite, **run, **examples)  # fmt: skip
     written += stored.sentences

@@ -42,6 +42,8 @@ def render_page(
     labels: Tensor,
     classes: Sequence[str],
     predictions: Mapping[str, Tensor] | None = None,
+    training: Mapping[str, str] | None = None,
+    curves: bytes = b"",
 ) -> bytes:
     """Render a report as an HTML page with accuracies, checks, sweep, classes, confusions, examples and provenance.
 
@@ -52,6 +54,8 @@ def render_page(
         classes: Class names, in the order of the labels.
         predictions: Predicted classes (N,) by attack and for ``natural``, from `predictions_of`; without them neither
             confusions nor predictions are shown.
+        training: Facts about the training, such as its cost, by name.
+        curves: PNG of the training's curves.
 
     Returns:
         The page, encoded in UTF-8.
@@ -65,6 +69,7 @@ def render_page(
             "the images that were evaluated"
         )
     content = _content(report, images, labels.cpu(), _Names(classes), predictions or {})
+    content |= {"training": training or {}, "curves": _data_url(curves) if curves else ""}
     return new_environment("deat_rb.evaluation").get_template("report.html.j2").render(content).encode()
 
 
@@ -173,7 +178,8 @@ def _cards(report: Report) -> list[dict[str, str]]:
     cards = [card("without an attack", report.results["natural"])]
     if len(report.results) > 1:
         bound = " (upper bound)" if report.precision != "fp32" else ""
-        cards.append(card(f"worst case of {len(report.results) - 1} attacks{bound}", report.worst_case))
+        count = len(report.results) - 1
+        cards.append(card(f"worst case of {count} attack{'' if count == 1 else 's'}{bound}", report.worst_case))
     if report.checks:
         done = [check for check in report.checks if check.name != SKIPPED]
         counts = Counter(check.status for check in done)
@@ -359,7 +365,11 @@ def _png(image: Tensor) -> str:
         picture.thumbnail((LARGEST_IMAGE, LARGEST_IMAGE))
     file = io.BytesIO()
     picture.save(file, format="png", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return _data_url(file.getvalue())
+
+
+def _data_url(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:

@@ -41,6 +41,7 @@ def store_report(
     json_path: Path | None = None,
     page: bool = True,
     overwrite: bool = False,
+    training: tuple[dict[str, str], bytes] = ({}, b""),
 ) -> StoredReport:
     """Write a report, its page and the plot of a sweep; in each place, all files are written or none.
 
@@ -57,6 +58,7 @@ def store_report(
         json_path: A further file to write.
         page: Whether to write the page.
         overwrite: Whether an evaluation on the run's own data replaces a more comprehensive ``eval.json``.
+        training: Facts about the model's training by name, and a PNG of its curves, for the page.
 
     Returns:
         The files and sentences for the user.
@@ -72,7 +74,9 @@ def store_report(
         from deat_rb.evaluation.html_report import predictions_of, render_page
 
         predictions = predictions_of(model, report, images, batch_size=report.batch_size, device=device)
-        html = render_page(report, classes=classes, predictions=predictions, images=images, labels=labels)
+        facts, curves = training
+        html = render_page(report, classes=classes, predictions=predictions, images=images, labels=labels,
+                           training=facts, curves=curves)  # fmt: skip
     written = []
     for placed in placements:
         file = placed.file

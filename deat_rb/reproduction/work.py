@@ -19,8 +19,10 @@ from deat_rb.evaluation.store import store_report
 from deat_rb.reproduction.folder import Evaluated, Record, StudyFolder
 from deat_rb.reproduction.provenance import eval_command, hardware, now, source_commit
 from deat_rb.reproduction.study import RunSpec, Study
+from deat_rb.runs.directory import RunDirectory
 from deat_rb.runs.options import TrainOptions
 from deat_rb.runs.plan import plan
+from deat_rb.runs.summary import summary
 from deat_rb.runs.train import resume, train
 from deat_rb.training.callbacks import Callback
 from deat_rb.utils.devices import resolve_device
@@ -201,7 +203,8 @@ class Worker:
 
         def finish(report: Report) -> None:
             store_report(report, model=target.model, images=images, labels=labels, device=device,
-                         classes=target.classes, run=path, own_eps=target.eps)  # fmt: skip
+                         classes=target.classes, run=path, own_eps=target.eps,
+                         training=summary(RunDirectory.open(path)))  # fmt: skip
 
         with self.listener.evaluating(len(labels)) as progress:
             report = evaluate(

@@ -169,6 +169,22 @@ class RunDirectory:
             raise DeatError(f"{path} is missing, as the run has not finished an epoch; continue it with --resume")
         return path
 
+    @property
+    def title(self) -> str:
+        """The title of the run's plots: its name, method, dataset, architecture and seed."""
+        config = self.config
+        trained = f"{config.attack.method} on {config.data.dataset}, {config.model.arch}"
+        return f"{self.path.name}: {trained}, seed {config.optim.seed}"
+
+    @property
+    def selected_epoch(self) -> int | None:
+        """The epoch whose weights are the run's result so far; None before the first epoch has ended."""
+        which = str(self.config.optim.select)
+        if not (self.path / f"{which}.json").is_file():
+            return None
+        epoch = self.checkpoint(which).get("epoch")
+        return epoch if isinstance(epoch, int) else None
+
     def checkpoint(self, which: str) -> dict[str, Any]:
         """Return the epoch, metrics and SHA-256 of the ``best`` or ``last`` weights."""
         content = read_json(self.path / f"{which}.json")

@@ -214,8 +214,7 @@ def _fit(planned: TrainingPlan, run: RunDirectory, callbacks: Sequence[Callback]
             for each in trackers:
                 each.close()
             if ranks.is_main and (rows := run.rows()):
-                title = f"{config.attack.method} on {config.data.dataset}, {config.model.arch}"
-                plot_curves(rows, run.path / CURVES, title=title)
+                plot_curves(rows, run.path / CURVES, title=run.title, chosen=run.selected_epoch)
         except (DeatError, OSError) as error:
             _warn(callbacks, f"the plots or trackers may be incomplete: {error}")
 

@@ -274,3 +274,16 @@ def test_write_page_refuses_other_images(tmp_path: Path) -> None:
         write_page(report, tmp_path / "a.html", images=images[:5], labels=labels[:5], classes=())
     with pytest.raises(DeatError, match="cannot write"):
         write_page(report, tmp_path / "no" / "a.html", images=images, labels=labels, classes=())
+
+
+def test_render_page_shows_the_training() -> None:
+    from deat_rb.evaluation.html_report import render_page
+
+    report, images, labels, _ = example_report()
+    given: dict[str, Any] = {"images": images, "labels": labels, "classes": ("ant", "bee", "cat")}
+    plain = Document(render_page(report, **given).decode())
+    assert "Training" not in plain.words
+    shown = Document(render_page(report, **given, training={"backward passes": "1,234"}, curves=b"PNG").decode())
+    assert "backward passes 1,234" in shown.text
+    (curves,) = (each for each in shown.all("img") if each.get("class") == "curves")
+    assert curves["src"] == "data:image/png;base64," + base64.b64encode(b"PNG").decode()

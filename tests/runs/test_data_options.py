@@ -24,7 +24,7 @@ from deat_rb.utils.errors import DeatError, Interrupted
 @pytest.fixture(autouse=True)
 def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing the curves would take longer than the rest of such a run."""
-    monkeypatch.setattr("deat_rb.runs.train.plot_curves", lambda rows, path, title: None)
+    monkeypatch.setattr("deat_rb.runs.train.plot_curves", lambda *_, **__: None)
 
 
 def metrics(run: RunDirectory) -> list[dict[str, Any]]:

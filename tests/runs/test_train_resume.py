@@ -32,7 +32,7 @@ from deat_rb.utils.errors import DeatError, Interrupted
 @pytest.fixture(autouse=True)
 def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing the curves would take longer than the rest of such a run."""
-    monkeypatch.setattr("deat_rb.runs.train.plot_curves", lambda rows, path, title: None)
+    monkeypatch.setattr("deat_rb.runs.train.plot_curves", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")
@@ -374,7 +374,7 @@ def test_resume_on_a_full_disk_reports_the_disk(stopped: Path, monkeypatch: pyte
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr("deat_rb.utils.files._write_synced", full)
-    monkeypatch.setattr("deat_rb.runs.train.plot_curves", lambda rows, path, title: full(path, b""))
+    monkeypatch.setattr("deat_rb.runs.train.plot_curves", lambda rows, path, **_: full(path, b""))
     callback = Stops(10**6)
     with pytest.raises(DeatError, match=r"No space left .*run keeps 1 of 2 epochs and 1 batch of the next; deat-rb"):
         resume(stopped, {}, callbacks=[callback], trust_code=True)
