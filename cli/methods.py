@@ -21,7 +21,10 @@ def methods(name: str | None, as_json: bool, markdown: bool) -> None:
 
     if name is not None:
         text = explain(name)
-        click.echo(json.dumps({**asdict(describe(name)), "explanation": text}, indent=2) if as_json else text)
+        if as_json:
+            click.echo(json.dumps({**asdict(describe(name)), "explanation": text}, indent=2))
+        else:
+            click.echo("\n".join(_wrapped(line) for line in text.splitlines()))
         return
     rows = method_table(lambda sentence: click.echo(f"Warning: {sentence}", err=True))
     if as_json:
@@ -41,3 +44,14 @@ def methods(name: str | None, as_json: bool, markdown: bool) -> None:
     for row in rows:
         table.add_row(*cells(row))
     console.print(table)
+
+
+def _wrapped(line: str) -> str:
+    """Wrap a line of an explanation at the terminal's width, or at COLUMNS, below the text after its heading."""
+    import textwrap
+
+    from rich.console import Console
+
+    indent = " " * 13 if line.startswith("  ") else "  "
+    width = max(Console().width, 40)
+    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)

@@ -70,12 +70,15 @@ def _columns(rows: Sequence[RankedEntry]) -> dict[str, list[str]]:
 
 def as_tables(ranked: Sequence[RankedEntry], width: int) -> list[RenderableType]:
     """Render tables for a terminal of ``width`` characters; columns that do not fit are dropped."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
     tables: list[RenderableType] = []
     for heading, note, rows in _groups(ranked):
-        table = Table(title=Text(printable(heading)), caption=Text(printable(note)) if note else None)
+        table = Table(title=Text(printable(heading)), caption=Text(printable(note)) if note else None,
+                      box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left",
+                      caption_justify="left")  # fmt: skip
         columns = _columns(rows)
         for title in _DROPPED_FIRST:
             if _width(columns) > width:
@@ -92,7 +95,7 @@ def as_tables(ranked: Sequence[RankedEntry], width: int) -> list[RenderableType]
 def _width(columns: dict[str, list[str]]) -> int:
     """Return the width of a table whose headers wrap at spaces and whose cells do not wrap."""
     cells = (max(len(word) for word in (*title.split(), *column)) for title, column in columns.items())
-    return 1 + sum(cell + 3 for cell in cells)
+    return sum(cell + 2 for cell in cells)
 
 
 def as_json(ranked: Sequence[RankedEntry]) -> str:
