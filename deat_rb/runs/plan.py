@@ -143,7 +143,7 @@ class TrainingPlan:
             ("method", f"{attack.method} ({text.paper})"),
             ("attack", f"{text.attack}; eps = {format_fraction(attack.eps)}{alpha}"),
             ("loss", text.loss),
-            *([("class weights", self._class_weights())] if attack.class_weights == "balanced" else []),
+            *([("weighting", self._class_weights())] if attack.class_weights == "balanced" else []),
             ("schedule", text.schedule),
             ("stop", text.stop if optim.early_stopping or text.stop == "-" else f"{text.stop}: only recorded"),
             ("setting", f"{attack.setting}: {optim.epochs} epochs, {optim.lr_schedule} LR up to {optim.lr:g}"
@@ -161,7 +161,7 @@ class TrainingPlan:
             *([] if self.extra is None else [("extra data", self._extra_share(self.extra))]),
             *(("files", note) for note in self.data.notes),
             *([] if self.data.is_placeholder else [("classes", self._class_counts())]),
-            ("augmentation", AUGMENTATIONS[data.augment or "none"]),
+            ("augment", AUGMENTATIONS[data.augment or "none"]),
             ("result", f"the weights of the {optim.select} epoch"),
             ("cost", cost),
             *(("note", note) for note in self.notes),

@@ -174,7 +174,7 @@ def test_augment_defaults_to_that_of_the_dataset() -> None:
     assert resolve(make_options({"dataset": "digits"})).data.augment == "none"
     assert resolve(make_options({"dataset": "cifar10"})).data.augment == "crop-flip"
     planned = plan(make_options({"augment": "cutout", "method": "standard"}), dry=True)
-    assert dict(planned.lines())["augmentation"] == AUGMENTATIONS["cutout"]
+    assert dict(planned.lines())["augment"] == AUGMENTATIONS["cutout"]
     with pytest.raises(DeatError, match=r"^--augment = 'mixup' cannot be used: it should be 'none', 'flip'"):
         make_options({"augment": "mixup"})
     with pytest.raises(DeatError, match=r"^--augment mixup is unknown: choose one of none, flip, crop-flip"):

@@ -67,7 +67,7 @@ def test_resumed_run_equals_the_uninterrupted_one(changes: dict[str, Any], tmp_p
 def test_metrics_and_plan_say_what_classes_weigh_and_how_accurate_each_is(tmp_path: Path) -> None:
     planned = small_plan(class_weights="balanced", train_size=70)
     counts = torch.bincount(planned.train.labels).tolist()
-    text = dict(planned.lines())["class weights"]
+    text = dict(planned.lines())["weighting"]
     assert text.startswith(f"balanced: {70 / (10 * max(counts)):.3g} ('")
     assert f"to {70 / (10 * min(counts)):.3g} ('" in text
     run, _ = train(planned, output=tmp_path, name="run")
