@@ -13,6 +13,7 @@ from deat_rb.training.history import History
 from deat_rb.training.metrics import EpochAccumulator, EpochStats
 from deat_rb.training.state import TrainingState
 from deat_rb.utils.distributed import is_main
+from deat_rb.utils.options import OPEN
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,7 +90,7 @@ class TrainingProgress(Callback, AbstractContextManager["TrainingProgress"]):
         self._done = (epoch - 1) * batches + (self._state.batch if self._state else 0)
         if self._resumed_from is None:
             self._resumed_from, self._started = self._done, self._epoch_started
-        self._update(f"{self._label}epoch {epoch}/{epochs}, steps {steps}", [])
+        self._update(f"{self._where(epoch)}, steps {steps}", [])
 
     def on_batch_end(self, sums: EpochAccumulator) -> None:
         """Show the epoch's metrics so far, at intervals."""
@@ -109,12 +110,12 @@ class TrainingProgress(Callback, AbstractContextManager["TrainingProgress"]):
         if self.console.is_interactive:
             self._update(None, metrics)
         else:
-            where = f"{self._label}epoch {self._epoch}/{self._epochs}, batch {sums.batches}/{self._batches}"
+            where = f"{self._where(self._epoch)}, batch {sums.batches}/{self._batches}"
             self._print(f"{where}: {', '.join([*metrics, *self._left()])}")
 
     def on_validation_start(self) -> None:
         """Show that validation is running."""
-        self._update(f"{self._label}epoch {self._epoch}/{self._epochs}, validating", [])
+        self._update(f"{self._where(self._epoch)}, validating", [])
 
     def on_warning(self, message: str) -> None:
         """Print a warning."""
@@ -137,9 +138,12 @@ class TrainingProgress(Callback, AbstractContextManager["TrainingProgress"]):
             f"{row.images_per_second:.0f} images/s",
             *self._left(),
         ]
-        self._print(f"{self._label}epoch {row.epoch}/{self._epochs}: {', '.join(metrics)}")
+        self._print(f"{self._where(row.epoch)}: {', '.join(metrics)}")
         if row.stopped:
             self._print(f"{self._label}stopped: {row.stopped}")
+
+    def _where(self, epoch: int) -> str:
+        return f"{self._label}epoch {epoch}" + (f"/{self._epochs}" if self._epochs < OPEN else "")
 
     def _left(self) -> list[str]:
         """Return the remaining time of all runs as text, or nothing before it can be estimated."""
@@ -147,7 +151,7 @@ class TrainingProgress(Callback, AbstractContextManager["TrainingProgress"]):
         total = runs * self._epochs * self._batches
         done = (max(self._run, 1) - 1) * self._epochs * self._batches + self._done
         fresh = done - (self._resumed_from or 0)
-        if fresh <= 0 or done >= total:
+        if fresh <= 0 or done >= total or self._epochs >= OPEN:
             return []
         left = (monotonic() - self._started) / fresh * (total - done)
         return [f"about {duration(left)} left"]
@@ -163,7 +167,7 @@ class TrainingProgress(Callback, AbstractContextManager["TrainingProgress"]):
         self._bar.update(
             self._task,
             description=description,
-            total=self._epochs * self._batches,
+            total=self._epochs * self._batches if self._epochs < OPEN else None,
             completed=self._done,
             metrics=", ".join(shown),
             left=left,

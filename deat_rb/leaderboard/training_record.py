@@ -18,6 +18,7 @@ from deat_rb.runs.options import TrainOptions, train_options
 from deat_rb.training.metrics import EpochStats
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.hub import is_hub
+from deat_rb.utils.options import format_epochs
 from deat_rb.utils.records import describe_validation_error
 from deat_rb.utils.units import format_fraction
 
@@ -93,6 +94,7 @@ def training_command(config: RunConfig) -> str:
             words.append(each.flag.split("/")[not value])
             continue
         numbers = value if isinstance(value, tuple) else (value,)
-        shown = ",".join(format_fraction(number) if each.metavar == "FRACTION" else str(number) for number in numbers)
+        form = {"FRACTION": format_fraction, "EPOCHS": format_epochs}.get(each.metavar, str)
+        shown = ",".join(str(form(number)) for number in numbers)
         words += [each.flag, Path(shown).name if each.metavar == "PATH" and not is_hub(shown) else shown]
     return shlex.join(words)

@@ -10,7 +10,7 @@ from deat_rb.models.spec import ModelSpec
 from deat_rb.runs.options import MAY_CHANGE, TrainOptions
 from deat_rb.training.lr import OPEN_ENDED
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.options import validate
+from deat_rb.utils.options import format_epochs, validate
 
 
 class RunConfig(TrainOptions):
@@ -46,11 +46,13 @@ class RunConfig(TrainOptions):
         """
         optim = self.optim
         if epochs < optim.epochs:
-            raise DeatError(f"--epochs = {epochs} is less than the run's {optim.epochs}; start a new run")
+            raise DeatError(
+                f"--epochs = {epochs} is less than the run's {format_epochs(optim.epochs)}; start a new run"
+            )
         if epochs > optim.epochs and optim.lr_schedule not in OPEN_ENDED:
             raise DeatError(
-                f"--epochs = {epochs} differs from the run's {optim.epochs}, and a run with a {optim.lr_schedule} "
-                "learning rate, which ends at 0, cannot be extended; start a new run"
+                f"--epochs = {format_epochs(epochs)} differs from the run's {optim.epochs}, and a run with a "
+                f"{optim.lr_schedule} learning rate, which ends at 0, cannot be extended; start a new run"
             )
         if epochs == optim.epochs or optim.lr_schedule == "flat":
             return self.but(epochs=epochs)

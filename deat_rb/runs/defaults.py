@@ -61,6 +61,9 @@ the paper, and the protocol of FastAT Benchmark (arXiv:2604.22853; fzjcdt/FastAT
 FASTAT_EMA, FASTAT_LABEL_SMOOTHING, FASTAT_REPLAYS = 0.9995, 0.4, 200
 """FastAT's ``tau``, ``label_smoothing`` and, for FREE, ``total_epoch``: the number of epochs times replays."""
 
+ANYTIME: dict[str, Any] = {"lr_schedule": "flat", "lr": 0.05, "ema": 0.999, "select": "best"}
+"""Default options of an open-ended run, whose averaged weights are a result after every epoch."""
+
 DEFAULT_TEXTS = {
     "arch": "wrn-10-1 for digits, else preactresnet18; resnet18 fastat on CIFAR",
     "eps": "0.1 for digits, else 8/255",

@@ -34,7 +34,7 @@ from deat_rb.utils.devices import resolve_device
 from deat_rb.utils.distributed import World, world
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.hub import is_hub
-from deat_rb.utils.options import validate
+from deat_rb.utils.options import OPEN, validate
 from deat_rb.utils.units import format_fraction
 from deat_rb.utils.versions import versions
 
@@ -76,9 +76,11 @@ class TrainingPlan:
         None if it is not known in advance (guided and accuracy schedules, friendly attacks, stopping rules) or if the
         attack or trainer is not built in.
         """
-        trainer, epochs = self.trainer, self.config.optim.epochs
-        steps = trainer.schedule.total_steps(epochs)
-        may_stop = trainer.stopping is not None and self.config.optim.early_stopping
+        trainer, optim = self.trainer, self.config.optim
+        if optim.epochs == OPEN:
+            return None
+        steps = trainer.schedule.total_steps(optim.epochs)
+        may_stop = optim.patience or (trainer.stopping is not None and optim.early_stopping)
         if steps is None or may_stop or getattr(trainer.crafter, "tau", None) is not None:
             return None
         return self._passes(steps)
@@ -86,6 +88,8 @@ class TrainingPlan:
     def most_costs(self) -> dict[str, int] | None:
         """Return upper bounds of `costs`; None if the attack, schedule or trainer is not built in."""
         schedule, epochs = self.trainer.schedule, self.config.optim.epochs
+        if epochs == OPEN:
+            return None
         steps = schedule.total_steps(epochs)
         if steps is None and type(schedule) in (
             GradientMagnitude,
@@ -135,6 +139,7 @@ class TrainingPlan:
         threads = f", {runtime.threads} thread{'s' if runtime.threads > 1 else ''}" if runtime.threads else ""
         compiled = ", compiled" if runtime.compile else ""
         per_replay = ", updated after each replay" if attack.lr_per_replay else ""
+        epochs = f"{optim.epochs} epochs" if optim.epochs < OPEN else "open-ended"
         warmup = f" after {optim.warmup_epochs:g} epochs of warm-up" if optim.warmup_epochs else ""
         alpha = "" if self.trainer.alpha is None else f", alpha = {format_fraction(self.trainer.alpha)}"
         if alpha and self.trainer.schedule.guided:
@@ -146,9 +151,12 @@ class TrainingPlan:
             *([("weighting", self._class_weights())] if attack.class_weights == "balanced" else []),
             ("schedule", text.schedule),
             ("stop", text.stop if optim.early_stopping or text.stop == "-" else f"{text.stop}: only recorded"),
-            ("setting", f"{attack.setting}: {optim.epochs} epochs, {optim.lr_schedule} LR up to {optim.lr:g}"
+            ("setting", f"{attack.setting}: {epochs}, {optim.lr_schedule} LR up to {optim.lr:g}"
                         f"{warmup}{per_replay}"),
             ("optimizer", f"{_optimizer(optim)}, batches of {data.batch_size}, seed {optim.seed}"),
+            *([] if optim.patience is None else [
+                ("patience", f"ends when robust validation accuracy has not risen for {optim.patience} epochs")
+            ]),
             *([] if not optim.ema else [
                 ("average", f"exponential moving average of the weights, decay {optim.ema:g}, after every update")
             ]),
@@ -172,7 +180,7 @@ class TrainingPlan:
         """Return warnings about options and data that are probably not intended."""
         schedule, method, epochs = self.trainer.schedule, self.config.attack.method, self.config.optim.epochs
         warnings = []
-        if isinstance(schedule, EveryDEpochs) and schedule.every >= epochs:
+        if isinstance(schedule, EveryDEpochs) and epochs <= schedule.every:
             percent = f"{method}% adds them by training accuracy" if schedule.every < 100 else "choose a smaller D"
             warnings.append(
                 f"{method} adds a replay every {schedule.every} epochs, so it never does in this run of {epochs}; "
@@ -184,7 +192,7 @@ class TrainingPlan:
                 "increase --max-steps"
             )
         warmup = self.config.attack.awp_warmup
-        if warmup is not None and warmup >= epochs:
+        if warmup is not None and epochs <= warmup:
             warnings.append(f"AWP begins after {warmup} epochs, so it never does in this run of {epochs}")
         counts = [] if self.data.is_placeholder else self._counts()
         rare = rare_classes(dict(zip(self.data.classes, counts, strict=True))) if counts else []

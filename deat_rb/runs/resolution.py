@@ -14,7 +14,7 @@ from deat_rb.models.names import canonical_arch
 from deat_rb.models.pretrained import library_input
 from deat_rb.models.spec import DATASETS as SPEC_DATASETS
 from deat_rb.models.spec import model_spec, robustbench_class
-from deat_rb.runs.defaults import dataset_defaults, default_arch, setting_defaults
+from deat_rb.runs.defaults import ANYTIME, dataset_defaults, default_arch, setting_defaults
 from deat_rb.runs.hub_run import pinned
 from deat_rb.runs.options import TrainOptions
 from deat_rb.runs.trackers import check_trackers
@@ -22,7 +22,7 @@ from deat_rb.training.options import check_optim, optimizer_defaults
 from deat_rb.utils import seeding
 from deat_rb.utils.devices import check_cuda_graphs, check_sync_bn, resolve_device, resolve_precision
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.options import validate
+from deat_rb.utils.options import OPEN, validate
 from deat_rb.utils.threads import thread_count
 from deat_rb.utils.units import check_eps
 
@@ -62,6 +62,7 @@ def resolve(options: TrainOptions) -> TrainOptions:
         "batch_size": defaults.batch_size,
         "augment": defaults.augment,
         **setting,
+        **(ANYTIME if explicit.get("epochs") == OPEN else {}),
         **optimizer_defaults(explicit.get("optimizer")),
         **explicit,
         "method": method,

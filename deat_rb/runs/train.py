@@ -32,6 +32,7 @@ from deat_rb.training.state import read
 from deat_rb.utils.devices import resolve_device
 from deat_rb.utils.distributed import World, world
 from deat_rb.utils.errors import DeatError, Interrupted
+from deat_rb.utils.options import format_epochs
 from deat_rb.utils.versions import versions
 
 
@@ -112,8 +113,8 @@ def resume(
         longer = config.extended(options.optim.epochs)
         if longer.optim.epochs > config.optim.epochs and state is not None and state.stopped is not None:
             raise DeatError(
-                f"--epochs = {longer.optim.epochs} cannot extend a run that was ended by its stopping rule "
-                f"({state.stopped}); start a new run, with --no-early-stopping to train all epochs"
+                f"--epochs = {format_epochs(longer.optim.epochs)} cannot extend a run that was ended by its stopping "
+                f"rule ({state.stopped}); start a new run, with --no-early-stopping to train all epochs"
             )
         planned = plan(options, continues=config, started=newest is not None)
         for package, version in versions().items():
@@ -132,7 +133,7 @@ def resume(
         if longer.optim.epochs != config.optim.epochs:
             layout = longer.optim.lr_epochs
             milestones = f"; the learning rate keeps the milestones for {layout} epochs" if layout else ""
-            before, after = config.optim.epochs, longer.optim.epochs
+            before, after = config.optim.epochs, format_epochs(longer.optim.epochs)
             _warn(callbacks, f"the run is extended from {before} to {after} epochs{milestones}")
         resolved = planned.config.flat()
         now = longer.but(**{name: resolved[name] for name in MAY_CHANGE if changes.get(name) is not None})

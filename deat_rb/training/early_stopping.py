@@ -1,8 +1,8 @@
-"""Early stopping: the callback that applies a method's stopping rule."""
+"""Early stopping: the callbacks that apply a method's stopping rule and the user's patience."""
 
 from __future__ import annotations
 
-from deat_rb.training.base import StoppingRule
+from deat_rb.training.base import Stop, StoppingRule
 from deat_rb.training.callbacks import Callback
 from deat_rb.training.metrics import EpochStats
 from deat_rb.training.state import TrainingState
@@ -30,3 +30,30 @@ class EarlyStopping(Callback):
         row.stopped = stop.reason
         if self.enabled:
             self.state.stop, self.state.history.stopped = stop, stop.reason
+
+
+class Patience(Callback):
+    """End training when the robust validation accuracy has not risen for some epochs.
+
+    It has no state of its own: the best epoch is found in the history.
+
+    Args:
+        epochs: The number of epochs.
+    """
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_fit_start(self, state: TrainingState) -> None:  # noqa: D102 - the base class says it
+        self.state = state
+
+    def on_validation_end(self, row: EpochStats) -> None:  # noqa: D102 - the base class says it
+        history = self.state.history
+        validated = [each for each in (*history.rows, row) if each.val_robust_acc is not None]
+        if not validated or history.stopped is not None:
+            return
+        best = max(validated, key=lambda each: (each.val_robust_acc or 0.0, -each.epoch))
+        if row.epoch - best.epoch >= self.epochs:
+            reason = f"robust validation accuracy has not risen for {row.epoch - best.epoch} epochs"
+            row.stopped = history.stopped = reason
+            self.state.stop = Stop(reason, keep=row.epoch)

@@ -13,7 +13,7 @@ from deat_rb.training.callbacks import Callback
 from deat_rb.training.checkpointing import Checkpointing, MetricsWriter
 from deat_rb.training.checks import check_fit
 from deat_rb.training.cuda_graphs import choose_graphs
-from deat_rb.training.early_stopping import EarlyStopping
+from deat_rb.training.early_stopping import EarlyStopping, Patience
 from deat_rb.training.engine import Engine
 from deat_rb.training.history import History
 from deat_rb.training.loop import Loop
@@ -76,6 +76,8 @@ def fit(
     check_optim(optim, "")
     if optim.select == "best" and val_loader is None:
         raise DeatError("select = 'best' needs validation images; give a val_loader, or set select = 'last'")
+    if optim.patience is not None and val_loader is None:
+        raise DeatError(f"patience = {optim.patience} needs validation images; give a val_loader, or omit it")
     if resume and run is None:
         raise DeatError("resume = True needs a run to resume: pass it as run")
     check_fit(trainer.model)
@@ -116,6 +118,8 @@ def fit(
             own: list[Callback] = [NonFiniteMonitor(skip=runtime.on_nonfinite == "skip")]
             if trainer.stopping is not None:
                 own.append(EarlyStopping(trainer.stopping, enabled=optim.early_stopping))
+            if optim.patience is not None:
+                own.append(Patience(optim.patience))
             weights = BestWeights(optim.select or ("best" if val_loader is not None else "last"))
             if run is not None:
                 own.append(MetricsWriter(run))

@@ -124,6 +124,9 @@ class Loop:
         engine.reset_peak_memory()
         for each in self.callbacks:
             each.on_epoch_start(state.epoch, state.epochs, state.batches, steps)
+        # Once per epoch, because a CUDA graph of the training step holds the momentum.
+        if (momentum := self.lr.momentum_at(state.epoch - 1)) is not None:
+            set_momentum(state.optimizer, momentum)
         state.start_clock()
         seeding.seed_global(state.seed, "epoch", state.epoch)
         for batch, total in epoch_batches(loader, state.epoch, state.batch, state.seed, self._check):
@@ -137,8 +140,6 @@ class Loop:
             trainer.progress = state.epoch - 1 + min(state.batch / state.batches, 1)
             trainer.set_replay_lr(partial(self._rate, state.batch))
             set_rate(state.optimizer, self._rate(state.batch, 0.0))
-            if (momentum := self.lr.momentum_at(self._progress(state.batch, 0.0))) is not None:
-                set_momentum(state.optimizer, momentum)
             self._step(images, labels, total)
             state.batch += 1
             for each in self.callbacks:

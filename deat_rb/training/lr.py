@@ -92,7 +92,7 @@ class LearningRate:
         """Return the momentum after ``epochs`` epochs, or None if it is constant.
 
         Under ``onecycle`` it moves against the learning rate, as with torch's OneCycleLR: with a momentum of 0.9 from
-        0.95 to 0.85 and back.
+        0.95 to 0.85 and back. The training loop changes it once per epoch.
         """
         if self.schedule != "onecycle":
             return None

@@ -8,15 +8,16 @@ from pydantic import field_validator
 
 from deat_rb.training.lr import LR_SCHEDULES, MOMENTUM_RANGE, LearningRate
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.options import Names, OptionGroup, option
+from deat_rb.utils.options import OPEN, Epochs, Names, OptionGroup, option
 
 
 class OptimConfig(OptionGroup):
     """Optimization."""
 
-    epochs: int = option(
-        10, "Training epochs; can be raised with --resume under a flat or multistep learning rate.", ge=1
-    )
+    epochs: Epochs = option(
+        10, "Training epochs, or open: until --patience or Ctrl-C ends training; can be raised with --resume under a "
+        "flat or multistep learning rate.", ge=1,
+    )  # fmt: skip
     optimizer: Literal["sgd", "adamw"] = option("sgd", "Optimizer.")
     lr: float = option(0.1, "Peak learning rate.", gt=0, allow_inf_nan=False)
     lr_schedule: str = option("cyclic", "Learning-rate schedule.", choices=LR_SCHEDULES)
@@ -43,6 +44,10 @@ class OptimConfig(OptionGroup):
         "0 for none.", default_text="off", ge=0, lt=1,
     )  # fmt: skip
     early_stopping: bool = option(True, "Only record where the method's stopping rule would end training.")
+    patience: int | None = option(
+        None, "End training when robust validation accuracy has not risen for this many epochs.", default_text="off",
+        ge=1,
+    )  # fmt: skip
     validate_every: int = option(1, "Validate every N epochs, and after the last one.", ge=1)
     select: Literal["best", "last"] | None = option(
         None, "Epoch whose weights are the result: the best robust validation accuracy, or the last."
@@ -121,6 +126,10 @@ def check_optim(optim: OptimConfig, prefix: str = "--") -> None:
     warmup = f"{named('warmup_epochs')} = {optim.warmup_epochs:g}"
     if optim.warmup_epochs and schedule in ("cyclic", "onecycle"):
         raise DeatError(f"{warmup} cannot be combined with the {schedule} schedule, which rises by itself; omit it")
+    if optim.epochs == OPEN and schedule != "flat":
+        raise DeatError(
+            f"{named('epochs')} = open needs a learning rate that does not end: give {named('lr_schedule')} flat"
+        )
     if optim.warmup_epochs >= epochs:
         raise DeatError(f"{warmup} leaves none of {epochs} epochs for the schedule; reduce it")
     if optim.nesterov and (optim.optimizer != "sgd" or optim.momentum == 0):

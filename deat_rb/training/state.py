@@ -27,6 +27,7 @@ from deat_rb.training.metrics import EpochAccumulator, EpochStats
 from deat_rb.training.run_store import RunStore
 from deat_rb.utils.distributed import World
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.options import OPEN
 from deat_rb.utils.records import describe_validation_error
 
 
@@ -52,7 +53,7 @@ class TrainingState:
         trainer: The method and its model.
         engine: Device, precision and ranks.
         optimizer: Optimizer of the model's parameters.
-        epochs: Number of epochs, T.
+        epochs: Number of epochs, T; `deat_rb.utils.options.OPEN` for an open-ended run.
         seed: Seed of the run.
         recent: The newest epochs and their weights, as many as the stopping rule may go back.
         run: Storage of metrics, weights and checkpoints; None to store nothing.
@@ -133,17 +134,23 @@ class TrainingState:
     def describe_saved(self) -> str:
         """Describe how much of the run is saved, once the files that are being written are complete."""
         if self.run is None:
-            return f"{len(self.history.rows)} of {self.epochs} epochs were trained; the model has the newest weights"
+            return f"{self._out_of(len(self.history.rows))} were trained; the model has the newest weights"
         failed = ""
         try:
             self.writer.wait()
         except DeatError as error:
             failed = f"; {error}"
         epochs, batches = (self.saved.epoch - 1, self.saved.batch) if self.saved else (0, 0)
-        done = f"{epochs} of {self.epochs} epochs" + (
+        done = self._out_of(epochs) + (
             f" and {batches} batch{'es' if batches > 1 else ''} of the next" if batches else ""
         )
-        return f"{self.run.path} keeps {done}; deat-rb train --resume {self.run.path} resumes it{failed}"
+        result = f"deat-rb eval {self.run.path} evaluates it, " if self.epochs == OPEN and epochs else ""
+        return f"{self.run.path} keeps {done}; {result}deat-rb train --resume {self.run.path} resumes it{failed}"
+
+    def _out_of(self, epochs: int) -> str:
+        if self.epochs == OPEN:
+            return f"{epochs} epoch{'s' * (epochs != 1)}"
+        return f"{epochs} of {self.epochs} epochs"
 
 
 class SavedPosition(NamedTuple):

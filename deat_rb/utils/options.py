@@ -16,6 +16,7 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
+    PlainSerializer,
     TypeAdapter,
     ValidationError,
     field_validator,
@@ -78,6 +79,24 @@ def parse_names(text: str | Sequence[str]) -> tuple[str, ...]:
 Names = Annotated[tuple[str, ...], BeforeValidator(parse_names)]
 """Names; a comma-separated string is accepted."""
 
+
+OPEN = 10**9
+"""Number of epochs of an open-ended run."""
+
+
+def parse_epochs(text: str | int) -> str | int:
+    """Return `OPEN` for ``open``, and anything else unchanged."""
+    return OPEN if text == "open" else text
+
+
+def format_epochs(epochs: int) -> str | int:
+    """Return ``open`` for `OPEN` or more, and any other number unchanged."""
+    return "open" if epochs >= OPEN else epochs
+
+
+Epochs = Annotated[int, BeforeValidator(parse_epochs), PlainSerializer(format_epochs, when_used="json")]
+"""A number of epochs; ``open`` stands for `OPEN`."""
+
 Model = TypeVar("Model", bound=BaseModel)
 
 METAVARS: dict[Any, str] = {
@@ -88,6 +107,7 @@ METAVARS: dict[Any, str] = {
     parse_size: "SIZE",
     parse_numbers: "NUMBERS",
     parse_names: "NAMES",
+    parse_epochs: "EPOCHS",
 }
 """Placeholders for values in ``--help``, by the values' type or parser."""
 

@@ -58,7 +58,7 @@ def refusal(*arguments: object) -> str:
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--setting", "quick"], "Invalid value for '--setting': 'quick' is not one of 'fast', 'standard'."),
+        (["--setting", "quick"], "Invalid value for '--setting': 'quick' is not one of 'fast', 'standard', 'fastat'."),
         (["--dataset", "mnist"], "'mnist' is not one of 'digits', 'cifar10', 'cifar100', 'folder'."),
         (["--eps", "much"], "--eps = 'much' cannot be used: 'much' is not a number; give a fraction such as 8/255"),
         (["--epochs", "0"], "--epochs = '0' cannot be used: it should be greater than or equal to 1"),

@@ -17,6 +17,7 @@ from small_runs import SMALL, planned, state
 import deat_rb
 from deat_rb.cli import main
 from deat_rb.data.images import LabeledImages
+from deat_rb.leaderboard.training_record import training_command
 from deat_rb.methods import registry
 from deat_rb.methods.recipes import Recipe
 from deat_rb.runs.options import make_options, read_options
@@ -24,6 +25,7 @@ from deat_rb.runs.plan import plan
 from deat_rb.runs.resolution import default_name
 from deat_rb.runs.train import train
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.options import OPEN
 
 
 def test_plan_of_a_config_json_uses_as_many_images(tmp_path: Path) -> None:
@@ -328,6 +330,26 @@ def test_plan_of_fastat_does_not_normalize_and_can_be_changed() -> None:
     assert changed.config.network.mean == (0.5, 0.5, 0.5)
     assert "average" not in dict(changed.lines())
     assert dict(changed.lines())["loss"] == "CE"
+
+
+def test_plan_of_an_open_ended_run_has_a_flat_rate_and_averaged_weights() -> None:
+    own = planned(epochs="open", patience=5, method="deat-3")
+    optim = own.config.optim
+    assert (optim.epochs, optim.lr_schedule, optim.lr, optim.ema, optim.select) == (OPEN, "flat", 0.05, 0.999, "best")
+    assert own.costs() is own.most_costs() is None
+    assert own.warnings() == []
+    lines = dict(own.lines())
+    assert lines["setting"] == "fast: open-ended, flat LR up to 0.05"
+    assert lines["patience"] == "ends when robust validation accuracy has not risen for 5 epochs"
+    assert lines["cost"].startswith("counted during training")
+    assert planned(epochs="open", lr=0.2, optimizer="adamw", ema=0).config.optim.lr == 0.2
+    assert planned(epochs="open", optimizer="adamw").config.optim.lr == 0.001
+    with pytest.raises(DeatError, match="--epochs = open needs a learning rate that does not end: give --lr-schedule"):
+        planned(epochs="open", lr_schedule="cosine")
+    assert planned(epochs=7, patience=2).costs() is None
+    assert own.config.model_dump(mode="json")["optim"]["epochs"] == "open"
+    assert make_options(own.config.flat()).optim.epochs == OPEN
+    assert "--epochs open" in training_command(own.config)
 
 
 def test_plan_lines_say_which_files_of_a_folder_were_left_out(image_folder: Path, tmp_path: Path) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-from fits import fitted
-from training_problems import loader, made
+from fits import equal, fitted, weights
+from resumed_runs import Stops, outcome
+from training_problems import images_and_labels, loader, made, normalized, run_config
 
 import deat_rb
 import deat_rb.methods
+from deat_rb.runs.directory import RunDirectory
 from deat_rb.training.base import Stop
-from deat_rb.utils.errors import DeatError
+from deat_rb.training.validation import Validation
+from deat_rb.utils.errors import DeatError, Interrupted
+from deat_rb.utils.safe_load import load_tensors
 
 
 def test_fit_requires_validation_images_for_a_rule_that_validates() -> None:
@@ -35,3 +40,54 @@ def test_early_stopping_disabled_only_records_the_reason() -> None:
     assert (len(stopped.rows), stopped.stopped, stopped.selected) == (2, "because", 1)
     assert (len(recorded.rows), recorded.stopped, recorded.selected) == (4, None, 4)
     assert [row.stopped for row in recorded.rows] == [None, "because", None, None]
+
+
+@pytest.mark.parametrize(
+    ("robust", "options", "epochs", "selected"),
+    [
+        ([0.3, 0.5, 0.5, 0.4, 0.9], {"epochs": "open"}, 4, 2),
+        ([0.3, 0.5, 0.4, 0.6, 0.1, 0.2, 0.9], {"epochs": "open"}, 6, 4),
+        ([0.3, 0.5, 0.4, 0.4, 0.9], {"epochs": 3}, 3, 2),
+        ([0.3, 0.1, 0.9], {"epochs": "open", "validate_every": 2}, 4, 2),
+    ],
+)
+def test_patience_ends_training(
+    robust: list[float], options: dict[str, Any], epochs: int, selected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a patience of 2 epochs, of which the last case validates every other."""
+    script = list(robust)
+    monkeypatch.setattr(
+        "deat_rb.training.validation.validate", lambda *args, **options: Validation(0.9, script.pop(0), 3, 2)
+    )
+    model = made()
+    history = deat_rb.create("pgd-1", model).fit(
+        loader(), [images_and_labels()], lr=0.05, lr_schedule="flat", patience=2, **options
+    )
+    assert (len(history.rows), history.selected) == (epochs, selected)
+    ended = options["epochs"] == "open"
+    assert history.stopped == ("robust validation accuracy has not risen for 2 epochs" if ended else None)
+    assert history.rows[-1].stopped == history.stopped
+
+
+def test_open_ended_run_is_a_result_after_every_epoch_and_resumes(tmp_path: Path) -> None:
+    """Interrupted in the third epoch it has the files of a run of two, and goes on where it was."""
+
+    def fit(name: str, callbacks: Any = (), **options: Any) -> RunDirectory:
+        run = RunDirectory(tmp_path / name, run_config(select="best"))
+        if not run.path.exists():
+            RunDirectory.create(run.path, run.config)
+        deat_rb.create("m-deat", normalized()).fit(
+            loader(), [images_and_labels()], lr=0.05, lr_schedule="flat", ema=0.9, select="best", run=run,
+            callbacks=callbacks, **options,
+        )  # fmt: skip
+        return run
+
+    with pytest.raises(Interrupted, match=r"keeps 2 epochs and 1 batch of the next; deat-rb eval .* evaluates it"):
+        fit("open", [Stops(5)], epochs="open")
+    run = RunDirectory.open(tmp_path / "open")
+    assert outcome(run) == outcome(fit("two", epochs=2))
+    model = deat_rb.load_model(run.path, trust_code=True)
+    assert equal(weights(model), load_tensors(run.path / "best.safetensors"))
+    with pytest.raises(Interrupted, match="keeps 3 epochs and 2 batches of the next;"):
+        fit("open", [Stops(3)], epochs="open", resume=True)
+    assert outcome(run) == outcome(fit("three", epochs=3))

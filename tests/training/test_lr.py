@@ -101,9 +101,10 @@ def test_fit_moves_the_momentum_under_onecycle(optimizer: str) -> None:
     deat_rb.create("standard", made()).fit(
         loader(2), epochs=5, lr=1e-3, lr_schedule="onecycle", optimizer=optimizer, momentum=0.8, callbacks=[momenta]
     )
-    fall = [1 - math.cos(math.pi * x / 7) for x in range(7)]
-    expected = [0.85, 0.825, 0.775, *(0.75 + 0.05 * x for x in fall)]
-    assert momenta.seen == pytest.approx(expected)
+    rises = 0.05 * (1 - math.cos(math.pi * 2 / 3))  # at 0.2 of the run, 2/3 of the learning rate's rise
+    falls = [0.05 * (1 + math.cos(math.pi * x / 7)) for x in (1, 3, 5)]  # at 0.4, 0.6 and 0.8
+    expected = [0.85, 0.85 - rises, *(0.85 - x for x in falls)]
+    assert momenta.seen[::2] == momenta.seen[1::2] == pytest.approx(expected)
     constant = Momenta()
     deat_rb.create("standard", made()).fit(loader(2), epochs=1, lr=1e-3, optimizer=optimizer, callbacks=[constant])
     assert constant.seen == [0.9, 0.9]
