@@ -10,29 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from deat_rb.data.augmentations import AUGMENTATIONS
 from deat_rb.utils.errors import DeatError, did_you_mean
 from deat_rb.utils.seeding import derive, generator
 
 PADDING = 4
-
-AUGMENTATIONS = {
-    "none": "none",
-    "flip": "horizontal flips",
-    "crop-flip": "random crops of images padded by 4 pixels, horizontal flips",
-    "cutout": "crops and flips; a black square of half the height (Cutout)",
-    "trivialaugment": "crops and flips; one random operation per image (TrivialAugment)",
-    "randaugment": "crops and flips; two random operations per image (RandAugment)",
-    "autoaugment": "crops and flips; AutoAugment's policy for CIFAR-10",
-    "resized-crop": "crops of 8 to 100 % of the area, resized to the full size, horizontal flips",
-}
-"""Names of the augmentations, with descriptions."""
 
 
 def draw(name: str, *, seed: int, epoch: int, batch: int, size: int, height: int, width: int) -> Tensor:
     """Draw the random numbers of an augmentation for a global batch, on the CPU.
 
     Args:
-        name: A key of `AUGMENTATIONS`.
+        name: A key of `deat_rb.data.augmentations.AUGMENTATIONS`.
         seed: Seed of the run.
         epoch: Number of the epoch.
         batch: Number of the batch in the epoch.
@@ -67,7 +56,7 @@ def augment(
     transforms, on the images' device.
 
     Args:
-        name: A key of `AUGMENTATIONS`.
+        name: A key of `deat_rb.data.augmentations.AUGMENTATIONS`.
         images: The images of this rank, uint8 (n, C, H, W).
         seed: Seed of the run.
         epoch: Number of the epoch.

@@ -45,7 +45,7 @@ class Batches:
             data: The images.
             batch_size: Images per global batch, over all ranks; the last batch may be smaller.
             shuffle: Whether to reshuffle the images in every epoch.
-            augmentation: A key of `deat_rb.data.augment.AUGMENTATIONS`.
+            augmentation: A key of `deat_rb.data.augmentations.AUGMENTATIONS`.
             extra: Images beside the training images, of which every batch gets the same number. An epoch has as many
                 batches as without them, all of ``batch_size`` images; see `deat_rb.data.extra_data.mixed_order`.
             extra_fraction: Their share of a batch, above 0 and below 1; the number is rounded down.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from deat_rb.data.augment import AUGMENTATIONS
+from deat_rb.data.augmentations import AUGMENTATIONS
 from deat_rb.runs.defaults import DATASET_DEFAULTS, DEFAULT_TEXTS, SETTINGS
 from deat_rb.training.options import OptimConfig, RuntimeConfig
 from deat_rb.utils.errors import DeatError

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from deat_rb.attacks.pgd import PGD
-from deat_rb.data.augment import AUGMENTATIONS
+from deat_rb.data.augmentations import AUGMENTATIONS
 from deat_rb.data.datasets import Dataset, load_data
 from deat_rb.data.extra_data import ExtraData, check_share, load_extra_data
 from deat_rb.data.folder_info import rare_classes

@@ -33,8 +33,9 @@ class OptimConfig(OptionGroup):
     nesterov: bool = option(False, "Use Nesterov momentum.")
     weight_decay: float = option(5e-4, "Weight decay.", ge=0, allow_inf_nan=False)
     no_decay: Names = option(
-        (), "Parameters without weight decay: norm (normalization layers), bias, or norm,bias.", metavar="KINDS"
-    )
+        (), "Parameters without weight decay: norm (normalization layers), bias, or norm,bias.", metavar="KINDS",
+        default_text="none",
+    )  # fmt: skip
     grad_clip: float | None = option(
         None, "Scale gradients down to this total L2 norm before each update.", default_text="off", gt=0,
         allow_inf_nan=False,

@@ -8,7 +8,8 @@ import torch
 from small_image_sets import epoch_of, grids
 from torch import Tensor
 
-from deat_rb.data.augment import AUGMENTATIONS, augment, crop_and_flip, cut_out
+from deat_rb.data.augment import augment, crop_and_flip, cut_out
+from deat_rb.data.augmentations import AUGMENTATIONS
 from deat_rb.data.batches import Batches
 from deat_rb.data.images import ImageSet
 from deat_rb.runs.options import make_options

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from small_image_sets import epoch_of, grids, image_set
 from torch.profiler import ProfilerActivity, profile
 
-from deat_rb.data.augment import AUGMENTATIONS
+from deat_rb.data.augmentations import AUGMENTATIONS
 from deat_rb.data.batches import Batches
 from deat_rb.utils.errors import DeatError
 
