@@ -99,6 +99,11 @@ class StatelessAttack(Attack):
         self._keeps_mode = False
         super().set_model_training_mode(model_training, batchnorm_training, dropout_training)
 
+    @property
+    def in_train_mode(self) -> bool:
+        """Whether the attack runs BatchNorm in train mode if the model is in train mode."""
+        return self._keeps_mode or (self._model_training and self._batchnorm_training)
+
     def enter_mode(self) -> None:
         """Set the model to the mode of the attack."""
         if self._keeps_mode and self.model.training:

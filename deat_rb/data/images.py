@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deat_rb.data.check import _check_labels, _describe
+from deat_rb.utils.device_copier import DeviceCopier
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.seeding import generator
 
@@ -160,9 +161,11 @@ class _InMemoryReader:
     def __call__(self, order: Tensor | None, windows: Sequence[slice]) -> Iterator[tuple[Tensor, Tensor]]:
         if order is not None:
             order = order.to(self.labels.device)
+        copier = DeviceCopier(self.device)
         for window in windows:
             chosen = window if order is None else order[window]
-            yield self.images[chosen].to(self.device), self.labels[chosen].to(self.device)
+            images, labels = copier(self.images[chosen], self.labels[chosen])
+            yield images, labels
 
 
 def train_val_split(train: Images, size: int, *, seed: int) -> tuple[Images, Images]:

@@ -68,6 +68,10 @@ class AttackTrainer(Trainer):
         crafter = self.crafter
         return crafter if isinstance(crafter, PGD) and type(crafter).forward is PGD.forward else None
 
+    def reads_statistics(self) -> bool:
+        """Return whether the attack may run in eval mode."""
+        return self._own is None or not self._own.in_train_mode
+
     def check_attack(self, images: Tensor) -> None:
         """Check that the attack computes gradients and perturbs every image; determine if its loss is averaged."""
         if self._averages is None and self._own is None:
@@ -277,6 +281,10 @@ class ReplayTrainer(Trainer):
             updates=self.steps,
             image_size=images[0].numel(),
         )
+
+    def reads_statistics(self) -> bool:
+        """Return False: all replays are in train mode."""
+        return False
 
     def _carry_over(self, delta: Tensor) -> None:
         """Store the global batch's perturbation, in place if there is room; a short batch replaces the first rows."""

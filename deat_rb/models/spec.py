@@ -39,6 +39,8 @@ class NormalizedModel(nn.Module):
     mu: Tensor
     sigma: Tensor
     classes: tuple[str, ...] = ()
+    constant_buffers = ("mu", "sigma")
+    """Buffers that training does not change, so that ranks need not average them."""
 
     def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()

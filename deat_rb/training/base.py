@@ -226,6 +226,10 @@ class TrainerBase(StatelessAttack):
         """The function given to `set_replay_lr`."""
         return self._rate
 
+    def reads_statistics(self) -> bool:
+        """Return whether a training step may read BatchNorm's running statistics, as an attack in eval mode does."""
+        return True
+
     def step_settings(self) -> tuple[object, ...]:
         """Return the settings that a training step uses, other than the model and the optimizer.
 

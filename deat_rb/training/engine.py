@@ -6,7 +6,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from deat_rb.training.averaging import WeightAverage
 from deat_rb.training.batch_counters import BatchCounters
 from deat_rb.training.cuda_graphs import Graphs
+from deat_rb.utils.device_copier import DeviceCopier
 from deat_rb.utils.devices import Precision, check_sync_bn
 from deat_rb.utils.distributed import World
 
@@ -83,6 +85,7 @@ class Engine:
         self.loss_scale = torch.tensor(ATTACK_SCALE, device=self.device) if precision == "fp16" else 1.0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self._replica: nn.Module | None = None
+        self._copier = DeviceCopier(self.device)
         self.counters = BatchCounters()
 
     @property
@@ -152,10 +155,27 @@ class Engine:
         """Return the module to call in a training step; its gradients are averaged over all ranks."""
         return self._replica or model
 
-    def sync_buffers(self, buffers: Iterable[Tensor]) -> None:
-        """Average BatchNorm's running statistics over all ranks."""
-        if not self.sync_bn:
-            self.world.average(buffers)
+    def sync_buffers(self, model: nn.Module, average: WeightAverage | None = None, *, statistics: bool = True) -> None:
+        """Average the buffers over all ranks.
+
+        BatchNorm's running statistics are averages of each batch's, so that it suffices to average them before they are
+        read: the difference is rounding. Other buffers are averaged after each batch.
+
+        Args:
+            model: The model.
+            average: The averaged weights, whose buffers count as statistics.
+            statistics: Whether to average statistics; if False, only other buffers.
+        """
+        if self.world.size == 1 or self.sync_bn:
+            return
+        buffers: list[Tensor] = []
+        for module in model.modules():
+            if statistics or not isinstance(module, nn.modules.batchnorm._BatchNorm):
+                constant = getattr(module, "constant_buffers", ())
+                buffers += [each for name, each in module.named_buffers(recurse=False) if name not in constant]
+        if statistics and average is not None:
+            buffers += average.buffers()
+        self.world.average(buffers)
 
     def loss_divisor(self, count: int) -> float:
         """Return the divisor of the summed loss of this rank's ``count`` examples.
@@ -166,7 +186,7 @@ class Engine:
 
     def to_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return copies of a batch on the device, the images in channels_last."""
-        images = images.detach()
+        images, labels = self._copier(images.detach(), labels)
         moved = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
         if moved.data_ptr() == images.data_ptr():  # a model or an attack may modify its input in place
             moved = moved.clone()

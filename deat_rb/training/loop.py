@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,9 @@ from deat_rb.training.validation import validate_epoch
 from deat_rb.utils import seeding
 from deat_rb.utils.distributed import is_peer_failure
 from deat_rb.utils.errors import DeatError, Interrupted, UnwritableError
+
+AGREE_EVERY = 10
+"""Number of batches after which ranks on GPUs agree on an action such as a checkpoint."""
 
 
 class Loop:
@@ -72,7 +75,7 @@ class Loop:
         try:
             for each in self.callbacks:
                 each.on_fit_start(state)
-            with self.requests:
+            with self.requests, self._failing_alone():
                 self._train(shards, validation)
         except RuntimeError as error:
             if (reason := explain_nondeterminism(error)) is not None:
@@ -96,6 +99,17 @@ class Loop:
         for each in self.callbacks:
             each.on_fit_end(state.history)
         return state.history
+
+    @contextmanager
+    def _failing_alone(self) -> Iterator[None]:
+        """Let a rank that raises end; all other ranks would wait for it, and it for them."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            self.state.world.abandon()
+            raise
 
     def _train(self, loader: Loader, validation: Batch | None) -> None:
         state, trainer = self.state, self.state.trainer
@@ -145,6 +159,7 @@ class Loop:
             for each in self.callbacks:
                 each.on_batch_end(state.sums)
             self._act(self._agreed_action())
+        engine.sync_buffers(state.model, state.average)
         state.stop_clock()
         if state.batch == 0:
             if state.batches == 0:
@@ -177,9 +192,7 @@ class Loop:
             noise = seeding.global_batch_noise(world.share(total), total, stream)
         with noise:
             stats = self.run_step(images, labels, total)
-        state.engine.sync_buffers(state.model.buffers())
-        if state.average is not None:
-            state.engine.sync_buffers(state.average.buffers())
+        state.engine.sync_buffers(state.model, statistics=state.trainer.reads_statistics())
         for each in self.callbacks:
             each.on_step_end(stats)
         if not state.skip_batch:
@@ -194,7 +207,13 @@ class Loop:
         return self.state.epoch - 1 + min((batch + share) / self.state.batches, 1)
 
     def _agreed_action(self) -> Action:
-        """Return the highest action that a callback or signal on any rank requests; waits for the other ranks."""
+        """Return the highest action that a callback or signal on any rank requests; waits for the other ranks.
+
+        On GPUs, where that takes time in comparison with a batch, the ranks only do so after every tenth batch.
+        """
+        state = self.state
+        if state.world.size > 1 and state.engine.device.type == "cuda" and state.batch % AGREE_EVERY:
+            return Action.CONTINUE
         requested = [each.requested_action() for each in self.callbacks]
         requested.append(Action.STOP if self.requests.requested else Action.CONTINUE)
         return Action(self.state.world.max_over_ranks(max(requested)))
@@ -202,6 +221,7 @@ class Loop:
     def _act(self, action: Action) -> None:
         if action == Action.CONTINUE or (action == Action.SAVE and self.state.run is None):
             return
+        self.state.engine.sync_buffers(self.state.model, self.state.average)
         for each in self.callbacks:
             each.on_action(action)
         if action == Action.STOP:

@@ -71,7 +71,16 @@ class World:
         """
         self._control = None
         gc.collect()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def abandon(self) -> None:
+        """Abort communication between GPUs, so that a rank that fails alone ends instead of waiting for the others.
+
+        torchrun ends the others then. Between CPUs, they notice by themselves that this process has ended.
+        """
+        if self.size > 1 and dist.is_initialized() and dist.get_backend() == "nccl":
+            dist.distributed_c10d._abort_process_group()
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over all ranks."""

@@ -106,6 +106,7 @@ def test_leave_frees_the_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     group = weakref.ref(world._control)
     Replica(world._control)
     seen: list[bool] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: seen.append(group() is None))
     world.leave()
     assert seen == [True]
