@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import platform
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
@@ -18,11 +19,13 @@ from benchmarks.timing import Side
 from deat_rb import build_model, create
 from deat_rb.methods.trainers import ReplayTrainer
 from deat_rb.training.base import Constant
+from deat_rb.training.cuda_graphs import choose_graphs
 from deat_rb.training.engine import Engine
 from deat_rb.training.lr import set_rate
 from deat_rb.training.metrics import EpochAccumulator
 from deat_rb.training.optimizers import build_optimizer
 from deat_rb.training.options import OptimConfig
+from deat_rb.training.step_runner import StepRunner
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils import seeding
 from deat_rb.utils.devices import resolve_precision
@@ -81,13 +84,17 @@ class Step:
         method: Name of the method.
         precision: fp32, bf16 or fp16.
         compiled: Whether to use `torch.compile` for the passes.
+        cuda_graphs: Whether the step is recorded as a CUDA graph: ``auto``, as in training, or ``off``.
     """
 
-    def __init__(self, problem: Problem, method: str, precision: str, *, compiled: bool = False) -> None:
+    def __init__(
+        self, problem: Problem, method: str, precision: str, *, compiled: bool = False, cuda_graphs: str = "auto"
+    ) -> None:
         self.problem = problem
         self.trainer = create(method, problem.copy())
         fix_steps(self.trainer)
         self.engine = Engine(problem.device, resolve_precision(precision, problem.device), compiled=compiled)
+        self.engine.graphs = choose_graphs(cuda_graphs, problem.device, 1)
         self.sums = EpochAccumulator()
         self._stack = ExitStack()
 
@@ -95,23 +102,28 @@ class Step:
         self._stack.enter_context(self.engine.prepared(self.trainer.model))
         self.trainer.set_device(self.problem.device)
         self.optimizer = build_optimizer(self.trainer.model, OptimConfig(lr=LR), self.engine.device)
+        self.runner = StepRunner(self.trainer, self.engine, self.optimizer)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def run(self) -> None:
-        """Run one step."""
-        images, labels = self.engine.to_device(self.problem.images, self.problem.labels)
+        """Run one step, as training does."""
+        images, labels = self._batch()
+        self.sums.add(self.runner(images, labels, len(labels)))
+
+    def _batch(self) -> tuple[Tensor, Tensor]:
         set_rate(self.optimizer, LR)
         seeding.seed_global(0, "batch", 1, 0)
-        self.sums.add(self.trainer.training_step(images, labels, self.optimizer, self.engine))
+        return self.engine.to_device(self.problem.images, self.problem.labels)
 
     def passes(self) -> list[Pass]:
-        """Return the passes of a step."""
+        """Return the passes of a step, which is not recorded as a CUDA graph."""
         restore(self.trainer.model, self.problem)
-        with observed(self.trainer) as passes:
-            self.run()
+        images, labels = self._batch()
+        with observed(self.trainer) as passes, self.engine.training_batch(self.trainer.model, len(labels)):
+            self.trainer.training_step(images, labels, self.optimizer, self.engine)
         return passes
 
     def side(self) -> Side:
@@ -146,11 +158,26 @@ def published_side(problem: Problem, method: str, trainer: Trainer, steps: int |
 
 
 def limit_side(problem: Problem, passes: list[Pass], precision: str) -> Side:
-    """Return side (b): the bare passes in channels_last."""
+    """Return side (b): the bare passes in channels_last; on a GPU captured in a CUDA graph, as the step is."""
     model = problem.copy().to(memory_format=torch.channels_last)
     limit = Limit(model, passes, precision)
     images = problem.images.contiguous(memory_format=torch.channels_last)
-    return Side(lambda: limit(images), lambda: restore(model, problem))
+    run = captured(lambda: limit(images)) if problem.device.type == "cuda" else lambda: limit(images)
+    return Side(run, lambda: restore(model, problem))
+
+
+def captured(run: Callable[[], object]) -> Callable[[], object]:
+    """Return a function that replays ``run``, captured in a CUDA graph after four calls to warm up."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(4):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        run()
+    return graph.replay
 
 
 def full_pass_side(problem: Problem) -> Side:

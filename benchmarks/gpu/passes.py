@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.problem import Problem, Step
+from benchmarks.problem import Problem, Step, captured
 from deat_rb import build_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -102,25 +102,22 @@ class Passes:
 
     def _record_graph(self, name: str, batch: int, run: Callable[[], object]) -> None:
         try:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(4):
-                    run()
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                run()
+            replay = captured(run)
         except Exception as error:  # capturing may fail, but the next measurement must run
             print(f"{name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
             return
-        self.record(name, batch, graph.replay)
+        self.record(name, batch, replay)
 
     def method(self, name: str, batch: int) -> None:
-        """Time a method's training step in bf16."""
-        with Step(Problem(self.options.arch, batch, self.device), name, "bf16") as step:
-            passes = len([each for each in step.passes() if each.kind != "forward"])
-            self.record(f"training_step of {name} ({passes} backward passes)", batch, step.run, passes, warm_up=3)
+        """Time a method's training step in bf16, and on a GPU also recorded as a CUDA graph, as it is in training."""
+        problem = Problem(self.options.arch, batch, self.device)
+        for graphs in ("off", "auto") if self.cuda else ("off",):
+            with Step(problem, name, "bf16", cuda_graphs=graphs) as step:
+                passes = len([each for each in step.passes() if each.kind != "forward"])
+                title = (
+                    f"training step of {name}{', CUDA graph' if graphs == 'auto' else ''} ({passes} backward passes)"
+                )
+                self.record(title, batch, step.run, passes, warm_up=4)
 
 
 def parse() -> argparse.Namespace:

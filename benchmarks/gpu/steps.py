@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 
 from benchmarks.gpu.session import Session
-from benchmarks.problem import Problem, Step
+from benchmarks.limit import Pass
+from benchmarks.problem import Problem, Step, limit_side
 
 METHODS = ("standard", "u-fgsm", "m-deat", "free-4", "pgd-7", "trades", "mart", "fat-5", "f+trades", "f+mart")
 
@@ -70,9 +72,12 @@ def tests(session: Session) -> None:
     session.record("tests", status=done.returncode, seconds=seconds, last=lines[-1:], failed=failed[:60])
 
 
-def _step(session: Session, method: str, precision: str, arch: str | None = None, *, compiled: bool = False) -> Step:
+def _step(
+    session: Session, method: str, precision: str, arch: str | None = None, *, compiled: bool = False,
+    cuda_graphs: str = "auto",
+) -> Step:  # fmt: skip
     problem = Problem(arch or session.options.arch, session.options.batch_size, session.device)
-    return Step(problem, method, precision, compiled=compiled)
+    return Step(problem, method, precision, compiled=compiled, cuda_graphs=cuda_graphs)
 
 
 def smoke(session: Session) -> None:
@@ -81,7 +86,7 @@ def smoke(session: Session) -> None:
         for method in METHODS:
             with (
                 session.recording_failure("smoke", method=method, precision=precision),
-                _step(session, method, precision) as step,
+                _step(session, method, precision, cuda_graphs="off") as step,
             ):
                 step.run()
                 session.wait()
@@ -114,38 +119,58 @@ def speed(
     *,
     compiled: bool = False,
 ) -> None:
-    """Record milliseconds per step, with steps queued back to back as in training, and the host's part of them."""
+    """Record milliseconds per step, with steps queued back to back as in training, and the host's part of them.
+
+    On a GPU steps are measured with and without CUDA graphs, and so are the bare passes, captured in a graph.
+    """
     repeats = session.options.repeats
-    for precision in precisions:
-        for method in methods:
-            if session.seconds_left() < 15:
-                return
-            with session.recording_failure(stage, method=method, precision=precision):
-                began = time.monotonic()
-                with _step(session, method, precision, arch, compiled=compiled) as step:
-                    for _ in range(3):
-                        step.run()
-                    session.wait()
-                    start = time.monotonic() - began
-                    timer = time.perf_counter()
-                    for _ in range(repeats):
-                        step.run()
-                    queued = time.perf_counter() - timer
-                    session.wait()
-                    done = time.perf_counter() - timer
-                    session.record(
-                        stage,
-                        method=method,
-                        precision=precision,
-                        arch=arch or session.options.arch,
-                        ms=round(1e3 * done / repeats, 3),
-                        host_ms=round(1e3 * queued / repeats, 3),
-                        steps=step.trainer.steps,
-                        passes=len(step.passes()),
-                        images_per_s=round(session.options.batch_size * repeats / done),
-                        start_s=round(start, 1),
-                        peak_MiB=round(step.engine.peak_memory() / 2**20),
-                    )
+    for precision, method, graphs in product(precisions, methods, ("auto", "off") if session.cuda else ("off",)):
+        if session.seconds_left() < 15:
+            return
+        with session.recording_failure(stage, method=method, precision=precision, cuda_graphs=graphs):
+            began = time.monotonic()
+            with _step(session, method, precision, arch, compiled=compiled, cuda_graphs=graphs) as step:
+                for _ in range(4):
+                    step.run()
+                session.wait()
+                start = time.monotonic() - began
+                timer = time.perf_counter()
+                for _ in range(repeats):
+                    step.run()
+                queued = time.perf_counter() - timer
+                session.wait()
+                done = time.perf_counter() - timer
+                passes = step.passes()
+                bare = None if graphs == "off" else _bare_ms(session, step.problem, passes, step.engine.precision)
+                session.record(
+                    stage,
+                    method=method,
+                    precision=precision,
+                    cuda_graphs=graphs,
+                    recordings=step.runner.recordings,
+                    bare_ms=bare,
+                    arch=arch or session.options.arch,
+                    ms=round(1e3 * done / repeats, 3),
+                    host_ms=round(1e3 * queued / repeats, 3),
+                    steps=step.trainer.steps,
+                    passes=len(passes),
+                    images_per_s=round(session.options.batch_size * repeats / done),
+                    start_s=round(start, 1),
+                    peak_MiB=round(step.engine.peak_memory() / 2**20),
+                )
+
+
+def _bare_ms(session: Session, problem: Problem, passes: list[Pass], precision: str) -> float:
+    """Return the milliseconds of a step's bare passes."""
+    side = limit_side(problem, passes, precision)
+    side.run()
+    session.wait()
+    began = time.perf_counter()
+    for _ in range(session.options.repeats):
+        side.run()
+    session.wait()
+    seconds = time.perf_counter() - began
+    return round(1e3 * seconds / int(session.options.repeats), 3)
 
 
 def compiled(session: Session) -> None:
