@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -45,7 +46,11 @@ Curve = Callable[[Drawn], list[tuple[float, float]]]
 
 
 def draw(
-    kind: FigureKind, title: str, runs: Mapping[str, Sequence[Drawn]], panels: Sequence[Sequence[str]]
+    kind: FigureKind,
+    title: str,
+    runs: Mapping[str, Sequence[Drawn]],
+    panels: Sequence[Sequence[str]],
+    footer: str = "",
 ) -> dict[str, bytes]:
     """Draw a figure.
 
@@ -54,6 +59,7 @@ def draw(
         title: Title.
         runs: Runs with at least one epoch, by label.
         panels: Labels of each panel; by default one panel with all.
+        footer: Sentence below the figure.
 
     Returns:
         The picture by format: ``png`` and ``pdf``.
@@ -65,6 +71,9 @@ def draw(
     height = -(-len(chosen) // columns)
     figure = Figure(figsize=(max(6.4, 4.6 * columns), 0.5 + 3.7 * height), layout="constrained")
     figure.suptitle(replace_invisible(title), parse_math=False, fontsize="medium")
+    if footer:
+        lines = textwrap.fill(replace_invisible(footer), int(18 * figure.get_figwidth()))
+        figure.supxlabel(lines, parse_math=False, fontsize="x-small", color=GREY)
     grid = figure.subplots(height, columns, squeeze=False)
     every = [axes for line in grid for axes in line]
     for axes in every[len(chosen) :]:

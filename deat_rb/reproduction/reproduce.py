@@ -130,11 +130,13 @@ def outcome(name: str, setup: Setup, folder: StudyFolder) -> Outcome:
     table = ResultTable(name, target.title, columns, tuple(rows), (said,) if said else ())
     verdicts = tuple(judge(claim.text, claim.column, claim.more, claim.less, by_part[claim.part])
                      for claim in target.claims)  # fmt: skip
-    pictures = _pictures(target, specs, folder) if target.figure else {}
+    pictures = _pictures(target, specs, folder, said) if target.figure else {}
     return Outcome(name, target.title, said, target.note, table, verdicts, pictures)
 
 
-def _pictures(target: Target, specs: Mapping[str, Sequence[RunSpec]], folder: StudyFolder) -> dict[str, bytes]:
+def _pictures(
+    target: Target, specs: Mapping[str, Sequence[RunSpec]], folder: StudyFolder, footer: str
+) -> dict[str, bytes]:
     parameters = {
         f"{method}, alpha {alpha}, gamma {gamma:g}": (alpha, gamma)
         for part in target.parts
@@ -148,7 +150,7 @@ def _pictures(target: Target, specs: Mapping[str, Sequence[RunSpec]], folder: St
         if begun:
             drawn[label] = begun
     assert target.figure is not None
-    return draw(target.figure, target.title, drawn, target.panels) if drawn else {}
+    return draw(target.figure, target.title, drawn, target.panels, footer) if drawn else {}
 
 
 def _drawn(run: RunSpec, folder: StudyFolder, alpha: str, gamma: float | None) -> Drawn | None:

@@ -198,11 +198,11 @@ def _in_latex(text: str) -> str:
 
 
 def as_csv(table: ResultTable) -> str:
-    """Return a table as CSV: mean, deviation and published value of each column."""
+    """Return a table as CSV: mean, deviation and published value of each column, and the notes in each row."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = [f"{column}{suffix}" for column in table.columns for suffix in ("", " deviation", " published")]
-    writer.writerow(["row", "seeds", *names])
+    writer.writerow(["row", "seeds", *names, "note"])
     for row in table.rows:
         cells: list[Any] = [_in_csv(row.label), sum(run.status == "done" for run in row.runs)]
         for column in table.columns:
@@ -212,7 +212,7 @@ def as_csv(table: ResultTable) -> str:
                 "" if mean is None or mean.deviation is None else repr(mean.deviation),
                 "" if known is None else known.mean,
             ]
-        writer.writerow(cells)
+        writer.writerow([*cells, " ".join([*table.notes, *row.unfinished])])
     return text.getvalue()
 
 

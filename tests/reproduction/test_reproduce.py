@@ -98,6 +98,6 @@ def test_draw(kind: str) -> None:
                                    for seed in (0, 1)]
         for gamma in (1.0, 1.01)
     }  # fmt: skip
-    pictures = draw(kind, "A title with $ and _", runs, [])  # type: ignore[arg-type]  # one of the kinds
+    pictures = draw(kind, "A title with $ and _", runs, [], "Not the paper's setting")  # type: ignore[arg-type]  # one of the kinds
     assert pictures["png"].startswith(PNG)
     assert pictures["pdf"].startswith(PDF)

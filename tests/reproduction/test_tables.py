@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+
 from deat_rb.reproduction.results import RunResult
 from deat_rb.reproduction.tables import Published, ResultTable, Row, as_csv, as_json, as_latex, as_markdown
 
@@ -29,8 +31,8 @@ def test_latex_and_csv() -> None:
     latex = as_latex(table())
     assert r"m\_deat \& co & 81.00 $\pm$ 1.41" in latex
     assert r"{\footnotesize 79.88 $\pm$ 0.5 (+1.12)}" in latex
-    header, line = as_csv(table()).splitlines()
-    cells = dict(zip(header.split(","), line.split(","), strict=True))
+    (cells,) = csv.DictReader(as_csv(table()).splitlines())
+    assert cells["note"] == "Not the paper's. seed 2 failed: training diverged"
     assert (cells["natural"], cells["natural published"], cells["seeds"]) == ("81.0", "79.88", "2")
 
 
