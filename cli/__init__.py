@@ -20,7 +20,7 @@ COMMANDS = {
     "eval": ("evaluate", "Attack a trained network and report its robust accuracy."),
     "compare": ("compare", "Compare evaluations and test their differences for significance."),
     "data": ("data", "Inspect a folder of images, or split it into train and test."),
-    "reproduce": ("reproduce", "Train and evaluate what the paper's tables and figures show."),
+    "reproduce": ("reproduce", "Reproduce the paper's tables and figures."),
     "sweep": ("sweep", "Train and evaluate all runs of a study."),
     "predict": ("predict", "Classify images with a trained network."),
     "export": ("export", "Export a network for RobustBench, ONNX or torch.export."),

@@ -15,7 +15,7 @@ import click
     "--group-by",
     "by",
     metavar="OPTION",
-    help="Mean and deviation over seeds, and cost, of runs with equal options, named by one such as method.",
+    help="Show mean and deviation over seeds, and cost, of equal runs, named by this option, such as method.",
 )
 @click.option("--markdown", "form", flag_value="markdown", help="With --group-by: output as Markdown.")
 @click.option("--latex", "form", flag_value="latex", help="With --group-by: output as LaTeX.")
@@ -27,7 +27,7 @@ def compare(runs: tuple[Path, ...], as_json: bool, by: str | None, form: str | N
     is compared with the first by McNemar's exact test on paired examples; p-values are not corrected for multiple
     comparisons.
 
-    With --group-by, runs that differ in nothing but the seed are one row, with mean and standard deviation.
+    With --group-by, runs that differ only in the seed form one row, with mean and standard deviation.
     """
     from rich.console import Console
 

@@ -96,7 +96,7 @@ def _describe(part: PartInfo) -> str:
         return ""
     width, height = _range(part.widths), _range(part.heights)
     counts = [f"{kind} {count:,}" for kind, count in (*part.formats.most_common(), *part.modes.most_common())]
-    counts += [f"{count:,} {what}" for count, what in ((part.turned, "turned by EXIF"),
+    counts += [f"{count:,} {what}" for count, what in ((part.turned, "rotated by EXIF"),
                                                       (part.transparent, "with transparency")) if count]  # fmt: skip
     return f"\n  width {width}, height {height} pixels\n  {', '.join(counts)}"
 

@@ -107,7 +107,7 @@ class EvaluationProgress(AbstractContextManager["EvaluationProgress"]):
             self._bar.update(self._task, completed=done, total=total, accuracy=check)
 
     def _switch_to(self, attack: str, total: int | None, done: float = 0.0) -> None:
-        """Start the display of another attack or of the checks, unless it is shown already.
+        """Switch the display to another attack or to the checks, unless it is already shown.
 
         Args:
             attack: The attack, or "checks".

@@ -51,9 +51,9 @@ def export(target: str, file_format: str, output: Path, overwrite: bool, trust_c
     robustbench: writes the weights to models/, the metadata for RobustBench's table to model_info/, and the source code
     for a pull request to RobustBench to pull_request/. Accuracies are taken from `deat-rb eval RUN --autoattack`.
 
-    onnx, torch-export: writes one file RUN.onnx or RUN.pt2, which takes batches of any size of images in [0, 1]; the
-    normalization is inside, class names and origin are in the metadata. The file is compared with the network before it
-    is written. Entries of a leaderboard and networks given by name, as for eval, can be exported, too.
+    onnx, torch-export: writes one file RUN.onnx or RUN.pt2, which takes batches of any size of images in [0, 1]; it
+    includes the normalization, and its metadata the class names and the origin. Its logits are compared with the
+    network's before it is written. Leaderboard entries and networks given by name, as for eval, can be exported, too.
     """
     given = {name: value for name, value in metadata.items() if value is not None}
     if file_format == "robustbench":

@@ -69,13 +69,13 @@ def predict(
     from deat_rb.inference import iter_predictions
 
     if csv_path is not None and as_json:
-        raise DeatError("--csv and --json exclude each other: give one")
+        raise DeatError("--csv and --json are mutually exclusive: give only one")
     import_from_current_folder(target)
     files, left_out, problems = find_images(paths)
     for note in filter(None, (describe_left_out(left_out), *map(str, problems))):
         click.echo(f"note: {note}", err=True)
     if not files:
-        raise DeatError(f"there are no images in {', '.join(paths)}: give others")
+        raise DeatError(f"there are no images in {', '.join(paths)}: give other paths")
     predictions = iter_predictions(target, files, top_k=top_k, batch_size=batch_size, device=device,
                                    notify=lambda note: click.echo(f"note: {note}", err=True),
                                    **description(**options))  # fmt: skip

@@ -14,17 +14,17 @@ from deat_rb.utils.errors import DeatError
 @click.argument("target", metavar="hf:OWNER/NAME")
 @click.option("--private", is_flag=True, help="Create a private repository.")
 @click.option("--license", "license_name", metavar="NAME",
-              help="Licence of the weights as the Hub spells it, such as mit, apache-2.0 or cc-by-4.0.")  # fmt: skip
+              help="License of the weights as the Hub spells it, such as mit, apache-2.0 or cc-by-4.0.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Write the files to a folder instead of uploading them.")
 @click.option("--output", type=click.Path(path_type=Path), metavar="DIR",
-              help="That folder.  [default: RUN/hub]")  # fmt: skip
+              help="Folder for --dry-run.  [default: RUN/hub]")  # fmt: skip
 def push(run: Path, target: str, private: bool, license_name: str | None, dry_run: bool, output: Path | None) -> None:
     """Upload a run to the Hugging Face Hub.
 
     Uploads the selected weights (safetensors), config.json, metrics.jsonl, the evaluation and a model card made from
     them, without the folders in their paths. Log in first with hf auth login, or set HF_TOKEN.
 
-    Others then use hf:OWNER/NAME, or hf:OWNER/NAME@REVISION for a certain commit, with eval, predict, submit, export,
+    Others can then pass hf:OWNER/NAME, or hf:OWNER/NAME@REVISION for a fixed commit, to eval, predict, submit, export,
     train --init-from and deat_rb.load_model.
     """
     from deat_rb.sharing import push

@@ -41,9 +41,9 @@ def reproduce(
     output: Path,
     **options: Any,
 ) -> None:
-    """Train and evaluate what the paper's tables and figures show.
+    """Reproduce the paper's tables and figures.
 
-    They are written beside the paper's values. TARGET is table1 to table7, figure2 to figure8, or all. A run that
+    They are shown next to the paper's values. TARGET is table1 to table7, figure2 to figure8, or all. A run that
     several targets need is trained once. Runs are shared among processes, resumed and skipped as by deat-rb sweep.
     --output holds the tables and figures, and index.html with all of them.
     """
@@ -84,7 +84,7 @@ def _given(**values: Any) -> list[str]:
 
 
 def _write(every: list[str], chosen: list[str], setup: Any, folder: Any) -> None:
-    """Write the files of all targets of the folder, and print those that were asked for."""
+    """Write the files of all targets of the folder, and print the requested ones."""
     from rich.console import Console
 
     from deat_rb.reproduction.page import render_index

@@ -1,4 +1,4 @@
-"""Options and work shared by `deat-rb sweep` and `deat-rb reproduce`."""
+"""Options and actions shared by `deat-rb sweep` and `deat-rb reproduce`."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _OPTIONS = (
     click.option("--slurm-option", "slurm_options", multiple=True, metavar="NAME=VALUE",
                  help="Parameter of submitit's executor, such as timeout_min=600; may be repeated."),
     click.option("--print", "print_commands", is_flag=True,
-                 help="Print one command per run that is left, for GNU parallel or a job array, and exit."),
-    click.option("--only", metavar="RUN", help="Work on this run only."),
-    click.option("--no-wait", is_flag=True, help="Exit when all runs that are left are claimed by other processes."),
-    click.option("--retry", is_flag=True, help="Try runs again that have failed."),
-    click.option("--status", is_flag=True, help="Print what is done, running and waiting, and when it will end."),
-    click.option("--tables", "tables_only", is_flag=True, help="Write the tables of the runs that are done, and exit."),
-    click.option("--dry-run", is_flag=True, help="Print the runs and their cost, timed on this machine."),
+                 help="Print one command per remaining run, for GNU parallel or a job array, and exit."),
+    click.option("--only", metavar="RUN", help="Train and evaluate only this run."),
+    click.option("--no-wait", is_flag=True, help="Exit when all remaining runs are claimed by other processes."),
+    click.option("--retry", is_flag=True, help="Retry failed runs."),
+    click.option("--status", is_flag=True, help="Print which runs are done, running or waiting, and the time left."),
+    click.option("--tables", "tables_only", is_flag=True, help="Write the tables of the finished runs, and exit."),
+    click.option("--dry-run", is_flag=True, help="Print the runs and their cost on this machine, without training."),
 )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ class WorkOptions:
 def work(
     study: Study, folder: StudyFolder, options: WorkOptions, arguments: Sequence[str], write: Callable[[], None]
 ) -> None:
-    """Do what the options ask for.
+    """Run the action that the options select.
 
     Args:
         study: The study.
@@ -110,7 +110,7 @@ def work(
     if options.only is not None:
         run = study.run(options.only)
         if not Worker(study, folder, Listener(folder)).work_on(run):
-            click.echo(f"another process works on {run.name}")
+            click.echo(f"another process is working on {run.name}")
     elif len(workers) > 1 or gpus:
         _run_workers(study, folder, workers, [*arguments, *(["--no-wait"] if options.no_wait else [])])
         write()
@@ -151,13 +151,13 @@ def _run_workers(study: Study, folder: StudyFolder, environs: list[dict[str, str
 
 
 class Listener:
-    """Shows the work on stderr; a `deat_rb.reproduction.work.WorkListener`."""
+    """Shows progress on stderr; a `deat_rb.reproduction.work.WorkListener`."""
 
     def __init__(self, folder: StudyFolder) -> None:
         self._folder = folder
 
     def on_run_start(self, run: RunSpec, number: int, total: int) -> None:
-        """Print which run begins."""
+        """Print which run starts."""
         click.echo(f"run {number} of {total}: {run.label}, seed {run.seed} ({run.name})", err=True)
 
     def on_run_end(self, run: RunSpec, record: Record) -> None:
@@ -172,8 +172,8 @@ class Listener:
         click.echo(f"done: {run.label}, seed {run.seed}: {text}", err=True)
 
     def on_waiting(self, busy: int) -> None:
-        """Print that other processes work on the remaining runs."""
-        click.echo(f"waiting for {busy} runs of other processes (--no-wait does not)", err=True)
+        """Print that other processes are working on the remaining runs."""
+        click.echo(f"waiting for {busy} runs of other processes (--no-wait exits instead)", err=True)
 
     @contextmanager
     def training(self) -> Iterator[Callback]:
@@ -192,7 +192,7 @@ class Listener:
 
 
 def print_status(study: Study, folder: StudyFolder) -> None:
-    """Print the state of each run and when all are done."""
+    """Print the state of each run and the estimated time left."""
     from datetime import datetime, timedelta
 
     from rich.console import Console
@@ -216,7 +216,7 @@ def print_status(study: Study, folder: StudyFolder) -> None:
                          if counts[status]))  # fmt: skip
     left = state.seconds_left()
     if left is None:
-        click.echo("left: not known before a run is done; --dry-run predicts it")
+        click.echo("left: unknown until a run is done; --dry-run estimates it")
     elif left:
         end = datetime.now().astimezone() + timedelta(seconds=left)
         click.echo(f"left: about {duration(left)} with {max(1, counts['running'])} runs at a time, "
@@ -224,7 +224,7 @@ def print_status(study: Study, folder: StudyFolder) -> None:
 
 
 def print_estimate(study: Study, folder: StudyFolder, workers: int) -> None:
-    """Time the networks and print the runs that are left with their cost."""
+    """Time the networks and print the remaining runs with their cost."""
     from rich.console import Console
     from rich.markup import escape
 

@@ -19,13 +19,13 @@ from .study_options import WorkOptions, study_options, work
 def sweep(study: Path, output: Path | None, **options: Any) -> None:
     """Train and evaluate all runs of a study.
 
-    A table has the means over seeds. STUDY is a TOML or JSON file: options of all runs in [options], combinations in
-    [grid], single runs in [[runs]], seeds, and attacks in [evaluation]; options are those of deat-rb train. See
-    docs/studies.md.
+    The result is a table of means over seeds. STUDY is a TOML or JSON file: options of all runs in [options],
+    combinations in [grid], single runs in [[runs]], seeds, and attacks in [evaluation]; the options are those of
+    deat-rb train. See docs/studies.md.
 
-    Each run is claimed by a lock in the output folder, resumed if it was begun and skipped if it is done: the same
-    command in several shells, or on machines with a shared disk, shares the work, and may be killed at any time. A run
-    that fails is listed with its reason and stops no other.
+    To share the work, start the same command in several shells, or on several machines with a shared disk: each
+    process claims the runs it works on. The command may be killed at any time and repeated: it skips finished runs and
+    resumes the others. A run that fails is listed with the reason, and the others continue.
     """
     from rich.console import Console
 

@@ -39,7 +39,7 @@ class TrainingProgress(Callback, AbstractContextManager["TrainingProgress"]):
 
     Args:
         console: Where to print; by default stderr.
-        seeds: The seeds of consecutive runs, if there are several; the remaining time is that of all of them.
+        seeds: The seeds of consecutive runs, if there are several; the remaining time then covers all of them.
     """
 
     def __init__(self, console: Console | None = None, seeds: Sequence[int] = ()) -> None:
@@ -213,7 +213,7 @@ def print_plan(planned: TrainingPlan, seeds: Sequence[int] = ()) -> None:
 
     Args:
         planned: The plan.
-        seeds: The seeds if several runs are trained with this plan, one per seed; the cost is that of each.
+        seeds: The seeds if several runs are trained with this plan, one per seed; the cost is per run.
     """
     for name, text in planned.lines():
         if name == "cost" and seeds:

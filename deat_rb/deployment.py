@@ -78,7 +78,7 @@ def deploy(
 ) -> Deployed:
     """Write a trained network as one file that serves batches of any size without deat_rb.
 
-    The file takes float32 images (N, C, H, W) in [0, 1] and returns logits (N, K); the normalization is inside. Its
+    The file takes float32 images (N, C, H, W) in [0, 1] and returns logits (N, K); the normalization is included. Its
     metadata name the classes, the input and the origin: ``metadata_props`` of an ONNX model, the extra file
     ``metadata.json`` of a program (`torch.export.load(path, extra_files={"metadata.json": ""})`).
 
@@ -124,7 +124,9 @@ def deploy(
 def _require_packages() -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise DeatError(f"--format onnx needs {', '.join(missing)}, not installed here: pip install 'deat-rb[onnx]'")
+        raise DeatError(
+            f"--format onnx needs {', '.join(missing)}, which must be installed: pip install 'deat-rb[onnx]'"
+        )
 
 
 def _stem(target: str | Path) -> str:
@@ -155,7 +157,7 @@ def _logits(network: Network, images: Tensor) -> Tensor:
 
 
 def _metadata(network: Network, size: int, num_classes: int) -> dict[str, str]:
-    """Return the facts that a file's metadata repeat; classes and numbers are JSON."""
+    """Return a file's metadata: input, output, classes and origin as strings; classes and numbers as JSON."""
     if network.classes and len(network.classes) != num_classes:
         raise DeatError(f"{network.source} has {num_classes} logits but {len(network.classes)} class names: "
                         "give one name per logit")  # fmt: skip

@@ -104,7 +104,7 @@ def open_target(
         normalization: Mean and standard deviation, see `NetworkOptions`.
         weights_key: Key of the state dict in a checkpoint.
         model_dir: Folder of RobustBench's weights.
-        norm: Threat model of RobustBench's zoo.
+        norm: Threat model under which RobustBench lists the network.
         memory_limit: Maximum size of a folder's decoded test images in bytes; beyond it, images stay in their files.
             By default a run's own limit, and none for other targets.
         trust_code: See `load_model`.

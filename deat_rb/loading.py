@@ -37,7 +37,7 @@ class NetworkOptions:
             nor the model contain them.
         weights_key: Key of the state dict in a checkpoint, as for `deat_rb.utils.safe_load.load_state_dict`.
         model_dir: Folder of RobustBench's weights, as for `robustbench.load_model`.
-        norm: Threat model of RobustBench's zoo.
+        norm: Threat model under which RobustBench lists the network.
         trust_code: Whether a run may build its network with the ``package.module:factory`` that it names.
     """
 
@@ -52,10 +52,10 @@ class NetworkOptions:
     trust_code: bool = False
 
     def refuse(self, reason: str, *allowed: str) -> None:
-        """Raise an error for the first option that is set and not ``allowed``.
+        """Raise an error if an option is set that is not ``allowed``.
 
         Raises:
-            DeatError: Such an option is set.
+            DeatError: Such an option is set; the message names the first one.
         """
         for name, value in vars(self).items():
             if name not in ("norm", "trust_code", *allowed) and value not in (None, ()):
@@ -73,7 +73,7 @@ class Network:
         source: Name of the network in error messages.
         provenance: Origin of the network.
         classes: Class names in the order of the logits; empty if unknown.
-        all_classes_known: Whether ``classes`` come from the user, a run or an entry, so that other names are errors.
+        all_classes_known: Whether ``classes`` come from the user, a run or an entry; any other class is then an error.
         image_size: Height and width of the input images; None if any size works or it is unknown.
         channels: Number of input channels.
         eps: Radius the network was trained for, in [0, 1] pixel units; 8/255 if unknown.

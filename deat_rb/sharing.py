@@ -59,12 +59,12 @@ def push(
         run: The run directory.
         target: ``hf:owner/name``; the repository is created if it does not exist.
         private: Whether to create a private repository.
-        license: Licence of the weights, as the Hub spells it, such as ``mit`` or ``cc-by-4.0``.
+        license: License of the weights, as the Hub spells it, such as ``mit`` or ``cc-by-4.0``.
         folder: Write the files to this folder instead of uploading them.
 
     Raises:
-        DeatError: The run is unfinished or its evaluation belongs to other weights, the address is malformed, the
-            repository holds other files, or the upload fails.
+        DeatError: The run is unfinished, its evaluation belongs to different weights, the address is malformed, the
+            repository contains other files, or the upload fails.
     """
     address = HubAddress.parse(target)
     if address.file or address.revision != "main":
@@ -77,9 +77,9 @@ def push(
     if folder is None:
         return Pushed(_upload(contents, address, private), sizes, notes)
     path = Path(folder)
-    strangers = sorted({each.name for each in path.iterdir()} - OWN_FILES) if path.is_dir() else []
-    if strangers:
-        raise DeatError(f"{path} has other files ({printable(strangers[0], 80)}): choose another --output")
+    others = sorted({each.name for each in path.iterdir()} - OWN_FILES) if path.is_dir() else []
+    if others:
+        raise DeatError(f"{path} has other files ({printable(others[0], 80)}): choose another --output")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -96,7 +96,7 @@ def shared_files(
     """Return the contents of the files to upload by name, and notes for the user.
 
     Raises:
-        DeatError: The weights are missing, or the evaluation belongs to other weights or data.
+        DeatError: The weights are missing, or the evaluation belongs to different weights or data.
     """
     weights = run.selected_weights_path
     report = _evaluation(run, weights)
@@ -161,9 +161,9 @@ def _upload(contents: Mapping[str, bytes], address: HubAddress, private: bool) -
         api.create_repo(repository, private=private, exist_ok=True)
         with refusals(address):
             present = {str(each.rfilename) for each in api.model_info(repository).siblings or ()}
-            strangers = sorted(present - OWN_FILES - {".gitattributes"})
-            if strangers:
-                raise DeatError(f"{address} has other files ({printable(strangers[0], 80)}): push to a new repository")
+            others = sorted(present - OWN_FILES - {".gitattributes"})
+            if others:
+                raise DeatError(f"{address} has other files ({printable(others[0], 80)}): push to a new repository")
             operations: list[Any] = [hub.CommitOperationAdd(name, data) for name, data in contents.items()]
             stale = sorted((present & OWN_FILES) - contents.keys())
             operations += [hub.CommitOperationDelete(name) for name in stale]
@@ -175,7 +175,7 @@ def _upload(contents: Mapping[str, bytes], address: HubAddress, private: bool) -
     except Exception as error:  # any exception: the HTTP library and the Hub raise many types
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
-            raise DeatError(f"the Hub does not allow to write to {repository} (status {status}): run hf auth login "
+            raise DeatError(f"the Hub does not permit writing to {repository} (status {status}): run hf auth login "
                             "with a token that may write there") from None  # fmt: skip
         raise DeatError(f"{address} cannot be written ({describe_error(error)}): try again later") from None
     return str(HubAddress(repository, "", str(done.oid)))
@@ -303,6 +303,6 @@ def _metadata(config: RunConfig, report: Report | None, address: HubAddress, lic
 
 
 def _plain(text: str, *, code: bool = False) -> str:
-    """Return text that Markdown shows as it is, or as it stands in a code block."""
+    """Escape text so that Markdown shows it unchanged, or, with ``code``, so that it fits into a code block."""
     line = replace_invisible(text).replace("\n", " ")
     return line.replace("```", "'''") if code else re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", line)

@@ -131,7 +131,7 @@ def test_deploy_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert refusal(run, "--format", "onnx") == (
-        "--format onnx needs onnx, onnxscript, onnxruntime, not installed here: pip install 'deat-rb[onnx]'"
+        "--format onnx needs onnx, onnxscript, onnxruntime, which must be installed: pip install 'deat-rb[onnx]'"
     )
 
 

@@ -192,7 +192,7 @@ def test_predict_reads_the_exif_orientation(coloured_run: Path, tmp_path: Path) 
         (["empty"], "the folder empty has no images"),
         (["a.png", "--csv", "a.png"], "does not end in .csv"),
         (["a.png", "--csv", "no/a.csv"], "is in a folder that does not exist"),
-        (["a.png", "--csv", "a.csv", "--json"], "--csv and --json exclude each other"),
+        (["a.png", "--csv", "a.csv", "--json"], "--csv and --json are mutually exclusive"),
         (["a.png", "--batch-size", "0"], "--batch-size 0 is invalid: give 1 to 1000000"),
     ],
 )

@@ -71,7 +71,9 @@ def test_parse_splits_an_address(text: str, repository: str, file: str, revision
 @pytest.mark.parametrize("text", ["hf:", "hf:net", "hf:me/..", "hf:me/net/../../x", "hf:me/net@", "hf:me/net/.x",
                                   "hf:/me/net", "hf:me/net\n", "hf:me/net@a b", "hf:me/n?t"])  # fmt: skip
 def test_parse_refuses(text: str) -> None:
-    with pytest.raises(DeatError, match="is not a model on the Hub: give hf:owner/name, with /file or @revision"):
+    with pytest.raises(
+        DeatError, match="is not a model on the Hub: give hf:owner/name, optionally with /file or @revision"
+    ):
         HubAddress.parse(text)
 
 
@@ -163,7 +165,7 @@ def test_push_refuses(hub: Hub, run: Path, tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "thesis.tex").touch()
     assert "has other files" in refusal("push", run, "hf:me/net", "--dry-run", "--output", tmp_path)
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    assert refusal("push", run, "hf:me/net").startswith("the Hub does not allow to write to me/net (status 401): ")
+    assert refusal("push", run, "hf:me/net").startswith("the Hub does not permit writing to me/net (status 401): ")
     (run / "last.safetensors").write_bytes((run / "last.safetensors").read_bytes()[:-4] + b"abcd")
     assert "was computed for weights other than the run's" in refusal("push", run, "hf:me/net")
     assert "me/net" not in hub.repositories
@@ -285,4 +287,4 @@ def test_offline_models_come_from_the_cache_and_say_so(hub: Hub, run: Path, tmp_
     hub.status = 503
     done = cli("eval", "hf:me/net", "--attacks", "fgsm", "--n-examples", 8, "--checks", "none", "--device", "cpu")
     assert done.exit_code == 0, done.output
-    assert f"hf:me/net is used as it was downloaded last, {head[:12]}" in done.stdout
+    assert f"hf:me/net is used as last downloaded, {head[:12]}" in done.stdout

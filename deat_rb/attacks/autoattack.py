@@ -34,7 +34,7 @@ TARGETED = ("apgd-t", "fab-t")
 ITERATIONS, QUERIES, AVERAGED = 100, 5000, 20
 
 SMALLEST_BATCH = 16
-"""Matrix products round differently in smaller batches, so that a gradient would depend on the batch size."""
+"""Smallest batch to forward; in smaller ones matrix products round differently, so results would depend on the size."""
 
 
 def parts_for(num_classes: int, version: str = "standard") -> tuple[tuple[str, ...], int]:
@@ -62,7 +62,7 @@ def build(name: str, context: AttackContext) -> Attack:
 def _account(
     name: str, version: str, names: tuple[str, ...], targets: int, context: AttackContext
 ) -> tuple[Parameters, tuple[str, ...]]:
-    """Return the parameters and notes for the report, such as stages skipped because there are too few classes."""
+    """Return the parameters and notes for the report, such as stages skipped for lack of classes."""
     if name == "square":
         return {"eps": context.eps, "queries": QUERIES}, ()
     parameters: Parameters = {"eps": context.eps, "version": version, "parts": ", ".join(names)}
@@ -183,7 +183,7 @@ def fit_to_tiles(square: Any) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _tiled_size(height: int, width: int) -> tuple[int, int, bool]:
-    """Return the smallest rows and columns that Square's L2 search takes, and whether to transpose the images first."""
+    """Return the smallest height and width that Square's L2 search accepts, and whether to transpose the images."""
 
     def fits(rows: int, columns: int) -> bool:
         side = rows // 5

@@ -22,8 +22,8 @@ class StatelessAttack(Attack):
     """A torchattacks attack that leaves the model unchanged.
 
     Calling, nesting, saving and normalization work as for every `torchattacks.attack.Attack`. In addition, the mode of
-    each module, the buffers and the gradients are restored, even after an exception; an attack in train mode leaves
-    modules in eval mode if they are frozen there.
+    each module, the buffers and the gradients are restored, even after an exception. Modules frozen in eval mode stay
+    in eval mode even if the attack runs in train mode.
 
     Several threads may attack the same model at once if it is in eval mode and so are the attacks. In train mode that
     is not supported, because the threads would change and restore each other's modes and BatchNorm statistics.
@@ -140,7 +140,7 @@ class StatelessAttack(Attack):
 
 
 DLR_CLASSES = {"APGD": 3, "APGDT": 4}
-"""Classes that the DLR losses of torchattacks' APGD and APGDT need."""
+"""Number of classes that the DLR losses of torchattacks' APGD and APGDT need."""
 
 
 @contextmanager
@@ -151,12 +151,12 @@ def explained_failures(attack: Attack, images: Tensor, labels: Tensor | None) ->
 
     Args:
         attack: The attack that is called inside the context.
-        images: Its images.
-        labels: Its labels, if any.
+        images: The images it is called with.
+        labels: The labels it is called with, if any.
 
     Raises:
-        DeatError: The model's output cannot be attacked, the images or labels are invalid, or the attack is for another
-            number of classes; other errors are raised unchanged.
+        DeatError: The model's output cannot be attacked, the images or labels are invalid, or the attack was created
+            for a different number of classes; other errors are raised unchanged.
     """
     try:
         yield
@@ -182,7 +182,7 @@ def _explain(attack: Attack, images: Tensor, labels: Tensor | None, error: Excep
         kind = each.attack
         if num_classes < DLR_CLASSES.get(kind, 0) and getattr(each, "loss", "dlr") == "dlr":
             raise DeatError(
-                f"{kind} needs {DLR_CLASSES[kind]} classes or more for its loss, but the model has {num_classes}: use "
+                f"{kind} needs {DLR_CLASSES[kind]} or more classes for its loss, but the model has {num_classes}: use "
                 "another attack"
             ) from error
         if num_classes <= getattr(each, "n_target_classes", 0) and getattr(each, "multi_targeted", True):

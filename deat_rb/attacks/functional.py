@@ -24,7 +24,7 @@ class CountingModel(nn.Module):
 
     Attributes:
         forwards: Images forwarded.
-        backwards: Images for which a gradient was propagated back from the logits.
+        backwards: Images for which gradients were backpropagated from the logits.
         calls: Number of forward passes, whatever the batch size.
         on_call: Called after every forward pass; its exceptions propagate.
     """

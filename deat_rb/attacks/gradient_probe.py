@@ -144,8 +144,8 @@ def check_every_image_is_attacked(attack: Attack, images: Tensor) -> None:
         if not ((adv.detach() == few).flatten(1).all(dim=1) & attacked).any():
             return
     raise DeatError(
-        f"{attack.attack} returns the clean image where it does not change the prediction, so that training would use "
-        "clean images for the most part: use an attack that perturbs every image, such as deat_rb.PGD"
+        f"{attack.attack} returns the clean image when it fails to change the prediction, so most training images "
+        "would remain clean: use an attack that perturbs every image, such as deat_rb.PGD"
     )
 
 

@@ -1,4 +1,4 @@
-"""Inner maximization: a PGD whose loss, start and early stop (FAT) cover every attack in the paper's table."""
+"""Inner maximization: PGD with the losses, starts and early stop (FAT) of all attacks in the paper's tables."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class PGD(StatelessAttack):
         if start not in STARTS:
             raise DeatError(f"there is no start '{start}': {did_you_mean(str(start), STARTS)}")
         if not is_whole_number(steps) or steps < 0:
-            raise DeatError(f"steps = {steps} is not a whole number of 0 or more")
+            raise DeatError(f"steps = {steps} is not a non-negative whole number")
         alpha = parse_scalar(alpha)
         if not (math.isfinite(alpha) and alpha > 0):
             raise DeatError(f"alpha = {alpha:g} is not a positive number; give a step size such as 2/255")
@@ -85,10 +85,10 @@ class PGD(StatelessAttack):
             raise DeatError(f"start_scale = {start_scale} is not a positive number; N-FGSM uses 2")
         if tau is not None and not (is_whole_number(tau) and tau >= 0):
             raise DeatError(
-                f"tau = {tau} is not a whole number of 0 or more; it limits the steps after a misclassification"
+                f"tau = {tau} is not a non-negative whole number; it limits the steps after a misclassification"
             )
         if not (isinstance(omega, int | float) and math.isfinite(omega) and omega >= 0):
-            raise DeatError(f"omega = {omega} is not a finite number of 0 or more; FAT uses 0.001")
+            raise DeatError(f"omega = {omega} is not a finite, non-negative number; FAT uses 0.001")
         self.eps = check_eps(parse_scalar(eps))
         self.alpha = alpha
         self.steps = int(steps)
@@ -225,7 +225,7 @@ class PGD(StatelessAttack):
         return adv, CraftStats(l_x.sum(), forwards=passes, backwards=passes, overflows=overflows.count)
 
     def _full_precision(self, images: Tensor, step: int) -> AbstractContextManager[object]:
-        """Use float32, without autocast and TF32, for the first step on KL if the start is near the clean images.
+        """Return a context without autocast and TF32 for the first step on KL if the start is near the clean images.
 
         KL and its gradient nearly vanish there, and half precision does not resolve images that are 0.001 apart, so the
         gradient's signs would be noise; TF32 gets 4 to 8 % of them wrong. After one step the images are alpha apart.
@@ -265,15 +265,15 @@ class PGD(StatelessAttack):
 
 
 def _times(values: Tensor, factor: float | Tensor) -> Tensor:
-    """Multiply, unless the factor is the number 1, which would only take time."""
+    """Return ``values * factor``, without multiplying if the factor is the number 1."""
     return values if isinstance(factor, float) and factor == 1 else values * factor
 
 
 class _Overflows:
     """Masking of gradients that overflowed under fp16's loss scale, without a host sync.
 
-    An example whose gradient has NaN or Inf is not moved, and its gradient counts as zero. The scale, if it is a
-    tensor, is halved then, down to 1, for all later steps.
+    An example whose gradient has NaN or Inf is not perturbed further in that step, and its gradient counts as zero. If
+    the scale is a tensor, it is then halved, but not below 1, for all later steps.
 
     Args:
         scale: The loss scale; if it is a number, gradients are not changed.

@@ -109,7 +109,7 @@ class L2:
         return near & ((adv >= 0) & (adv <= 1)).flatten(1).all(dim=1)
 
     def start(self, images: Tensor, numbers: torch.Generator) -> Tensor:
-        """Draw a start as torchattacks' PGDL2 does: a random direction, a length of U(0, eps)."""
+        """Draw a start as torchattacks' PGDL2 does: in a random direction, at a distance drawn from U(0, eps)."""
         direction = torch.empty(images.shape, dtype=images.dtype, device=numbers.device).normal_(generator=numbers)
         length = torch.empty((len(images), 1, 1, 1), dtype=images.dtype, device=numbers.device)
         length.uniform_(0, self.eps, generator=numbers)
@@ -163,7 +163,9 @@ def check_radius(eps: str | float, name: str = "eps", *, norm: str = "Linf") -> 
             f"{name} = {value:.10g} is outside [0, 1]; images are in [0, 1], so give a radius such as 8/255"
         )
     if not (math.isfinite(value) and value >= 0):
-        raise DeatError(f"{name} = {value:g} is not a radius of 0 or more; give one in [0, 1] pixel units, such as 0.5")
+        raise DeatError(
+            f"{name} = {value:g} is not a finite, non-negative radius; give one in [0, 1] pixel units, such as 0.5"
+        )
     return value
 
 

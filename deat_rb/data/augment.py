@@ -114,14 +114,14 @@ def check_augmentation(name: str) -> None:
     """Check that an augmentation exists.
 
     Raises:
-        DeatError: It does not.
+        DeatError: There is no such augmentation.
     """
     if name not in AUGMENTATIONS:
         raise DeatError(f"--augment {name} is unknown: {did_you_mean(name, AUGMENTATIONS)}")
 
 
 def cut_out(images: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:
-    """Set a square of each image to zero (DeVries & Taylor 2017); at the border, a part of the square is outside.
+    """Set a square of each image to zero (DeVries & Taylor 2017); squares at the border are cut off.
 
     Args:
         images: Images (N, C, H, W) of any dtype.

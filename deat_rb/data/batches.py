@@ -46,9 +46,9 @@ class Batches:
             batch_size: Images per global batch, over all ranks; the last batch may be smaller.
             shuffle: Whether to reshuffle the images in every epoch.
             augmentation: A key of `deat_rb.data.augmentations.AUGMENTATIONS`.
-            extra: Images beside the training images, of which every batch gets the same number. An epoch has as many
-                batches as without them, all of ``batch_size`` images; see `deat_rb.data.extra_data.mixed_order`.
-            extra_fraction: Their share of a batch, above 0 and below 1; the number is rounded down.
+            extra: Images in addition to the training images; every batch contains the same number of them. The number
+                of batches per epoch stays the same; see `deat_rb.data.extra_data.mixed_order`.
+            extra_fraction: Fraction of extra images in a batch, in (0, 1); their number is rounded down.
             seed: Seed of order and augmentation.
             device: Device of the batches.
             drop_last: Whether to drop a smaller last batch.
@@ -134,7 +134,7 @@ class Batches:
         return self.starting_at(0)
 
     def starting_at(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over the epoch from batch ``batch`` (0-based) on; the batches are those of the whole epoch.
+        """Iterate over the epoch, starting with batch ``batch`` (0-based); skipping batches does not change the others.
 
         Yields:
             float32 images (N, C, H, W) in [0, 1] and int64 labels (N,).

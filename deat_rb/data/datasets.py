@@ -46,7 +46,7 @@ class Dataset:
         repeated: Number of a folder's images that are links to other images of their class.
         is_placeholder: Whether the images are black because the dataset was not downloaded.
         val: The folder's own validation images, of the same size; None if they are to be held out of ``train``.
-        layout_note: Note for the user on which folder is read as what.
+        layout_note: Note for the user on which folders hold the validation and test images.
 
     Raises:
         DeatError: There is only one class, the image sizes differ, or a label is out of range.
@@ -170,7 +170,8 @@ def load_data(
         raise DeatError(f"--dataset {name} is unknown: {did_you_mean(name, DATASETS)}")
     if name != "folder" and image_size not in (None, 32):
         raise DeatError(
-            f"--image-size {image_size} is invalid: the images of {name} are 32x32; only --dataset folder resizes"
+            f"--image-size {image_size} is invalid: the images of {name} are 32x32; only those of --dataset folder are "
+            "resized"
         )
     if memory_limit is not None and memory_limit < 0:
         raise DeatError(f"--memory-limit {memory_limit} is below 0: give a number of bytes, such as 8G")
@@ -237,7 +238,7 @@ def _cifar(name: str, source: Any, request: _Request) -> Dataset:
 
 
 def _cifar_placeholder(name: str, normalization: Normalization) -> Dataset:
-    """Return as many black images as CIFAR has; they share the memory of a single one."""
+    """Return a placeholder with the right number of black images, which share the memory of a single one."""
     count = {"cifar10": 10, "cifar100": 100}[name]
     train, test = (
         ImageSet(torch.zeros(1, 3, 32, 32, dtype=torch.uint8).expand(size, -1, -1, -1), torch.arange(size) % count)

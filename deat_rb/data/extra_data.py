@@ -1,4 +1,4 @@
-"""Generated or pseudo-labeled images beside the training images, and batches with a fixed share of them."""
+"""Generated or pseudo-labeled images in addition to the training images, and batches with a fixed share of them."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ CHUNK = 10_000
 
 @dataclass(frozen=True, eq=False)
 class ExtraData:
-    """Images beside the training images.
+    """Images used in addition to the training images.
 
     Attributes:
         path: The file.
         images: The images with their labels.
-        mapped: Whether the images are mapped from the file instead of being in memory.
+        mapped: Whether the images are memory-mapped from the file instead of being in memory.
     """
 
     path: Path
@@ -59,8 +59,8 @@ def load_extra_data(
 ) -> ExtraData:
     """Read an ``.npz`` file with the arrays ``image`` and ``label``, without unpickling anything.
 
-    Images of an uncompressed file (`numpy.savez`) are mapped from it, so that they take no memory until they are used;
-    those of a compressed one are read into memory.
+    Images in an uncompressed file (`numpy.savez`) are memory-mapped, so they take no memory until they are used; those
+    in a compressed file are read into memory.
 
     Args:
         path: The file.
@@ -103,17 +103,17 @@ def load_extra_data(
 
 
 def _read_array(archive: zipfile.ZipFile, path: Path, name: str, memory_limit: int | None) -> tuple[NDArray[Any], bool]:
-    """Return an array of the archive, and whether it is mapped from the file."""
+    """Return an array of the archive, and whether it is memory-mapped."""
     if f"{name}.npy" not in archive.namelist():
         names = ", ".join(sorted(each.removesuffix(".npy") for each in archive.namelist())[:8])
-        raise DeatError(f"--extra-data {path} has no array {name}, but {names or 'none'}: {ADVICE}")
+        raise DeatError(f"--extra-data {path} has no array {name} (found: {names or 'none'}): {ADVICE}")
     member = archive.getinfo(f"{name}.npy")
     with archive.open(member) as file:
         version = npy.read_magic(file)
         read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
         if read_header is None:
             raise DeatError(f"--extra-data {path} has the array {name} in version {version} of NumPy's format, which "
-                            "is for records: give plain numbers")  # fmt: skip
+                            "is for structured arrays: save plain numbers")  # fmt: skip
         shape, fortran_order, dtype = read_header(file)
         start = file.tell()
     if dtype.hasobject:
@@ -129,7 +129,7 @@ def _read_array(archive: zipfile.ZipFile, path: Path, name: str, memory_limit: i
             name_length, extra_length = LOCAL_HEADER.unpack(raw.read(LOCAL_HEADER.size))
         offset = member.header_offset + LOCAL_HEADER.size + name_length + extra_length + start
         if offset + size > os.path.getsize(path):
-            raise DeatError(f"--extra-data {path} is cut off: copy the file again")
+            raise DeatError(f"--extra-data {path} is truncated: copy the file again")
         # Copy-on-write, since torch.from_numpy takes writable arrays.
         return np.memmap(path, dtype=dtype, mode="c", offset=offset, shape=shape), True
     if memory_limit is not None and size > memory_limit:
@@ -140,7 +140,7 @@ def _read_array(archive: zipfile.ZipFile, path: Path, name: str, memory_limit: i
 
 
 def check_share(extra: LabeledImages, shape: tuple[int, int, int], fraction: float, batch_size: int) -> None:
-    """Check that batches can have a share of extra images.
+    """Check that every batch can contain a given share of extra images.
 
     Args:
         extra: The extra images.
@@ -149,11 +149,11 @@ def check_share(extra: LabeledImages, shape: tuple[int, int, int], fraction: flo
         batch_size: Images per batch.
 
     Raises:
-        DeatError: They cannot.
+        DeatError: They cannot, or the extra images have a different shape.
     """
     if not 0 < fraction < 1 or int(batch_size * fraction) < 1:
-        raise DeatError(f"--extra-fraction {fraction:g} of --batch-size {batch_size} is invalid: give a share below 1 "
-                        "that is at least one image")  # fmt: skip
+        raise DeatError(f"--extra-fraction {fraction:g} of --batch-size {batch_size} is invalid: give a fraction below "
+                        "1 that yields at least one image per batch")  # fmt: skip
     if len(extra) < batch_size:
         raise DeatError(f"{len(extra)} extra images are fewer than one batch of --batch-size {batch_size}: reduce "
                         "--batch-size or use more images")  # fmt: skip
@@ -198,7 +198,7 @@ class MixedReader:
     Attributes:
         own: Reader of the training images.
         extra: Reader of the extra images.
-        count: Number of training images; larger indices are those of extra images.
+        count: Number of training images; indices from this number on refer to extra images.
     """
 
     own: Reader

@@ -28,13 +28,13 @@ def rare_classes(counts: dict[str, int]) -> list[str]:
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """Facts about an image.
+    """Properties of an image.
 
     Attributes:
         size: Width and height in pixels, after the EXIF orientation is applied.
         mode: Pillow's mode, such as RGB or L.
         format: Format of the file, such as JPEG.
-        turned: Whether the EXIF orientation turns or mirrors it.
+        turned: Whether the EXIF orientation rotates or mirrors it.
         transparent: Whether it has transparent pixels, which are composited on white.
         digest: SHA-256 of its size and RGB pixels.
     """
@@ -49,7 +49,7 @@ class ImageInfo:
 
 @dataclass
 class PartInfo:
-    """Facts about the images of one part of a folder.
+    """Properties of the images of one part of a folder.
 
     Attributes:
         folder: The folder of the part.
@@ -59,7 +59,7 @@ class PartInfo:
         heights: Height of each image in pixels.
         modes: Number of images by Pillow's mode, such as RGB or L.
         formats: Number of images by format, such as JPEG.
-        turned: Number of images whose EXIF orientation turns or mirrors them.
+        turned: Number of images whose EXIF orientation rotates or mirrors them.
         transparent: Number of images with transparent pixels, which are composited on white.
     """
 
@@ -79,15 +79,15 @@ class PartInfo:
 
 @dataclass
 class FolderInfo:
-    """Facts about a folder of images.
+    """Contents and problems of a folder of images.
 
     Attributes:
-        parts: Facts about ``train``, ``test`` and ``val``, or about ``all`` images of a folder that is not split.
+        parts: Properties of ``train``, ``test`` and ``val``, or of ``all`` images if the folder is not split.
         rare: Classes with less than a tenth of the training images of the most frequent class.
         duplicates: Groups of files with identical pixels, as (part, class, path relative to the folder).
         skipped: Number of skipped files by reason.
-        problems: Why training would refuse the folder; empty if it would not.
-        note: Which folder is read as what, if it is not told by its name.
+        problems: Reasons why training would refuse the folder; empty if it would not.
+        note: Which folder holds the validation or test images, if its name differs; may be empty.
     """
 
     parts: dict[str, PartInfo]
@@ -107,7 +107,7 @@ class FolderInfo:
 
 
 def folder_info(root: str | Path, *, progress: Progress | None = None) -> FolderInfo:
-    """Decode all images of a folder and return facts about it.
+    """Decode all images of a folder and describe it.
 
     Args:
         root: A folder as for ``--dataset folder``, or a folder ``<class>/**`` that is not split yet.
@@ -125,7 +125,9 @@ def folder_info(root: str | Path, *, progress: Progress | None = None) -> Folder
     folders = {"all": root} if layout is None else layout.parts()
     files = {part: lister.classes(folder) for part, folder in folders.items()}
     if not any(files.values()):
-        raise DeatError(f"{root} has no folders of classes: it must contain <class>/*, or train/<class>/* and test")
+        raise DeatError(
+            f"{root} has no class folders: it must contain <class>/*, or train/<class>/* and test/<class>/*"
+        )
     _check(files, layout, lister, problems)
     named = [(part, name, path) for part in files for name, paths in files[part].items() for path in paths]
     parts = {part: PartInfo(str(folders[part]), dict.fromkeys(files[part], 0)) for part in files}
@@ -150,7 +152,7 @@ def folder_info(root: str | Path, *, progress: Progress | None = None) -> Folder
 def _check(
     files: dict[str, dict[str, list[str]]], layout: FolderLayout | None, lister: ImageLister, problems: list[str]
 ) -> None:
-    """Add the problems of classes and links to ``problems``."""
+    """Append problems with classes and links to ``problems``."""
     try:
         lister.count_repeated(files)
         if layout is not None:
@@ -173,7 +175,7 @@ def _add(part: PartInfo, name: str, path: str, image: ImageInfo) -> None:
 
 
 def inspect(files: Sequence[str], progress: Progress | None = None) -> Iterator[ImageInfo | DeatError]:
-    """Decode image files with threads; yield facts about each, in order, or the reason why it cannot be read."""
+    """Decode image files with threads; yield the properties of each, in order, or why it cannot be read."""
     with ThreadPoolExecutor(min(DECODING_THREADS, os.cpu_count() or 1)) as pool:
         try:
             for number, image in enumerate(pool.map(_inspect, files), 1):

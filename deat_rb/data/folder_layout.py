@@ -37,7 +37,7 @@ class FolderLayout:
 
     @property
     def note(self) -> str:
-        """Say which folder is read as what, if it is not told by its name; "" otherwise."""
+        """A note on which folder holds the validation or test images; "" if the names say so."""
         if self.val is not None:
             return f"the validation images are those of {self.val.name}"
         return "" if self.test.name == "test" else f"the test images are those of {self.test.name}, as in ImageNet"
@@ -54,7 +54,7 @@ def folder_layout(root: Path) -> FolderLayout:
     """
     validation = [name for name in VALIDATION if _is_folder(root / name)]
     if len(validation) > 1:
-        raise DeatError(f"--data-dir {root} has the folders {' and '.join(validation)}: keep one of them")
+        raise DeatError(f"--data-dir {root} has the folders {' and '.join(validation)}: keep only one of them")
     val = root / validation[0] if validation else None
     if not _is_folder(root / "train"):
         raise DeatError(f"--data-dir {root} has no folder train: it must contain {LAYOUT}; deat-rb data split makes "

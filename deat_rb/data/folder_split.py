@@ -27,7 +27,7 @@ class Split:
     Attributes:
         output: The folder with ``train`` and ``test``.
         counts: Number of training and of test images of each class.
-        groups: Number of groups of images that were not separated.
+        groups: Number of groups of images that were kept together.
         identical: Number of images that are identical to another one, and are therefore in the same part.
     """
 
@@ -104,18 +104,18 @@ def _files_to_split(root: Path, output: Path, test: float) -> dict[str, list[str
         raise DeatError(f"{root} does not exist or is not a folder: give a folder of images in <class>/*")
     inside, outside = Path(os.path.realpath(output)), Path(os.path.realpath(root))
     if inside.is_relative_to(outside) or outside.is_relative_to(inside):
-        raise DeatError(f"--output {output} and {root} contain each other: give a folder beside it")
+        raise DeatError(f"--output {output} and {root} must not contain each other: give another folder")
     if os.path.lexists(output):
-        raise DeatError(f"--output {output} exists already: remove it, or give another folder")
+        raise DeatError(f"--output {output} already exists: remove it, or give another folder")
     if not output.absolute().parent.is_dir():
         raise DeatError(f"--output {output} is in a folder that does not exist: create {output.parent}")
     files = ImageLister().classes(root)
     parts = [name for name in files if name in ("train", "test", *VALIDATION)]
     if parts:
-        raise DeatError(f"{root} has the folder {parts[0]}, so it is split already: give a folder with <class>/*, such "
+        raise DeatError(f"{root} has the folder {parts[0]}, so it is already split: give a folder with <class>/*, such "
                         f"as {root / parts[0]}")  # fmt: skip
     if len(files) < 2:
-        raise DeatError(f"{root} has {len(files)} folders of classes: at least two are needed")
+        raise DeatError(f"{root} has {len(files)} class folders: at least two are needed")
     return files
 
 
@@ -141,7 +141,7 @@ def _group_keys(relative: Sequence[str], pattern: str) -> list[str]:
 
 
 def _joined(keys: Sequence[Sequence[str]]) -> list[list[int]]:
-    """Return the positions of items that share any of their keys, directly or through others, as lists."""
+    """Group items that share any of their keys, directly or through other items; return lists of indices."""
     count = len(keys[0])
     parent = list(range(count))
 

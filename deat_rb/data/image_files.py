@@ -41,11 +41,11 @@ class ImageLister:
     """Lists the image files in folders.
 
     Links are followed. Hidden files, `SYSTEM_FOLDERS` and files of other types are skipped. A folder that is reached
-    twice, also from another folder listed by the same object, is a problem.
+    twice, even from another folder listed by the same object, is an error.
 
     Args:
-        report: Called with each problem, after which listing goes on without the file or folder; by default, the
-            problem is raised.
+        report: Called with each error; listing then continues without the file or folder. By default, errors are
+            raised.
 
     Attributes:
         left_out: Number of skipped files by reason: "hidden", "outside the class folders", or the suffix.
@@ -98,13 +98,13 @@ class ImageLister:
         return [os.path.join(path, name) for path, names in folders for name in names]
 
     def count_repeated(self, parts: Mapping[str, Mapping[str, Sequence[str]]]) -> int:
-        """Count the links to images that are listed, too, so that they count as several images.
+        """Count the links whose targets are listed as well, so that the same image counts more than once.
 
         Args:
             parts: The result of `classes` for each part, "train", "test" and "val".
 
         Raises:
-            DeatError: A link leads to an image of another part or class.
+            DeatError: A link points to an image of another part or class.
         """
         if not self._links:
             return 0
@@ -122,9 +122,9 @@ class ImageLister:
             if place != first_place:
                 names = [word for part, word in PARTS.items() if part in (place[0], first_place[0])]
                 where = (
-                    "of two classes" if place[0] == first_place[0] else f"in the {names[0]} and the {names[1]} images"
+                    "in two classes" if place[0] == first_place[0] else f"in the {names[0]} and the {names[1]} images"
                 )
-                raise DeatError(f"{first} and {path} are the same file, through a link, {where}: remove one of them")
+                raise DeatError(f"{first} and {path} are the same file (through a link) {where}: remove one of them")
         return repeated
 
     def _walk(self, folder: str) -> Iterator[tuple[str, list[str]]]:
@@ -185,7 +185,7 @@ def find_images(paths: Sequence[str | Path]) -> tuple[list[str], Counter[str], l
 
     Args:
         paths: Files, folders and patterns such as ``photos/**/*.jpg``. A file given by name is returned whatever its
-            suffix, also if it does not exist. A path that exists is not taken for a pattern.
+            suffix, even if it does not exist. An existing path is never treated as a pattern.
 
     Returns:
         The files, each once, in the order given and alphabetically within a folder or pattern; the number of skipped
@@ -211,7 +211,9 @@ def find_images(paths: Sequence[str | Path]) -> tuple[list[str], Counter[str], l
             left_out += lister.left_out
             if not images and not problems:
                 others = describe_left_out(lister.left_out)
-                raise DeatError(f"the folder {path} has no images{others and f' ({others})'}: give one that has")
+                raise DeatError(
+                    f"the folder {path} has no images{others and f' ({others})'}: give a folder with images"
+                )
             found += images
         else:
             found.append(path)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 ORIENTATION = 0x0112
-"""EXIF tag of the orientation: 1 for upright, 2 to 8 for turned or mirrored."""
+"""EXIF tag of the orientation: 1 for upright, 2 to 8 for rotated or mirrored."""
 
 DECODING_THREADS = 4
 
@@ -189,10 +189,10 @@ class OpenedImage:
     """A decoded image.
 
     Attributes:
-        rgb: The pixels in RGB, turned as the EXIF orientation says, on white where they are transparent.
+        rgb: The pixels in RGB, with the EXIF orientation applied, composited on white.
         mode: Pillow's mode of the file, such as L or RGBA.
         format: Format of the file, such as JPEG.
-        turned: Whether the EXIF orientation turned or mirrored it.
+        turned: Whether the EXIF orientation rotated or mirrored it.
         transparent: Whether it has transparent pixels.
     """
 
@@ -204,7 +204,7 @@ class OpenedImage:
 
 
 def open_image(path: Path) -> OpenedImage:
-    """Decode an image file at its own size.
+    """Decode an image file at its original size.
 
     Raises:
         DeatError: See `read_image`.

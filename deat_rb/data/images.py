@@ -226,7 +226,7 @@ def _stratified(labels: Tensor, size: int, stream: torch.Generator) -> Tensor:
 def interleave_classes(images: Images) -> Images:
     """Interleave the classes of images that are sorted by class, so that the first images cover all classes.
 
-    Images in any other order are not reordered: RobustBench, too, evaluates the first ones.
+    Images in any other order are not reordered, since RobustBench evaluates the first ones as well.
     """
     labels = images.labels
     if not bool((labels.diff() >= 0).all()):

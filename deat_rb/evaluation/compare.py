@@ -117,7 +117,7 @@ def compare(reports: Sequence[tuple[str, Report]]) -> Comparison:
         DeatError: The evaluations differ in examples, norm or eps, or verdicts are missing.
     """
     if len(reports) < 2:
-        raise DeatError(f"{len(reports)} evaluation given; a comparison needs two or more")
+        raise DeatError(f"a comparison needs two or more evaluations, not {len(reports)}")
     names = _names([name for name, _ in reports])
     first = reports[0][1]
     for name, (_, report) in zip(names, reports, strict=True):

@@ -207,7 +207,7 @@ def _shared_store(
 
 
 def _finish(finish: Callable[[Report], None], report: Report, store: ResumeStore) -> None:
-    """Call ``finish``; if it fails, add to the message what is stored."""
+    """Call ``finish``; if it fails, append to the error message which results are stored."""
     try:
         finish(report)
     except DeatError as error:
@@ -317,7 +317,7 @@ def _run_checks(
 
 @contextmanager
 def _explained(store: ResumeStore, prepared: PreparedModel) -> Iterator[None]:
-    """Add what is stored to the message on Ctrl-C, and a remedy to out-of-memory errors."""
+    """Extend error messages: on Ctrl-C, say which results are stored; if memory ran out, say what to change."""
     try:
         yield
     except KeyboardInterrupt:

@@ -24,7 +24,7 @@ class Placement:
 
     Attributes:
         file: JSON file of the new report.
-        sentence: Note for the user; empty for the first evaluation of a run or a repetition of it.
+        sentence: Note for the user; empty for a run's first evaluation and for a repetition of it.
         archived: Contents of the files to which the previous ``eval.json`` is moved.
     """
 
@@ -74,7 +74,7 @@ def place(run: Path, report: Report, *, own_data: bool, own_eps: float, overwrit
 
 
 def is_as_full(new: Report, old: Report) -> bool:
-    """Return whether ``new`` covers ``old`` in norm, eps and radii, examples, precision, checks and attacks.
+    """Return whether ``new`` covers all of ``old``: norm, eps and radii, examples, precision, checks and attacks.
 
     The attacks are covered if ``new`` contains all attacks of ``old``, or one stronger than all of them.
     """

@@ -20,7 +20,7 @@ class StoredReport:
 
     Attributes:
         files: The JSON files.
-        sentences: Sentences for the user: the written files, and notes.
+        sentences: Sentences to print: the files written, and notes.
     """
 
     files: tuple[Path, ...]

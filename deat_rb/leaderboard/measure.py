@@ -50,7 +50,7 @@ def check_claim(claim: Report, submission: Submission) -> None:
     """Check that the evaluation submitted with a run belongs to that run, is complete and has no failed checks.
 
     Raises:
-        DeatError: The evaluation was computed for different weights, data or images, or with another precision or
+        DeatError: The evaluation was computed for different weights, data or images, or with a different precision or
             norm, lacks attacks or verdicts, or has a failed check.
     """
     evaluation = f"the eval.json of {submission.source}"

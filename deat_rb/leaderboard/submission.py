@@ -164,7 +164,7 @@ def open_submission(target: Path, metadata: SubmissionMetadata, scratch: Path) -
     if _exists(target / CONFIG):
         return _open_run(target, metadata, scratch)
     if target.name in ("best.safetensors", "last.safetensors") and _exists(target.parent / CONFIG):
-        raise DeatError(f"{target} is a file of the run {target.parent}: submit that folder, which says how the "
+        raise DeatError(f"{target} is a file of the run {target.parent}: submit that folder, which records how the "
                         "network was trained")  # fmt: skip
     weights = target if not target.is_dir() else _weights_in_export(target, metadata.model_name)
     return _open_checkpoint(weights, metadata, scratch)

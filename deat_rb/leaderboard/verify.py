@@ -114,7 +114,7 @@ def _check_files(board: Path, result: Verification) -> list[Entry]:
         known |= {file, board / "weights" / f"{key}.safetensors", board / "models" / f"{key}.html"}
         try:
             if file.is_symlink():
-                raise DeatError(f"{file} is a symlink, which boards must not contain: replace it by a copy")
+                raise DeatError(f"{file} is a symlink, which boards must not contain: replace it with a copy")
             entry = read_entry(file)
             check_place(file, entry)
             known.discard(board / entry.weights_place)
@@ -148,7 +148,7 @@ def _check_strays(board: Path, known: set[Path]) -> Iterator[str]:
         if path.relative_to(board).parts[0] == ".git":
             continue
         if path.is_symlink():
-            yield f"{printable(str(path))} is a symlink, which boards must not contain: replace it by a copy"
+            yield f"{printable(str(path))} is a symlink, which boards must not contain: replace it with a copy"
         elif not path.is_dir() and path not in known:
             yield f"{printable(str(path))} belongs to no entry"
 
@@ -170,7 +170,7 @@ def _dataset(
     """Load an entry's dataset once for all entries; return None if its folder was not given.
 
     Raises:
-        DeatError: The loaded data are not the entry's.
+        DeatError: The loaded data differ from the entry's.
     """
     if entry.dataset != EMBEDDED and entry.dataset not in data_dirs:
         return None

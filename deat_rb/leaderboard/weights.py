@@ -46,7 +46,7 @@ def check_hash(weights: Path, entry: Entry) -> None:
     """Check that a weights file has the SHA-256 in its entry.
 
     Raises:
-        DeatError: The file cannot be read or has another SHA-256.
+        DeatError: The file cannot be read or has a different SHA-256.
     """
     digest = hashlib.sha256(read_limited(weights, MAX_WEIGHTS)).hexdigest()
     if digest != entry.weights_sha256:

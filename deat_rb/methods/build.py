@@ -19,7 +19,7 @@ from deat_rb.utils.errors import DeatError
 from deat_rb.utils.units import check_eps, is_whole_number, parse_scalar
 
 WHOLE_NUMBERS = frozenset({"steps", "max_steps", "start", "every", "tau", "m", "awp_warmup"})
-"""Overrides that are counts."""
+"""Overrides that are whole numbers."""
 
 NUMBERS = frozenset({"awp", "gamma", "beta", "label_smoothing", "omega", "threshold", "drop", "guard"})
 """Overrides that are real numbers."""
@@ -41,7 +41,7 @@ class ConfiguredMethod:
 
 
 def configure(canonical: str, row: Recipe, /, *, eps: float | str = PAPER_EPS, **overrides: Any) -> ConfiguredMethod:
-    """Apply overrides to a method's recipe; overrides and errors are those of `deat_rb.create`."""
+    """Apply overrides to a method's recipe; overrides and errors as for `deat_rb.create`."""
     eps = check_eps(parse_scalar(eps))
     values = {key: _number(key, value) for key, value in overrides.items() if value is not None}
 
@@ -57,8 +57,8 @@ def configure(canonical: str, row: Recipe, /, *, eps: float | str = PAPER_EPS, *
         steps = values.pop("steps", steps) if "steps" in accepts else steps
     if row.replays and {"awp", "awp_warmup"} & set(values):
         raise DeatError(
-            f"the method {canonical} cannot use awp: its perturbation of the weights needs a backward pass of its own "
-            "before the update, but a replay has one pass for attack and update; use pgd-N, n-fgsm, trades or another"
+            f"the method {canonical} cannot use awp, which needs a separate backward pass before the update: a replay "
+            "uses one pass for both attack and update; choose another method, such as pgd-N, n-fgsm or trades"
         )
     accepted = set(inspect.signature(resolve(row.trainer)).parameters)
     trainer_keys = ({"carry"} & set(trainer_options)) | ({"lr_per_replay", "awp", "awp_warmup"} & accepted)
@@ -101,8 +101,8 @@ def build(method: ConfiguredMethod, model: nn.Module) -> Trainer:
         attack = resolve(row.attack)(model, eps=method.eps, **sizes, **row.attack_options)
     except TypeError as error:
         raise DeatError(
-            f"the attack of the method {method.name} cannot be created with the model, eps=, alpha= and steps= "
-            f"({error})"
+            f"the attack of the method {method.name} cannot be created from a model, eps=, alpha= and steps= "
+            f"({error}); change its recipe's attack or attack_options"
         ) from error
     trainer: Trainer = resolve(row.trainer)(
         attack, loss=loss, schedule=schedule, stopping=stopping, name=method.name, **row.trainer_options

@@ -29,7 +29,7 @@ class MethodRow:
     """A row of the table that `deat-rb methods` prints, as strings.
 
     Attributes:
-        name: The method's name; for a family, that of an example.
+        name: The method's name; for a family, the name of an example.
         family: Notation of the family, such as ``free-R``; for a single method, its name.
         attack: The attack.
         loss: The surrogate loss.
@@ -75,7 +75,7 @@ def describe_configured(method: ConfiguredMethod) -> MethodRow:
 
 
 def _describe(canonical: str, row: Recipe, eps: float, own_values: bool = False) -> MethodRow:
-    """Describe a recipe; with ``own_values`` its steps or alpha differ from those that its summary may give."""
+    """Describe a recipe; ``own_values`` tells whether its steps or alpha differ from those in its summary."""
     summary = row.summary or path_of(row.attack).rpartition(":")[2]
     if own_values:
         summary += f"; here steps = {row.steps}, alpha = {format_fraction(row.alpha)}"
@@ -193,10 +193,11 @@ def method_table(on_error: Callable[[str], None] | None = None) -> list[MethodRo
     """Return the whole table: an example of each family and all registered methods.
 
     Args:
-        on_error: Called with the message for each entry point that cannot be loaded; by default the first one raises.
+        on_error: Called with the message for each entry point that cannot be loaded; by default, the first failure
+            is raised.
 
     Raises:
-        DeatError: If an entry point cannot be loaded.
+        DeatError: If an entry point cannot be loaded and there is no ``on_error``.
     """
     rows = []
     for name in known_methods():

@@ -74,7 +74,7 @@ def weighted(loss: SurrogateLoss, weights: Tensor) -> SurrogateLoss:
 
 
 def balanced_weights(counts: Tensor) -> Tensor:
-    """Return weights (K,) with which all classes have the same total weight, and the mean weight of an example is 1.
+    """Return class weights (K,) that give all classes the same total weight, with a mean weight per example of 1.
 
     These are scikit-learn's ``balanced`` weights, N / (K * n_k); a class without examples has weight 0.
 
@@ -90,8 +90,8 @@ def surrogate(name: str | SurrogateLoss, *, beta: float = 6.0, label_smoothing: 
     """Return the surrogate loss ``ce``, ``trades`` or ``mart``; a custom loss is returned unchanged.
 
     Raises:
-        DeatError: If no loss has that name, beta is negative, or ``label_smoothing`` is not in [0, 1) or not 0 for a
-            loss other than ``ce`` and ``trades``.
+        DeatError: If no loss has that name, beta is negative, or ``label_smoothing`` is outside [0, 1), or above 0 for
+            a loss other than ``ce`` and ``trades``.
     """
     if not 0 <= label_smoothing < 1:
         raise DeatError(f"label_smoothing = {label_smoothing:g} is not in [0, 1); 0.1 to 0.4 are usual")
@@ -105,7 +105,7 @@ def surrogate(name: str | SurrogateLoss, *, beta: float = 6.0, label_smoothing: 
     if isinstance(name, SurrogateLoss):
         return name
     if not (math.isfinite(beta) and beta >= 0):
-        raise DeatError(f"beta = {beta:g} is not a finite number of 0 or more; TRADES and MART use 6")
+        raise DeatError(f"beta = {beta:g} is not a finite, non-negative number; TRADES and MART use 6")
     if name == "ce":
         return SurrogateLoss("ce", partial(cross_entropy, **smoothed) if smoothed else cross_entropy)
     regularized = {"trades": trades, "mart": mart}

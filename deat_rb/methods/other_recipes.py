@@ -17,9 +17,9 @@ def _n_fgsm() -> Recipe:
         fast_epochs=15,
         paper=N_FGSM_SOURCE,
         notes=(
-            "The adversarial examples of training may be 3 eps away from the images, within [0, 1]; validation and "
+            "Training examples may be up to 3 eps away from the clean images, within [0, 1]; validation and "
             "evaluation use eps.",
-            "15 epochs in the fast setting, as U-FGSM; its public code trains for 30 with a learning rate up to 0.2.",
+            "15 epochs in the fast setting, as for U-FGSM; N-FGSM's public code trains for 30, with a peak LR of 0.2.",
         ),
     )
 

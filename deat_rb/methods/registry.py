@@ -23,7 +23,7 @@ FAMILIES = [*PAPER_FAMILIES, *OTHER_FAMILIES]
 """The built-in methods: the paper's, then the others."""
 
 DEFAULT_PERCENT = ("deat-p%", "deat-%")
-"""Names of DEAT-P% that leave P to the dataset."""
+"""Names of DEAT-P% without a number, for which the dataset determines P."""
 
 _registered: dict[str, Recipe] = {}
 
@@ -62,12 +62,12 @@ def family(canonical: str) -> str:
 
 
 def is_builtin(canonical: str) -> bool:
-    """Return whether a name is that of a built-in method."""
+    """Return whether a method is built in, given its canonical name."""
     return any(re.fullmatch(pattern, canonical) for _, pattern, _, _ in FAMILIES)
 
 
 def is_in_paper(canonical: str) -> bool:
-    """Return whether a name is one of the paper's methods."""
+    """Return whether a method is one of the paper's, given its canonical name."""
     return any(re.fullmatch(pattern, canonical) for _, pattern, _, _ in PAPER_FAMILIES)
 
 

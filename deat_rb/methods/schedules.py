@@ -27,7 +27,7 @@ class EveryDEpochs(Schedule):
     def __init__(self, every: int = 3, *, start: int = 1, max_steps: int | None = None) -> None:
         super().__init__(start, max_steps)
         if every < 1:
-            raise DeatError(f"every = {every} is below 1 epoch; DEAT-D needs D of 1 or more")
+            raise DeatError(f"every = {every} is below 1 epoch; DEAT-D needs D >= 1")
         self.every = every
 
     def update(self, stats: EpochStats) -> None:
@@ -36,7 +36,7 @@ class EveryDEpochs(Schedule):
             self._rise()
 
     def total_steps(self, epochs: int) -> int:
-        """Return the total steps of a fresh schedule: T (T + D) / 2D rounded up, if ``max_steps`` is not reached."""
+        """Return the total steps over T epochs: T (T + D) / 2D rounded up, unless ``max_steps`` is reached."""
         copy = EveryDEpochs(self.every, start=self.steps, max_steps=self.max_steps)
         total = 0
         for epoch in range(1, epochs + 1):

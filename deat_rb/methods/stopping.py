@@ -26,7 +26,7 @@ class RobustnessDrop(StoppingRule):
         if not 0 < drop < 1:
             raise DeatError(f"drop = {drop:g} is outside (0, 1); give 0.2 for 20 percentage points")
         if steps < 1:
-            raise DeatError(f"steps = {steps} is below 1; the stopping rule's PGD needs 1 or more")
+            raise DeatError(f"steps = {steps} is below 1; the stopping rule's PGD needs at least 1")
         self.drop = drop
         self.validation_steps = steps
         self.last: float | None = None
@@ -57,8 +57,8 @@ class GradientRatio(StoppingRule):
     R^t = (l_X^t - l_X^{t-m}) / m, and training ends when R^t > gamma * R^{t-1}, from epoch m + 2 on. Taken literally,
     that is triggered by noise and, with negative ratios, while l_X falls; so R^t must also exceed ``guard`` times
     l_X^{t-m}. In the first epochs of a healthy run l_X may rise by up to 30 % per epoch; in a collapse it doubles
-    within two epochs (docs/lab/results.md has the recorded runs). The rise may have begun in any of the m epochs, so
-    the result is epoch t - m.
+    within two epochs (docs/lab/results.md has the recorded runs). The rise may have begun in any of the last m epochs,
+    so the weights of epoch t - m are kept.
 
     Args:
         m: Distance between the compared epochs.
@@ -80,14 +80,14 @@ class GradientRatio(StoppingRule):
         self.l_x: list[float] = []
 
     def update(self, stats: EpochStats) -> Stop | None:
-        """Compare the ratio R with the previous epoch's."""
+        """Compare R with that of the previous epoch."""
         self.l_x = [*self.l_x, stats.l_x][-(self.m + 2) :]
         ratio, before = self._ratio(-1), self._ratio(-2)
         if ratio is None or before is None:
             return None
         base = self.l_x[-1 - self.m]
         if ratio > self.guard * base and ratio > self.gamma * before:
-            reason = f"l_X rose by {ratio / base:.0%} an epoch (R = {ratio:.4g}) up to epoch {stats.epoch}"
+            reason = f"l_X rose by {ratio / base:.0%} per epoch (R = {ratio:.4g}) up to epoch {stats.epoch}"
             return Stop(reason, keep=stats.epoch - self.m)
         return None
 

@@ -33,16 +33,16 @@ from deat_rb.utils.module_state import frozen_parameters, preserve_modes, preser
 class AttackTrainer(Trainer):
     """Attack, then update: PGD-N, U-FGSM, FAT, TRADES, MART, and their guided forms (Algorithms 4 and 5).
 
-    Any gradient attack of torchattacks with an eps can be used; unless it is our PGD, a probe records its gradient
-    magnitude. Training refuses attacks that return the clean image where they do not change the prediction (APGD,
-    APGDT, FAB, AutoAttack and others made for evaluation), since it would use clean images for the most part.
+    Any gradient attack of torchattacks with an eps can be used; unless it is a `deat_rb.PGD`, a probe records its
+    gradient magnitude. Attacks that return the clean image when they fail to change the prediction (APGD, APGDT, FAB,
+    AutoAttack and others made for evaluation) are rejected, because most training images would remain clean.
 
     Args:
         attack: The attack.
         loss: The surrogate loss: ``ce``, ``trades``, ``mart`` or a custom loss.
-        awp: Gamma of adversarial weight perturbation (`WeightPerturbation`); None for none. It takes one more backward
-            pass per batch, with as many forward passes as the loss, which do not change BatchNorm's statistics.
-        awp_warmup: Number of epochs before it begins.
+        awp: Gamma of adversarial weight perturbation (`WeightPerturbation`); None to train without it. It adds one
+            backward pass per batch and the forward passes of the loss, which do not update BatchNorm's statistics.
+        awp_warmup: Number of epochs without AWP at the beginning of training.
         options: As for `Trainer`.
     """
 
@@ -59,12 +59,12 @@ class AttackTrainer(Trainer):
     ) -> None:
         super().__init__(attack, loss=surrogate(loss), **options)
         if awp is None and awp_warmup is not None:
-            raise DeatError("awp_warmup has no effect without awp: give awp, such as 0.005, too")
+            raise DeatError("awp_warmup has no effect without awp: give awp as well, such as awp=0.005")
         self.awp = None if awp is None else WeightPerturbation(awp, awp_warmup or 0)
 
     @property
     def _own(self) -> PGD | None:
-        """The attack if it is our PGD, which returns statistics itself."""
+        """The attack if it is a `deat_rb.PGD`, which returns its statistics itself; otherwise None."""
         crafter = self.crafter
         return crafter if isinstance(crafter, PGD) and type(crafter).forward is PGD.forward else None
 
@@ -73,7 +73,7 @@ class AttackTrainer(Trainer):
         return self._own is None or not self._own.in_train_mode
 
     def check_attack(self, images: Tensor) -> None:
-        """Check that the attack computes gradients and perturbs every image; determine if its loss is averaged."""
+        """Check that the attack computes gradients and perturbs every image; find out if its loss is averaged."""
         if self._averages is None and self._own is None:
             check_every_image_is_attacked(self.crafter, images.contiguous())
             self._averages = uses_mean_reduction(self.crafter, images.contiguous())
@@ -86,8 +86,8 @@ class AttackTrainer(Trainer):
         Args:
             images: As for `training_step`.
             labels: (N,).
-            loss_scale: Loss scale for the gradients of our PGD, which halves it after an overflow if it is a tensor.
-            fixed_size: Whether our PGD always passes the whole batch to the model.
+            loss_scale: Loss scale for the gradients of a `deat_rb.PGD`, which halves it on overflow if it is a tensor.
+            fixed_size: Whether a `deat_rb.PGD` always passes the whole batch to the model.
 
         Returns:
             The adversarial examples (N, C, H, W) and the attack's statistics.
@@ -179,7 +179,7 @@ class AttackTrainer(Trainer):
             self.awp.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the method's state besides the weights, as JSON values."""
+        """Return the method's state, without the weights, as JSON values."""
         return {**super().state_dict(), "averages": self._averages}
 
     def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor] = MappingProxyType({})) -> None:
@@ -217,7 +217,7 @@ class ReplayTrainer(Trainer):
             )
         super().__init__(attack, loss=surrogate(loss), **options)
         if self.steps < 1:
-            raise DeatError(f"steps = {self.steps}: a replay trainer needs 1 replay or more")
+            raise DeatError(f"steps = {self.steps} is below 1; a replay trainer needs at least 1 replay")
         if self.loss.needs_clean:
             raise DeatError(
                 f"the loss {self.loss.name} needs two forward passes, but a replay runs only one: use AttackTrainer"
@@ -231,7 +231,7 @@ class ReplayTrainer(Trainer):
 
         Args:
             images: A batch, or this rank's part of it.
-            part: The position of ``images`` in the global batch.
+            part: The indices of ``images`` in the global batch.
         """
         if not self.carry:
             adv: Tensor = self.crafter.initialize(images)
@@ -287,14 +287,14 @@ class ReplayTrainer(Trainer):
         return False
 
     def _carry_over(self, delta: Tensor) -> None:
-        """Store the global batch's perturbation, in place if there is room; a short batch replaces the first rows."""
+        """Store the global batch's perturbation, in place if it fits; a short batch replaces only the first rows."""
         if self._carried is None or self._carried.shape[1:] != delta.shape[1:] or len(self._carried) < len(delta):
             self._carried = delta
         else:
             self._carried[: len(delta)].copy_(delta)
 
     def step_settings(self) -> tuple[object, ...]:
-        """Return the settings that a training step uses, and where FREE's perturbation is."""
+        """Return the settings that a training step uses, and the address of FREE's perturbation."""
         place = None if self._carried is None else (self._carried.data_ptr(), self._carried.shape)
         return *super().step_settings(), place
 

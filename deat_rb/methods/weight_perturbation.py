@@ -11,7 +11,7 @@ from deat_rb.utils.errors import DeatError
 from deat_rb.utils.units import is_whole_number
 
 TINY = 1e-20
-"""Added to the norm of a gradient, as in AWP's public code."""
+"""Constant added to the norm of a gradient, as in AWP's public code."""
 
 
 class WeightPerturbation:
@@ -33,7 +33,7 @@ class WeightPerturbation:
         if not (math.isfinite(gamma) and 0 < gamma < 1):
             raise DeatError(f"awp = {gamma:g} is outside (0, 1); Wu et al. use 0.005 to 0.01")
         if not is_whole_number(warmup) or warmup < 0:
-            raise DeatError(f"awp_warmup = {warmup} is not a whole number of epochs of 0 or more")
+            raise DeatError(f"awp_warmup = {warmup} is not a non-negative whole number of epochs")
         self.gamma = gamma
         self.warmup = warmup
         self._added: list[tuple[Tensor, Tensor]] = []
@@ -58,7 +58,7 @@ class WeightPerturbation:
 
     @torch.no_grad()
     def add(self, weights: list[Tensor], gradients: list[Tensor]) -> None:
-        """Perturb the weights along the gradients of the loss; a weight whose gradient is not finite is left alone."""
+        """Perturb the weights along the gradients of the loss; weights with a non-finite gradient are not changed."""
         self._added = []
         norms = zip(torch._foreach_norm(weights), torch._foreach_norm(gradients), strict=True)
         for weight, gradient, (size, norm) in zip(weights, gradients, norms, strict=True):

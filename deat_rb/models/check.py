@@ -44,7 +44,7 @@ def trial_logits(
         with torch.no_grad(), seeding.preserved():
             logits = model(copy)
     except Exception as error:  # any exception: the forward pass is user code
-        raise DeatError(f"{source} does not take {images.dtype} images of {shape} on {images.device} "
+        raise DeatError(f"{source} does not accept {images.dtype} images of {shape} on {images.device} "
                         f"({type(error).__name__}: {first_line(error)}): {advice}") from error  # fmt: skip
     if copy._version != version or not torch.equal(copy, images):
         raise DeatError(f"{source} changes its input in place (as x.sub_(...) and Normalize(inplace=True) do): write "
@@ -78,7 +78,7 @@ def check_weights_exist(model: nn.Module, purpose: str) -> None:
         DeatError: The model is not a `torch.nn.Module`, has lazy layers, or was created inside `torch.inference_mode`.
     """
     if not isinstance(model, nn.Module):
-        raise DeatError(f"the model is a {type(model).__name__}, where a torch.nn.Module that returns logits is needed")
+        raise DeatError(f"the model must be a torch.nn.Module that returns logits, not a {type(model).__name__}")
     tensors = (*model.parameters(), *model.buffers())
     if any(torch.nn.parameter.is_lazy(tensor) for tensor in tensors):
         raise DeatError(f"the model has lazy layers without weights: forward one batch through it before {purpose}")
@@ -106,7 +106,7 @@ def check_trainable(model: nn.Module, *, source: str) -> None:
                             "can be saved: return a tensor from get_extra_state, or remove it")  # fmt: skip
         if value.is_complex() or value.is_quantized or value.layout != torch.strided:
             kind = "complex" if value.is_complex() else "quantized" if value.is_quantized else "sparse"
-            raise DeatError(f"{source} has the {kind} tensor '{name}', but only dense real ones can be saved: store "
+            raise DeatError(f"{source} has the {kind} tensor '{name}', but only dense real tensors can be saved: store "
                             "real and imaginary parts, or dense values")  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def match_classes(
 
     Raises:
         DeatError: The network lacks one of the dataset's classes, or has no class names and fewer logits than the
-            dataset has classes (for a folder: another number).
+            dataset has classes (for a folder: a different number).
     """
     if known and must_match and len(known) != num_logits:
         raise DeatError(f"{source} has {num_logits} logits but {len(known)} class names: give one name per logit")

@@ -25,7 +25,7 @@ MAX_PARAMETERS = 2 * 10**9
 
 
 OWN_FACTORIES = ("deat_rb.models.small:narrow", "deat_rb.models.small:wide")
-"""Factories of this package, which need no trust."""
+"""Factories of this package, which do not require trust_code."""
 
 
 def canonical_arch(arch: str) -> str:
@@ -68,7 +68,7 @@ def check_trust(arch: str, trust_code: bool, *, source: str) -> None:
         source: Origin of the architecture, such as a run directory, for the error message.
 
     Raises:
-        DeatError: The architecture is another package's ``package.module:factory``, but running code is not allowed.
+        DeatError: The architecture is a factory of another package, but running code is not allowed.
     """
     kind, colon, _ = arch.partition(":")
     if colon and kind not in PRETRAINED and arch not in OWN_FACTORIES and not trust_code:

@@ -19,7 +19,7 @@ def parse_normalization(
     """
     if name is not None:
         if mean is not None or std is not None:
-            raise DeatError(f"--normalize {name} cannot be combined with --mean and --std: give either")
+            raise DeatError(f"--normalize {name} cannot be combined with --mean and --std: omit one or the other")
         if name not in NORMALIZATION:
             raise DeatError(f"--normalize {name} is unknown: {did_you_mean(name, NORMALIZATION)}")
         return NORMALIZATION[name]

@@ -1,6 +1,6 @@
-"""Small residual networks for images of 32x32 that are enlarged 8x8 images, such as the digits.
+"""Small residual networks for 8x8 images enlarged to 32x32, such as the digits.
 
-They are trained in seconds on one core, for trying methods out: ``--arch deat_rb.models.small:narrow``.
+They train within seconds on one core, to try out methods: ``--arch deat_rb.models.small:narrow``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _Block(nn.Module):
 
 
 class _SmallResNet(nn.Sequential):
-    """Mean of each 4x4 pixels, a convolution, two blocks at half the resolution each, and a linear layer."""
+    """4x4 average pooling, a convolution, two residual blocks with stride 2, and a linear layer."""
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__(
@@ -45,10 +45,10 @@ class _SmallResNet(nn.Sequential):
 
 
 def narrow(num_classes: int) -> nn.Module:
-    """Return a network with 12 channels in its first block, 11 thousand parameters."""
+    """Return a network with 12 channels in its first block (11,000 parameters)."""
     return _SmallResNet(num_classes, 12)
 
 
 def wide(num_classes: int) -> nn.Module:
-    """Return a network with 20 channels in its first block, 31 thousand parameters."""
+    """Return a network with 20 channels in its first block (31,000 parameters)."""
     return _SmallResNet(num_classes, 20)

@@ -1,4 +1,4 @@
-"""Loading of state dicts into models, whatever names wrappers and other code bases give the tensors."""
+"""Loading of state dicts into models, whatever tensor names wrappers and other code bases use."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def check_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: st
     """Return the tensors under the model's own names, checked but not loaded.
 
     Raises:
-        DeatError: A tensor is missing, unexpected or of the wrong shape, has integers for floating-point weights, or
-            fractions for integers.
+        DeatError: A tensor is missing, unexpected or of the wrong shape, or has integers in place of floating-point
+            values or vice versa.
     """
     own: dict[str, Tensor] = model.state_dict()
     renamed = _renamed(tensors, own) if isinstance(model, NormalizedModel) else dict(tensors)

@@ -1,1 +1,1 @@
-"""Studies: many runs from one file, shared among processes, and the tables and figures of the paper from them."""
+"""Studies: runs described by one file and shared among processes, and the paper's tables and figures from them."""

@@ -1,4 +1,4 @@
-"""Whether orderings that the paper states hold: paired comparisons over seeds."""
+"""Tests of the orderings that the paper states, by paired comparison over seeds."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from deat_rb.reproduction.tables import spelled
 Outcome = Literal["holds", "does not hold", "undecided"]
 
 MOST_SEEDS = 1000
-"""Largest number of seeds that is said to be needed."""
+"""Largest reported number of seeds needed."""
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Differences of two rows in a column, over the seeds that both have.
+    """Paired differences of two rows in a column, over the seeds that both have.
 
     Attributes:
         differences: Value of the row that is claimed to be higher minus the other's, by seed.
         outcome: Whether the ordering holds, by the 95 % interval of the mean difference (Student's t).
-        needed: Number of seeds with which a difference of this size would be decided with probability 0.8; None if
-            it is decided, or unknown from a single seed.
+        needed: Number of seeds at which a test has power 0.8 for a difference of this size; None if the outcome is
+            decided, or if there is a single seed.
     """
 
     differences: tuple[float, ...]
@@ -35,7 +35,7 @@ class Paired:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a claim holds.
+    """Result of testing a claim.
 
     Attributes:
         text: The claim.
@@ -51,9 +51,9 @@ class Verdict:
 def compare_paired(differences: Sequence[float]) -> Paired:
     """Decide whether a mean difference is above 0.
 
-    It is decided by the two-sided 95 % interval of the mean of paired differences, so that 2 or 3 seeds decide only
-    differences that are large beside their spread; a single seed decides nothing. Equal values in all seeds are
-    ``does not hold``.
+    The two-sided 95 % confidence interval of the mean of paired differences decides, so 2 or 3 seeds suffice only for
+    differences that are large compared to their standard deviation, and a single seed never does. If the values are
+    equal for all seeds, the outcome is ``does not hold``.
     """
     from scipy.stats import t
 
@@ -72,7 +72,7 @@ def compare_paired(differences: Sequence[float]) -> Paired:
 
 
 def seeds_needed(effect: float, *, beyond: int = 1) -> int:
-    """Return the number of seeds with which a paired t test at 5 % finds an effect with probability 0.8.
+    """Return the number of seeds at which a paired t-test at level 5 % has power 0.8 for an effect.
 
     Args:
         effect: Mean difference divided by the standard deviation of the differences.

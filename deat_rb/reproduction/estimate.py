@@ -1,4 +1,4 @@
-"""Prediction of the time that runs take, from ten timed batches of each network."""
+"""Prediction of run times from ten timed batches of each network."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ ESTIMATE = "estimate.json"
 BATCHES = 10
 
 LONGEST = 60.0
-"""Seconds after which a measurement ends before its ten batches."""
+"""Seconds after which a measurement ends, even before ten batches."""
 
 VALIDATION_PASSES = 14
-"""Passes of PGD-20 per validation image, most of which are misclassified early or stay correct to the end."""
+"""Mean passes of PGD-20 per validation image; misclassified images are not attacked further."""
 
 ROBUST = 0.6
-"""Share of an attack's passes that are made, as images that are misclassified are not attacked further."""
+"""Fraction of an attack's passes that are actually run, since misclassified images are not attacked further."""
 
 AUTOATTACK_PASSES = 3600
-"""Passes of AutoAttack per image that stays correct: 100 + 2 x 900 with gradients, and 5,000 forward passes."""
+"""Passes of AutoAttack per robust image: 100 + 2 x 900 with gradients, and 5,000 forward passes."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ def read_estimate(folder: StudyFolder) -> dict[str, float]:
 def estimate(folder: StudyFolder, runs: Sequence[RunSpec], *, notify: Callable[[str], None]) -> list[Prediction]:
     """Predict the time of runs on this machine, and store it for `--status`.
 
-    The times of an attack step and of an update are measured in ten batches of each network and loss. Where the
-    number of steps is not known in advance, it is that of finished runs of the same row, or halfway between the
-    least and the most.
+    The times of an attack step and of an update are measured in ten batches of each network and loss. A number of
+    steps that is not known in advance is taken from finished runs of the same row, or else is the mean of its minimum
+    and maximum.
 
     Args:
         folder: The folder of the study.
@@ -118,7 +118,7 @@ class Times:
 
 
 class _Clock:
-    """Measures `Times`, once for each network, batch size, precision and kind of trainer; keeps the last dataset."""
+    """Measures `Times`, once for each network, batch size, precision and kind of trainer; caches the last dataset."""
 
     def __init__(self, notify: Callable[[str], None]) -> None:
         self._notify = notify
@@ -144,7 +144,7 @@ class _Clock:
 
 
 def _kind(planned: TrainingPlan) -> str:
-    """Return a method with the same costs per step and update; methods of other packages are timed themselves."""
+    """Return a method with the same cost per step and update; methods of other packages represent only themselves."""
     _, row = recipe(planned.config.attack.method)
     if row.replays:
         return "free-2"
@@ -194,7 +194,7 @@ def _time_evaluation(model: nn.Module, images: Tensor, labels: Tensor, device: t
 
 
 def _time(work: Callable[[], object], device: torch.device) -> float:
-    """Return the mean seconds of ten calls after two; fewer if they take more than a minute."""
+    """Return the mean seconds per call of ten calls after two warm-up calls; fewer if they take over a minute."""
     for _ in range(2):
         work()
     wait(device)
@@ -208,7 +208,7 @@ def _time(work: Callable[[], object], device: torch.device) -> float:
 
 
 def wait(device: torch.device) -> None:
-    """Wait until a GPU has done its work."""
+    """Synchronize with a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -249,7 +249,7 @@ def _predict(run: RunSpec, clock: _Clock, known: float | None) -> Prediction:
 
 
 def _attack_passes(attack: str) -> float:
-    """Return about how many passes an attack makes per image that stays correct."""
+    """Return the approximate number of passes of an attack per robust image."""
     number = re.fullmatch(r"(?:pgd|cw)-(\d+)(?:x(\d+))?", attack)
     if number:
         return int(number[1]) * int(number[2] or 1)

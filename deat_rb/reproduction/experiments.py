@@ -32,15 +32,15 @@ class _Table(BaseModel):
 
 
 class Scale(_Table):
-    """What stands for the paper's datasets, networks and settings.
+    """Datasets, networks and settings used in place of the paper's.
 
     Attributes:
-        title: The scale in words.
+        title: Description of the scale.
         seeds: Seeds, unless a target has its own.
-        curve_test: Number of test images whose accuracy Figure 7 draws.
+        curve_test: Number of test images for the accuracy curves of Figure 7.
         n_examples: Number of test images of evaluations; None for all.
-        datasets: Datasets by the paper's.
-        networks: Architectures for ``small``, PreActResNet-18, and ``wide``, WRN-34-10.
+        datasets: Dataset used in place of each of the paper's.
+        networks: Architectures used in place of PreActResNet-18 (``small``) and WRN-34-10 (``wide``).
         options: Options of all runs.
         settings: Further options by environment.
     """
@@ -81,7 +81,7 @@ class Claim(_Table):
     Attributes:
         text: The statement.
         column: The column.
-        part: Number of the part whose rows are meant.
+        part: Number of the part that contains the rows.
         more: Labels of rows with the higher values.
         less: Labels of rows with the lower values.
     """
@@ -98,13 +98,13 @@ class Target(_Table):
 
     Attributes:
         title: Its title.
-        columns: Columns of a table beside the costs; empty for figures.
+        columns: Columns of a table other than the costs; empty for figures.
         attacks: Attacks of the evaluation.
         seeds: Its seeds in the paper, if not the scale's.
         parts: Its rows.
         claims: Orderings that the paper states.
         published: Values by column and method that are not in published.json.
-        figure: What a figure draws; None for tables.
+        figure: Kind of the figure; None for tables.
         panels: Labels of rows by panel.
         note: A remark on the figure.
     """
@@ -138,7 +138,7 @@ def experiments() -> Experiments:
 
 
 def chosen_targets(names: Sequence[str]) -> list[str]:
-    """Return the targets named, in the paper's order; ``all`` names all.
+    """Return the named targets in the paper's order; ``all`` stands for all of them.
 
     Raises:
         DeatError: A target does not exist.
@@ -157,11 +157,11 @@ class Setup:
     Attributes:
         scale: Name of the scale.
         seeds: Seeds of all targets; by default the scale's or the target's.
-        dataset: Dataset in place of the scale's.
+        dataset: Dataset used instead of the scale's.
         data_dir: Its folder.
-        arch: Architecture in place of the scale's.
+        arch: Architecture used instead of the scale's.
         autoattack: Number of test images for AutoAttack; 0 for all, None for no AutoAttack.
-        n_examples: Number of test images in place of the scale's.
+        n_examples: Number of test images used instead of the scale's.
     """
 
     scale: str = "digits"
@@ -183,11 +183,11 @@ class Setup:
         return experiments().scales[self.scale]
 
     def dataset_of(self, environment: Environment) -> str:
-        """Return the dataset in place of the paper's."""
+        """Return the dataset used in place of the paper's."""
         return self.dataset or self.own.datasets[environment.dataset]
 
     def arch_of(self, environment: Environment) -> str:
-        """Return the architecture in place of the paper's."""
+        """Return the architecture used in place of the paper's."""
         return self.arch or self.own.networks[environment.network]
 
     def seeds_of(self, target: Target) -> tuple[int, ...]:
@@ -242,7 +242,7 @@ def target_study(name: str, setup: Setup) -> Study:
 
 
 def differences(setup: Setup, name: str) -> str:
-    """Return in one sentence how a target's runs differ from the paper's; empty if they do not."""
+    """Return a sentence on how a target's runs differ from the paper's; empty if they do not."""
     target, scale = experiments().targets[name], setup.own
     said: dict[str, None] = {}
     for part in target.parts:
@@ -297,6 +297,6 @@ def published(name: str, number: int) -> dict[str, dict[str, Published]]:
 
 
 def columns_of(target: Target, autoattack: bool) -> tuple[str, ...]:
-    """Return the columns of a table: its own, AutoAttack if it was made, and the costs."""
+    """Return the columns of a table: its own, AutoAttack if it was run, and the costs."""
     attacks = [*target.columns, *(["autoattack"] if autoattack else [])]
     return tuple(dict.fromkeys((*(each for each in attacks if each != EPOCHS), PASSES, EPOCHS, MINUTES)))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a figure draws of a run.
+    """The data of a run that a figure shows.
 
     Attributes:
         seed: The random seed.
@@ -55,7 +55,7 @@ def draw(
     """Draw a figure.
 
     Args:
-        kind: What it shows.
+        kind: Kind of the figure.
         title: Title.
         runs: Runs with at least one epoch, by label.
         panels: Labels of each panel; by default one panel with all.

@@ -1,6 +1,6 @@
 """Folder of a study: its run directories, their locks and the record of each run that is done or has failed.
 
-runs/NAME            the run directories, as of `deat-rb train`
+runs/NAME            the run directories, as written by `deat-rb train`
 state/NAME.lock      held by the process that trains or evaluates the run
 state/NAME.json      `Record`, written when the run was trained, is done or has failed
 logs/                output of the workers that `--jobs` starts
@@ -33,8 +33,8 @@ class Evaluated(BaseModel):
     """An evaluation of a run.
 
     Attributes:
-        attacks: The attacks that were asked for.
-        asked: The number of test images that was asked for; None for all.
+        attacks: The requested attacks.
+        asked: The requested number of test images; None for all.
         n_examples: The number of test images.
         model_sha256: SHA-256 of the weights, as in the report.
     """
@@ -48,7 +48,7 @@ class Evaluated(BaseModel):
 
 
 class Record(BaseModel):
-    """What was done with a run.
+    """Status, evaluations and provenance of a run.
 
     Attributes:
         status: ``trained``, ``failed``, or ``done`` if it is trained and evaluated.
@@ -56,10 +56,10 @@ class Record(BaseModel):
         evaluations: Its evaluations.
         commit: Git commit of deat-rb at the end of training; empty if unknown.
         host: Name of the machine.
-        hardware: The device, in words.
-        started: When training was begun or last resumed (ISO 8601, UTC).
+        hardware: Description of the device.
+        started: When training began or was last resumed (ISO 8601, UTC).
         finished: When the record was last written (ISO 8601, UTC).
-        seconds: Wall time of evaluation and of the last part of training, in seconds.
+        seconds: Wall time in seconds of training, since it was last resumed, and evaluation.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -79,7 +79,7 @@ class Record(BaseModel):
         return next((each for each in self.evaluations if attack in each.attacks and each.asked == asked), None)
 
     def missing(self, evaluation: Evaluation) -> list[tuple[tuple[str, ...], int | None]]:
-        """Return the parts of an evaluation that have not been made, with the attacks that lack."""
+        """Return the missing attacks of an evaluation, with the number of test images for each group of attacks."""
         parts = [
             (tuple(name for name in attacks if self.evaluated(name, count) is None), count)
             for attacks, count in evaluation.parts()
@@ -170,14 +170,14 @@ class StudyFolder:
             self._record_path(run).unlink(missing_ok=True)
 
     def is_settled(self, run: RunSpec) -> bool:
-        """Return whether a run has failed, or is trained and evaluated as the study asks."""
+        """Return whether a run has failed, or is trained and evaluated as the study requires."""
         record = self.record(run)
         if record is None:
             return False
         return record.status == "failed" or (record.status == "done" and not record.missing(run.evaluation))
 
     def status(self, run: RunSpec) -> Status:
-        """Return a run's status; ``begun`` if it was interrupted and no process works on it."""
+        """Return a run's status; ``begun`` if it was interrupted and no process is working on it."""
         if self.is_settled(run):
             record = self.record(run)
             return "failed" if record is not None and record.status == "failed" else "done"
@@ -186,7 +186,7 @@ class StudyFolder:
         return "begun" if self.run_path(run).is_dir() else "waiting"
 
     def rows(self, run: RunSpec) -> list[EpochStats]:
-        """Return the metrics of a run's epochs so far; none if it was not begun."""
+        """Return the metrics of a run's epochs so far; empty if it has not started."""
         if not self.run_path(run).is_dir():
             return []
         return RunDirectory.open(self.run_path(run)).rows()
@@ -197,10 +197,10 @@ class StudyFolder:
         Args:
             run: The run.
             attack: The attack, or ``natural``.
-            asked: The number of test images that was asked for; None for all.
+            asked: The requested number of test images; None for all.
 
         Raises:
-            DeatError: A report is damaged, or the one of the record is missing.
+            DeatError: A report is damaged, or the report named in the record is missing.
         """
         record = self.record(run)
         made = record.evaluated(attack, asked) if record is not None else None
@@ -216,7 +216,7 @@ class StudyFolder:
             if same and own and report.precision == "fp32" and report.seed == 0 and attack in report.results:
                 return file, report
         raise DeatError(
-            f"{folder} has no report of {attack} any more; remove {self._record_path(run)} to evaluate again"
+            f"{folder} no longer has a report of {attack}; remove {self._record_path(run)} to evaluate again"
         )
 
     def _eps(self, run: RunSpec) -> float:

@@ -18,13 +18,13 @@ from deat_rb.utils.units import format_fraction
 
 
 def group_key(config: RunConfig) -> dict[str, Any]:
-    """Return what defines a run except the seed: its options that affect the result, and its data."""
+    """Return everything that defines a run except the seed: the options that affect the result, and the data."""
     options = {name: value for name, value in config.flat().items() if name not in ("seed", *MAY_CHANGE)}
     return options | {"data": config.data_fingerprint}
 
 
 def grouped_table(paths: Sequence[Path], by: str) -> ResultTable:
-    """Return mean accuracies and costs of the runs that differ in nothing but the seed.
+    """Return mean accuracies and costs over runs that differ only in the seed.
 
     Args:
         paths: Evaluated run directories.

@@ -1,4 +1,4 @@
-"""The page of a reproduction: tables, figures, what holds, cost, and where every number comes from."""
+"""HTML page of a reproduction: tables, figures, tested claims, costs, and the source of every number."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def render_index(outcomes: Sequence[Outcome], setup: Setup, folder: Path) -> byt
 
     Args:
         outcomes: The targets, in the paper's order.
-        setup: How they were run.
+        setup: Scale, data, networks and seeds of the runs.
         folder: The folder of the page, to which links are relative.
     """
     runs = {run.name: run for each in outcomes for row in each.table.rows for run in row.runs}

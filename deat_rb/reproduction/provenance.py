@@ -1,4 +1,4 @@
-"""Where results come from: git commit, machine and device, and the commands of a run."""
+"""Provenance of results: git commit, machine and device, and the commands of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from deat_rb.utils.devices import resolve_device
 
 @cache
 def source_commit() -> str:
-    """Return the git commit of the source that runs, with ``+changes`` if files differ; empty outside of git."""
+    """Return the git commit of the running source code, with ``+changes`` if files differ; empty outside of git."""
     root = Path(deat_rb.__file__).parents[1]
     if not (root / ".git").exists():
         return ""

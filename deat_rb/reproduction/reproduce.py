@@ -1,4 +1,4 @@
-"""The paper's tables and figures from runs: collected, judged and written."""
+"""The paper's tables and figures: results of runs collected, compared with the paper and written to files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Outcome:
         note: A remark.
         table: The table; for a figure its runs and costs.
         verdicts: Whether the paper's orderings hold.
-        pictures: The figure by format; empty for tables, and before a run has an epoch.
+        pictures: The figure by format; empty for tables, and before a run has finished an epoch.
     """
 
     name: str
@@ -62,15 +62,15 @@ class Outcome:
 
 
 def study_of(targets: Sequence[str], setup: Setup) -> Study:
-    """Return the runs of targets; a run that several need is there once."""
+    """Return the runs of targets; a run that several targets need is included once."""
     return merge([target_study(name, setup) for name in targets], "reproduction", "The paper's experiments")
 
 
 def check_setup(folder: StudyFolder, setup: Setup) -> list[str]:
-    """Check that a folder has no reproduction with another setup, and return the targets that were written so far.
+    """Check that a folder has no reproduction with a different setup, and return the targets written so far.
 
     Raises:
-        DeatError: The folder holds a reproduction at another scale or with other data or networks.
+        DeatError: The folder holds a reproduction at a different scale or with different data or networks.
     """
     path = folder.path / SETUP
     if not path.is_file():
@@ -154,7 +154,7 @@ def _pictures(
 
 
 def _drawn(run: RunSpec, folder: StudyFolder, alpha: str, gamma: float | None) -> Drawn | None:
-    """Return what is drawn of a run that is trained; None if it is not."""
+    """Return the data of a trained run for a figure; None if it is not trained yet."""
     record = folder.record(run)
     if record is None or record.status == "failed":
         return None

@@ -32,7 +32,7 @@ class RunResult:
             training, and ``epochs`` trained until the end or the stopping rule.
         page: Path of the page of its evaluation.
         commit: Git commit of deat-rb.
-        hardware: The device, in words.
+        hardware: Description of the device.
         finished: When it was done (ISO 8601, UTC).
         commands: The commands that train and evaluate it.
     """
@@ -60,7 +60,7 @@ def cost(rows: Sequence[EpochStats]) -> dict[str, float]:
 
 
 def collect(folder: StudyFolder, runs: Sequence[RunSpec]) -> list[RunResult]:
-    """Return the results of runs, also of those that are not done.
+    """Return the results of all runs, including unfinished ones.
 
     Raises:
         DeatError: A file of a run is damaged.

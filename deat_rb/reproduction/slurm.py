@@ -14,7 +14,7 @@ CLUSTER = "cluster"
 
 
 class WorkerJob:
-    """A worker as submitit runs it; a job that reaches its time limit is queued again.
+    """A worker run by submitit; when a job reaches its time limit, it is queued again.
 
     Args:
         arguments: Arguments of `deat-rb`.
@@ -30,7 +30,7 @@ class WorkerJob:
         return subprocess.run([sys.executable, "-m", "deat_rb", *self.arguments]).returncode
 
     def checkpoint(self, *_: Any) -> Any:
-        """Return what submitit queues after the time limit: the same worker."""
+        """Return the job that submitit queues after the time limit: the same worker."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)

@@ -1,4 +1,4 @@
-"""State of a study: which runs are done, running and waiting, and how long the rest takes."""
+"""State of a study: which runs are done, running or waiting, and the expected time left."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class StudyState:
     def seconds_left(self) -> float | None:
         """Return the expected time until all runs are done, in seconds; None if it is not known.
 
-        It assumes that as many runs are always in progress as now.
+        It assumes that the number of concurrent runs does not change.
         """
         left = [each for each in self.runs if each.status not in ("done", "failed")]
         times = [self._expected(each) for each in left]
@@ -66,7 +66,7 @@ class StudyState:
         return sum(known) / max(1, self.counts()["running"]) if len(known) == len(left) else None
 
     def _expected(self, state: RunState) -> float | None:
-        """Return the expected seconds of a whole run: as other seeds took, as predicted, or as the mean run took."""
+        """Return the expected seconds of a whole run: the mean of its other seeds, the prediction, or the mean run."""
         done = [each for each in self.runs if each.seconds]
         alike = [each.seconds for each in done if each.run.label == state.run.label and each.seconds]
         if alike:

@@ -40,12 +40,12 @@ class Evaluation:
     autoattack: int | None = None
 
     def parts(self) -> tuple[tuple[tuple[str, ...], int | None], ...]:
-        """Return the evaluations to make: attacks and number of test images (None for all) of each."""
+        """Return the evaluations to run: attacks and number of test images (None for all) of each."""
         main = ((self.attacks, self.n_examples),) if self.attacks else ()
         return main if self.autoattack is None else (*main, ((AUTOATTACK,), self.autoattack or None))
 
     def merged(self, other: Evaluation) -> Evaluation:
-        """Return an evaluation that covers both; the numbers of images are those of ``self``, if it has any."""
+        """Return an evaluation that covers both; numbers of images are taken from ``self`` if it has them."""
         attacks = tuple(dict.fromkeys((*self.attacks, *other.attacks)))
         return replace(
             self, attacks=attacks, autoattack=other.autoattack if self.autoattack is None else self.autoattack
@@ -92,7 +92,7 @@ class Study:
     """A named list of runs.
 
     Attributes:
-        name: Name, also of the table's files.
+        name: Name of the study and of its table's files.
         title: Title of the table.
         runs: The runs, in the order of the table; no two have the same name.
     """
@@ -105,7 +105,7 @@ class Study:
         """Return the run with a name.
 
         Raises:
-            DeatError: There is none.
+            DeatError: There is no such run.
         """
         for each in self.runs:
             if each.name == name:
@@ -147,7 +147,7 @@ def read_study(path: str | Path) -> Study:
     """Read a study from a TOML or JSON file; docs/studies.md describes its tables.
 
     Raises:
-        DeatError: The file is missing or invalid, or an option of a run is.
+        DeatError: The file is missing or invalid, or an option of a run is invalid.
     """
     path = Path(path)
     if path.suffix == ".json":
@@ -192,7 +192,7 @@ def expand(
         DeatError: An option is invalid, or two runs are the same.
     """
     if len(set(seeds)) != len(seeds) or not seeds:
-        raise DeatError(f"seeds = {list(seeds)} are not different seeds; give a list such as [0, 1, 2]")
+        raise DeatError(f"seeds = {list(seeds)} is not a list of different seeds; give a list such as [0, 1, 2]")
     empty = [name for name, values in grid.items() if not values]
     if empty:
         raise DeatError(f"the grid has no value for {empty[0]}; give one or more")
@@ -202,7 +202,7 @@ def expand(
     chosen = [{**options, **row} for row in rows]
     for each in chosen:
         if "seed" in each:
-            raise DeatError(f"the option seed = {each['seed']} is set by seeds; give the list seeds instead")
+            raise DeatError(f"seed = {each['seed']} cannot be an option of a study; give the list seeds instead")
     validated = [make_options(each) for each in chosen]
     automatic = iter(_labels([row for row, own in zip(chosen, own_labels, strict=True) if not own]))
     labels = [own or next(automatic) for own in own_labels]

@@ -224,7 +224,7 @@ def _in_csv(text: str) -> str:
 def as_json(table: ResultTable) -> dict[str, Any]:
     """Return a table as JSON values: per row the means, the published values, and each run.
 
-    Times are only in ``times`` and ``minutes``; all else is the same whenever and however often the runs were resumed.
+    Times are only in ``times`` and ``minutes``; all other values do not depend on interruptions of the runs.
     """
     return {
         "name": table.name,

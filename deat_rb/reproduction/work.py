@@ -1,4 +1,4 @@
-"""Work on a study: claim runs one after the other, train and evaluate each, and record how it ended."""
+"""Worker of a study: claims runs one after the other, trains and evaluates each, and records the outcome."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from deat_rb.utils.errors import DeatError, UnwritableError
 from deat_rb.utils.locks import BusyError
 
 POLL = 2.0
-"""Seconds between two looks at runs that other processes have claimed."""
+"""Seconds between checks of the runs that other processes have claimed."""
 
 ATTEMPTS = 5
 """Attempts to claim a single run: `StudyFolder.status` holds its lock for a moment."""
 
 
 class WorkListener(Protocol):
-    """What a command shows of the work."""
+    """Interface for showing the progress of a study."""
 
     def on_run_start(self, run: RunSpec, number: int, total: int) -> None:
-        """Run when run ``number`` (from 1) of ``total`` was claimed."""
+        """Run when run ``number`` (from 1) of ``total`` has been claimed."""
 
     def on_run_end(self, run: RunSpec, record: Record) -> None:
         """Run when a run is done or has failed."""
@@ -84,7 +84,7 @@ class Worker:
     Args:
         study: The study.
         folder: Its folder.
-        listener: Shows the work.
+        listener: Shows the progress.
     """
 
     def __init__(self, study: Study, folder: StudyFolder, listener: WorkListener | None = None) -> None:
@@ -94,7 +94,7 @@ class Worker:
         self._loaded: tuple[tuple[Any, ...], Dataset] | None = None
 
     def work(self, *, wait: bool = True) -> None:
-        """Work until all runs are done or have failed.
+        """Train and evaluate runs until all are done or have failed.
 
         Args:
             wait: Whether to wait for runs that other processes have claimed, and take over those of killed ones.
@@ -116,7 +116,7 @@ class Worker:
                 time.sleep(POLL)
 
     def work_on(self, run: RunSpec) -> bool:
-        """Train and evaluate one run, unless it is done, has failed or is claimed; return whether it was free."""
+        """Train and evaluate one run, unless it is done or has failed; return False if another process claims it."""
         self.folder.create()
         for _ in range(ATTEMPTS):
             with self.folder.claimed(run) as free:
@@ -167,7 +167,7 @@ class Worker:
             raise
         except BusyError:
             return False
-        except Exception as error:  # any error of a run is told in the table and stops no other run
+        except Exception as error:  # an error of one run is recorded in the table and does not stop the others
             reason = str(error) if isinstance(error, DeatError) else f"{type(error).__name__}: {_first_line(error)}"
             past = record.evaluations if record is not None else ()
             record = Record(status="failed", reason=reason, evaluations=past, finished=now(), **facts)
@@ -185,7 +185,7 @@ class Worker:
             train(planned, output=self.folder.runs, name=run.name, callbacks=[callback])
 
     def _data(self, options: TrainOptions) -> Dataset:
-        """Return a run's dataset; the last one is kept."""
+        """Return a run's dataset; the most recent one is cached."""
         data = options.data
         key = (data.dataset, data.data_dir, data.image_size, data.memory_limit)
         if self._loaded is None or self._loaded[0] != key:

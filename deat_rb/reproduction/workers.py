@@ -16,11 +16,11 @@ from types import FrameType
 from deat_rb.utils.errors import DeatError, Interrupted
 
 POLL = 1.0
-"""Seconds between two looks at the workers."""
+"""Seconds between checks of the workers."""
 
 
 def environments(jobs: int | None, gpus: Sequence[str], per_gpu: int) -> list[dict[str, str]]:
-    """Return the environment variables that each worker gets beside those of this process.
+    """Return the environment variables that each worker gets in addition to those of this process.
 
     Args:
         jobs: Number of workers; by default 1, or ``per_gpu`` for each GPU.
@@ -32,7 +32,7 @@ def environments(jobs: int | None, gpus: Sequence[str], per_gpu: int) -> list[di
     """
     if jobs is not None and gpus:
         raise DeatError(
-            f"--jobs {jobs} and --gpus {','.join(gpus)} exclude each other: --gpus starts --per-gpu workers per GPU"
+            f"--jobs {jobs} and --gpus {','.join(gpus)} are mutually exclusive: --gpus starts --per-gpu workers per GPU"
         )
     if jobs is not None and jobs < 1:
         raise DeatError(f"--jobs {jobs} is below 1; give the number of workers")
@@ -61,14 +61,14 @@ def run_workers(
 
     Args:
         arguments: Arguments of `deat-rb`.
-        environs: Environment variables of each worker, beside those of this process.
+        environs: Environment variables of each worker, in addition to those of this process.
         logs: Folder to whose files ``worker-N.log`` the workers' output is appended.
         on_poll: Called about once per second.
         on_end: Called with a sentence when a worker was killed or ended with an error.
 
     Raises:
         DeatError: The folder of logs cannot be written.
-        Interrupted: Ctrl-C was pressed or SIGTERM received; the workers have been stopped and keep their runs.
+        Interrupted: Ctrl-C was pressed or SIGTERM received; the workers have stopped, and their runs can be resumed.
     """
     try:
         logs.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def run_workers(
                         on_end(f"worker {number} {_ending(worker.returncode)}; see {logs / f'worker-{number}.log'}")
         except KeyboardInterrupt:
             _stop(workers)
-            raise Interrupted("all runs are kept; the same command continues them") from None
+            raise Interrupted("all runs are saved; repeat the command to resume them") from None
 
 
 def _ending(status: int) -> str:
@@ -105,7 +105,7 @@ def _ending(status: int) -> str:
 
 
 def _stop(workers: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Interrupt the workers that still run, and wait until they have saved their runs."""
+    """Interrupt the workers that are still running, and wait until they have saved their runs."""
     for worker in workers:
         if worker.poll() is None:
             worker.terminate()
@@ -114,7 +114,7 @@ def _stop(workers: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 class _TermIsInterrupt:
-    """Context manager in which SIGTERM raises KeyboardInterrupt, so that the workers are stopped, too."""
+    """Context manager in which SIGTERM raises KeyboardInterrupt, so that the workers are stopped as well."""
 
     def __enter__(self) -> None:
         self._before = (

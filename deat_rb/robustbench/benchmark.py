@@ -29,7 +29,7 @@ def benchmark(
     dataset: str = "cifar10",
     seed: int | None = None,
 ) -> tuple[float, float, Tensor]:
-    """Run `robustbench.benchmark` on images and with a seed, for which it has no arguments.
+    """Run `robustbench.benchmark` on given images with a given seed, which it does not accept as arguments.
 
     The model is evaluated in eval mode; its state and torch's random state are restored afterwards.
 

@@ -69,7 +69,7 @@ def export(
         additional_data: Whether additional training images were used; by default, whether the run had
             extra data or pretrained weights.
         reported: Robust accuracy reported by the authors, in percent; by default the lowest measured.
-        external: Best known robust accuracy, in percent, which decides the rank in RobustBench.
+        external: Best known robust accuracy, in percent, which determines the rank in RobustBench.
         unreliable: Whether AutoAttack's accuracy is unreliable; by default true if a check of the evaluation failed.
         footnote: Text appended to the automatic footnote.
         overwrite: Whether to replace an existing export of the same name.

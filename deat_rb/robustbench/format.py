@@ -166,7 +166,7 @@ def _numbers(tensors: Mapping[str, Tensor], name: str, source: Path) -> tuple[fl
 def known_architecture(spelled: str) -> str | None:
     """Return the canonical name of an architecture in a ``model_info``, or None if it is unknown.
 
-    RobustBench calls PreActResNet-18 ResNet-18, too: `deat_rb.models.weights.detect_variant` distinguishes them.
+    RobustBench also calls PreActResNet-18 ResNet-18; `deat_rb.models.weights.detect_variant` distinguishes them.
     """
     text = re.sub(r"[\s_]+", "-", spelled.strip().lower()) if spelled.isascii() else ""
     if re.fullmatch(r"(pre-?act(ivation)?-?)?resnet-?18", text):

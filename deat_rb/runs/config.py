@@ -42,7 +42,7 @@ class RunConfig(TrainOptions):
         """Return the same configuration with more epochs; the milestones of the learning rate do not change.
 
         Raises:
-            DeatError: ``epochs`` is less than before, or more with a learning rate that ends at 0.
+            DeatError: ``epochs`` is less than before, or is increased although the learning rate ends at 0.
         """
         optim = self.optim
         if epochs < optim.epochs:

@@ -1,7 +1,7 @@
-"""Accuracy on test images after each epoch, only for drawing it as in the paper's Figure 7.
+"""Accuracy on test images after each epoch, only for plots such as the paper's Figure 7.
 
-The values are stored in a file of their own and not among the metrics, so that no schedule, stopping rule or selection
-of weights can depend on them.
+The values are stored in a separate file and not among the metrics, so that no schedule, stopping rule or selection of
+weights can depend on them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class CurveTest(Callback):
         self._write([row for row in _rows(self._file) if row["epoch"] < state.epoch])
 
     def on_validation_end(self, row: EpochStats) -> None:
-        """Store the epoch's accuracies; this happens before its metrics are, so that no epoch is lost by a kill."""
+        """Store the epoch's accuracies before its metrics are stored, so that no epoch is missing after a kill."""
         state = self._state
         assert state is not None
         with state.engine.eager(state.model), state.averaged(), state.engine.autocast():
@@ -74,5 +74,5 @@ def _rows(file: Path) -> list[dict[str, float]]:
         for row in rows:
             row["epoch"], row["pgd-20"]
     except (ValidationError, KeyError):
-        raise DeatError(f"{file} is not valid; remove it, and the curve of earlier epochs is lost") from None
+        raise DeatError(f"{file} is not valid; remove it (the accuracies of earlier epochs are then lost)") from None
     return rows

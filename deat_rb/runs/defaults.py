@@ -59,7 +59,7 @@ SETTINGS = {
 the paper, and the protocol of FastAT Benchmark (arXiv:2604.22853; fzjcdt/FastAT_Benchmark b99c0de, configs/cifar10)."""
 
 FASTAT_EMA, FASTAT_LABEL_SMOOTHING, FASTAT_REPLAYS = 0.9995, 0.4, 200
-"""FastAT's ``tau``, ``label_smoothing`` and, for FREE, ``total_epoch``: the number of epochs times replays."""
+"""FastAT's EMA decay ``tau``, ``label_smoothing`` and, for FREE, ``total_epoch``: number of epochs times replays."""
 
 ANYTIME: dict[str, Any] = {"lr_schedule": "flat", "lr": 0.05, "ema": 0.999, "select": "best"}
 """Default options of an open-ended run, whose averaged weights are a result after every epoch."""
@@ -73,7 +73,7 @@ DEFAULT_TEXTS = {
     "ema": "off; 0.9995 fastat",
     "label_smoothing": "0; 0.4 fastat",
     "gamma": "setting's: 1.0 fast with preactresnet18, else 1.01",
-    "val_size": "1,000 of 50,000, in proportion for fewer, but 100 if that is at most a fifth",
+    "val_size": "2 % of the images, at most 1,000 and at least 100 (20 % of fewer than 500)",
     **{
         name: "setting's: " + ", ".join(f"{getattr(row, name)} {setting}" for setting, row in SETTINGS.items())
         for name in ("lr", "lr_schedule", "precision", "select")

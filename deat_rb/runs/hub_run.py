@@ -1,4 +1,4 @@
-"""Runs on the Hugging Face Hub, as `deat-rb push` uploads them: their files, and local copies of them."""
+"""Runs on the Hugging Face Hub, as uploaded by `deat-rb push`, and local copies of their files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deat_rb.utils.hub import MAX_TEXT, MAX_WEIGHTS, HubAddress, HubFiles, is_hu
 CARD = "README.md"
 
 OPTIONAL_FILES = {METRICS: MAX_TEXT, "eval.json": MAX_TEXT, "eval-verdicts.safetensors": 64 * 2**20}
-"""Files that a run may have besides its configuration and weights, with their largest size in bytes."""
+"""Files that a run may have in addition to its configuration and weights, with their largest size in bytes."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class HubModel:
     """A model on the Hub with its local files.
 
     Attributes:
-        path: A run directory with the selected weights, or the file of an address that names one.
+        path: A run directory with the selected weights, or a single file if the address names one.
         address: The address with the commit's hash.
         notes: Notes for the user.
         weights: The file of the weights.
@@ -47,7 +47,7 @@ class HubModel:
         return {"model": self.address, **{name: value for name, value in provenance.items() if name != "run"}}
 
     def copy(self, folder: Path) -> Path:
-        """Copy the files (the Hub's cache consists of links) below a new folder, and return their path there."""
+        """Copy the files, which are links in the Hub's cache, into a new folder; return their path there."""
         copied = folder / self.address.rpartition("@")[0].rpartition("/")[2]
         if self.path.is_file():
             folder.mkdir(parents=True)

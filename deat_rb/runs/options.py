@@ -35,7 +35,7 @@ class DataConfig(OptionGroup):
     )
     batch_size: int = option(128, "Images per mini-batch.", ge=2)
     extra_data: str | None = option(
-        None, "Generated or pseudo-labeled images, of which every batch gets a share: an .npz file with image and "
+        None, "Generated or pseudo-labeled images to mix into every batch: an .npz file with the arrays image and "
         "label.", metavar="PATH", may_change=True,
     )  # fmt: skip
     extra_fraction: float | None = option(
@@ -149,7 +149,7 @@ class OutputConfig(OptionGroup):
         may_change=True, min_length=1,
     )  # fmt: skip
     curve_test: int | None = option(
-        None, "Attack this many test images after each epoch, only to draw the curve; nothing is selected by it.", ge=1
+        None, "Attack this many test images after each epoch, only for a plot; no selection depends on it.", ge=1
     )
 
 
@@ -187,7 +187,7 @@ class TrainOptions(BaseModel):
         return {name: value for group in GROUPS for name, value in getattr(self, group).explicit().items()}
 
     def method_options(self) -> dict[str, Any]:
-        """Return the options for `deat_rb.create`; None stands for the method's default."""
+        """Return the options for `deat_rb.create`; None means the method's default."""
         values = {name: getattr(self.attack, name) for name in METHOD_OPTIONS}
         flags = {name for name in values if AttackConfig.model_fields[name].default is False}
         return {name: None if value is False and name in flags else value for name, value in values.items()}
@@ -227,7 +227,7 @@ MAY_CHANGE = tuple(each.name for each in train_options() if each.may_change)
 
 
 def nest(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Sort options by name into their groups; names and layout of earlier versions are accepted, too.
+    """Sort options by name into their groups; names and layout of earlier versions are also accepted.
 
     Earlier versions always carried FREE's perturbation over from batch to batch, and added no noise in FAT.
     """
@@ -249,9 +249,9 @@ def nest(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def had_another_start(config: Mapping[str, Any]) -> bool:
-    """Return whether a run's configuration is from a version in which its method's attack started elsewhere.
+    """Return whether a run's configuration is from a version in which its method's attack had a different start.
 
-    Such configurations lack ``omega``: TRADES and MART and their guided forms started at clamped noise, FAT-N at
+    Such configurations lack ``omega``: TRADES, MART and their guided forms started from clamped noise, FAT-N from
     0.001 N(0,1); see docs/methods.md.
 
     Args:

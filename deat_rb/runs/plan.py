@@ -48,8 +48,8 @@ class TrainingPlan:
         data: The dataset.
         train: The training images, without those for validation.
         val: The validation images, held out of the training images.
-        extra: Images beside the training images, of which every batch gets a share.
-        frozen: How many of the parameters are frozen.
+        extra: Images in addition to the training images, mixed into every batch.
+        frozen: Number of frozen parameters.
         trainer: The method and the model.
         ranks: Number of ranks of data-parallel training.
         notes: Notes for the user, such as which weights of a checkpoint were loaded.
@@ -183,7 +183,7 @@ class TrainingPlan:
         if isinstance(schedule, EveryDEpochs) and epochs <= schedule.every:
             percent = f"{method}% adds them by training accuracy" if schedule.every < 100 else "choose a smaller D"
             warnings.append(
-                f"{method} adds a replay every {schedule.every} epochs, so it never does in this run of {epochs}; "
+                f"{method} adds a replay every {schedule.every} epochs, so this run of {epochs} epochs never adds one; "
                 f"{percent}"
             )
         elif schedule.max_steps is not None and schedule.steps >= schedule.max_steps:
@@ -193,7 +193,9 @@ class TrainingPlan:
             )
         warmup = self.config.attack.awp_warmup
         if warmup is not None and epochs <= warmup:
-            warnings.append(f"AWP begins after {warmup} epochs, so it never does in this run of {epochs}")
+            warnings.append(
+                f"AWP begins after {warmup} epochs, so this run of {epochs} epochs never uses it; decrease --awp-warmup"
+            )
         counts = [] if self.data.is_placeholder else self._counts()
         rare = rare_classes(dict(zip(self.data.classes, counts, strict=True))) if counts else []
         if rare:
@@ -249,8 +251,8 @@ def plan(
         options: The options.
         continues: The configuration of the run to continue; the data must be the same.
         started: Whether that run has a checkpoint, so that the weights it was initialized from are not needed.
-        dry: Whether the plan is only displayed, not trained: then nothing is downloaded, and only the images of a
-            folder that are needed to check the attack are decoded.
+        dry: Whether the plan is only displayed, not trained. Nothing is then downloaded, and of a folder only the
+            images needed to check the attack are decoded.
         data: The dataset, if it was already loaded with these options.
         progress: Called with the number of decoded images and the total, if images are not kept in memory.
 
@@ -384,13 +386,10 @@ def _optimizer(optim: OptimConfig) -> str:
         text = f"SGD, {'Nesterov ' if optim.nesterov else ''}momentum {momentum}"
     text += f", weight decay {optim.weight_decay:g}"
     if optim.no_decay:
-        text += f" but for {' and '.join(optim.no_decay)}"
-    return text + (f", gradients of norm at most {optim.grad_clip:g}" if optim.grad_clip else "")
+        text += f" except for {' and '.join(optim.no_decay)}"
+    return text + (f", gradient norm clipped to {optim.grad_clip:g}" if optim.grad_clip else "")
 
 
 def default_val_size(images: int) -> int:
-    """Return the default number of validation images: 1,000 of 50,000, in proportion for fewer, but at least 100.
-
-    To reach 100, at most a fifth of the images is held out.
-    """
+    """Return the default number of validation images: 2 %, at most 1,000 and at least 100 (or 20 % if that is less)."""
     return max(min(100, images // 5), min(1000, images // 50))

@@ -82,7 +82,7 @@ def resolve(options: TrainOptions) -> TrainOptions:
     if (resolved.model.mean is None) != (resolved.model.std is None):
         raise DeatError("--mean and --std must be given together; omit both for those of the dataset")
     if resolved.data.extra_data is None and resolved.data.extra_fraction is not None:
-        raise DeatError(f"--extra-fraction {resolved.data.extra_fraction:g} is the share of --extra-data: give both")
+        raise DeatError(f"--extra-fraction {resolved.data.extra_fraction:g} requires --extra-data: give both")
     _check_arch(resolved)
     return resolved
 

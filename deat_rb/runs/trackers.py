@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from deat_rb.training.metrics import EpochStats
 
 FILE = "trackers.json"
-"""File in the run directory with each tracker's project and identifier, by which the tracker continues the run."""
+"""File in the run directory with each tracker's project and run identifier, which it needs to continue the run."""
 
 PIP_NAMES = {"comet_ml": "comet-ml"}
 
@@ -29,7 +29,7 @@ HINTS = {
     "mlflow": "check MLFLOW_TRACKING_URI",
     "comet_ml": "set COMET_API_KEY",
 }
-"""What to do if a tracker does not start."""
+"""Hints for trackers that cannot be started."""
 
 
 class TrackerError(DeatError):

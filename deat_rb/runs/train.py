@@ -123,8 +123,8 @@ def resume(
         if state is not None and had_another_start(state.config):
             _warn(
                 callbacks,
-                f"the run began with an earlier version, in which the attack of {config.attack.method} started "
-                "elsewhere (docs/methods.md), and continues with today's start; start a new run for comparable results",
+                f"the run began with an earlier version, in which the attack of {config.attack.method} had a different "
+                "start (docs/methods.md), and continues with the current one; for comparable results, start a new run",
             )
         threads, usable = config.runtime.threads, planned.config.runtime.threads
         if "threads" not in changes and threads is not None and usable is not None and usable < threads:

@@ -20,7 +20,7 @@ class WeightAverage:
     Integer tensors, such as BatchNorm's counters, are copied.
 
     torch.optim.swa_utils.AveragedModel is not used: it copies the whole module, with its hooks and compiled forward;
-    averages the integer counters, too; and takes the decay from a count on the CPU, which a CUDA graph would freeze.
+    averages the integer counters as well; and takes the decay from a count on the CPU, which a CUDA graph would freeze.
 
     Args:
         model: The model, on its device; its current tensors are the initial average.
@@ -56,7 +56,7 @@ class WeightAverage:
         self.updates += 1
 
     def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Do the same as `update`: a hook for `torch.optim.Optimizer.register_step_post_hook`."""
+        """Call `update`; a hook for `torch.optim.Optimizer.register_step_post_hook`."""
         self.update()
 
     def buffers(self) -> list[Tensor]:
@@ -65,7 +65,7 @@ class WeightAverage:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Give the model the averaged tensors within the context, and then its own again."""
+        """Set the model's tensors to the averages within the context, and restore its own on exit."""
         current = self._current()
         own = {name: tensor.clone() for name, tensor in current.items()}
         _copy(self.tensors, current)
@@ -81,7 +81,7 @@ class WeightAverage:
 
 
 def _slots(model: nn.Module) -> Iterator[tuple[str, tuple[dict[str, Tensor], str]]]:
-    """Yield the name and the place of each parameter and persistent buffer; shared modules come once."""
+    """Yield each parameter and persistent buffer as its name, dict and key; those of shared modules only once."""
     for prefix, module in model.named_modules():
         persistent = [key for key in module._buffers if key not in module._non_persistent_buffers_set]
         places = chain(((module._parameters, key) for key in module._parameters),

@@ -1,4 +1,4 @@
-"""A thread that writes a run's files while training goes on."""
+"""Background thread that writes a run's files during training."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from deat_rb.utils.errors import DeatError
 
 
 class BackgroundWriter:
-    """Context manager that runs functions one after the other in one thread.
+    """Context manager that runs functions one after the other in a background thread.
 
-    On leaving the context, it waits for them; an error is then raised only if no other exception is.
+    On exit it waits for them and raises their first error, unless another exception is being raised.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class BackgroundWriter:
         self._jobs: list[Future[None]] = []
 
     def start(self, action: Callable[[], None]) -> None:
-        """Run ``action`` in the thread after those started before, whether they succeed or not."""
+        """Queue ``action``; the thread runs it after the earlier ones, whether or not they succeed."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="deat-rb-writer")
         self._jobs.append(self._pool.submit(action))
@@ -32,7 +32,7 @@ class BackgroundWriter:
         return any(job.done() and job.exception() is not None for job in self._jobs)
 
     def wait(self) -> None:
-        """Wait for all actions; raise the first exception among theirs. Ctrl-C interrupts the waiting only."""
+        """Wait for all actions and raise their first exception; Ctrl-C ends the wait, but not the actions."""
         wait(self._jobs)
         jobs, self._jobs = self._jobs, []
         for job in jobs:

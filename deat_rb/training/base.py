@@ -22,7 +22,7 @@ from deat_rb.utils.units import is_whole_number
 
 
 class ClassWeights:
-    """Weights of classes, copied to each device only once.
+    """Class weights, copied to each device only once.
 
     Args:
         weights: The weights, (K,).
@@ -48,7 +48,7 @@ class SurrogateLoss:
         function: Maps ``(adv_logits, labels)``, or ``(adv_logits, labels, clean_logits)`` if ``needs_clean``, to the
             loss per example (N,).
         needs_clean: Whether the loss needs the logits of the clean images.
-        class_weights: Weights of the classes, (K,), by which ``function`` multiplies each example's loss, if any.
+        class_weights: Class weights (K,), by which ``function`` multiplies the loss of each example; None for none.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Schedule:
 
     def __init__(self, steps: int = 1, max_steps: int | None = None) -> None:
         if not is_whole_number(steps) or steps < 0:
-            raise DeatError(f"steps = {steps} is not a whole number of 0 or more")
+            raise DeatError(f"steps = {steps} is not a non-negative whole number")
         if max_steps is not None and max_steps < max(steps, 1):
             raise DeatError(f"max_steps = {max_steps} is below the first epoch's steps ({max(steps, 1)})")
         self.steps = int(steps)
@@ -103,7 +103,7 @@ class Schedule:
             ValueError: ``steps`` is invalid.
         """
         if not isinstance(state["steps"], int) or state["steps"] < 0:
-            raise ValueError(f"steps = {state['steps']!r} is not a whole number of 0 or more")
+            raise ValueError(f"steps = {state['steps']!r} is not a non-negative whole number")
         self.steps = state["steps"]
 
     def _rise(self) -> None:
@@ -233,7 +233,7 @@ class TrainerBase(StatelessAttack):
     def step_settings(self) -> tuple[object, ...]:
         """Return the settings that a training step uses, other than the model and the optimizer.
 
-        A step recorded as a CUDA graph is recorded anew when one of them changes.
+        When one of them changes, a step that was recorded as a CUDA graph is recorded again.
         """
         settings = {**vars(self.crafter), **vars(self), "progress": None}
         plain = {name: value for name, value in settings.items() if isinstance(value, int | float | str | None)}
@@ -262,7 +262,7 @@ class TrainerBase(StatelessAttack):
         self.apply_schedule()
 
     def reset_schedule(self) -> None:
-        """Reset the schedule and the stopping rule to their state before the first `fit`, but keep ``steps`` if set."""
+        """Reset schedule and stopping rule to their state before the first `fit`, except for ``steps`` set by hand."""
         if self._first is None:
             self._first = deepcopy(self.state_dict())
         else:
@@ -291,7 +291,7 @@ class TrainerBase(StatelessAttack):
             attack.set_model_training_mode(model_training, batchnorm_training, dropout_training)
 
     def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Do what follows an optimizer step; called by `fit` before the weights are averaged."""
+        """Run after each optimizer step, before the weights are averaged; by default, this does nothing."""
 
     def require_pixels(self) -> None:
         """Check that the model takes images in [0, 1].

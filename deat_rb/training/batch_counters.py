@@ -1,4 +1,4 @@
-"""BatchNorm's counters of batches, counted on the host instead of by a kernel per layer and forward pass."""
+"""BatchNorm's batch counters, updated on the host instead of by a kernel per layer and forward pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class _Count:
-    """Stands in for ``num_batches_tracked``, to which torch's forward adds 1."""
+    """Replacement for ``num_batches_tracked``, to which torch's forward adds 1."""
 
     def __init__(self) -> None:
         self.passes = 0
@@ -24,7 +24,7 @@ class _Count:
 class BatchCounters:
     """Adds a step's forward passes to ``num_batches_tracked`` of all BatchNorm layers at once.
 
-    The counters are only read by layers without a momentum, which are left alone, as are subclasses.
+    Layers with ``momentum=None``, whose forward pass reads the counter, and subclasses of torch's layers are skipped.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class BatchCounters:
 
     @contextmanager
     def counting(self, model: nn.Module) -> Iterator[None]:
-        """Count within the context; the counters themselves are right after `write` and on exit."""
+        """Count forward passes within the context; the layers' counters are updated by `write` and on exit."""
         layers: list[nn.Module] = []
         for layer in model.modules():
             if type(layer) in _LAYERS and layer.momentum is not None:
@@ -41,7 +41,7 @@ class BatchCounters:
                     layers.append(layer)
                     self._counts.append((counter, _Count()))
         for layer, (_, count) in zip(layers, self._counts, strict=True):
-            vars(layer)["num_batches_tracked"] = count  # found before the buffer, which stays in place
+            vars(layer)["num_batches_tracked"] = count  # attribute lookup finds it before the buffer
         try:
             yield
         finally:
@@ -52,7 +52,7 @@ class BatchCounters:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not count the forward passes within the context."""
+        """Ignore the forward passes within the context."""
         before = [count.passes for _, count in self._counts]
         try:
             yield
@@ -61,7 +61,7 @@ class BatchCounters:
                 count.passes = passes
 
     def write(self) -> None:
-        """Add what has been counted to the counters."""
+        """Add the counted forward passes to the layers' counters."""
         by_passes: dict[int, list[Tensor]] = {}
         for tensor, count in self._counts:
             if count.passes:

@@ -18,7 +18,7 @@ class BestWeights(Callback):
 
     Ties go to the higher natural accuracy, then to the earlier epoch. When a stopping rule ends training, the epochs
     after the one that it keeps are dropped. With ``ema`` these are the averaged weights; the raw ones of the same
-    epochs are saved beside them.
+    epochs are saved as well.
 
     Args:
         select: The weights to load into the model after training: ``best`` or ``last``.
@@ -27,7 +27,7 @@ class BestWeights(Callback):
     def __init__(self, select: str) -> None:
         self.select = select
         self.written: dict[str, int] = {}
-        """The epoch in each weights file of the run."""
+        """Epoch of the weights in each of the run's weights files, by file name."""
 
     def on_fit_start(self, state: TrainingState) -> None:  # noqa: D102 - the base class says it
         self.state = state

@@ -32,7 +32,7 @@ class Callback:
         """Run before epoch ``epoch`` of ``epochs``, which has ``batches`` batches and ``steps`` attack steps."""
 
     def on_batch_start(self) -> None:
-        """Run before the training step of a batch, which is on the device."""
+        """Run before the training step of a batch, when the batch is on the device."""
 
     def on_step_end(self, stats: BatchStats) -> None:
         """Run after the training step of a batch, before its statistics are added to those of the epoch."""

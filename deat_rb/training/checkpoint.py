@@ -33,7 +33,7 @@ FORMAT = "3"
 """Format version written by `deat_rb.training.state`; format 1 had no version and no configuration."""
 
 FORMER = "2"
-"""Format version that is still read; equal tensors are stored repeatedly."""
+"""Older format version that can still be read; it stores equal tensors repeatedly."""
 
 _NAME = re.compile(r"\d{8}\.safetensors", re.ASCII)
 
@@ -90,7 +90,7 @@ class Checkpoint:
 
 
 def host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return contiguous copies of tensors in host memory; those of a GPU's tensors are in pinned memory."""
+    """Return contiguous copies of tensors in host memory; copies from a GPU are in pinned memory."""
     copies, waits = {}, set()
     for name, tensor in tensors.items():
         on_gpu = tensor.device.type == "cuda"
@@ -153,7 +153,7 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         The checkpoint, or None if there is none yet.
 
     Raises:
-        DeatError: All checkpoints are damaged, or one has a different format version.
+        DeatError: All checkpoints are damaged, or one has an unsupported format version.
     """
     paths = _numbered(folder)
     for path in reversed(paths):

@@ -32,8 +32,8 @@ class MetricsWriter(Callback):
 class Checkpointing(Callback):
     """Write a checkpoint after each epoch and every few minutes, and resume from the newest one.
 
-    A checkpoint is copied to host memory, then written in the background until the next one, the end of the epoch's
-    batches (so that the metrics are at most one epoch ahead of it) or the end of training.
+    A checkpoint is copied to host memory and written in the background. Training waits for it before the next
+    checkpoint, after the last batch of an epoch (so that the metrics are at most one epoch ahead) and at the end.
 
     Args:
         run: Storage of the checkpoints.
@@ -75,10 +75,10 @@ class Checkpointing(Callback):
             self._wait()
 
     def _save(self) -> None:
-        """Start writing a checkpoint, when the files before it are complete.
+        """Start writing a checkpoint once the previous files are complete.
 
         Raises:
-            UnwritableError: One of the files before it could not be written.
+            UnwritableError: One of the previous files could not be written.
         """
         state = self.state
         self._wait()
@@ -91,7 +91,7 @@ class Checkpointing(Callback):
         self.state.saved = SavedPosition(checkpoint.write(self.run.checkpoints, copied), epoch, batch)
 
     def _wait(self) -> None:
-        """Wait until all files are written; raise the error of one that could not be."""
+        """Wait until all files are written, and raise the error if one could not be written."""
 
         def wait() -> SavedPosition | None:
             self.state.writer.wait()

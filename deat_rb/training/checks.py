@@ -37,7 +37,7 @@ def check_parameters(model: nn.Module) -> None:
     if not any(parameter.requires_grad for parameter in parameters):
         raise DeatError(
             "all parameters of the model are frozen (requires_grad is False), so there is nothing to train: "
-            "unfreeze those that are to be trained"
+            "unfreeze those to be trained"
         )
 
 

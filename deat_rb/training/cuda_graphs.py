@@ -18,20 +18,20 @@ Step = Callable[[], BatchStats]
 
 
 class Graphs(Protocol):
-    """Records steps on a device.
+    """Interface of the recorders of training steps.
 
     Attributes:
-        any_code: Whether to record steps with code of the user's, too, although what it does on the host is left out.
+        any_code: Whether to record even steps that run user code, whose host operations a graph does not repeat.
     """
 
     any_code: bool
 
     def warm_up(self, step: Step) -> tuple[BatchStats, bool]:
-        """Run a step; return its statistics, and whether it did not wait for the device, so that it can be recorded."""
+        """Run a step; return its statistics, and whether it can be recorded because it did not sync with the device."""
         ...
 
     def record(self, step: Step) -> Step:
-        """Record a step without running it, and return the function that runs it; its result is overwritten."""
+        """Record a step without running it; return a function that runs it and overwrites its previous result."""
         ...
 
 
@@ -68,7 +68,7 @@ class CudaGraphs:
         return stats, not waited
 
     def record(self, step: Step) -> Step:
-        """Record a step; each graph has memory of its own, which is freed with it."""
+        """Record a step; each graph has its own memory, which is freed with it."""
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as the one that writes checkpoints, may use the GPU meanwhile.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
@@ -82,10 +82,10 @@ class CudaGraphs:
 
 
 def choose_graphs(setting: str, device: torch.device, ranks: int) -> Graphs | None:
-    """Return what records the training steps on a CUDA GPU with a single rank; None if they are not recorded.
+    """Return the recorder of training steps, for a CUDA GPU and a single rank; None if steps are not recorded.
 
     Args:
-        setting: ``on``, ``off``, or ``auto`` to record only steps without code of the user's.
+        setting: ``on``, ``off``, or ``auto`` to record only steps without user code.
         device: The device.
         ranks: Number of ranks.
 

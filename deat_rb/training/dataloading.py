@@ -49,7 +49,7 @@ class ShardedLoader:
         self.world = world
 
     def epoch_batches(self, epoch: int, batch: int, seed: int, check: Check) -> Iterator[tuple[Batch, int]]:
-        """Iterate like the function `epoch_batches`.
+        """Do the same as the function `epoch_batches`.
 
         Raises:
             DeatError: A batch has fewer images than there are ranks.
@@ -79,7 +79,7 @@ class PreShardedLoader:
         self.loader = loader.divided(world.rank, world.size)
 
     def epoch_batches(self, epoch: int, batch: int, seed: int, check: Check) -> Iterator[tuple[Batch, int]]:
-        """Iterate like the function `epoch_batches`."""
+        """Do the same as the function `epoch_batches`."""
         for number, (part, _) in enumerate(epoch_batches(self.loader, epoch, batch, seed, check), start=batch):
             yield part, self.loader.examples_in(number)
 
@@ -150,7 +150,9 @@ def materialize(checker: BatchChecker, loader: Iterable[Any]) -> Batch:
     if len(kinds) > 1:
         (first, _), (other, _) = list(kinds)[:2]
         what = f"{tuple(first)} and {tuple(other)}" if first != other else "different types"
-        raise DeatError(f"the validation images must have one shape and one type, not {what}; resize or convert them")
+        raise DeatError(
+            f"the validation images must all have the same shape and type, not {what}; resize or convert them"
+        )
     images, labels = checker.engine.to_device(
         torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
     )

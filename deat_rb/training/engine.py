@@ -36,7 +36,7 @@ ATTACK_SCALE = 1024.0
 """Initial loss scale of attacks in fp16."""
 
 _GRAPH_LIMITS = ("recompile_limit", "accumulated_recompile_limit", "cache_size_limit", "accumulated_cache_size_limit")
-"""torch's settings of the number of graphs per function, under the names of old and new versions."""
+"""Names of torch's limit on the number of compiled graphs per function, in old and new versions."""
 
 
 class Engine:
@@ -55,7 +55,7 @@ class Engine:
             in fp16, where the attacks halve it after an overflow, otherwise 1.
         global_batch: Number of examples in the current batch over all ranks; None if all are on this rank.
         full_batch: Number of examples in a batch of the usual size over all ranks; None if unknown.
-        graphs: Records the training steps; None to run one operation at a time.
+        graphs: The recorder of training steps; None to run them without CUDA graphs.
 
     Raises:
         DeatError: ``sync_bn`` is set on a CPU.
@@ -90,7 +90,7 @@ class Engine:
 
     @property
     def fixed_size(self) -> bool:
-        """Whether attacks pass the whole batch to the model, as each batch size is compiled or recorded for itself."""
+        """Whether attacks pass the whole batch to the model, since every batch size is compiled or recorded anew."""
         return self.compiled or self.graphs is not None
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -131,7 +131,7 @@ class Engine:
 
     @contextmanager
     def training_batch(self, model: nn.Module, examples: int) -> Iterator[None]:
-        """Train on a batch; one of unusual size, such as a short last batch, without torch.compile and autotuning.
+        """Run batches of unusual size, such as a short last one, without torch.compile and autotuning.
 
         Args:
             model: The model.
@@ -139,7 +139,7 @@ class Engine:
         """
         self.full_batch = max(examples, self.full_batch or 0)
         usual = examples == self.full_batch
-        # A compiled model would be compiled anew for each number that the counters hold.
+        # Otherwise the model would be recompiled for each value of the counters.
         counting = nullcontext() if self.compiled and usual else self.counters.counting(model)
         with nullcontext() if usual else self.eager(model), counting:
             yield
@@ -260,7 +260,7 @@ class Engine:
         return {**state, "attack_scale": float(self.loss_scale)} if state else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a `state_dict`; one of an earlier version has no scale of the attacks."""
+        """Restore a `state_dict`; those of earlier versions lack the attacks' loss scale."""
         scales = dict(state)
         attack_scale = scales.pop("attack_scale", ATTACK_SCALE)
         self.scaler.load_state_dict(scales)
@@ -290,7 +290,7 @@ class Engine:
 def _laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
     """Return a gradient with the strides of its parameter, which torch's fused optimizers require.
 
-    They differ where a dimension of size 1, as of a 1x1 convolution, leaves the strides open; then nothing is copied.
+    If they differ only in dimensions of size 1, as for a 1x1 convolution, nothing is copied.
     """
     pairs = zip(parameter.shape, parameter.stride(), gradient.stride(), strict=True)
     if all(length == 1 or mine == other for length, mine, other in pairs):
@@ -319,7 +319,7 @@ def fast_gpu_math(device: torch.device, *, autotune: bool = True) -> Iterator[No
 
 @contextmanager
 def deterministic_algorithms() -> Iterator[None]:
-    """Let torch use deterministic algorithms only; an operation that has none raises a RuntimeError."""
+    """Restrict torch to deterministic algorithms; an operation without one raises a RuntimeError."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS, and read at its first use
     torch.use_deterministic_algorithms(True)
@@ -330,7 +330,7 @@ def deterministic_algorithms() -> Iterator[None]:
 
 
 def explain_nondeterminism(error: Exception) -> str | None:
-    """Return what an operation without a deterministic algorithm means for a run; None for other errors."""
+    """Return the message for an operation without a deterministic algorithm; None for other errors."""
     found = re.search(r"(\S+) does not have a deterministic implementation", str(error))
     if found is None:
         return None
@@ -342,7 +342,7 @@ def explain_nondeterminism(error: Exception) -> str | None:
 
 @contextmanager
 def _unlimited_graphs() -> Iterator[None]:
-    """Lift torch.compile's limit of 8 graphs, which all networks of a class share, before it falls back to eager."""
+    """Lift torch.compile's limit of 8 graphs per network class, beyond which it falls back to eager mode."""
     import torch._dynamo
 
     limits = {name: 10_000 for name in _GRAPH_LIMITS if hasattr(torch._dynamo.config, name)}

@@ -203,7 +203,7 @@ class Loop:
         return self.lr.at(self._progress(batch, share))
 
     def _progress(self, batch: int, share: float) -> float:
-        """Return the number of epochs done, with a fraction."""
+        """Return the number of epochs done, which may be fractional."""
         return self.state.epoch - 1 + min((batch + share) / self.state.batches, 1)
 
     def _agreed_action(self) -> Action:

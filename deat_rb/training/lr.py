@@ -91,8 +91,8 @@ class LearningRate:
     def momentum_at(self, epochs: float) -> float | None:
         """Return the momentum after ``epochs`` epochs, or None if it is constant.
 
-        Under ``onecycle`` it moves against the learning rate, as with torch's OneCycleLR: with a momentum of 0.9 from
-        0.95 to 0.85 and back. The training loop changes it once per epoch.
+        Under ``onecycle`` it falls while the learning rate rises, as with torch's OneCycleLR: for a momentum of 0.9,
+        from 0.95 to 0.85 and back. The training loop changes it once per epoch.
         """
         if self.schedule != "onecycle":
             return None
@@ -124,6 +124,6 @@ def set_momentum(optimizer: Optimizer, momentum: float) -> None:
 
 
 def rate_of(optimizer: Optimizer) -> float:
-    """Return the learning rate that was set last, as a number given to `set_rate`, without a host sync."""
+    """Return the learning rate that was last passed to `set_rate`, without a host sync."""
     group = optimizer.param_groups[0]
     return float(group.get("rate", group["lr"]))

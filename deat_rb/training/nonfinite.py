@@ -31,7 +31,7 @@ class NonFiniteFlags:
         self._first: Tensor | None = None
 
     def note(self, stats: BatchStats, model: nn.Module, batch: int) -> Tensor:
-        """Record a batch, numbered from 0; a non-finite gradient is detected by the resulting weights.
+        """Record a batch, numbered from 0; a non-finite gradient is detected from the resulting weights.
 
         Returns:
             Whether each of `WATCHED` is finite, (3,) bool on the device.
@@ -44,7 +44,7 @@ class NonFiniteFlags:
         return finite
 
     def found(self) -> tuple[int, str] | None:
-        """Return the first non-finite batch, numbered from 1, and its non-finite value; syncs with the device."""
+        """Return the first non-finite batch, numbered from 1, and what is non-finite; syncs with the device."""
         first = [] if self._first is None else self._first.tolist()
         bad = [(batch + 1, what) for batch, what in zip(first, WATCHED, strict=False) if batch >= 0]
         return min(bad, key=lambda each: each[0]) if bad else None
@@ -107,7 +107,7 @@ class NonFiniteMonitor(Callback):
         self._flags, self.state.inputs = NonFiniteFlags(), InputFlags()
 
     def _found(self) -> str | None:
-        """Return what is wrong with the first bad batch of the epoch; synchronizes with the device."""
+        """Return a description of the first invalid batch of the epoch, if any; synchronizes with the device."""
         if bad := self.state.inputs.found():
             return f"batch {bad[0]} of epoch {self.state.epoch} is invalid: {bad[1]}"
         if bad := self._flags.found():

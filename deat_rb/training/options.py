@@ -59,7 +59,7 @@ class OptimConfig(OptionGroup):
     @classmethod
     def _are_kinds(cls, kinds: tuple[str, ...]) -> tuple[str, ...]:
         if wrong := [kind for kind in kinds if kind not in ("norm", "bias")]:
-            raise ValueError(f"there is no kind of parameter '{wrong[0]}': give norm, bias or norm,bias")
+            raise ValueError(f"unknown kind of parameter '{wrong[0]}': give norm, bias or norm,bias")
         return kinds
 
     @property
@@ -112,7 +112,7 @@ def check_optim(optim: OptimConfig, prefix: str = "--") -> None:
         prefix: As for `deat_rb.utils.options.validate`.
 
     Raises:
-        DeatError: They cannot.
+        DeatError: They cannot be combined.
     """
 
     def named(name: str) -> str:
@@ -126,7 +126,7 @@ def check_optim(optim: OptimConfig, prefix: str = "--") -> None:
         )
     warmup = f"{named('warmup_epochs')} = {optim.warmup_epochs:g}"
     if optim.warmup_epochs and schedule in ("cyclic", "onecycle"):
-        raise DeatError(f"{warmup} cannot be combined with the {schedule} schedule, which rises by itself; omit it")
+        raise DeatError(f"{warmup} cannot be combined with the {schedule} schedule, which has its own warm-up; omit it")
     if optim.epochs == OPEN and schedule != "flat":
         raise DeatError(
             f"{named('epochs')} = open needs a learning rate that does not end: give {named('lr_schedule')} flat"
@@ -138,7 +138,6 @@ def check_optim(optim: OptimConfig, prefix: str = "--") -> None:
         raise DeatError(f"{named('nesterov')} needs {what}; omit it")
     if schedule == "onecycle" and not MOMENTUM_RANGE <= optim.momentum < 1 - MOMENTUM_RANGE:
         raise DeatError(
-            f"{named('momentum')} = {optim.momentum:g} cannot be used with the onecycle schedule, which moves it up "
-            f"and down by {MOMENTUM_RANGE:g} within [0, 1); give a value from {MOMENTUM_RANGE:g} to below "
-            f"{1 - MOMENTUM_RANGE:g}"
+            f"{named('momentum')} = {optim.momentum:g} cannot be used with the onecycle schedule, which varies it by "
+            f"±{MOMENTUM_RANGE:g} within [0, 1); give a value from {MOMENTUM_RANGE:g} to below {1 - MOMENTUM_RANGE:g}"
         )

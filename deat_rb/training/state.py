@@ -58,7 +58,7 @@ class TrainingState:
         recent: The newest epochs and their weights, as many as the stopping rule may go back.
         run: Storage of metrics, weights and checkpoints; None to store nothing.
         average: The moving average of the weights; None without ``ema``.
-        settled: The most robust on validation of the epochs before ``recent``, kept for ``--select best``.
+        settled: Of the epochs before ``recent``, the one with the best robust validation accuracy (``--select best``).
         batches: Batches per epoch.
         epoch: The current epoch, numbered from 1.
         batch: Number of finished batches in the current epoch.
@@ -68,7 +68,7 @@ class TrainingState:
         sums: Statistics summed over the epoch's batches on this rank.
         history: Metrics of the finished epochs.
         stop: Decision of the stopping rule to end training; None if it has not.
-        saved: Position of the newest checkpoint that is completely written.
+        saved: Position of the newest completely written checkpoint.
         writer: Writer of weights and checkpoints.
         warn: Function that passes a warning to the callbacks.
     """

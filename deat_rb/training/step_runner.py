@@ -1,9 +1,9 @@
-"""Runs training steps, recorded as CUDA graphs or one operation at a time.
+"""Execution of training steps, as recorded CUDA graphs or one operation at a time.
 
-Before a graph is run, the batch is copied to fixed tensors. The learning rate is a tensor, and everything else that a
-step leaves behind (weights, momentum, BatchNorm's statistics, FREE's perturbation) is changed in place. Random numbers
-are drawn within the graph, from torch's generator as it is seeded before the batch, so that they are those of a step
-that is not recorded.
+Before a graph is run, the batch is copied to fixed tensors. The learning rate is a tensor, and everything that a step
+updates (weights, momentum, BatchNorm's statistics, FREE's perturbation) is updated in place. Random numbers are drawn
+within the graph from torch's generator, which is seeded before each batch, so that they equal those of an unrecorded
+step.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from deat_rb.training.metrics import BatchStats
 from deat_rb.utils.errors import DeatError
 
 WARM_UPS = 2
-"""Number of ordinary steps before a step is recorded; libraries choose and initialize their kernels in them."""
+"""Number of unrecorded steps before recording, in which libraries choose and initialize their kernels."""
 
 KNOWN = frozenset({"deat_rb", "torch", "torchvision", "timm", "robustbench"})
-"""Packages whose networks do nothing on the host in a forward pass that a graph would leave out."""
+"""Packages whose networks have no side effects on the host in a forward pass; a graph would not repeat those."""
 
 
 class StepRunner:
-    """Runs the training steps of `fit`: recorded where the engine has `Graphs`, otherwise one operation at a time.
+    """Runs the training steps of `fit`: as graphs if the engine has `Graphs`, otherwise one operation at a time.
 
-    Only batches of the usual size are recorded. The graph is recorded anew when something changes that it cannot see:
-    the number of steps or their size, a module's mode, a setting of the attack or the optimizer.
+    Only batches of the usual size are recorded. The graph is recorded again when a value that is fixed in it changes:
+    the number or size of the attack's steps, a module's mode, a setting of the attack or the optimizer.
 
     Args:
         trainer: The method and its model.
         engine: Device, precision and ranks.
         optimizer: Optimizer of the model's parameters.
-        warm_ups: Number of ordinary steps before recording; by default `WARM_UPS`.
+        warm_ups: Number of unrecorded steps before recording; by default `WARM_UPS`.
     """
 
     def __init__(
@@ -129,12 +129,12 @@ class StepRunner:
         return run
 
     def _recorded_rate(self, share: float) -> Tensor:
-        """Return the place of a learning rate within the batch, in which each run of the graph finds it."""
+        """Return the tensor from which the graph reads the learning rate at a fraction ``share`` of the batch."""
         self._shares.append(share)
         return self._rates[len(self._shares) - 1]
 
     def _settings(self) -> tuple[Any, ...]:
-        """Return what the host decides in a step, except for the batch and the learning rate."""
+        """Return all settings that a recorded step fixes: all but the batch and the learning rate."""
         model = self.trainer.model
         return (
             self.trainer.step_settings(),
@@ -148,10 +148,10 @@ class StepRunner:
 
 
 def unknown_parts(trainer: TrainerBase, optimizer: Optimizer) -> str | None:
-    """Return what may do something on the host in a step that a graph would leave out; None if nothing.
+    """Return the first part of a step that may run host operations, which a graph does not repeat; None if none may.
 
-    It is named for a sentence. Own methods, attacks, losses and networks may look at values or count batches; the
-    networks of `KNOWN` packages do not.
+    The result is a noun phrase for messages. User-defined methods, attacks, losses and networks may read values or
+    count batches; the networks of `KNOWN` packages do not.
     """
     loss = trainer.loss.function
     while isinstance(loss, partial):

@@ -132,7 +132,7 @@ def validate(
 
 
 def _per_class(right: Tensor, labels: Tensor, classes: int) -> tuple[float | None, ...]:
-    """Return the share of ``right`` (N,) for each class; None for a class without examples."""
+    """Return the fraction of ``right`` (N,) that is True, for each class; None for a class without examples."""
     hits, counts = (torch.bincount(part, minlength=classes).tolist() for part in (labels[right], labels))
     return tuple(hit / count if count else None for hit, count in zip(hits, counts, strict=True))
 
@@ -199,7 +199,7 @@ def _with_accuracies(state: TrainingState, row: EpochStats, attacked: Callable[[
         model = "the model" if state.average is None else "the averaged model"
         state.warn(
             f"epoch {state.epoch}: {model} predicts class {full.top_prediction} for {full.top_predicted:.0%} of "
-            f"the validation images, of which {full.top_labelled:.0%} belong to it: it has collapsed to "
+            f"the validation images, although only {full.top_labelled:.0%} have this label: it has collapsed to "
             "(nearly) one class"
         )
     if state.average is not None:

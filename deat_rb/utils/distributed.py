@@ -124,7 +124,8 @@ class World:
         """Run ``action`` on one rank of each machine first, then on the others, which can use the files it created.
 
         Raises:
-            DeatError: ``action`` raised it on one of the first ranks; it is raised on all then, like KeyboardInterrupt.
+            DeatError: ``action`` raised it on one of the first ranks; every rank then raises it.
+            KeyboardInterrupt: As for `DeatError`.
         """
         is_first = self.size == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
         result: T | None = None
@@ -147,7 +148,7 @@ class World:
 
         Raises:
             DeatError: ``action`` raised it on rank 0; then every rank raises it.
-            KeyboardInterrupt: Likewise.
+            KeyboardInterrupt: As for `DeatError`.
         """
         if self.size == 1:
             return action()

@@ -36,7 +36,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 class Interrupted(KeyboardInterrupt):
-    """A KeyboardInterrupt that tells what was saved.
+    """KeyboardInterrupt with a message about what was saved.
 
     Attributes:
         kept: Message for the user about what was saved and how to resume; empty if nothing was saved.

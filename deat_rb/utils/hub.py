@@ -38,7 +38,7 @@ def is_hub(target: object) -> bool:
 
 @dataclass(frozen=True)
 class HubAddress:
-    """Address of a model on the Hub: ``hf:owner/name``, with ``/file`` and ``@revision`` if wanted.
+    """Address of a model on the Hub: ``hf:owner/name``, optionally with ``/file`` and ``@revision``.
 
     Attributes:
         repository: ``owner/name``.
@@ -59,8 +59,8 @@ class HubAddress:
         """
         found = _ADDRESS.fullmatch(text)
         if found is None or ".." in text or "--" in found[1]:
-            raise DeatError(f"'{printable(text, 200)}' is not a model on the Hub: give hf:owner/name, with /file "
-                            "or @revision if wanted")  # fmt: skip
+            raise DeatError(f"'{printable(text, 200)}' is not a model on the Hub: give hf:owner/name, optionally "
+                            "with /file or @revision")  # fmt: skip
         return cls(found[1], (found[2] or "").removeprefix("/"), found[3] or "main")
 
     def __str__(self) -> str:
@@ -75,11 +75,11 @@ class HubAddress:
 
 @dataclass
 class HubFiles:
-    """Files of one commit of a model, downloaded when they are asked for.
+    """Files of one commit of a model, downloaded on demand.
 
     Attributes:
         address: The address with the commit's hash.
-        branch: The revision that was asked for; under this name, the cache finds the commit without a connection.
+        branch: The requested revision, by which the cache finds the commit when the Hub cannot be reached.
         notes: Notes for the user.
         sizes: Sizes of the commit's files in bytes by name; None if the Hub cannot be reached.
     """
@@ -95,7 +95,7 @@ class HubFiles:
 
         Args:
             address: The address.
-            main_file: File by which a commit in the cache is found.
+            main_file: A file of the model, by which its commit is found in the cache.
 
         Raises:
             DeatError: The model or revision does not exist, is private or gated, or is not in the cache.
@@ -128,11 +128,11 @@ class HubFiles:
                             "model here") from error  # fmt: skip
         folder = Path(cached).parents[main_file.count("/")]
         pinned = HubAddress(address.repository, address.file, folder.name)
-        note = f"{cause}: {address} is used as it was downloaded last, {pinned.revision[:12]}"
+        note = f"{cause}: {address} is used as last downloaded, {pinned.revision[:12]}"
         return cls(pinned, address.revision, (note,))
 
     def has(self, name: str) -> bool:
-        """Return whether the commit has a file, as far as is known without a connection."""
+        """Return whether the commit has a file; if the Hub cannot be reached, whether the file is in the cache."""
         return self.sizes is None or name in self.sizes
 
     def fetch(self, name: str, limit: int) -> Path:
@@ -181,14 +181,14 @@ class HubFiles:
 
 
 def describe_error(error: Exception) -> str:
-    """Return the HTTP status or the type of an error of the Hub's client; its text may be long and is not shown."""
+    """Return the HTTP status or the type of an error of the Hub's client, without its message, which may be long."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return type(error).__name__ if status is None else f"status {status}"
 
 
 @contextmanager
 def refusals(address: HubAddress) -> Iterator[None]:
-    """Turn the Hub's refusals into sentences; other errors pass.
+    """Convert the Hub's access errors into `DeatError`; other errors propagate.
 
     Raises:
         DeatError: The model or revision does not exist, is private or gated.

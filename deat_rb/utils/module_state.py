@@ -145,7 +145,7 @@ def require_autograd(purpose: str, *, grad_mode: bool = False) -> None:
 
     Args:
         purpose: What needs gradients, for the error message.
-        grad_mode: Whether to raise inside `torch.no_grad`, too.
+        grad_mode: Whether to raise inside `torch.no_grad` as well.
 
     Raises:
         DeatError: Called inside `torch.inference_mode`, or with ``grad_mode`` inside `torch.no_grad`.

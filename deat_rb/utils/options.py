@@ -196,7 +196,7 @@ class OptionGroup(BaseModel):
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """Return a validated group from those of ``values`` that belong to it."""
+        """Return a validated group from the entries of ``values`` that are fields of the group."""
         return cls.model_validate({name: value for name, value in values.items() if name in cls.model_fields})
 
     def explicit(self) -> dict[str, Any]:

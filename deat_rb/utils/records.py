@@ -1,4 +1,4 @@
-"""Wording of pydantic's validation errors."""
+"""Messages for pydantic's validation errors."""
 
 from __future__ import annotations
 

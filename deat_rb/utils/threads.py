@@ -1,4 +1,4 @@
-"""Threads of torch on a CPU: their number, and how long they spin while they wait for each other.
+"""CPU threads of torch: their number, and how long they spin while waiting for each other.
 
 `share_cpu` must be called before torch is loaded, so this module imports torch only inside functions.
 """
@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 QUIET = {"GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "1"}
-"""How long a waiting thread spins before it sleeps, if there are enough processors: a fraction of a millisecond with
-GNU's libgomp, which torch's packages for Linux contain, and one with LLVM's and Intel's, which others contain."""
+"""Settings if there are enough processors: waiting threads spin for a fraction of a millisecond before they sleep with
+GNU's libgomp (in torch's packages for Linux), and for 1 ms with LLVM's and Intel's runtimes (in other packages)."""
 
 BUSY = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Both runtimes: waiting threads sleep at once."""
+"""Settings if processors are scarce: waiting threads sleep at once, with any of these runtimes."""
 
 POLICIES = (*BUSY, *QUIET)
 """Environment variables that determine how threads wait."""
@@ -31,18 +31,18 @@ COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def share_cpu() -> dict[str, str]:
-    """Set environment variables with which torch's threads leave the CPU to others while they wait for each other.
+    """Set environment variables that make torch's waiting threads give up the CPU instead of spinning.
 
-    By default, waiting threads spin for milliseconds. Where other processes need the CPU, a spinning thread takes time
+    By default, waiting threads spin for milliseconds. If other processes need the CPU, a spinning thread takes time
     from the threads that it waits for, and training becomes many times slower. Therefore they spin for a shorter time,
-    and not at all if other processes are using the CPU now; results do not change. In a container with a quota of fewer
-    processors than the machine has, there are only as many threads as processors in the quota. See docs/shared_cpu.md.
+    and not at all if other processes are using the CPU now; results do not change. In a container whose quota is below
+    the machine's number of processors, the number of threads is that of the quota. See docs/shared_cpu.md.
 
     OpenMP reads the variables when torch is loaded, so call this before torch is imported. The command `deat-rb` does.
 
     Returns:
-        The variables that were set: none if torch is loaded already, and none that the environment determines, except
-        by this function in a parent process.
+        The variables that were set; none if torch is already loaded. Variables of the environment are not changed,
+        except those that this function set in a parent process.
     """
     chosen: dict[str, str] = {}
     if "torch" in sys.modules:
@@ -71,7 +71,7 @@ def processors() -> int:
 
 
 def waiting() -> dict[str, str]:
-    """Return `BUSY` if there are fewer processors than threads of this process and of others together, else `QUIET`."""
+    """Return `BUSY` if this process and the others together have more running threads than processors, else `QUIET`."""
     lacking = running_elsewhere() + processors() - (os.cpu_count() or 1)
     return BUSY if lacking > max(0.5, 0.1 * processors()) else QUIET
 

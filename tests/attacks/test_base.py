@@ -154,7 +154,7 @@ CHANGED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a view": (lambda: Changed(lambda x: x[:, 0].zero_()), "the model changes its input in place"),
     "another size": (
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 4)),
-        "does not take torch.float32 images of 3x4",
+        "does not accept torch.float32 images of 3x4",
     ),
 }
 
@@ -191,13 +191,13 @@ def test_call_explains_invalid_labels(labels: Tensor, message: str) -> None:
 @pytest.mark.parametrize(
     ("classes", "make", "message"),
     [
-        (3, lambda m: torchattacks.APGDT(m), "APGDT needs 4 classes or more for its loss, but the model has 3"),
-        (3, lambda m: torchattacks.APGDT(m, n_classes=3), "APGDT needs 4 classes or more"),
-        (3, lambda m: torchattacks.AutoAttack(m), "APGDT needs 4 classes or more"),
+        (3, lambda m: torchattacks.APGDT(m), "APGDT needs 4 or more classes for its loss, but the model has 3"),
+        (3, lambda m: torchattacks.APGDT(m, n_classes=3), "APGDT needs 4 or more classes"),
+        (3, lambda m: torchattacks.AutoAttack(m), "APGDT needs 4 or more classes"),
         (
             2,
             lambda m: torchattacks.APGD(m, loss="dlr"),
-            "APGD needs 3 classes or more for its loss, but the model has 2",
+            "APGD needs 3 or more classes for its loss, but the model has 2",
         ),
         (5, lambda m: torchattacks.APGDT(m), "APGDT is for 10 classes, .* 5: create APGDT with n_classes=5"),
         (5, lambda m: torchattacks.AutoAttack(m), "APGDT is for 10 classes, .* 5: create AutoAttack with n_classes=5"),

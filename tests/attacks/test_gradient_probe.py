@@ -251,7 +251,7 @@ def test_training_refuses_attacks_that_return_clean_images(name: str, fitted: bo
     trainer = deat_rb.AttackTrainer(attack)
     before = Snapshot(model)
     train = trainer.fit if fitted else lambda batches, epochs: craft(trainer, *batches[0])
-    with pytest.raises(DeatError, match="returns the clean image where it does not change the prediction"):
+    with pytest.raises(DeatError, match="returns the clean image when it fails to change the prediction"):
         train([images_and_labels()], epochs=1)
     assert before.differences() == []
 

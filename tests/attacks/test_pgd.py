@@ -267,10 +267,10 @@ def test_pgd_l_x_does_not_depend_on_batch_or_loss_scale(
 REFUSALS: list[tuple[Callable[[nn.Module], object], str]] = [
     (lambda m: PGD(m, loss="KL"), r"no attack loss 'KL': did you mean 'kl'\?"),
     (lambda m: PGD(m, start="gauss"), r"no start 'gauss': choose one of uniform, normal, none"),
-    (lambda m: PGD(m, steps=-1), r"steps = -1 is not a whole number of 0 or more"),
+    (lambda m: PGD(m, steps=-1), r"steps = -1 is not a non-negative whole number"),
     (lambda m: PGD(m, alpha=0.0), r"alpha = 0 is not a positive number"),
     (lambda m: PGD(m, alpha=math.nan), r"alpha = nan is not a positive number"),
-    (lambda m: PGD(m, tau=-1), r"tau = -1 is not a whole number of 0 or more"),
+    (lambda m: PGD(m, tau=-1), r"tau = -1 is not a non-negative whole number"),
     (lambda m: PGD(m, eps=8), r"eps = 8 is outside \(0, 1\]"),
     (lambda m: PGD(m, attack_mode=cast(AttackMode, "evil")), r"attack_mode = 'evil' is neither 'train' nor 'eval'"),
 ]

@@ -52,5 +52,5 @@ def test_check_norm() -> None:
     assert (check_norm("linf"), check_norm("l2"), check_norm("Linf")) == ("Linf", "L2", "Linf")
     with pytest.raises(DeatError, match="unknown norm 'L1': choose one of Linf, L2"):
         check_norm("L1")
-    with pytest.raises(DeatError, match=r"--eps = -1 is not a radius of 0 or more"):
+    with pytest.raises(DeatError, match=r"--eps = -1 is not a finite, non-negative radius"):
         check_radius(-1, "--eps", norm="L2")

@@ -59,7 +59,7 @@ def test_sweep_refuses(tmp_path: Path) -> None:
     study.write_text(STUDY)
     for arguments, message in (
         (["--jobs", "0"], "--jobs 0 is below 1"),
-        (["--jobs", "2", "--gpus", "0"], "exclude each other"),
+        (["--jobs", "2", "--gpus", "0"], "are mutually exclusive"),
         (["--only", "nothing"], "has no run named nothing"),
     ):
         result = CliRunner().invoke(main, ["sweep", str(study), "--output", str(tmp_path / "out"), *arguments])

@@ -126,8 +126,8 @@ def _write(path: Path, change: str) -> None:
     ("change", "message"),
     [
         ("objects", "has Python objects in the array label, which are not unpickled"),
-        ("records", "has the array label in version (3, 0) of NumPy's format, which is for records"),
-        ("no label", "has no array label, but image: give an .npz file as DM-Improves-AT publishes them"),
+        ("records", "has the array label in version (3, 0) of NumPy's format, which is for structured arrays"),
+        ("no label", "has no array label (found: image): give an .npz file as DM-Improves-AT publishes them"),
         ("float images", "has the array image of type float64 and shape (30, 5, 4, 3): give an .npz file"),
         ("other size", "has images of shape (4, 4, 3), but the training images are (H, W, C) = (5, 4, 3)"),
         ("channels first", "has images of shape (3, 5, 4), but the training images are (H, W, C) = (5, 4, 3)"),
@@ -247,7 +247,7 @@ def test_batches_of_files_and_mapped_images_equal_those_in_memory(image_folder: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"extra_fraction": 0.1}, "--extra-fraction 0.1 of --batch-size 8 is invalid: give a share below 1"),
+        ({"extra_fraction": 0.1}, "--extra-fraction 0.1 of --batch-size 8 is invalid: give a fraction below 1"),
         ({"extra_fraction": 1.0}, "--extra-fraction 1 of --batch-size 8 is invalid"),
         ({"extra": grids(7)}, "7 extra images are fewer than one batch of --batch-size 8"),
         ({"extra": grids(9, channels=1)}, "the extra images are (1, 5, 5), but the training images are (3, 5, 5)"),

@@ -99,12 +99,12 @@ def test_split_keeps_identical_images_together(photos: Path, tmp_path: Path) -> 
         (None, {"by_group": "("}, r"^--by-group '\(' is not a regular expression: "),
         (None, {"by_group": r"cat(\d+)-"}, r"^--by-group 'cat\(\\d\+\)-' finds no group in 'dog/"),
         (None, {"by_group": "(fox|dog|cat)"}, r"^the class 'cat' has only images that belong together by --by-group"),
-        (None, {"output": "photos/out"}, r"contain each other: give a folder beside it$"),
+        (None, {"output": "photos/out"}, r"must not contain each other: give another folder$"),
         (None, {"output": "no/out"}, r"is in a folder that does not exist: create no$"),
         ("single", {}, r"^the class 'owl' has only one image, which cannot be split"),
         ("damaged", {}, r"bad.png cannot be read as an image: .*; deat-rb data info .* lists all problems$"),
-        ("split", {}, r"^.* has the folder test, so it is split already: give a folder with <class>/\*"),
-        ("exists", {}, r"exists already: remove it, or give another folder$"),
+        ("split", {}, r"^.* has the folder test, so it is already split: give a folder with <class>/\*"),
+        ("exists", {}, r"already exists: remove it, or give another folder$"),
     ],
 )
 def test_split_refuses_and_writes_nothing(
@@ -152,7 +152,7 @@ def test_info_of_a_split_folder(tmp_path: Path) -> None:
     shown = cli("info", root)
     assert shown.exit_code == 0
     joined = " ".join(shown.output.split())
-    for text in ("train: 15 images in 2 classes", "1 group of identical images in several parts", "1 turned by EXIF",
+    for text in ("train: 15 images in 2 classes", "1 group of identical images in several parts", "1 rotated by EXIF",
                  "test/a/same.tif", "1 file skipped: .txt (1)"):  # fmt: skip
         assert text in joined
     assert max(map(len, shown.output.splitlines())) <= 80
@@ -175,7 +175,7 @@ def test_info_lists_every_problem(photos: Path) -> None:
     ):
         assert text in result.output
     assert cli("info", photos / "nothing").exit_code == 2
-    assert "has no folders of classes" in cli("info", photos / "owl").stderr
+    assert "has no class folders" in cli("info", photos / "owl").stderr
 
 
 def test_split_command_says_how_to_train(photos: Path) -> None:
@@ -214,5 +214,5 @@ def test_val_is_the_test_set_without_test_and_the_validation_set_with_it(photos:
     with pytest.raises(DeatError, match=r"^--val-size 99 cannot be taken from 13 images: give a number from 1 to 13$"):
         plan(make_options({**options, "val_size": 99}), data=both)
     (root / "valid").mkdir()
-    with pytest.raises(DeatError, match="has the folders val and valid: keep one of them"):
+    with pytest.raises(DeatError, match="has the folders val and valid: keep only one of them"):
         load_data("folder", data_dir=root)

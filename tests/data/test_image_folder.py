@@ -310,7 +310,7 @@ def test_load_data_says_which_images_are_links_to_others_of_their_class(
 @pytest.mark.parametrize(
     ("link", "target", "where"),
     [
-        ("train/red/b.png", "../blue/0.png", "of two classes"),
+        ("train/red/b.png", "../blue/0.png", "in two classes"),
         ("test/red/b.png", "../../train/red/0.png", "in the training and the test images"),
         ("train/red/b.png", "../../test/red/0.png", "in the training and the test images"),
     ],
@@ -319,7 +319,9 @@ def test_load_data_refuses_links_to_images_of_other_classes_and_parts(
     folder: Path, link: str, target: str, where: str
 ) -> None:
     (folder / link).symlink_to(target)
-    with pytest.raises(DeatError, match=rf"0\.png and .*b\.png are the same file, through a link, {where}: remove one"):
+    with pytest.raises(
+        DeatError, match=rf"0\.png and .*b\.png are the same file \(through a link\) {where}: remove one"
+    ):
         load(folder)
 
 

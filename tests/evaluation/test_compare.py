@@ -113,7 +113,7 @@ def test_compare_notes_bf16_upper_bounds(tmp_path: Path) -> None:
 
 
 def test_compare_needs_two_reports() -> None:
-    with pytest.raises(DeatError, match=r"^1 evaluation given; a comparison needs two or more$"):
+    with pytest.raises(DeatError, match=r"^a comparison needs two or more evaluations, not 1$"):
         compare([("a", report_of(natural="11"))])
 
 
@@ -164,7 +164,7 @@ def test_compare_command_accepts_names_that_are_not_utf8(tmp_path: Path) -> None
 def test_compare_command_refuses_in_one_sentence(runs: list[Path], tmp_path: Path) -> None:
     (tmp_path / "three").mkdir()
     for arguments, message in (
-        ([runs[0]], "1 evaluation given; a comparison needs two or more"),
+        ([runs[0]], "a comparison needs two or more evaluations, not 1"),
         ([runs[0], tmp_path / "three"], f"{tmp_path / 'three'} has no evaluation"),
         ([runs[0], tmp_path / "four.json"], f"{tmp_path / 'four.json'} does not exist"),
     ):

@@ -230,7 +230,7 @@ def bad_input() -> Iterator[tuple[str, dict[str, object], str]]:
     yield "eps zero division", {"eps": "8/0"}, "'8/0' divides by zero"
     yield "no eps", {"eps": ()}, "eps is an empty list"
     yield "one of several eps", {"eps": (0.1, 2)}, "eps = 2 is outside"
-    yield "eps in L2", {"eps": float("inf"), "norm": "L2"}, "eps = inf is not a radius"
+    yield "eps in L2", {"eps": float("inf"), "norm": "L2"}, "eps = inf is not a finite, non-negative radius"
     yield "norm", {"norm": "L1"}, "unknown norm 'L1'"
     yield "precision", {"precision": "fp16"}, "unknown evaluation precision 'fp16'"
     yield "checks", {"checks": "all"}, "unknown level of checks 'all': "
@@ -248,8 +248,8 @@ def bad_input() -> Iterator[tuple[str, dict[str, object], str]]:
     yield "no precision", {"precision": None}, "unknown evaluation precision 'None'"
     yield "checks yes", {"checks": True}, "unknown level of checks 'True'"
     yield "no attacks", {"attacks": None}, "attacks = None is not a list of names"
-    yield "channels", {"images": images.repeat(1, 3, 1, 1)}, r"does not take torch.float32 images of 3x2x2 on cpu"
-    yield "double", {"images": images.double()}, "does not take torch.float64 images"
+    yield "channels", {"images": images.repeat(1, 3, 1, 1)}, r"does not accept torch.float32 images of 3x2x2 on cpu"
+    yield "double", {"images": images.double()}, "does not accept torch.float64 images"
     yield "labels with a fraction", {"labels": labels.float()}, "labels must be int64"
     yield "no images", {"images": images[:0], "labels": labels[:0]}, "non-empty tensor"
     yield "infinite", {"images": images / 0}, "NaN|inf"
@@ -277,7 +277,7 @@ def test_evaluate_accepts_numpy_numbers() -> None:
 def test_evaluate_refuses_objects_that_are_no_module() -> None:
     images, labels, _ = plane_images()
     for model in (None, "runs/a", lambda images: images.flatten(1)):
-        with pytest.raises(DeatError, match=r"the model is a \w+, where a torch.nn.Module that returns"):
+        with pytest.raises(DeatError, match=r"the model must be a torch.nn.Module that returns logits, not a \w+"):
             evaluate(model, images, labels)  # type: ignore[arg-type]  # that is what is tried
 
 

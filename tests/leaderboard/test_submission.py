@@ -70,7 +70,7 @@ def test_submit_takes_flags_instead_of_a_model_info(tmp_path: Path, board: Board
 @pytest.mark.parametrize("flags", [{}, {"arch": "wrn-10-1", "dataset": "digits", "eps": "0.1"}])
 def test_submit_of_a_file_of_a_run_names_the_run(tmp_path: Path, board: Board, flags: dict[str, str]) -> None:
     run = make_run(tmp_path / "run")
-    message = rf"last\.safetensors is a file of the run {run}: submit that folder, which says how the network was"
+    message = rf"last\.safetensors is a file of the run {run}: submit that folder, which records how the network was"
     with pytest.raises(DeatError, match=message):
         submit(board, run / "last.safetensors", **flags)
 

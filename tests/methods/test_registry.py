@@ -216,8 +216,8 @@ def test_create_refuses_a_model_without_weights() -> None:
     for model, message in [
         (nn.Sequential(nn.Flatten(), nn.LazyLinear(2)), "the model has lazy layers without weights: forward one batch"),
         (created_in_inference_mode, r"the model was created inside torch\.inference_mode\(\)"),
-        (lambda images: images, r"the model is a function, where a torch\.nn\.Module that returns logits is needed"),
-        ("resnet18", r"the model is a str, where a torch\.nn\.Module"),
+        (lambda images: images, r"the model must be a torch\.nn\.Module that returns logits, not a function"),
+        ("resnet18", r"the model must be a torch\.nn\.Module that returns logits, not a str"),
     ]:
         with pytest.raises(DeatError, match=message):
             create("pgd-7", model)  # type: ignore[arg-type]  # what has another type is to be refused
@@ -291,7 +291,7 @@ def test_register_method_takes_attacks_of_torchattacks(tiny_model: nn.Module) ->
     with pytest.raises(DeatError, match="FFGSM has no steps that a schedule could set"):
         create("led", tiny_model)
     register_method("square", Recipe(attack=torchattacks.Square, attack_options={"queries": 5}))
-    with pytest.raises(DeatError, match="the attack of the method square cannot be created with the model, eps="):
+    with pytest.raises(DeatError, match="the attack of the method square cannot be created from a model, eps="):
         create("square", tiny_model)
 
 

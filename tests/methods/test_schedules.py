@@ -206,7 +206,7 @@ def test_replay_reads_rows_of_metrics() -> None:
 # ------------------------------------------------------------------------------------------------ refusals
 
 REFUSALS: list[tuple[Callable[[], Schedule], str]] = [
-    (lambda: Constant(-1), r"^steps = -1 is not a whole number of 0 or more"),
+    (lambda: Constant(-1), r"^steps = -1 is not a non-negative whole number"),
     (lambda: EveryDEpochs(0), r"^every = 0 is below 1 epoch"),
     (lambda: EveryDEpochs(start=3, max_steps=2), r"^max_steps = 2 is below the first epoch's steps \(3\)"),
     (lambda: AccuracyThreshold(40), r"^threshold = 40 is outside \(0, 1\); DEAT-40% uses 0.4"),
@@ -214,7 +214,7 @@ REFUSALS: list[tuple[Callable[[], Schedule], str]] = [
     (lambda: GradientMagnitude(gamma=0), r"^gamma = 0 is not a positive number; the paper uses 1.0 and 1.01"),
     (lambda: GradientMagnitude(gamma=math.inf), r"^gamma = inf is not"),
     (lambda: GradientMagnitude(max_steps=0), r"^max_steps = 0 is below the first epoch's steps \(1\)"),
-    (lambda: GradientMagnitude(start=-1), r"^steps = -1 is not a whole number of 0 or more"),
+    (lambda: GradientMagnitude(start=-1), r"^steps = -1 is not a non-negative whole number"),
 ]
 
 

@@ -50,7 +50,7 @@ def test_gradient_ratio_stops_at_a_surge_and_keeps_the_epoch_before(surge: float
     assert stop.keep == 6  # the last epoch before the rise that was measured: m = 2 before it ended
     # R = (surge - 87) / 2, in per cent of l_X two epochs before.
     ratio = (surge - 87) / 2
-    assert stop.reason == f"l_X rose by {ratio / 87:.0%} an epoch (R = {ratio:.4g}) up to epoch 8"
+    assert stop.reason == f"l_X rose by {ratio / 87:.0%} per epoch (R = {ratio:.4g}) up to epoch 8"
 
 
 def test_gradient_ratio_needs_a_rise_above_guard() -> None:

@@ -118,7 +118,7 @@ def test_the_perturbation_is_removed_if_the_update_fails() -> None:
 
 @pytest.mark.parametrize("name", ["free-8", "deat-3", "m-deat"])
 def test_awp_is_refused_on_replays(name: str) -> None:
-    with pytest.raises(DeatError, match=f"{name} cannot use awp: .* a replay has one pass for attack and update"):
+    with pytest.raises(DeatError, match=f"{name} cannot use awp, .* a replay uses one pass for both"):
         deat_rb.create(name, made(), awp=0.01)
 
 
@@ -129,7 +129,7 @@ def test_awp_is_refused_on_replays(name: str) -> None:
         ({"awp": 1.0}, r"awp = 1 is outside \(0, 1\)"),
         ({"awp": float("nan")}, r"awp = nan is outside \(0, 1\)"),
         ({"awp": "much"}, "awp = 'much' is not a number"),
-        ({"awp": 0.01, "awp_warmup": -1}, "awp_warmup = -1 is not a whole number of epochs of 0 or more"),
+        ({"awp": 0.01, "awp_warmup": -1}, "awp_warmup = -1 is not a non-negative whole number of epochs"),
         ({"awp": 0.01, "awp_warmup": 1.5}, "awp_warmup = 1.5 is not a whole number"),
         ({"awp_warmup": 2}, "awp_warmup has no effect without awp"),
     ],

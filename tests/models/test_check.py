@@ -45,7 +45,11 @@ def test_trial_logits_returns_the_logits() -> None:
 @pytest.mark.parametrize(
     ("function", "options", "message"),
     [
-        (failing, {}, r"^the model does not take torch\.float32 images of 3x8x8 on cpu \(RuntimeError: no memory\): "),
+        (
+            failing,
+            {},
+            r"^the model does not accept torch\.float32 images of 3x8x8 on cpu \(RuntimeError: no memory\): ",
+        ),
         (in_place, {}, "^the model changes its input in place"),
         (lambda x: (means(x), means(x)), {}, "^the model returns a tuple for 2 images of 3x8x8"),
         (lambda x: {"logits": means(x)}, {}, "^the model returns a dict"),

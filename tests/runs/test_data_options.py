@@ -110,7 +110,7 @@ def test_run_records_its_extra_data_and_resumes_with_the_same_only(tmp_path: Pat
 
 
 def test_plan_refuses_extra_data(tmp_path: Path) -> None:
-    with pytest.raises(DeatError, match=r"^--extra-fraction 0.5 is the share of --extra-data: give both$"):
+    with pytest.raises(DeatError, match=r"^--extra-fraction 0.5 requires --extra-data: give both$"):
         small_plan(extra_fraction=0.5)
     with pytest.raises(DeatError, match=r"--extra-fraction = 1\.5 cannot be used"):
         small_plan(extra_data="x.npz", extra_fraction=1.5)

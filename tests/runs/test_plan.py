@@ -195,7 +195,7 @@ def test_plan_of_free_carries_as_the_setting_or_the_option_has_it(options: dict[
 
 
 def test_lines_warn_of_a_schedule_that_never_rises() -> None:
-    sentence = "deat-40 adds a replay every 40 epochs, so it never does in this run of 40; deat-40% adds them"
+    sentence = "deat-40 adds a replay every 40 epochs, so this run of 40 epochs never adds one; deat-40% adds them"
     assert sentence in dict(planned(method="deat-40", epochs=40).lines())["warning"]
     sentence = "the schedule starts at its maximum of 8 steps and never adds one; increase --max-steps"
     assert dict(planned(method="m-deat", steps=8).lines())["warning"] == sentence
@@ -239,7 +239,7 @@ def test_lines_count_the_classes_and_warn_of_rare_ones(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"arch": "wrn-10-1", "image_size": 64}, "architecture 'wrn-10-1' takes 3x32x32 images, not 3x64x64"),
-        ({"arch": "torchvision:alexnet", "image_size": 8}, "'torchvision:alexnet' does not take"),
+        ({"arch": "torchvision:alexnet", "image_size": 8}, "'torchvision:alexnet' does not accept"),
         ({"arch": "vit"}, "'vit' is unknown: choose one of preactresnet18, .*, wrn-10-1; others are timm:NAME"),
         ({"arch": "wrn-10"}, "did you mean .*[?] others are timm:NAME, torchvision:NAME and package.module:factory"),
         ({"method": "pgd-1", "beta": 3}, "the method pgd-1 has no parameter beta"),

@@ -420,7 +420,7 @@ def test_resume_says_that_the_start_of_the_attack_has_changed(method: str, tmp_p
     checkpoint.write(run / "checkpoints", saved)
     again = Stops(0)
     resume(run, {}, callbacks=[again], trust_code=True)
-    begun = "the run began with an earlier version, in which the attack of trades started elsewhere"
+    begun = "the run began with an earlier version, in which the attack of trades had a different start"
     assert [warning[: len(begun)] for warning in again.warnings] == ([begun] if method == "trades" else [])
 
 

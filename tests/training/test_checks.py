@@ -88,9 +88,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "(N, 1)": (lambda: Wrapped(lambda out: out[:, :1]), r"returns logits of shape \(2, 1\) .* K >= 2"),
     "integers": (lambda: Wrapped(lambda out: out.long()), "returns torch.int64 logits"),
     "auxiliary outputs in train mode": (lambda: Wrapped(lambda out: [out, out], True), "in train mode returns a list"),
-    "bfloat16 weights": (lambda: made().bfloat16(), "does not take torch.float32 images of 3x8x8"),
-    "float64 weights": (lambda: made().double(), "does not take torch.float32 images of 3x8x8"),
-    "other channels": (lambda: nn.Sequential(nn.Conv2d(1, 4, 8), nn.Flatten()), "does not take .* images of 3x8x8"),
+    "bfloat16 weights": (lambda: made().bfloat16(), "does not accept torch.float32 images of 3x8x8"),
+    "float64 weights": (lambda: made().double(), "does not accept torch.float32 images of 3x8x8"),
+    "other channels": (lambda: nn.Sequential(nn.Conv2d(1, 4, 8), nn.Flatten()), "does not accept .* images of 3x8x8"),
     "x.sub_": (lambda: InPlace(lambda x: x.sub_(0.5)), "the model in train mode changes its input in place"),
     "x.mul_": (lambda: InPlace(lambda x: x.mul_(0.9)), "the model in train mode changes its input in place"),
     "x.clamp_, no change": (lambda: InPlace(lambda x: x.clamp_(0, 1)), "changes its input in place"),
@@ -187,8 +187,8 @@ LOADERS: dict[str, tuple[Any, str]] = {
     "Dataset": (Examples(), r"single examples, as a Dataset does: use .*DataLoader\(dataset"),
     "DataLoader of dicts": (DataLoader([{"x": IMAGES[0]}]), "a dict with the keys x"),  # type: ignore[arg-type]  # to be refused
     "number": (5, r"loader \(int\) is not iterable"),
-    "float64": ([(IMAGES.double(), LABELS)], "does not take torch.float64 images of 3x8x8"),
-    "float16": ([(IMAGES.half(), LABELS)], "does not take torch.float16 images of 3x8x8"),
+    "float64": ([(IMAGES.double(), LABELS)], "does not accept torch.float64 images of 3x8x8"),
+    "float16": ([(IMAGES.half(), LABELS)], "does not accept torch.float16 images of 3x8x8"),
     "int32 labels": ([(IMAGES, LABELS.int())], "labels must be int64"),
     "one-hot labels": ([(IMAGES, nn.functional.one_hot(LABELS))], "labels must be int64"),
 }
@@ -248,8 +248,8 @@ LATER: dict[str, tuple[Any, str]] = {
     "fewer labels": ((IMAGES, LABELS[:3]), "there are 12 images but 3 labels"),
     "dict": ({"x": IMAGES}, "a dict with the keys x"),
     "None": (None, "a NoneType"),
-    "float64": ((IMAGES.double(), LABELS), "does not take torch.float64 images"),
-    "channels": ((IMAGES[:, :2], LABELS), "does not take .* images of 2x8x8"),
+    "float64": ((IMAGES.double(), LABELS), "does not accept torch.float64 images"),
+    "channels": ((IMAGES[:, :2], LABELS), "does not accept .* images of 2x8x8"),
 }
 
 

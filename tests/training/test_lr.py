@@ -113,13 +113,13 @@ def test_fit_moves_the_momentum_under_onecycle(optimizer: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"warmup_epochs": 1}, "warmup_epochs = 1 cannot be combined with the cyclic schedule, which rises by itself"),
+        ({"warmup_epochs": 1}, "warmup_epochs = 1 cannot be combined with the cyclic schedule, which has its own"),
         ({"warmup_epochs": 2, "lr_schedule": "flat"}, "warmup_epochs = 2 leaves none of 2 epochs for the schedule"),
         ({"nesterov": True, "momentum": 0}, "nesterov needs a momentum above 0; omit it"),
         ({"nesterov": True, "optimizer": "adamw"}, "nesterov needs the optimizer sgd; omit it"),
         ({"lr_schedule": "onecycle", "momentum": 0.97}, "momentum = 0.97 cannot be used with the onecycle schedule"),
         ({"optimizer": "adam"}, "optimizer = 'adam' cannot be used: it should be 'sgd' or 'adamw'"),
-        ({"no_decay": "norm,weights"}, "no_decay = .* there is no kind of parameter 'weights': give norm, bias or"),
+        ({"no_decay": "norm,weights"}, "no_decay = .* unknown kind of parameter 'weights': give norm, bias or"),
         ({"grad_clip": 0}, "grad_clip = 0 cannot be used: it should be greater than 0"),
         ({"validate_every": 0}, "validate_every = 0 cannot be used: it should be greater than or equal to 1"),
         ({"warmup_epochs": float("inf")}, "warmup_epochs = inf cannot be used"),

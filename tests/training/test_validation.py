@@ -105,8 +105,8 @@ def test_fit_warns_of_a_collapsed_model_epoch_by_epoch() -> None:
     shares, messages = fit(50.0, 40)
     assert shares == [1.0, 1.0]
     assert messages == [
-        f"epoch {epoch}: the model predicts class 2 for 100% of the validation images, of which 25% belong to it: "
-        "it has collapsed to (nearly) one class"
+        f"epoch {epoch}: the model predicts class 2 for 100% of the validation images, although only 25% have this "
+        "label: it has collapsed to (nearly) one class"
         for epoch in (1, 2)
     ]
     shares, messages = fit(0.0, 40)

@@ -241,7 +241,7 @@ def test_benchmark_restores_robustbench(
 
     before = (evaluation.AutoAttack, evaluation.load_clean_dataset)
     robustbench_benchmark.benchmark(model, IMAGES, labels, eps=1e-6, batch_size=6)
-    with pytest.raises(DeatError, match="does not take"):
+    with pytest.raises(DeatError, match="does not accept"):
         robustbench_benchmark.benchmark(model, IMAGES[:, :2], labels, eps=1e-6, batch_size=6)
     monkeypatch.setattr(evaluation, "benchmark", failing)
     with pytest.raises(RuntimeError, match="out of memory"):

@@ -141,7 +141,7 @@ def converged(context: CheckContext) -> Outcome | None:
     """Check that PGD with twice the steps and another random start finds few new adversarial examples.
 
     Thirty small networks trained with PGD (ten seeds, three instruction sets) lost 0 to 3 points, usually 1, on 200
-    examples. The threshold of 4 points is six examples above that, so rounding differences do not exceed it.
+    examples. The threshold of 4 points is six examples above the usual loss, more than rounding can change.
     """
     name, steps = context.pgd
     if not context.attacks_allowed:
@@ -178,7 +178,7 @@ def falls_with_eps(context: CheckContext) -> Outcome | None:
         graded(rise, at_least_one(0.5, count), 5),
         rise,
         f"The largest increase in accuracy from one eps to the next larger one is {rise:+z.1f} points",
-        "a larger ball contains all images of the smaller one, so the attack does not search it well",
+        "a larger ball contains the smaller one, so the attack misses adversarial examples in it",
     )
 
 
@@ -223,7 +223,7 @@ def larger_eps(context: CheckContext) -> Outcome | None:
         points,
         f"Adversarial examples of PGD-10 at 2 eps and at 1/2, projected onto the eps-ball, lower accuracy by another "
         f"{points:.1f} points",
-        "gradients near the images do not lead to these, so they are masked",
+        "gradients near the images do not lead to these examples, so gradients are masked",
     )
 
 

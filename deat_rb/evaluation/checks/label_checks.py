@@ -13,7 +13,7 @@ def labels_in_order(context: CheckContext) -> Outcome:
     on the other half by more than 20 points, or if accuracy is below that of guessing among the label classes.
     """
     order, gain = context.label_order, context.label_order.gain
-    hint = "the labels are not in the network's class order; use the order of its training"
+    hint = "the labels are not in the network's class order; use the class order of its training data"
     if context.out_of_order and gain > RELABELED_POINTS:
         measured = f"Relabeling the predictions raises natural accuracy from {order.accuracy:.1f} % to "
         return "fail", gain, f"{measured}{order.relabeled:.1f} %: {hint}."
@@ -36,7 +36,7 @@ def several_classes(context: CheckContext) -> Outcome | None:
     return outcome(
         status,
         share,
-        f"{share:.1f} % of the images are predicted as one class, and {true_share:.1f} % belong to it",
+        f"{share:.1f} % of the images are predicted as one class, which is the label of {true_share:.1f} % of them",
         "the network has collapsed to (nearly) one class, and no attack can lower its accuracy further",
     )
 
@@ -65,5 +65,5 @@ def above_chance(context: CheckContext) -> Outcome | None:
         "fail" if p_value > 0.05 and certain else "pass",
         accuracy - 100 * chance,
         f"Natural accuracy is {accuracy:.1f} %, that of predictions independent of the images {100 * chance:.1f} %",
-        "the network has not learned to tell the classes apart, and its robust accuracy means nothing",
+        "the network has not learned to distinguish the classes, so its robust accuracy is meaningless",
     )
