@@ -114,6 +114,7 @@ def _timed(planned: TrainingPlan, steps: int | None, device: torch.device) -> tu
         options |= {"steps": steps, "max_steps": max(steps, planned.trainer.schedule.max_steps or steps)}
     trainer = create(config.attack.method, copy.deepcopy(planned.trainer.model), eps=config.attack.eps, **options)
     images, labels = planned.train.first(min(config.data.batch_size, len(planned.train))).tensors()
+    images = images.contiguous(memory_format=torch.channels_last)  # as in training
     watch = _Stopwatch(device)
     optim = {**dict(config.optim), "epochs": 1, "lr_epochs": None, "select": "last"}
     runtime = {**dict(config.runtime), "compile": False, "sync_bn": False}
