@@ -45,10 +45,14 @@ def write_extra(path: Path, count: int = 40, seed: int = 0) -> Path:
     [
         {"augment": "trivialaugment"},
         {"augment": "cutout", "method": "m-deat"},
-        {"class_weights": "balanced", "method": "m+trades"},
+        {"extra_data": "extra.npz", "extra_fraction": 0.4, "method": "free-2"},
+        {
+            "method": "m+trades", "extra_data": "extra.npz", "class_weights": "balanced", "augment": "randaugment",
+            "freeze": "0|1.weight", "ema": 0.9, "awp": 0.01, "label_smoothing": 0.1,
+        },
     ],
-    ids=str,
-)
+    ids=["trivialaugment", "cutout", "extra data", "all together"],
+)  # fmt: skip
 def test_resumed_run_equals_the_uninterrupted_one(changes: dict[str, Any], tmp_path: Path) -> None:
     if "extra_data" in changes:
         changes["extra_data"] = str(write_extra(tmp_path / changes["extra_data"]))
