@@ -356,3 +356,20 @@ def test_evaluate_moves_the_model_to_the_device_and_back() -> None:
     assert report.device.startswith("cuda")
     assert next(model.parameters()).device.type == "cpu"
     assert all(report.verdicts[name].tolist() == robust.tolist() for name in ("fgsm", "pgd-12", "autoattack"))
+
+
+@pytest.mark.gpu
+def test_evaluate_on_a_gpu_agrees_with_the_cpu() -> None:
+    """The verdicts may differ for a few examples near the boundary, because TF32 and float32 round differently."""
+    network = small_network()
+    images, labels = batch_for(network)
+    reports = {
+        device: evaluate(network, images, labels, attacks="fgsm,pgd-10", eps=0.04, device=device)
+        for device in ("cpu", "cuda")
+    }
+    assert (reports["cpu"].batch_size, reports["cuda"].batch_size) == (128, 500)
+    assert reports["cuda"].layout == reports["cpu"].layout == "channels_last"
+    for name, verdict in reports["cpu"].verdicts.items():
+        differing = int((reports["cuda"].verdicts[name] != verdict).sum())
+        assert differing <= (0 if name == "natural" else 2), name
+        assert (reports["cuda"].results[name].peak_memory or 0) > 0
