@@ -43,7 +43,7 @@ def lint(session: nox.Session) -> None:
 @nox.session(python=THIS_PYTHON)
 def docs(session: nox.Session) -> None:
     """Build the documentation into site/; every warning is an error."""
-    session.install("-c", "constraints.txt", "-e", ".[docs]")
+    session.install("-r", "docs/requirements.txt")
     session.run("mkdocs", "build", "--strict", *session.posargs)
 
 

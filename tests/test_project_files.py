@@ -38,7 +38,7 @@ def test_workflow_tests_the_supported_pythons() -> None:
 
 def test_ci_runs_the_commands_of_the_noxfile() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    for session in ("tests", "lint"):
+    for session in ("tests", "lint", "docs"):
         body = NOXFILE.partition(f"def {session}(")[2].partition("@nox.session")[0]
         commands = [", ".join(re.findall(r'"([^"]*)"', call)) for call in re.findall(r"session\.run\((.*)\)", body)]
         assert commands
