@@ -1,4 +1,4 @@
-"""Names of the augmentations, apart from their code so that `deat-rb train --help` does not import torch."""
+"""Names of the augmentations, in a separate module so that `deat-rb train --help` does not import torch."""
 
 from __future__ import annotations
 

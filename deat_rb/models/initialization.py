@@ -21,7 +21,7 @@ class InitialWeights:
     Attributes:
         tensors: The state dict.
         source: Origin of the weights, for messages.
-        new_head: Whether a last layer for another number of classes is replaced by a new one.
+        new_head: Whether a last layer for a different number of classes is replaced by a new one.
         notes: Notes for the user, such as which of a file's state dicts was loaded.
     """
 
@@ -34,7 +34,7 @@ class InitialWeights:
         """Load the weights into a model with ``num_classes`` logits, and return the notes for the user.
 
         Raises:
-            DeatError: The weights are those of another architecture, or of another number of classes.
+            DeatError: The weights are for a different architecture or number of classes.
         """
         tensors, notes = self.tensors, self.notes
         replaced: tuple[str, ...] = ()
@@ -45,7 +45,7 @@ class InitialWeights:
             names = ", ".join(name.removeprefix("net.") for name in replaced)
             notes = (*notes, f"the last layer of {self.source} is for other classes; {names} are new")
         elif self.new_head:
-            notes = (*notes, f"the last layer of {self.source} has {num_classes} classes, too, and is kept")
+            notes = (*notes, f"the last layer of {self.source} has {num_classes} classes as well and is kept")
         return notes
 
 
@@ -63,10 +63,10 @@ def initial_weights(
     Args:
         arch: The architecture.
         init_from: Path of a checkpoint.
-        new_head: Whether its last layer is replaced if it is for another number of classes.
+        new_head: Whether its last layer is replaced if it is for a different number of classes.
         pretrained: Whether to use the library's weights of a ``timm:NAME`` or ``torchvision:NAME``, with a new last
             layer.
-        file: Path of those weights, which are then not downloaded.
+        file: Path of the library's weights, which are then not downloaded.
         weights_key: Key of the state dict in a file with several.
 
     Returns:
@@ -102,7 +102,7 @@ def check_initialization(
         raise DeatError(f"--pretrained is for --arch timm:NAME and torchvision:NAME, not {arch}: give a checkpoint "
                         "with --init-from")  # fmt: skip
     if pretrained and init_from is not None:
-        raise DeatError(f"--pretrained and --init-from {init_from} exclude each other: give one")
+        raise DeatError(f"--pretrained and --init-from {init_from} are mutually exclusive: give only one")
     if weights is not None and not pretrained:
         raise DeatError(f"--weights {weights} has the library's weights for --pretrained: add it, or use --init-from")
     if new_head and init_from is None:
@@ -118,7 +118,7 @@ def check_initialization(
 
 
 def freeze_parameters(model: nn.Module, pattern: str) -> str:
-    """Freeze the parameters whose names begin with a match of a regular expression, and say how many.
+    """Freeze the parameters whose names begin with a match of a regular expression; return their number as text.
 
     Args:
         model: A `NormalizedModel`; names are those of its network, such as ``layer1.0.conv1.weight``.

@@ -20,13 +20,13 @@ from deat_rb.training.metrics import EpochAccumulator
 from deat_rb.utils.devices import resolve_device
 
 BATCHES = 10
-"""Number of timed batches; another one before them warms up."""
+"""Number of timed batches, after one warm-up batch."""
 
 LIMIT = 20.0
-"""Seconds after which no further batch is timed."""
+"""Time limit in seconds, after which no further batch is timed."""
 
 VALIDATION_PASSES = 22
-"""Passes of each validation image: a clean one, PGD-20, and the verdict."""
+"""Passes per validation image: the clean one, PGD-20, and the final prediction."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Estimate:
 
     Attributes:
         low: Shortest training time with validation in seconds, without loading the data.
-        high: Longest time; different from ``low`` if a schedule decides on the number of steps.
-        timed: Seconds of a training batch by the number of attack steps.
-        batches: Number of batches that were timed for each.
+        high: Longest time; differs from ``low`` if a schedule determines the number of steps.
+        timed: Seconds per training batch, by number of attack steps.
+        batches: Number of timed batches per number of attack steps.
         memory: Peak memory in bytes: of the GPU, or of the process.
         device: The device.
         may_end_earlier: Whether a stopping rule, or an attack that stops early, may make the run shorter.
@@ -89,7 +89,7 @@ def estimate(planned: TrainingPlan) -> Estimate:
 
 
 def _total_steps(schedule: Schedule, epochs: int) -> tuple[int, int]:
-    """Return the least and the greatest sum over the epochs of the attack's steps."""
+    """Return the minimum and maximum of the attack's total steps over all epochs."""
     known = schedule.total_steps(epochs)
     if known is not None:
         return known, known
@@ -101,7 +101,7 @@ def _total_steps(schedule: Schedule, epochs: int) -> tuple[int, int]:
 
 
 def _last_steps(schedule: Schedule, epochs: int) -> int:
-    """Return the greatest number of steps that a schedule can reach."""
+    """Return the maximum number of steps that a schedule can reach."""
     totals = [_total_steps(schedule, count)[1] for count in (epochs - 1, epochs)] if epochs > 1 else [0, schedule.steps]
     return totals[1] - totals[0]
 
@@ -125,12 +125,12 @@ def _timed(planned: TrainingPlan, steps: int | None, device: torch.device) -> tu
 
 
 class _EnoughError(Exception):
-    """Ends the timing."""
+    """Raised to end the timing."""
 
 
 @dataclass
 class _Stopwatch(Callback):
-    """Times batches; the first one is left out, unless there is no other."""
+    """Times batches, without the first one unless it is the only one."""
 
     device: torch.device
     seconds: list[float] = field(default_factory=list)

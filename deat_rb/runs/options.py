@@ -61,12 +61,14 @@ class ModelConfig(OptionGroup):
     init_from: str | None = option(
         None, "Initialize the weights from this checkpoint, or from hf:owner/name.", metavar="PATH"
     )
-    new_head: bool = option(False, "Replace the last layer of that checkpoint if it has another number of classes.")
+    new_head: bool = option(False, "Replace the last layer of that checkpoint if it has a different number of classes.")
     pretrained: bool = option(
         False, "Initialize timm:NAME or torchvision:NAME with the library's weights, normalization and image size, and "
         "a new last layer."
     )  # fmt: skip
-    weights: str | None = option(None, "Read those weights from this file instead of downloading them.", metavar="PATH")
+    weights: str | None = option(
+        None, "Read the pretrained weights from this file instead of downloading them.", metavar="PATH"
+    )
     freeze: str | None = option(
         None, "Do not train the parameters whose names begin with a match of this regular expression, such as "
         "'conv1|layer1'.", metavar="PATTERN",

@@ -1,4 +1,4 @@
-"""Resolution of options: the defaults of dataset, setting and method are filled in, and conflicts refused."""
+"""Resolution of options: fills in the defaults of dataset, setting and method, and rejects conflicts."""
 
 from __future__ import annotations
 

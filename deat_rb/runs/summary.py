@@ -1,4 +1,4 @@
-"""Training of a run in a few facts and a picture, for reports."""
+"""Summary of a run's training for reports: key values and a plot."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from deat_rb.utils.errors import DeatError
 
 
 def summary(run: RunDirectory) -> tuple[dict[str, str], bytes]:
-    """Return facts about a run's training by name, and a PNG of its curves; both are empty without valid metrics."""
+    """Return key values of a run's training by name, and a PNG of its curves; both are empty without valid metrics."""
     config = run.config
     try:
         rows = run.rows()

@@ -1,4 +1,4 @@
-"""Copies of batches from the host's memory to a GPU, beside the GPU's work."""
+"""Copies of batches from host memory to a GPU, concurrent with the GPU's work."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 class DeviceCopier:
-    """Copies batches to a device; to a GPU from pinned memory on a stream of its own, at most one batch ahead.
+    """Copies batches to a device; to a GPU from pinned memory on a separate stream, at most one batch ahead.
 
     Args:
         device: The device.
-        beside: Whether to copy beside the device's work; by default on a CUDA GPU.
+        beside: Whether to copy concurrently with the device's work; by default on a CUDA GPU.
     """
 
     def __init__(self, device: torch.device | str, *, beside: bool | None = None) -> None:
@@ -21,7 +21,7 @@ class DeviceCopier:
         self._reached: torch.cuda.Event | None = None
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
-        """Return the tensors on the device; those that are there already are returned unchanged."""
+        """Return the tensors on the device; those already there are returned unchanged."""
         if not self.beside or all(tensor.device.type != "cpu" for tensor in tensors):
             return [tensor.to(self.device, non_blocking=True) for tensor in tensors]
         current = torch.cuda.current_stream(self.device)

@@ -12,7 +12,7 @@ JOULES_PER_KWH = 3.6e6
 
 
 class Usage(NamedTuple):
-    """What some work has used; None where it cannot be measured.
+    """Energy and memory used by some work; None where it cannot be measured.
 
     Attributes:
         joules: Energy of the whole GPU, including that of other processes on it.
@@ -26,11 +26,11 @@ class Usage(NamedTuple):
 class Meter:
     """Meter of energy and peak memory; on a CPU, nothing is measured.
 
-    Energy comes from NVML, through the optional package nvidia-ml-py, and needs one of NVIDIA's GPUs since Volta.
+    Energy is read from NVML, through the optional package nvidia-ml-py, and needs an NVIDIA GPU of Volta or later.
 
     Args:
         device: The device.
-        joules: Function that returns the energy that the device has used so far; by default NVML's counter.
+        joules: Function that returns the energy used by the device so far; by default NVML's counter.
     """
 
     def __init__(self, device: torch.device, joules: Callable[[], float] | None = None) -> None:
@@ -45,7 +45,7 @@ class Meter:
         self._began = self._joules() if self._joules is not None else None
 
     def read(self) -> Usage:
-        """Return what has been used since `start`; on a GPU, the work must be finished (synchronized)."""
+        """Return the usage since `start`; on a GPU, synchronize before calling this."""
         joules = None if self._joules is None or self._began is None else self._joules() - self._began
         memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
         return Usage(joules, memory)

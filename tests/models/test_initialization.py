@@ -143,14 +143,14 @@ def test_checkpoint_of_other_classes_is_refused_unless_a_new_head_is_asked_for(t
     assert note == f"the last layer of {tmp_path / 'four.pt'} is for other classes; fc.weight, fc.bias are new"
     torch.save(build_model("wrn-10-1", num_classes=10).state_dict(), tmp_path / "ten.pt")
     kept = plan(make_options({**options, "init_from": str(tmp_path / "ten.pt"), "new_head": True}))
-    assert kept.notes == (f"the last layer of {tmp_path / 'ten.pt'} has 10 classes, too, and is kept",)
+    assert kept.notes == (f"the last layer of {tmp_path / 'ten.pt'} has 10 classes as well and is kept",)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"arch": "wrn-10-1"}, "--pretrained is for --arch timm:NAME and torchvision:NAME, not wrn-10-1"),
-        ({"init_from": "a.pt"}, "--pretrained and --init-from .*a.pt exclude each other: give one"),
+        ({"init_from": "a.pt"}, "--pretrained and --init-from .*a.pt are mutually exclusive: give only one"),
         ({"pretrained": False, "weights": "a.pt"}, "--weights .*a.pt has the library's weights for --pretrained"),
         ({"new_head": True}, "--new-head replaces the last layer of a checkpoint: give the checkpoint"),
         ({"weights_key": "model"}, "--weights-key model requires --init-from: give the checkpoint"),
