@@ -120,7 +120,7 @@ class _Writer:
             click.echo(f"{shown}  {100 * guess.confidence:6.2f} %  {printable(guess.name)}", file=self.file)
 
     def end(self) -> None:
-        """Write what follows the last prediction."""
+        """Finish the output after the last prediction."""
 
 
 class _Json(_Writer):

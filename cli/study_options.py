@@ -84,7 +84,7 @@ def work(
 
     gpus = tuple(filter(None, (options.gpus or "").split(",")))
     if options.slurm and gpus:
-        raise DeatError("--slurm cannot be combined with --gpus: give --slurm-option gpus_per_node=1")
+        raise DeatError("--slurm cannot be combined with --gpus: give --slurm-option gpus_per_node=1 instead")
     if options.slurm_options and not options.slurm:
         raise DeatError(f"--slurm-option {options.slurm_options[0]} needs --slurm")
     workers = environments(options.jobs, gpus, options.per_gpu)

@@ -222,7 +222,7 @@ def print_plan(planned: TrainingPlan, seeds: Sequence[int] = ()) -> None:
 
 
 def print_estimate(planned: TrainingPlan, seeds: Sequence[int] = ()) -> None:
-    """Time a few batches, and print the estimated time and memory of a plan, with ``seeds`` for all their runs."""
+    """Time a few batches and print a plan's estimated time and memory; with ``seeds``, for the runs of all seeds."""
     from deat_rb.runs.estimate import estimate
 
     found = estimate(planned)

@@ -96,7 +96,7 @@ def open_target(
             or a name, see `open_network`.
         arch: Architecture of a checkpoint.
         dataset: Dataset, as for `load_data`; required unless the target is a run or an entry.
-        data_dir: Folder of the data; for a run only if its data have moved or others are to be used.
+        data_dir: Folder of the data; for a run, needed only if its data have moved or different data are to be used.
         image_size: Size to which a folder's images are resized.
         num_classes: Number of logits of a checkpoint; by default the number of classes of the data.
         classes: Class names in the order of the logits, or a file with one name per line. Labels are then mapped by

@@ -135,7 +135,7 @@ class ImageSet(LabeledImages):
         return self
 
     def chunks(self) -> Iterator[tuple[Tensor, int]]:
-        """Yield all images at once; the number with transparency, unknown after decoding, is given as 0."""
+        """Yield all images at once; the number with transparency is unknown after decoding and given as 0."""
         yield self.images, 0
 
     def reader(self, device: torch.device | str) -> Reader:

@@ -1,4 +1,4 @@
-"""The paper, for citations."""
+"""Bibliographic data of the paper."""
 
 from __future__ import annotations
 

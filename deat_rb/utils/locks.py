@@ -22,9 +22,9 @@ def exclusive_lock(path: Path, *, busy: str = "", failed: str = "") -> Iterator[
     """Hold a lock file; a symbolic link is not followed.
 
     Args:
-        path: The lock file, created if it is missing and never removed. Without the operating system's locks, the
-            existence of another file, ``path`` with the suffix `HELD`, is the lock, because ``path`` itself is left
-            behind by systems that have such locks.
+        path: The lock file, created if it is missing and never removed. Where the operating system has no file locks,
+            the existence of a second file, ``path`` with the suffix `HELD`, serves as the lock, because systems with
+            file locks leave ``path`` itself behind.
         busy: The error message if another process holds the lock; if empty, wait until it is released.
         failed: The error message if the file cannot be opened or locked; the cause is appended in parentheses.
 
