@@ -198,10 +198,9 @@ def print_status(study: Study, folder: StudyFolder) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    from deat_rb.cli.training_progress import duration
     from deat_rb.reproduction.estimate import read_estimate
     from deat_rb.reproduction.status import study_state
-    from deat_rb.utils.text import new_table
+    from deat_rb.utils.text import duration, new_table
 
     state = study_state(folder, study.runs, read_estimate(folder))
     table = new_table(escape(study.title))
@@ -228,9 +227,8 @@ def print_estimate(study: Study, folder: StudyFolder, workers: int) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    from deat_rb.cli.training_progress import duration
     from deat_rb.reproduction.estimate import estimate
-    from deat_rb.utils.text import new_table
+    from deat_rb.utils.text import duration, new_table
 
     left = [run for run in study.runs if not folder.is_settled(run)]
     predicted = estimate(folder, left, notify=lambda text: click.echo(text, err=True))

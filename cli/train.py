@@ -32,6 +32,10 @@ output_option = partial(click.option, cls=GroupedOption, group="Output")
 @output_option(
     "--trust-code", is_flag=True, help="Allow --resume and --config to call the package.module:factory that they name."
 )
+@output_option(
+    "--budget", metavar="BUDGET", help="Choose the method, its epochs and options from measured results, for this many "
+    "passes over the training images, such as 40, or this time, such as 30m; flags override them.",
+)  # fmt: skip
 @output_option("--dry-run", is_flag=True, help="Print the plan and its cost, time and memory without training.")
 def train(
     name: str | None,
@@ -40,6 +44,7 @@ def train(
     seeds: tuple[int, ...] | None,
     resume: Path | None,
     trust_code: bool,
+    budget: str | None,
     dry_run: bool,
     **flags: Any,
 ) -> None:
@@ -69,6 +74,11 @@ def train(
 
     if name is not None:
         check_name(name)
+    if budget is not None and (config is not None or resume is not None):
+        raise DeatError(
+            f"--budget cannot be combined with {'--config' if config is not None else '--resume'}, which holds all "
+            "options: omit one of them"
+        )
     explicit = {key: value for key, value in flags.items() if value not in (None, ())}
     if seeds and "seed" in explicit:
         raise DeatError(
@@ -98,6 +108,19 @@ def train(
             )
     if "arch" in explicit:
         import_from_current_folder(explicit["arch"])
+    if budget is not None:
+        from deat_rb.reproduction.budget import choose, parse_budget
+
+        limit = parse_budget(budget)
+        if limit.unit == "seconds" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise DeatError(
+                f"--budget {budget} measures the time of a single rank; for several, give passes such as 40"
+            )
+        choice = choose(limit, explicit, notify=partial(click.echo, err=True))
+        explicit = choice.options
+        if is_main():
+            for reason in choice.reasons:
+                click.echo(f"{'budget':<10} {reason}")
     options = make_options({**recorded, **explicit})
     if not (dry_run or seeds or "WORLD_SIZE" in os.environ):
         check_free(Path(output) / (name or default_name(options)))

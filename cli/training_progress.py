@@ -14,6 +14,7 @@ from deat_rb.training.metrics import EpochAccumulator, EpochStats
 from deat_rb.training.state import TrainingState
 from deat_rb.utils.distributed import is_main
 from deat_rb.utils.options import OPEN
+from deat_rb.utils.text import duration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -200,14 +201,6 @@ class DecodingProgress:
         self.console.print(f"decoding images: {done:,} of {total:,}, about {left} left", highlight=False)
 
 
-def duration(seconds: float) -> str:
-    """Format a duration, such as ``45 s``, ``12 min`` or ``3 h 20 min``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def print_plan(planned: TrainingPlan, seeds: Sequence[int] = ()) -> None:
     """Print what a run will do and cost, as ``--dry-run`` does.
 
@@ -232,6 +225,7 @@ def print_estimate(planned: TrainingPlan, seeds: Sequence[int] = ()) -> None:
         f"{seconds:.2g} s with {steps} step{'' if steps == 1 else 's'}" for steps, seconds in found.timed.items()
     )
     limits = [
+        *(["one epoch"] if planned.config.optim.epochs == OPEN else []),
         *(["one rank only"] if planned.ranks > 1 else []),
         *(["without --compile"] if planned.config.runtime.compile else []),
         *(["it may end earlier"] if found.may_end_earlier else []),

@@ -94,7 +94,7 @@ def estimate(folder: StudyFolder, runs: Sequence[RunSpec], *, notify: Callable[[
     Raises:
         DeatError: An option of a run or its data are invalid.
     """
-    clock = _Clock(notify)
+    clock = Clock(notify)
     predicted = [_predict(run, clock, _passes_of_others(folder, run, runs)) for run in runs]
     folder.create()
     seconds = {**read_estimate(folder), **{each.run.name: each.training + each.evaluation for each in predicted}}
@@ -117,7 +117,7 @@ class Times:
     evaluation: float
 
 
-class _Clock:
+class Clock:
     """Measures `Times`, once for each network, batch size, precision and kind of trainer; caches the last dataset."""
 
     def __init__(self, notify: Callable[[str], None]) -> None:
@@ -126,6 +126,7 @@ class _Clock:
         self._loaded: tuple[tuple[object, ...], Dataset] | None = None
 
     def plan(self, options: TrainOptions) -> TrainingPlan:
+        """Return the plan of a run, as for ``--dry-run``."""
         data = options.data
         key = (data.dataset, data.data_dir, data.image_size, data.memory_limit)
         known = self._loaded[1] if self._loaded is not None and self._loaded[0] == key else None
@@ -134,6 +135,7 @@ class _Clock:
         return planned
 
     def times(self, planned: TrainingPlan) -> Times:
+        """Return the times of a run's network and method."""
         config = planned.config
         kind = _kind(planned)
         key = (config.network, config.data.batch_size, config.runtime.precision, config.runtime.device, kind)
@@ -223,7 +225,7 @@ def _passes_of_others(folder: StudyFolder, run: RunSpec, runs: Sequence[RunSpec]
     return fmean(counts) if counts else None
 
 
-def _predict(run: RunSpec, clock: _Clock, known: float | None) -> Prediction:
+def _predict(run: RunSpec, clock: Clock, known: float | None) -> Prediction:
     planned = clock.plan(run.options)
     config, times, m = planned.config, clock.times(planned), planned.batches
     epochs = config.optim.epochs
@@ -238,14 +240,27 @@ def _predict(run: RunSpec, clock: _Clock, known: float | None) -> Prediction:
         passes = (epochs * m * (1 if replays else 2) + most) / 2
     else:
         passes = float(most or epochs * m * (1 + planned.trainer.steps))
-    updates = 0 if replays else epochs * m
-    training = (passes - updates) * times.step + updates * times.update
+    training = training_seconds(planned, times, passes)
     per_image = times.evaluation / config.data.batch_size
-    training += epochs * len(planned.val) * VALIDATION_PASSES * per_image
     tested = [(attacks, min(asked or len(planned.data.test), len(planned.data.test)))
               for attacks, asked in run.evaluation.parts()]  # fmt: skip
     evaluation = sum(count * sum(map(_attack_passes, attacks)) * per_image for attacks, count in tested)
     return Prediction(run, epochs, passes, exact is not None, training, ROBUST * evaluation)
+
+
+def training_seconds(planned: TrainingPlan, times: Times, passes: float) -> float:
+    """Return the seconds that training and validation take.
+
+    Args:
+        planned: The plan of the run.
+        times: Seconds per mini-batch.
+        passes: Backward passes of the run, in mini-batches.
+    """
+    optim = planned.config.optim
+    updates = 0 if type(planned.trainer) is ReplayTrainer else optim.epochs * planned.batches
+    validations = -(-optim.epochs // optim.validate_every) * (2 if optim.ema else 1)  # averaged and raw weights
+    validation = validations * len(planned.val) * VALIDATION_PASSES * times.evaluation / planned.config.data.batch_size
+    return (passes - updates) * times.step + updates * times.update + validation
 
 
 def _attack_passes(attack: str) -> float:

@@ -18,6 +18,7 @@ from deat_rb.training.engine import Engine
 from deat_rb.training.fit import fit
 from deat_rb.training.metrics import EpochAccumulator
 from deat_rb.utils.devices import resolve_device
+from deat_rb.utils.options import OPEN
 
 BATCHES = 10
 """Number of timed batches, after one warm-up batch."""
@@ -55,6 +56,8 @@ class Estimate:
 def estimate(planned: TrainingPlan) -> Estimate:
     """Time a few training batches of a plan on its device; the plan's model is not changed.
 
+    For an open-ended run it is the time of one epoch.
+
     Batches are timed with the first epoch's number of attack steps and, if a schedule raises it, with the highest; the
     time of other numbers of steps is interpolated. Validation is computed from the time of a pass. With several ranks
     or torch.compile, the time is that of one rank without compilation.
@@ -66,7 +69,8 @@ def estimate(planned: TrainingPlan) -> Estimate:
         DeatError: Training cannot be started with these options.
     """
     config, trainer = planned.config, planned.trainer
-    epochs, device = config.optim.epochs, resolve_device(config.runtime.device)
+    epochs = 1 if config.optim.epochs == OPEN else config.optim.epochs
+    device = resolve_device(config.runtime.device)
     low, high = _total_steps(trainer.schedule, epochs)
     timed: dict[int, float] = {}
     passes = 1.0
@@ -78,7 +82,7 @@ def estimate(planned: TrainingPlan) -> Estimate:
         passes, batches, memory = watch.passes, min(batches, watch.count), max(memory, peak)
     slope = (timed[last] - timed[first]) / (last - first) if last != first else 0.0
     base = timed[first] - slope * first
-    validated = len(planned.val) * (2 if config.optim.ema is not None else 1)
+    validated = len(planned.val) * (2 if config.optim.ema else 1)
     validation = epochs * validated * VALIDATION_PASSES * timed[last] / passes / config.data.batch_size
     shortest, longest = (planned.batches * (base * epochs + slope * total) + validation for total in (low, high))
     early = trainer.stopping is not None and config.optim.early_stopping
@@ -116,7 +120,7 @@ def _timed(planned: TrainingPlan, steps: int | None, device: torch.device) -> tu
     images, labels = planned.train.first(min(config.data.batch_size, len(planned.train))).tensors()
     images = images.contiguous(memory_format=torch.channels_last)  # as in training
     watch = _Stopwatch(device)
-    optim = {**dict(config.optim), "epochs": 1, "lr_epochs": None, "select": "last"}
+    optim = {**dict(config.optim), "epochs": 1, "lr_epochs": None, "warmup_epochs": 0, "select": "last"}
     runtime = {**dict(config.runtime), "compile": False, "sync_bn": False}
     few = [(images[:8], labels[:8])]  # for stopping rules that need some
     with contextlib.suppress(_EnoughError):

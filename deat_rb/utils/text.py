@@ -29,6 +29,14 @@ def printable(text: str, length: int = 400) -> str:
     return escaped if len(text) <= length else f"{escaped[:length]}..."
 
 
+def duration(seconds: float) -> str:
+    """Format a duration, such as ``45 s``, ``12 min`` or ``3 h 20 min``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def new_table(title: str) -> Table:
     """Return an empty rich table without vertical lines, readable at a width of 80 columns and in files."""
     from rich import box

@@ -30,6 +30,12 @@ def fixed_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_timed", timed)
 
 
+def test_estimate_of_an_open_ended_run_is_that_of_an_epoch(fixed_times: None) -> None:
+    """Averaged and raw weights are validated."""
+    found = estimate(planned(method="pgd-1", epochs="open"))
+    assert (found.low, found.high) == (4 + 22, 4 + 22)
+
+
 def test_estimate_of_constant_steps(fixed_times: None) -> None:
     """2 epochs of 2 batches of 2 s; validation: 2 epochs, 16 images, 22 passes of 1/32 s each."""
     found = estimate(planned(method="pgd-1"))

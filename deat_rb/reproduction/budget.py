@@ -1,0 +1,217 @@
+"""Choice of a method, its epochs and options for a budget of passes or of time, from measured results.
+
+The results are in budget.json; `Table` describes its form.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from deat_rb.methods.registry import recipe
+from deat_rb.reproduction.estimate import Clock, training_seconds
+from deat_rb.runs.options import make_options
+from deat_rb.utils.errors import DeatError
+from deat_rb.utils.text import duration
+
+UNITS = {"s": 1, "m": 60, "h": 3600}
+
+MOST = 2.0
+"""How many times the epochs that were measured a longer run may have."""
+
+
+class Measured(BaseModel):
+    """A measured run.
+
+    Attributes:
+        options: Options of `deat-rb train`, with at least ``method`` and ``epochs``; others keep their defaults.
+        passes: Backward passes over the training images of the whole run, counted in units of all images.
+        natural: Natural accuracy, in percent.
+        robust: Accuracy under the attack of `Table.attack`, in percent.
+        source: Where it was measured.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    options: dict[str, Any]
+    passes: float = Field(gt=0)
+    natural: float = Field(ge=0, le=100)
+    robust: float = Field(ge=0, le=100)
+    source: str
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return str(self.options["method"])
+
+    @property
+    def epochs(self) -> int:
+        """The epochs of the run."""
+        return int(self.options["epochs"])
+
+
+class Table(BaseModel):
+    """The measured runs.
+
+    Attributes:
+        schema_version: Version of this form.
+        provisional: Whether the rows are older results, to be replaced by the experiments that are made for this table.
+        data: Data and network of the runs.
+        attack: The attack that ranks them.
+        rows: The runs.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1]
+    provisional: bool
+    data: str
+    attack: str
+    rows: tuple[Measured, ...] = Field(min_length=1)
+
+
+class Budget(NamedTuple):
+    """A budget: passes over the training images, or seconds of training and validation."""
+
+    amount: float
+    unit: Literal["passes", "seconds"]
+
+    def __str__(self) -> str:
+        return f"{self.amount:g} passes" if self.unit == "passes" else duration(self.amount)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A choice for a budget.
+
+    Attributes:
+        options: Options of `deat-rb train`, with those that were given.
+        reasons: What was chosen, and why.
+    """
+
+    options: dict[str, Any]
+    reasons: tuple[str, ...]
+
+
+def read_table() -> Table:
+    """Return the table that comes with deat-rb."""
+    return Table.model_validate_json(files("deat_rb.reproduction").joinpath("budget.json").read_bytes())
+
+
+def parse_budget(text: str) -> Budget:
+    """Return a budget such as ``40`` (passes over the training images), ``30m``, ``2h`` or ``90s``.
+
+    Raises:
+        DeatError: ``text`` is not a budget above 0.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([smh]?)", text.strip(), re.ASCII)
+    amount = float(match[1]) * UNITS.get(match[2], 1) if match else 0.0
+    if match is None or not amount:
+        raise DeatError(
+            f"--budget '{text}' is not a budget; give passes over the training images such as 40, or a time such as 30m"
+        )
+    return Budget(amount, "seconds" if match[2] else "passes")
+
+
+def choose(
+    budget: Budget, given: Mapping[str, Any], *, table: Table | None = None, notify: Callable[[str], None] = print
+) -> Choice:
+    """Choose options for a budget.
+
+    Of the measured runs that the budget allows, and that have the given method and setting, the most robust is taken,
+    and its epochs are raised in proportion to the budget, at most twofold. If the budget is smaller than all of them,
+    the epochs of the cheapest are reduced. A given method that was not measured gets as many epochs as it can.
+
+    Args:
+        budget: The budget. A budget of time is converted by timing ten batches of each network and loss.
+        given: Options of `deat-rb train`, which override the chosen ones; ``epochs`` must not be among them.
+        table: The measured runs; by default those that come with deat-rb.
+        notify: Called with a sentence before each measurement.
+
+    Raises:
+        DeatError: The budget is less than an epoch, the cost of the given method is not known in advance, or an option
+            is invalid.
+    """
+    if given.get("epochs") is not None:
+        raise DeatError(f"--epochs {given['epochs']} and --budget exclude each other; give only one")
+    table = table or read_table()
+    costs = _Costs(budget, given, Clock(notify))
+    rows = [row for row in table.rows if _agrees(row, given)]
+    if not rows:
+        return _unmeasured(budget, given, costs)
+    cost = {id(row): costs.of(row.options, row.passes) for row in rows}
+    allowed = [row for row in rows if cost[id(row)] <= budget.amount]
+    if allowed:
+        row = max(allowed, key=lambda each: (each.robust, each.natural))
+        epochs = int(row.epochs * min(budget.amount / cost[id(row)], MOST))
+        why = f"the most robust of {len(allowed)} measured runs within {budget}"
+    else:
+        row = min(rows, key=lambda each: cost[id(each)] / each.epochs)
+        epochs = int(row.epochs * budget.amount / cost[id(row)])
+        why = f"the cheapest per epoch of {len(rows)} measured runs, all of which take more than {budget}"
+    if epochs < 1:
+        each = cost[id(row)] / row.epochs
+        raise DeatError(f"--budget of {budget} is less than an epoch of {row.method} ({Budget(each, budget.unit)})")
+    reasons = [
+        f"{row.method}, {epochs} epochs: {why}",
+        f"measured with {row.epochs} epochs, {row.passes:.3g} passes: natural {row.natural:g} %, {table.attack} "
+        f"{row.robust:g} % ({table.data}; {row.source})",
+    ]
+    if epochs != row.epochs:
+        change = "raised" if epochs > row.epochs else "reduced"
+        reasons.append(f"the epochs are {change} from {row.epochs} to {epochs} for the budget, which was not measured")
+    if table.provisional:
+        reasons.append("provisional: these results were not made to compare methods at equal cost")
+    return Choice({**row.options, **given, "epochs": epochs}, tuple(reasons))
+
+
+def _agrees(row: Measured, given: Mapping[str, Any]) -> bool:
+    """Return whether a run has the given method and setting."""
+    method = given.get("method")
+    if method is not None and recipe(str(method))[0] != row.method:
+        return False
+    return given.get("setting") in (None, row.options.get("setting", "fast"))
+
+
+class _Costs:
+    """The cost of runs in the unit of a budget."""
+
+    def __init__(self, budget: Budget, given: Mapping[str, Any], clock: Clock) -> None:
+        self._budget, self._given, self._clock = budget, given, clock
+
+    def of(self, options: Mapping[str, Any], passes: float | None = None) -> float:
+        """Return the cost of a run with its number of passes, by default those that are known in advance."""
+        if passes is not None and self._budget.unit == "passes":
+            return passes
+        planned = self._clock.plan(make_options({**options, **self._given, "epochs": options["epochs"]}))
+        if passes is None:
+            known = planned.costs() or planned.most_costs()
+            if known is None:
+                method = planned.config.attack.method
+                raise DeatError(f"the cost of {method} is not known in advance: give --epochs instead of --budget")
+            passes = known["backward passes"] / planned.batches
+        if self._budget.unit == "passes":
+            return passes
+        return training_seconds(planned, self._clock.times(planned), passes * planned.batches)
+
+
+def _unmeasured(budget: Budget, given: Mapping[str, Any], costs: _Costs) -> Choice:
+    """Return the epochs of a method that is not in the table."""
+    epochs = 0
+    step = 1 << 12
+    while step:  # the cost rises with the epochs, but not in proportion if a schedule raises the steps
+        if costs.of({"epochs": epochs + step}) <= budget.amount:
+            epochs += step
+        step >>= 1
+    method = recipe(str(given["method"]))[0] if "method" in given else "the method"
+    if not epochs:
+        raise DeatError(f"--budget of {budget} is less than an epoch of {method}; give more")
+    return Choice(
+        {**given, "epochs": epochs},
+        (f"{method}, {epochs} epochs: as many as {budget} allow; there is no measured run of it to compare",),
+    )

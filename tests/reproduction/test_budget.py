@@ -1,0 +1,155 @@
+"""The choice of a method for a budget."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from training_problems import ARCH
+
+from deat_rb.cli import main
+from deat_rb.methods.registry import recipe
+from deat_rb.reproduction import budget as budgets
+from deat_rb.reproduction.budget import Budget, Measured, Table, choose, parse_budget, read_table
+from deat_rb.reproduction.estimate import Times, training_seconds
+from deat_rb.runs.options import make_options
+from deat_rb.runs.plan import TrainingPlan, plan
+from deat_rb.utils.errors import DeatError
+
+
+def row(method: str, epochs: int, passes: float, robust: float, **options: Any) -> Measured:
+    return Measured(
+        options={"method": method, "epochs": epochs, **options}, passes=passes, natural=80, robust=robust, source="here"
+    )
+
+
+TABLE = Table(
+    schema_version=1, provisional=False, data="made-up images", attack="AutoAttack",
+    rows=(row("n-fgsm", 10, 20, 40, ema=0.99), row("free-4", 10, 40, 45), row("pgd-7", 10, 80, 44),
+          row("trades", 30, 330, 50, setting="standard")),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("passes", "given", "method", "epochs"),
+    [
+        (20, {}, "n-fgsm", 10),
+        (39, {}, "n-fgsm", 19),
+        (40, {}, "free-4", 10),
+        (60, {}, "free-4", 15),
+        (100, {}, "free-4", 20),  # 25 would be more than twice the epochs
+        (330, {}, "trades", 30),
+        (330, {"setting": "fast"}, "free-4", 20),
+        (100, {"method": "PGD-7"}, "pgd-7", 12),
+        (40, {"method": "pgd-7"}, "pgd-7", 5),
+        (5, {}, "n-fgsm", 2),
+    ],
+)
+def test_choose_takes_the_most_robust_run_within_the_budget(
+    passes: float, given: dict[str, Any], method: str, epochs: int
+) -> None:
+    chosen = choose(Budget(passes, "passes"), given, table=TABLE)
+    assert recipe(chosen.options["method"])[0] == method
+    assert chosen.options["epochs"] == epochs
+    assert chosen.reasons[0].startswith(f"{method}, {epochs} epochs: the ")
+    measured = next(each for each in TABLE.rows if each.method == method)
+    assert any("which was not measured" in reason for reason in chosen.reasons) is (epochs != measured.epochs)
+    assert "AutoAttack" in chosen.reasons[1]
+
+
+def test_choose_keeps_given_options_and_the_row_gives_the_others() -> None:
+    options = choose(Budget(20, "passes"), {"ema": 0.5, "seed": 3}, table=TABLE).options
+    assert options == {"method": "n-fgsm", "epochs": 10, "ema": 0.5, "seed": 3}
+    assert choose(Budget(20, "passes"), {}, table=TABLE).options["ema"] == 0.99
+
+
+@pytest.mark.parametrize(("method", "epochs"), [("mart", 4), ("m+trades", 5), ("free-3", 15)])
+def test_choose_gives_an_unmeasured_method_the_epochs_that_it_can_have(method: str, epochs: int) -> None:
+    """MART takes 11 passes per epoch, FREE-3 3, M+TRADES at most 2, 3, ... and 11: 2 + 3 + 4 + 5 + 6 = 20 in five."""
+    budget = Budget({"mart": 45, "m+trades": 22, "free-3": 45}[method], "passes")
+    given = {"method": method, "arch": ARCH, "train_size": 64, "val_size": 16, "batch_size": 32}
+    chosen = choose(budget, given, table=TABLE)
+    assert chosen.options["epochs"] == epochs
+    assert "there is no measured run" in chosen.reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("amount", "given", "message"),
+    [
+        (1, {}, "--budget of 1 passes is less than an epoch of n-fgsm .2 passes."),
+        (40, {"epochs": 5}, "--epochs 5 and --budget exclude each other; give only one"),
+        (40, {"epochs": "open"}, "--epochs open and --budget exclude each other"),
+        (5, {"method": "mart", "arch": ARCH}, "--budget of 5 passes is less than an epoch of mart; give more"),
+    ],
+)
+def test_choose_refuses(amount: float, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(DeatError, match=message):
+        choose(Budget(amount, "passes"), given, table=TABLE)
+
+
+def test_choose_refuses_a_method_of_unknown_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingPlan, "costs", lambda self: None)
+    monkeypatch.setattr(TrainingPlan, "most_costs", lambda self: None)
+    with pytest.raises(DeatError, match="the cost of mart is not known in advance: give --epochs instead of --budget"):
+        choose(Budget(90, "passes"), {"method": "mart", "arch": ARCH}, table=TABLE)
+
+
+def test_choose_by_time_measures_what_a_pass_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay takes 1 s, an attack step 0.5 s and an update 1.5 s: over 2 batches FREE-4 takes 80 s, N-FGSM 40 s.
+
+    Validation takes 14 passes of 16/32 of a batch per epoch, at 0.01 s: 0.07 s, and twice that with averaged weights.
+    """
+    times = {True: Times(0.0, 1.0, 0.01), False: Times(1.5, 0.5, 0.01)}
+    monkeypatch.setattr(
+        "deat_rb.reproduction.estimate.Clock.times", lambda self, planned: times["free" in planned.config.attack.method]
+    )
+    given = {"arch": ARCH, "train_size": 64, "val_size": 16, "batch_size": 32}
+    planned = plan(make_options({**given, "method": "free-4", "epochs": 10}))
+    assert training_seconds(planned, times[True], 80) == pytest.approx(80.7)
+    averaged = plan(make_options({**given, "method": "n-fgsm", "epochs": 10, "ema": 0.99}))
+    assert training_seconds(averaged, times[False], 40) == pytest.approx(20 * 0.5 + 20 * 1.5 + 1.4)
+    for seconds, method, epochs in ((80, "n-fgsm", 19), (81, "free-4", 10), (122, "free-4", 15)):
+        chosen = choose(Budget(seconds, "seconds"), given, table=TABLE)
+        assert (chosen.options["method"], chosen.options["epochs"]) == (method, epochs)
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [("40", (40, "passes")), ("2.5", (2.5, "passes")), ("90s", (90, "seconds")), ("30m", (1800, "seconds")),
+     ("1.5 h", (5400, "seconds"))],
+)  # fmt: skip
+def test_parse_budget(text: str, budget: tuple[float, str]) -> None:
+    assert parse_budget(text) == budget
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "", "m", "30min", "inf", "1e3", "4,0", "0m", "٣"])
+def test_parse_budget_refuses(text: str) -> None:
+    with pytest.raises(DeatError, match="is not a budget; give passes over the training images such as 40, or a time"):
+        parse_budget(text)
+
+
+def test_table_that_comes_with_deat_rb_has_known_methods_and_options() -> None:
+    table = read_table()
+    for each in table.rows:
+        assert recipe(each.method)[0] == each.method
+        options = make_options(each.options)
+        assert options.optim.epochs == each.epochs
+        assert each.passes >= each.epochs
+
+
+def test_train_budget_prints_and_records_the_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budgets, "read_table", lambda: TABLE)
+    command = ["train", "--budget", "4", "--arch", ARCH, "--train-size", "64", "--val-size", "16", "--batch-size", "32",
+               "--output", str(tmp_path), "--name", "run", "--eps", "0.1"]  # fmt: skip
+    result = CliRunner().invoke(main, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "budget     n-fgsm, 2 epochs: the cheapest per epoch of 4 measured runs, all of which" in result.output
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["attack"]["method"], config["optim"]["epochs"], config["optim"]["ema"]) == ("n-fgsm", 2, 0.99)
+    for extra in (["--resume", str(tmp_path / "run")], ["--config", str(tmp_path / "run" / "config.json")]):
+        refused = CliRunner().invoke(main, ["train", "--budget", "4", *extra])
+        assert refused.exit_code == 2
+        assert f"--budget cannot be combined with {extra[0]}" in refused.output
