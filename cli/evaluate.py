@@ -37,7 +37,9 @@ def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> N
               help="Attacks: natural, noise-gaussian, noise-uniform, fgsm, pgd-N, cw-N, pgd-NxR (R restarts), "
               "autoattack, autoattack-rand, autoattack-plus, square, torchattacks.NAME(key=value, ...).")  # fmt: skip
 @click.option("--autoattack", is_flag=True, help="Also run AutoAttack's standard version.")
-@click.option("--norm", default="Linf", show_default=True, metavar="[Linf|L2]", help="Norm of the threat model.")
+@click.option(
+    "--norm", metavar="[Linf|L2]", help="Norm of the threat model; by default the run's own, Linf without a run."
+)
 @click.option("--eps", type=fraction_list, metavar="SIZE[,SIZE...]",
               help="Perturbation radius; by default the run's own, 8/255 without a run, 0.5 for L2. Several radii are "
               "evaluated as a sweep with the plot eval-eps.png; the report then uses the default radius, or the last "
@@ -80,7 +82,7 @@ def evaluate(
     targets: tuple[str, ...],
     attacks: tuple[str, ...],
     autoattack: bool,
-    norm: str,
+    norm: str | None,
     eps: tuple[float, ...] | None,
     n_examples: int | None,
     batch_size: int | None,
@@ -125,9 +127,8 @@ def evaluate(
     from deat_rb.utils.errors import DeatError
 
     chosen = parse_attacks((*attacks, "autoattack") if autoattack else attacks)
-    norm = check_norm(norm)
+    norm = None if norm is None else check_norm(norm)
     check_options(precision=precision, checks=checks)
-    radii = None if eps is None else tuple(check_radius(radius, "--eps", norm=norm) for radius in eps)
     if strict and checks == "none":
         raise DeatError("--strict needs checks: omit --checks none")
     where = resolve_device(device)
@@ -140,7 +141,13 @@ def evaluate(
     network = description(**options)
     data: dict[str, Any] = {"dataset": dataset, "data_dir": data_dir, "memory_limit": memory_limit}
     ranks = world(cpu=where.type == "cpu")
-    opened = [ranks.local_main_first(partial(open_target, target, norm=norm, **data, **network)) for target in targets]
+    opened = [
+        ranks.local_main_first(partial(open_target, target, norm=norm or "Linf", **data, **network))
+        for target in targets
+    ]
+    norms = [norm or target.norm for target in opened]
+    radii = [None if eps is None else tuple(check_radius(radius, "--eps", norm=each) for radius in eps)
+             for each in norms]  # fmt: skip
     for target in opened:
         if overwrite and not _has_own_data(target):
             raise DeatError("--overwrite applies only to evaluations of runs on their own dataset: omit it")
@@ -151,14 +158,14 @@ def evaluate(
     console = Console()
     command = {"command": shlex.join(("deat-rb", *sys.argv[1:]))}
     reports = []
-    for target in opened:
+    for target, own_norm, chosen_radii in zip(opened, norms, radii, strict=True):
         images, labels = target.test_images(n_examples)
-        own = target.eps if norm == "Linf" else 0.5
+        own = target.radius(own_norm)
         written: list[str] = []
         finish = partial(_write, target, json_path, page, overwrite, where, written, images=images, labels=labels)
         with EvaluationProgress(len(labels)) if ranks.is_main else nullcontext() as progress:
             report = evaluate(
-                target.model, images, labels, attacks=chosen, eps=radii or (own,), main_eps=own, norm=norm,
+                target.model, images, labels, attacks=chosen, eps=chosen_radii or (own,), main_eps=own, norm=own_norm,
                 batch_size=batch_size, seed=seed, device=where, precision=precision, checks=checks,
                 state=_state(target, json_path), resume=resume, progress=progress,
                 provenance=target.provenance | command, finish=finish, ranks=ranks,
@@ -276,7 +283,8 @@ def _write(
     run: dict[str, Any] = {}
     if target.run is not None:
         opened = RunDirectory.open(target.run)
-        run = {"run": target.run, "own_data": _has_own_data(target), "own_eps": opened.config.attack.eps,
+        own = opened.config.attack
+        run = {"run": target.run, "own_data": _has_own_data(target), "own_eps": own.eps, "own_norm": own.norm,
                "training": summary(opened)}  # fmt: skip
     stored = store_report(report, model=target.model, classes=target.classes, device=device, json_path=json_path,
                           page=page, overwrite=overwrite, **run, **examples)  # fmt: skip

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from deat_rb.attacks.threat_models import DEFAULT_EPS
 from deat_rb.data.datasets import Dataset, load_data
 from deat_rb.data.images import ImageSet, LabeledImages
 from deat_rb.data.normalization import Normalization
@@ -31,6 +32,7 @@ class EvalTarget:
         model: Module in eval mode, on the CPU, for images in [0, 1].
         data: Dataset whose test part is used.
         eps: Radius the network was trained for, in [0, 1] pixel units; 8/255 if unknown.
+        norm: Norm the network was trained for, ``Linf`` or ``L2``; Linf if unknown.
         provenance: Origin of the network and the data.
         run: Path of the run directory, or None for other targets.
         classes: Class names in the order of the network's logits; if unknown, those of the data.
@@ -44,6 +46,11 @@ class EvalTarget:
     run: Path | None = None
     classes: tuple[str, ...] = field(default=())
     logit_of_class: tuple[int, ...] = ()
+    norm: str = "Linf"
+
+    def radius(self, norm: str) -> float:
+        """Return the radius to evaluate at in a norm: the network's own, or else 8/255 in Linf and 0.5 in L2."""
+        return self.eps if norm == self.norm else DEFAULT_EPS[norm]
 
     def examples(self, count: int | None = None) -> tuple[Tensor, Tensor]:
         """Return test images, float32 (N, C, H, W) in [0, 1], and their labels as logit indices (N,).
@@ -209,4 +216,4 @@ def combine(network: Network, data: Dataset, *, same_data: bool = False) -> Eval
     if notes:
         provenance["note"] = "; ".join(notes)
     return EvalTarget(network.model, data, network.eps, provenance, classes=matched.classes,
-                      logit_of_class=matched.logit_of_class)  # fmt: skip
+                      logit_of_class=matched.logit_of_class, norm=network.norm)  # fmt: skip

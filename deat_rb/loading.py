@@ -77,6 +77,7 @@ class Network:
         image_size: Height and width of the input images; None if any size works or it is unknown.
         channels: Number of input channels.
         eps: Radius the network was trained for, in [0, 1] pixel units; 8/255 if unknown.
+        norm: Norm the network was trained for, ``Linf`` or ``L2``; Linf if unknown.
         notes: Sentences for the user.
     """
 
@@ -88,6 +89,7 @@ class Network:
     image_size: int | None = None
     channels: int = 3
     eps: float = 8 / 255
+    norm: str = "Linf"
     notes: tuple[str, ...] = ()
 
 
@@ -185,7 +187,7 @@ def _open_run(path: Path, trust_code: bool) -> Network:
         "arch": spec.arch,
     }
     return Network(model.eval(), f"the run {path}", provenance, config.classes, True, spec.image_size, spec.channels,
-                   config.attack.eps)  # fmt: skip
+                   config.attack.eps, config.attack.norm)  # fmt: skip
 
 
 def _open_export(path: Path) -> Network:
@@ -266,8 +268,7 @@ def _with_classes(network: Network, options: NetworkOptions) -> Network:
 
 def is_export(path: Path) -> bool:
     """Return whether a file of weights is part of an export in RobustBench's format."""
-    folder = path.absolute().parent.parent
-    return ExportPaths.below(folder.parent.parent, folder.name, path.stem).info.exists()
+    return ExportPaths.beside(path).info.exists()
 
 
 def _file_facts(path: Path, arch: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchattacks.attack import Attack
 
 from deat_rb.attacks.base import CraftStats, explained_failures
+from deat_rb.attacks.threat_models import THREATS
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.module_state import preserve_state
 from deat_rb.utils.seeding import preserved
@@ -64,16 +65,17 @@ class GradientProbe:
         # A model in channels_last returns gradients in channels_last, which torchattacks' L2 attacks cannot flatten.
         return gradient.contiguous()
 
-    def stats(self, examples: int, unit: float) -> CraftStats:
+    def stats(self, examples: int, unit: float, norm: str = "Linf") -> CraftStats:
         """Return the statistics of one call to the attack.
 
         Args:
             examples: Number of images in the call.
             unit: Factor that converts the gradient to that of each example's own loss.
+            norm: Norm of the attack, ``Linf`` or ``L2``; l_X is the dual norm of the gradient.
         """
-        gradient = torch.zeros(()) if self.gradient is None else self.gradient
+        gradient = torch.zeros(1, 1, 1, 1) if self.gradient is None else self.gradient
         return CraftStats(
-            (gradient * self.pixel_scale).abs().sum() * unit,
+            THREATS[norm].total_dual_norm(gradient * self.pixel_scale) * unit,
             forwards=self.forwards / examples,
             backwards=self.backwards / examples,
         )
@@ -149,15 +151,21 @@ def check_every_image_is_attacked(attack: Attack, images: Tensor) -> None:
     )
 
 
-def lipschitz_lower_bound(l_x: float, *, examples: int, eps: float, size: int, radius: float | None = None) -> float:
+def lipschitz_lower_bound(
+    l_x: float, *, examples: int, eps: float, size: int, radius: float | None = None, norm: str = "Linf"
+) -> float:
     """Return the mean over examples of ||grad||_1 / (2 eps |x|) <= l_xx (Theorem 1, Equation 5).
 
+    In L2 it is ||grad||_2 / (2 eps): the gradient's norm is the dual of the images', and the proof's distances are at
+    most eps.
+
     Args:
-        l_x: Sum of the L1 norms of the examples' input gradients.
+        l_x: Sum of the L1 norms of the examples' input gradients; in L2, of their L2 norms.
         examples: Number of examples.
         eps: The radius, in [0, 1] pixel units.
         size: |x|, the number of values of one image, C * H * W.
         radius: Distance from the clean image within which the gradients were computed, if not ``eps``: the two terms of
             the proof's triangle inequality (Equation 7) are then ``radius`` and ``eps``.
+        norm: ``Linf`` or ``L2``.
     """
-    return l_x / (examples * ((eps if radius is None else radius) + eps) * size)
+    return l_x / (examples * ((eps if radius is None else radius) + eps) * (size if norm == "Linf" else 1))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deat_rb.attacks import losses
 from deat_rb.attacks.base import AttackMode, CraftStats, StatelessAttack
-from deat_rb.attacks.threat_models import Linf
+from deat_rb.attacks.threat_models import L2, Linf, check_norm, threat_model
 from deat_rb.utils import seeding
 from deat_rb.utils.devices import full_float32
 from deat_rb.utils.errors import DeatError, did_you_mean
@@ -25,9 +25,10 @@ STARTS = ("uniform", "normal", "none")
 
 
 class PGD(StatelessAttack):
-    """Projected gradient descent in Linf (Madry et al. 2018; the paper's Equation 3), as used in training.
+    """Projected gradient descent (Madry et al. 2018; the paper's Equation 3), as used in training.
 
-    With ``loss="ce"`` and ``start="uniform"``, in eval mode, it is bit-identical to `torchattacks.PGD`.
+    In Linf with ``loss="ce"`` and ``start="uniform"``, in eval mode, it is bit-identical to `torchattacks.PGD`. In L2
+    the steps and projections are those of `torchattacks.PGDL2`.
 
     Args:
         model: Takes images in [0, 1], shape (N, C, H, W), and returns logits (N, K).
@@ -36,7 +37,9 @@ class PGD(StatelessAttack):
         steps: Number of steps; 0 returns the start.
         loss: The loss to maximize: ``ce``, ``kl`` (TRADES: the KL divergence from the clean images' prediction, which
             is computed once) or ``margin`` (Carlini and Wagner).
-        start: ``uniform`` in [-eps, eps], ``normal`` (0.001 * N(0, 1), as in TRADES and MART) or ``none``.
+        norm: ``Linf`` or ``L2``.
+        start: ``uniform`` in [-eps, eps], ``normal`` (0.001 * N(0, 1), as in TRADES and MART) or ``none``. In L2
+            ``uniform`` is a random direction with a length of U(0, eps), as in torchattacks' PGDL2.
         clamp_start: Whether the start is clamped to [0, 1] before the first gradient is computed, as in Madry et al.;
             the public code of TRADES and MART does not clamp it. The adversarial examples are always in [0, 1].
         start_scale: Radius of the uniform start in units of eps; N-FGSM (de Jorge et al. 2022) uses 2.
@@ -61,6 +64,7 @@ class PGD(StatelessAttack):
         alpha: float | str = 2 / 255,
         steps: int = 10,
         loss: str = "ce",
+        norm: str = "Linf",
         start: str = "uniform",
         clamp_start: bool = True,
         start_scale: float = 1.0,
@@ -79,7 +83,8 @@ class PGD(StatelessAttack):
         alpha = parse_scalar(alpha)
         if not (math.isfinite(alpha) and alpha > 0):
             raise DeatError(f"alpha = {alpha:g} is not a positive number; give a step size such as 2/255")
-        if alpha > 1:
+        self.norm = check_norm(norm)
+        if alpha > 1 and self.norm == "Linf":
             raise DeatError(f"alpha = {alpha:.10g} is above 1; images are in [0, 1], so give a step size such as 2/255")
         if not (isinstance(start_scale, int | float) and math.isfinite(start_scale) and start_scale > 0):
             raise DeatError(f"start_scale = {start_scale} is not a positive number; N-FGSM uses 2")
@@ -89,7 +94,7 @@ class PGD(StatelessAttack):
             )
         if not (isinstance(omega, int | float) and math.isfinite(omega) and omega >= 0):
             raise DeatError(f"omega = {omega} is not a finite, non-negative number; FAT uses 0.001")
-        self.eps = check_eps(parse_scalar(eps))
+        self.eps = check_eps(parse_scalar(eps), norm=self.norm)
         self.alpha = alpha
         self.steps = int(steps)
         self.loss = loss
@@ -103,9 +108,9 @@ class PGD(StatelessAttack):
         self.fixed_size = False
 
     @property
-    def threat(self) -> Linf:
+    def threat(self) -> Linf | L2:
         """The threat model of a step: the eps-ball, or all images in [0, 1] without projection."""
-        return Linf(self.eps if self.project else math.inf)
+        return threat_model(self.norm, self.eps if self.project else math.inf)
 
     @property
     def gradient_radius(self) -> float:
@@ -153,7 +158,7 @@ class PGD(StatelessAttack):
         if self.start == "none":
             return images
         noise = (
-            seeding.uniform_like(images, self.start_scale * self.eps)
+            self.threat.training_noise(images, self.start_scale * self.eps)
             if self.start == "uniform"
             else seeding.normal_like(images, 0.001)
         )
@@ -174,7 +179,7 @@ class PGD(StatelessAttack):
             gradient = overflows.masked(gradient)
             adv = threat.ascend(adv, images, gradient, self.alpha, self._step_noise(images))
             if step == self.steps - 1:
-                l_x = _times(gradient.abs().sum(), unit)
+                l_x = _times(threat.total_dual_norm(gradient), unit)
         return adv, CraftStats(l_x, forwards=self.steps, backwards=self.steps, overflows=overflows.count)
 
     def _early_stopped(
@@ -217,7 +222,7 @@ class PGD(StatelessAttack):
             stepped = threat.ascend(
                 current, chosen(images), gradient, self.alpha, None if noise is None else chosen(noise)
             )
-            norms = _times(gradient.abs().flatten(1).sum(dim=1), unit)
+            norms = _times(threat.dual_norms(gradient), unit)
             adv = replaced(adv, torch.where(go_on[:, None, None, None], stepped, current))
             l_x = replaced(l_x, torch.where(go_on, norms, chosen(l_x)))
             patience = replaced(patience, chosen(patience) - (wrong & go_on).to(patience.dtype))

@@ -1,7 +1,4 @@
-"""Threat models: the Linf and L2 balls around an image, their random starts, steps and projections.
-
-Training uses Linf; evaluation supports L2 as well.
-"""
+"""Threat models: the Linf and L2 balls around an image, their random starts, steps and projections."""
 
 from __future__ import annotations
 
@@ -31,9 +28,20 @@ class Linf:
 
     eps: float
 
-    def uniform_start(self, images: Tensor) -> Tensor:
-        """Draw a start from U(-eps, eps) around ``images`` (N, C, H, W)."""
-        return (images + seeding.uniform_like(images, self.eps)).clamp(0, 1)
+    @staticmethod
+    def training_noise(images: Tensor, radius: float) -> Tensor:
+        """Draw noise from U(-radius, radius) for a training batch, in the shape of ``images`` (N, C, H, W)."""
+        return seeding.uniform_like(images, radius)
+
+    @staticmethod
+    def dual_norms(gradient: Tensor) -> Tensor:
+        """Return the L1 norm of each gradient, the norm dual to Linf, (N,)."""
+        return gradient.abs().flatten(1).sum(dim=1)
+
+    @staticmethod
+    def total_dual_norm(gradient: Tensor) -> Tensor:
+        """Return the sum of the L1 norms, a 0-d tensor."""
+        return gradient.abs().sum()
 
     def ascend(
         self, adv: Tensor, images: Tensor, gradient: Tensor, alpha: float, noise: Tensor | None = None
@@ -93,9 +101,28 @@ class L2:
         """Return the steepest step of length ``alpha``, (N, C, H, W); zeros where the gradient is zero."""
         return alpha * _unit(gradient)
 
-    def ascend(self, adv: Tensor, images: Tensor, gradient: Tensor, alpha: float) -> Tensor:
+    @staticmethod
+    def training_noise(images: Tensor, radius: float) -> Tensor:
+        """Draw noise for a training batch as torchattacks' PGDL2: random directions and lengths of U(0, radius)."""
+        lengths = seeding.uniform_like(images[:, :1, :1, :1], radius).abs()
+        return _unit(seeding.normal_like(images, 1.0)) * lengths
+
+    @staticmethod
+    def dual_norms(gradient: Tensor) -> Tensor:
+        """Return the L2 norm of each gradient, the norm dual to L2, (N,)."""
+        return _norms(gradient).flatten()
+
+    @staticmethod
+    def total_dual_norm(gradient: Tensor) -> Tensor:
+        """Return the sum of the L2 norms, a 0-d tensor."""
+        return _norms(gradient).sum()
+
+    def ascend(
+        self, adv: Tensor, images: Tensor, gradient: Tensor, alpha: float, noise: Tensor | None = None
+    ) -> Tensor:
         """Take one `step` of length ``alpha`` and project; arguments as for `Linf`."""
-        return self.project(adv + self.step(gradient, alpha), images)
+        stepped = adv + self.step(gradient, alpha)
+        return self.project(stepped if noise is None else stepped + noise, images)
 
     def project(self, adv: Tensor, images: Tensor) -> Tensor:
         """Project ``adv`` onto the ball around ``images`` and onto [0, 1]."""
@@ -121,6 +148,9 @@ class L2:
         scale = self.eps / math.sqrt(values if kind == "gaussian" else values / 3)
         return self.project(images + scale * _draw(images, numbers, kind), images)
 
+
+DEFAULT_EPS = {"Linf": 8 / 255, "L2": 0.5}
+"""Default radius by norm: those of RobustBench's CIFAR-10."""
 
 THREATS: dict[str, type[Linf] | type[L2]] = {"Linf": Linf, "L2": L2}
 

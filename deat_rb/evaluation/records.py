@@ -33,7 +33,9 @@ class Placement:
     archived: dict[Path, bytes] = field(default_factory=dict)
 
 
-def place(run: Path, report: Report, *, own_data: bool, own_eps: float, overwrite: bool = False) -> Placement:
+def place(
+    run: Path, report: Report, *, own_data: bool, own_eps: float, own_norm: str = "Linf", overwrite: bool = False
+) -> Placement:
     """Choose where to write a report of a run.
 
     It becomes ``eval.json`` if it uses the run's own data and there is no ``eval.json``, or the existing one was
@@ -45,6 +47,7 @@ def place(run: Path, report: Report, *, own_data: bool, own_eps: float, overwrit
         report: The new report.
         own_data: Whether it was computed on the dataset that the run was trained on.
         own_eps: The radius with which the run was trained.
+        own_norm: The norm with which it was trained.
         overwrite: Whether an evaluation on the run's own data replaces a more comprehensive ``eval.json``.
 
     Raises:
@@ -58,7 +61,7 @@ def place(run: Path, report: Report, *, own_data: bool, own_eps: float, overwrit
     if present is None:
         return Placement(run / "eval.json")
     outdated = _outdated(present, report)
-    if not (outdated or overwrite or _is_preferred(report, present, own_eps)):
+    if not (outdated or overwrite or _is_preferred(report, present, own_eps, own_norm)):
         _create(beside.parent)
         return Placement(
             beside,
@@ -107,8 +110,8 @@ def summary(report: Report) -> str:
     return f"{attacks} on {report.n_examples} images, {report.norm}, eps {format_fraction(report.eps)}"
 
 
-def _is_preferred(new: Report, present: Report, own_eps: float) -> bool:
-    ranks = [report.norm == "Linf" and math.isclose(report.eps, own_eps, abs_tol=1e-9) for report in (new, present)]
+def _is_preferred(new: Report, present: Report, own_eps: float, own_norm: str) -> bool:
+    ranks = [report.norm == own_norm and math.isclose(report.eps, own_eps, abs_tol=1e-9) for report in (new, present)]
     return ranks[0] if ranks[0] != ranks[1] else is_as_full(new, present)
 
 

@@ -38,6 +38,7 @@ def store_report(
     run: Path | None = None,
     own_data: bool = True,
     own_eps: float = 8 / 255,
+    own_norm: str = "Linf",
     json_path: Path | None = None,
     page: bool = True,
     overwrite: bool = False,
@@ -55,6 +56,7 @@ def store_report(
         run: A run directory in which `place` chooses the file.
         own_data: Whether the images are of the dataset that the run was trained on.
         own_eps: The radius with which the run was trained.
+        own_norm: The norm with which it was trained.
         json_path: A further file to write.
         page: Whether to write the page.
         overwrite: Whether an evaluation on the run's own data replaces a more comprehensive ``eval.json``.
@@ -68,7 +70,8 @@ def store_report(
     """
     placements = [] if json_path is None else [Placement(json_path)]
     if run is not None:
-        placements.insert(0, place(run, report, own_data=own_data, own_eps=own_eps, overwrite=overwrite))
+        own = place(run, report, own_data=own_data, own_eps=own_eps, own_norm=own_norm, overwrite=overwrite)
+        placements.insert(0, own)
     html = b""
     if page and placements:
         from deat_rb.evaluation.html_report import predictions_of, render_page

@@ -312,8 +312,7 @@ def _checkpoint_info(weights: Path, metadata: SubmissionMetadata) -> tuple[Robus
 
 def _info_beside(weights: Path) -> Path:
     """Return the path of an exported checkpoint's ``model_info``, or else of the ``.json`` next to the weights."""
-    folder = weights.absolute().parent.parent
-    in_export = ExportPaths.below(folder.parent.parent, folder.name, weights.stem).info
+    in_export = ExportPaths.beside(weights).info
     return in_export if in_export.exists() else weights.with_suffix(".json")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from deat_rb.attacks.threat_models import DEFAULT_EPS, check_norm
 from deat_rb.methods.losses import surrogate
 from deat_rb.methods.recipes import CONSTANT, PAPER_EPS, Recipe, path_of, resolve
 from deat_rb.models.check import check_weights_exist
@@ -32,7 +33,7 @@ class ConfiguredMethod:
     Attributes:
         name: The canonical name.
         recipe: The recipe with the overrides applied; ``alpha`` is the step size at ``eps``.
-        eps: The Linf radius, in [0, 1] pixel units.
+        eps: The radius, in [0, 1] pixel units.
     """
 
     name: str
@@ -40,13 +41,21 @@ class ConfiguredMethod:
     eps: float
 
 
-def configure(canonical: str, row: Recipe, /, *, eps: float | str = PAPER_EPS, **overrides: Any) -> ConfiguredMethod:
+def configure(
+    canonical: str, row: Recipe, /, *, eps: float | str | None = None, norm: str | None = None, **overrides: Any
+) -> ConfiguredMethod:
     """Apply overrides to a method's recipe; overrides and errors as for `deat_rb.create`."""
-    eps = check_eps(parse_scalar(eps))
     values = {key: _number(key, value) for key, value in overrides.items() if value is not None}
-
     attack_options, trainer_options = dict(row.attack_options), dict(row.trainer_options)
     accepts = _parameters(row)
+    norm = check_norm("Linf" if norm is None else norm)
+    eps = check_eps(parse_scalar(DEFAULT_EPS[norm] if eps is None else eps), norm=norm)
+    if norm != "Linf":
+        if "norm" not in accepts:
+            raise DeatError(
+                f"the attack of the method {canonical} has no norm, so norm = {norm} cannot be used with it"
+            )
+        attack_options["norm"] = norm
     attack_keys = {"tau", "omega"} & set(attack_options)
     if not row.replays:
         attack_keys |= {"attack_mode"} & accepts
@@ -130,7 +139,7 @@ def _take(factory: Callable[..., Any] | None, values: dict[str, Any]) -> dict[st
 
 
 def _parameters(row: Recipe) -> set[str]:
-    """Return which of ``alpha``, ``steps`` and ``attack_mode`` the attack accepts; torchattacks' APGD has no alpha."""
+    """Return which parameters besides eps the attack accepts; some of torchattacks' have no alpha."""
     parameters = inspect.signature(resolve(row.attack)).parameters
     anything = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
-    return {name for name in ("alpha", "steps", "attack_mode") if anything or name in parameters}
+    return {name for name in ("alpha", "steps", "attack_mode", "norm") if anything or name in parameters}

@@ -49,18 +49,18 @@ class MethodRow:
     paper: str
 
 
-def describe(name: str, *, eps: float | str = PAPER_EPS, **overrides: Any) -> MethodRow:
+def describe(name: str, *, eps: float | str | None = None, **overrides: Any) -> MethodRow:
     """Describe a method with its parameters.
 
     Args:
         name: The method's name.
-        eps: The Linf radius, with which the step size scales.
+        eps: The radius, with which the step size scales.
         overrides: As for `deat_rb.create`.
 
     Raises:
         DeatError: As for `deat_rb.create`.
     """
-    if eps == PAPER_EPS and all(value is None for value in overrides.values()):
+    if eps in (None, PAPER_EPS) and all(value is None for value in overrides.values()):
         return _describe(*recipe(name), PAPER_EPS)  # without torch
     from deat_rb.methods.build import configure
 
@@ -120,6 +120,8 @@ def _attack(row: Recipe, eps: float) -> str:
     friendly = "" if tau is None else f", FAT's early stop with tau = {tau}"
     if options.get("omega"):
         friendly += f", noise {options['omega']:g} N(0,1) after each step"
+    if "norm" in options:
+        friendly += f", in {options['norm']}"
     usual = None if tau is None else "eval"
     return text + start + friendly + (f", in {mode} mode" if mode not in (None, usual) else "")
 

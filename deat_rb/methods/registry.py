@@ -11,7 +11,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from deat_rb.methods.other_recipes import OTHER_FAMILIES
-from deat_rb.methods.recipes import PAPER_EPS, PAPER_FAMILIES, Recipe
+from deat_rb.methods.recipes import PAPER_FAMILIES, Recipe
 from deat_rb.utils.errors import DeatError, did_you_mean
 
 if TYPE_CHECKING:
@@ -125,17 +125,17 @@ def _load(point: EntryPoint) -> Recipe:
     return row
 
 
-def create(name: str, model: nn.Module, *, eps: float | str = PAPER_EPS, **overrides: Any) -> Trainer:
+def create(name: str, model: nn.Module, *, eps: float | str | None = None, **overrides: Any) -> Trainer:
     """Create the trainer of a method.
 
     Args:
         name: The method's name; see `recipe`.
         model: The model to train: takes images in [0, 1], (N, C, H, W), and returns logits (N, K).
-        eps: The Linf radius, in [0, 1] pixel units; strings such as ``8/255`` are accepted.
-        overrides: Parameters that replace the method's defaults: ``alpha``, ``steps`` (of the first epoch, if a
-            schedule raises them), ``max_steps``, ``gamma``, ``beta``, ``label_smoothing``, ``tau``, ``omega``,
-            ``attack_mode``, ``carry``, ``lr_per_replay``, and the other parameters of its schedule and stopping rule.
-            None keeps the default.
+        eps: The radius, in [0, 1] pixel units; strings such as ``8/255`` are accepted. By default 8/255, in L2 0.5.
+        overrides: Parameters that replace the method's defaults: ``norm`` (``Linf`` or ``L2``), ``alpha``,
+            ``steps`` (of the first epoch, if a schedule raises them), ``max_steps``, ``gamma``, ``beta``,
+            ``label_smoothing``, ``awp``, ``awp_warmup``, ``tau``, ``omega``, ``attack_mode``, ``carry``,
+            ``lr_per_replay``, and the other parameters of its schedule and stopping rule. None keeps the default.
 
     Returns:
         A trainer: a torchattacks attack with the method ``fit``.

@@ -106,7 +106,7 @@ class AttackTrainer(Trainer):
                     crafter.enter_mode()
                 # Some torchattacks attacks flatten the images with `view`, which fails in channels_last.
                 adv: Tensor = attack(images.contiguous(), labels)
-            return adv.detach(), probe.stats(len(images), unit=len(images) if self._averages else 1)
+            return adv.detach(), probe.stats(len(images), unit=len(images) if self._averages else 1, norm=self.norm)
 
     def training_step(
         self, images: Tensor, labels: Tensor, optimizer: Optimizer, engine: Engine | None = None
@@ -275,7 +275,7 @@ class ReplayTrainer(Trainer):
             examples=len(images),
             loss=loss.detach().sum(),
             correct=(logits.argmax(dim=1) == labels).sum(),
-            l_x=gradient.abs().sum() * engine.loss_divisor(len(images)),
+            l_x=threat.total_dual_norm(gradient) * engine.loss_divisor(len(images)),
             forwards=self.steps,
             backwards=self.steps,
             updates=self.steps,

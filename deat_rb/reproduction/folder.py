@@ -212,15 +212,13 @@ class StudyFolder:
                 continue
             report = Report.load(file)
             same = report.model_sha256 == made.model_sha256 and report.n_examples == made.n_examples
-            own = math.isclose(report.eps, self._eps(run), abs_tol=1e-9) and report.norm == "Linf"
+            trained = RunDirectory.open(folder).config.attack
+            own = math.isclose(report.eps, trained.eps, abs_tol=1e-9) and report.norm == trained.norm
             if same and own and report.precision == "fp32" and report.seed == 0 and attack in report.results:
                 return file, report
         raise DeatError(
             f"{folder} no longer has a report of {attack}; remove {self._record_path(run)} to evaluate again"
         )
-
-    def _eps(self, run: RunSpec) -> float:
-        return RunDirectory.open(self.run_path(run)).config.attack.eps
 
     def _record_path(self, run: RunSpec) -> Path:
         return self.path / "state" / f"{run.name}.json"

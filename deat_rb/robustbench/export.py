@@ -114,10 +114,10 @@ def export(
         footnote,
     )
     info["footnote"] = " ".join(note for note in notes if note)
-    paths = ExportPaths.below(Path(output), dataset, model_name)
+    paths = ExportPaths.below(Path(output), dataset, model_name, config.attack.norm)
     contents = {
         paths.weights: robustbench_weights(model),
-        paths.source: model_source(model_name, dataset, spec).encode(),
+        paths.source: model_source(model_name, dataset, spec, config.attack.norm).encode(),
         paths.info: json.dumps(info, indent=2, ensure_ascii=False).encode() + b"\n",
     }
     for path in contents:
@@ -169,9 +169,9 @@ def _evaluation(run: RunDirectory) -> Report:
         if recorded != own:
             raise DeatError(f"{file} was computed for {what} other than the run's (SHA-256 {str(recorded)[:12]} "
                             f"instead of {own[:12]}): {advice}")  # fmt: skip
-    if (report.norm, report.precision) != ("Linf", "fp32"):
-        raise DeatError(f"{file} was computed with {report.norm} and {report.precision}, not Linf and fp32: "
-                        f"{advice}")  # fmt: skip
+    if (report.norm, report.precision) != (config.attack.norm, "fp32"):
+        raise DeatError(f"{file} was computed with {report.norm} and {report.precision}, not {config.attack.norm} "
+                        f"and fp32: {advice}")  # fmt: skip
     if format_fraction(report.eps) != format_fraction(config.attack.eps):
         raise DeatError(f"{file} was computed at eps {format_fraction(report.eps)}, but the run was trained for "
                         f"{format_fraction(config.attack.eps)}: {advice}")  # fmt: skip

@@ -38,9 +38,9 @@ class ExportPaths:
     """Paths of an export's files.
 
     Attributes:
-        weights: ``models/<dataset>/Linf/<name>.pt``, a state dict.
-        info: ``model_info/<dataset>/Linf/<name>.json``.
-        source: ``pull_request/<dataset>/Linf/<name>.py``: the class and entry for RobustBench's model zoo.
+        weights: ``models/<dataset>/<norm>/<name>.pt``, a state dict.
+        info: ``model_info/<dataset>/<norm>/<name>.json``.
+        source: ``pull_request/<dataset>/<norm>/<name>.py``: the class and entry for RobustBench's model zoo.
         unknown: Fields of ``info`` whose values are placeholders for unknown ones.
     """
 
@@ -50,13 +50,19 @@ class ExportPaths:
     unknown: tuple[str, ...] = ()
 
     @classmethod
-    def below(cls, folder: Path, dataset: str, name: str) -> ExportPaths:
-        """Return the paths of an export below ``folder``."""
+    def below(cls, folder: Path, dataset: str, name: str, norm: str = "Linf") -> ExportPaths:
+        """Return the paths of an export below ``folder``; ``norm`` is ``Linf`` or ``L2``."""
         weights, info, source = (
-            folder / kind / dataset / "Linf" / f"{name}.{suffix}"
+            folder / kind / dataset / norm / f"{name}.{suffix}"
             for kind, suffix in (("models", "pt"), ("model_info", "json"), ("pull_request", "py"))
         )
         return cls(weights, info, source)
+
+    @classmethod
+    def beside(cls, weights: Path) -> ExportPaths:
+        """Return the paths of the export that ``weights`` would belong to."""
+        threat = weights.absolute().parent
+        return cls.below(threat.parent.parent.parent, threat.parent.name, weights.stem, threat.name)
 
 
 def spelled_architecture(spec: ModelSpec) -> str:
@@ -76,7 +82,7 @@ def robustbench_weights(model: nn.Module) -> bytes:
     return file.getvalue()
 
 
-def model_source(model_name: str, dataset: str, spec: ModelSpec) -> str:
+def model_source(model_name: str, dataset: str, spec: ModelSpec, norm: str = "Linf") -> str:
     """Return the Python source for a pull request to RobustBench: the model's class and its entry in the zoo."""
     if spec.arch in _SOURCE:
         base, block, options = _SOURCE[spec.arch]
@@ -86,11 +92,12 @@ def model_source(model_name: str, dataset: str, spec: ModelSpec) -> str:
         module, base, names = "wide_resnet", "WideResNet", "WideResNet"
         depth, width = spec.arch.split("-")[1:]
         arguments = f"depth={depth}, widen_factor={width}, num_classes={spec.num_classes}"
+    threat = norm.lower()
     class_name = f"{model_name.replace('-', '_')}Net"
     return f'''"""Pull request to RobustBench for {model_name}.
 
-The class and the entry of `linf` go into robustbench/model_zoo/{dataset}.py; the .pt file is uploaded, and its Google
-Drive ID becomes the entry's; the .json file goes into model_info/{dataset}/Linf/.
+The class and the entry of `{threat}` go into robustbench/model_zoo/{dataset}.py; the .pt file is uploaded, and its
+Google Drive ID becomes the entry's; the .json file goes into model_info/{dataset}/{norm}/.
 """
 
 from collections import OrderedDict
@@ -111,7 +118,7 @@ class {class_name}({base}):
         return super().forward((x - self.mu) / self.sigma)
 
 
-linf = OrderedDict([
+{threat} = OrderedDict([
     ('{model_name}', {{
         'model': {class_name},
         'gdrive_id': 'ID of the uploaded file',
@@ -128,7 +135,7 @@ def exported_spec(
     Without normalization tensors, mean and standard deviation are 0 and 1.
 
     Args:
-        weights: ``models/<dataset>/Linf/<name>.pt`` of an export.
+        weights: ``models/<dataset>/<norm>/<name>.pt`` of an export.
         arch: Architecture as for `build_model`; by default the JSON's.
         num_classes: Number of classes; by default the classifier's number of rows.
         image_size: Height and width.
@@ -176,8 +183,7 @@ def known_architecture(spelled: str) -> str | None:
 
 
 def _architecture_beside(weights: Path) -> str:
-    folder = weights.parent.parent
-    info = ExportPaths.below(folder.parent.parent, folder.name, weights.stem).info
+    info = ExportPaths.beside(weights).info
     if not info.exists():
         raise DeatError(
             f"{weights} is not part of an export, so its architecture is unknown: use build_model(...) and load_weights"

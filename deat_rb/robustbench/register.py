@@ -11,22 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deat_rb.attacks.threat_models import THREATS
 from deat_rb.models.spec import ModelSpec, robustbench_class
 from deat_rb.robustbench.format import NAME, ExportPaths, exported_spec
 from deat_rb.utils import compat
-from deat_rb.utils.compat import DATASETS, robustbench
+from deat_rb.utils.compat import robustbench
 from deat_rb.utils.errors import DeatError
 
 NOT_ONLINE = "registered by deat_rb: load_model finds it in model_dir, not online"
 """Placeholder for the Google Drive ID in RobustBench's entries."""
 
 
-def add_to_zoo(entries: Sequence[tuple[str, str, Callable[[], nn.Module]]]) -> None:
+def add_to_zoo(entries: Sequence[tuple[str, str, str, Callable[[], nn.Module]]]) -> None:
     """Add models to RobustBench's model zoo, all or none; `robustbench.load_model` reads their files from model_dir.
 
     Args:
-        entries: Name, dataset (cifar10, cifar100 or imagenet) and network factory of each model; the threat model is
-            Linf, and the weights are loaded into the factory's network.
+        entries: Name, dataset (cifar10, cifar100 or imagenet), threat model (Linf or L2) and network factory of each
+            model; the weights are loaded into the factory's network.
 
     Raises:
         DeatError: RobustBench already has a model of that name.
@@ -34,12 +35,15 @@ def add_to_zoo(entries: Sequence[tuple[str, str, Callable[[], nn.Module]]]) -> N
     robustbench()
     enums: Any = importlib.import_module("robustbench.model_zoo.enums")
     zoo: Any = importlib.import_module("robustbench.model_zoo.models")
-    linf = {name: zoo.model_dicts[enums.BenchmarkDataset(name)][enums.ThreatModel.Linf] for name in DATASETS}
-    for name, dataset, _ in entries:
-        if name in linf[dataset] and linf[dataset][name]["gdrive_id"] != NOT_ONLINE:
+    models = [
+        zoo.model_dicts[enums.BenchmarkDataset(dataset)].setdefault(enums.ThreatModel(norm), {})
+        for _, dataset, norm, _ in entries
+    ]
+    for (name, *_), present in zip(entries, models, strict=True):
+        if name in present and present[name]["gdrive_id"] != NOT_ONLINE:
             raise DeatError(f"RobustBench already has a model '{name}': export yours under another name")
-    for name, dataset, factory in entries:
-        linf[dataset][name] = {"model": factory, "gdrive_id": NOT_ONLINE}
+    for (name, _, _, factory), present in zip(entries, models, strict=True):
+        present[name] = {"model": factory, "gdrive_id": NOT_ONLINE}
 
 
 def register(folder: str | Path) -> tuple[str, ...]:
@@ -57,20 +61,20 @@ def register(folder: str | Path) -> tuple[str, ...]:
         DeatError: There are no exports, one is damaged, or RobustBench already has a model of that name; no model is
             registered in these cases.
     """
-    found = sorted(Path(folder).glob("model_info/*/Linf/*.json"))
+    found = sorted(file for norm in THREATS for file in Path(folder).glob(f"model_info/*/{norm}/*.json"))
     if not found:
-        raise DeatError(f"there are no exports in {folder}: it must contain model_info/<dataset>/Linf/<name>.json")
+        raise DeatError(f"there are no exports in {folder}: it must contain model_info/<dataset>/<norm>/<name>.json")
     entries = []
     for info in found:
-        dataset, name = info.parts[-3], info.stem
+        dataset, norm, name = info.parts[-3], info.parts[-2], info.stem
         compat.check_dataset(dataset)
         if NAME.fullmatch(name) is None:
             raise DeatError(f"{info} is not named <FirstAuthor><Year><FirstWordOfTitle>.json, as RobustBench requires, "
                             "such as Wang2021Gradient.json: rename it and its weights")  # fmt: skip
-        spec = exported_spec(ExportPaths.below(Path(folder), dataset, name).weights)
-        entries.append((name, dataset, _factory(spec)))
+        spec = exported_spec(ExportPaths.below(Path(folder), dataset, name, norm).weights)
+        entries.append((name, dataset, norm, _factory(spec)))
     add_to_zoo(entries)
-    return tuple(name for name, _, _ in entries)
+    return tuple(name for name, *_ in entries)
 
 
 def _factory(spec: ModelSpec) -> Callable[[], nn.Module]:

@@ -66,7 +66,7 @@ ANYTIME: dict[str, Any] = {"lr_schedule": "flat", "lr": 0.05, "ema": 0.999, "sel
 
 DEFAULT_TEXTS = {
     "arch": "wrn-10-1 for digits, else preactresnet18; resnet18 fastat on CIFAR",
-    "eps": "0.1 for digits, else 8/255",
+    "eps": "0.1 for digits, else 8/255; 0.5 in L2",
     "batch_size": "64 for digits, else 128",
     "augment": "none for digits, else crop-flip",
     "epochs": "setting's: 10 to 15 fast, by method; 50 standard; 100 fastat (free-R 200/R, deat 50); digits twice that",

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from deat_rb.attacks.threat_models import DEFAULT_EPS
 from deat_rb.data.image_files import ImageLister
 from deat_rb.methods.build import configure
 from deat_rb.methods.registry import recipe
@@ -43,6 +44,7 @@ def resolve(options: TrainOptions) -> TrainOptions:
     setting = setting_defaults(options.attack.setting, row, arch)
     setting["epochs"] *= defaults.epoch_factor
     check_trackers(options.output.track)
+    norm = options.attack.norm
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1 and ":" in device_name:
         raise DeatError(
@@ -71,7 +73,9 @@ def resolve(options: TrainOptions) -> TrainOptions:
         "weights": _absolute(options.model.weights),
         "extra_data": _absolute(options.data.extra_data),
         "extra_fraction": explicit.get("extra_fraction", EXTRA_FRACTION if options.data.extra_data else None),
-        "eps": check_eps(explicit.get("eps", defaults.eps), "--eps"),
+        "eps": check_eps(
+            explicit.get("eps", defaults.eps if norm == "Linf" else DEFAULT_EPS[norm]), "--eps", norm=norm
+        ),
         "arch": arch,
         "precision": resolve_precision(explicit.get("precision", setting["precision"]), device),
         "threads": thread_count(options.runtime.threads) if ranks == 1 and device.type == "cpu" else None,

@@ -15,10 +15,14 @@ from torch.optim import Optimizer
 from torchattacks.attack import Attack
 
 from deat_rb.attacks.base import StatelessAttack
+from deat_rb.attacks.threat_models import THREATS
 from deat_rb.training.engine import Engine
 from deat_rb.training.metrics import BatchStats, EpochStats
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.units import is_whole_number
+
+L2_ATTACKS = ("PGDL2", "PGDRSL2")
+"""Attacks of torchattacks with an eps in L2 and no attribute that says so."""
 
 
 class ClassWeights:
@@ -243,6 +247,12 @@ class TrainerBase(StatelessAttack):
     def eps(self) -> float:
         """The attack's radius, in [0, 1] pixel units."""
         return float(self.crafter.eps)
+
+    @property
+    def norm(self) -> str:
+        """The norm of the attack's eps-ball, ``Linf`` or ``L2``."""
+        own = "L2" if type(self.crafter).__name__ in L2_ATTACKS else getattr(self.crafter, "norm", "Linf")
+        return own if own in THREATS else "Linf"
 
     @property
     def alpha(self) -> float | None:

@@ -243,6 +243,7 @@ class Loop:
                 eps=state.trainer.eps,
                 size=sums.image_size,
                 radius=getattr(state.trainer.crafter, "gradient_radius", None),
+                norm=state.trainer.norm,
             ),
             examples=sums.examples,
             loss=totals["loss"] / sums.examples,

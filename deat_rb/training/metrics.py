@@ -110,7 +110,8 @@ class EpochStats:
         epoch: Number of the epoch, from 1.
         steps: Attack steps r in this epoch (for replays: number of replays).
         alpha: Step size, in [0, 1] pixel units.
-        l_x: L1 norm of the last input gradient, summed over the examples of the epoch (Algorithms 2-5).
+        l_x: L1 norm of the last input gradient, summed over the examples of the epoch (Algorithms 2-5); with ``norm``
+            L2, its L2 norm.
         lipschitz: Theorem 1's lower bound on the Lipschitz constant of the input gradient, averaged over examples.
         examples: Number of examples trained on.
         loss: Mean surrogate loss.

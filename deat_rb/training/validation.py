@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deat_rb.attacks.functional import CountingModel, pgd
 from deat_rb.attacks.losses import cross_entropy
-from deat_rb.attacks.threat_models import Linf
+from deat_rb.attacks.threat_models import check_norm, threat_model
 from deat_rb.training.base import Batch
 from deat_rb.training.metrics import EpochStats
 from deat_rb.training.signals import StopRequests
@@ -64,6 +64,7 @@ def validate(
     labels: Tensor,
     *,
     eps: float,
+    norm: str = "Linf",
     steps: int = 20,
     alpha: float | None = None,
     batch_size: int | None = None,
@@ -75,13 +76,15 @@ def validate(
         model: Model for images in [0, 1]; it is run in eval mode on its device and restored afterwards.
         images: In [0, 1], (N, C, H, W).
         labels: (N,).
-        eps: Linf radius, in [0, 1] pixel units.
+        eps: Radius, in [0, 1] pixel units.
+        norm: ``Linf`` or ``L2``.
         steps: Steps of PGD.
         alpha: Step size; by default eps / 4.
         batch_size: Number of examples attacked together; by default 500 on a GPU, otherwise 128.
         seed: Seed of the random starts.
     """
-    threat, name = Linf(check_eps(eps)), f"pgd-{steps}"
+    norm = check_norm(norm)
+    threat, name = threat_model(norm, check_eps(eps, norm=norm)), f"pgd-{steps}"
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), images.device)
     size = default_batch_size(device) if batch_size is None else batch_size
     predictions: list[Tensor] = []
@@ -165,7 +168,7 @@ def validate_epoch(
     def attacked(count: int | None = None, steps: int = 20) -> Validation:
         with state.engine.autocast():  # of its own, because autocast caches the weights that it has cast
             return validate(state.model, images[:count], labels[:count], steps=steps, eps=state.trainer.eps,
-                            seed=state.seed)  # fmt: skip
+                            norm=state.trainer.norm, seed=state.seed)  # fmt: skip
 
     with requests.at_once(), state.engine.eager(state.model):
         if not only_rule:

@@ -58,16 +58,21 @@ def format_fraction(value: float) -> str:
     return f"{value:.6g}"
 
 
-def check_eps(eps: float, name: str = "eps") -> float:
-    """Return eps after checking that it is in (0, 1].
+def check_eps(eps: float, name: str = "eps", *, norm: str = "Linf") -> float:
+    """Return eps after checking that it is in (0, 1] or, in L2, positive.
 
     Args:
         eps: The radius, in [0, 1] pixel units.
         name: The parameter's name in the error message.
+        norm: ``Linf`` or ``L2``.
 
     Raises:
-        DeatError: eps is outside (0, 1], infinite or NaN.
+        DeatError: eps is out of range, infinite or NaN.
     """
+    if norm == "L2":
+        if not (math.isfinite(eps) and eps > 0):
+            raise DeatError(f"{name} = {eps:.10g} is not a positive L2 distance; give one such as 0.5")
+        return float(eps)
     if not (math.isfinite(eps) and 0 < eps <= 1):
         raise DeatError(
             f"{name} = {eps:.10g} is outside (0, 1]; give it in units of the image range [0, 1], such as 8/255"

@@ -70,9 +70,10 @@ def test_is_as_full(new: Report, old: Report, expected: bool) -> None:
         (report("autoattack", eps=0.2), QUICK, {}, True),  # the run was trained for 0.1
         (QUICK, report("autoattack", eps=0.2), {}, False),
         (report("autoattack", norm="L2"), QUICK, {}, True),
+        (QUICK, report("autoattack", norm="L2"), {"own_norm": "L2"}, True),
     ],
 )
-def test_place(present: Report | None, new: Report, options: dict[str, bool], replaces: bool, tmp_path: Path) -> None:
+def test_place(present: Report | None, new: Report, options: dict[str, Any], replaces: bool, tmp_path: Path) -> None:
     if present is not None:
         present.save(tmp_path)
     placed = place(tmp_path, new, own_eps=0.1, **{"own_data": True, **options})

@@ -30,7 +30,7 @@ class Run:
         path.mkdir()
         self.path = path
         self.config = SimpleNamespace(
-            attack=SimpleNamespace(method="m+trades", eps=8 / 255),
+            attack=SimpleNamespace(method="m+trades", eps=8 / 255, norm="Linf"),
             data=SimpleNamespace(dataset=dataset, data_dir="/data/my-images", extra_data=None),
             model=SimpleNamespace(pretrained=False),
             data_fingerprint=DATA,

@@ -343,7 +343,9 @@ def test_autoattack_state_files_crash_upstream(tmp_path: Path) -> None:
 
 def test_add_to_zoo_does_not_replace_a_model() -> None:
     with pytest.raises(DeatError, match="RobustBench already has a model 'Wong2020Fast'"):
-        register.add_to_zoo([("New2024Model", "cifar10", nn.Identity), ("Wong2020Fast", "cifar10", nn.Identity)])
+        register.add_to_zoo(
+            [("New2024Model", "cifar10", "Linf", nn.Identity), ("Wong2020Fast", "cifar10", "Linf", nn.Identity)]
+        )
     import robustbench
 
     zoo: ModuleType = robustbench.model_zoo.models
