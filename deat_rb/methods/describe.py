@@ -122,6 +122,9 @@ def _attack(row: Recipe, eps: float) -> str:
         friendly += f", noise {options['omega']:g} N(0,1) after each step"
     if "norm" in options:
         friendly += f", in {options['norm']}"
+    if row.trainer_options.get("eps_warmup"):
+        warmup = row.trainer_options["eps_warmup"]
+        friendly += f", eps and alpha from 0 over {warmup} epoch{'s' * (warmup != 1)}"
     usual = None if tau is None else "eval"
     return text + start + friendly + (f", in {mode} mode" if mode not in (None, usual) else "")
 

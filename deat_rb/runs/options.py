@@ -132,6 +132,9 @@ class AttackConfig(OptionGroup):
     attack_mode: Literal["train", "eval"] | None = option(
         None, "Mode of the model while adversarial examples are generated.", default_text="method's"
     )
+    eps_warmup: int | None = option(
+        None, "Let eps and alpha of training rise linearly from 0 over this many epochs.", default_text="0", ge=0
+    )
     awp: float | None = option(
         None, "Adversarial weight perturbation (AWP): its size relative to the weights, such as 0.005.",
         metavar="GAMMA", default_text="off", gt=0, lt=1,

@@ -191,6 +191,9 @@ class TrainingPlan:
                 f"the schedule starts at its maximum of {schedule.max_steps} steps and never adds one; "
                 "increase --max-steps"
             )
+        rise = self.config.attack.eps_warmup
+        if rise is not None and rise >= epochs:
+            warnings.append(f"eps rises over {rise} epochs, so this run of {epochs} never trains at the full radius")
         warmup = self.config.attack.awp_warmup
         if warmup is not None and epochs <= warmup:
             warnings.append(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -175,6 +176,8 @@ class TrainerBase(StatelessAttack):
         schedule: Attack steps per epoch; by default constant.
         stopping: The stopping rule; None for none.
         name: The method's name; by default that of the class.
+        eps_warmup: Number of epochs over which the radius of training rises linearly from 0 to the attack's eps, and
+            alpha in proportion; see `warmed_up`.
 
     Attributes:
         crafter: The attack that generates the adversarial examples.
@@ -193,6 +196,7 @@ class TrainerBase(StatelessAttack):
         schedule: Schedule | None = None,
         stopping: StoppingRule | None = None,
         name: str | None = None,
+        eps_warmup: int | None = None,
     ) -> None:
         if isinstance(attack, TrainerBase):
             raise DeatError(
@@ -216,6 +220,9 @@ class TrainerBase(StatelessAttack):
         self.schedule = schedule or Constant(attack.steps if has_steps else 1)
         self.stopping = stopping
         self.base_alpha: float | None = getattr(attack, "alpha", None)
+        if eps_warmup is not None and not (is_whole_number(eps_warmup) and eps_warmup >= 0):
+            raise DeatError(f"eps_warmup = {eps_warmup} is not a whole number of epochs of 0 or more")
+        self.eps_warmup = int(eps_warmup or 0)
         self.progress = 0.0
         self._rate: Callable[[float], float | Tensor] | None = None
         self._first: dict[str, Any] | None = None
@@ -233,6 +240,30 @@ class TrainerBase(StatelessAttack):
     def reads_statistics(self) -> bool:
         """Return whether a training step may read BatchNorm's running statistics, as an attack in eval mode does."""
         return True
+
+    @contextmanager
+    def warmed_up(self, progress: float) -> Iterator[float]:
+        """Set the `progress`, and within the context the attack's eps and alpha to those of the warm-up.
+
+        Args:
+            progress: Epochs trained so far, fractional.
+
+        Yields:
+            The radius.
+        """
+        self.progress = progress
+        if progress >= self.eps_warmup:
+            yield self.eps
+            return
+        crafter, share = self.crafter, progress / self.eps_warmup
+        own = {name: getattr(crafter, name) for name in ("eps", "alpha") if hasattr(crafter, name)}
+        for name, value in own.items():
+            setattr(crafter, name, share * value)
+        try:
+            yield self.eps
+        finally:
+            for name, value in own.items():
+                setattr(crafter, name, value)
 
     def step_settings(self) -> tuple[object, ...]:
         """Return the settings that a training step uses, other than the model and the optimizer.

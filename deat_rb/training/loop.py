@@ -51,6 +51,7 @@ class Loop:
         self.run_step = StepRunner(state.trainer, state.engine, state.optimizer)
         self.requests = StopRequests(enabled=state.run is not None)
         state.warn = self._warn
+        self._eps = state.trainer.eps
 
     def __call__(self, loader: Iterable[Batch], val_loader: Iterable[Batch] | None) -> History:
         """Train to the end; see `deat_rb.training.fit.fit`."""
@@ -151,7 +152,6 @@ class Loop:
             if engine.device.type != "cpu":
                 labels = state.inputs.note(images, labels, self.checker.num_classes, state.batch)
             engine.global_batch = total
-            trainer.progress = state.epoch - 1 + min(state.batch / state.batches, 1)
             trainer.set_replay_lr(partial(self._rate, state.batch))
             set_rate(state.optimizer, self._rate(state.batch, 0.0))
             self._step(images, labels, total)
@@ -190,7 +190,7 @@ class Loop:
         if world.size > 1:
             stream = seeding.generator(state.seed, *key, device=state.engine.device)
             noise = seeding.global_batch_noise(world.share(total), total, stream)
-        with noise:
+        with noise, state.trainer.warmed_up(self._progress(state.batch, 0.0)) as self._eps:
             stats = self.run_step(images, labels, total)
         state.engine.sync_buffers(state.model, statistics=state.trainer.reads_statistics())
         for each in self.callbacks:
@@ -236,6 +236,7 @@ class Loop:
             epoch=state.epoch,
             steps=steps,
             alpha=alpha,
+            eps=self._eps if state.trainer.eps_warmup else None,
             l_x=totals["l_x"],
             lipschitz=lipschitz_lower_bound(
                 totals["l_x"],

@@ -110,6 +110,7 @@ class EpochStats:
         epoch: Number of the epoch, from 1.
         steps: Attack steps r in this epoch (for replays: number of replays).
         alpha: Step size, in [0, 1] pixel units.
+        eps: With ``eps_warmup``, the radius in the epoch's last batch; alpha was smaller in proportion.
         l_x: L1 norm of the last input gradient, summed over the examples of the epoch (Algorithms 2-5); with ``norm``
             L2, its L2 norm.
         lipschitz: Theorem 1's lower bound on the Lipschitz constant of the input gradient, averaged over examples.
@@ -146,6 +147,7 @@ class EpochStats:
     alpha: float | None = None
     l_x: float = 0.0
     lipschitz: float | None = None
+    eps: float | None = None
     examples: int = 0
     loss: float = 0.0
     train_acc: float = 0.0

@@ -56,12 +56,13 @@ def train(method: str, run: RunDirectory, callback: Callback | None = None, **op
     if method == "torchattacks.PGD":
         trainer: Trainer = deat_rb.AttackTrainer(torchattacks.PGD(model, steps=2))
     else:
-        name, _, awp = method.partition(" ")
+        name, _, option = method.partition(" ")
         trainer = deat_rb.create(
             name,
             model,
             **({"steps": 2} if name in ("trades", "mart") else {}),
-            **({"awp": 0.02, "awp_warmup": 1} if awp else {}),
+            **({"awp": 0.02, "awp_warmup": 1} if option == "awp" else {}),
+            **({"eps_warmup": 2} if option == "eps-warmup" else {}),
         )
     return trainer.fit(
         train_loader,

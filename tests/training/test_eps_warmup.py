@@ -1,0 +1,99 @@
+"""Warm-up of the radius."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torchattacks
+from fits import equal, weights
+from training_problems import images_and_labels, made
+
+import deat_rb
+from deat_rb.methods.describe import describe
+from deat_rb.training import validation
+from deat_rb.training.metrics import BatchStats
+from deat_rb.utils.errors import DeatError
+
+DATA = [images_and_labels(4)] * 2
+
+
+@pytest.mark.parametrize("name", ["pgd-2", "free-2", "m-deat", "n-fgsm", "fat-2", "trades", "torchattacks"])
+def test_eps_and_alpha_rise_together_and_validation_is_at_the_full_eps(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two batches per epoch: the shares 0, 1/4, 1/2, 3/4 in the two epochs of the warm-up, then 1."""
+    if name == "torchattacks":
+        attack = torchattacks.PGD(made(), eps=0.1, alpha=0.04, steps=2)
+        trainer: Any = deat_rb.AttackTrainer(attack, eps_warmup=2)
+    else:
+        trainer = deat_rb.create(name, made(), eps=0.1, eps_warmup=2)
+    seen: list[tuple[float, float]] = []
+    step, validated = trainer.training_step, []
+
+    def watched(*args: Any) -> BatchStats:
+        base = trainer.schedule.alpha(trainer.base_alpha, 0.1)
+        seen.append((trainer.crafter.eps / 0.1, trainer.crafter.alpha / base))
+        stats: BatchStats = step(*args)
+        return stats
+
+    validate = validation.validate
+
+    def at(*args: Any, eps: float, **options: Any) -> validation.Validation:
+        validated.append(eps)
+        return validate(*args, eps=eps, **options)
+
+    trainer.__dict__["training_step"] = watched
+    monkeypatch.setattr(validation, "validate", at)
+    rows = trainer.fit(DATA, [images_and_labels(4)], epochs=3, lr=1e-3).rows
+    assert seen == [pytest.approx((share, share)) for share in (0, 0.25, 0.5, 0.75, 1, 1)]
+    assert validated == [0.1] * 3
+    assert [row.eps for row in rows] == pytest.approx([0.025, 0.075, 0.1])
+    assert trainer.eps == 0.1
+    assert trainer.crafter.eps == 0.1
+
+
+def test_the_first_batch_is_trained_on_clean_images() -> None:
+    """The only epoch has one batch, at the radius 0, so that FREE-1, which draws no noise, is standard training."""
+    models = [made(), made()]
+    for trainer in (deat_rb.create("standard", models[0]), deat_rb.create("free-1", models[1], eps_warmup=1)):
+        trainer.fit([images_and_labels(4)], epochs=1, lr=0.1, lr_schedule="flat")
+    assert equal(weights(models[0]), weights(models[1]))
+
+
+def test_no_warm_up_changes_nothing() -> None:
+    models = []
+    for options in ({}, {"eps_warmup": 0}):
+        models.append(made())
+        rows = deat_rb.create("pgd-2", models[-1], **options).fit(DATA, epochs=1, lr=0.1).rows
+        assert rows[0].eps is None
+    assert equal(weights(models[0]), weights(models[1]))
+
+
+def test_describe_says_how_eps_rises() -> None:
+    assert describe("pgd-7", eps_warmup=5).attack.endswith(", uniform start, eps and alpha from 0 over 5 epochs")
+
+
+@pytest.mark.parametrize(
+    ("name", "warmup", "message"),
+    [
+        ("pgd-7", -1, "eps_warmup = -1 is not a whole number of epochs of 0 or more"),
+        ("pgd-7", 1.5, "eps_warmup = 1.5 is not a whole number"),
+        ("standard", 3, "the method standard has no parameter eps_warmup"),
+    ],
+)
+def test_create_refuses_a_warm_up(name: str, warmup: Any, message: str) -> None:
+    with pytest.raises(DeatError, match=message):
+        deat_rb.create(name, made(), eps_warmup=warmup)
+
+
+def test_eps_is_restored_if_a_step_fails() -> None:
+    trainer = deat_rb.create("pgd-2", made(), eps=0.1, eps_warmup=2)
+
+    def fails(*args: Any) -> BatchStats:
+        raise RuntimeError(f"stop at {trainer.eps:g}")
+
+    trainer.__dict__["training_step"] = fails
+    with pytest.raises(RuntimeError, match="stop at 0"):
+        trainer.fit(DATA, epochs=1, lr=0.1)
+    assert trainer.crafter.eps == 0.1
