@@ -204,7 +204,7 @@ def _open_entry(file: Path) -> Network:
     provenance = {"entry": entry.key, "weights_sha256": str(entry.weights_sha256)}
     size, channels = (entry.model.image_size, entry.model.channels) if entry.model is not None else (None, 3)
     return Network(model, str(file), provenance, tuple(entry.classes or ()), True, size, channels,
-                   parse_fraction(entry.eps))  # fmt: skip
+                   parse_fraction(entry.eps), entry.threat_model)  # fmt: skip
 
 
 def _open_checkpoint(path: Path, options: NetworkOptions, dataset: str | None) -> Network:

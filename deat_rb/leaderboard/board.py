@@ -127,6 +127,7 @@ class Board:
             "dataset": dataset,
             "dataset_note": self._dataset_note(dataset, fingerprint, metadata.dataset_note),
             "eps": format_fraction(submission.eps),
+            "threat_model": submission.norm,
             "n_test": len(submission.data.test),
             "model": submission.spec,
             "classes": submission.classes,

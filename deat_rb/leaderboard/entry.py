@@ -187,7 +187,7 @@ class Entry(RobustBenchInfo):
     Attributes:
         schema_version: Version of this record.
         model_name: ``<FirstAuthor><Year><FirstWordOfTitle>[_suffix]``, as RobustBench names models.
-        threat_model: ``Linf``.
+        threat_model: ``Linf`` or ``L2``.
         kind: ``measured`` (accuracies measured or re-measured by this board) or ``published`` (claims).
         dataset: RobustBench's name of the dataset, or the board's own, such as ``cifar10-jpeg``.
         dataset_note: A description of the dataset, such as "CIFAR-10 (JPEG), not CIFAR-10".
@@ -220,7 +220,7 @@ class Entry(RobustBenchInfo):
 
     schema_version: Literal[1] = SCHEMA_VERSION
     model_name: Annotated[str, AfterValidator(check_model_name)]
-    threat_model: Literal["Linf"] = "Linf"
+    threat_model: Literal["Linf", "L2"] = "Linf"
     kind: Literal["measured", "published"]
     dataset_note: LineText | None = None
     method: ShortText | None = None

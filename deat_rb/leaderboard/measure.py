@@ -55,8 +55,10 @@ def check_claim(claim: Report, submission: Submission) -> None:
     """
     evaluation = f"the eval.json of {submission.source}"
     again = f"run deat-rb eval --attacks {','.join(ATTACKS[1:])} again, or submit with --evaluate"
-    if claim.precision != "fp32" or claim.norm != "Linf":
-        raise DeatError(f"{evaluation} uses {claim.precision} and {claim.norm}, not fp32 and Linf: {again}")
+    if (claim.precision, claim.norm) != ("fp32", submission.norm):
+        raise DeatError(
+            f"{evaluation} uses {claim.precision} and {claim.norm}, not fp32 and {submission.norm}: {again}"
+        )
     missing = [attack for attack in ATTACKS if attack not in claim.results]
     if missing:
         raise DeatError(f"{evaluation} has no results for {', '.join(missing)}: {again}")
@@ -136,8 +138,8 @@ def evaluate_fully(submission: Submission, n_examples: int | None, **options: An
         DeatError: A check fails, or the measurement contradicts the submission's ``model_info``.
     """
     images, labels = first_test_examples(submission.data, n_examples, logit_of_class=submission.logit_of_class)
-    report = evaluate(submission.model, images, labels, attacks=ATTACKS[1:], eps=submission.eps, checks="quick",
-                      keep_adversarial=False, **options)  # fmt: skip
+    report = evaluate(submission.model, images, labels, attacks=ATTACKS[1:], eps=submission.eps, norm=submission.norm,
+                      checks="quick", keep_adversarial=False, **options)  # fmt: skip
     refuse_failed(report.checks, str(submission.source))
     compare_claim(submission.claimed, report, f"the model_info of {submission.source}")
     return _entry_fields(report, report.checks)
@@ -155,7 +157,8 @@ def verify_claim(submission: Submission, n_examples: int | None, sample: int, **
     if n_examples not in (None, claim.n_examples):
         raise DeatError(f"--n-examples {n_examples} differs from {source} ({claim.n_examples} examples): omit it, "
                         "or submit with --evaluate")  # fmt: skip
-    rows, report = evaluate_sample(submission.model, submission.data, claim.n_examples, sample, claim.eps, **options)
+    rows, report = evaluate_sample(submission.model, submission.data, claim.n_examples, sample, claim.eps,
+                                   norm=submission.norm, **options)  # fmt: skip
     claimed = {str(attack): 100 * claim.results[attack].accuracy for attack in ATTACKS}
     compare_claim(claimed, report, source)
     compare_verdicts(claim, report, rows, source)

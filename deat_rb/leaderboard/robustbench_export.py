@@ -67,7 +67,7 @@ def export_board(
         if reason is not None:
             left_out.append(f"{entry.key}: {reason}")
             continue
-        paths = ExportPaths.below(Path(output), str(stands_for), entry.model_name)
+        paths = ExportPaths.below(Path(output), str(stands_for), entry.model_name, entry.threat_model)
         if paths.weights in contents:
             raise DeatError(f"{entry.key} and another entry would both be exported as {stands_for}/"
                             f"{entry.model_name}: export one dataset at a time with --dataset")  # fmt: skip
@@ -103,7 +103,9 @@ def _refusal(entry: Entry, dataset: str | None) -> str | None:
 def _files(board: Path, entry: Entry, dataset: str, paths: ExportPaths) -> dict[Path, bytes]:
     return {
         paths.weights: robustbench_weights(load_network(entry, board)),
-        paths.source: model_source(entry.model_name, dataset, cast(ModelSpec, entry.model)).encode(),
+        paths.source: model_source(
+            entry.model_name, dataset, cast(ModelSpec, entry.model), entry.threat_model
+        ).encode(),
         paths.info: json.dumps(robustbench_info(entry, dataset), indent=2, ensure_ascii=False).encode() + b"\n",
     }
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from deat_rb.attacks.threat_models import THREATS
 from deat_rb.data.datasets import DATASETS, Dataset
 from deat_rb.data.normalization import Normalization
 from deat_rb.evaluation.report import Report
@@ -137,6 +138,7 @@ class Submission:
         claimed: Accuracy in percent by attack, from a ``model_info``.
         classes: Class names in the order of the logits.
         logit_of_class: See `deat_rb.models.class_names.match_classes`.
+        norm: Norm of the attacks, ``Linf`` or ``L2``: a run's own, or that of an export's folder.
     """
 
     source: Path
@@ -151,6 +153,7 @@ class Submission:
     claimed: dict[str, float] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
     logit_of_class: tuple[int, ...] = ()
+    norm: str = "Linf"
 
 
 def open_submission(target: Path, metadata: SubmissionMetadata, scratch: Path) -> Submission:
@@ -188,11 +191,11 @@ def _named_as_submitted(originals: Mapping[Path, Path]) -> Iterator[None]:
 
 
 def _weights_in_export(folder: Path, model_name: str) -> Path:
-    files = sorted(folder.glob("models/*/Linf/*.pt"))
+    files = sorted(file for norm in THREATS for file in folder.glob(f"models/*/{norm}/*.pt"))
     named = [path for path in files if path.stem == model_name] or files
     if len(named) != 1:
         raise DeatError(f"{folder} is neither a run directory nor an export of one model ({len(named)} models found): "
-                        "give a run, or the file models/<dataset>/Linf/<name>.pt")  # fmt: skip
+                        "give a run, or the file models/<dataset>/<norm>/<name>.pt")  # fmt: skip
     for path in (named[0], _info_beside(named[0])):
         link = symlink_in_path(folder, path.absolute().relative_to(folder.absolute()))
         if link is not None:
@@ -233,7 +236,7 @@ def _open_run(target: Path, metadata: SubmissionMetadata, scratch: Path) -> Subm
         facts = {**training_facts(config, rows), "architecture": _architecture(spec), **metadata.declared_fields()}
         claim = _claim(target, copied) if (copied / EVALUATION).exists() else None
     return Submission(target, model, spec, data, dataset_name, config.attack.eps, facts, claim, digest,
-                      classes=data.classes)  # fmt: skip
+                      classes=data.classes, norm=config.attack.norm)  # fmt: skip
 
 
 def _claim(target: Path, copied: Path) -> Report:
@@ -289,7 +292,7 @@ def _open_checkpoint(weights: Path, metadata: SubmissionMetadata, scratch: Path)
     return Submission(
         weights, model, spec, data, dataset_name, parse_fraction(info.eps), facts, None, digest,
         {attack: float(text) for attack, text in claimed.items() if text is not None}, matched.classes,
-        matched.logit_of_class,
+        matched.logit_of_class, _norm_of(weights, source),
     )  # fmt: skip
 
 
@@ -308,6 +311,12 @@ def _checkpoint_info(weights: Path, metadata: SubmissionMetadata) -> tuple[Robus
                         "or a model_info with --info FILE.json")  # fmt: skip
     content = {"dataset": metadata.dataset, "eps": metadata.eps, "additional_data": False, "number_forward_passes": 1}
     return RobustBenchInfo.parse(json.dumps(content).encode(), str(weights)), weights
+
+
+def _norm_of(weights: Path, info: Path) -> str:
+    """Return the norm of an export's folder if its ``model_info`` is used; a checkpoint's is Linf."""
+    folder = weights.absolute().parent.name
+    return folder if folder in THREATS and info == ExportPaths.beside(weights).info else "Linf"
 
 
 def _info_beside(weights: Path) -> Path:

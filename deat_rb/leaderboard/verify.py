@@ -89,7 +89,7 @@ def verify(
                                         dataset=data.name)  # fmt: skip
                 _, report = evaluate_sample(
                     model, data, cast(int, entry.n_examples), sample, parse_fraction(entry.eps),
-                    logit_of_class=matched.logit_of_class,
+                    norm=entry.threat_model, logit_of_class=matched.logit_of_class,
                     batch_size=batch_size, device=device, progress=progress,
                 )  # fmt: skip
                 compare_claim({name: 100 * each.accuracy for name, each in entry.figures.items()}, report, "the entry")

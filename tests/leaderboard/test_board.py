@@ -6,6 +6,7 @@ import hashlib
 import multiprocessing
 import os
 import re
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,22 @@ from typing import Any
 import made_up_board
 import pytest
 import torch
-from board_problems import NAME, FakeEvaluation, digits, make_run, network, snapshot, submit
+from board_problems import (
+    NAME,
+    FakeEvaluation,
+    claim,
+    digits,
+    make_checkpoint,
+    make_run,
+    network,
+    snapshot,
+    submit,
+)
 
 from deat_rb.leaderboard.board import Board
 from deat_rb.leaderboard.entry import Entry, parse_entry, read_entry
 from deat_rb.leaderboard.pages.index import build
+from deat_rb.leaderboard.ranking import rank
 from deat_rb.leaderboard.untrusted import MAX_JSON
 from deat_rb.leaderboard.verify import verify
 from deat_rb.models.spec import build_model
@@ -39,6 +51,35 @@ def test_submit_writes_the_entry_and_its_weights(tmp_path: Path, board: Board, f
     load_weights(model, safe_load.load_tensors(weights), source="the board")
     assert torch.equal(model.eval()(torch.zeros(1, 3, 32, 32)), network()(torch.zeros(1, 3, 32, 32)))
     assert {path.name for path in board.path.iterdir()} - {".lock"} == {"entries", "weights"}
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_submit_measures_and_ranks_a_run_in_its_own_norm(
+    evaluated: bool, tmp_path: Path, board: Board, fake: FakeEvaluation
+) -> None:
+    linf = submit(board, make_run(tmp_path / "linf"))
+    run = make_run(tmp_path / "run", evaluated=False, norm="L2")
+    if evaluated:
+        claim(run)
+        with pytest.raises(DeatError, match="uses fp32 and Linf, not fp32 and L2"):
+            submit(board, run)
+        claim(run, norm="L2")
+    entry = submit(board, run)
+    assert fake.calls[-1]["norm"] == "L2"
+    assert (entry.threat_model, entry.key) == ("L2", "digits/L2/Wang2021Gradient")
+    assert read_entry(board.path / "entries/digits/L2/Wang2021Gradient.json") == entry
+    assert [(ranked.entry, ranked.rank) for ranked in rank([linf, entry])] == [(entry, 1), (linf, 1)]
+    assert verify(board.path, sample=50).problems == []
+    assert fake.calls[-2]["norm"] == "L2"
+
+
+def test_submit_takes_the_norm_of_an_exports_folder(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
+    shutil.copytree(make_checkpoint(tmp_path / "linf").parents[3], tmp_path / "l2")
+    for kind in ("models", "model_info"):
+        (tmp_path / "l2" / kind / "cifar10" / "Linf").rename(tmp_path / "l2" / kind / "cifar10" / "L2")
+    for folder, norm in (("linf", "Linf"), ("l2", "L2")):
+        entry = submit(board, tmp_path / folder, "Wong2020Fast", dataset="digits")
+        assert (entry.threat_model, fake.calls[-1]["norm"]) == (norm, norm)
 
 
 def test_submit_refuses_a_taken_name_before_evaluating(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
