@@ -202,9 +202,11 @@ class CraftStats:
         forwards: Forward passes, in units of this mini-batch.
         backwards: Backward passes, in units of this mini-batch.
         overflows: Number of gradients of single examples, over all steps, that overflowed in fp16 and count as zero.
+        gradient: The last input gradient, up to a factor, (N, C, H, W), if the attack provides it.
     """
 
     l_x: Tensor
     forwards: float | Tensor
     backwards: float | Tensor
     overflows: float | Tensor = 0.0
+    gradient: Tensor | None = None

@@ -173,6 +173,7 @@ class PGD(StatelessAttack):
     ) -> tuple[Tensor, CraftStats]:
         threat = self.threat
         l_x, overflows = images.new_zeros(()), _Overflows(self.loss_scale)
+        gradient: Tensor | None = None
         for step in range(self.steps):
             with self._full_precision(images, step):
                 _, gradient, unit = self._gradient(adv, labels, clean)
@@ -180,7 +181,7 @@ class PGD(StatelessAttack):
             adv = threat.ascend(adv, images, gradient, self.alpha, self._step_noise(images))
             if step == self.steps - 1:
                 l_x = _times(threat.total_dual_norm(gradient), unit)
-        return adv, CraftStats(l_x, forwards=self.steps, backwards=self.steps, overflows=overflows.count)
+        return adv, CraftStats(l_x, self.steps, self.steps, overflows.count, gradient)
 
     def _early_stopped(
         self, images: Tensor, labels: Tensor, clean: Tensor | None, adv: Tensor

@@ -22,7 +22,7 @@ from deat_rb.utils.units import check_eps, is_whole_number, parse_scalar
 WHOLE_NUMBERS = frozenset({"steps", "max_steps", "start", "every", "tau", "m", "awp_warmup", "eps_warmup"})
 """Overrides that are whole numbers."""
 
-NUMBERS = frozenset({"awp", "gamma", "beta", "label_smoothing", "omega", "threshold", "drop", "guard"})
+NUMBERS = frozenset({"align", "awp", "gamma", "beta", "label_smoothing", "omega", "threshold", "drop", "guard"})
 """Overrides that are real numbers."""
 
 
@@ -70,7 +70,7 @@ def configure(
             "uses one pass for both attack and update; choose another method, such as pgd-N, n-fgsm or trades"
         )
     accepted = set(inspect.signature(resolve(row.trainer)).parameters)
-    trainer_keys = ({"carry"} & set(trainer_options)) | ({"lr_per_replay", "awp", "awp_warmup"} & accepted)
+    trainer_keys = ({"carry", "align"} & set(trainer_options)) | ({"lr_per_replay", "awp", "awp_warmup"} & accepted)
     trainer_keys |= {"eps_warmup"} if steps > 0 or row.guided else set()
     trainer_options |= {key: values.pop(key) for key in trainer_keys & set(values)}
     beta = values.pop("beta", row.beta) if row.loss in ("trades", "mart") else row.beta

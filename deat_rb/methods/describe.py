@@ -130,8 +130,9 @@ def _attack(row: Recipe, eps: float) -> str:
 
 
 def _loss(row: Recipe) -> str:
-    awp = row.trainer_options.get("awp")
-    return _surrogate(row) + (f", AWP with gamma {awp:g}{_after_warmup(row)}" if awp is not None else "")
+    awp, align = row.trainer_options.get("awp"), row.trainer_options.get("align")
+    aligned = "" if align is None else f" + {align:g} (1 - cos of gradients)"
+    return _surrogate(row) + aligned + (f", AWP with gamma {awp:g}{_after_warmup(row)}" if awp is not None else "")
 
 
 def _surrogate(row: Recipe) -> str:

@@ -46,6 +46,9 @@ class AttackTrainer(Trainer):
         options: As for `Trainer`.
     """
 
+    penalty_passes = (0, 0)
+    """Forward and backward passes of `_penalty` and its derivative."""
+
     _averages: bool | None = None
 
     def __init__(
@@ -125,6 +128,8 @@ class AttackTrainer(Trainer):
                 self._perturb_weights(self.awp, images, adv, labels, engine)
                 extra = 1
             loss, adv_logits = self._forward_losses(engine.ddp_model(self.model), images, adv, labels, engine)
+            penalty = self._penalty(images, labels, crafting, engine)
+            loss = loss if penalty is None else loss + penalty
             engine.update(loss, optimizer)
         finally:
             if self.awp is not None:
@@ -135,8 +140,8 @@ class AttackTrainer(Trainer):
             loss=loss.detach().sum(),
             correct=(adv_logits.argmax(dim=1) == labels).sum(),
             l_x=crafting.l_x,
-            forwards=crafting.forwards + own * (1 + extra),
-            backwards=crafting.backwards + 1 + extra,
+            forwards=crafting.forwards + own * (1 + extra) + self.penalty_passes[0],
+            backwards=crafting.backwards + 1 + extra + self.penalty_passes[1],
             updates=1,
             image_size=images[0].numel(),
             overflows=crafting.overflows,
@@ -155,6 +160,10 @@ class AttackTrainer(Trainer):
                 return self.loss.function(adv_logits, labels, clean_logits), adv_logits
             adv_logits = model(adv)
             return self.loss.function(adv_logits, labels), adv_logits
+
+    def _penalty(self, images: Tensor, labels: Tensor, crafting: CraftStats, engine: Engine) -> Tensor | None:
+        """Return what is added to the loss of each example, (N,), or None."""
+        return None
 
     def _perturb_weights(
         self, awp: WeightPerturbation, images: Tensor, adv: Tensor, labels: Tensor, engine: Engine

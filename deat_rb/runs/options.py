@@ -125,6 +125,9 @@ class AttackConfig(OptionGroup):
         None, "Standard deviation of the noise added after each step of friendly attacks.",
         default_text="method's: 0.001 for fat-N, else 0", ge=0, allow_inf_nan=False,
     )  # fmt: skip
+    align: float | None = option(
+        None, "Weight of gradient alignment in gradalign.", default_text="method's: 0.2", ge=0, allow_inf_nan=False
+    )
     carry: bool | None = option(
         None, "Carry FREE's perturbation over from batch to batch; otherwise it is reset to zero in each batch.",
         default_text="setting's: yes fast, no standard",

@@ -11,7 +11,7 @@ from deat_rb.methods.stopping import GradientRatio, RobustnessDrop
 from deat_rb.training.base import Constant
 
 D = {"every": 3, "max_steps": None}
-NOT_IN_THE_PAPER = ("n-fgsm", "m+n-fgsm")
+NOT_IN_THE_PAPER = ("n-fgsm", "m+n-fgsm", "gradalign")
 P = {"threshold": 0.4, "max_steps": None}
 DROP = {"drop": 0.2, "validation_steps": 5}
 RATIO = {"m": 2, "gamma": 1.5, "guard": 0.4}
@@ -47,4 +47,6 @@ TABLE: dict[str, tuple[Any, ...]] = {
     # Not in the paper. N-FGSM: de Jorge et al. 2022, section 4 (alpha = eps); T as U-FGSM.
     "n-fgsm":   ("attack",  1,  8, "uniform", "ce", None, "train", "ce",     Constant, {}, None, {}, 15),
     "m+n-fgsm": ("attack",  1,  8, "uniform", "ce", None, "train", "ce",     Constant, {}, GradientRatio, RATIO, 15),
+    # GradAlign: Andriushchenko and Flammarion 2020, section 4 (FGSM without a random start); T as U-FGSM.
+    "gradalign": ("attack", 1,  8, "none",    "ce", None, "train", "ce",     Constant, {}, None, {}, 15),
 }  # fmt: skip

@@ -44,6 +44,7 @@ CASES = [
     ("m+u-fgsm", None),
     ("n-fgsm", None),
     ("m+n-fgsm", None),
+    ("gradalign", None),
     ("fat-5", None),
     ("trades", None),
     ("f+trades", None),

@@ -211,6 +211,26 @@ def n_fgsm(loop: Loop, images: Tensor, labels: Tensor) -> None:
     loop.update(cross_entropy(logits, labels), logits, labels)
 
 
+def gradalign(loop: Loop, images: Tensor, labels: Tensor) -> None:
+    """GradAlign (Andriushchenko and Flammarion 2020, Equation 5): FGSM without noise, and a penalty on 1 - cos.
+
+    Of the two gradients the one at the image is a constant, as in the public code.
+    """
+    clean = images.clone().requires_grad_()
+    cross_entropy(loop.forward(clean), labels).sum().backward()
+    assert clean.grad is not None
+    loop.epoch.l_x += clean.grad.abs().sum().item()
+    adversarial = loop.step(images, images, clean.grad)
+    logits = loop.forward(adversarial)
+    random = (images + torch.empty(images.shape, dtype=images.dtype).uniform_(-loop.eps, loop.eps)).requires_grad_()
+    each = cross_entropy(loop.forward(random), labels)
+    (other,) = torch.autograd.grad(each.sum(), random, create_graph=True)
+    one, two = clean.grad.flatten(1), other.flatten(1)
+    cosine = (one * two).sum(1) / (one.square().sum(1).sqrt() * two.square().sum(1).sqrt())
+    loop.epoch.backwards += 3  # at the image, at the random point, and through the latter
+    loop.update(cross_entropy(logits, labels) + 0.2 * (1 - cosine), logits, labels)
+
+
 def trades(loop: Loop, images: Tensor, labels: Tensor) -> None:
     """TRADES: the attack maximizes KL to the clean prediction, computed once; Algorithm 4 with another loss."""
     fixed = loop.forward(images).detach()
@@ -331,6 +351,7 @@ BODIES: dict[str, tuple[Body, float, int]] = {
     "deat": (deat, SINGLE, 8),
     "u-fgsm": (u_fgsm, SINGLE, 1),
     "n-fgsm": (n_fgsm, 8 / 255, 1),
+    "gradalign": (gradalign, 8 / 255, 1),
     "fat": (fat, INNER, 5),
     "trades": (trades, INNER, 10),
     "f+trades": (f_trades, INNER, 10),

@@ -169,7 +169,7 @@ def test_recipe_suggests_the_nearest_name(wrong: str, meant: str) -> None:
 def test_create_lists_all_names_when_none_is_near() -> None:
     with pytest.raises(
         DeatError,
-        match=r"no method 'zzzzzzzz': choose one of standard, free-8, deat-3, .*, m\+mart, n-fgsm, m\+n-fgsm$",
+        match=r"no method 'zzzzzzzz': choose one of standard, free-8, .*, m\+mart, n-fgsm, m\+n-fgsm, gradalign$",
     ):
         create("zzzzzzzz", Plane())
 

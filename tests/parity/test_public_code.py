@@ -92,6 +92,7 @@ def train(name: str, **options: Any) -> tuple[Trainer, float, int, float]:
         ("u-fgsm", "u-fgsm", {}),
         ("n-fgsm", "n-fgsm", {}),
         ("n-fgsm", "m+n-fgsm", {}),
+        ("gradalign", "gradalign", {}),
     ],
 )
 def test_training_equals_the_public_code(case: str, name: str, options: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -24,10 +25,10 @@ from deat_rb.training.trainer import Trainer
 from deat_rb.utils.module_state import preserve_state
 
 METHODS = list(dict.fromkeys(name for name, _ in CASES if name != "standard"))
-FREED = [("n-fgsm", "ball"), ("m+n-fgsm", "ball")]
-"""Methods without the projection onto the eps-ball."""
+FREED = [("n-fgsm", "ball"), ("m+n-fgsm", "ball"), ("gradalign", "ball")]
+"""Methods without the projection onto the eps-ball, or whose one step never leaves it."""
 
-OTHER_START = {"uniform": "normal", "normal": "uniform"}
+OTHER_START = {"uniform": "normal", "normal": "uniform", "none": "uniform"}
 
 
 def noticed(name: str) -> bool:
@@ -62,7 +63,7 @@ def test_mutations_cover_all_methods() -> None:
 def test_mutation_of_the_step_size_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def larger(trainer: Trainer) -> None:
         assert trainer.base_alpha is not None
-        trainer.base_alpha *= 1.05
+        trainer.base_alpha *= 0.95 if name == "gradalign" else 1.05  # a longer first step is clipped to the ball
         trainer.apply_schedule()
 
     change_trainers(monkeypatch, larger)
@@ -103,7 +104,7 @@ def test_mutation_without_projection_is_noticed(name: str, bound: str, monkeypat
 
 
 @pytest.mark.parametrize("change", [{"project": True}, {"start_scale": 1.9}])
-@pytest.mark.parametrize("name", [name for name, _ in FREED])
+@pytest.mark.parametrize("name", ["n-fgsm", "m+n-fgsm"])
 def test_mutation_of_n_fgsm_is_noticed(name: str, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     change_trainers(monkeypatch, lambda trainer: vars(trainer.crafter).update(change))
     assert noticed(name)
@@ -134,7 +135,12 @@ def test_mutation_of_the_replay_gradient_is_noticed(name: str, monkeypatch: pyte
     assert noticed(name)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if "deat" not in name and "free" not in name])
+def test_mutation_of_the_weight_of_gradient_alignment_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    change_trainers(monkeypatch, lambda trainer: setattr(trainer, "align", 0.19))
+    assert noticed("gradalign")
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if not re.search("deat|free|gradalign", name)])
 def test_mutation_with_an_early_update_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Algorithm 4, lines 6-13: all r steps come before the update."""
     craft = AttackTrainer.craft

@@ -1,0 +1,65 @@
+"""Gradient alignment (GradAlign, Andriushchenko and Flammarion 2020, arXiv:2007.02617)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - the usual alias
+
+from deat_rb.attacks.base import CraftStats
+from deat_rb.attacks.losses import cross_entropy
+from deat_rb.attacks.pgd import PGD
+from deat_rb.methods.trainers import AttackTrainer
+from deat_rb.training.base import SurrogateLoss
+from deat_rb.training.engine import Engine
+from deat_rb.utils.errors import DeatError
+
+
+class GradAlignTrainer(AttackTrainer):
+    """FGSM with a penalty on the angle between the input gradients at the image and at a random point in the eps-ball.
+
+    To the loss of each example ``align * (1 - cos)`` is added. As in the public code, the gradient at the image is that
+    of the attack and a constant; the other one is differentiated again, which takes a second-order backward pass.
+
+    Args:
+        attack: A `PGD` on cross-entropy with one step from the clean images.
+        loss: The surrogate loss.
+        align: Weight of the penalty: 0.2 at eps = 8/255 on CIFAR-10.
+        options: As for `AttackTrainer`, without AWP.
+    """
+
+    penalty_passes = (1, 2)
+
+    def __init__(self, attack: PGD, *, loss: str | SurrogateLoss = "ce", align: float = 0.2, **options: Any) -> None:
+        if not isinstance(attack, PGD) or attack.loss != "ce" or attack.tau is not None:
+            raise DeatError("gradient alignment needs a deat_rb.PGD on cross-entropy without tau")
+        if not (math.isfinite(align) and align >= 0):
+            raise DeatError(f"align = {align:g} is not a finite number of 0 or more; the paper uses 0.2 at eps 8/255")
+        super().__init__(attack, loss=loss, **options)
+        self.align = align
+
+    def _penalty(self, images: Tensor, labels: Tensor, crafting: CraftStats, engine: Engine) -> Tensor:
+        if engine.compiled:
+            raise DeatError("gradient alignment needs second derivatives, which torch.compile lacks: omit --compile")
+        first = crafting.gradient
+        if first is None:
+            raise DeatError(f"steps = {self.steps}: gradient alignment needs the gradient of 1 attack step or more")
+        noise = self.crafter.threat.training_noise(images, self.crafter.eps)
+        with engine.autocast():
+            point = (images + noise).requires_grad_()
+            loss = cross_entropy(self.model(point), labels).sum() * engine.loss_scale
+        (second,) = torch.autograd.grad(loss, point, create_graph=True)
+        one, two = (gradient.float() if gradient.dtype != torch.float64 else gradient for gradient in (first, second))
+        cosines = F.cosine_similarity(_of_length_1(one), _of_length_1(two), dim=1, eps=1e-30)
+        defined = (one.detach().flatten(1).any(dim=1)) & (two.detach().flatten(1).any(dim=1))
+        return self.align * torch.where(defined, 1 - cosines, 0.0)
+
+
+def _of_length_1(gradient: Tensor) -> Tensor:
+    """Return gradients divided by their lengths, as constants, so that squares do not underflow, (N, |x|)."""
+    flat = gradient.flatten(1)
+    lengths: Tensor = torch.linalg.vector_norm(flat.detach(), dim=1, keepdim=True)
+    return flat / lengths.clamp_min(1e-30)
