@@ -20,7 +20,7 @@ import deat_rb
 from deat_rb.attacks.gradient_probe import lipschitz_lower_bound
 from deat_rb.attacks.threat_models import L2
 from deat_rb.cli import main
-from deat_rb.loading import open_target
+from deat_rb.eval_target import open_target
 from deat_rb.methods import registry
 from deat_rb.methods.describe import describe
 from deat_rb.methods.recipes import Recipe
