@@ -46,7 +46,9 @@ def test_wheel_contains_every_source_file(wheel: zipfile.ZipFile) -> None:
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "deat_rb").rglob("*.py")}
     commands = {f"deat_rb/cli/{path.name}" for path in (ROOT / "cli").glob("*.py")}
     data = {
-        path.relative_to(ROOT).as_posix() for kind in ("j2", "json") for path in (ROOT / "deat_rb").rglob(f"*.{kind}")
+        path.relative_to(ROOT).as_posix()
+        for kind in ("j2", "json", "toml")
+        for path in (ROOT / "deat_rb").rglob(f"*.{kind}")
     }
     assert {*modules, *commands, *data, "deat_rb/py.typed"} == {
         name for name in wheel.namelist() if name.startswith("deat_rb/")
