@@ -297,6 +297,7 @@ def published(name: str, number: int) -> dict[str, dict[str, Published]]:
 
 
 def columns_of(target: Target, autoattack: bool) -> tuple[str, ...]:
-    """Return the columns of a table: its own, AutoAttack if it was run, and the costs."""
-    attacks = [*target.columns, *(["autoattack"] if autoattack else [])]
+    """Return the columns of a table: its own, AutoAttack if it was run, and the costs; for Figure 5 its attack."""
+    own = ["natural", *target.attacks] if target.figure == "trade-off" else target.columns
+    attacks = [*own, *(["autoattack"] if autoattack else [])]
     return tuple(dict.fromkeys((*(each for each in attacks if each != EPOCHS), PASSES, EPOCHS, MINUTES)))
