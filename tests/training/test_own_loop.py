@@ -8,12 +8,24 @@ from typing import Any
 
 import pytest
 
+TEXT = (Path(__file__).parents[2] / "docs" / "training_loop.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
 
 def test_training_step_loop_of_the_docs_raises_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "training_loop.md").read_text()
-    [block] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    block = BLOCKS[0]
     names: dict[str, Any] = {}
     exec(compile(block, "training_loop.md", "exec"), names)
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(",")[0] for line in lines] == ["epoch 1: steps 1", "epoch 2: steps 2", "epoch 3: steps 2"]
     assert names["optimizer"].state
+
+
+def test_fabric_loop_of_the_docs_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lightning_fabric", reason="an optional package that nothing else needs")
+    names: dict[str, Any] = {}
+    exec(compile(BLOCKS[1], "training_loop.md", "exec"), names)
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    momentum = [state["momentum_buffer"] for state in names["optimizer"].optimizer.state.values()]
+    assert momentum
+    assert all(bool(buffer.any()) for buffer in momentum)
