@@ -35,6 +35,7 @@ class EarlyStopping(Callback):
 class Patience(Callback):
     """End training when the robust validation accuracy has not risen for some epochs.
 
+    Only a validated epoch can end it, so that a shorter patience than ``validate_every`` waits for the next validation.
     It has no state of its own: the best epoch is found in the history.
 
     Args:
@@ -50,7 +51,7 @@ class Patience(Callback):
     def on_validation_end(self, row: EpochStats) -> None:  # noqa: D102 - the base class says it
         history = self.state.history
         validated = [each for each in (*history.rows, row) if each.val_robust_acc is not None]
-        if not validated or history.stopped is not None:
+        if row.val_robust_acc is None or history.stopped is not None:
             return
         best = max(validated, key=lambda each: (each.val_robust_acc or 0.0, -each.epoch))
         if row.epoch - best.epoch >= self.epochs:

@@ -69,6 +69,19 @@ def test_patience_ends_training(
     assert history.rows[-1].stopped == history.stopped
 
 
+def test_patience_waits_for_the_next_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The epochs between two validations are no evidence: 0.2 < 0.3 at epoch 4, 0.1 at epoch 6 ends training."""
+    script = [0.2, 0.3, 0.1]
+    monkeypatch.setattr(
+        "deat_rb.training.validation.validate", lambda *args, **options: Validation(0.9, script.pop(0), 3, 2)
+    )
+    history = deat_rb.create("pgd-1", made()).fit(
+        loader(), [images_and_labels()], lr=0.05, lr_schedule="flat", epochs=9, patience=1, validate_every=2
+    )
+    assert (len(history.rows), history.selected) == (6, 4)
+    assert history.stopped == "robust validation accuracy has not risen for 2 epochs"
+
+
 def test_open_ended_run_is_a_result_after_every_epoch_and_resumes(tmp_path: Path) -> None:
     """Interrupted in the third epoch it has the files of a run of two, and goes on where it was."""
 
