@@ -166,7 +166,8 @@ class RunDirectory:
         """
         path = self.path / f"{self.config.optim.select}.safetensors"
         if not path.is_file():
-            raise DeatError(f"{path} is missing, as the run has not finished an epoch; continue it with --resume")
+            done = "validated" if (self.path / "last.safetensors").is_file() else "finished"
+            raise DeatError(f"{path} is missing, as the run has not {done} an epoch; continue it with --resume")
         return path
 
     @property

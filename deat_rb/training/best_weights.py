@@ -71,7 +71,12 @@ class BestWeights(Callback):
         self.state.writer.start(write)
 
     def _best(self) -> EpochWeights | None:
-        return _most_robust([self.state.settled, *self.state.recent])
+        """Return the best epoch; if a stopping rule ended training before a validation, the epoch that it keeps."""
+        state = self.state
+        best = _most_robust([state.settled, *state.recent])
+        if best is None and self.select == "best" and state.history.stopped is not None and state.recent:
+            best = state.recent[-1]
+        return best
 
 
 def _most_robust(epochs: Iterable[EpochWeights | None]) -> EpochWeights | None:

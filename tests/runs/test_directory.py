@@ -190,6 +190,9 @@ def test_selected_weights_path_is_that_of_the_selected_epoch(tmp_path: Path) -> 
     with torch.no_grad():
         for parameter in last.parameters():
             parameter.add_(1)
+    run.save_weights("last", last.state_dict(), ROW)
+    with pytest.raises(DeatError, match=r"best\.safetensors is missing, as the run has not validated an epoch"):
+        deat_rb.load_model(run.path, trust_code=True)
     run.save_weights("best", best.state_dict(), ROW)
     run.save_weights("last", last.state_dict(), ROW)
     loaded = deat_rb.load_model(run.path, trust_code=True).state_dict()

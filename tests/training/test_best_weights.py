@@ -101,6 +101,19 @@ def test_best_weights_after_a_stop_are_those_the_rule_keeps(
     assert equal(deat_rb.load_model(run.path, trust_code=True).state_dict(), seen.weights[1])
 
 
+def test_best_weights_after_a_stop_before_any_validation_are_those_the_rule_keeps(tmp_path: Path) -> None:
+    model, run = normalized(), RunDirectory.create(tmp_path / "run", run_config(select="best"))
+    seen = Seen(model)
+    trainer = deat_rb.AttackTrainer(deat_rb.PGD(model, steps=1), stopping=AfterEpoch(3, keep=2))
+    options: dict[str, Any] = {"epochs": 6, "lr": 0.05, "select": "best", "validate_every": 5, "run": run}
+    history = trainer.fit(loader(), [images_and_labels()], callbacks=[seen], **options)
+    assert (history.stopped, history.selected) == ("the script says so", 2)
+    assert run.selected_epoch == run.checkpoint("best")["epoch"] == 2
+    assert equal(deat_rb.load_model(run.path, trust_code=True).state_dict(), seen.weights[1])
+    trainer.fit(loader(), [images_and_labels()], resume=True, **options)
+    assert run.selected_epoch == 2
+
+
 @pytest.mark.parametrize(("robust", "keep", "selected"), [([0.1, 0.4, 0.9], 1, 1), ([0.5, 0.1, 0.3, 0.9], 2, 1)])
 def test_best_weights_ignore_epochs_after_the_one_kept(
     robust: list[float], keep: int, selected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
