@@ -41,7 +41,7 @@ class Estimate:
         batches: Number of timed batches per number of attack steps.
         memory: Peak memory in bytes: of the GPU, or of the process.
         device: The device.
-        may_end_earlier: Whether a stopping rule, or an attack that stops early, may make the run shorter.
+        may_end_earlier: Whether a stopping rule, patience, or an attack that stops early, may make the run shorter.
     """
 
     low: float
@@ -59,8 +59,9 @@ def estimate(planned: TrainingPlan) -> Estimate:
     For an open-ended run it is the time of one epoch.
 
     Batches are timed with the first epoch's number of attack steps and, if a schedule raises it, with the highest; the
-    time of other numbers of steps is interpolated. Validation is computed from the time of a pass. With several ranks
-    or torch.compile, the time is that of one rank without compilation.
+    time of other numbers of steps is interpolated. AWP is timed as if it began with the first epoch. Validation is
+    computed from the time of a pass. With several ranks or torch.compile, the time is that of one rank without
+    compilation.
 
     Args:
         planned: The plan.
@@ -69,7 +70,8 @@ def estimate(planned: TrainingPlan) -> Estimate:
         DeatError: Training cannot be started with these options.
     """
     config, trainer = planned.config, planned.trainer
-    epochs = 1 if config.optim.epochs == OPEN else config.optim.epochs
+    optim = config.optim
+    epochs = 1 if optim.epochs == OPEN else optim.epochs
     device = resolve_device(config.runtime.device)
     low, high = _total_steps(trainer.schedule, epochs)
     timed: dict[int, float] = {}
@@ -82,10 +84,11 @@ def estimate(planned: TrainingPlan) -> Estimate:
         passes, batches, memory = watch.passes, min(batches, watch.count), max(memory, peak)
     slope = (timed[last] - timed[first]) / (last - first) if last != first else 0.0
     base = timed[first] - slope * first
-    validated = len(planned.val) * (2 if config.optim.ema else 1)
-    validation = epochs * validated * VALIDATION_PASSES * timed[last] / passes / config.data.batch_size
+    validated = len(planned.val) * (2 if optim.ema else 1)
+    validations = 1 / optim.validate_every if optim.epochs == OPEN else -(-epochs // optim.validate_every)
+    validation = validations * validated * VALIDATION_PASSES * timed[last] / passes / config.data.batch_size
     shortest, longest = (planned.batches * (base * epochs + slope * total) + validation for total in (low, high))
-    early = trainer.stopping is not None and config.optim.early_stopping
+    early = optim.patience is not None or (trainer.stopping is not None and optim.early_stopping)
     return Estimate(
         shortest, longest, timed, batches, memory, str(device),
         may_end_earlier=early or getattr(trainer.crafter, "tau", None) is not None,
@@ -113,7 +116,7 @@ def _last_steps(schedule: Schedule, epochs: int) -> int:
 def _timed(planned: TrainingPlan, steps: int | None, device: torch.device) -> tuple[_Stopwatch, int]:
     """Train a copy of the model on one batch, several times, and return the times and the peak memory in bytes."""
     config = planned.config
-    options = config.method_options()
+    options = config.method_options() | {"awp_warmup": None}
     if steps is not None:
         options |= {"steps": steps, "max_steps": max(steps, planned.trainer.schedule.max_steps or steps)}
     trainer = create(config.attack.method, copy.deepcopy(planned.trainer.model), eps=config.attack.eps, **options)

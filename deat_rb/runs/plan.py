@@ -138,9 +138,11 @@ class TrainingPlan:
         ranks = f", {self.ranks} ranks" if self.ranks > 1 else ""
         threads = f", {runtime.threads} thread{'s' if runtime.threads > 1 else ''}" if runtime.threads else ""
         compiled = ", compiled" if runtime.compile else ""
+        deterministic = ", deterministic algorithms only" if runtime.deterministic else ""
         per_replay = ", updated after each replay" if attack.lr_per_replay else ""
         epochs = f"{optim.epochs} epochs" if optim.epochs < OPEN else "open-ended"
-        warmup = f" after {optim.warmup_epochs:g} epochs of warm-up" if optim.warmup_epochs else ""
+        rise = optim.warmup_epochs
+        warmup = f" after {rise:g} epoch{'s' * (rise != 1)} of warm-up" if rise else ""
         alpha = "" if self.trainer.alpha is None else f", alpha = {format_fraction(self.trainer.alpha)}"
         if alpha and self.trainer.schedule.guided:
             alpha += " in the first epoch"
@@ -155,12 +157,14 @@ class TrainingPlan:
                         f"{warmup}{per_replay}"),
             ("optimizer", f"{_optimizer(optim)}, batches of {data.batch_size}, seed {optim.seed}"),
             *([] if optim.patience is None else [
-                ("patience", f"ends when robust validation accuracy has not risen for {optim.patience} epochs")
+                ("patience", "ends when robust validation accuracy has not risen for "
+                             f"{optim.patience} epoch{'s' * (optim.patience > 1)}")
             ]),
             *([] if not optim.ema else [
                 ("average", f"exponential moving average of the weights, decay {optim.ema:g}, after every update")
             ]),
-            ("precision", f"{runtime.precision} on {resolve_device(runtime.device)}{threads}{ranks}{compiled}"),
+            ("precision", f"{runtime.precision} on {resolve_device(runtime.device)}{threads}{ranks}{compiled}"
+                          f"{deterministic}"),
             ("model", f"{self.config.model.arch}, {parameters:,} parameters, {self.config.network.num_classes} classes"
                       f"{weights}"),
             *([] if self.frozen is None else [("frozen", self.frozen)]),
@@ -170,6 +174,10 @@ class TrainingPlan:
             *(("files", note) for note in self.data.notes),
             *([] if self.data.is_placeholder else [("classes", self._class_counts())]),
             ("augment", AUGMENTATIONS[data.augment or "none"]),
+            *([] if optim.validate_every == 1 else [
+                ("validation", f"every {optim.validate_every} epochs"
+                               f"{'' if optim.epochs == OPEN else ', and after the last one'}")
+            ]),
             ("result", f"the weights of the {optim.select} epoch"),
             ("cost", cost),
             *(("note", note) for note in self.notes),

@@ -55,6 +55,7 @@ class Patience(Callback):
             return
         best = max(validated, key=lambda each: (each.val_robust_acc or 0.0, -each.epoch))
         if row.epoch - best.epoch >= self.epochs:
-            reason = f"robust validation accuracy has not risen for {row.epoch - best.epoch} epochs"
+            count = row.epoch - best.epoch
+            reason = f"robust validation accuracy has not risen for {count} epoch{'s' * (count > 1)}"
             row.stopped = history.stopped = reason
             self.state.stop = Stop(reason, keep=row.epoch)

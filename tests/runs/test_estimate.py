@@ -61,6 +61,19 @@ def test_estimate_of_every_d_epochs_is_known(fixed_times: None) -> None:
 def test_estimate_says_that_a_run_may_end_earlier(fixed_times: None) -> None:
     assert estimate(planned(method="u-fgsm")).may_end_earlier
     assert not estimate(planned(method="u-fgsm", early_stopping=False)).may_end_earlier
+    assert estimate(planned(method="pgd-1", patience=1)).may_end_earlier
+
+
+def test_estimate_counts_the_epochs_that_are_validated(fixed_times: None) -> None:
+    """5 epochs of 2 batches of 2 s; epochs 2, 4 and 5 are validated, 11 s each; of an open-ended run, every other."""
+    assert estimate(planned(method="pgd-1", epochs=5, validate_every=2)).low == 20 + 33
+    assert estimate(planned(method="pgd-1", epochs="open", validate_every=2)).low == 4 + 11
+
+
+def test_estimate_times_awp_although_it_begins_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BATCHES", 1)
+    watch, _ = module._timed(planned(method="pgd-1", awp=0.01, awp_warmup=1), None, torch.device("cpu"))
+    assert watch.passes == 3  # attack, AWP, update
 
 
 def test_estimate_times_batches_and_leaves_the_plan_as_it_was() -> None:

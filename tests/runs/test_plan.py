@@ -332,6 +332,17 @@ def test_plan_of_fastat_does_not_normalize_and_can_be_changed() -> None:
     assert dict(changed.lines())["loss"] == "CE"
 
 
+def test_plan_says_how_often_it_validates_and_counts_one_epoch() -> None:
+    own = planned(validate_every=2, patience=1, lr_schedule="cosine", warmup_epochs=1, deterministic=True, epochs=3)
+    lines = dict(own.lines())
+    assert lines["validation"] == "every 2 epochs, and after the last one"
+    assert lines["patience"] == "ends when robust validation accuracy has not risen for 1 epoch"
+    assert lines["setting"].endswith("after 1 epoch of warm-up")
+    assert lines["precision"].endswith(", deterministic algorithms only")
+    assert dict(planned(epochs="open", validate_every=2).lines())["validation"] == "every 2 epochs"
+    assert "validation" not in dict(planned().lines())
+
+
 def test_plan_of_an_open_ended_run_has_a_flat_rate_and_averaged_weights() -> None:
     own = planned(epochs="open", patience=5, method="deat-3")
     optim = own.config.optim
