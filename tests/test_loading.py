@@ -26,7 +26,7 @@ def test_load_model_takes_the_selected_weights_of_a_run(tmp_path: Path, monkeypa
 
     trained, images = build_model("wrn-10-1", dataset="cifar10").eval(), torch.rand(2, 3, 32, 32)
     save_tensors(tmp_path / "best.safetensors", trained.state_dict())
-    config = SimpleNamespace(attack=SimpleNamespace(method="pgd-7", eps=8 / 255), classes=())
+    config = SimpleNamespace(attack=SimpleNamespace(method="pgd-7", eps=8 / 255, norm="Linf"), classes=())
     run = SimpleNamespace(model_spec=model_spec("wrn-10-1", dataset="cifar10"), path=tmp_path, config=config,
                           selected_weights_path=tmp_path / "best.safetensors")  # fmt: skip
     monkeypatch.setattr(RunDirectory, "open", lambda path: run)

@@ -58,6 +58,7 @@ def test_create_scales_alpha_with_eps_unless_given() -> None:
     assert create("u-fgsm", Plane(), eps=16 / 255).base_alpha == pytest.approx(20 / 255)
     assert create("pgd-7", Plane(), eps=4 / 255, alpha=3 / 255).base_alpha == pytest.approx(3 / 255)
     assert create("pgd-7", Plane(), eps=4 / 255).crafter.eps == 4 / 255
+    assert create("pgd-7", Plane(), eps=None).crafter.eps == 8 / 255
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,6 @@ def test_create_scales_alpha_with_eps_unless_given() -> None:
         ("fat-5", {"tau": -1}, "tau = -1 is not a non-negative whole number"),
         ("pgd-7", {"eps": "8/0"}, "'8/0' divides by zero"),
         ("pgd-7", {"eps": "eight"}, "'eight' is not a number; give a fraction such as 8/255"),
-        ("pgd-7", {"eps": None}, "None is not a number"),
         ("pgd-7", {"alpha": "two"}, "'two' is not a number"),
         ("pgd-7", {"steps": "7"}, "steps = '7' is not a whole number"),
         ("pgd-7", {"steps": 7.5}, "steps = 7.5 is not a whole number"),

@@ -58,7 +58,8 @@ def test_a_flat_config_json_is_written_again_in_groups(old: Path) -> None:
     config = RunConfig.model_validate_json(OLD_CONFIG)
     written = config.model_dump(mode="json")
     assert list(written) == [
-        "data", "model", "attack", "optim", "runtime", "output", "network", "classes", "data_fingerprint", "versions"
+        "data", "model", "attack", "optim", "runtime", "output", "network", "classes", "data_fingerprint",
+        "extra_fingerprint", "versions"
     ]  # fmt: skip
     assert (written["model"]["arch"], written["model"]["init_from"]) == ("wrn-10-1", None)
     assert RunConfig.model_validate(written) == config
@@ -105,7 +106,7 @@ def test_read_options_of_a_file_written_by_hand(tmp_path: Path) -> None:
 def test_method_options_are_those_of_create() -> None:
     config = run_config(alpha=0.1, max_steps=3, tau=2)
     given = {name: value for name, value in config.method_options().items() if value is not None}
-    assert given == {"alpha": 0.1, "max_steps": 3, "tau": 2}
+    assert given == {"norm": "Linf", "alpha": 0.1, "max_steps": 3, "tau": 2}
 
 
 def test_method_options_tell_no_carry_from_the_default() -> None:
