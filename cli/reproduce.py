@@ -18,7 +18,8 @@ from .study_options import WorkOptions, study_options, work
 @click.option("--scale", default="digits", show_default=True, metavar="[digits|small|paper]",
               help="Data, networks and epochs: minutes, hours or days.")  # fmt: skip
 @click.option("--seeds", type=seed_list, metavar="0,1,2", help="Seeds.  [default: the scale's]")
-@click.option("--dataset", metavar="NAME", help="Dataset in place of the scale's: cifar10, cifar100, digits or folder.")
+@click.option("--dataset", metavar="NAME",
+              help="Dataset instead of the one set by --scale: cifar10, cifar100, digits or folder.")  # fmt: skip
 @click.option("--data-dir", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the dataset.")
 @click.option("--arch", metavar="NAME", help="Architecture in place of the scale's.")
 @click.option("--n-examples", type=click.IntRange(min=1), metavar="N",

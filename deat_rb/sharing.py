@@ -79,7 +79,9 @@ def push(
     path = Path(folder)
     others = sorted({each.name for each in path.iterdir()} - OWN_FILES) if path.is_dir() else []
     if others:
-        raise DeatError(f"{path} has other files ({printable(others[0], 80)}): choose another --output")
+        raise DeatError(
+            f"{path} has files that deat-rb push did not write ({printable(others[0], 80)}): choose another --output"
+        )
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -163,7 +165,10 @@ def _upload(contents: Mapping[str, bytes], address: HubAddress, private: bool) -
             present = {str(each.rfilename) for each in api.model_info(repository).siblings or ()}
             others = sorted(present - OWN_FILES - {".gitattributes"})
             if others:
-                raise DeatError(f"{address} has other files ({printable(others[0], 80)}): push to a new repository")
+                raise DeatError(
+                    f"{address} has files that deat-rb push did not write ({printable(others[0], 80)}): "
+                    "push to a new repository"
+                )
             operations: list[Any] = [hub.CommitOperationAdd(name, data) for name, data in contents.items()]
             stale = sorted((present & OWN_FILES) - contents.keys())
             operations += [hub.CommitOperationDelete(name) for name in stale]

@@ -157,13 +157,15 @@ def test_push_refuses(hub: Hub, run: Path, tmp_path: Path, monkeypatch: pytest.M
     hub.repositories["me/other"] = Repository()
     hub.repositories["me/other"].commit({"pytorch_model.bin": b"", ".gitattributes": b""})
     assert refusal("push", run, "hf:me/other") == (
-        "hf:me/other has other files (pytorch_model.bin): push to a new repository"
+        "hf:me/other has files that deat-rb push did not write (pytorch_model.bin): push to a new repository"
     )
     assert "names a file or revision" in refusal("push", run, "hf:me/net@v1")
     assert "is not spelled as on the Hub" in refusal("push", run, "hf:me/net", "--license", "MIT: yes")
     assert refusal("push", tmp_path, "hf:me/net").endswith("is not a run directory: it has no config.json")
     (tmp_path / "thesis.tex").touch()
-    assert "has other files" in refusal("push", run, "hf:me/net", "--dry-run", "--output", tmp_path)
+    assert "has files that deat-rb push did not write" in refusal(
+        "push", run, "hf:me/net", "--dry-run", "--output", tmp_path
+    )
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert refusal("push", run, "hf:me/net").startswith("the Hub does not permit writing to me/net (status 401): ")
     (run / "last.safetensors").write_bytes((run / "last.safetensors").read_bytes()[:-4] + b"abcd")

@@ -100,7 +100,7 @@ class _Suite:
         return craft
 
     def calls(self, name: str) -> int:
-        """Return the largest number of forward passes of a stage per batch."""
+        """Return an upper bound on the number of forward passes that the stage ``name`` makes per batch."""
         restarts = 5 if self.version == "plus" else 1
         averaged = AVERAGED if self.version == "rand" else 1
         return {

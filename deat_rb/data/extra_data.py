@@ -149,7 +149,8 @@ def check_share(extra: LabeledImages, shape: tuple[int, int, int], fraction: flo
         batch_size: Images per batch.
 
     Raises:
-        DeatError: They cannot, or the extra images have a different shape.
+        DeatError: The share or the number of extra images does not suit the batch size, or their shape differs from
+        ``shape``.
     """
     if not 0 < fraction < 1 or int(batch_size * fraction) < 1:
         raise DeatError(f"--extra-fraction {fraction:g} of --batch-size {batch_size} is invalid: give a fraction below "

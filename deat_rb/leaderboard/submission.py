@@ -114,7 +114,7 @@ class SubmissionMetadata:
         Entry.create({**fields, **self.declared_fields()}, "the declared metadata")
 
     def declared_fields(self) -> dict[str, Any]:
-        """Return the declared fields of the entry."""
+        """Return the entry's fields that the submitter states and nothing measures, such as authors and link."""
         names = ("link", "name", "authors", "venue", "additional_data", "unreliable", "footnote", "hardware",
                  "dataset_note")  # fmt: skip
         fields = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
@@ -314,7 +314,7 @@ def _checkpoint_info(weights: Path, metadata: SubmissionMetadata) -> tuple[Robus
 
 
 def _norm_of(weights: Path, info: Path) -> str:
-    """Return the norm of an export's folder if its ``model_info`` is used; a checkpoint's is Linf."""
+    """Return the norm that an export's folder is named after if ``info`` is its ``model_info``; otherwise Linf."""
     folder = weights.absolute().parent.name
     return folder if folder in THREATS and info == ExportPaths.beside(weights).info else "Linf"
 

@@ -104,7 +104,8 @@ def check_initialization(
     if pretrained and init_from is not None:
         raise DeatError(f"--pretrained and --init-from {init_from} are mutually exclusive: give only one")
     if weights is not None and not pretrained:
-        raise DeatError(f"--weights {weights} has the library's weights for --pretrained: add it, or use --init-from")
+        raise DeatError(f"--weights {weights} requires --pretrained, whose download it replaces: add --pretrained, or "
+                        "load a checkpoint with --init-from")  # fmt: skip
     if new_head and init_from is None:
         raise DeatError("--new-head replaces the last layer of a checkpoint: give the checkpoint with --init-from")
     if weights_key is not None and init_from is None and weights is None:
@@ -133,7 +134,8 @@ def freeze_parameters(model: nn.Module, pattern: str) -> str:
         few = ", ".join([*named][:3])
         which = "all parameters" if frozen else "no parameter"
         raise DeatError(f"--freeze '{pattern}' matches {which} of the network "
-                        f"({few}, ..., {[*named][-1]}): give the beginning of some names")  # fmt: skip
+                        f"({few}, ..., {[*named][-1]}): give a regular expression for the "
+                        "start of some names")  # fmt: skip
     for parameter in frozen:
         parameter.requires_grad_(False)
     count, total = (sum(parameter.numel() for parameter in some) for some in (frozen, named.values()))

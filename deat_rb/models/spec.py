@@ -1,4 +1,4 @@
-"""Model specifications: architectures by name, built with the normalization as a layer (invariant 1)."""
+"""Model specifications: architectures by name, built with the normalization as their first layer."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ def _statistics(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _without_bookkeeping(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove AveragedModel's counter, MadryLab's second copy of the network, and the components of `_MARKS`."""
+    """Drop AveragedModel's counter and MadryLab's second copy of the network; strip the name components in `_MARKS`."""
     names = [name.removeprefix("module.") for name in tensors]
     attacker = any(name.startswith("attacker.") for name in names) and any(name.startswith("model.") for name in names)
     return {

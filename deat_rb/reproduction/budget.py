@@ -56,10 +56,10 @@ class Measured(BaseModel):
 
 
 class Table(BaseModel):
-    """The measured runs.
+    """Measured runs, from which a budget's method is chosen.
 
     Attributes:
-        schema_version: Version of this form.
+        schema_version: Version of the table's schema.
         provisional: Whether the rows are older results, to be replaced by the experiments that are made for this table.
         data: Data and network of the runs.
         attack: The attack that ranks them.

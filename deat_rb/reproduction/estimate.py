@@ -264,7 +264,7 @@ def training_seconds(planned: TrainingPlan, times: Times, passes: float) -> floa
 
 
 def _attack_passes(attack: str) -> float:
-    """Return the approximate number of passes of an attack per robust image."""
+    """Return the approximate number of passes that an attack spends on an image it does not fool."""
     number = re.fullmatch(r"(?:pgd|cw)-(\d+)(?:x(\d+))?", attack)
     if number:
         return int(number[1]) * int(number[2] or 1)

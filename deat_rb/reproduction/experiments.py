@@ -267,7 +267,7 @@ def differences(setup: Setup, name: str) -> str:
 
 
 def published(name: str, number: int) -> dict[str, dict[str, Published]]:
-    """Return the paper's values of a part of a target, by label and column."""
+    """Return the paper's values for part ``number`` of a target such as ``table2``, by label and column."""
     target = experiments().targets[name]
     part = target.parts[number]
     environment = experiments().environments[part.environment]

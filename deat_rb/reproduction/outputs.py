@@ -1,4 +1,4 @@
-"""Files of a study's tables."""
+"""Writing a study's tables as Markdown, LaTeX, CSV and JSON."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def heading(column: str) -> str:
 
 @dataclass(frozen=True)
 class Published:
-    """A published value: its mean and, if published, its deviation."""
+    """A published result: its mean and, if published, its standard deviation."""
 
     mean: float
     deviation: float | None = None

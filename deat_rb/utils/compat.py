@@ -148,7 +148,7 @@ def architectures() -> tuple[ModuleType, ModuleType]:
     classes, and models can be unpickled in any process that has imported this package.
 
     Raises:
-        DeatError: robustbench is not installed or damaged.
+        DeatError: robustbench is damaged or not installed.
     """
     folder = _package_folder() / "model_zoo" / "architectures"
     wide_resnet, resnet = (_load_alone(f"{ARCHITECTURES}.{name}", folder / f"{name}.py") for name in LIGHT)

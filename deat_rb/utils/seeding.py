@@ -74,7 +74,7 @@ def uniform_like(images: Tensor, bound: float) -> Tensor:
 
 
 def normal_like(images: Tensor, std: float) -> Tensor:
-    """Draw from std * N(0, 1), in the shape of ``images`` and in the order of `uniform_like`."""
+    """Draw from N(0, std^2), (N, C, H, W) as ``images`` and, as in `uniform_like`, whatever the memory format."""
     return std * _drawn(images, lambda blank, stream: blank.normal_(generator=stream))
 
 

@@ -151,7 +151,10 @@ def test_checkpoint_of_other_classes_is_refused_unless_a_new_head_is_asked_for(t
     [
         ({"arch": "wrn-10-1"}, "--pretrained is for --arch timm:NAME and torchvision:NAME, not wrn-10-1"),
         ({"init_from": "a.pt"}, "--pretrained and --init-from .*a.pt are mutually exclusive: give only one"),
-        ({"pretrained": False, "weights": "a.pt"}, "--weights .*a.pt has the library's weights for --pretrained"),
+        (
+            {"pretrained": False, "weights": "a.pt"},
+            "--weights .*a.pt requires --pretrained, whose download it replaces",
+        ),
         ({"new_head": True}, "--new-head replaces the last layer of a checkpoint: give the checkpoint"),
         ({"weights_key": "model"}, "--weights-key model requires --init-from: give the checkpoint"),
         ({"freeze": "("}, r"--freeze '\(' is not a regular expression: "),
