@@ -88,8 +88,11 @@ def build(context: click.Context, board: Path | None) -> None:
               help="Number of random examples to re-measure of each model (50 or more; 0 for none).")  # fmt: skip
 @click.option("--data-dir", "data_dirs", multiple=True, metavar="NAME=DIR",
               help="Folder of a dataset; may be repeated. The digits need none.")  # fmt: skip
-@click.option("--memory-limit", metavar="SIZE",
-              help="Decode a folder's test images batch by batch if they would take more memory, such as 8G.")  # fmt: skip
+@click.option(
+    "--memory-limit",
+    metavar="SIZE",
+    help="Decode a folder's test images batch by batch if they would take more memory, such as 8G.",
+)
 @click.option("--batch-size", type=int, metavar="N", help="Images per batch.  [default: 500 on a GPU, otherwise 128]")
 @click.option(
     "--device", default="auto", show_default=True, metavar="NAME", help="Device: auto, cpu, cuda, cuda:1, mps, ..."

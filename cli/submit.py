@@ -32,8 +32,11 @@ from .options import threads_option
 @click.option("--normalize", metavar="NAME", help="Use --mean and --std of cifar10, cifar100, digits or imagenet.")
 @click.option("--weights-key", metavar="KEY",
               help="State dict to load from a checkpoint that has several, such as state_dict_ema.")  # fmt: skip
-@click.option("--memory-limit", metavar="SIZE",
-              help="Decode a folder's test images batch by batch if they would take more memory, such as 8G.")  # fmt: skip
+@click.option(
+    "--memory-limit",
+    metavar="SIZE",
+    help="Decode a folder's test images batch by batch if they would take more memory, such as 8G.",
+)
 @click.option("--dataset-name", metavar="NAME", help="Name of an image folder on the board, such as cifar10-jpeg.")
 @click.option(
     "--dataset-note", metavar="TEXT", help="Description of an image folder; the board keeps the first one given."
