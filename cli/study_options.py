@@ -87,6 +87,11 @@ def work(
         raise DeatError("--slurm cannot be combined with --gpus: give --slurm-option gpus_per_node=1 instead")
     if options.slurm_options and not options.slurm:
         raise DeatError(f"--slurm-option {options.slurm_options[0]} needs --slurm")
+    modes = {"--status": options.status, "--print": options.print_commands, "--tables": options.tables_only,
+             "--dry-run": options.dry_run, "--only": options.only is not None, "--slurm": options.slurm}  # fmt: skip
+    chosen = [flag for flag, given in modes.items() if given]
+    if len(chosen) > 1:
+        raise DeatError(f"{chosen[0]} and {chosen[1]} are mutually exclusive: give only one")
     workers = environments(options.jobs, gpus, options.per_gpu)
     if options.print_commands:
         for run in study.runs:
@@ -135,7 +140,9 @@ def _run_workers(study: Study, folder: StudyFolder, environs: list[dict[str, str
     folder.create()
     settled = {run.name for run in study.runs if folder.is_settled(run)}
     listener = Listener(folder)
-    click.echo(f"{len(environs)} workers for {len(study.runs) - len(settled)} runs, logs in {folder.logs}", err=True)
+    click.echo(
+        f"runs left: {len(study.runs) - len(settled)}, workers: {len(environs)}, logs in {folder.logs}", err=True
+    )
 
     def tell() -> None:
         for run in study.runs:
@@ -173,7 +180,7 @@ class Listener:
 
     def on_waiting(self, busy: int) -> None:
         """Print that other processes are working on the remaining runs."""
-        click.echo(f"waiting for {busy} runs of other processes (--no-wait exits instead)", err=True)
+        click.echo(f"waiting for the runs of other processes: {busy} (--no-wait exits instead)", err=True)
 
     @contextmanager
     def training(self) -> Iterator[Callback]:

@@ -61,6 +61,7 @@ def test_sweep_refuses(tmp_path: Path) -> None:
         (["--jobs", "0"], "--jobs 0 is below 1"),
         (["--jobs", "2", "--gpus", "0"], "are mutually exclusive"),
         (["--only", "nothing"], "has no run named nothing"),
+        (["--status", "--dry-run"], "--status and --dry-run are mutually exclusive: give only one"),
     ):
         result = CliRunner().invoke(main, ["sweep", str(study), "--output", str(tmp_path / "out"), *arguments])
         assert result.exit_code == 2
