@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - torch's usual name for it
+from torch.nn import functional as F
 
 from deat_rb.utils.errors import DeatError
 

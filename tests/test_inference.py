@@ -158,7 +158,7 @@ def test_predict_command_takes_folders_and_patterns(coloured_run: Path, files: l
     (photos / "notes.txt").touch()
     (photos / "sub" / "back").symlink_to(photos)
     result = run(coloured_run, photos, "--trust-code", "--csv", tmp_path / "out.csv", "--top-k", 2)
-    assert result.exit_code == 1, "the link is told"
+    assert result.exit_code == 1, "the link is reported"
     assert "2 files skipped: .txt (1), hidden (1)" in result.stderr
     assert "back is the same folder as" in result.stderr
     with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:

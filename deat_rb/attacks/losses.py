@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - the usual alias
+from torch.nn import functional as F
 
 
 def at_least_float32(logits: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,14 +99,16 @@ def _transform(name: str, height: int, width: int) -> Callable[[Tensor], Tensor]
     from torchvision.transforms import v2
 
     if name == "resized-crop":
-        chain: Any = v2.Compose([v2.RandomResizedCrop((height, width), antialias=True), v2.RandomHorizontalFlip()])
+        chain: Callable[[Tensor], Tensor] = v2.Compose(
+            [v2.RandomResizedCrop((height, width), antialias=True), v2.RandomHorizontalFlip()]
+        )
     else:
         chain = {
             "trivialaugment": v2.TrivialAugmentWide,
             "randaugment": v2.RandAugment,
             "autoaugment": lambda: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
         }[name]()
-    return chain  # type: ignore[no-any-return]  # torchvision is untyped
+    return chain
 
 
 def check_augmentation(name: str) -> None:

@@ -54,6 +54,18 @@ class ExtraData:
         return digest.hexdigest()
 
 
+_DAMAGED = (
+    zipfile.BadZipFile,
+    KeyError,  # an array is missing
+    EOFError,  # cut off
+    zlib.error,  # compressed data are damaged
+    ValueError,  # the header of an array is invalid
+    RuntimeError,  # encrypted
+    NotImplementedError,  # a compression that zipfile does not know
+)
+"""Exceptions of zipfile and NumPy for files that are damaged or not .npz files."""
+
+
 def load_extra_data(
     path: str | Path, *, shape: tuple[int, int, int], num_classes: int, memory_limit: int | None = None
 ) -> ExtraData:
@@ -81,8 +93,7 @@ def load_extra_data(
         raise
     except OSError as error:
         raise DeatError(f"--extra-data {path} cannot be read: {error.strerror or error}") from error
-    # Damaged archives and headers raise several types of exceptions.
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, NotImplementedError, KeyError) as error:
+    except _DAMAGED as error:
         raise DeatError(f"--extra-data {path} is damaged or not an .npz file ({error}): {ADVICE}") from error
     channels, height, width = shape
     if images.dtype != np.uint8 or images.ndim != 4:

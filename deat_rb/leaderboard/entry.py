@@ -78,7 +78,9 @@ def _canonical_eps(value: object) -> object:
     """Format an eps, given as a string or as the number that ``update_json`` writes, as 8/255 or as a decimal."""
     if isinstance(value, str) and re.fullmatch(r"[0-9.eE +/-]{1,20}", value, re.ASCII) is None:
         raise ValueError("is not a number or a fraction such as 8/255")
-    return format_fraction(check_eps(parse_fraction(value)))  # type: ignore[arg-type]  # refuses other types
+    if not isinstance(value, str | float | int):
+        raise ValueError("is not a number or a fraction such as 8/255")
+    return format_fraction(check_eps(parse_fraction(value)))
 
 
 def _check_size(check: Check) -> Check:
@@ -295,8 +297,9 @@ class Entry(RobustBenchInfo):
     @model_validator(mode="after")
     def _complete(self) -> Entry:
         if self.kind == "measured":
-            for field, attack in (("clean_acc", "natural"), ("autoattack_acc", "autoattack")):
-                measured = self.figures.get(attack)  # type: ignore[call-overload]  # a str that is an AttackName
+            attacks: dict[str, AttackName] = {"clean_acc": "natural", "autoattack_acc": "autoattack"}
+            for field, attack in attacks.items():
+                measured = self.figures.get(attack)
                 object.__setattr__(self, field, None if measured is None else measured.percent)  # it is frozen
         for problem in self._problems():
             raise ValueError(problem)

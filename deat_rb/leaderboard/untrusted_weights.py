@@ -58,8 +58,8 @@ def _members(file: Path) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError):  # not an archive, or one that torch refuses
-        return []
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+        return []  # not an archive that zipfile reads: loading the weights then says why
 
 
 def _check_size(size: int, source: Path) -> None:

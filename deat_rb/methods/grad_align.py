@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - the usual alias
+from torch.nn import functional as F
 
 from deat_rb.attacks.base import CraftStats
 from deat_rb.attacks.losses import cross_entropy

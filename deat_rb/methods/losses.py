@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - the usual alias
+from torch.nn import functional as F
 
 from deat_rb.attacks.losses import at_least_float32, cross_entropy, kl_divergence, label_mask
 from deat_rb.training.base import ClassWeights, SurrogateLoss

@@ -29,10 +29,12 @@ class BestWeights(Callback):
         self.written: dict[str, int] = {}
         """Epoch of the weights in each of the run's weights files, by file name."""
 
-    def on_fit_start(self, state: TrainingState) -> None:  # noqa: D102 - the base class says it
+    def on_fit_start(self, state: TrainingState) -> None:
+        """Keep the state whose weights are written."""
         self.state = state
 
-    def on_epoch_end(self, row: EpochStats) -> None:  # noqa: D102 - the base class says it
+    def on_epoch_end(self, row: EpochStats) -> None:
+        """Write the weights of the epoch, and of the best one if it has changed."""
         state, recent = self.state, self.state.recent
         if len(recent) == recent.maxlen:
             state.settled = _most_robust([state.settled, recent[0]])

@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the field's own name for it
+from torch.nn import functional as F
 
 from deat_rb import evaluate
 from deat_rb.evaluation.report import Report

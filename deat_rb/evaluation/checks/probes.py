@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the field's usual name
+from torch.nn import functional as F
 
 from deat_rb.attacks.autoattack import fit_to_tiles
 from deat_rb.utils import seeding
