@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-import random
 import signal
-import time
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 from small_runs import identical
@@ -19,7 +20,8 @@ from deat_rb.reproduction.work import Worker
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.runs.train import train
 
-KILLS = 6
+KILLED_AT_WRITE = (1, 2, 5, 8, 3, 6)
+"""The file at whose writing each worker is killed: fewer than the study writes, so no worker finishes before."""
 
 
 @pytest.fixture(autouse=True)
@@ -72,27 +74,38 @@ def test_killed_workers_give_the_same_table(tmp_path: Path) -> None:
     undisturbed = table_json(study, work(study, tmp_path / "undisturbed"))
     folder = StudyFolder(tmp_path / "killed")
     folder.create()
-    clock = random.Random(0)
 
-    def started() -> int:
+    def started(kill_at_write: int | None) -> int:
         child = os.fork()
         if child == 0:
             try:
+                if kill_at_write is not None:
+                    kill_at_call(os, "replace", kill_at_write)
                 Worker(study, folder).work()
                 os._exit(0)
             finally:
                 os._exit(1)
         return child
 
-    workers = {started(): time.monotonic() + clock.uniform(0.2, 2.0) for _ in range(2)}
-    for _ in range(KILLS):
-        child, moment = min(workers.items(), key=lambda item: item[1])
-        time.sleep(max(0.0, moment - time.monotonic()))
-        os.kill(child, signal.SIGKILL)
-        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
-        del workers[child]
-        workers[started()] = time.monotonic() + clock.uniform(0.2, 2.0)
-    assert all(os.waitpid(child, 0)[1] == 0 for child in workers)
+    for number, kill_at_write in enumerate((*KILLED_AT_WRITE, None, None)):
+        started(kill_at_write)
+        if number > 0:  # two workers at a time
+            assert os.WIFSIGNALED(os.wait()[1]) == (number <= len(KILLED_AT_WRITE))
+    assert os.wait()[1] == 0
     again = table_json(study, folder).replace(b"/killed/", b"/undisturbed/")
     assert again == undisturbed
     assert b'"failed"' in again
+
+
+def kill_at_call(module: ModuleType, name: str, number: int) -> None:
+    """Kill this process at call ``number`` (from 1) of a function, before or, at even numbers, after its work."""
+    function, calls = getattr(module, name), itertools.count(1)
+
+    def counted(*args: Any) -> None:
+        last = next(calls) == number
+        if not (last and number % 2):
+            function(*args)
+        if last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(module, name, counted)
