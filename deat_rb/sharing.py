@@ -135,9 +135,10 @@ def _without_folders(config: RunConfig) -> dict[str, Any]:
     """Return a configuration as JSON values, without the folders of this machine."""
     content = config.model_dump(mode="json")
     content["data"]["data_dir"] = None
-    source = config.model.init_from
-    if source is not None and not is_hub(source):
-        content["model"]["init_from"] = Path(source).name
+    for group, name in (("data", "extra_data"), ("model", "init_from"), ("model", "weights")):
+        path = content[group][name]
+        if path is not None and not is_hub(path):
+            content[group][name] = Path(path).name
     return content
 
 
@@ -256,7 +257,7 @@ Classes in the order of the logits: {_plain(", ".join(config.classes)) or "unkno
 def _adversary(config: RunConfig) -> str:
     if config.attack.method == "standard":
         return "no adversary"
-    return f"Linf perturbations of eps = {format_fraction(config.attack.eps)}"
+    return f"{config.attack.norm} perturbations of eps = {format_fraction(config.attack.eps)}"
 
 
 def _columns(config: RunConfig, report: Report | None, rows: list[EpochStats]) -> dict[str, str]:

@@ -78,7 +78,7 @@ def test_deploy_onnx_serves_batches_of_any_size_with_the_normalization_inside(tm
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["classes"]) == ["red", "green", "bläu"]
     assert (json.loads(metadata["mean"]), json.loads(metadata["std"])) == (list(MEAN), list(STD))
-    assert (metadata["run"], metadata["method"], metadata["eps"]) == ("run", "pgd-7", "8/255")
+    assert (metadata["run"], metadata["method"], metadata["eps"], metadata["norm"]) == ("run", "pgd-7", "8/255", "Linf")
     assert metadata["input"] == "images: float32 (N, 3, 8, 8), RGB in [0, 1], not normalized"
 
 

@@ -16,6 +16,7 @@ from training_problems import ARCH, run_config
 
 from deat_rb import inference
 from deat_rb.cli import main
+from deat_rb.data.image_files import find_images
 from deat_rb.data.image_folder import read_image
 from deat_rb.inference import iter_predictions, predict
 from deat_rb.models.spec import ModelSpec
@@ -230,6 +231,14 @@ def test_predict_command_refuses_other_folders(files: list[Path], tmp_path: Path
     (tmp_path / "empty").mkdir()
     assert "is not a run directory" in run(tmp_path / "empty", files[0]).stderr
     assert run(tmp_path / "nothing", files[0]).exit_code == 2
+
+
+def test_find_images_refuses_an_empty_folder_after_a_broken_one(tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "link.png").symlink_to(tmp_path / "nothing.png")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DeatError, match=r"the folder .*empty has no images"):
+        find_images([tmp_path / "broken", tmp_path / "empty"])
 
 
 def test_predict_refuses_a_diverged_network(tmp_path: Path, files: list[Path]) -> None:

@@ -125,8 +125,13 @@ def test_push_writes_a_card_with_the_tables_row(hub: Hub, run: Path, tmp_path: P
 
 def test_pushed_files_have_no_folders_of_this_machine(hub: Hub, run: Path, tmp_path: Path) -> None:
     config = json.loads((run / "config.json").read_text())
-    config["data"] |= {"dataset": "folder", "data_dir": "/home/me/secret/photos"}
-    config["model"]["init_from"] = "/home/me/secret/first.pt"
+    config["data"] |= {
+        "dataset": "folder",
+        "data_dir": "/home/me/secret/photos",
+        "extra_data": "/home/me/secret/1m.npz",
+    }
+    config["model"] |= {"init_from": "/home/me/secret/first.pt", "weights": "/home/me/secret/timm.pth"}
+    config["attack"] |= {"norm": "L2"}
     (run / "config.json").write_text(json.dumps(config))
     report = json.loads((run / "eval.json").read_text())
     report["provenance"] |= {"command": "deat-rb eval '/home/me/secret/my-run' --data-dir=~/secret/b --eps 8/255",
@@ -138,7 +143,10 @@ def test_pushed_files_have_no_folders_of_this_machine(hub: Hub, run: Path, tmp_p
     provenance = json.loads((tmp_path / "out" / "eval.json").read_text())["provenance"]
     assert provenance["command"] == "deat-rb eval 'my-run' --data-dir=b --eps 8/255"
     assert provenance["note"] == "see https://example.org/a/b"
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["model"]["init_from"] == "first.pt"
+    pushed = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (pushed["model"]["init_from"], pushed["model"]["weights"]) == ("first.pt", "timm.pth")
+    assert pushed["data"]["extra_data"] == "1m.npz"
+    assert "against L2 perturbations of eps = " in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_push_again_removes_files_that_the_run_no_longer_has(hub: Hub, run: Path) -> None:

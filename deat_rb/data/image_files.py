@@ -206,10 +206,10 @@ def find_images(paths: Sequence[str | Path]) -> tuple[list[str], Counter[str], l
             left_out.update(os.path.splitext(match)[1].lower() or "no suffix" for match in {*matches} - {*images})
             found += images
         elif os.path.isdir(path):
-            lister = ImageLister(problems.append)
+            lister, before = ImageLister(problems.append), len(problems)
             images = lister.files(Path(path))
             left_out += lister.left_out
-            if not images and not problems:
+            if not images and len(problems) == before:
                 others = describe_left_out(lister.left_out)
                 raise DeatError(
                     f"the folder {path} has no images{others and f' ({others})'}: give a folder with images"

@@ -80,7 +80,7 @@ def _canonical_eps(value: object) -> object:
         raise ValueError("is not a number or a fraction such as 8/255")
     if not isinstance(value, str | float | int):
         raise ValueError("is not a number or a fraction such as 8/255")
-    return format_fraction(check_eps(parse_fraction(value)))
+    return format_fraction(check_eps(parse_fraction(value), norm="L2"))  # in Linf, `Entry` also refuses eps above 1
 
 
 def _check_size(check: Check) -> Check:
@@ -312,6 +312,8 @@ class Entry(RobustBenchInfo):
             yield f"a measured entry needs {(*missing, 'figures.natural')[0]}"
         if self.kind == "published" and (self.figures or self.remeasured or self.weights_file):
             yield "a published entry cannot have figures or weights"
+        if self.threat_model == "Linf" and parse_fraction(self.eps) > 1:
+            yield f"eps {self.eps} is outside (0, 1], the range of the images; only L2 radii may be larger"
         if (self.n_examples or 0) > (self.n_test or 10**9):
             yield f"n_examples {self.n_examples} is greater than n_test {self.n_test}"
         for attack, accuracy in self.figures.items():

@@ -147,6 +147,7 @@ class Worker:
         self.listener.on_run_start(run, number, len(self.study.runs))
         began, started = time.monotonic(), now()
         record = self.folder.record(run)
+        spent = 0.0 if record is None else record.seconds
         facts: dict[str, Any] = {
             "commit": source_commit(),
             "hardware": hardware(run.options.runtime.device),
@@ -161,7 +162,7 @@ class Worker:
                 made = self._evaluate(run, attacks, asked)
                 record = record.model_copy(update={"evaluations": (*record.evaluations, made)})
                 self.folder.write_record(run, record)
-            seconds = record.seconds if record.status == "done" else time.monotonic() - began
+            seconds = spent if record.status == "done" else spent + time.monotonic() - began
             record = record.model_copy(update={"status": "done", "finished": now(), "seconds": seconds})
         except UnwritableError:
             raise
@@ -203,13 +204,13 @@ class Worker:
 
         def finish(report: Report) -> None:
             store_report(report, model=target.model, images=images, labels=labels, device=device,
-                         classes=target.classes, run=path, own_eps=target.eps,
+                         classes=target.classes, run=path, own_eps=target.eps, own_norm=target.norm,
                          training=summary(RunDirectory.open(path)))  # fmt: skip
 
         with self.listener.evaluating(len(labels)) as progress:
             report = evaluate(
-                target.model, images, labels, attacks=attacks, eps=target.eps, device=device, checks="quick",
-                state=_state(path, attacks, asked), progress=progress, finish=finish,
+                target.model, images, labels, attacks=attacks, eps=target.eps, norm=target.norm, device=device,
+                checks="quick", state=_state(path, attacks, asked), progress=progress, finish=finish,
                 provenance={**target.provenance, "command": eval_command(run, self.folder.runs, attacks, asked)},
             )  # fmt: skip
         if device.type == "cuda":

@@ -49,7 +49,8 @@ class CurveTest(Callback):
         state = self._state
         assert state is not None
         with state.engine.eager(state.model), state.averaged(), state.engine.autocast():
-            result = validate(state.model, self._images, self._labels, eps=state.trainer.eps, seed=state.seed)
+            result = validate(state.model, self._images, self._labels, eps=state.trainer.eps, norm=state.trainer.norm,
+                              seed=state.seed)  # fmt: skip
         stored = [each for each in _rows(self._file) if each["epoch"] != row.epoch]
         own = {"epoch": row.epoch, "images": len(self._labels), "natural": result.natural, "pgd-20": result.robust}
         self._write([*stored, own])

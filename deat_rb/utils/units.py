@@ -51,9 +51,9 @@ def is_whole_number(value: object) -> bool:
 
 
 def format_fraction(value: float) -> str:
-    """Return a radius as a string: a fraction such as ``8/255`` for a multiple of 1/255, otherwise a decimal."""
+    """Return a radius as a string: ``8/255`` for a multiple of 1/255 below 1, otherwise a decimal number."""
     parts = value * 255
-    if round(parts) > 0 and abs(parts - round(parts)) < 1e-9:
+    if 0 < round(parts) < 255 and abs(parts - round(parts)) < 1e-9:
         return f"{round(parts)}/255"
     return f"{value:.6g}"
 

@@ -87,7 +87,7 @@ def test_accuracy_refuses_impossible_counts(n_correct: float) -> None:
     ({"weights_sha256": "A" * 64},                           "is not a SHA-256"),
     ({"weights_sha256": None},                               "a measured entry needs weights_sha256"),
     ({"kind": "published"},                                  "a published entry cannot have figures"),
-    ({"eps": "2"},                                           r"eps: eps = 2 is outside \(0, 1\]"),
+    ({"eps": "2"},                                           r"eps 2 is outside \(0, 1\]"),
     ({"surprise": 1},                                        "surprise: "),
     ({"steps": (1.5,)},                                      r"steps\.0: "),
     ({"metrics": ({"lr": "fast"},)},                         r"metrics\.0\.lr"),
@@ -98,6 +98,10 @@ def test_accuracy_refuses_impossible_counts(n_correct: float) -> None:
 def test_entry_refuses_contradictions(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DeatError, match=message):
         entry(**changes)
+
+
+def test_entry_in_l2_takes_an_eps_above_1() -> None:
+    assert entry(eps="2", threat_model="L2").eps == "2"
 
 
 def test_parse_entry_names_a_newer_schema_version() -> None:
@@ -119,7 +123,7 @@ def test_robustbench_info_reads_nan_and_empty_text_as_unknown() -> None:
 
 @pytest.mark.parametrize(
     ("eps", "spelled"),
-    [(8 / 255, "8/255"), (0.031, "0.031"), (" 8/255", "8/255"), ("16/510", "8/255"), (1, "255/255")],
+    [(8 / 255, "8/255"), (0.031, "0.031"), (" 8/255", "8/255"), ("16/510", "8/255"), (1, "1"), (3.0, "3")],
 )
 def test_robustbench_info_spells_eps_in_one_way(eps: object, spelled: str) -> None:
     assert info(eps=eps).eps == spelled

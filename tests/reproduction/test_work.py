@@ -19,6 +19,7 @@ from deat_rb.reproduction.study import Evaluation
 from deat_rb.reproduction.work import Worker
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.runs.train import train
+from deat_rb.utils.errors import UnwritableError
 
 KILLED_AT_WRITE = (1, 2, 5, 8, 3, 6)
 """The file at whose writing each worker is killed: fewer than the study writes, so no worker finishes before."""
@@ -41,6 +42,31 @@ def test_work_trains_evaluates_and_records(tmp_path: Path) -> None:
     alone, _ = train(study.runs[0].options, output=tmp_path / "alone")
     there = RunDirectory.open(folder.run_path(study.runs[0]))
     assert identical(alone, there)
+
+
+def test_work_evaluates_in_the_norm_of_training(tmp_path: Path) -> None:
+    study = small_study({"method": "pgd-1", "norm": "L2", "eps": 2.0})
+    folder = work(study, tmp_path)
+    assert collect(folder, study.runs)[0].status == "done"
+    found = folder.report(study.runs[0], "fgsm", 16)
+    assert found is not None
+    assert (found[1].norm, found[1].eps, found[0].name) == ("L2", 2.0, "eval.json")
+
+
+def test_work_counts_the_training_of_an_earlier_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, folder = small_study(), StudyFolder(tmp_path)
+    monkeypatch.setattr(Worker, "_evaluate", lambda *_: (_ for _ in ()).throw(UnwritableError("full")))
+    with pytest.raises(UnwritableError):
+        Worker(study, folder).work()
+    trained = folder.record(study.runs[0])
+    assert trained is not None
+    folder.write_record(study.runs[0], trained.model_copy(update={"seconds": 1000.0}))
+    monkeypatch.undo()
+    monkeypatch.setattr("deat_rb.runs.train.plot_curves", lambda *_, **__: None)
+    Worker(study, folder).work()
+    record = folder.record(study.runs[0])
+    assert record is not None
+    assert record.seconds > 1000
 
 
 def test_work_skips_what_is_done_and_adds_an_attack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,7 +237,7 @@ def test_export_of_other_methods_does_not_credit_the_paper(run: Run, tmp_path: P
     assert (info["name"], info["authors"], info["venue"], info["reported"]) == ("", "", "ICLR 2018", "47.04")
 
 
-@pytest.mark.parametrize(("eps", "text"), [(8 / 255, "8/255"), (0.031, "0.031"), (0.15, "0.15"), (1.0, "255/255")])
+@pytest.mark.parametrize(("eps", "text"), [(8 / 255, "8/255"), (0.031, "0.031"), (0.15, "0.15"), (1.0, "1")])
 def test_export_writes_eps_as_text(run: Run, tmp_path: Path, eps: float, text: str) -> None:
     run.config.attack.eps = eps
     run.evaluated(autoattack=97, eps=eps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_runs import SMALL, identical
@@ -13,6 +14,7 @@ from deat_rb.runs.plan import plan
 from deat_rb.runs.train import resume, train
 from deat_rb.training.callbacks import Callback
 from deat_rb.training.metrics import EpochStats
+from deat_rb.training.validation import Validation
 from deat_rb.utils.errors import DeatError
 
 
@@ -34,6 +36,18 @@ def test_curve_test_changes_no_weights_and_no_metrics(tmp_path: Path) -> None:
     assert list(curve_test(curve.path)) == [1, 2]
     assert curve_test(plain.path) == {}
     assert curve.config.output.curve_test == 32
+
+
+def test_curve_test_attacks_in_the_norm_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = []
+
+    def validate(*arguments: Any, **options: Any) -> Validation:
+        norms.append((options["norm"], options["eps"]))
+        return Validation(1.0, 0.5, 0, 0)
+
+    monkeypatch.setattr("deat_rb.runs.curve_test.validate", validate)
+    train({**SMALL, "norm": "L2", "eps": 2.0, "epochs": 1, "curve_test": 16}, output=tmp_path)
+    assert norms == [("L2", 2.0)]
 
 
 def test_curve_test_survives_an_interruption(tmp_path: Path) -> None:

@@ -32,8 +32,16 @@ def test_parse_fraction_names_a_division_by_zero() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(8 / 255, "8/255"), (10 / 255, "10/255"), (1.0, "255/255"), (0.03, "0.03"), (0.0, "0"), (8.5 / 255, "0.0333333")],
-)
+    [
+        (8 / 255, "8/255"),
+        (10 / 255, "10/255"),
+        (1.0, "1"),
+        (3.0, "3"),
+        (0.03, "0.03"),
+        (0.0, "0"),
+        (8.5 / 255, "0.0333333"),
+    ],
+)  # fmt: skip
 def test_format_fraction_writes_whole_255ths_as_fractions(value: float, text: str) -> None:
     assert format_fraction(value) == text
 

@@ -319,7 +319,7 @@ def _paper_table(table: PaperTable, entries: Sequence[Entry]) -> dict[str, Any]:
 
 
 def _reproduces(entry: Entry, table: PaperTable, method: str) -> bool:
-    if entry.kind != "measured" or entry.model is None:
+    if entry.kind != "measured" or entry.model is None or entry.threat_model != "Linf":
         return False
     trained = (entry.dataset, entry.model.arch, entry.setting, entry.eps, entry.method)
     return trained == (table.dataset, table.arch, table.setting, PAPER_EPS, method.lower())
