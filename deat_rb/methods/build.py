@@ -99,11 +99,6 @@ def build(method: ConfiguredMethod, model: nn.Module) -> Trainer:
     check_weights_exist(model, "training")
     row = method.recipe
     accepts = _parameters(row)
-    schedule: Schedule | None = None
-    if "steps" in accepts or path_of(row.schedule) != CONSTANT:
-        schedule_class = resolve(row.schedule)
-        first = "start" if "start" in inspect.signature(schedule_class).parameters else "steps"
-        schedule = schedule_class(**{first: row.steps, **row.schedule_options})
     stopping = resolve(row.stopping)(**row.stopping_options) if row.stopping else None
     loss = surrogate(row.loss, beta=row.beta, label_smoothing=row.label_smoothing)
     sizes = {key: value for key, value in (("alpha", row.alpha), ("steps", row.steps)) if key in accepts}
@@ -115,9 +110,18 @@ def build(method: ConfiguredMethod, model: nn.Module) -> Trainer:
             f"({error}); change its recipe's attack or attack_options"
         ) from error
     trainer: Trainer = resolve(row.trainer)(
-        attack, loss=loss, schedule=schedule, stopping=stopping, name=method.name, **row.trainer_options
+        attack, loss=loss, schedule=build_schedule(row), stopping=stopping, name=method.name, **row.trainer_options
     )
     return trainer
+
+
+def build_schedule(row: Recipe) -> Schedule | None:
+    """Return the schedule of a configured recipe; None for a constant one if the attack has no steps."""
+    if "steps" not in _parameters(row) and path_of(row.schedule) == CONSTANT:
+        return None
+    schedule_class: Callable[..., Schedule] = resolve(row.schedule)
+    first = "start" if "start" in inspect.signature(schedule_class).parameters else "steps"
+    return schedule_class(**{first: row.steps, **row.schedule_options})
 
 
 def _number(name: str, value: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from deat_rb.methods.recipes import (
     ACCURACY_THRESHOLD,
+    ANNEALED,
     CONSTANT,
     EVERY_D_EPOCHS,
     GRADIENT_RATIO,
@@ -103,6 +104,9 @@ def _attack(row: Recipe, eps: float) -> str:
         text = f"{number}, {size}" if size == "alpha = eps" else f"{number} of {size}"
     elif fixed and row.steps == 1:
         text = f"one step of {size}"
+    elif path_of(row.schedule) == ANNEALED:
+        total = format_fraction(row.steps * row.alpha)
+        text = f"steps of ({total})/r" if "/" in total else f"steps of {total}/r"
     else:
         text = f"{row.steps} steps of {size}" if fixed else f"steps of {size}"
     if not row.replays and (row.loss != "ce" or options.get("loss", "ce") != "ce"):
@@ -156,6 +160,8 @@ def _schedule(row: Recipe) -> str:
         bounds += f", at most {options['max_steps']}"
     if path == CONSTANT:
         return "constant"
+    if path == ANNEALED:
+        return f"rises linearly from {row.steps} towards {options.get('max_steps', 10)} over the epochs"
     if path == EVERY_D_EPOCHS:
         every = options.get("every", 3)
         return ("one more every epoch" if every == 1 else f"one more every {every} epochs") + bounds

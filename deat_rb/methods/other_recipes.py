@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from deat_rb.methods.recipes import GRADIENT_RATIO, UNIFORM, Recipe
+from deat_rb.methods.recipes import ANNEALED, GRADIENT_RATIO, UNIFORM, Recipe
+from deat_rb.utils.errors import DeatError
 
 N_FGSM_SOURCE = "de Jorge et al. 2022, arXiv:2202.01181"
 
@@ -56,9 +57,28 @@ def _gradalign() -> Recipe:
     )
 
 
+def _amata(first: int, last: int) -> Recipe:
+    if first > last:
+        raise DeatError(f"method 'amata-{first}-{last}': the number of steps cannot fall from {first} to {last}")
+    return Recipe(
+        steps=first,
+        alpha=20 / 255 / first,
+        attack_options={"start": "none"},
+        schedule=ANNEALED,
+        schedule_options={"max_steps": last},
+        paper="Ye et al. 2021, arXiv:2012.08112; a baseline of the later version of arXiv:2103.03076",
+        notes=(
+            f"Epoch t of T, from 0, has {first} + {last - first} t/T steps, rounded down, so never quite {last}.",
+            "tau = 20/255, the start at the clean image and the rounding are those of DEAT's public code; Amata's own "
+            "code is not public.",
+        ),
+    )
+
+
 OTHER_FAMILIES: list[tuple[str, str, str, Callable[..., Recipe]]] = [
     # as `deat_rb.methods.recipes.PAPER_FAMILIES`
     ("n-fgsm", r"n-fgsm", "n-fgsm", _n_fgsm),
     ("m+n-fgsm", r"m\+n-fgsm", "m+n-fgsm", _m_n_fgsm),
     ("gradalign", r"gradalign", "gradalign", _gradalign),
+    ("amata-K-L", r"amata-(\d+)-(\d+)", "amata-2-10", _amata),
 ]

@@ -20,6 +20,7 @@ CONSTANT = "deat_rb.training.base:Constant"
 EVERY_D_EPOCHS = "deat_rb.methods.schedules:EveryDEpochs"
 ACCURACY_THRESHOLD = "deat_rb.methods.schedules:AccuracyThreshold"
 GRADIENT_MAGNITUDE = "deat_rb.methods.schedules:GradientMagnitude"
+ANNEALED = "deat_rb.methods.schedules:Annealed"
 ROBUSTNESS_DROP = "deat_rb.methods.stopping:RobustnessDrop"
 GRADIENT_RATIO = "deat_rb.methods.stopping:GradientRatio"
 ATTACK_TRAINER = "deat_rb.methods.trainers:AttackTrainer"
@@ -91,7 +92,7 @@ class Recipe:
     @property
     def guided(self) -> bool:
         """Whether the gradient magnitude determines the steps."""
-        if self.schedule in (CONSTANT, EVERY_D_EPOCHS, ACCURACY_THRESHOLD):
+        if self.schedule in (CONSTANT, EVERY_D_EPOCHS, ACCURACY_THRESHOLD, ANNEALED):
             return False
         return self.schedule == GRADIENT_MAGNITUDE or bool(resolve(self.schedule).guided)
 

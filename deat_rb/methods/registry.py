@@ -100,12 +100,13 @@ def recipe(name: str) -> tuple[str, Recipe]:
         if match:
             numbers = [int(group) for group in match.groups()]
             largest = 99 if notation == "deat-P%" else 1000
-            if numbers and not 1 <= numbers[0] <= largest:
+            if wrong := [number for number in numbers if not 1 <= number <= largest]:
                 raise DeatError(
-                    f"method '{requested}': {numbers[0]} is out of range for {notation} (1 to {largest}); "
+                    f"method '{requested}': {wrong[0]} is out of range for {notation} (1 to {largest}); "
                     f"the paper has {example}"
                 )
-            return (re.sub(r"\d+", str(*numbers), requested) if numbers else notation), build(*numbers)
+            canonical = re.sub(r"\d+", "{}", requested).format(*numbers) if numbers else notation
+            return canonical, build(*numbers)
     if requested in _plugins():
         _registered[requested] = _load(_plugins()[requested])
     if requested in _registered:

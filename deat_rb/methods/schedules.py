@@ -13,6 +13,7 @@ from typing import Any
 from deat_rb.training.base import Schedule
 from deat_rb.training.metrics import EpochStats
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.options import OPEN
 
 
 class EveryDEpochs(Schedule):
@@ -119,6 +120,70 @@ class GradientMagnitude(Schedule):
         super().load_state_dict(state)
         self.epochs = int(state["epochs"])
         self.threshold = None if state["threshold"] is None else float(state["threshold"])
+
+
+class Annealed(Schedule):
+    """Steps that rise linearly over the epochs, while the step size falls: Amata (Ye et al. 2021, arXiv:2012.08112).
+
+    Epoch t of T, counted from 0, has r = start + (max_steps - start) t / T steps, rounded down, of size tau / r, where
+    tau, the sum of the step sizes, is the method's step size times ``start``.
+
+    Args:
+        start: Steps of the first epoch, K_min.
+        max_steps: K_max, which is reached only after the last epoch.
+    """
+
+    needs_epochs = True
+
+    def __init__(self, start: int = 2, *, max_steps: int = 10) -> None:
+        super().__init__(start, max_steps)
+        if start < 1:
+            raise DeatError(f"steps = {start} is below 1; Amata needs at least 1 step in the first epoch")
+        self.start, self.last = start, max_steps
+        self.epochs: int | None = None
+
+    def begin(self, epochs: int) -> None:
+        """Set T.
+
+        Raises:
+            DeatError: The run is open-ended.
+        """
+        if epochs == OPEN:
+            raise DeatError(
+                "Amata raises the attack's steps over the epochs of the run, so their number must be known: give "
+                "epochs = 50, for example, instead of open"
+            )
+        self.epochs = epochs
+
+    def update(self, stats: EpochStats) -> None:
+        """Set the steps of the epoch after ``stats.epoch``.
+
+        Raises:
+            DeatError: `begin` was not called.
+        """
+        if self.epochs is None:
+            raise DeatError("the number of epochs is unknown: call schedule.begin(epochs) before the first epoch")
+        self.steps = self._steps(stats.epoch, self.epochs)
+
+    def alpha(self, alpha: float, eps: float) -> float:
+        """Return tau / steps, where tau = alpha * start."""
+        return alpha * self.start / max(self.steps, 1)
+
+    def total_steps(self, epochs: int) -> int:
+        """Return the total steps over T epochs."""
+        return sum(self._steps(epoch, epochs) for epoch in range(epochs))
+
+    def _steps(self, epoch: int, epochs: int) -> int:
+        return self.start + (self.last - self.start) * min(epoch, epochs) // epochs
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for `load_state_dict`, as JSON values."""
+        return {"steps": self.steps, "epochs": self.epochs}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a `state_dict`."""
+        super().load_state_dict(state)
+        self.epochs = None if state["epochs"] is None else int(state["epochs"])
 
 
 def replay(schedule: Schedule, rows: Iterable[EpochStats | Mapping[str, Any]]) -> list[int]:

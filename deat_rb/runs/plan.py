@@ -26,6 +26,7 @@ from deat_rb.runs.config import RunConfig
 from deat_rb.runs.hub_run import open_hub
 from deat_rb.runs.options import DataConfig, ModelConfig, TrainOptions
 from deat_rb.runs.resolution import resolve
+from deat_rb.training.base import Schedule
 from deat_rb.training.lr import MOMENTUM_RANGE
 from deat_rb.training.options import OptimConfig
 from deat_rb.training.trainer import Trainer
@@ -144,7 +145,7 @@ class TrainingPlan:
         rise = optim.warmup_epochs
         warmup = f" after {rise:g} epoch{'s' * (rise != 1)} of warm-up" if rise else ""
         alpha = "" if self.trainer.alpha is None else f", alpha = {format_fraction(self.trainer.alpha)}"
-        if alpha and self.trainer.schedule.guided:
+        if alpha and type(self.trainer.schedule).alpha is not Schedule.alpha:
             alpha += " in the first epoch"
         return [
             ("method", f"{attack.method} ({text.paper})"),

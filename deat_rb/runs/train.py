@@ -117,6 +117,11 @@ def resume(
                 f"rule ({state.stopped}); start a new run, with --no-early-stopping to train all epochs"
             )
         planned = plan(options, continues=config, started=newest is not None)
+        if longer.optim.epochs > config.optim.epochs and planned.trainer.schedule.needs_epochs:
+            raise DeatError(
+                f"--epochs = {format_epochs(longer.optim.epochs)} cannot extend a run of {config.attack.method}, whose "
+                f"steps are laid out over {config.optim.epochs} epochs; start a new run"
+            )
         for package, version in versions().items():
             if config.versions.get(package, version) != version:
                 _warn(callbacks, f"{package} is {version} here, but the run started with {config.versions[package]}")

@@ -71,12 +71,15 @@ class Schedule:
 
     Attributes:
         steps: Attack steps in the next epoch.
+        needs_epochs: Whether the steps depend on the run's number of epochs, which can then be neither open nor
+            increased later.
 
     Raises:
         DeatError: ``steps`` is negative or not a whole number, or ``max_steps`` is below the steps of the first epoch.
     """
 
     guided = False
+    needs_epochs = False
 
     def __init__(self, steps: int = 1, max_steps: int | None = None) -> None:
         if not is_whole_number(steps) or steps < 0:
@@ -85,6 +88,9 @@ class Schedule:
             raise DeatError(f"max_steps = {max_steps} is below the first epoch's steps ({max(steps, 1)})")
         self.steps = int(steps)
         self.max_steps = max_steps
+
+    def begin(self, epochs: int) -> None:
+        """Prepare for a run of ``epochs`` epochs, `deat_rb.utils.options.OPEN` if open-ended; called by `fit`."""
 
     def update(self, stats: EpochStats) -> None:
         """Set ``steps`` for the next epoch, given the metrics of the epoch that has ended."""

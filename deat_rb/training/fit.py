@@ -95,6 +95,7 @@ def fit(
     engine.graphs = choose_graphs(runtime.cuda_graphs, target, ranks.size)
     if not resume:
         trainer.reset_schedule()
+    trainer.schedule.begin(optim.epochs)
     try:
         threads = cpu_threads(runtime.threads if ranks.size == 1 else None)
         with seeding.preserved(), threads, engine.prepared(trainer.model):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from deat_rb.methods.schedules import AccuracyThreshold as Accuracy
-from deat_rb.methods.schedules import EveryDEpochs
+from deat_rb.methods.schedules import Annealed, EveryDEpochs
 from deat_rb.methods.schedules import GradientMagnitude as Guided
 from deat_rb.methods.stopping import GradientRatio, RobustnessDrop
 from deat_rb.training.base import Constant
 
 D = {"every": 3, "max_steps": None}
-NOT_IN_THE_PAPER = ("n-fgsm", "m+n-fgsm", "gradalign")
+NOT_IN_THE_PAPER = ("n-fgsm", "m+n-fgsm", "gradalign", "amata-2-10")
 P = {"threshold": 0.4, "max_steps": None}
 DROP = {"drop": 0.2, "validation_steps": 5}
 RATIO = {"m": 2, "gamma": 1.5, "guard": 0.4}
@@ -49,4 +49,6 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "m+n-fgsm": ("attack",  1,  8, "uniform", "ce", None, "train", "ce",     Constant, {}, GradientRatio, RATIO, 15),
     # GradAlign: Andriushchenko and Flammarion 2020, section 4 (FGSM without a random start); T as U-FGSM.
     "gradalign": ("attack", 1,  8, "none",    "ce", None, "train", "ce",     Constant, {}, None, {}, 15),
+    # Amata: Ye et al. 2021, Algorithm 1; tau = 20/255 = 2 * 10/255 as in the code of DEAT (amata_cifar10.py).
+    "amata-2-10": ("attack", 2, 10, "none",   "ce", None, "train", "ce",     Annealed, at_most(10), None, {}, 10),
 }  # fmt: skip

@@ -45,6 +45,8 @@ CASES = [
     ("n-fgsm", None),
     ("m+n-fgsm", None),
     ("gradalign", None),
+    ("amata-2-10", None),
+    ("amata-2-10", 5),
     ("fat-5", None),
     ("trades", None),
     ("f+trades", None),

@@ -1,4 +1,4 @@
-"""The paper's fifteen methods and N-FGSM as plain training loops, to hold the product against.
+"""The paper's fifteen methods and others as plain training loops, to hold the product against.
 
 Written from the papers (arXiv:2103.03076v1: Algorithms 1-5, sections 4 and 5, appendix A.2; those named at the other
 loops) and without deat_rb, so that
@@ -13,6 +13,7 @@ BatchNorm's statistics) except FAT's, which run in eval mode; noise is drawn fro
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ INNER = 2 / 255
 SINGLE = 10 / 255
 PATIENCE = 3
 LAMBDA = 6.0
+TAU = 20 / 255
 
 
 @dataclass
@@ -311,6 +313,13 @@ def f_mart(loop: Loop, images: Tensor, labels: Tensor) -> None:
     loop.update(mart_loss(clean_logits, adversarial_logits, labels), adversarial_logits, labels)
 
 
+def amata(loop: Loop, images: Tensor, labels: Tensor) -> None:
+    """Amata (Ye et al. 2021, Algorithm 1): K_t steps of tau / K_t, from the image; `run` sets them."""
+    adversarial = craft(loop, images, images, lambda logits: cross_entropy(logits, labels).sum())
+    logits = loop.forward(adversarial)
+    loop.update(cross_entropy(logits, labels), logits, labels)
+
+
 def magnitude_rule(l_x: Sequence[float], start: int, gamma: float, bound: int) -> int:
     """Algorithm 2, lines 1 and 8-14: the next epoch's r after epochs that summed to ``l_x``."""
     r, threshold = start, 0.0  # 1
@@ -352,6 +361,7 @@ BODIES: dict[str, tuple[Body, float, int]] = {
     "u-fgsm": (u_fgsm, SINGLE, 1),
     "n-fgsm": (n_fgsm, 8 / 255, 1),
     "gradalign": (gradalign, 8 / 255, 1),
+    "amata": (amata, 0.0, 0),
     "fat": (fat, INNER, 5),
     "trades": (trades, INNER, 10),
     "f+trades": (f_trades, INNER, 10),
@@ -387,7 +397,7 @@ def run(
     Returns:
         What each epoch did. The stopping rules are not applied: ask `ratio_rule` or `robustness_rule`.
     """
-    parts = re.fullmatch(r"(free|deat|pgd|fat)-(\d+)(%?)", method)
+    parts = re.fullmatch(r"(free|deat|pgd|fat|amata)-(\d+)(%|-\d+)?", method)
     guided = method in GUIDED
     family = parts[1] if parts else GUIDED.get(method, method.removeprefix("m+"))
     body, base_alpha, bound = (free, eps, 0) if family == "free" else BODIES[family]
@@ -401,6 +411,7 @@ def run(
     model.train()
     for t, batches in enumerate(batches_per_epoch):
         alpha = max(base_alpha, eps / r) if guided else base_alpha  # Algorithm 4, line 3
+        alpha = TAU / r if family == "amata" else alpha
         trace.append(Epoch(steps=r))
         loop = Loop(model, optimizer, eps, alpha, r, trace[-1], carried)
         for i, (images, labels) in enumerate(batches):
@@ -411,4 +422,6 @@ def run(
         elif family == "deat" and parts is not None:  # Algorithm 1, line 12
             meets = trace[-1].accuracy > number / 100 if parts[3] else (t + 1) % number == 0
             r = r + 1 if meets else r  # 13
+        elif family == "amata" and parts is not None:
+            r = math.floor(number + (int(parts[3][1:]) - number) * (t + 1) / len(batches_per_epoch))
     return trace

@@ -49,6 +49,9 @@ ATTACKS = [
     ("fat-5",    {"attack_mode": "train"},
      f"5 steps of 2/255, uniform start, FAT's early stop with tau = 3{NOISE}, in train mode"),
     ("m+mart",   {"alpha": 1 / 255}, "steps of 1/255 on CE, start 0.001 N(0,1)"),
+    ("amata-2-10", {}, "steps of (20/255)/r"),
+    ("amata-3-10", {"eps": "4/255"}, "steps of (10/255)/r"),
+    ("amata-2-10", {"eps": 0.1}, "steps of 0.25/r"),
 ]
 OTHERS = [
     ("loss",     "pgd-7",    {}, "CE"),
@@ -68,6 +71,8 @@ OTHERS = [
     ("schedule", "deat-20%", {"steps": 2}, "one more after an epoch with training accuracy above 20 %, from 2"),
     ("schedule", "m-deat",   {"max_steps": 4, "gamma": 1.2}, "gradient magnitude, at most 4, gamma 1.2"),
     ("schedule", "m+pgd",    {"steps": 3}, "gradient magnitude, from 3, at most 7"),
+    ("schedule", "amata-2-10", {"max_steps": 6}, "rises linearly from 2 towards 6 over the epochs"),
+    ("cost",     "amata-2-10", {}, "sum of (r + 1), times M"),
     ("stop",     "u-fgsm",   {}, "PGD-5 accuracy drops by over 20 points"),
     ("stop",     "u-fgsm",   {"drop": 0.1}, "PGD-5 accuracy drops by over 10 points"),
     ("stop",     "m+u-fgsm", {}, "l_X surges (m = 2, gamma 1.5)"),

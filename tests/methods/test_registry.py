@@ -169,7 +169,7 @@ def test_recipe_suggests_the_nearest_name(wrong: str, meant: str) -> None:
 def test_create_lists_all_names_when_none_is_near() -> None:
     with pytest.raises(
         DeatError,
-        match=r"no method 'zzzzzzzz': choose one of standard, free-8, .*, m\+mart, n-fgsm, m\+n-fgsm, gradalign$",
+        match=r"no method 'zzzzzzzz': choose one of standard, free-8, .*, m\+mart, n-fgsm, .*, gradalign, amata-2-10$",
     ):
         create("zzzzzzzz", Plane())
 
@@ -182,6 +182,8 @@ def test_create_lists_all_names_when_none_is_near() -> None:
         ("deat-100%", "method 'deat-100%': 100 is out of range for deat-P% (1 to 99); the paper has deat-40%"),
         ("deat-0%", "method 'deat-0%': 0 is out of range for deat-P% (1 to 99); the paper has deat-40%"),
         ("pgd-1001", "method 'pgd-1001': 1001 is out of range for pgd-N (1 to 1000); the paper has pgd-7"),
+        ("amata-2-0", "method 'amata-2-0': 0 is out of range for amata-K-L (1 to 1000); the paper has amata-2-10"),
+        ("amata-9-2", "method 'amata-9-2': the number of steps cannot fall from 9 to 2"),
     ],
 )
 def test_recipe_refuses_a_number_out_of_range(wrong: str, message: str) -> None:

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deat_rb.methods.schedules import AccuracyThreshold, EveryDEpochs, GradientMagnitude, replay
+from deat_rb.methods.schedules import AccuracyThreshold, Annealed, EveryDEpochs, GradientMagnitude, replay
 from deat_rb.training.base import Constant, Schedule
 from deat_rb.training.metrics import EpochStats
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.options import OPEN
 
 RUNS = json.loads((Path(__file__).parents[1] / "fixtures" / "gradient_magnitude_runs.json").read_text())["runs"]
 EPS = 8 / 255
@@ -154,6 +155,41 @@ def test_accuracy_threshold_adds_a_step_above_the_threshold() -> None:
     assert last.steps == 3
 
 
+def annealed(epochs: int, start: int = 2, max_steps: int = 10) -> Annealed:
+    schedule = Annealed(start, max_steps=max_steps)
+    schedule.begin(epochs)
+    return schedule
+
+
+def test_annealed_has_the_steps_that_the_public_code_ran() -> None:
+    """The seconds per epoch in DEAT's log of Amata-2-10 rise after 7, 13, 19, 25, 32, 38 and 44 of 50 epochs."""
+    counts = {2: 7, 3: 6, 4: 6, 5: 6, 6: 7, 7: 6, 8: 6, 9: 6}
+    steps = replay(annealed(50), [{}] * 50)
+    assert steps == [step for step, count in counts.items() for _ in range(count)]
+    assert Annealed().total_steps(50) == sum(steps) == 272
+
+
+def test_annealed_step_sizes_sum_to_tau() -> None:
+    schedule = annealed(4, start=3, max_steps=7)
+    found = []
+    for epoch in range(1, 7):
+        found.append((schedule.steps, schedule.alpha(20 / 255 / 3, EPS)))
+        schedule.update(EpochStats(epoch=epoch))
+    assert [steps for steps, _ in found] == [3, 4, 5, 6, 7, 7]
+    assert [alpha * steps for steps, alpha in found] == pytest.approx([20 / 255] * 6)
+
+
+def test_annealed_needs_the_number_of_epochs() -> None:
+    with pytest.raises(DeatError, match=r"the number of epochs is unknown: call schedule\.begin\(epochs\)"):
+        Annealed().update(EpochStats(epoch=1))
+    with pytest.raises(DeatError, match="over the epochs of the run, so their number must be known: give epochs = 50"):
+        Annealed().begin(OPEN)
+    with pytest.raises(DeatError, match="steps = 0 is below 1; Amata needs at least 1 step"):
+        Annealed(0)
+    with pytest.raises(DeatError, match=r"max_steps = 2 is below the first epoch's steps \(4\)"):
+        Annealed(4, max_steps=2)
+
+
 def test_total_steps_is_none_for_schedules_that_depend_on_statistics() -> None:
     assert magnitude().total_steps(10) is None
     assert AccuracyThreshold().total_steps(10) is None
@@ -173,6 +209,7 @@ MAKERS: list[Callable[[], Schedule]] = [
     lambda: EveryDEpochs(3),
     lambda: AccuracyThreshold(0.5, max_steps=6),
     lambda: GradientMagnitude(gamma=1.01, max_steps=8),
+    lambda: annealed(60),
 ]
 
 

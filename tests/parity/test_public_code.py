@@ -18,6 +18,7 @@ from torch.optim import SGD
 
 import deat_rb
 from deat_rb.attacks.base import CraftStats
+from deat_rb.training.metrics import EpochStats
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils import seeding
 
@@ -71,9 +72,16 @@ def test_fat_equals_its_public_code(name: str) -> None:
     assert_images(trainer(images, labels), public["adversarial"])
 
 
-def train(name: str, **options: Any) -> tuple[Trainer, float, int, float]:
-    """Train on a batch of 8 and one of 5 images; return the trainer, and the sums of loss, correct and l_X."""
+def train(name: str, *, after: int = 0, of: int = 1, **options: Any) -> tuple[Trainer, float, int, float]:
+    """Train on a batch of 8 and one of 5 images, after some epochs of a run with ``of`` epochs.
+
+    Return the trainer, and the sums of loss, correct and l_X.
+    """
     trainer = deat_rb.create(name, network(), **options)
+    trainer.schedule.begin(of)
+    for epoch in range(1, after + 1):
+        trainer.schedule.update(EpochStats(epoch=epoch))
+    trainer.apply_schedule()
     optimizer = sgd(trainer.model)
     images, labels = batch(8, 6)
     loss = correct = l_x = 0.0
@@ -93,6 +101,7 @@ def train(name: str, **options: Any) -> tuple[Trainer, float, int, float]:
         ("n-fgsm", "n-fgsm", {}),
         ("n-fgsm", "m+n-fgsm", {}),
         ("gradalign", "gradalign", {}),
+        ("amata", "amata-2-10", {"after": 1, "of": 4}),
     ],
 )
 def test_training_equals_the_public_code(case: str, name: str, options: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ def test_training_step_equals_the_reference_loop(name: str, steps: int | None) -
     assert_trains_as_the_reference_loop(name, steps)
 
 
-@pytest.mark.parametrize("name", ["free-2", "deat-2", "deat-40%", "m-deat", "m+pgd", "m+trades", "m+mart"])
+@pytest.mark.parametrize("name", ["free-2", "deat-2", "deat-40%", "m-deat", "m+pgd", "m+trades", "m+mart", "amata-2-6"])
 def test_schedules_equal_the_reference_loop(name: str) -> None:
     """Nine epochs of the schedule, with gamma so low that r rises more than once, for M+PGD up to its bound."""
     expected, actual = network(), network()
@@ -52,6 +52,7 @@ def test_schedules_equal_the_reference_loop(name: str) -> None:
 
     guided = {"gamma": 0.7} if name.startswith("m") else {}
     trainer = deat_rb.create(name, actual, eps=8 / 255, **guided)
+    trainer.schedule.begin(len(trace))
     optimizer = sgd(actual, lr=0.005)
     for t, epoch in enumerate(trace):
         assert trainer.steps == epoch.steps, t
@@ -157,6 +158,7 @@ def test_reference_rules_by_hand() -> None:
         ("free-4", [4, 4, 4, 4], [4, 4, 4, 4]),
         ("pgd-3", [3, 3, 3, 3], [4, 4, 4, 4]),
         ("u-fgsm", [1, 1, 1, 1], [2, 2, 2, 2]),
+        ("amata-2-10", [2, 4, 6, 8], [3, 5, 7, 9]),
     ],
 )
 def test_reference_schedules_and_costs(name: str, steps: list[int], backwards: list[int]) -> None:

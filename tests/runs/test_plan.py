@@ -66,6 +66,7 @@ def test_plan_validation_images_are_not_trained_on() -> None:
         ("deat-1", {"backward passes": 6, "forward passes": 6, "updates": 6}),
         ("pgd-2", {"backward passes": 12, "forward passes": 12, "updates": 4}),
         ("trades", {"backward passes": 44, "forward passes": 52, "updates": 4}),
+        ("amata-2-6", {"backward passes": 16, "forward passes": 16, "updates": 4}),  # 2 and 4 steps
         ("mart", {"backward passes": 44, "forward passes": 48, "updates": 4}),
     ],
 )
@@ -144,6 +145,17 @@ def test_lines_state_the_plan() -> None:
     assert lines["result"] == "the weights of the last epoch"
     # 3 * (1 + ... + 8) = 108 replays of 2 batches.
     assert lines["cost"] == "216 backward passes, 216 forward passes, 216 updates"
+
+
+def test_plan_of_amata_needs_the_number_of_epochs() -> None:
+    assert (
+        "eps = 8/255, alpha = 10/255 in the first epoch"
+        in dict(planned(method="amata-2-4", eps=8 / 255).lines())["attack"]
+    )
+    with pytest.raises(
+        DeatError, match="so their number must be known: give epochs = 50, for example, instead of open"
+    ):
+        planned(method="amata-2-4", epochs="open")
 
 
 def test_default_name_is_a_file_name() -> None:

@@ -301,6 +301,15 @@ def test_resume_does_not_extend_a_run_ended_by_a_rule(tmp_path: Path, monkeypatc
     assert len(resume(run.path, {}, trust_code=True)[1].rows) == 1
 
 
+def test_resume_does_not_extend_steps_laid_out_over_the_epochs(tmp_path: Path) -> None:
+    run, history = train({**SMALL, "method": "amata-1-3", "lr_schedule": "flat"}, output=tmp_path)
+    assert history.steps == [1, 2]
+    before = (run.path / "config.json").read_bytes()
+    with pytest.raises(DeatError, match="cannot extend a run of amata-1-3, whose steps are laid out over 2 epochs"):
+        resume(run.path, {"epochs": 3}, trust_code=True)
+    assert (run.path / "config.json").read_bytes() == before
+
+
 def test_resume_compares_the_configuration_with_the_newest_intact_checkpoint(stopped: Path) -> None:
     """The bit that was flipped is in the configuration that the checkpoint holds."""
     newest = sorted((stopped / "checkpoints").iterdir())[-1]

@@ -19,7 +19,8 @@ from deat_rb.utils.module_state import preserve_modes, preserve_state
 
 METHODS = [
     "standard", "free-3", "deat-2", "deat-40%", "m-deat", "pgd-2", "m+pgd", "u-fgsm", "m+u-fgsm",
-    "n-fgsm", "m+n-fgsm", "gradalign", "fat-2", "trades", "f+trades", "m+trades", "mart", "f+mart", "m+mart",
+    "n-fgsm", "m+n-fgsm", "gradalign", "amata-2-10",
+    "fat-2", "trades", "f+trades", "m+trades", "mart", "f+mart", "m+mart",
 ]  # fmt: skip
 ATTACKS: dict[str, Callable[[nn.Module], Any]] = {
     "PGD": lambda model: torchattacks.PGD(model, steps=2),
