@@ -7,6 +7,8 @@ from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from deat_rb.utils.text import duration
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -122,7 +124,7 @@ class EvaluationProgress(AbstractContextManager["EvaluationProgress"]):
 
     def _left(self, done: float) -> str:
         spent, share = self._last - self._start, done - self._resumed
-        return f"{spent * (1 - done) / share:.0f} s left" if share > 0 else f"{spent:.0f} s spent"
+        return f"about {duration(spent * (1 - done) / share)} left" if share > 0 else f"{duration(spent)} spent"
 
     def _print(self, line: str) -> None:
         self._last_line = self._last

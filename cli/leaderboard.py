@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .options import threads_option
+from .options import size, threads_option
 
 DEFAULT = Path("leaderboard")
 _board = click.option("--board", type=click.Path(path_type=Path), metavar="DIR", help="[default: leaderboard]")
@@ -88,11 +88,9 @@ def build(context: click.Context, board: Path | None) -> None:
               help="Number of random examples to re-measure of each model (50 or more; 0 for none).")  # fmt: skip
 @click.option("--data-dir", "data_dirs", multiple=True, metavar="NAME=DIR",
               help="Folder of a dataset; may be repeated. The digits need none.")  # fmt: skip
-@click.option(
-    "--memory-limit",
-    metavar="SIZE",
-    help="Decode a folder's test images batch by batch if they would take more memory, such as 8G.",
-)
+@click.option("--memory-limit", type=size, metavar="SIZE",
+              help="Decode a folder's test images batch by batch if all of them would take more memory than this, such "
+              "as 8G.")  # fmt: skip
 @click.option("--batch-size", type=int, metavar="N", help="Images per batch.  [default: 500 on a GPU, otherwise 128]")
 @click.option(
     "--device", default="auto", show_default=True, metavar="NAME", help="Device: auto, cpu, cuda, cuda:1, mps, ..."
@@ -104,7 +102,7 @@ def verify(
     board: Path | None,
     sample: int,
     data_dirs: tuple[str, ...],
-    memory_limit: str | None,
+    memory_limit: int | None,
     batch_size: int | None,
     device: str,
 ) -> None:
@@ -116,7 +114,6 @@ def verify(
     from deat_rb.leaderboard.verify import verify as verify_board
     from deat_rb.utils.devices import resolve_device
     from deat_rb.utils.errors import DeatError
-    from deat_rb.utils.options import parse_size
 
     folders = {}
     for text in data_dirs:
@@ -125,10 +122,9 @@ def verify(
             raise DeatError(f"--data-dir {text} is invalid: give NAME=DIR, such as cifar10=data")
         folders[name] = Path(folder)
     where = str(resolve_device(device))
-    limit = None if memory_limit is None else parse_size(memory_limit)
     with EvaluationProgress(sample) as progress:
         result = verify_board(_chosen(context, board), sample=sample, data_dirs=folders, batch_size=batch_size,
-                             memory_limit=limit, device=where, progress=progress)  # fmt: skip
+                             memory_limit=memory_limit, device=where, progress=progress)  # fmt: skip
     for note in result.notes:
         click.echo(f"note: {note}")
     for problem in result.problems:

@@ -12,19 +12,11 @@ import click
 
 from deat_rb.utils.errors import DeatError
 
+from .options import numbers
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 PACKAGES = ("torchvision", "timm", "robustbench", "hf")
-
-
-def numbers(text: str) -> tuple[float, ...]:
-    """Parse numbers such as ``0.4914,0.4822,0.4465``."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise click.BadParameter(
-            f"'{text}' is not a list of numbers; give numbers such as 0.4914,0.4822,0.4465"
-        ) from None
 
 
 NETWORK_OPTIONS = (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,19 +70,29 @@ def config_options(options: Iterable[Option]) -> Callable[[F], F]:
     return add
 
 
-def fraction(text: str) -> float:
-    """Parse a number such as ``8/255`` or ``0.03``, in units of the image range [0, 1]."""
-    from deat_rb.utils.units import parse_fraction
-
+@contextmanager
+def _bad_parameter() -> Iterator[None]:
+    """Convert a `DeatError` into click's error for an invalid value, which names the option."""
     try:
-        return parse_fraction(text)
+        yield
     except DeatError as error:
         raise click.BadParameter(str(error)) from None
 
 
 def fraction_list(text: str) -> tuple[float, ...]:
-    """Parse a list of numbers such as ``0,2/255,4/255``."""
-    return tuple(fraction(part) for part in text.split(","))
+    """Parse a list of numbers such as ``0,2/255,4/255``, in units of the image range [0, 1]."""
+    from deat_rb.utils.units import parse_fraction
+
+    with _bad_parameter():
+        return tuple(parse_fraction(part) for part in text.split(","))
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Parse numbers such as ``0.485,0.456,0.406``."""
+    from deat_rb.utils.options import parse_numbers
+
+    with _bad_parameter():
+        return parse_numbers(text)
 
 
 def attack_names(text: str) -> tuple[str, ...]:
@@ -106,10 +117,8 @@ def size(text: str) -> int:
     """Return the number of bytes in a size such as ``8G``."""
     from deat_rb.utils.options import parse_size
 
-    try:
+    with _bad_parameter():
         return parse_size(text)
-    except DeatError as error:
-        raise click.BadParameter(str(error)) from None
 
 
 def json_file(text: str) -> Path:

@@ -1,4 +1,4 @@
-"""Progress over a known number of images: a bar on a terminal, otherwise a line from time to time."""
+"""Progress over a known number of images: a bar on a terminal, otherwise a line every 30 seconds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
+
+from deat_rb.utils.text import duration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,10 +17,10 @@ LINE_EVERY = 30.0
 
 
 class ImageProgress(AbstractContextManager["ImageProgress"]):
-    """Number of images done, and the time left, on stderr.
+    """Number of images done, and the time left, on stderr; nothing before the first image.
 
     Args:
-        action: What is done to the images, such as "classified".
+        action: The action in the past tense, such as "classified".
         bar: Whether to show a bar on a terminal; False if results are printed there at the same time.
         console: Where to print; by default stderr.
     """
@@ -45,7 +47,6 @@ class ImageProgress(AbstractContextManager["ImageProgress"]):
         self._start = self._last_line = monotonic()
 
     def __enter__(self) -> Self:
-        self._bar.start()
         return self
 
     def __exit__(
@@ -57,9 +58,10 @@ class ImageProgress(AbstractContextManager["ImageProgress"]):
         """Show that ``done`` of ``total`` images are done."""
         now = monotonic()
         rate = done / max(now - self._start, 1e-9)
+        self._bar.start()
         self._bar.update(self._task, completed=done, total=total, rate=f"{rate:.0f}/s")
         if not self._interactive and now - self._last_line >= LINE_EVERY:
             self._last_line = now
             left = (total - done) / rate if rate else 0.0
-            self._console.print(f"{done:,} of {total:,} images {self._action}, {rate:.0f} images/s, {left:.0f} s left",
-                                highlight=False, soft_wrap=True, markup=False)  # fmt: skip
+            self._console.print(f"{done:,} of {total:,} images {self._action}, {rate:.0f} images/s, about "
+                                f"{duration(left)} left", highlight=False, soft_wrap=True, markup=False)  # fmt: skip

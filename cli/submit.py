@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from .network_options import numbers
-from .options import threads_option
+from .options import numbers, size, threads_option
 
 
 @click.command("submit")
@@ -32,11 +31,9 @@ from .options import threads_option
 @click.option("--normalize", metavar="NAME", help="Use --mean and --std of cifar10, cifar100, digits or imagenet.")
 @click.option("--weights-key", metavar="KEY",
               help="State dict to load from a checkpoint that has several, such as state_dict_ema.")  # fmt: skip
-@click.option(
-    "--memory-limit",
-    metavar="SIZE",
-    help="Decode a folder's test images batch by batch if they would take more memory, such as 8G.",
-)
+@click.option("--memory-limit", type=size, metavar="SIZE",
+              help="Decode a folder's test images batch by batch if all of them would take more memory than this, such "
+              "as 8G.")  # fmt: skip
 @click.option("--dataset-name", metavar="NAME", help="Name of an image folder on the board, such as cifar10-jpeg.")
 @click.option(
     "--dataset-note", metavar="TEXT", help="Description of an image folder; the board keeps the first one given."
@@ -77,7 +74,7 @@ def submit(
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
     normalize: str | None,
-    memory_limit: str | None,
+    memory_limit: int | None,
     **metadata: Any,
 ) -> None:
     """Submit a trained network to a leaderboard.
@@ -96,14 +93,13 @@ def submit(
     from deat_rb.models.class_names import read_class_names
     from deat_rb.models.normalization import parse_normalization
     from deat_rb.utils.devices import resolve_device
-    from deat_rb.utils.options import parse_size
     from deat_rb.utils.text import printable
 
     where = resolve_device(device)
     more: dict[str, Any] = {
         "classes": None if class_file is None else read_class_names(class_file),
         "normalization": parse_normalization(mean, std, normalize),
-        "memory_limit": None if memory_limit is None else parse_size(memory_limit),
+        "memory_limit": memory_limit,
     }
     with EvaluationProgress(n_examples or sample) as progress:
         entry = Board(board).submit(

@@ -13,6 +13,7 @@ from deat_rb.runs.options import train_options
 
 from .network_options import import_from_current_folder
 from .options import GroupedCommand, GroupedOption, config_options, seed_list
+from .progress import ImageProgress
 
 output_option = partial(click.option, cls=GroupedOption, group="Output")
 
@@ -53,8 +54,9 @@ def train(
     By default, trains with M+TRADES on the bundled digits, which takes a few minutes on a laptop. Images are in [0, 1];
     --eps and --alpha use the same unit. Configuration, metrics, weights and plots are stored in the run directory.
     """
+    from rich.console import Console
+
     from deat_rb.cli.training_progress import (
-        DecodingProgress,
         TrainingProgress,
         print_estimate,
         print_plan,
@@ -124,7 +126,8 @@ def train(
     options = make_options({**recorded, **explicit})
     if not (dry_run or seeds or "WORLD_SIZE" in os.environ):
         check_free(Path(output) / (name or default_name(options)))
-    planned = plan(options, dry=dry_run, progress=DecodingProgress())
+    with ImageProgress("decoded", console=Console(stderr=True, quiet=not is_main())) as decoding:
+        planned = plan(options, dry=dry_run, progress=decoding)
     if is_main():
         print_plan(planned, seeds or ())
     if dry_run:

@@ -178,29 +178,6 @@ class TrainingProgress(Callback, AbstractContextManager["TrainingProgress"]):
         self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-class DecodingProgress:
-    """Callback for the ``progress`` of `load_data` that prints the number of decoded images at intervals.
-
-    Args:
-        console: Where to print; by default stderr.
-    """
-
-    def __init__(self, console: Console | None = None) -> None:
-        from rich.console import Console
-
-        self.console = console or Console(stderr=True, quiet=not is_main())
-        self._started = self._shown = monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        """Print a line, unless the last one was printed recently."""
-        now = monotonic()
-        if now - self._shown < (10 if self.console.is_interactive else LINE_EVERY) or not done:
-            return
-        self._shown = now
-        left = duration((now - self._started) / done * (total - done))
-        self.console.print(f"decoding images: {done:,} of {total:,}, about {left} left", highlight=False)
-
-
 def print_plan(planned: TrainingPlan, seeds: Sequence[int] = ()) -> None:
     """Print what a run will do and cost, as ``--dry-run`` does.
 

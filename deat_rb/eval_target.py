@@ -162,7 +162,7 @@ def _open_local_target(
         data = _load_test_data(dataset, data_dir, size, memory_limit)
     else:  # the number of classes may come from the data; invalid options are refused before the data are decoded
         load_state_dict(path, options.weights_key)
-        check_image_size(arch, image_size, source=str(path), required=dataset in (None, "folder"))
+        check_image_size(arch, image_size, source=str(path), required=dataset == "folder")
         data = _load_test_data(dataset, data_dir, image_size, memory_limit)
         if options.num_classes is not None and options.num_classes < len(data.classes):
             raise DeatError(f"--num-classes {options.num_classes} is too few: {data.name} has {len(data.classes)} "

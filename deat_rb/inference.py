@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from deat_rb.data.image_folder import DECODING_THREADS, read_image
+from deat_rb.data.image_folder import decoding_pool, read_image
 from deat_rb.data.normalization import Normalization
 from deat_rb.evaluation.frozen_model import prepared_for_eval
 from deat_rb.loading import Network, NetworkOptions, open_network
@@ -170,7 +169,7 @@ def _decoded(
 ) -> Iterator[list[tuple[Path, Tensor | DeatError]]]:
     """Yield batches of decoded images; the next batch is decoded by threads in the meantime."""
     ahead: list[tuple[Path, Future[Tensor | DeatError]]] = []
-    with ThreadPoolExecutor(min(DECODING_THREADS, os.cpu_count() or 1)) as pool:
+    with decoding_pool() as pool:
         try:
             for start in range(0, len(files), batch_size):
                 ready = ahead

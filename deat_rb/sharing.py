@@ -20,7 +20,7 @@ from deat_rb.runs.hub_run import CARD, OPTIONAL_FILES
 from deat_rb.training.metrics import EpochStats
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import read_bytes, sha256_file, write_all
-from deat_rb.utils.hub import HubAddress, describe_error, is_hub, refusals
+from deat_rb.utils.hub import HubAddress, describe_error, http_status, is_hub, refusals
 from deat_rb.utils.text import printable, replace_invisible
 from deat_rb.utils.units import format_fraction
 
@@ -179,7 +179,7 @@ def _upload(contents: Mapping[str, bytes], address: HubAddress, private: bool) -
     except errors.LocalTokenNotFoundError:
         raise DeatError("pushing needs a login: run hf auth login, or set HF_TOKEN") from None
     except Exception as error:  # any exception: the HTTP library and the Hub raise many types
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        status = http_status(error)
         if status in (401, 403):
             raise DeatError(f"the Hub does not permit writing to {repository} (status {status}): run hf auth login "
                             "with a token that may write there") from None  # fmt: skip

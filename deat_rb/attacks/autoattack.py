@@ -29,8 +29,6 @@ VERSIONS = {
 FEWEST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
 """The DLR loss needs a third-largest logit, the targeted DLR loss a fourth-largest."""
 
-TARGETED = ("apgd-t", "fab-t")
-
 ITERATIONS, QUERIES, AVERAGED = 100, 5000, 20
 
 SMALLEST_BATCH = 16

@@ -5,20 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from deat_rb.data.folder_layout import FolderLayout, check_classes, folder_layout
 from deat_rb.data.image_files import ImageLister
-from deat_rb.data.image_folder import DECODING_THREADS, open_image
+from deat_rb.data.image_folder import decoding_pool, open_image
+from deat_rb.data.statistics import Progress
 from deat_rb.utils.errors import DeatError
 
 RARE = 10
 """A class is rare if it has fewer than 1/10 as many training images as the most frequent class."""
-
-Progress = Callable[[int, int], None]
 
 
 def rare_classes(counts: dict[str, int]) -> list[str]:
@@ -152,9 +150,12 @@ def folder_info(root: str | Path, *, progress: Progress | None = None) -> Folder
 def _check(
     files: dict[str, dict[str, list[str]]], layout: FolderLayout | None, lister: ImageLister, problems: list[str]
 ) -> None:
-    """Append problems with classes and links to ``problems``."""
+    """Append problems with links and classes to ``problems``."""
     try:
         lister.count_repeated(files)
+    except DeatError as error:
+        problems.append(str(error))
+    try:
         if layout is not None:
             check_classes(files, layout)
         elif len(files["all"]) < 2:
@@ -176,7 +177,7 @@ def _add(part: PartInfo, name: str, path: str, image: ImageInfo) -> None:
 
 def inspect(files: Sequence[str], progress: Progress | None = None) -> Iterator[ImageInfo | DeatError]:
     """Decode image files with threads; yield the properties of each, in order, or why it cannot be read."""
-    with ThreadPoolExecutor(min(DECODING_THREADS, os.cpu_count() or 1)) as pool:
+    with decoding_pool() as pool:
         try:
             for number, image in enumerate(pool.map(_inspect, files), 1):
                 yield image

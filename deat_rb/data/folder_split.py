@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from deat_rb.data.folder_info import Progress, inspect
+from deat_rb.data.folder_info import inspect
 from deat_rb.data.folder_layout import VALIDATION
 from deat_rb.data.image_files import ImageLister
+from deat_rb.data.statistics import Progress
 from deat_rb.utils.errors import DeatError, UnwritableError
 from deat_rb.utils.seeding import generator
 
@@ -102,8 +103,8 @@ def _files_to_split(root: Path, output: Path, test: float) -> dict[str, list[str
         raise DeatError(f"--test {test:g} is invalid: give a share above 0 and below 1, such as 0.2")
     if not root.is_dir():
         raise DeatError(f"{root} does not exist or is not a folder: give a folder of images in <class>/*")
-    inside, outside = Path(os.path.realpath(output)), Path(os.path.realpath(root))
-    if inside.is_relative_to(outside) or outside.is_relative_to(inside):
+    new, old = Path(os.path.realpath(output)), Path(os.path.realpath(root))
+    if new.is_relative_to(old) or old.is_relative_to(new):
         raise DeatError(f"--output {output} and {root} must not contain each other: give another folder")
     if os.path.lexists(output):
         raise DeatError(f"--output {output} already exists: remove it, or give another folder")

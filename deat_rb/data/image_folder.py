@@ -19,6 +19,7 @@ from torch import Tensor
 from deat_rb.data.images import ImageSet, LabeledImages, Reader
 from deat_rb.data.workers import WorkerReader
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.threads import processors
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -139,7 +140,7 @@ class ImageFolder(LabeledImages):
                 transparent += int(flags[0])
             return transparent
 
-        with ThreadPoolExecutor(min(DECODING_THREADS, os.cpu_count() or 1)) as pool:
+        with decoding_pool() as pool:
             transparent = sum(pool.map(fill, range(0, len(self), FILES_PER_TASK)))
         return ImageSet(torch.from_numpy(images), self.labels), transparent
 
@@ -160,6 +161,11 @@ class ImageFolder(LabeledImages):
     def reader(self, device: torch.device | str) -> Reader:
         """Return a reader whose worker processes decode the images in every epoch."""
         return WorkerReader(self._decoder(), device)
+
+
+def decoding_pool() -> ThreadPoolExecutor:
+    """Return a pool of threads for decoding images."""
+    return ThreadPoolExecutor(min(DECODING_THREADS, processors()))
 
 
 def read_image(path: Path, size: int) -> NDArray[np.uint8]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.threads import processors
 
 MAX_WORKERS = 16
 
@@ -29,10 +30,9 @@ Decoder = Callable[[list[int]], tuple[NDArray[np.uint8], NDArray[np.int64]]]
 
 
 def worker_count() -> int:
-    """Return the number of worker processes: usable cores divided by the ranks on this machine, 1 to 16."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of worker processes: usable processors divided by the ranks on this machine, 1 to 16."""
     local = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return min(max(usable // (int(local) if local.isdecimal() and int(local) else 1), 1), MAX_WORKERS)
+    return min(max(processors() // (int(local) if local.isdecimal() and int(local) else 1), 1), MAX_WORKERS)
 
 
 class WorkerReader:

@@ -22,7 +22,7 @@ from deat_rb.attacks.threat_models import check_norm, check_radius
 from deat_rb.attacks.types import Attack, AttackContext
 from deat_rb.data.images import LabeledImages
 from deat_rb.evaluation.frozen_model import PreparedModel, prepared_for_eval, sha256_examples
-from deat_rb.evaluation.report import AttackResult, Check, CurvePoint, Norm, Report
+from deat_rb.evaluation.report import CHECK_LEVELS, AttackResult, Check, CurvePoint, Norm, Report
 from deat_rb.evaluation.resume import ResumeStore, open_store
 from deat_rb.evaluation.runner import NATURAL, AttackOutcome, AttackRunner, Progress
 from deat_rb.evaluation.statistics import wilson
@@ -40,8 +40,6 @@ __all__ = ["AttackResult", "Report", "evaluate", "parse_attacks", "split_names",
 Eps = str | float | Sequence[str | float]
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
-
-CHECKS = ("none", "quick", "full")
 
 KEPT_BYTES = 2 * 2**30
 """Maximum total size up to which the adversarial images of all attacks are kept by default."""
@@ -285,8 +283,8 @@ def check_options(*, precision: str, checks: str) -> None:
     """
     if str(precision) not in PRECISIONS:
         raise DeatError(f"unknown evaluation precision '{precision}': {did_you_mean(str(precision), PRECISIONS)}")
-    if str(checks) not in CHECKS:
-        raise DeatError(f"unknown level of checks '{checks}': {did_you_mean(str(checks), CHECKS)}")
+    if str(checks) not in CHECK_LEVELS:
+        raise DeatError(f"unknown level of checks '{checks}': {did_you_mean(str(checks), CHECK_LEVELS)}")
 
 
 def _run_checks(

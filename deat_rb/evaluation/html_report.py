@@ -6,7 +6,6 @@ import base64
 import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from deat_rb.data.images import LabeledImages
 from deat_rb.evaluation.frozen_model import prepared_for_eval, select_images
 from deat_rb.evaluation.report import SKIPPED, AttackResult, Check, Report, worst_of
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.files import atomic_write
 from deat_rb.utils.text import new_environment
 from deat_rb.utils.units import format_fraction
 
@@ -71,26 +69,6 @@ def render_page(
     content = _content(report, images, labels.cpu(), _Names(classes), predictions or {})
     content |= {"training": training or {}, "curves": _data_url(curves) if curves else ""}
     return new_environment("deat_rb.evaluation").get_template("report.html.j2").render(content).encode()
-
-
-def write_page(
-    report: Report,
-    path: str | Path,
-    *,
-    images: Tensor | LabeledImages,
-    labels: Tensor,
-    classes: Sequence[str],
-    predictions: Mapping[str, Tensor] | None = None,
-) -> Path:
-    """Write the page of `render_page` to the ``.html`` file ``path``, and return the path.
-
-    Raises:
-        DeatError: The number of images or labels differs from the report, or the page cannot be written.
-    """
-    path = Path(path)
-    page = render_page(report, images=images, labels=labels, classes=classes, predictions=predictions)
-    atomic_write(path, page)
-    return path
 
 
 def predictions_of(

@@ -14,6 +14,7 @@ from torch import Tensor
 from deat_rb.evaluation.statistics import wilson
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import read_json, write_all
+from deat_rb.utils.records import describe_validation_error
 from deat_rb.utils.safe_load import load_tensors
 from deat_rb.utils.text import as_text, new_table
 from deat_rb.utils.units import format_fraction
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 
 SCHEMA_VERSION = 2
+
+CHECK_LEVELS = ("none", "quick", "full")
 
 SKIPPED = "skipped"
 """Name of the last check, which lists the skipped checks."""
@@ -296,10 +299,8 @@ class Report(BaseModel):
         try:
             report = cls.model_validate(content)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
             raise DeatError(
-                f"{file} is not a valid evaluation report ({where}: {first['msg']}); evaluate again"
+                f"{file} is not a valid evaluation report ({describe_validation_error(error)}); evaluate again"
             ) from None
         if wrong := report._contradiction():
             raise DeatError(f"{file} {wrong}; evaluate again")
@@ -376,3 +377,8 @@ def json_file(path: str | Path) -> Path:
 def verdict_file(json_file: Path) -> Path:
     """Return the path of the verdicts file of a report."""
     return json_file.with_name(f"{json_file.stem}-verdicts.safetensors")
+
+
+def page_file(json_file: Path) -> Path:
+    """Return the path of a report's HTML page."""
+    return json_file.with_name("report.html" if json_file.name == "eval.json" else f"{json_file.stem}.html")

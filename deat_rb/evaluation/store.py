@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deat_rb.data.images import LabeledImages
 from deat_rb.evaluation.records import Placement, place
-from deat_rb.evaluation.report import Report
+from deat_rb.evaluation.report import Report, page_file
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,8 @@ def store_report(
     written = []
     for placed in placements:
         file = placed.file
-        page_file = file.with_name("report.html" if file.name == "eval.json" else f"{file.stem}.html")
         plot = file.with_name(f"{file.stem}-eps.png")
-        beside = {page_file: html} if page else {}
+        beside = {page_file(file): html} if page else {}
         if report.curve:
             from deat_rb.evaluation.plots import draw_sweep
 
@@ -95,6 +94,6 @@ def store_report(
         written += [f"written: {path}" for path in (*beside, file)]
         if placed.sentence:
             written.append(f"note: {placed.sentence}")
-        for stale in {page_file, plot} - beside.keys() if run is not None and file.name == "eval.json" else ():
+        for stale in {page_file(file), plot} - beside.keys() if run is not None and file.name == "eval.json" else ():
             stale.unlink(missing_ok=True)  # files of the previous evaluation
     return StoredReport(tuple(placed.file for placed in placements), tuple(written))

@@ -87,15 +87,7 @@ def load_pretrained(target: str) -> tuple[nn.Module, tuple[int, int], tuple[str,
     Raises:
         DeatError: The model is unknown or has no weights, or they cannot be downloaded.
     """
-    kind, _, name = target.partition(":")
-    try:
-        net, mean, std, size, classes = _torchvision(name) if kind == "torchvision" else _timm(name)
-    except DeatError:
-        raise
-    except Exception as error:  # any exception: a download fails in many ways
-        raise DeatError(f"the weights of {target} cannot be loaded ({type(error).__name__}: {first_line(error)}): "
-                        "download them once with internet access, or use a state dict with --arch"
-                        ) from error  # fmt: skip
+    net, mean, std, size, classes = _from_library(target, "use a state dict with --arch")
     return NormalizedModel(net, mean, std).eval(), size, classes
 
 
@@ -107,16 +99,7 @@ def library_weights(arch: str) -> dict[str, Tensor]:
     Raises:
         DeatError: The model is unknown or has no weights, or they cannot be downloaded.
     """
-    kind, _, name = arch.partition(":")
-    try:
-        net = (_torchvision(name) if kind == "torchvision" else _timm(name))[0]
-    except DeatError:
-        raise
-    except Exception as error:  # any exception: a download fails in many ways
-        raise DeatError(f"the weights of {arch} cannot be loaded ({type(error).__name__}: {first_line(error)}): "
-                        "download them once with internet access, or give their file with --weights"
-                        ) from error  # fmt: skip
-    tensors: dict[str, Tensor] = net.state_dict()
+    tensors: dict[str, Tensor] = _from_library(arch, "give their file with --weights")[0].state_dict()
     return tensors
 
 
@@ -150,9 +133,21 @@ def library_input(arch: str) -> tuple[Normalization, int]:
 
 
 Pretrained = tuple[nn.Module, tuple[float, ...], tuple[float, ...], tuple[int, int], tuple[str, ...]]
-
+"""A network, the mean and standard deviation of its normalization, its image size (H, W) and its class names."""
 
 Preset = tuple[Any, tuple[float, ...], tuple[float, ...], tuple[int, int], tuple[str, ...]]
+
+
+def _from_library(target: str, alternative: str) -> Pretrained:
+    """Load a network with pretrained weights; ``alternative`` says what to do if they cannot be downloaded."""
+    kind, _, name = target.partition(":")
+    try:
+        return _torchvision(name) if kind == "torchvision" else _timm(name)
+    except DeatError:
+        raise
+    except Exception as error:  # any exception: a download fails in many ways
+        raise DeatError(f"the weights of {target} cannot be loaded ({type(error).__name__}: {first_line(error)}): "
+                        f"download them once with internet access, or {alternative}") from error  # fmt: skip
 
 
 def _torchvision_preset(name: str) -> Preset:

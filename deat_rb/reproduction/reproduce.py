@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -22,13 +21,14 @@ from deat_rb.reproduction.experiments import (
 )
 from deat_rb.reproduction.figures import Drawn, draw
 from deat_rb.reproduction.folder import StudyFolder
+from deat_rb.reproduction.outputs import write_table
 from deat_rb.reproduction.results import RunResult, collect
 from deat_rb.reproduction.study import RunSpec, Study, merge
-from deat_rb.reproduction.tables import ResultTable, Row, as_csv, as_json, as_latex, as_markdown
+from deat_rb.reproduction.tables import ResultTable, Row
 from deat_rb.runs.curve_test import curve_test
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.files import read_json, write_all, write_json
+from deat_rb.utils.files import read_json, write_json
 
 SETUP = "reproduction.json"
 
@@ -173,16 +173,9 @@ def write_outcome(done: Outcome, folder: Path) -> list[Path]:
     Raises:
         DeatError: A file cannot be written.
     """
-    contents = {
-        "md": as_markdown(done.table) + _verdicts_markdown(done),
-        "tex": as_latex(done.table),
-        "csv": as_csv(done.table),
-        "json": json.dumps({**as_json(done.table), **_judged(done)}, indent=2, ensure_ascii=False) + "\n",
-    }
-    files = {folder / f"{done.name}.{suffix}": text.encode() for suffix, text in contents.items()}
-    files |= {folder / f"{done.name}.{suffix}": picture for suffix, picture in done.pictures.items()}
-    write_all(files)
-    return list(files)
+    return write_table(
+        done.table, folder, remarks=_verdicts_markdown(done), facts=_judged(done), pictures=done.pictures
+    )
 
 
 def _judged(done: Outcome) -> dict[str, Any]:

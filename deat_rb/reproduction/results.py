@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 
-from deat_rb.evaluation.report import Report
+from deat_rb.evaluation.report import Report, page_file
 from deat_rb.reproduction.folder import StudyFolder
 from deat_rb.reproduction.provenance import eval_command, train_command
 from deat_rb.reproduction.study import RunSpec
@@ -80,7 +80,8 @@ def _result(folder: StudyFolder, run: RunSpec) -> RunResult:
             found = folder.report(run, attack, asked)
             if found is not None and attack not in values:
                 values[attack] = 100 * found[1].results[attack].accuracy
-                page = page or page_of(found[0])
+                written = page_file(found[0])
+                page = page or (written if written.is_file() else None)
     values |= cost(folder.rows(run)) if status == "done" else {}
     return RunResult(run.name, run.label, run.seed, status, record.reason, values, page, record.commit,
                      record.hardware, record.finished, tuple(commands))  # fmt: skip
@@ -97,12 +98,6 @@ def of_run(path: Path, report: Report, label: str) -> RunResult:
     )
     return RunResult(path.absolute().name, label, config.optim.seed, "done", values={**values, **cost(run.rows())},
                      commands=(f"deat-rb train --config {path / 'config.json'} {options}",))  # fmt: skip
-
-
-def page_of(report: Path) -> Path | None:
-    """Return the page of a report's JSON file, if there is one."""
-    page = report.with_name("report.html" if report.name == "eval.json" else f"{report.stem}.html")
-    return page if page.is_file() else None
 
 
 @dataclass(frozen=True)

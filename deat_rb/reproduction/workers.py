@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from deat_rb.utils.errors import DeatError, Interrupted
+from deat_rb.utils.threads import processors
 
 POLL = 1.0
 """Seconds between checks of the workers."""
@@ -41,12 +42,8 @@ def environments(jobs: int | None, gpus: Sequence[str], per_gpu: int) -> list[di
     if gpus:
         return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus for _ in range(per_gpu)]
     count = jobs or 1
-    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, _cores() // count))}
+    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, processors() // count))}
     return [threads if count > 1 else {} for _ in range(count)]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_workers(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.runs.plots import draw_curves
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.text import duration
 
 
 def summary(run: RunDirectory) -> tuple[dict[str, str], bytes]:
@@ -25,12 +26,8 @@ def summary(run: RunDirectory) -> tuple[dict[str, str], bytes]:
         "attack steps": ", ".join(map(str, steps)) if len(set(steps)) > 1 else f"{steps[0]} in every epoch",
         "backward passes": f"{sum(row.backwards for row in rows):,.0f} (mini-batches of {config.data.batch_size})",
         "forward passes": f"{sum(row.forwards for row in rows):,.0f}",
-        "training time": _duration(sum(row.seconds for row in rows)),
-        "validation time": _duration(sum(row.val_seconds for row in rows)),
+        "training time": duration(sum(row.seconds for row in rows)),
+        "validation time": duration(sum(row.val_seconds for row in rows)),
         "peak memory": f"{max(row.peak_memory for row in rows) / 1e9:.1f} GB",
     }
     return facts, draw_curves(rows, title=run.title, chosen=chosen)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:,.1f} min"

@@ -180,9 +180,15 @@ class HubFiles:
             raise DeatError(f"{name} of {self.address} is too large: {size:,} bytes (at most {limit:,})")
 
 
+def http_status(error: Exception) -> int | None:
+    """Return the HTTP status of an error of the Hub's client, if it has one."""
+    status: int | None = getattr(getattr(error, "response", None), "status_code", None)
+    return status
+
+
 def describe_error(error: Exception) -> str:
     """Return the HTTP status or the type of an error of the Hub's client, without its message, which may be long."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = http_status(error)
     return type(error).__name__ if status is None else f"status {status}"
 
 

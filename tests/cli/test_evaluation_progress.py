@@ -36,7 +36,7 @@ def test_evaluation_progress_prints_every_half_minute() -> None:
     calls = [("pgd-100", done, 400, done // 2) for done in (80, 160, 240, 320, 400)]
     # 240 images took 30 s, so 160 more take 20 s.
     assert lines(*calls) == [
-        "pgd-100: 240 of 400 images, 50.00 % correct so far, 20 s left",
+        "pgd-100: 240 of 400 images, 50.00 % correct so far, about 20 s left",
         "pgd-100: 400 images, 50.00 % correct, 50.0 s",
     ]
 
@@ -67,8 +67,8 @@ def test_evaluation_progress_within_a_batch() -> None:
     # The clock began 10 s before the first look. 0.4 of a batch took 30 s, so 3.6 take 270 s; then 1 took 50 s and
     # half of the next 20 s more, so the other 2.5 take 70 / 1.5 each.
     assert out.getvalue().splitlines() == [
-        "autoattack/square: batch 1 of 4 at 40%, 270 s left",
-        "autoattack/square: batch 2 of 4 at 0%, 10.00 % correct so far, 180 s left",
+        "autoattack/square: batch 1 of 4 at 40%, about 4 min left",
+        "autoattack/square: batch 2 of 4 at 0%, 10.00 % correct so far, about 3 min left",
         "a sentence",
     ]
 
@@ -79,7 +79,7 @@ def test_evaluation_progress_time_left_after_resuming() -> None:
     with EvaluationProgress(400, Console(file=out, width=40)) as show:
         for share in (0.0, 0.25, 0.5):
             show.within("pgd-100", 3, 4, share)
-    assert out.getvalue().splitlines() == ["pgd-100: batch 3 of 4 at 50%, 90 s left"]
+    assert out.getvalue().splitlines() == ["pgd-100: batch 3 of 4 at 50%, about 2 min left"]
 
 
 def test_evaluation_progress_shows_a_bar_on_a_terminal() -> None:

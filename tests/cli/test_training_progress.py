@@ -16,7 +16,7 @@ from training_problems import images_and_labels, loader, normalized, run_config
 
 import deat_rb
 from deat_rb.cli import training_progress
-from deat_rb.cli.training_progress import DecodingProgress, TrainingProgress, duration, print_result
+from deat_rb.cli.training_progress import TrainingProgress, duration, print_result
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.training.metrics import BatchStats, EpochAccumulator, EpochStats
 from deat_rb.training.trainer import Trainer
@@ -134,19 +134,6 @@ def test_training_progress_bar_keeps_the_time_left_and_drops_metrics(width: int,
     lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown))
     assert max(len(line) for line in lines) <= width
     assert all("left" in line for line in lines if "loss" in line)
-
-
-def test_decoding_progress_prints_a_line_a_minute(clock: Clock) -> None:
-    out = console()
-    progress = DecodingProgress(out)
-    for done in range(0, 200, 10):
-        progress(done, 1000)
-        clock.now += 10
-    assert text(out).splitlines() == [
-        "decoding images: 60 of 1,000, about 16 min left",
-        "decoding images: 120 of 1,000, about 15 min left",
-        "decoding images: 180 of 1,000, about 14 min left",
-    ]
 
 
 @pytest.mark.parametrize(

@@ -168,10 +168,10 @@ def test_worker_reader_ends_with_one_sentence_when_a_worker_dies() -> None:
 def test_worker_count_divides_the_cores_over_the_ranks(
     monkeypatch: pytest.MonkeyPatch, processes: str, count: int
 ) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    monkeypatch.setattr("deat_rb.data.workers.processors", lambda: 12)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     assert worker_count() == count
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(500)))
+    monkeypatch.setattr("deat_rb.data.workers.processors", lambda: 500)
     assert worker_count() <= MAX_WORKERS
 
 

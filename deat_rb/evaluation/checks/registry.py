@@ -17,11 +17,9 @@ from deat_rb.evaluation.checks import attack_checks, label_checks, model_checks
 from deat_rb.evaluation.checks.context import EXAMPLES, CheckContext, Outcome
 from deat_rb.evaluation.checks.probes import Probe
 from deat_rb.evaluation.frozen_model import prepared_for_eval
-from deat_rb.evaluation.report import SKIPPED, Check, Report
+from deat_rb.evaluation.report import CHECK_LEVELS, SKIPPED, Check, Report
 from deat_rb.utils import seeding
 from deat_rb.utils.errors import DeatError, did_you_mean
-
-LEVELS = ("none", "quick", "full")
 
 Progress = Callable[[str, int, int], None]
 
@@ -98,8 +96,8 @@ def run_checks(
     Raises:
         DeatError: The level is unknown, or the images or labels are invalid.
     """
-    if level not in LEVELS:
-        raise DeatError(f"--checks {level} is unknown: {did_you_mean(level, LEVELS)}")
+    if level not in CHECK_LEVELS:
+        raise DeatError(f"--checks {level} is unknown: {did_you_mean(level, CHECK_LEVELS)}")
     if level == "none":
         return ()
     checks, skipped = [], []
