@@ -62,7 +62,8 @@ def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> N
               help="Also log the accuracies to the experiment trackers to which the run was logged in training."
               )  # fmt: skip
 @click.option("--overwrite", is_flag=True,
-              help="Store this evaluation as the run's eval.json even if the existing one covers more.")  # fmt: skip
+              help="Replace the run's eval.json even if it has more attacks, images or checks than this evaluation."
+              )  # fmt: skip
 @click.option("--resume/--no-resume", default=None,
               help="Resume an interrupted evaluation, or discard it. By default it is resumed; if its settings differ, "
               "that is an error.")  # fmt: skip
@@ -150,7 +151,9 @@ def evaluate(
              for each in norms]  # fmt: skip
     for target in opened:
         if overwrite and not _has_own_data(target):
-            raise DeatError("--overwrite applies only to evaluations of runs on their own dataset: omit it")
+            raise DeatError(
+                "--overwrite replaces a run's eval.json, which is for evaluations on its own dataset: omit it"
+            )
         if track and target.run is None:
             raise DeatError("--track applies only to runs: omit it")
         if track and target.run is not None:
@@ -245,7 +248,7 @@ def _print_means(reports: Sequence[Report], targets: Sequence[EvalTarget], conso
 
 
 def _options(target: EvalTarget) -> dict[str, Any]:
-    """Return what defines a network except the seed: a run's options, or the source and hash of other weights."""
+    """Return the keys for grouping evaluations: a run's options without the seed, or source and hash of weights."""
     from deat_rb.reproduction.grouping import group_key
     from deat_rb.runs.directory import RunDirectory
 

@@ -22,7 +22,7 @@ def push(run: Path, target: str, private: bool, license_name: str | None, dry_ru
     """Upload a run to the Hugging Face Hub.
 
     Uploads the selected weights (safetensors), config.json, metrics.jsonl, the evaluation and a model card made from
-    them, without the folders in their paths. Log in first with hf auth login, or set HF_TOKEN.
+    them. Paths in these files are shortened to file names. Log in first with hf auth login, or set HF_TOKEN.
 
     Others can then pass hf:OWNER/NAME, or hf:OWNER/NAME@REVISION for a fixed commit, to eval, predict, submit, export,
     train --init-from and deat_rb.load_model.

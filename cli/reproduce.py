@@ -14,7 +14,7 @@ from .study_options import WorkOptions, study_options, work
 
 @click.command("reproduce")
 @click.argument("targets", metavar="TARGET...", nargs=-1)
-@click.option("--list", "list_targets", is_flag=True, help="Say what each target and scale is.")
+@click.option("--list", "list_targets", is_flag=True, help="Describe the targets and scales, and exit.")
 @click.option("--scale", default="digits", show_default=True, metavar="[digits|small|paper]",
               help="Data, networks and epochs: minutes, hours or days.")  # fmt: skip
 @click.option("--seeds", type=seed_list, metavar="0,1,2", help="Seeds.  [default: the scale's]")

@@ -37,7 +37,7 @@ _OPTIONS = (
 
 
 def study_options(command: F) -> F:
-    """Add the options to a command, which receives them as keyword arguments of `WorkOptions`."""
+    """Add the options to a command; their values are the arguments of `WorkOptions`."""
     for each in reversed(_OPTIONS):
         command = each(command)
     return command
@@ -131,7 +131,7 @@ def _submit(folder: StudyFolder, options: WorkOptions, count: int, arguments: Se
     jobs = submit([*arguments, "--no-wait"], count, parse_options(options.slurm_options), folder.logs)
     for job in jobs:
         click.echo(f"submitted job {job.job_id}, output {job.paths.stdout}")
-    click.echo("the same command with --status says how far they are, and with --tables writes the tables")
+    click.echo("repeat the command with --status to see their progress, or with --tables to write the tables")
 
 
 def _run_workers(study: Study, folder: StudyFolder, environs: list[dict[str, str]], arguments: list[str]) -> None:
@@ -222,11 +222,11 @@ def print_status(study: Study, folder: StudyFolder) -> None:
                          if counts[status]))  # fmt: skip
     left = state.seconds_left()
     if left is None:
-        click.echo("left: unknown until a run is done; --dry-run estimates it")
+        click.echo("time left: unknown until a run is done; --dry-run estimates it")
     elif left:
         end = datetime.now().astimezone() + timedelta(seconds=left)
-        click.echo(f"left: about {duration(left)} with {max(1, counts['running'])} runs at a time, "
-                   f"until {end:%Y-%m-%d %H:%M}")  # fmt: skip
+        click.echo(f"time left: about {duration(left)} with {max(1, counts['running'])} runs at a time; ends about "
+                   f"{end:%Y-%m-%d %H:%M}")  # fmt: skip
 
 
 def print_estimate(study: Study, folder: StudyFolder, workers: int) -> None:

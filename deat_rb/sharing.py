@@ -121,7 +121,7 @@ def shared_files(
     if report is None:
         notes.append(f"there is no evaluation, so the card has no accuracies: run deat-rb eval {run.path} first")
     elif "autoattack" not in report.results:
-        notes.append("AutoAttack was not run; readers will ask for it: deat-rb eval RUN --autoattack")
+        notes.append("AutoAttack was not run, but readers expect its accuracy: run deat-rb eval RUN --autoattack")
     if license is None:
         notes.append("no --license is given, so others may not use the weights; give for instance --license mit")
     return contents, tuple(notes)
@@ -188,7 +188,7 @@ def _upload(contents: Mapping[str, bytes], address: HubAddress, private: bool) -
 
 
 def model_card(run: RunDirectory, report: Report | None, address: HubAddress, license: str | None) -> str:
-    """Return the model card: metadata for the Hub, the table's row, usage, method, training command and classes."""
+    """Return the model card: metadata for the Hub, results, usage, method, training command and classes."""
     config, rows = run.config, run.rows()
     row = describe(config.attack.method, eps=config.attack.eps, **config.method_options())
     dataset = SPELLED.get(config.data.dataset, config.data.dataset)

@@ -151,8 +151,8 @@ def load_data(
 
     Args:
         name: "digits", "cifar10", "cifar100" or "folder".
-        data_dir: Folder of CIFAR's files or for their download (default "data"), or the folder of
-            images, see `deat_rb.data.folder_layout.folder_layout`.
+        data_dir: For "folder", the folder of images, see `deat_rb.data.folder_layout.folder_layout`. For CIFAR, the
+            folder of its files, to which they are downloaded if they are missing (default "data").
         image_size: Height and width to which a folder's images are resized (default 32). Other datasets are 32x32.
         memory_limit: Maximum size in bytes of a folder's decoded images, one byte per value. Larger datasets are not
             kept in memory but decoded by worker processes in each epoch; batches, fingerprint, mean and standard

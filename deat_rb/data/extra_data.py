@@ -23,7 +23,7 @@ from deat_rb.data.images import ImageSet, LabeledImages, Reader
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.seeding import generator
 
-ADVICE = "give an .npz file as DM-Improves-AT publishes them, with the arrays image (N, H, W, 3), uint8, and label (N,)"
+ADVICE = "give an .npz file as published by DM-Improves-AT, with the arrays image (N, H, W, 3), uint8, and label (N,)"
 
 LOCAL_HEADER = struct.Struct("<26xHH")
 """Lengths of the name and the extra field in the header of a file in a ZIP archive, APPNOTE 4.3.7."""
@@ -160,8 +160,8 @@ def check_share(extra: LabeledImages, shape: tuple[int, int, int], fraction: flo
         batch_size: Images per batch.
 
     Raises:
-        DeatError: The share or the number of extra images does not suit the batch size, or their shape differs from
-        ``shape``.
+        DeatError: The share or the number of extra images is too small for the batch size, or their shape differs from
+            ``shape``.
     """
     if not 0 < fraction < 1 or int(batch_size * fraction) < 1:
         raise DeatError(f"--extra-fraction {fraction:g} of --batch-size {batch_size} is invalid: give a fraction below "

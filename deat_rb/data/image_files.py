@@ -188,8 +188,8 @@ def find_images(paths: Sequence[str | Path]) -> tuple[list[str], Counter[str], l
             suffix, even if it does not exist. An existing path is never treated as a pattern.
 
     Returns:
-        The files, each once, in the order given and alphabetically within a folder or pattern; the number of skipped
-        files by reason; and what could not be listed, such as broken links and subfolders that cannot be read.
+        The files without duplicates, in the order given and alphabetically within a folder or pattern; the number of
+        skipped files by reason; and errors, such as broken links and subfolders that cannot be read.
 
     Raises:
         DeatError: A pattern matches no file, or a folder has no images.

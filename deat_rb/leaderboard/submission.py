@@ -114,7 +114,7 @@ class SubmissionMetadata:
         Entry.create({**fields, **self.declared_fields()}, "the declared metadata")
 
     def declared_fields(self) -> dict[str, Any]:
-        """Return the entry's fields that the submitter states and nothing measures, such as authors and link."""
+        """Return the entry's fields that only the submitter knows, such as authors and link."""
         names = ("link", "name", "authors", "venue", "additional_data", "unreliable", "footnote", "hardware",
                  "dataset_note")  # fmt: skip
         fields = {name: getattr(self, name) for name in names if getattr(self, name) is not None}

@@ -109,7 +109,7 @@ def _check_values(model: nn.Module, weights: dict[str, Tensor], source: Path) ->
 
 
 def as_safetensors(model: nn.Module) -> bytes:
-    """Return the content of a safetensors file with the network's state dict, which depends on its values only."""
+    """Return a network's state dict as the bytes of a safetensors file; equal weights give equal bytes."""
     state = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in model.state_dict().items()

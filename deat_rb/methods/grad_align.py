@@ -46,7 +46,7 @@ class GradAlignTrainer(AttackTrainer):
             raise DeatError("gradient alignment needs second derivatives, which torch.compile lacks: omit --compile")
         first = crafting.gradient
         if first is None:
-            raise DeatError(f"steps = {self.steps}: gradient alignment needs the gradient of 1 attack step or more")
+            raise DeatError(f"steps = {self.steps} cannot be used: gradient alignment needs 1 or more attack steps")
         noise = self.crafter.threat.training_noise(images, self.crafter.eps)
         with engine.autocast():
             point = (images + noise).requires_grad_()

@@ -162,7 +162,7 @@ class AttackTrainer(Trainer):
             return self.loss.function(adv_logits, labels), adv_logits
 
     def _penalty(self, images: Tensor, labels: Tensor, crafting: CraftStats, engine: Engine) -> Tensor | None:
-        """Return what is added to the loss of each example, (N,), or None."""
+        """Return a penalty to add to the loss of each example, (N,), or None."""
         return None
 
     def _perturb_weights(
@@ -179,7 +179,7 @@ class AttackTrainer(Trainer):
         awp.add(weights, gradients)
 
     def step_settings(self) -> tuple[object, ...]:
-        """Return the settings that a training step uses, and whether the weights are perturbed in it."""
+        """Return the settings of `Trainer.step_settings`, and whether the step includes AWP."""
         return *super().step_settings(), self.awp is not None and (self.awp.gamma, self.progress >= self.awp.warmup)
 
     def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -303,7 +303,7 @@ class ReplayTrainer(Trainer):
             self._carried[: len(delta)].copy_(delta)
 
     def step_settings(self) -> tuple[object, ...]:
-        """Return the settings that a training step uses, and the address of FREE's perturbation."""
+        """Return the settings of `Trainer.step_settings`, and the memory address of FREE's perturbation."""
         place = None if self._carried is None else (self._carried.data_ptr(), self._carried.shape)
         return *super().step_settings(), place
 

@@ -15,11 +15,12 @@ TINY = 1e-20
 
 
 class WeightPerturbation:
-    """Perturbation of the weights that increases the training loss before each update, and is removed after it.
+    """Adversarial weight perturbation (AWP, Wu et al. 2020).
 
-    Each weight tensor w is moved by gamma ||w|| g / ||g||, where g is the gradient of the loss on the adversarial
-    examples (Equations 7 to 9 with one step, per layer). As in AWP's public code these are the tensors with more than
-    one dimension whose name contains ``weight``: those of convolutions and linear layers.
+    Before each update, the weights are perturbed so that the training loss increases; after it, the perturbation is
+    removed. Each weight tensor w is moved by gamma ||w|| g / ||g||, where g is the gradient of the loss on the
+    adversarial examples (Equations 7 to 9 with one step, per layer). As in AWP's public code, only the weights of
+    convolutions and linear layers are perturbed: tensors with more than one dimension and ``weight`` in their names.
 
     Args:
         gamma: Size of the perturbation relative to the weights, in (0, 1).

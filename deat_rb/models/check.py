@@ -72,7 +72,7 @@ def check_weights_exist(model: nn.Module, purpose: str) -> None:
 
     Args:
         model: Any object.
-        purpose: What the model is needed for, for the message.
+        purpose: Purpose of the model, such as ``training``, for the message.
 
     Raises:
         DeatError: The model is not a `torch.nn.Module`, has lazy layers, or was created inside `torch.inference_mode`.

@@ -1,4 +1,4 @@
-"""Loading of state dicts into models, whatever tensor names wrappers and other code bases use."""
+"""Loading of state dicts into models, including state dicts with tensor names of wrappers and other code bases."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def with_new_head(
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Replace the last layer in a state dict by the model's own if it is for another number of classes.
 
-    The tensors of the last layer are those that differ from the model's only in their first dimension, which is
-    ``num_classes`` in the model and one other number in the state dict, or that the state dict does not have.
+    The last layer's tensors are recognized by their first dimension: it is ``num_classes`` in the model, and in the
+    state dict another number, the same for all of them. Tensors missing in the state dict may belong to it, too.
 
     Args:
         model: A `NormalizedModel`.

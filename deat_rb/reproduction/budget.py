@@ -60,7 +60,7 @@ class Table(BaseModel):
 
     Attributes:
         schema_version: Version of the table's schema.
-        provisional: Whether the rows are older results, to be replaced by the experiments that are made for this table.
+        provisional: Whether the runs are from other experiments, which do not compare methods at equal cost.
         data: Data and network of the runs.
         attack: The attack that ranks them.
         rows: The runs.
@@ -90,7 +90,7 @@ class Choice:
     """A choice for a budget.
 
     Attributes:
-        options: Options of `deat-rb train`, with those that were given.
+        options: Options of `deat-rb train`, including the given ones.
         reasons: What was chosen, and why.
     """
 
@@ -156,7 +156,8 @@ def choose(
         why = f"the cheapest per epoch of {len(rows)} measured runs, all of which take more than {budget}"
     if epochs < 1:
         each = cost[id(row)] / row.epochs
-        raise DeatError(f"--budget of {budget} is less than an epoch of {row.method} ({Budget(each, budget.unit)})")
+        raise DeatError(f"--budget is too small: an epoch of {row.method} takes {Budget(each, budget.unit)}, but the "
+                        f"budget is {budget}; give more")  # fmt: skip
     reasons = [
         f"{row.method}, {epochs} epochs: {why}",
         f"measured with {row.epochs} epochs, {row.passes:.3g} passes: natural {row.natural:g} %, {table.attack} "
@@ -166,7 +167,7 @@ def choose(
         change = "raised" if epochs > row.epochs else "reduced"
         reasons.append(f"the epochs are {change} from {row.epochs} to {epochs} for the budget, which was not measured")
     if table.provisional:
-        reasons.append("provisional: these results were not made to compare methods at equal cost")
+        reasons.append("provisional: these runs are from experiments that do not compare methods at equal cost")
     return Choice({**row.options, **given, "epochs": epochs}, tuple(reasons))
 
 
@@ -201,7 +202,7 @@ class _Costs:
 
 
 def _unmeasured(budget: Budget, given: Mapping[str, Any], costs: _Costs) -> Choice:
-    """Return the epochs of a method that is not in the table."""
+    """Choose as many epochs as the budget allows, for a method without measured runs."""
     epochs = 0
     step = 1 << 12
     while step:  # the cost rises with the epochs, but not in proportion if a schedule raises the steps
@@ -210,7 +211,7 @@ def _unmeasured(budget: Budget, given: Mapping[str, Any], costs: _Costs) -> Choi
         step >>= 1
     method = recipe(str(given["method"]))[0] if "method" in given else "the method"
     if not epochs:
-        raise DeatError(f"--budget of {budget} is less than an epoch of {method}; give more")
+        raise DeatError(f"--budget is too small: an epoch of {method} takes more than {budget}; give more")
     return Choice(
         {**given, "epochs": epochs},
         (f"{method}, {epochs} epochs: as many as {budget} allow; there is no measured run of it to compare",),

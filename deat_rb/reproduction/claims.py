@@ -93,7 +93,7 @@ def seeds_needed(effect: float, *, beyond: int = 1) -> int:
 def judge(
     text: str, column: str, more: Sequence[str], less: Sequence[str], rows: Mapping[str, Sequence[RunResult]]
 ) -> Verdict:
-    """Judge a claim.
+    """Test a claim with the paired differences of its rows.
 
     Args:
         text: The claim.

@@ -235,7 +235,7 @@ def part_runs(setup: Setup, target: Target, number: int) -> tuple[RunSpec, ...]:
 
 
 def target_study(name: str, setup: Setup) -> Study:
-    """Return the runs of a target, each once."""
+    """Return the runs of a target, without duplicates."""
     target = experiments().targets[name]
     runs = {run.name: run for number in range(len(target.parts)) for run in part_runs(setup, target, number)}
     return Study(name, target.title, tuple(runs.values()))

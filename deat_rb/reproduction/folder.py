@@ -192,7 +192,7 @@ class StudyFolder:
         return RunDirectory.open(self.run_path(run)).rows()
 
     def report(self, run: RunSpec, attack: str, asked: int | None) -> tuple[Path, Report] | None:
-        """Return the report with an attack on a run, and its file; None if there is none.
+        """Return the file and the report of a run's evaluation that includes an attack; None if there is none.
 
         Args:
             run: The run.

@@ -43,7 +43,7 @@ class HubModel:
             raise DeatError(str(error).replace(str(self.path), self.address)) from error
 
     def facts(self, provenance: dict[str, str]) -> dict[str, str]:
-        """Return the provenance of a network from these files."""
+        """Return the provenance of a network loaded from these files, with the address instead of the run's name."""
         return {"model": self.address, **{name: value for name, value in provenance.items() if name != "run"}}
 
     def copy(self, folder: Path) -> Path:

@@ -48,9 +48,9 @@ class TrainingPlan:
         config: The run's configuration.
         data: The dataset.
         train: The training images, without those for validation.
-        val: The validation images, held out of the training images.
+        val: The validation images: the dataset's own, or else held out of the training images.
         extra: Images in addition to the training images, mixed into every batch.
-        frozen: Number of frozen parameters.
+        frozen: Number of frozen parameters, as text.
         trainer: The method and the model.
         ranks: Number of ranks of data-parallel training.
         notes: Notes for the user, such as which weights of a checkpoint were loaded.
@@ -263,8 +263,8 @@ def plan(
         options: The options.
         continues: The configuration of the run to continue; the data must be the same.
         started: Whether that run has a checkpoint, so that the weights it was initialized from are not needed.
-        dry: Whether the plan is only displayed, not trained. Nothing is then downloaded, and of a folder only the
-            images needed to check the attack are decoded.
+        dry: Whether the plan is only displayed, not trained. No dataset or pretrained weights are then downloaded, and
+            of a folder only the images needed to check the attack are decoded.
         data: The dataset, if it was already loaded with these options.
         progress: Called with the number of decoded images and the total, if images are not kept in memory.
 

@@ -74,8 +74,8 @@ class Trackers(Callback):
         self._trackers: list[Any] = []
         for name in names:
             if name in known and project not in ("", known[name]["project"]):
-                raise TrackerError(f"--project {project} cannot move {run.path.name}, which is in the project "
-                                   f"{known[name]['project']} of {name}: omit it")  # fmt: skip
+                raise TrackerError(f"--project {project} cannot be used: {run.path.name} is already logged to the "
+                                   f"project {known[name]['project']} of {name}; omit it")  # fmt: skip
             recorded = known.get(name, {"project": project, "id": secrets.token_hex(4) if name == "wandb" else None})
             try:
                 tracker = _start(name, run, **recorded)

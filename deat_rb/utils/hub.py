@@ -79,7 +79,7 @@ class HubFiles:
 
     Attributes:
         address: The address with the commit's hash.
-        branch: The requested revision, by which the cache finds the commit when the Hub cannot be reached.
+        branch: The requested revision; the cache stores which commit it was, for use when the Hub cannot be reached.
         notes: Notes for the user.
         sizes: Sizes of the commit's files in bytes by name; None if the Hub cannot be reached.
     """
@@ -114,7 +114,7 @@ class HubFiles:
         except Exception as error:  # any exception: without a connection, the HTTP library and the Hub raise many types
             return cls._from_cache(address, main_file, error)
         if _HASH.fullmatch(revision) is None:
-            raise DeatError(f"the Hub did not answer with a commit of {address}: try again later")
+            raise DeatError(f"the Hub returned no commit for {address}: try again later")
         return cls(HubAddress(address.repository, address.file, revision), address.revision, sizes=sizes)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Energy and peak memory of work on a GPU."""
+"""Measurement of energy and peak memory on a GPU."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def uniform_like(images: Tensor, bound: float) -> Tensor:
 
 
 def normal_like(images: Tensor, std: float) -> Tensor:
-    """Draw from N(0, std^2), (N, C, H, W) as ``images`` and, as in `uniform_like`, whatever the memory format."""
+    """Draw from N(0, std^2), in the shape of ``images`` (N, C, H, W), independently of their memory format."""
     return std * _drawn(images, lambda blank, stream: blank.normal_(generator=stream))
 
 

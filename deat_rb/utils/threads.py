@@ -24,7 +24,7 @@ POLICIES = (*BUSY, *QUIET)
 """Environment variables that determine how threads wait."""
 
 CHOSEN = "DEAT_RB_OPENMP"
-"""Environment variable with what `share_cpu` has set, so that a process started by this one chooses anew."""
+"""Environment variable that lists the settings of `share_cpu`, so that a child process replaces them by its own."""
 
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """Environment variables that determine the number of threads."""

@@ -127,7 +127,7 @@ def _write(path: Path, change: str) -> None:
     [
         ("objects", "has Python objects in the array label, which are not unpickled"),
         ("records", "has the array label in version (3, 0) of NumPy's format, which is for structured arrays"),
-        ("no label", "has no array label (found: image): give an .npz file as DM-Improves-AT publishes them"),
+        ("no label", "has no array label (found: image): give an .npz file as published by DM-Improves-AT"),
         ("float images", "has the array image of type float64 and shape (30, 5, 4, 3): give an .npz file"),
         ("other size", "has images of shape (4, 4, 3), but the training images are (H, W, C) = (5, 4, 3)"),
         ("channels first", "has images of shape (3, 5, 4), but the training images are (H, W, C) = (5, 4, 3)"),

@@ -79,10 +79,14 @@ def test_choose_gives_an_unmeasured_method_the_epochs_that_it_can_have(method: s
 @pytest.mark.parametrize(
     ("amount", "given", "message"),
     [
-        (1, {}, "--budget of 1 passes is less than an epoch of n-fgsm .2 passes."),
+        (1, {}, "--budget is too small: an epoch of n-fgsm takes 2 passes, but the budget is 1 passes; give more"),
         (40, {"epochs": 5}, "--epochs 5 and --budget exclude each other; give only one"),
         (40, {"epochs": "open"}, "--epochs open and --budget exclude each other"),
-        (5, {"method": "mart", "arch": ARCH}, "--budget of 5 passes is less than an epoch of mart; give more"),
+        (
+            5,
+            {"method": "mart", "arch": ARCH},
+            "--budget is too small: an epoch of mart takes more than 5 passes; give more",
+        ),
     ],
 )
 def test_choose_refuses(amount: float, given: dict[str, Any], message: str) -> None:

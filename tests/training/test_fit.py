@@ -20,7 +20,10 @@ from deat_rb.utils.errors import DeatError
     ("options", "message"),
     [
         ({"epochs": 0}, "^epochs = 0 cannot be used: it should be greater than or equal to 1"),
-        ({"epochs": "open"}, "^epochs = open needs a learning rate that does not end: give lr_schedule flat"),
+        (
+            {"epochs": "open"},
+            "^epochs = open needs a learning rate that does not depend on the number of epochs: give lr_schedule flat",
+        ),
         ({"epochs": "closed"}, "^epochs = 'closed' cannot be used"),
         ({"patience": 2}, "patience = 2 needs validation images; give a val_loader, or omit it"),
         ({"patience": 0, "val_loader": []}, "patience = 0 cannot be used"),

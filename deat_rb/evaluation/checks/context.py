@@ -67,7 +67,7 @@ class LabelOrder:
 
     @classmethod
     def of(cls, predicted: Tensor, labels: Tensor) -> LabelOrder:
-        """Compare predicted classes with labels; both are (N,) int64 on the CPU."""
+        """Return the result for predicted classes and labels, both (N,) int64 on the CPU."""
         from scipy.stats import binomtest
 
         classes, index = labels.unique(return_inverse=True)
@@ -147,7 +147,7 @@ class CheckContext:
 
     @cached_property
     def scaled_accuracies(self) -> dict[str, float]:
-        """Accuracy on the probe's examples, in percent, by scalings of the images other than [0, 1]."""
+        """Accuracy on the probe's examples, in percent, after scaling the images in different ways, by description."""
         images = self.probe.images
         values = images.transpose(0, 1).flatten(1)
         mean, std = values.mean(dim=1).view(1, -1, 1, 1), values.std(dim=1).clamp_min(1 / 255).view(1, -1, 1, 1)
