@@ -151,9 +151,7 @@ def evaluate(
              for each in norms]  # fmt: skip
     for target in opened:
         if overwrite and not _has_own_data(target):
-            raise DeatError(
-                "--overwrite replaces a run's eval.json, which is for evaluations on its own dataset: omit it"
-            )
+            raise DeatError("--overwrite is only for evaluations of a run on its own dataset: omit it")
         if track and target.run is None:
             raise DeatError("--track applies only to runs: omit it")
         if track and target.run is not None:

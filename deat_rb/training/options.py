@@ -129,8 +129,7 @@ def check_optim(optim: OptimConfig, prefix: str = "--") -> None:
         raise DeatError(f"{warmup} cannot be combined with the {schedule} schedule, which has its own warm-up; omit it")
     if optim.epochs == OPEN and schedule != "flat":
         raise DeatError(
-            f"{named('epochs')} = open needs a learning rate that does not depend on the number of epochs: give "
-            f"{named('lr_schedule')} flat"
+            f"{named('epochs')} = open needs a learning-rate schedule without an end: give {named('lr_schedule')} flat"
         )
     if optim.warmup_epochs >= epochs:
         raise DeatError(f"{warmup} leaves none of {epochs} epochs for the schedule; reduce it")

@@ -196,7 +196,7 @@ def test_eval_of_other_data_is_not_the_runs_evaluation(tmp_path: Path, image_fol
     assert "note: the data are not the run's own, so eval.json is not replaced" in result.stdout
     refused = run("eval", path, "--data-dir", other, *flags, "--overwrite")
     assert refused.exit_code == 2
-    assert "--overwrite replaces a run's eval.json, which is for evaluations on its own dataset" in refused.stderr
+    assert "--overwrite is only for evaluations of a run on its own dataset" in refused.stderr
     assert not (path / "eval-state").exists(), "nothing was attacked"
     own = run("eval", path, *flags)
     assert own.exit_code == 0, own.output

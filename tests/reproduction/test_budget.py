@@ -85,7 +85,7 @@ def test_choose_gives_an_unmeasured_method_the_epochs_that_it_can_have(method: s
         (
             5,
             {"method": "mart", "arch": ARCH},
-            "--budget is too small: an epoch of mart takes more than 5 passes; give more",
+            "--budget is too small: an epoch of mart takes more than 5 passes",
         ),
     ],
 )

@@ -368,7 +368,7 @@ def test_plan_of_an_open_ended_run_has_a_flat_rate_and_averaged_weights() -> Non
     assert planned(epochs="open", lr=0.2, optimizer="adamw", ema=0).config.optim.lr == 0.2
     assert planned(epochs="open", optimizer="adamw").config.optim.lr == 0.001
     with pytest.raises(
-        DeatError, match="--epochs = open needs a learning rate that does not depend on the number of epochs"
+        DeatError, match="--epochs = open needs a learning-rate schedule without an end: give --lr-schedule"
     ):
         planned(epochs="open", lr_schedule="cosine")
     assert planned(epochs=7, patience=2).costs() is None

@@ -97,9 +97,7 @@ def test_wandb_run_is_continued_with_its_identifier(tmp_path: Path, wandb: FakeW
     assert [started["id"] for started in wandb.started] == [wandb.started[0]["id"]] * 2
     assert wandb.started[0]["project"] == "deat-rb"
     assert [step for step, _ in wandb.logged] == [1, 2, 2, 3, 3]
-    with pytest.raises(
-        DeatError, match="--project other cannot be used: run is already logged to the project deat-rb of wandb"
-    ):
+    with pytest.raises(DeatError, match="--project other cannot be used: run is already logged to the project deat-rb"):
         resume(run.path, {"epochs": 4, "project": "other"}, trust_code=True)
     assert len(RunDirectory.open(run.path).rows()) == 3
 

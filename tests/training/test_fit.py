@@ -22,7 +22,7 @@ from deat_rb.utils.errors import DeatError
         ({"epochs": 0}, "^epochs = 0 cannot be used: it should be greater than or equal to 1"),
         (
             {"epochs": "open"},
-            "^epochs = open needs a learning rate that does not depend on the number of epochs: give lr_schedule flat",
+            "^epochs = open needs a learning-rate schedule without an end: give lr_schedule flat",
         ),
         ({"epochs": "closed"}, "^epochs = 'closed' cannot be used"),
         ({"patience": 2}, "patience = 2 needs validation images; give a val_loader, or omit it"),
