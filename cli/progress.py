@@ -58,8 +58,8 @@ class ImageProgress(AbstractContextManager["ImageProgress"]):
         """Show that ``done`` of ``total`` images are done."""
         now = monotonic()
         rate = done / max(now - self._start, 1e-9)
-        self._bar.start()
         self._bar.update(self._task, completed=done, total=total, rate=f"{rate:.0f}/s")
+        self._bar.start()
         if not self._interactive and now - self._last_line >= LINE_EVERY:
             self._last_line = now
             left = (total - done) / rate if rate else 0.0
