@@ -56,7 +56,7 @@ class Prediction(BaseModel):
 def predict(path: str | Path, files: Sequence[str | Path], **options: Any) -> list[Prediction]:
     """Classify image files with a trained network; the arguments are those of `iter_predictions`.
 
-    Example:
+    Examples:
         >>> predictions = predict("runs/NAME", ["a.jpg", "b.jpg"], top_k=3)
 
     Raises:

@@ -156,7 +156,7 @@ def build_model(
 ) -> NormalizedModel:
     """Build a network with random weights; the arguments are those of `model_spec`.
 
-    Example:
+    Examples:
         >>> model = build_model("wrn-34-10", dataset="cifar10")
 
     Raises:

@@ -49,7 +49,7 @@ def add_to_zoo(entries: Sequence[tuple[str, str, str, Callable[[], nn.Module]]])
 def register(folder: str | Path) -> tuple[str, ...]:
     """Register all exports below ``folder`` with `robustbench.load_model`; no code in the folder is executed.
 
-    Example:
+    Examples:
         >>> register("exported")
         ('Wang2021Gradient_R18',)
         >>> robustbench.load_model("Wang2021Gradient_R18", model_dir="exported/models", threat_model="Linf")

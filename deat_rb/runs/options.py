@@ -311,7 +311,8 @@ def options_markdown() -> str:
             lines += ["", f"## {title}", "", "| option | value | default | meaning |", "|---|---|---|---|"]
         value = ", ".join(f"`{choice}`" for choice in each.choices) or ("-" if each.kind not in ("value", "many") else
                           f"{each.metavar.lower()}{f', {each.bounds}' if each.bounds else ''}")  # fmt: skip
-        lines.append(f"| `{each.flag}` | {value} | {each.default or '-'} | {each.help} |")
+        meaning = each.help.replace("|", "\\|").replace("<", "\\<")  # neither a cell's end nor a tag of HTML
+        lines.append(f"| `{each.flag}` | {value} | {each.default or '-'} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 
