@@ -12,7 +12,7 @@ import torch
 from board_problems import make_run, network
 from click.testing import CliRunner, Result
 from hub_server import TOKEN, Hub, Repository
-from huggingface_hub import RepoCard, constants
+from huggingface_hub import RepoCard
 
 import deat_rb
 from deat_rb.cli import main
@@ -28,12 +28,7 @@ from deat_rb.utils.hub import HubAddress, is_hub
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A local Hub, with an empty cache and a token that may write there."""
     with hub_server.running() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
-                            server.url + "/{repo_id}/resolve/{revision}/{filename}")  # fmt: skip
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the server has git-lfs only
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        hub_server.use(server, tmp_path / "cache", monkeypatch)
         yield server
 
 
