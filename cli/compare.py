@@ -15,7 +15,7 @@ import click
     "--group-by",
     "by",
     metavar="OPTION",
-    help="Show mean and deviation over seeds, and cost, of equal runs, named by this option, such as method.",
+    help="Show mean, deviation and cost over seeds; rows are named by this option, such as method.",
 )
 @click.option("--markdown", "form", flag_value="markdown", help="With --group-by: output as Markdown.")
 @click.option("--latex", "form", flag_value="latex", help="With --group-by: output as LaTeX.")

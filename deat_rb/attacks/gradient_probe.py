@@ -1,7 +1,7 @@
 """Input-gradient probe: records the gradient that an attack computes at its inputs and counts its passes.
 
 Every gradient attack forwards images that require a gradient. A forward pre-hook on the model finds those inputs, and a
-hook on the tensor records their gradient, which gives l_X of any attack without an extra pass (invariant 3).
+hook on the tensor records their gradient, which gives l_X of any attack without an extra pass.
 """
 
 from __future__ import annotations

@@ -16,17 +16,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from deat_rb.attacks.names import SQUARE_TILES, parse_attacks, split_names
+from deat_rb.attacks.names import SQUARE_TILES, parse_attacks
 from deat_rb.attacks.registry import build_attack
 from deat_rb.attacks.threat_models import check_norm, check_radius
 from deat_rb.attacks.types import Attack, AttackContext
 from deat_rb.data.images import LabeledImages
 from deat_rb.evaluation.frozen_model import PreparedModel, prepared_for_eval, sha256_examples
-from deat_rb.evaluation.report import CHECK_LEVELS, AttackResult, Check, CurvePoint, Norm, Report
+from deat_rb.evaluation.report import CHECK_LEVELS, Check, CurvePoint, Norm, Report
 from deat_rb.evaluation.resume import ResumeStore, open_store
 from deat_rb.evaluation.runner import NATURAL, AttackOutcome, AttackRunner, Progress
-from deat_rb.evaluation.statistics import wilson
-from deat_rb.training.validation import validate
 from deat_rb.utils.devices import uses_tf32
 from deat_rb.utils.distributed import World
 from deat_rb.utils.errors import DeatError, Interrupted, did_you_mean
@@ -34,8 +32,6 @@ from deat_rb.utils.safe_load import sha256_tensors
 from deat_rb.utils.text import replace_invisible
 from deat_rb.utils.units import format_fraction
 from deat_rb.utils.versions import versions
-
-__all__ = ["AttackResult", "Report", "evaluate", "parse_attacks", "split_names", "validate", "wilson"]
 
 Eps = str | float | Sequence[str | float]
 

@@ -71,7 +71,7 @@ class PreparedModel:
         return select_images(self.images, torch.arange(len(self))).cpu()
 
     def predict(self, images: Tensor | LabeledImages | None = None, *, count: int | None = None) -> Tensor:
-        """Return the predicted classes, on the CPU, of (the first ``count``) ``images``, by default the examples."""
+        """Return the predicted classes of images on the CPU: of the first ``count``, by default of all examples."""
         source = self.images if images is None else images
         count = len(source) if count is None else count
         with torch.no_grad():

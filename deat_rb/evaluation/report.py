@@ -51,7 +51,7 @@ class AttackResult(BaseModel):
     """Result of one attack.
 
     Attributes:
-        name: Name of the attack, as spelled by `deat_rb.evaluation.evaluate.parse_attacks`.
+        name: Name of the attack, as spelled by `deat_rb.attacks.names.parse_attacks`.
         n_correct: Number of examples still classified correctly.
         n_examples: Number of examples.
         accuracy: ``n_correct / n_examples``.

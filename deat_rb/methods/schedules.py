@@ -1,6 +1,6 @@
 """Step schedules: how many steps the attack takes in the next epoch.
 
-A schedule depends only on `EpochStats`, which are reduced over all ranks (invariant 8) and written to
+A schedule depends only on `EpochStats`, which are reduced over all ranks and written to
 ``metrics.jsonl``; `replay` runs it on the metrics of a finished run.
 """
 

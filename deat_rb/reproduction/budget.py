@@ -165,7 +165,7 @@ def choose(
     ]
     if epochs != row.epochs:
         change = "raised" if epochs > row.epochs else "reduced"
-        reasons.append(f"the epochs are {change} from {row.epochs} to {epochs} for the budget, which was not measured")
+        reasons.append(f"for the budget, the epochs are {change} to {epochs}, which were not measured")
     if table.provisional:
         reasons.append("provisional: these runs are from experiments that do not compare methods at equal cost")
     return Choice({**row.options, **given, "epochs": epochs}, tuple(reasons))
@@ -186,7 +186,7 @@ class _Costs:
         self._budget, self._given, self._clock = budget, given, clock
 
     def of(self, options: Mapping[str, Any], passes: float | None = None) -> float:
-        """Return the cost of a run with its number of passes, by default those that are known in advance."""
+        """Return the cost of a run; its number of passes must be given if it is not known in advance."""
         if passes is not None and self._budget.unit == "passes":
             return passes
         planned = self._clock.plan(make_options({**options, **self._given, "epochs": options["epochs"]}))

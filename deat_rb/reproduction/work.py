@@ -13,7 +13,8 @@ import torch
 
 from deat_rb.data.datasets import Dataset, load_data
 from deat_rb.eval_target import open_target
-from deat_rb.evaluation.evaluate import Report, evaluate
+from deat_rb.evaluation.evaluate import evaluate
+from deat_rb.evaluation.report import Report
 from deat_rb.evaluation.runner import Progress
 from deat_rb.evaluation.store import store_report
 from deat_rb.reproduction.folder import Evaluated, Record, StudyFolder

@@ -72,7 +72,7 @@ class TrainingPlan:
         return -(-len(self.train) // self.config.data.batch_size)
 
     def costs(self) -> dict[str, int] | None:
-        """Return the number of passes and updates of the whole run, in mini-batches (invariant 6).
+        """Return the number of passes and updates of the whole run, in mini-batches.
 
         None if it is not known in advance (guided and accuracy schedules, friendly attacks, stopping rules) or if the
         attack or trainer is not built in.

@@ -1,4 +1,4 @@
-"""Seeding: every random stream is derived from the run's seed (invariant 9).
+"""Seeding: every random stream is derived from the run's seed.
 
 No generator state is stored. The seed of a stream is derived from the run's seed and a key such as ``("augment", epoch,
 batch)``, so that streams are independent and a resumed run draws the same numbers as an uninterrupted one.

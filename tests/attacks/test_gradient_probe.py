@@ -1,4 +1,4 @@
-"""Input-gradient probe: l_X in pixel space, for any attack, without an extra pass (invariant 3)."""
+"""Input-gradient probe: l_X in pixel space, for any attack, without an extra pass."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# Units (invariant 1)
+# Units
 
 
 def test_eps_and_alpha_are_in_pixel_units() -> None:

@@ -56,7 +56,7 @@ def test_choose_takes_the_most_robust_run_within_the_budget(
     assert chosen.options["epochs"] == epochs
     assert chosen.reasons[0].startswith(f"{method}, {epochs} epochs: the ")
     measured = next(each for each in TABLE.rows if each.method == method)
-    assert any("which was not measured" in reason for reason in chosen.reasons) is (epochs != measured.epochs)
+    assert any("which were not measured" in reason for reason in chosen.reasons) is (epochs != measured.epochs)
     assert "AutoAttack" in chosen.reasons[1]
 
 

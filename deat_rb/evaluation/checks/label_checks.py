@@ -64,6 +64,6 @@ def above_chance(context: CheckContext) -> Outcome | None:
     return outcome(
         "fail" if p_value > 0.05 and certain else "pass",
         accuracy - 100 * chance,
-        f"Natural accuracy is {accuracy:.1f} %, that of predictions independent of the images {100 * chance:.1f} %",
+        f"Natural accuracy is {accuracy:.1f} %; predictions independent of the images have {100 * chance:.1f} %",
         "the network has not learned to distinguish the classes, so its robust accuracy is meaningless",
     )
