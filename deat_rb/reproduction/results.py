@@ -12,7 +12,7 @@ from deat_rb.evaluation.report import Report, page_file
 from deat_rb.reproduction.folder import StudyFolder
 from deat_rb.reproduction.provenance import eval_command, train_command
 from deat_rb.reproduction.study import RunSpec
-from deat_rb.runs.directory import RunDirectory
+from deat_rb.runs.directory import CONFIG, RunDirectory
 from deat_rb.training.metrics import EpochStats
 
 PASSES, MINUTES, EPOCHS = "backward passes", "minutes", "epochs"
@@ -91,13 +91,9 @@ def of_run(path: Path, report: Report, label: str) -> RunResult:
     """Return the result of a run directory with its evaluation."""
     run = RunDirectory.open(path)
     values = {name: 100 * each.accuracy for name, each in report.results.items()}
-    config = run.config
-    options = " ".join(
-        f"--{name} {shlex.quote(str(value))}"
-        for name, value in (("method", config.attack.method), ("seed", config.optim.seed))
-    )
-    return RunResult(path.absolute().name, label, config.optim.seed, "done", values={**values, **cost(run.rows())},
-                     commands=(f"deat-rb train --config {path / 'config.json'} {options}",))  # fmt: skip
+    return RunResult(path.absolute().name, label, run.config.optim.seed, "done",
+                     values={**values, **cost(run.rows())},
+                     commands=(shlex.join(["deat-rb", "train", "--config", str(path / CONFIG)]),))  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ def test_predict_says_which_state_dict_it_loaded(here: Path) -> None:
         (["net.pt", "--arch", "mynet:build", "--image-size", "8"], "give --classes or --num-classes"),
         (["mynet:trained", "--image-size", "8", "--classes", "two.txt"], "has 3 logits but 2 class names"),
         (["mynet:trained"], "give --image-size"),
-        (["net.pt", "--mean", "1,x"], "'1,x' is not a list of numbers; give numbers such as 0.4914"),
+        (["net.pt", "--mean", "1,x"], "'1,x' is not a list of numbers; give numbers such as 0.485"),
     ],
 )
 def test_predict_says_what_is_missing(here: Path, arguments: list[str], message: str) -> None:
