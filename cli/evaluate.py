@@ -112,8 +112,9 @@ def evaluate(
 
     The most complete evaluation of a run is its eval.json; others are stored in its folder evaluations.
 
-    An interrupted evaluation of a run or with --json is resumed by the same command. Before it has finished, other
-    settings require --no-resume. Started with torchrun, several GPUs share the batches of one evaluation.
+    An interrupted evaluation of a run or with --json is resumed by the same command; until it has
+    finished, other settings require --no-resume. Started with torchrun, several GPUs share the batches of one
+    evaluation.
     """
     from rich.console import Console
 

@@ -47,7 +47,7 @@ def methods(name: str | None, as_json: bool, markdown: bool) -> None:
 
 
 def _wrapped(line: str) -> str:
-    """Wrap a line of an explanation at the terminal's width, or at COLUMNS, below the text after its heading."""
+    """Wrap a line of an explanation at the terminal's width, with later lines below the text after the heading."""
     import textwrap
 
     from rich.console import Console

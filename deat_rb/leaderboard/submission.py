@@ -228,9 +228,9 @@ def _open_run(target: Path, metadata: SubmissionMetadata, scratch: Path) -> Subm
         data = load_board_dataset(config.data.dataset, data_dir=metadata.data_dir, image_size=config.data.image_size,
                                   memory_limit=limit)  # fmt: skip
         if data.fingerprint != config.data_fingerprint:
-            raise DeatError(f"{target} was trained on different data than {config.data.dataset} here (SHA-256 "
-                            f"{config.data_fingerprint[:12]}..., here {data.fingerprint[:12]}...): give the folder of "
-                            "its data with --data-dir")  # fmt: skip
+            raise DeatError(f"the data here (SHA-256 {data.fingerprint[:12]}...) differ from those that {target} "
+                            f"was trained on ({config.data_fingerprint[:12]}...): give their folder with "
+                            "--data-dir")  # fmt: skip
         _check_fits(spec, data, target, num_classes=len(data.classes))
         rows = metrics_rows(copied / METRICS, target / METRICS)
         facts = {**training_facts(config, rows), "architecture": _architecture(spec), **metadata.declared_fields()}
@@ -264,8 +264,8 @@ def _open_checkpoint(weights: Path, metadata: SubmissionMetadata, scratch: Path)
                         "--arch, such as preactresnet18 or wrn-34-10")  # fmt: skip
     _check_arch(arch, weights)
     if loader != "folder" and metadata.classes is not None:
-        raise DeatError(f"--classes is only for image folders: networks for {loader} must have their logits in its own "
-                        "order of classes, as on RobustBench; reorder the last layer")  # fmt: skip
+        raise DeatError(f"--classes is only for image folders: the logits of a network for {loader} must be in the "
+                        "dataset's order of classes, as on RobustBench; reorder the last layer")  # fmt: skip
     check_image_size(arch, metadata.image_size, source=str(weights), required=loader == "folder")
     copied = scratch / "weights.safetensors"
     with _named_as_submitted({copied: weights}):

@@ -45,8 +45,8 @@ def with_new_head(
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Replace the last layer in a state dict by the model's own if it is for another number of classes.
 
-    The last layer's tensors are recognized by their first dimension: it is ``num_classes`` in the model, and in the
-    state dict another number, the same for all of them. Tensors missing in the state dict may belong to it, too.
+    Its tensors are those that differ only in the first dimension, which is ``num_classes`` in the model and the same
+    other number in the state dict; the state dict may lack some of them.
 
     Args:
         model: A `NormalizedModel`.

@@ -191,7 +191,7 @@ class Setup:
         return self.arch or self.own.networks[environment.network]
 
     def seeds_of(self, target: Target) -> tuple[int, ...]:
-        """Return the seeds of a target; the paper's five for Tables 6, 7 and Figure 5 only at its own scale."""
+        """Return the seeds of a target: its own, if any, at the scale ``paper``, otherwise the scale's."""
         own = target.seeds if target.seeds and self.scale == "paper" else self.own.seeds
         return self.seeds or tuple(own)
 
@@ -297,7 +297,7 @@ def published(name: str, number: int) -> dict[str, dict[str, Published]]:
 
 
 def columns_of(target: Target, autoattack: bool) -> tuple[str, ...]:
-    """Return the columns of a table: its own, AutoAttack if it was run, and the costs; for Figure 5 its attack."""
+    """Return the columns of a table: its attacks (Figure 5 has one, too), AutoAttack if it was run, and the costs."""
     own = ["natural", *target.attacks] if target.figure == "trade-off" else target.columns
     attacks = [*own, *(["autoattack"] if autoattack else [])]
     return tuple(dict.fromkeys((*(each for each in attacks if each != EPOCHS), PASSES, EPOCHS, MINUTES)))

@@ -37,7 +37,7 @@ def source_commit() -> str:
 
 
 def hardware(device: str) -> str:
-    """Return the name of a device, such as a GPU's, or the processor and the number of threads."""
+    """Return the name of a GPU, or else of the processor, with the number of threads."""
     place = resolve_device(device)
     if place.type == "cuda":
         return torch.cuda.get_device_name(place)

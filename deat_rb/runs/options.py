@@ -238,7 +238,8 @@ MAY_CHANGE = tuple(each.name for each in train_options() if each.may_change)
 def nest(values: Mapping[str, Any]) -> dict[str, Any]:
     """Sort options by name into their groups; names and layout of earlier versions are also accepted.
 
-    Earlier versions always carried FREE's perturbation over from batch to batch, and added no noise in FAT.
+    Options of those versions get the values that were fixed then: FREE's perturbation was always carried over from
+    batch to batch, and FAT added no noise.
     """
     nested = dict(values)
     if isinstance(spec := nested.get("model"), Mapping) and "num_classes" in spec:  # before there were groups

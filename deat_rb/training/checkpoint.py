@@ -108,7 +108,7 @@ def _describe(tensor: Tensor | None) -> str:
 
 
 def _optimizer_state(optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
-    """Return the state by prefix and index of the parameter."""
+    """Return the tensors of the optimizer's state, by kind such as ``momentum`` and by index of the parameter."""
     state: dict[str, dict[str, Tensor]] = {}
     for name, tensor in optimizer_tensors(optimizer).items():
         prefix, _, index = name.rpartition(".")

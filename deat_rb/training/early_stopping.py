@@ -35,8 +35,9 @@ class EarlyStopping(Callback):
 class Patience(Callback):
     """End training when the robust validation accuracy has not risen for some epochs.
 
-    Only a validated epoch can end it, so that a shorter patience than ``validate_every`` waits for the next validation.
-    It has no state of its own: the best epoch is found in the history.
+    Training ends only after an epoch with validation, so that a patience below ``validate_every`` waits for the next
+    one.
+    This callback has no state: it finds the best epoch in the history.
 
     Args:
         epochs: The number of epochs.

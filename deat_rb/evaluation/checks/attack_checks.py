@@ -243,7 +243,7 @@ def square_no_better(context: CheckContext) -> Outcome | None:
     return outcome(
         graded(points, at_least_one(0.2, count), at_least_one(2, count)),
         points,
-        f"Square, which uses no gradients, lowers accuracy by {points:.1f} points below the white-box attacks",
+        f"Square, which uses no gradients, lowers accuracy to {points:.1f} points below that under white-box attacks",
         "gradients are masked, and accuracies under white-box attacks are too high",
     )
 
