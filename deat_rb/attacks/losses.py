@@ -21,12 +21,19 @@ def label_mask(logits: Tensor, labels: Tensor) -> Tensor:
     return labels[:, None] == torch.arange(logits.shape[1], device=labels.device)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """Return the cross-entropy of logits (N, K) and labels (N,), per example (N,).
+def main_class(labels: Tensor) -> Tensor:
+    """Return labels (N,) unchanged, and of class probabilities (N, K) the class with the largest, (N,)."""
+    return labels if labels.ndim == 1 else labels.argmax(dim=1)
 
-    With ``label_smoothing`` s the target is 1 - s + s/K for the label and s/K for each other class.
+
+def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Return the cross-entropy of logits (N, K) and labels (N,) or class probabilities (N, K), per example (N,).
+
+    With ``label_smoothing`` s the target t is replaced by (1 - s) t + s/K; t is 1 for the label and 0 otherwise.
     """
-    return F.cross_entropy(at_least_float32(logits), labels, reduction="none", label_smoothing=label_smoothing)
+    logits = at_least_float32(logits)
+    target = labels.to(logits.dtype) if labels.is_floating_point() else labels
+    return F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing)
 
 
 def kl_divergence(logits: Tensor, target_logits: Tensor) -> Tensor:

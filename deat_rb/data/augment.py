@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from deat_rb.data.augmentations import AUGMENTATIONS
+from deat_rb.data.augmentations import AUGMENTATIONS, MIXING
 from deat_rb.utils.errors import DeatError, did_you_mean
 from deat_rb.utils.seeding import derive, generator
 
@@ -31,7 +31,7 @@ def draw(name: str, *, seed: int, epoch: int, batch: int, size: int, height: int
     Returns:
         int64 (k, size): for each image whether it is flipped; or the first row and column of its crop, whether it is
         flipped and, with Cutout, the center of the square. k is 0 for ``none`` and for torchvision's transforms of
-        whole images, and 3 for its others, which follow a crop and a flip.
+        whole images, and 3 for its others, which follow a crop and a flip. `mix` draws its numbers itself.
     """
     if name in ("none", "resized-crop"):
         return torch.empty((0, size), dtype=torch.int64)
@@ -65,7 +65,7 @@ def augment(
         drawn: The columns ``own`` of what `draw` returns, on the images' device; by default they are drawn here.
 
     Returns:
-        The augmented images, uint8 (n, C, H, W).
+        The augmented images, uint8 (n, C, H, W); for ``cutmix`` and ``mixup`` those that `mix` takes.
     """
     if name == "none":
         return images
@@ -77,7 +77,7 @@ def augment(
         return torch.where(drawn[0, :, None, None, None] > 0, images.flip(-1), images)
     if name != "resized-crop":
         images = crop_and_flip(images, drawn[0], drawn[1], drawn[2] > 0)
-    if name == "crop-flip":
+    if name == "crop-flip" or name in MIXING:
         return images
     if name == "cutout":
         return cut_out(images, drawn[3], drawn[4], height // 2)
@@ -91,6 +91,47 @@ def augment(
         return torch.stack(augmented)
     finally:
         torch.set_rng_state(before)
+
+
+def mix(
+    name: str, images: Tensor, labels: Tensor, *, num_classes: int, seed: int, epoch: int, batch: int
+) -> tuple[Tensor, Tensor]:
+    """Mix the images of a global batch, and their labels, by torchvision's v2.CutMix or v2.MixUp with alpha = 1.
+
+    Each image is mixed with the one before it in the batch. As in both papers' public code, a batch has one mixing
+    ratio, and for CutMix one rectangle. They are drawn from torch's CPU generator, which is seeded for the batch and
+    restored afterwards.
+
+    Args:
+        name: ``cutmix`` or ``mixup``.
+        images: The images of the global batch, floating-point (N, C, H, W).
+        labels: Their labels, (N,) int64.
+        num_classes: Number of classes, K.
+        seed: Seed of the run.
+        epoch: Number of the epoch.
+        batch: Number of the batch in the epoch.
+
+    Returns:
+        The mixed images, (N, C, H, W), and the shares of the classes in each, float32 (N, K).
+    """
+    before = torch.get_rng_state()
+    try:
+        torch.default_generator.manual_seed(derive(seed, "mix", epoch, batch))
+        mixed: tuple[Tensor, Tensor] = _mixing(name, num_classes)(images, labels)
+        return mixed
+    finally:
+        torch.set_rng_state(before)
+
+
+@cache
+def _mixing(name: str, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return torchvision's transform of a batch and its labels."""
+    from torchvision.transforms import v2
+
+    transform: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = {"cutmix": v2.CutMix, "mixup": v2.MixUp}[name](
+        num_classes=num_classes
+    )
+    return transform
 
 
 @cache

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from deat_rb.data.augment import augment, check_augmentation, draw
+from deat_rb.data.augment import augment, check_augmentation, draw, mix
+from deat_rb.data.augmentations import MIXING
 from deat_rb.data.extra_data import MixedReader, check_share, mixed_order
 from deat_rb.data.images import LabeledImages, Reader
 from deat_rb.utils.distributed import share
@@ -30,6 +31,7 @@ class Batches:
         *,
         shuffle: bool = False,
         augmentation: str = "none",
+        num_classes: int | None = None,
         extra: LabeledImages | None = None,
         extra_fraction: float = 0.0,
         seed: int = 0,
@@ -46,6 +48,7 @@ class Batches:
             batch_size: Images per global batch, over all ranks; the last batch may be smaller.
             shuffle: Whether to reshuffle the images in every epoch.
             augmentation: A key of `deat_rb.data.augmentations.AUGMENTATIONS`.
+            num_classes: Number of classes; needed only for ``cutmix`` and ``mixup``.
             extra: Images in addition to the training images; every batch contains the same number of them. The number
                 of batches per epoch stays the same; see `deat_rb.data.extra_data.mixed_order`.
             extra_fraction: Fraction of extra images in a batch, in (0, 1); their number is rounded down.
@@ -57,10 +60,12 @@ class Batches:
             processes: Number of ranks.
 
         Raises:
-            DeatError: ``batch_size`` is below 1, there is no such augmentation, there are fewer training images than
-                one batch needs, or a batch has fewer images than there are ranks.
+            DeatError: ``batch_size`` is below 1, there is no such augmentation, it needs ``num_classes``, there are
+                fewer training images than one batch needs, or a batch has fewer images than there are ranks.
         """
         check_augmentation(augmentation)
+        if augmentation in MIXING and num_classes is None:
+            raise DeatError(f"augmentation = '{augmentation}' needs num_classes, the number of classes of its labels")
         if batch_size < 1:
             raise DeatError(f"--batch-size {batch_size} is below 1: give 1 or more")
         if (shuffle or drop_last) and len(data) < batch_size:
@@ -71,6 +76,7 @@ class Batches:
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.augmentation = augmentation
+        self.num_classes = num_classes
         self.seed = seed
         self.drop_last = drop_last
         self.memory_format = memory_format
@@ -92,7 +98,7 @@ class Batches:
         """Return one rank's parts of these global batches; see `deat_rb.utils.distributed.share`.
 
         Order and augmentation are drawn for the global batch, which is the concatenation of all ranks' parts. The
-        images are not copied.
+        images are not copied. For ``cutmix`` and ``mixup`` every rank reads and mixes the whole batch.
 
         Args:
             rank: Rank of the process (0-based).
@@ -137,7 +143,8 @@ class Batches:
         """Iterate over the epoch, starting with batch ``batch`` (0-based); skipping batches does not change the others.
 
         Yields:
-            float32 images (N, C, H, W) in [0, 1] and int64 labels (N,).
+            float32 images (N, C, H, W) in [0, 1] and int64 labels (N,); for ``cutmix`` and ``mixup`` the shares of
+            the classes, float32 (N, num_classes).
 
         Raises:
             DeatError: The epoch has fewer batches, or an image file cannot be read.
@@ -158,7 +165,7 @@ class Batches:
     def _batches(self, order: Tensor | None, epoch: int, numbers: range) -> Iterator[tuple[Tensor, Tensor]]:
         windows, drawn = [], []
         for number in numbers:
-            own = self._share(number)
+            own = self._read_part(number)
             windows.append(slice(number * self.batch_size + own.start, number * self.batch_size + own.stop))
             numbers_of_batch = draw(
                 self.augmentation, seed=self.seed, epoch=epoch, batch=number, size=self.examples_in(number),
@@ -171,8 +178,18 @@ class Batches:
         )
         for number, part, (images, labels) in zip(numbers, parts, self._read(order, windows), strict=True):
             images = augment(self.augmentation, images, seed=self.seed, epoch=epoch, batch=number,
-                             size=self.examples_in(number), own=self._share(number), drawn=part)  # fmt: skip
-            yield images.to(torch.float32).div_(255).contiguous(memory_format=self.memory_format), labels
+                             size=self.examples_in(number), own=self._read_part(number), drawn=part)  # fmt: skip
+            images = images.to(torch.float32).div_(255)
+            if self.augmentation in MIXING and self.num_classes is not None:
+                images, labels = mix(self.augmentation, images, labels, num_classes=self.num_classes, seed=self.seed,
+                                     epoch=epoch, batch=number)  # fmt: skip
+                own = self._share(number)
+                images, labels = images[own], labels[own]
+            yield images.contiguous(memory_format=self.memory_format), labels
+
+    def _read_part(self, number: int) -> slice:
+        """Return the part of a global batch that this rank reads."""
+        return slice(0, self.examples_in(number)) if self.augmentation in MIXING else self._share(number)
 
     def _share(self, number: int) -> slice:
         """Return this rank's part of a global batch."""

@@ -11,7 +11,9 @@ ROUNDING = 1e-6
 """Tolerance for pixels outside [0, 1], which resampling of float images can cause; attacks clamp them."""
 
 
-def check_batch(images: Tensor, labels: Tensor, num_classes: int | None = None, *, allow_nan: bool = False) -> None:
+def check_batch(
+    images: Tensor, labels: Tensor, num_classes: int | None = None, *, allow_nan: bool = False, soft: bool = False
+) -> None:
     """Check types, shapes and values of a batch; synchronizes with the device.
 
     Args:
@@ -19,17 +21,18 @@ def check_batch(images: Tensor, labels: Tensor, num_classes: int | None = None, 
         labels: int64 labels (N,), from 0 to ``num_classes`` - 1.
         num_classes: The number of classes, if it is known.
         allow_nan: Whether to accept images with NaN.
+        soft: Whether labels may also be floating-point class probabilities (N, K).
 
     Raises:
         DeatError: Images or labels have a wrong type, shape or value.
     """
-    check_types(images, labels)
+    check_types(images, labels, soft=soft)
     _check_pixels(images, allow_nan)
     check_label_values(labels, num_classes)
 
 
-def check_types(images: Tensor, labels: Tensor) -> None:
-    """Check types and shapes of a batch without reading its values.
+def check_types(images: Tensor, labels: Tensor, *, soft: bool = False) -> None:
+    """Check types and shapes of a batch without reading its values; ``soft`` as for `check_batch`.
 
     Raises:
         DeatError: Images or labels have a wrong type or shape.
@@ -42,7 +45,7 @@ def check_types(images: Tensor, labels: Tensor) -> None:
         )
     if images.ndim != 4 or images.numel() == 0:
         raise DeatError(f"images must be a non-empty tensor of shape (N, C, H, W), not {_describe(images)}")
-    _check_label_types(labels, len(images))
+    _check_label_types(labels, len(images), soft=soft)
 
 
 def _check_pixels(images: Tensor, allow_nan: bool) -> None:
@@ -69,26 +72,46 @@ def _check_labels(labels: Tensor, count: int, num_classes: int | None) -> None:
     check_label_values(labels, num_classes)
 
 
-def _check_label_types(labels: Tensor, count: int) -> None:
-    if labels.ndim != 1 or labels.dtype != torch.int64:
-        raise DeatError(f"labels must be int64 class indices of shape (N,), not {_describe(labels)}")
+def are_soft(labels: Tensor) -> bool:
+    """Return whether labels are class probabilities (N, K) rather than class indices (N,)."""
+    return labels.ndim == 2 and labels.is_floating_point()
+
+
+def _check_label_types(labels: Tensor, count: int, *, soft: bool = False) -> None:
+    if (labels.ndim != 1 or labels.dtype != torch.int64) and not (soft and are_soft(labels)):
+        also = " or floating-point class probabilities of shape (N, K)" if soft else ""
+        raise DeatError(f"labels must be int64 class indices of shape (N,){also}, not {_describe(labels)}")
     if len(labels) != count:
         raise DeatError(f"there are {count} images but {len(labels)} labels: give one label per image")
 
 
 def check_label_values(labels: Tensor, num_classes: int | None = None) -> None:
-    """Check that labels (N,) are from 0 to ``num_classes`` - 1; synchronizes with the device.
+    """Check that labels (N,) are from 0 to ``num_classes`` - 1, or are class probabilities (N, ``num_classes``).
+
+    This synchronizes with the device.
 
     Raises:
-        DeatError: A label is out of range.
+        DeatError: A label is out of range, or probabilities are negative or do not add up to 1.
     """
     if len(labels) == 0:
+        return
+    if are_soft(labels):
+        _check_probabilities(labels, num_classes)
         return
     low, high = (int(bound) for bound in labels.aminmax())
     if low < 0 or (num_classes is not None and high >= num_classes):
         wrong = low if low < 0 else high
         allowed = "0 or more" if num_classes is None else f"0 to {num_classes - 1} for {num_classes} classes"
         raise DeatError(f"label {wrong} is out of range: labels must be {allowed}")
+
+
+def _check_probabilities(labels: Tensor, num_classes: int | None) -> None:
+    if num_classes is not None and labels.shape[1] != num_classes:
+        raise DeatError(f"labels of {labels.shape[1]} class probabilities do not fit {num_classes} classes: give one "
+                        "probability per class")  # fmt: skip
+    sums = labels.double().sum(dim=1)
+    if not (bool((labels >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all())):
+        raise DeatError("class probabilities must be 0 or more and add up to 1 for each image: check the labels")
 
 
 def _describe(tensor: Tensor) -> str:

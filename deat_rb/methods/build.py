@@ -14,7 +14,7 @@ from deat_rb.attacks.threat_models import DEFAULT_EPS, check_norm
 from deat_rb.methods.losses import surrogate
 from deat_rb.methods.recipes import CONSTANT, PAPER_EPS, Recipe, path_of, resolve
 from deat_rb.models.check import check_weights_exist
-from deat_rb.training.base import Schedule
+from deat_rb.training.base import Schedule, who_needs_one_class
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.units import check_eps, is_whole_number, parse_scalar
@@ -88,6 +88,29 @@ def configure(
         schedule_options=schedule_options, stopping_options=stopping_options,
     )  # fmt: skip
     return ConfiguredMethod(canonical, row, eps)
+
+
+def check_mixed_labels(method: ConfiguredMethod, augmentation: str, *, class_weights: str = "none") -> None:
+    """Check that a method can be trained on images that an augmentation mixes with others, and on their mixed labels.
+
+    Raises:
+        DeatError: It cannot.
+    """
+    row, options = method.recipe, method.recipe.attack_options
+    part = who_needs_one_class(
+        surrogate(row.loss), resolve(row.attack), options.get("loss", "ce"), options.get("tau"), resolve(row.schedule)
+    )
+    if part is not None:
+        raise DeatError(
+            f"--augment {augmentation} mixes the labels of images, but {part} needs one class per image: use a method "
+            f"with cross-entropy or TRADES, such as pgd-7, m-deat or m+trades, instead of {method.name}, or another "
+            "--augment"
+        )
+    if class_weights != "none":
+        raise DeatError(
+            f"--augment {augmentation} mixes the labels of images, but --class-weights {class_weights} needs one class "
+            "per image: omit one of them"
+        )
 
 
 def build(method: ConfiguredMethod, model: nn.Module) -> Trainer:

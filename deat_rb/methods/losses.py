@@ -33,7 +33,8 @@ def trades(
 ) -> Tensor:
     """Return TRADES' loss, per example (N,): CE(clean) + beta * KL(clean || adversarial) (Zhang 2019, Equation 5).
 
-    ``label_smoothing`` applies to CE, as in the TRADES of Gowal et al. 2021 and Wang et al. 2023.
+    ``label_smoothing`` applies to CE, as in the TRADES of Gowal et al. 2021 and Wang et al. 2023, and so do labels that
+    are class probabilities (N, K), as in Rebuffi et al. 2021.
     """
     natural = cross_entropy(clean_logits, labels, label_smoothing=label_smoothing)
     return natural + beta * kl_divergence(adv_logits, clean_logits)
@@ -107,8 +108,10 @@ def surrogate(name: str | SurrogateLoss, *, beta: float = 6.0, label_smoothing: 
     if not (math.isfinite(beta) and beta >= 0):
         raise DeatError(f"beta = {beta:g} is not a finite, non-negative number; TRADES and MART use 6")
     if name == "ce":
-        return SurrogateLoss("ce", partial(cross_entropy, **smoothed) if smoothed else cross_entropy)
+        function = partial(cross_entropy, **smoothed) if smoothed else cross_entropy
+        return SurrogateLoss("ce", function, soft_labels=True)
     regularized = {"trades": trades, "mart": mart}
     if name not in regularized:
         raise DeatError(f"there is no surrogate loss '{name}': {did_you_mean(str(name), ('ce', *regularized))}")
-    return SurrogateLoss(name, partial(regularized[name], beta=beta, **smoothed), needs_clean=True)
+    function = partial(regularized[name], beta=beta, **smoothed)
+    return SurrogateLoss(name, function, needs_clean=True, soft_labels=name == "trades")

@@ -55,6 +55,8 @@ class AccuracyThreshold(Schedule):
         max_steps: Upper bound; None for no bound.
     """
 
+    needs_accuracy = True
+
     def __init__(self, threshold: float = 0.4, *, start: int = 1, max_steps: int | None = None) -> None:
         super().__init__(start, max_steps)
         if not 0 < threshold < 1:

@@ -18,6 +18,7 @@ from torchattacks.attack import Attack
 
 from deat_rb.attacks.base import CraftStats, StatelessAttack
 from deat_rb.attacks.gradient_probe import GradientProbe, check_every_image_is_attacked, uses_mean_reduction
+from deat_rb.attacks.losses import main_class
 from deat_rb.attacks.pgd import PGD
 from deat_rb.methods.losses import surrogate
 from deat_rb.methods.weight_perturbation import WeightPerturbation
@@ -138,7 +139,7 @@ class AttackTrainer(Trainer):
         return BatchStats(
             examples=len(images),
             loss=loss.detach().sum(),
-            correct=(adv_logits.argmax(dim=1) == labels).sum(),
+            correct=(adv_logits.argmax(dim=1) == main_class(labels)).sum(),
             l_x=crafting.l_x,
             forwards=crafting.forwards + own * (1 + extra) + self.penalty_passes[0],
             backwards=crafting.backwards + 1 + extra + self.penalty_passes[1],
@@ -283,7 +284,7 @@ class ReplayTrainer(Trainer):
         return BatchStats(
             examples=len(images),
             loss=loss.detach().sum(),
-            correct=(logits.argmax(dim=1) == labels).sum(),
+            correct=(logits.argmax(dim=1) == main_class(labels)).sum(),
             l_x=threat.total_dual_norm(gradient) * engine.loss_divisor(len(images)),
             forwards=self.steps,
             backwards=self.steps,

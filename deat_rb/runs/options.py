@@ -42,7 +42,8 @@ class DataConfig(OptionGroup):
         None, "Share of --extra-data in every batch.", default_text="0.7 with --extra-data", gt=0, lt=1
     )
     augment: str | None = option(
-        None, "Augmentation of the training images; all but none, flip and resized-crop begin with crop-flip.",
+        None, "Augmentation of the training images; all but none, flip and resized-crop begin with crop-flip. cutmix "
+        "and mixup also mix labels.",
         choices=AUGMENTATIONS,
     )  # fmt: skip
     memory_limit: Size | None = option(

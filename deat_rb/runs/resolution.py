@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from deat_rb.attacks.threat_models import DEFAULT_EPS
+from deat_rb.data.augmentations import MIXING
 from deat_rb.data.image_files import ImageLister
-from deat_rb.methods.build import build_schedule, configure
+from deat_rb.methods.build import build_schedule, check_mixed_labels, configure
 from deat_rb.methods.registry import recipe
 from deat_rb.models.initialization import check_initialization
 from deat_rb.models.names import canonical_arch
@@ -85,6 +86,8 @@ def resolve(options: TrainOptions) -> TrainOptions:
     configured = configure(method, row, eps=resolved.attack.eps, **resolved.method_options())
     if (schedule := build_schedule(configured.recipe)) is not None:
         schedule.begin(resolved.optim.epochs)
+    if resolved.data.augment in MIXING:
+        check_mixed_labels(configured, resolved.data.augment, class_weights=resolved.attack.class_weights)
     if (resolved.model.mean is None) != (resolved.model.std is None):
         raise DeatError("--mean and --std must be given together; omit both for those of the dataset")
     if resolved.data.extra_data is None and resolved.data.extra_fraction is not None:

@@ -197,6 +197,7 @@ def _fit(planned: TrainingPlan, run: RunDirectory, callbacks: Sequence[Callback]
         batch_size,
         shuffle=True,
         augmentation=planned.config.data.augment or "none",
+        num_classes=len(planned.data.classes),
         extra=None if planned.extra is None else planned.extra.images,
         extra_fraction=planned.config.data.extra_fraction or 0.0,
         seed=config.optim.seed,

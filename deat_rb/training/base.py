@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torchattacks.attack import Attack
 
 from deat_rb.attacks.base import StatelessAttack
+from deat_rb.attacks.pgd import PGD
 from deat_rb.attacks.threat_models import THREATS
 from deat_rb.training.engine import Engine
 from deat_rb.training.metrics import BatchStats, EpochStats
@@ -54,12 +55,14 @@ class SurrogateLoss:
             loss per example (N,).
         needs_clean: Whether the loss needs the logits of the clean images.
         class_weights: Class weights (K,), by which ``function`` multiplies the loss of each example; None for none.
+        soft_labels: Whether ``function`` also takes class probabilities (N, K) as labels.
     """
 
     name: str
     function: Callable[..., Tensor]
     needs_clean: bool = False
     class_weights: ClassWeights | None = None
+    soft_labels: bool = False
 
 
 class Schedule:
@@ -80,6 +83,8 @@ class Schedule:
 
     guided = False
     needs_epochs = False
+    needs_accuracy = False
+    """Whether the steps depend on training accuracy."""
 
     def __init__(self, steps: int = 1, max_steps: int | None = None) -> None:
         if not is_whole_number(steps) or steps < 0:
@@ -171,6 +176,29 @@ class StoppingRule:
 
 
 Batch = tuple[Tensor, Tensor]
+
+
+def who_needs_one_class(
+    loss: SurrogateLoss, attack: type[Attack], attack_loss: str, tau: int | None, schedule: type[Schedule]
+) -> str | None:
+    """Return the part of a method that needs one class per image, rather than shares of classes; None if none does.
+
+    Args:
+        loss: The surrogate loss.
+        attack: The attack's class.
+        attack_loss: The loss that it maximizes.
+        tau: Its early stop; None for none.
+        schedule: The schedule's class.
+    """
+    if loss.class_weights is not None:
+        return "weighting by class"
+    if not loss.soft_labels:
+        return f"the loss {loss.name}"
+    if not issubclass(attack, PGD) or attack_loss not in ("ce", "kl"):
+        return f"the attack {attack.__name__}" + (f" on {attack_loss}" if issubclass(attack, PGD) else "")
+    if tau is not None:
+        return "a friendly attack, which stops early at a misclassification,"
+    return "a schedule by training accuracy" if schedule.needs_accuracy else None
 
 
 class TrainerBase(StatelessAttack):
@@ -362,6 +390,22 @@ class TrainerBase(StatelessAttack):
             DeatError: The attack cannot be used for training.
         """
 
+    def check_soft_labels(self) -> None:
+        """Check that the method can be trained with class probabilities (N, K) as labels.
+
+        Raises:
+            DeatError: It cannot.
+        """
+        crafter = self.crafter
+        part = who_needs_one_class(
+            self.loss, type(crafter), getattr(crafter, "loss", ""), getattr(crafter, "tau", None), type(self.schedule)
+        )
+        if part is not None:
+            raise DeatError(
+                f"the labels are class probabilities, but {part} needs one class per image: give class indices (N,) "
+                "or use a method with cross-entropy or TRADES, such as pgd-7, m-deat or m+trades"
+            )
+
     @abstractmethod
     def training_step(
         self, images: Tensor, labels: Tensor, optimizer: Optimizer, engine: Engine | None = None
@@ -370,7 +414,7 @@ class TrainerBase(StatelessAttack):
 
         Args:
             images: In [0, 1], (N, C, H, W), on the model's device.
-            labels: (N,).
+            labels: (N,), or class probabilities (N, K) if `check_soft_labels` accepts them.
             optimizer: Optimizer of the model's parameters.
             engine: Device, precision and ranks; by default fp32 on the images' device and a single rank.
 

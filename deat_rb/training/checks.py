@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deat_rb.data.check import ROUNDING, check_batch, check_label_values, check_types
+from deat_rb.data.check import ROUNDING, are_soft, check_batch, check_label_values, check_types
 from deat_rb.models.check import check_trainable, check_weights_exist, trial_logits
 from deat_rb.training.base import Batch, TrainerBase
 from deat_rb.training.engine import Engine, explain_nondeterminism
@@ -76,7 +76,7 @@ class BatchChecker:
         self.validation = validation
         self.name = "the validation loader" if validation else "the training loader"
         self.num_classes: int | None = None
-        self._kinds: set[tuple[torch.Size, torch.dtype, bool]] = set()
+        self._kinds: set[tuple[torch.Size, torch.dtype, bool, bool]] = set()
 
     def check_values(self, batch: Any, where: str, *, allow_nan: bool = False) -> Batch:
         """Check a batch that the loader yields and return its images and labels.
@@ -90,13 +90,14 @@ class BatchChecker:
             BatchError: It is not a pair of images and labels, or its values are invalid.
         """
         images, labels = _as_pair(batch, self.name, where)
+        soft = not self.validation
         try:
             if self.num_classes is None:
-                check_batch(images, labels, allow_nan=allow_nan)
+                check_batch(images, labels, allow_nan=allow_nan, soft=soft)
                 return images, labels
-            check_types(images, labels)
+            check_types(images, labels, soft=soft)
             if images.device.type == self.engine.device.type == "cpu":
-                check_batch(images, labels, self.num_classes, allow_nan=allow_nan)
+                check_batch(images, labels, self.num_classes, allow_nan=allow_nan, soft=soft)
             elif labels.device.type == "cpu":
                 check_label_values(labels, self.num_classes)
         except DeatError as error:
@@ -108,13 +109,13 @@ class BatchChecker:
 
         Args:
             images: (N, C, H, W), on the device.
-            labels: (N,), on the device.
+            labels: (N,), or class probabilities (N, K), on the device.
             where: Name of the batch in error messages.
 
         Raises:
-            BatchError: The model or the attack does not work with these images.
+            BatchError: The model or the attack does not work with these images or labels.
         """
-        kind = images.shape[1:], images.dtype, len(images) == 1
+        kind = images.shape[1:], images.dtype, len(images) == 1, are_soft(labels)
         if kind in self._kinds:
             return
         engine, model = self.engine, self.trainer.model
@@ -131,6 +132,8 @@ class BatchChecker:
                 if not train_mode:
                     self._check_gradients(images[:2])
             check_label_values(labels, num_classes)
+            if are_soft(labels):
+                self.trainer.check_soft_labels()
             self.trainer.check_attack(images)
         except DeatError as error:
             if (nondeterminism := explain_nondeterminism(error)) is not None:
@@ -185,6 +188,7 @@ class InputFlags:
     """On-device record of the first batch in an epoch with an image value outside [0, 1] or a label out of range."""
 
     WATCHED = ("an image has values outside [0, 1]", "a label is negative or not below the number of classes")
+    """What is recorded; class probabilities are below 1, and so pass the second check unless they are negative."""
 
     def __init__(self) -> None:
         self._first: Tensor | None = None

@@ -116,7 +116,8 @@ class EpochStats:
         lipschitz: Theorem 1's lower bound on the Lipschitz constant of the input gradient, averaged over examples.
         examples: Number of examples trained on.
         loss: Mean surrogate loss.
-        train_acc: Accuracy on the adversarial examples trained on, in [0, 1].
+        train_acc: Accuracy on the adversarial examples trained on, in [0, 1]; of images that CutMix or MixUp mixed, the
+            fraction predicted as the class with the larger share.
         val_acc: Natural accuracy on the validation images, in [0, 1].
         val_robust_acc: PGD-20 accuracy on the validation images, in [0, 1].
         val_top_predicted: Fraction of the validation images that are predicted as the most common class.

@@ -8,7 +8,7 @@ import torch
 from small_image_sets import epoch_of, grids
 from torch import Tensor
 
-from deat_rb.data.augment import augment, crop_and_flip, cut_out
+from deat_rb.data.augment import augment, crop_and_flip, cut_out, mix
 from deat_rb.data.augmentations import AUGMENTATIONS
 from deat_rb.data.batches import Batches
 from deat_rb.data.images import ImageSet
@@ -176,7 +176,83 @@ def test_augment_defaults_to_that_of_the_dataset() -> None:
     assert resolve(make_options({"dataset": "cifar10"})).data.augment == "crop-flip"
     planned = plan(make_options({"augment": "cutout", "method": "standard"}), dry=True)
     assert dict(planned.lines())["augment"] == AUGMENTATIONS["cutout"]
-    with pytest.raises(DeatError, match=r"^--augment = 'mixup' cannot be used: it should be 'none', 'flip'"):
-        make_options({"augment": "mixup"})
-    with pytest.raises(DeatError, match=r"^--augment mixup is unknown: choose one of none, flip, crop-flip"):
-        Batches(grids(4), 2, augmentation="mixup")
+    with pytest.raises(DeatError, match=r"^--augment = 'blur' cannot be used: it should be 'none', 'flip'"):
+        make_options({"augment": "blur"})
+    with pytest.raises(DeatError, match=r"^--augment blur is unknown: choose one of none, flip, crop-flip"):
+        Batches(grids(4), 2, augmentation="blur")
+    with pytest.raises(DeatError, match=r"^augmentation = 'cutmix' needs num_classes"):
+        Batches(grids(4), 2, augmentation="cutmix")
+
+
+def mixed(name: str, images: Tensor, labels: Tensor, **changes: int) -> tuple[Tensor, Tensor]:
+    where: dict[str, Any] = {"seed": 3, "epoch": 2, "batch": 1, **changes}
+    return mix(name, images, labels, num_classes=5, **where)
+
+
+def test_cutmix_replaces_a_rectangle_and_shares_labels_by_area() -> None:
+    images = torch.arange(5).float().view(5, 1, 1, 1).expand(5, 2, 8, 6) / 10
+    shares = set()
+    for batch in range(12):
+        cut, labels = mixed("cutmix", images, torch.arange(5), batch=batch)
+        for number in range(5):
+            other = (number - 1) % 5
+            replaced = (cut[number] != images[number])[0]
+            assert torch.equal(cut[number][:, replaced], images[other][:, replaced])
+            assert int(replaced.sum()) == int(replaced.any(0).sum()) * int(replaced.any(1).sum()), "a rectangle"
+            share = int(replaced.sum()) / 48
+            expected = torch.zeros(5).index_put_((torch.tensor([number, other]),), torch.tensor([1 - share, share]))
+            torch.testing.assert_close(labels[number], expected)
+            shares.add(share)
+    assert len(shares) > 6
+
+
+def test_mixup_averages_images_and_labels_in_one_ratio() -> None:
+    images = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    ratios = set()
+    for batch in range(8):
+        averaged, labels = mixed("mixup", images, torch.arange(5), batch=batch)
+        ratio = float(labels[0, 0])
+        ratios.add(ratio)
+        torch.testing.assert_close(averaged, ratio * images + (1 - ratio) * images[[4, 0, 1, 2, 3]])
+        torch.testing.assert_close(labels, ratio * torch.eye(5) + (1 - ratio) * torch.eye(5)[[4, 0, 1, 2, 3]])
+    assert len(ratios) == 8
+    assert 0 <= min(ratios) < 0.5 < max(ratios) <= 1
+
+
+@pytest.mark.parametrize("name", ["cutmix", "mixup"])
+def test_mixing_depends_on_seed_epoch_and_batch_only(name: str) -> None:
+    images, labels = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 5
+    state = torch.get_rng_state()
+    once = mixed(name, images, labels)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(77)
+    again = mixed(name, images, labels)
+    assert torch.equal(again[0], once[0])
+    assert torch.equal(again[1], once[1])
+    for change in ({"epoch": 3}, {"batch": 0}, {"seed": 4}):
+        assert not torch.equal(mixed(name, images, labels, **change)[1], once[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "mart"}, "but the loss mart needs one class per image: use a method with cross-entropy or TRADES"),
+        ({"method": "m+mart"}, "but the loss mart needs one class per image"),
+        ({"method": "f+trades"}, "but a friendly attack, which stops early at a misclassification, needs one class"),
+        ({"method": "fat-5"}, r"but a friendly attack, .* instead of fat-5, or another --augment$"),
+        ({"method": "deat-40%"}, "but a schedule by training accuracy needs one class per image"),
+        ({"class_weights": "balanced"}, "but --class-weights balanced needs one class per image: omit one of them$"),
+    ],
+)
+@pytest.mark.parametrize("name", ["cutmix", "mixup"])
+def test_mixing_is_refused_where_one_class_per_image_is_needed(name: str, options: Any, message: str) -> None:
+    with pytest.raises(DeatError, match=rf"^--augment {name} mixes the labels of images, {message}"):
+        resolve(make_options({"augment": name, **options}))
+
+
+@pytest.mark.parametrize("method", ["standard", "free-4", "deat-3", "m-deat", "pgd-7", "m+pgd", "u-fgsm", "m+u-fgsm",
+                                    "trades", "m+trades", "n-fgsm", "gradalign"])  # fmt: skip
+def test_mixing_is_accepted_with_cross_entropy_and_trades(method: str) -> None:
+    assert (
+        resolve(make_options({"augment": "cutmix", "method": method, "label_smoothing": 0.1})).data.augment == "cutmix"
+    )

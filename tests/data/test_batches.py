@@ -136,7 +136,9 @@ def test_divided_shares_of_all_ranks_are_the_global_batch(
 ) -> None:  # fmt: skip
     batch_size = min(batch_size, count)
     data = grids(count, channels=1)
-    whole = Batches(data, batch_size, shuffle=shuffle, augmentation=augmentation, drop_last=drop_last, seed=7)
+    whole = Batches(
+        data, batch_size, shuffle=shuffle, augmentation=augmentation, num_classes=3, drop_last=drop_last, seed=7
+    )
     sizes = [len(labels) for _, labels in whole]
     if min(sizes) < processes:
         with pytest.raises(DeatError, match=f"leave a batch of {min(sizes)}, fewer than the {processes} ranks"):

@@ -47,11 +47,16 @@ class Stops(Callback):
             self.warnings.append(message)
 
 
-def train(method: str, run: RunDirectory, callback: Callback | None = None, **options: Any) -> History:
+def train(
+    method: str, run: RunDirectory, callback: Callback | None = None, augmentation: str = "crop-flip", **options: Any
+) -> History:
     images, labels = images_and_labels(22)
     data = ImageSet((255 * images).round().to(torch.uint8), labels)
     # Four batches, the last one short.
-    train_loader = Batches(data, 6, shuffle=True, augmentation="crop-flip", memory_format=torch.channels_last)
+    train_loader = Batches(
+        data, 6, shuffle=True, augmentation=augmentation, num_classes=int(labels.max()) + 1,
+        memory_format=torch.channels_last,
+    )  # fmt: skip
     model = normalized()
     if method == "torchattacks.PGD":
         trainer: Trainer = deat_rb.AttackTrainer(torchattacks.PGD(model, steps=2))

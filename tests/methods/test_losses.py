@@ -46,6 +46,20 @@ def test_boosted_cross_entropy_uses_the_strongest_wrong_class() -> None:
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_cross_entropy_of_class_probabilities_is_the_mean_over_classes() -> None:
+    # 0.3 (-ln 3/4) + 0.7 (-ln 1/4).
+    share = torch.tensor([[0.3, 0.7]])
+    expected = 0.3 * math.log(4 / 3) + 0.7 * math.log(4)
+    assert losses.cross_entropy(SURE, share).item() == pytest.approx(expected, rel=1e-6)
+    assert losses.cross_entropy(SURE.double(), share).item() == pytest.approx(expected, rel=1e-6)
+    assert losses.cross_entropy(SURE.bfloat16(), share).dtype == torch.float32
+    # Smoothing by 0.2 makes the shares 0.34 and 0.66.
+    smoothed = losses.cross_entropy(SURE, share, label_smoothing=0.2).item()
+    assert smoothed == pytest.approx(0.34 * math.log(4 / 3) + 0.66 * math.log(4), rel=1e-6)
+    kl = 0.75 * math.log(3) - math.log(2)
+    assert methods_losses.trades(UNSURE, share, SURE).item() == pytest.approx(expected + 6 * kl, rel=1e-5)
+
+
 def test_trades_and_mart_by_hand() -> None:
     # Clean (3/4, 1/4), adversarial (1/2, 1/2), label 0.
     kl = 0.75 * math.log(3) - math.log(2)

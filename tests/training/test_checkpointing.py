@@ -51,6 +51,17 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(method: str, moments: t
         assert len(history.rows) == EPOCHS
 
 
+@pytest.mark.parametrize(("method", "augmentation"), [("free-3", "cutmix"), ("m+trades", "mixup")])
+def test_resume_with_mixed_labels_equals_the_uninterrupted_run(method: str, augmentation: str, tmp_path: Path) -> None:
+    whole = RunDirectory.create(tmp_path / "whole", run_config())
+    train(method, whole, augmentation=augmentation)
+    run = RunDirectory.create(tmp_path / "run", run_config())
+    with pytest.raises(Interrupted):
+        train(method, run, Stops(6), augmentation)
+    train(method, run, augmentation=augmentation, resume=True)
+    assert outcome(run) == outcome(whole)
+
+
 def test_resume_after_every_batch_equals_the_uninterrupted_run(tmp_path: Path) -> None:
     whole = RunDirectory.create(tmp_path / "whole", run_config())
     train("m+trades", whole)
