@@ -62,11 +62,11 @@ def _spread(values: Sequence[int]) -> dict[str, float] | None:
 
 def _print_info(found: FolderInfo, folder: Path) -> None:
     from deat_rb.data.image_files import describe_left_out
-    from deat_rb.utils.text import as_text, new_table, printable
+    from deat_rb.utils.text import as_text, counted, new_table, printable
 
     for name, part in found.parts.items():
-        click.echo(f"{name}: {len(part):,} images in {len(part.classes)} classes, {part.bytes / 1e6:,.1f} MB"
-                   f"{_describe(part)}")  # fmt: skip
+        click.echo(f"{name}: {counted(len(part), 'image')} in {counted(len(part.classes), 'class')}, "
+                   f"{part.bytes / 1e6:,.1f} MB{_describe(part)}")  # fmt: skip
     if found.note:
         click.echo(f"  {found.note}")
     table = new_table("images per class")
@@ -85,8 +85,8 @@ def _print_info(found: FolderInfo, folder: Path) -> None:
     for groups, where in ((parts, "in several parts, such as training and test images"),
                           (classes, "in several classes"), (inside, "in one class")):  # fmt: skip
         _print_some([", ".join(path for _, _, path in group) for group in groups],
-                    f"{'group' if len(groups) == 1 else 'groups'} of identical images {where}")  # fmt: skip
-    _print_some(found.problems, f"reason{'s' * (len(found.problems) > 1)} why training would refuse the folder")
+                    "group", f" of identical images {where}")  # fmt: skip
+    _print_some(found.problems, "reason", " why training would refuse the folder")
     if not found.problems and "all" in found.parts:
         click.echo(f"\nsplit it with: deat-rb data split {shlex.quote(str(folder))}")
 
@@ -107,12 +107,12 @@ def _range(values: Sequence[int]) -> str:
     return f"{min(values)} to {max(values)} (median {median(values):g})"
 
 
-def _print_some(lines: Sequence[str], what: str) -> None:
-    from deat_rb.utils.text import printable
+def _print_some(lines: Sequence[str], noun: str, what: str) -> None:
+    from deat_rb.utils.text import counted, printable
 
     if not lines:
         return
-    click.echo(f"\n{len(lines):,} {what}:")
+    click.echo(f"\n{counted(len(lines), noun)}{what}:")
     for line in lines[:SHOWN]:
         click.echo(f"  {printable(line, 4000)}")
     if len(lines) > SHOWN:
@@ -136,7 +136,7 @@ def split(folder: Path, test: float, seed: int, by_group: str | None, output: Pa
     neither moved nor changed.
     """
     from deat_rb.data.folder_split import split_folder
-    from deat_rb.utils.text import as_text, new_table, printable
+    from deat_rb.utils.text import as_text, counted, new_table, printable
 
     with ImageProgress("decoded") as progress:
         done = split_folder(folder, output, test=test, seed=seed, by_group=by_group, copy=copy, progress=progress)
@@ -149,7 +149,7 @@ def split(folder: Path, test: float, seed: int, by_group: str | None, output: Pa
     totals = [sum(numbers) for numbers in zip(*done.counts.values(), strict=True)]
     table.add_row("all", *(f"{total:,}" for total in totals))
     click.echo(as_text(table))
-    kept = f"; {done.identical:,} images have identical ones, kept in the same part" if done.identical else ""
-    grouped = f"; {done.groups:,} groups" if by_group else ""
+    kept = f"; {counted(done.identical, 'image')} with identical ones, kept in the same part" if done.identical else ""
+    grouped = f"; {counted(done.groups, 'group')}" if by_group else ""
     click.echo(f"{done.output}: {100 * totals[1] / sum(totals):.1f} % test images{grouped}{kept}")
     click.echo(f"train with: deat-rb train --dataset folder --data-dir {shlex.quote(str(done.output))}")

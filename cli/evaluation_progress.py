@@ -7,7 +7,7 @@ from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from deat_rb.utils.text import duration
+from deat_rb.utils.text import counted, duration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,9 +75,10 @@ class EvaluationProgress(AbstractContextManager["EvaluationProgress"]):
         if self.console.is_interactive:
             self._bar.update(self._task, completed=done, total=total, accuracy=self._accuracy)
         elif done == total:
-            self._print(f"{attack}: {total} images, {self._accuracy}, {self._last - self._start:.1f} s")
+            self._print(f"{attack}: {counted(total, 'image', '')}, {self._accuracy}, {self._last - self._start:.1f} s")
         elif self._last - self._last_line >= LINE_EVERY:
-            self._print(f"{attack}: {done} of {total} images, {self._accuracy} so far, {self._left(done / total)}")
+            images = f"{done} of {counted(total, 'image', '')}"
+            self._print(f"{attack}: {images}, {self._accuracy} so far, {self._left(done / total)}")
 
     def within(self, attack: str, batch: int, batches: int, share: float) -> None:
         """Show progress within a batch.

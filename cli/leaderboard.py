@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from deat_rb.utils.text import counted
+
 from .options import size, threads_option
 
 DEFAULT = Path("leaderboard")
@@ -129,7 +131,8 @@ def verify(
         click.echo(f"note: {note}")
     for problem in result.problems:
         click.echo(f"problem: {problem}")
-    click.echo(f"{result.entries} entries, {result.measured} re-measured, {len(result.problems)} problems")
+    click.echo(f"{counted(result.entries, 'entry')}, {result.measured} re-measured, "
+               f"{counted(len(result.problems), 'problem')}")  # fmt: skip
     if result.problems:
         raise click.exceptions.Exit(1)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from deat_rb.utils.errors import DeatError, Interrupted
+from deat_rb.utils.text import counted
 
 from .network_options import description, import_from_current_folder, network_options
 from .options import threads_option
@@ -90,13 +91,15 @@ def predict(
                 failed += prediction.error is not None
                 progress(done, len(files))
         except KeyboardInterrupt:
-            kept = f"{csv_path} has the first {done:,} of {len(files):,} images" if csv_path is not None else ""
+            kept = (
+                f"{csv_path} has the first {done:,} of {counted(len(files), 'image')}" if csv_path is not None else ""
+            )
             raise Interrupted(kept) from None
     if csv_path is not None:
-        click.echo(f"{csv_path}: {len(files):,} images", err=True)
+        click.echo(f"{csv_path}: {counted(len(files), 'image')}", err=True)
     if failed or problems:
         unread, total = failed + len(problems), len(files) + len(problems)
-        click.echo(f"{unread:,} of {total:,} paths could not be read", err=True)
+        click.echo(f"{unread:,} of {counted(total, 'path')} could not be read", err=True)
         ctx.exit(1)
 
 

@@ -7,7 +7,7 @@ from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from deat_rb.utils.text import duration
+from deat_rb.utils.text import counted, duration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,5 +63,5 @@ class ImageProgress(AbstractContextManager["ImageProgress"]):
         if not self._interactive and now - self._last_line >= LINE_EVERY:
             self._last_line = now
             left = (total - done) / rate if rate else 0.0
-            self._console.print(f"{done:,} of {total:,} images {self._action}, {rate:.0f} images/s, about "
+            self._console.print(f"{done:,} of {counted(total, 'image')} {self._action}, {rate:.0f} images/s, about "
                                 f"{duration(left)} left", highlight=False, soft_wrap=True, markup=False)  # fmt: skip

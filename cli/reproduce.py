@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from .study_options import WorkOptions, study_options, work
 
 @click.command("reproduce")
 @click.argument("targets", metavar="TARGET...", nargs=-1)
-@click.option("--list", "list_targets", is_flag=True, help="Describe the targets and scales, and exit.")
+@click.option("--list", "list_targets", is_flag=True,
+              help="Describe the scales and all targets, or the given ones, and exit.")  # fmt: skip
 @click.option("--scale", default="digits", show_default=True, metavar="[digits|small|paper]",
               help="Data, networks and epochs: minutes, hours or days.")  # fmt: skip
 @click.option("--seeds", type=seed_list, metavar="0,1,2", help="Seeds.  [default: the scale's]")
@@ -54,7 +56,7 @@ def reproduce(
     from deat_rb.utils.errors import DeatError
 
     if list_targets:
-        _list()
+        _list(chosen_targets(targets) if targets else ())
         return
     if not targets:
         raise DeatError("no target is given: name table1 to table7, figure2 to figure8 or all; --list describes them")
@@ -116,14 +118,16 @@ def _write(every: list[str], chosen: list[str], setup: Any, folder: Any) -> None
     click.echo(f"written: {folder.path / 'index.html'} and the files of {shlex.join(every)}")
 
 
-def _list() -> None:
+def _list(chosen: Sequence[str]) -> None:
     from deat_rb.reproduction.experiments import experiments
+    from deat_rb.utils.text import counted
 
     found = experiments()
     for name, target in found.targets.items():
+        if chosen and name not in chosen:
+            continue
         rows = sum(len(part.methods) * max(len(part.alpha), 1) * max(len(part.gamma), 1) for part in target.parts)
-        click.echo(f"{name:<8} {target.title} ({rows} rows)")
+        click.echo(f"{name:<8} {target.title} ({counted(rows, 'row')})")
     click.echo()
     for name, scale in found.scales.items():
-        seeds = f"{len(scale.seeds)} seed{'s' if len(scale.seeds) > 1 else ''}"
-        click.echo(f"--scale {name:<7} {scale.title}, {seeds}")
+        click.echo(f"--scale {name:<7} {scale.title}, {counted(len(scale.seeds), 'seed')}")

@@ -93,10 +93,12 @@ def work(
     if len(chosen) > 1:
         raise DeatError(f"{chosen[0]} and {chosen[1]} are mutually exclusive: give only one")
     workers = environments(options.jobs, gpus, options.per_gpu)
+    left = [run for run in study.runs if not folder.is_settled(run)]
     if options.print_commands:
-        for run in study.runs:
-            if not folder.is_settled(run):
-                click.echo(shlex.join(["deat-rb", *arguments, "--only", run.name]))
+        for run in left:
+            click.echo(shlex.join(["deat-rb", *arguments, "--only", run.name]))
+        if not left:
+            click.echo(_nothing_left(study, folder), err=True)
         return
     if options.status:
         print_status(study, folder)
@@ -109,19 +111,49 @@ def work(
         return
     for run in study.runs if options.retry else ():
         folder.forget_failure(run)
-    if options.slurm:
-        _submit(folder, options, len(workers), arguments)
-        return
-    if options.only is not None:
-        run = study.run(options.only)
-        if not Worker(study, folder, Listener(folder)).work_on(run):
-            click.echo(f"another process is working on {run.name}")
-    elif len(workers) > 1 or gpus:
-        _run_workers(study, folder, workers, [*arguments, *(["--no-wait"] if options.no_wait else [])])
-        write()
-    else:
-        Worker(study, folder, Listener(folder)).work(wait=not options.no_wait)
-        write()
+    only = None if options.only is None else study.run(options.only)
+    left = [run for run in (study.runs if only is None else (only,)) if not folder.is_settled(run)]
+    if not left:
+        click.echo(_nothing_left(study, folder) if only is None else f"{only.name} is {folder.status(only)}", err=True)
+    with _telling_what_is_done(study, folder):
+        if not left:
+            pass
+        elif options.slurm:
+            _submit(folder, options, len(workers), arguments)
+        elif only is not None:
+            if not Worker(study, folder, Listener(folder)).work_on(only):
+                click.echo(f"another process is working on {only.name}")
+        elif len(workers) > 1 or gpus:
+            _run_workers(study, folder, workers, [*arguments, *(["--no-wait"] if options.no_wait else [])])
+        else:
+            Worker(study, folder, Listener(folder)).work(wait=not options.no_wait)
+        if only is None and not options.slurm:
+            write()
+
+
+def _nothing_left(study: Study, folder: StudyFolder) -> str:
+    """Return the sentence that all runs are done or have failed."""
+    from deat_rb.utils.text import counted
+
+    statuses = [folder.status(run) for run in study.runs]
+    failed = statuses.count("failed")
+    text = f"nothing is left: {counted(statuses.count('done'), 'run')} done"
+    return text + (f", {failed} failed (--retry repeats them)" if failed else "")
+
+
+@contextmanager
+def _telling_what_is_done(study: Study, folder: StudyFolder) -> Iterator[None]:
+    """Let the message after Ctrl-C say how many runs are done, whichever step it interrupts."""
+    from deat_rb.utils.errors import Interrupted
+    from deat_rb.utils.text import counted
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        done = sum(folder.is_settled(run) for run in study.runs)
+        total = counted(len(study.runs), "run")
+        raise Interrupted(f"{folder.path} keeps {done} of {total}, and what the others have saved; repeat the command "
+                          "to continue") from None  # fmt: skip
 
 
 def _submit(folder: StudyFolder, options: WorkOptions, count: int, arguments: Sequence[str]) -> None:
@@ -207,7 +239,8 @@ def print_status(study: Study, folder: StudyFolder) -> None:
 
     from deat_rb.reproduction.estimate import read_estimate
     from deat_rb.reproduction.status import study_state
-    from deat_rb.utils.text import duration, new_table
+    from deat_rb.utils.options import format_epochs
+    from deat_rb.utils.text import counted, duration, new_table
 
     state = study_state(folder, study.runs, read_estimate(folder))
     table = new_table(escape(study.title))
@@ -215,18 +248,19 @@ def print_status(study: Study, folder: StudyFolder) -> None:
         table.add_column(column, overflow="fold", justify="left" if column in ("run", "state") else "right")
     for each in state.runs:
         text = f"failed: {each.reason}" if each.status == "failed" else each.status
-        table.add_row(escape(each.run.label), str(each.run.seed), escape(text), f"{each.epochs} of {each.total}")
+        table.add_row(escape(each.run.label), str(each.run.seed), escape(text),
+                      f"{each.epochs} of {format_epochs(each.total)}")  # fmt: skip
     Console().print(table)
     counts = state.counts()
     click.echo(", ".join(f"{counts[status]} {status}" for status in ("done", "failed", "running", "begun", "waiting")
                          if counts[status]))  # fmt: skip
     left = state.seconds_left()
     if left is None:
-        click.echo("time left: unknown until a run is done; --dry-run estimates it")
+        click.echo("time left: unknown until an epoch is trained; --dry-run estimates it")
     elif left:
         end = datetime.now().astimezone() + timedelta(seconds=left)
-        click.echo(f"time left: about {duration(left)} with {max(1, counts['running'])} runs at a time; ends about "
-                   f"{end:%Y-%m-%d %H:%M}")  # fmt: skip
+        click.echo(f"time left: about {duration(left)} with {counted(max(1, counts['running']), 'run')} at a time"
+                   f"{', without evaluation' if state.is_projected else ''}; ends about {end:%Y-%m-%d %H:%M}")  # fmt: skip
 
 
 def print_estimate(study: Study, folder: StudyFolder, workers: int) -> None:
@@ -235,7 +269,8 @@ def print_estimate(study: Study, folder: StudyFolder, workers: int) -> None:
     from rich.markup import escape
 
     from deat_rb.reproduction.estimate import estimate
-    from deat_rb.utils.text import duration, new_table
+    from deat_rb.utils.options import format_epochs
+    from deat_rb.utils.text import counted, duration, new_table
 
     left = [run for run in study.runs if not folder.is_settled(run)]
     predicted = estimate(folder, left, notify=lambda text: click.echo(text, err=True))
@@ -250,9 +285,16 @@ def print_estimate(study: Study, folder: StudyFolder, workers: int) -> None:
     for (label, place), seeds in rows.items():
         first = seeds[0]
         name = label if sum(other == label for other, _ in rows) == 1 else f"{label} ({place})"
-        table.add_row(escape(name), str(len(seeds)), str(first.epochs), first.passes_text(),
-                      duration(first.training), duration(first.evaluation))  # fmt: skip
+        table.add_row(escape(name), str(len(seeds)), str(format_epochs(first.epochs)), first.passes_text(),
+                      duration(first.training) + (" per epoch" if first.is_open else ""),
+                      duration(first.evaluation))  # fmt: skip
     Console().print(table)
-    total = sum(each.training + each.evaluation for each in predicted)
+    endless = sum(each.is_open for each in predicted)
+    total = sum(each.training + each.evaluation for each in predicted if not each.is_open)
     settled = len(study.runs) - len(left)
-    click.echo(f"{len(left)} runs left, {settled} done: about {duration(total / workers)} with {workers} at a time")
+    if len(left) > endless or not left:
+        about = f"about {duration(total / workers)} with {workers} at a time"
+        besides = f", besides {counted(endless, 'open-ended run')}" if endless else ""
+    else:
+        about, besides = "open-ended, so that their number of epochs is not known", ""
+    click.echo(f"{counted(len(left), 'run')} left, {settled} done: {about}{besides}")

@@ -14,7 +14,7 @@ from deat_rb.training.metrics import EpochAccumulator, EpochStats
 from deat_rb.training.state import TrainingState
 from deat_rb.utils.distributed import is_main
 from deat_rb.utils.options import OPEN
-from deat_rb.utils.text import duration
+from deat_rb.utils.text import counted, duration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -198,9 +198,7 @@ def print_estimate(planned: TrainingPlan, seeds: Sequence[int] = ()) -> None:
     found = estimate(planned)
     runs = max(len(seeds), 1)
     low, high = (duration(runs * seconds) for seconds in (found.low, found.high))
-    how = ", ".join(
-        f"{seconds:.2g} s with {steps} step{'' if steps == 1 else 's'}" for steps, seconds in found.timed.items()
-    )
+    how = ", ".join(f"{seconds:.2g} s with {counted(steps, 'step')}" for steps, seconds in found.timed.items())
     limits = [
         *(["one epoch"] if planned.config.optim.epochs == OPEN else []),
         *(["one rank only"] if planned.ranks > 1 else []),
@@ -208,7 +206,7 @@ def print_estimate(planned: TrainingPlan, seeds: Sequence[int] = ()) -> None:
         *(["it may end earlier"] if found.may_end_earlier else []),
     ]
     print(f"{'time':<10} about {low if low == high else f'{low} to {high}'} on {found.device}, estimated from "
-          f"{found.batches} batches ({how}{''.join(f'; {each}' for each in limits)})")  # fmt: skip
+          f"{counted(found.batches, 'batch')} ({how}{''.join(f'; {each}' for each in limits)})")  # fmt: skip
     where = "of the GPU's memory" if found.device.startswith("cuda") else "of memory"
     print(f"{'memory':<10} about {found.memory / 1e9:.1f} GB {where}, estimated: the peak while these were timed")
 
@@ -225,7 +223,7 @@ def print_seeds(results: Sequence[tuple[RunDirectory, History]]) -> None:
         "epochs": [float(len(history.rows)) for _, history in results],
         "training seconds": [sum(row.seconds for row in history.rows) for _, history in results],
     }
-    print(f"{len(results)} seeds, mean and standard deviation:")
+    print(f"{counted(len(results), 'seed')}, mean and standard deviation:")
     for name, values in columns.items():
         if values:
             mean, std = mean_and_std(values)

@@ -12,7 +12,7 @@ from torch import Tensor
 from deat_rb.evaluation.report import Report, worst_of
 from deat_rb.evaluation.statistics import mcnemar
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.text import as_text, new_table, replace_invisible
+from deat_rb.utils.text import as_text, counted, new_table, replace_invisible
 from deat_rb.utils.units import format_fraction
 
 if TYPE_CHECKING:
@@ -79,7 +79,8 @@ class Comparison(BaseModel):
         """Return the accuracies as a rich table, with one row per attack or, for more than three runs, per run."""
         from rich.markup import escape
 
-        table = new_table(f"accuracy on {self.n_examples} images, {self.norm}, eps {format_fraction(self.eps)}")
+        images = counted(self.n_examples, "image", "")
+        table = new_table(f"accuracy on {images}, {self.norm}, eps {format_fraction(self.eps)}")
         attacks = dict.fromkeys(attack for accuracies in self.accuracy.values() for attack in accuracies)
         attacks = dict.fromkeys(sorted(attacks, key=lambda each: each == WORST_CASE))
         by_run = len(self.accuracy) > 3

@@ -29,7 +29,7 @@ from deat_rb.utils.devices import uses_tf32
 from deat_rb.utils.distributed import World
 from deat_rb.utils.errors import DeatError, Interrupted, did_you_mean
 from deat_rb.utils.safe_load import sha256_tensors
-from deat_rb.utils.text import replace_invisible
+from deat_rb.utils.text import counted, replace_invisible
 from deat_rb.utils.units import format_fraction
 from deat_rb.utils.versions import versions
 
@@ -240,7 +240,7 @@ def _sweep_cost(plans: Mapping[float, Mapping[str, Attack]], n_examples: int) ->
         return ""
     dearest = max(calls, key=lambda name: calls[name])
     return (f"sweep over {count} radii: at most {count} x {sum(calls.values()):,} forward passes for each of "
-            f"{n_examples:,} images, of which {dearest} needs {count} x {calls[dearest]:,}")  # fmt: skip
+            f"{counted(n_examples, 'image')}, of which {dearest} needs {count} x {calls[dearest]:,}")  # fmt: skip
 
 
 def _exactly(radius: float) -> str:

@@ -15,7 +15,7 @@ from deat_rb.data.images import LabeledImages
 from deat_rb.evaluation.frozen_model import prepared_for_eval, select_images
 from deat_rb.evaluation.report import SKIPPED, AttackResult, Check, Report, worst_of
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.text import new_environment
+from deat_rb.utils.text import counted, new_environment
 from deat_rb.utils.units import format_fraction
 
 MISCLASSIFIED_SHOWN, ROBUST_SHOWN = 18, 6
@@ -115,7 +115,7 @@ def _content(
     shown, hidden = _classes(report, labels, names)
     return {
         "title": title,
-        "subtitle": f"{report.n_examples} images"
+        "subtitle": counted(report.n_examples, "image", "")
         + (f" of {report.provenance['dataset']}" if "dataset" in report.provenance else "")
         + f", {report.norm} at eps {format_fraction(report.eps)}"
         + (f", in {report.precision}" if report.precision != "fp32" else ""),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
-from deat_rb.utils.text import replace_invisible
+from deat_rb.utils.text import counted, replace_invisible
 from deat_rb.utils.units import format_fraction
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def draw_sweep(report: Report, *, title: str) -> bytes:
                   ha="right" if far_right else "left", textcoords="offset points", color=GREY,
                   fontsize="small")  # fmt: skip
     unit = "in 1/255 of the image range" if in_255ths else "in units of the image range"
-    axes.set(xlabel=f"eps ({report.norm}, {unit})", ylabel=f"accuracy on {report.n_examples} images", ylim=(0, 1))
+    images = counted(report.n_examples, "image", "")
+    axes.set(xlabel=f"eps ({report.norm}, {unit})", ylabel=f"accuracy on {images}", ylim=(0, 1))
     axes.set_xlim(left=0)
     axes.set_title(
         replace_invisible(title) + (" (upper bounds)" if report.precision != "fp32" else ""), parse_math=False

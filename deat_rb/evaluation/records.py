@@ -10,6 +10,7 @@ from pathlib import Path
 
 from deat_rb.evaluation.report import SKIPPED, Report, verdict_file
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.text import counted
 from deat_rb.utils.units import format_fraction
 
 FOLDER = "evaluations"
@@ -107,7 +108,7 @@ def record_name(report: Report) -> str:
 def summary(report: Report) -> str:
     """Return a short description of a report: attacks, number of images, norm and eps."""
     attacks = ", ".join(name for name in report.results if name != "natural") or "natural accuracy"
-    return f"{attacks} on {report.n_examples} images, {report.norm}, eps {format_fraction(report.eps)}"
+    return f"{attacks} on {counted(report.n_examples, 'image', '')}, {report.norm}, eps {format_fraction(report.eps)}"
 
 
 def _is_preferred(new: Report, present: Report, own_eps: float, own_norm: str) -> bool:

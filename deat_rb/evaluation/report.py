@@ -16,7 +16,7 @@ from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import read_json, write_all
 from deat_rb.utils.records import describe_validation_error
 from deat_rb.utils.safe_load import load_tensors
-from deat_rb.utils.text import as_text, new_table
+from deat_rb.utils.text import as_text, counted, new_table
 from deat_rb.utils.units import format_fraction
 
 if TYPE_CHECKING:
@@ -324,7 +324,7 @@ class Report(BaseModel):
             possible = 0 <= each.n_correct <= each.n_examples == self.n_examples > 0
             if not possible or abs(each.accuracy - each.n_correct / each.n_examples) > 1e-9:
                 return (f"claims {100 * each.accuracy:.2f} % under {name} with {each.n_correct} of {each.n_examples} "
-                        f"correct on {self.n_examples} examples, which is inconsistent")  # fmt: skip
+                        f"correct on {counted(self.n_examples, 'example', '')}, which is inconsistent")  # fmt: skip
         return ""
 
     def __str__(self) -> str:
@@ -336,7 +336,7 @@ class Report(BaseModel):
         from rich.markup import escape
 
         table = new_table(
-            f"accuracy on {self.n_examples} images, {self.norm}, eps {format_fraction(self.eps)}"
+            f"accuracy on {counted(self.n_examples, 'image', '')}, {self.norm}, eps {format_fraction(self.eps)}"
             + (", upper bounds" if self.precision != "fp32" else "")
         )
         table.add_column("attack", overflow="fold")

@@ -22,6 +22,7 @@ from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import read_json, write_json
 from deat_rb.utils.locks import HELD, exclusive_lock
 from deat_rb.utils.safe_load import load_tensors, save_tensors
+from deat_rb.utils.text import counted
 
 SETTINGS = "evaluation.json"
 
@@ -145,12 +146,12 @@ def _prepare(folder: Path, settings: Mapping[str, str], resume: bool | None) -> 
     exists = (folder / SETTINGS).is_file()
     if exists and resume is not False and (count or resume):
         if differing := _differing(folder, settings):
-            raise DeatError(f"{folder} holds {count} batches of a different evaluation ({differing}): finish that one "
-                            "first, or start over with --no-resume")  # fmt: skip
-        store.message = f"resuming from {count} batches in {folder}" if count else ""
+            raise DeatError(f"{folder} holds {counted(count, 'batch')} of a different evaluation ({differing}): finish "
+                            "that one first, or start over with --no-resume")  # fmt: skip
+        store.message = f"resuming from {counted(count, 'batch')} in {folder}" if count else ""
         return store
     if exists and resume is False:
-        store.message = f"discarded an unfinished evaluation of {count} batches"
+        store.message = f"discarded an unfinished evaluation of {counted(count, 'batch')}"
     _clear(folder)
     write_json(folder / SETTINGS, dict(settings))
     store.is_new = True

@@ -18,7 +18,7 @@ from deat_rb.models.names import PRETRAINED
 from deat_rb.models.spec import ModelSpec
 from deat_rb.robustbench.format import NAME
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.text import printable
+from deat_rb.utils.text import counted, printable
 from deat_rb.utils.units import check_eps, format_fraction, parse_fraction
 
 AttackName = Literal["natural", "fgsm", "pgd-100", "cw-20", "autoattack"]
@@ -318,7 +318,8 @@ class Entry(RobustBenchInfo):
             yield f"n_examples {self.n_examples} is greater than n_test {self.n_test}"
         for attack, accuracy in self.figures.items():
             if accuracy.n_examples != self.n_examples:
-                yield f"figures.{attack} has {accuracy.n_examples} examples, but the entry has {self.n_examples}"
+                of_attack = counted(accuracy.n_examples, "example", "")
+                yield f"figures.{attack} has {of_attack}, but the entry has {self.n_examples}"
             if accuracy.n_correct > self.figures.get("natural", accuracy).n_correct:
                 yield f"figures.{attack} is above the natural accuracy"
         if float(self.reported or 0) > float(self.clean_acc or 100):

@@ -18,6 +18,7 @@ from deat_rb.leaderboard.entry import ATTACKS, Accuracy
 from deat_rb.leaderboard.submission import Submission
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.safe_load import sha256_tensors
+from deat_rb.utils.text import counted
 from deat_rb.utils.units import format_fraction
 
 CONFIDENCE = 0.99999
@@ -106,7 +107,7 @@ def compare_claim(claimed: Mapping[str, float], measured: Report, source: str) -
         if not low - 0.005 <= claim <= high + 0.005:
             raise DeatError(
                 f"{source} claims {claim:.2f} % under {attack}, but the board measured {100 * result.accuracy:.2f} % "
-                f"({low:.2f} to {high:.2f}) on {result.n_examples} examples"
+                f"({low:.2f} to {high:.2f}) on {counted(result.n_examples, 'example', '')}"
             )
 
 
@@ -126,7 +127,7 @@ def compare_verdicts(claim: Report, measured: Report, rows: Sequence[int], sourc
         differing = int((claim.verdicts[attack][list(rows)] != measured.verdicts[attack]).sum())
         if wilson(differing, len(rows), VERDICT_CONFIDENCE)[0] > MAX_DIFFERING:
             raise DeatError(
-                f"{source} differs from the board's measurement on {differing} of {len(rows)} examples "
+                f"{source} differs from the board's measurement on {differing} of {counted(len(rows), 'example', '')} "
                 f"under {attack}: evaluate the submitted weights again with deat-rb eval and resubmit"
             )
 
@@ -155,8 +156,9 @@ def verify_claim(submission: Submission, n_examples: int | None, sample: int, **
     source = f"the eval.json of {submission.source}"
     check_claim(claim, submission)
     if n_examples not in (None, claim.n_examples):
-        raise DeatError(f"--n-examples {n_examples} differs from {source} ({claim.n_examples} examples): omit it, "
-                        "or submit with --evaluate")  # fmt: skip
+        of_claim = counted(claim.n_examples, "example", "")
+        raise DeatError(f"--n-examples {n_examples} differs from {source} ({of_claim}): omit it, or submit with "
+                        "--evaluate")  # fmt: skip
     rows, report = evaluate_sample(submission.model, submission.data, claim.n_examples, sample, claim.eps,
                                    norm=submission.norm, **options)  # fmt: skip
     claimed = {str(attack): 100 * claim.results[attack].accuracy for attack in ATTACKS}

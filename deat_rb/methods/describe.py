@@ -19,6 +19,7 @@ from deat_rb.methods.recipes import (
 )
 from deat_rb.methods.registry import family, is_in_paper, known_methods, recipe
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.text import counted
 from deat_rb.utils.units import format_fraction
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def _attack(row: Recipe, eps: float) -> str:
     fixed = path_of(row.schedule) == CONSTANT
     size = "alpha = eps" if row.replays and row.alpha == eps else f"{format_fraction(row.alpha)}"
     if row.replays:
-        number = f"{row.steps} replay{'s' * (row.steps != 1)}" if fixed else "replays"
+        number = counted(row.steps, "replay") if fixed else "replays"
         text = f"{number}, {size}" if size == "alpha = eps" else f"{number} of {size}"
     elif fixed and row.steps == 1:
         text = f"one step of {size}"
@@ -108,7 +109,7 @@ def _attack(row: Recipe, eps: float) -> str:
         total = format_fraction(row.steps * row.alpha)
         text = f"steps of ({total})/r" if "/" in total else f"steps of {total}/r"
     else:
-        text = f"{row.steps} steps of {size}" if fixed else f"steps of {size}"
+        text = f"{counted(row.steps, 'step')} of {size}" if fixed else f"steps of {size}"
     if not row.replays and (row.loss != "ce" or options.get("loss", "ce") != "ce"):
         text += " on " + {"ce": "CE", "kl": "KL", "margin": "the CW margin"}[options.get("loss", "ce")]
     start = {"uniform": ", uniform start", "normal": ", start 0.001 N(0,1)", "none": ""}[
@@ -128,7 +129,7 @@ def _attack(row: Recipe, eps: float) -> str:
         friendly += f", in {options['norm']}"
     if row.trainer_options.get("eps_warmup"):
         warmup = row.trainer_options["eps_warmup"]
-        friendly += f", eps and alpha from 0 over {warmup} epoch{'s' * (warmup != 1)}"
+        friendly += f", eps and alpha from 0 over {counted(warmup, 'epoch')}"
     usual = None if tau is None else "eval"
     return text + start + friendly + (f", in {mode} mode" if mode not in (None, usual) else "")
 
@@ -150,7 +151,7 @@ def _surrogate(row: Recipe) -> str:
 
 def _after_warmup(row: Recipe) -> str:
     warmup = row.trainer_options.get("awp_warmup")
-    return f" after {warmup} epoch{'s' * (warmup != 1)}" if warmup else ""
+    return f" after {counted(warmup, 'epoch')}" if warmup else ""
 
 
 def _schedule(row: Recipe) -> str:
@@ -244,7 +245,9 @@ def explain(name: str) -> str:
     """Explain a method in about ten lines: attack, loss, schedule, stopping rule, cost, source and notes."""
     canonical, row = recipe(name)
     text = describe(canonical)
-    settings = f"fast: {row.fast_epochs} epochs, cyclic LR to 0.1; standard: 50 epochs, LR 0.05 cut at 25 and 40"
+    settings = (
+        f"fast: {counted(row.fast_epochs, 'epoch')}, cyclic LR to 0.1; standard: 50 epochs, LR 0.05 cut at 25 and 40"
+    )
     guided = "guided by the gradient magnitude" if row.guided else text.schedule
     lines = [
         f"{canonical}: {guided}; {path_of(row.trainer).rpartition('.')[2].rpartition(':')[2]}",

@@ -17,7 +17,7 @@ from deat_rb.methods.registry import recipe
 from deat_rb.reproduction.estimate import Clock, training_seconds
 from deat_rb.runs.options import make_options
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.text import duration
+from deat_rb.utils.text import counted, duration
 
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -82,7 +82,7 @@ class Budget(NamedTuple):
     unit: Literal["passes", "seconds"]
 
     def __str__(self) -> str:
-        return f"{self.amount:g} passes" if self.unit == "passes" else duration(self.amount)
+        return counted(self.amount, "pass", "g") if self.unit == "passes" else duration(self.amount)
 
 
 @dataclass(frozen=True)
@@ -149,19 +149,19 @@ def choose(
     if allowed:
         row = max(allowed, key=lambda each: (each.robust, each.natural))
         epochs = int(row.epochs * min(budget.amount / cost[id(row)], MOST))
-        why = f"the most robust of {len(allowed)} measured runs within {budget}"
+        why = f"the most robust of {counted(len(allowed), 'measured run')} within {budget}"
     else:
         row = min(rows, key=lambda each: cost[id(each)] / each.epochs)
         epochs = int(row.epochs * budget.amount / cost[id(row)])
-        why = f"the cheapest per epoch of {len(rows)} measured runs, all of which take more than {budget}"
+        why = f"the cheapest per epoch of {counted(len(rows), 'measured run')}, all of which take more than {budget}"
     if epochs < 1:
         each = cost[id(row)] / row.epochs
         raise DeatError(f"--budget is too small: an epoch of {row.method} takes {Budget(each, budget.unit)}, but the "
                         f"budget is {budget}; give more")  # fmt: skip
     reasons = [
-        f"{row.method}, {epochs} epochs: {why}",
-        f"measured with {row.epochs} epochs, {row.passes:.3g} passes: natural {row.natural:g} %, {table.attack} "
-        f"{row.robust:g} % ({table.data}; {row.source})",
+        f"{row.method}, {counted(epochs, 'epoch')}: {why}",
+        f"measured with {counted(row.epochs, 'epoch')}, {row.passes:.3g} passes: natural {row.natural:g} %, "
+        f"{table.attack} {row.robust:g} % ({table.data}; {row.source})",
     ]
     if epochs != row.epochs:
         change = "raised" if epochs > row.epochs else "reduced"
@@ -214,5 +214,5 @@ def _unmeasured(budget: Budget, given: Mapping[str, Any], costs: _Costs) -> Choi
         raise DeatError(f"--budget is too small: an epoch of {method} takes more than {budget}; give more")
     return Choice(
         {**given, "epochs": epochs},
-        (f"{method}, {epochs} epochs: as many as {budget} allow; there is no measured run of it to compare",),
+        (f"{method}, {counted(epochs, 'epoch')}: as many as fit {budget}; there is no measured run of it to compare",),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
@@ -25,6 +25,7 @@ from deat_rb.utils import seeding
 from deat_rb.utils.devices import resolve_device, resolve_precision
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import read_json, write_json
+from deat_rb.utils.options import OPEN
 
 ESTIMATE = "estimate.json"
 
@@ -45,7 +46,7 @@ AUTOATTACK_PASSES = 3600
 
 @dataclass(frozen=True)
 class Prediction:
-    """The predicted cost of a run.
+    """The predicted cost of a run; of an open-ended run, that of one epoch.
 
     Attributes:
         run: The run.
@@ -63,9 +64,14 @@ class Prediction:
     training: float
     evaluation: float
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the run is open-ended."""
+        return self.epochs >= OPEN
+
     def passes_text(self) -> str:
         """Return the number of backward passes as text."""
-        return f"{'' if self.exact else 'about '}{self.passes:,.0f}"
+        return f"{'' if self.exact else 'about '}{self.passes:,.0f}{' per epoch' if self.is_open else ''}"
 
 
 def read_estimate(folder: StudyFolder) -> dict[str, float]:
@@ -84,7 +90,7 @@ def estimate(folder: StudyFolder, runs: Sequence[RunSpec], *, notify: Callable[[
 
     The times of an attack step and of an update are measured in ten batches of each network and loss. A number of
     steps that is not known in advance is taken from finished runs of the same row, or else is the mean of its minimum
-    and maximum.
+    and maximum. The time of open-ended runs is not stored.
 
     Args:
         folder: The folder of the study.
@@ -97,8 +103,8 @@ def estimate(folder: StudyFolder, runs: Sequence[RunSpec], *, notify: Callable[[
     clock = Clock(notify)
     predicted = [_predict(run, clock, _passes_of_others(folder, run, runs)) for run in runs]
     folder.create()
-    seconds = {**read_estimate(folder), **{each.run.name: each.training + each.evaluation for each in predicted}}
-    write_json(folder.path / ESTIMATE, seconds)
+    seconds = {each.run.name: each.training + each.evaluation for each in predicted if not each.is_open}
+    write_json(folder.path / ESTIMATE, {**read_estimate(folder), **seconds})
     return predicted
 
 
@@ -227,6 +233,13 @@ def _passes_of_others(folder: StudyFolder, run: RunSpec, runs: Sequence[RunSpec]
 
 def _predict(run: RunSpec, clock: Clock, known: float | None) -> Prediction:
     planned = clock.plan(run.options)
+    if planned.config.optim.epochs == OPEN:
+        planned, known = replace(planned, config=planned.config.but(epochs=1)), None
+        return replace(_predicted(run, clock, planned, known), epochs=OPEN)
+    return _predicted(run, clock, planned, known)
+
+
+def _predicted(run: RunSpec, clock: Clock, planned: TrainingPlan, known: float | None) -> Prediction:
     config, times, m = planned.config, clock.times(planned), planned.batches
     epochs = config.optim.epochs
     exact = planned.costs()

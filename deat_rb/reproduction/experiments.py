@@ -18,6 +18,7 @@ from deat_rb.reproduction.study import DEFAULT_ATTACKS, Evaluation, RunSpec, Stu
 from deat_rb.reproduction.tables import Published
 from deat_rb.runs.defaults import dataset_defaults
 from deat_rb.utils.errors import DeatError, did_you_mean
+from deat_rb.utils.text import counted
 from deat_rb.utils.units import format_fraction, parse_fraction
 
 PAPER_NETWORKS = {"small": "PreActResNet-18", "wide": "WRN-34-10"}
@@ -259,10 +260,10 @@ def differences(setup: Setup, name: str) -> str:
             said[f"{options} ({part.environment.removesuffix('-100').removesuffix('-wide')} setting)"] = None
     seeds, own = setup.seeds_of(target), target.seeds or experiments().scales["paper"].seeds
     if len(seeds) != len(own):
-        said[f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''} instead of {len(own)}"] = None
+        said[f"{counted(len(seeds), 'seed')} instead of {len(own)}"] = None
     count = setup.n_examples or scale.n_examples
     if count is not None:
-        said[f"{count:,} test images instead of all"] = None
+        said[f"{counted(count, 'test image')} instead of all"] = None
     return f"Not the paper's setting: {'; '.join(said)}." if said else ""
 
 

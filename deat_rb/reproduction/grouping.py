@@ -14,6 +14,7 @@ from deat_rb.runs.config import RunConfig
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.runs.options import MAY_CHANGE
 from deat_rb.utils.errors import DeatError, did_you_mean
+from deat_rb.utils.text import counted
 from deat_rb.utils.units import format_fraction
 
 
@@ -49,6 +50,6 @@ def grouped_table(paths: Sequence[Path], by: str) -> ResultTable:
         for position in positions
     ]
     first = reports[0]
-    where = f"{first.n_examples:,} images, {first.norm}, eps {format_fraction(first.eps)}"
+    where = f"{counted(first.n_examples, 'image')}, {first.norm}, eps {format_fraction(first.eps)}"
     title = f"Mean and standard deviation over seeds, {where}"
     return ResultTable.of(results, name="comparison", title=title)

@@ -16,6 +16,7 @@ import deat_rb
 from deat_rb.reproduction.study import RunSpec
 from deat_rb.runs.options import train_options
 from deat_rb.utils.devices import resolve_device
+from deat_rb.utils.text import counted
 
 
 @cache
@@ -42,7 +43,7 @@ def hardware(device: str) -> str:
     if place.type == "cuda":
         return torch.cuda.get_device_name(place)
     threads = torch.get_num_threads()
-    return f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{_processor()}, {counted(threads, 'thread')}"
 
 
 def now() -> str:

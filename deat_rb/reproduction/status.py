@@ -11,6 +11,7 @@ from deat_rb.reproduction.folder import Status, StudyFolder
 from deat_rb.reproduction.study import RunSpec
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.runs.resolution import resolve
+from deat_rb.utils.options import OPEN
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,9 @@ class RunState:
         run: The run.
         status: Its status.
         epochs: Epochs trained.
-        total: Epochs of the whole run.
+        total: Epochs of the whole run; `OPEN` if it is open-ended.
         seconds: Wall time that training and evaluation took, if done.
+        trained: Wall time of the epochs trained so far, with validation.
         reason: Why it failed.
     """
 
@@ -31,12 +33,18 @@ class RunState:
     epochs: int = 0
     total: int = 0
     seconds: float | None = None
+    trained: float = 0.0
     reason: str = ""
 
     @property
     def share(self) -> float:
         """Share of the epochs trained, in [0, 1]."""
         return min(self.epochs / self.total, 1.0) if self.total else 0.0
+
+    @property
+    def projected(self) -> float | None:
+        """Seconds of training of the whole run at the pace of the epochs so far; None if there are none."""
+        return self.trained / self.share if self.epochs and self.total < OPEN else None
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,10 @@ class StudyState:
         return sum(known) / max(1, self.counts()["running"]) if len(known) == len(left) else None
 
     def _expected(self, state: RunState) -> float | None:
-        """Return the expected seconds of a whole run: the mean of its other seeds, the prediction, or the mean run."""
+        """Return the expected seconds of a whole run: the mean of its other seeds, the prediction, or the mean run.
+
+        Before a run is done and without a prediction, the epochs trained so far are extrapolated; see `is_projected`.
+        """
         done = [each for each in self.runs if each.seconds]
         alike = [each.seconds for each in done if each.run.label == state.run.label and each.seconds]
         if alike:
@@ -77,7 +88,16 @@ class StudyState:
                      if each.run.name in self.predicted and each.seconds]  # fmt: skip
             ratio = sum(real for real, _ in pairs) / sum(told for _, told in pairs) if pairs else 1.0
             return predicted * ratio
-        return fmean(each.seconds for each in done if each.seconds) if done else None
+        if done:
+            return fmean(each.seconds for each in done if each.seconds)
+        projected = [each.projected for each in self.runs if each.projected is not None]
+        return state.projected or (fmean(projected) if projected else None)
+
+    @property
+    def is_projected(self) -> bool:
+        """Whether the expected time is extrapolated from epochs, and so lacks evaluation."""
+        left = [each for each in self.runs if each.status not in ("done", "failed")]
+        return not any(each.seconds for each in self.runs) and any(each.run.name not in self.predicted for each in left)
 
 
 def study_state(folder: StudyFolder, runs: Sequence[RunSpec], predicted: Mapping[str, float]) -> StudyState:
@@ -95,4 +115,6 @@ def _state(folder: StudyFolder, run: RunSpec) -> RunState:
     path = folder.run_path(run)
     epochs = RunDirectory.open(path).config.optim.epochs if path.is_dir() else resolve(run.options).optim.epochs
     seconds = record.seconds if record is not None and status == "done" else None
-    return RunState(run, status, len(folder.rows(run)), epochs, seconds, record.reason if record is not None else "")
+    rows = folder.rows(run)
+    trained = sum(row.seconds + row.val_seconds for row in rows)
+    return RunState(run, status, len(rows), epochs, seconds, trained, record.reason if record is not None else "")

@@ -14,11 +14,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deat_rb.attacks.names import parse_attacks
-from deat_rb.runs.options import MAY_CHANGE, TrainOptions, make_options
+from deat_rb.runs.options import GROUP_OF, MAY_CHANGE, TrainOptions, make_options
 from deat_rb.runs.resolution import default_name
-from deat_rb.utils.errors import DeatError
+from deat_rb.utils.errors import DeatError, did_you_mean
 from deat_rb.utils.files import read_bytes, read_json
-from deat_rb.utils.records import describe_validation_error
+from deat_rb.utils.options import OPEN
 
 AUTOATTACK = "autoattack"
 
@@ -162,7 +162,7 @@ def read_study(path: str | Path) -> Study:
     try:
         file = _StudyFile.model_validate(content)
     except ValidationError as error:
-        raise DeatError(f"{path} is not a valid study ({describe_validation_error(error)})") from None
+        raise DeatError(f"{path}: {_describe(error)}") from None
     if not file.grid and not file.runs:
         raise DeatError(f"{path} describes no runs: give a [grid] of options, or a list of [[runs]]")
     try:
@@ -170,6 +170,38 @@ def read_study(path: str | Path) -> Study:
     except DeatError as error:
         raise DeatError(f"{path}: {error}") from None
     return Study(path.stem, file.title or path.stem, runs)
+
+
+FORMS = {
+    "title": "text",
+    "seeds": "a list of whole numbers such as [0, 1, 2]",
+    "options": "a table [options] of options and their values",
+    "grid": "a table [grid] with a list of values for each option, such as method = ['pgd-7', 'm-deat']",
+    "runs": "a list of tables [[runs]] of options and their values",
+    "evaluation": "a table [evaluation] with attacks, n_examples or autoattack",
+    "attacks": "text such as 'fgsm,pgd-20', or a list of names",
+    "n_examples": "a whole number of 1 or more",
+    "autoattack": "true, false, or a whole number of 0 or more",
+}
+"""Form of each value of a study's file."""
+
+
+def _describe(error: ValidationError) -> str:
+    """Return one sentence about the first value of a study's file that is not as it should be."""
+    first = error.errors()[0]
+    names = [part for part in first["loc"] if isinstance(part, str)]
+    if not names:
+        return f"a study is a table of {', '.join(_StudyFile.model_fields)}; docs/studies.md describes them"
+    if first["type"] == "extra_forbidden":
+        where, model = ("[evaluation]", _EvaluationTable) if len(names) > 1 else ("a study", _StudyFile)
+        hint = did_you_mean(names[-1], model.model_fields)
+        if names[-1] in GROUP_OF:
+            hint = "options of runs belong into [options], [grid] or [[runs]]"
+        return f"{where} has no {names[-1]}: {hint}"
+    name = [part for part in names[:2] if part in FORMS][-1]
+    option = f" of {names[1]}" if name == "grid" and len(names) > 1 else ""
+    value = "" if isinstance(first["input"], dict | list) else f" = {first['input']!r}"
+    return f"{name}{option}{value} cannot be used: it should be {FORMS[name]}"
 
 
 def expand(
@@ -203,7 +235,12 @@ def expand(
     for each in chosen:
         if "seed" in each:
             raise DeatError(f"seed = {each['seed']} cannot be an option of a study; give the list seeds instead")
-    validated = [make_options(each) for each in chosen]
+    validated = [make_options(each, "") for each in chosen]
+    for found in validated:
+        if found.optim.epochs == OPEN and found.optim.patience is None:
+            raise DeatError(
+                "epochs = open never ends without patience, so that no other run would start; give patience"
+            )
     automatic = iter(_labels([row for row, own in zip(chosen, own_labels, strict=True) if not own]))
     labels = [own or next(automatic) for own in own_labels]
     runs = [

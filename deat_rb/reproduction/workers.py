@@ -92,7 +92,7 @@ def run_workers(
                         on_end(f"worker {number} {_ending(worker.returncode)}; see {logs / f'worker-{number}.log'}")
         except KeyboardInterrupt:
             _stop(workers)
-            raise Interrupted("all runs are saved; repeat the command to resume them") from None
+            raise Interrupted("the runs that were begun are saved; repeat the command to resume them") from None
 
 
 def _ending(status: int) -> str:

@@ -39,6 +39,7 @@ from deat_rb.utils.files import atomic_write, read_json, write_json
 from deat_rb.utils.locks import exclusive_lock
 from deat_rb.utils.records import describe_validation_error
 from deat_rb.utils.safe_load import save_tensors, sha256_tensors
+from deat_rb.utils.text import counted
 
 CONFIG = "config.json"
 
@@ -257,7 +258,8 @@ class RunDirectory:
         lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
         if len(lines) < epochs:
             raise DeatError(
-                f"{path} has {len(lines)} epochs but the checkpoint has {epochs}; restore the file or start a new run"
+                f"{path} has {counted(len(lines), 'epoch')} but the checkpoint has {epochs}; restore the file or start "
+                "a new run"
             )
         if len(lines) > epochs:
             atomic_write(path, b"".join(lines[:epochs]))

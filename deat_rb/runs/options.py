@@ -289,13 +289,17 @@ def read_options(path: str | Path) -> dict[str, Any]:
     return make_options({key: value for key, value in nest(content).items() if key not in facts}).explicit()
 
 
-def make_options(values: Mapping[str, Any]) -> TrainOptions:
+def make_options(values: Mapping[str, Any], prefix: str = "--") -> TrainOptions:
     """Return validated options.
+
+    Args:
+        values: The options by name.
+        prefix: Prefix of their names in error messages, as for `deat_rb.utils.options.validate`.
 
     Raises:
         DeatError: An option is invalid; the message names the first one and its value.
     """
-    return validate(TrainOptions, values)
+    return validate(TrainOptions, values, prefix)
 
 
 def options_markdown() -> str:

@@ -36,6 +36,7 @@ from deat_rb.utils.distributed import World, world
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.hub import is_hub
 from deat_rb.utils.options import OPEN, validate
+from deat_rb.utils.text import counted
 from deat_rb.utils.units import format_fraction
 from deat_rb.utils.versions import versions
 
@@ -137,13 +138,13 @@ class TrainingPlan:
         origin = network.init_from or network.weights or library
         weights = f", weights from {origin}" if origin else ""
         ranks = f", {self.ranks} ranks" if self.ranks > 1 else ""
-        threads = f", {runtime.threads} thread{'s' if runtime.threads > 1 else ''}" if runtime.threads else ""
+        threads = f", {counted(runtime.threads, 'thread')}" if runtime.threads else ""
         compiled = ", compiled" if runtime.compile else ""
         deterministic = ", deterministic algorithms only" if runtime.deterministic else ""
         per_replay = ", updated after each replay" if attack.lr_per_replay else ""
-        epochs = f"{optim.epochs} epochs" if optim.epochs < OPEN else "open-ended"
+        epochs = counted(optim.epochs, "epoch") if optim.epochs < OPEN else "open-ended"
         rise = optim.warmup_epochs
-        warmup = f" after {rise:g} epoch{'s' * (rise != 1)} of warm-up" if rise else ""
+        warmup = f" after {counted(rise, 'epoch', 'g')} of warm-up" if rise else ""
         alpha = "" if self.trainer.alpha is None else f", alpha = {format_fraction(self.trainer.alpha)}"
         if alpha and type(self.trainer.schedule).alpha is not Schedule.alpha:
             alpha += " in the first epoch"
@@ -159,7 +160,7 @@ class TrainingPlan:
             ("optimizer", f"{_optimizer(optim)}, batches of {data.batch_size}, seed {optim.seed}"),
             *([] if optim.patience is None else [
                 ("patience", "ends when robust validation accuracy has not risen for "
-                             f"{optim.patience} epoch{'s' * (optim.patience > 1)}")
+                             f"{counted(optim.patience, 'epoch')}")
             ]),
             *([] if not optim.ema else [
                 ("average", f"exponential moving average of the weights, decay {optim.ema:g}, after every update")
@@ -188,25 +189,28 @@ class TrainingPlan:
     def warnings(self) -> list[str]:
         """Return warnings about options and data that are probably not intended."""
         schedule, method, epochs = self.trainer.schedule, self.config.attack.method, self.config.optim.epochs
-        warnings = []
+        warnings, length = [], counted(epochs, "epoch")
         if isinstance(schedule, EveryDEpochs) and epochs <= schedule.every:
             percent = f"{method}% adds them by training accuracy" if schedule.every < 100 else "choose a smaller D"
             warnings.append(
-                f"{method} adds a replay every {schedule.every} epochs, so this run of {epochs} epochs never adds one; "
-                f"{percent}"
+                f"{method} adds a replay every {counted(schedule.every, 'epoch')}, so this run of {length} never adds "
+                f"one; {percent}"
             )
         elif schedule.max_steps is not None and schedule.steps >= schedule.max_steps:
             warnings.append(
-                f"the schedule starts at its maximum of {schedule.max_steps} steps and never adds one; "
+                f"the schedule starts at its maximum of {counted(schedule.max_steps, 'step')} and never adds one; "
                 "increase --max-steps"
             )
         rise = self.config.attack.eps_warmup
         if rise is not None and rise >= epochs:
-            warnings.append(f"eps rises over {rise} epochs, so this run of {epochs} never trains at the full radius")
+            warnings.append(
+                f"eps rises over {counted(rise, 'epoch')}, so this run of {epochs} never trains at the full radius"
+            )
         warmup = self.config.attack.awp_warmup
         if warmup is not None and epochs <= warmup:
             warnings.append(
-                f"AWP begins after {warmup} epochs, so this run of {epochs} epochs never uses it; decrease --awp-warmup"
+                f"AWP begins after {counted(warmup, 'epoch')}, so this run of {length} never uses it; decrease "
+                "--awp-warmup"
             )
         counts = [] if self.data.is_placeholder else self._counts()
         rare = rare_classes(dict(zip(self.data.classes, counts, strict=True))) if counts else []
@@ -227,7 +231,7 @@ class TrainingPlan:
         drawn = int(size * (self.config.data.extra_fraction or 0))
         where = "mapped from" if extra.mapped else "in memory from"
         return (f"{len(extra.images):,} images {where} {extra.path.name}, {drawn} in each batch of {size}; an epoch is "
-                f"{self.batches:,} batches, as without them: {epoch - self.batches * drawn:,} training and "
+                f"{counted(self.batches, 'batch')}, as without them: {epoch - self.batches * drawn:,} training and "
                 f"{self.batches * drawn:,} extra images")  # fmt: skip
 
     def _class_weights(self) -> str:

@@ -33,6 +33,7 @@ from deat_rb.utils.devices import resolve_device
 from deat_rb.utils.distributed import World, world
 from deat_rb.utils.errors import DeatError, Interrupted
 from deat_rb.utils.options import format_epochs
+from deat_rb.utils.text import counted
 from deat_rb.utils.versions import versions
 
 
@@ -133,11 +134,12 @@ def resume(
             )
         threads, usable = config.runtime.threads, planned.config.runtime.threads
         if "threads" not in changes and threads is not None and usable is not None and usable < threads:
-            _warn(callbacks, f"the run used {threads} threads, but there are only {usable} processors here; the number "
-                  "of threads affects rounding")  # fmt: skip
+            be = "is" if usable == 1 else "are"
+            _warn(callbacks, f"the run used {counted(threads, 'thread')}, but there {be} only "
+                  f"{counted(usable, 'processor')} here; the number of threads affects rounding")  # fmt: skip
         if longer.optim.epochs != config.optim.epochs:
             layout = longer.optim.lr_epochs
-            milestones = f"; the learning rate keeps the milestones for {layout} epochs" if layout else ""
+            milestones = f"; the learning rate keeps the milestones for {counted(layout, 'epoch')}" if layout else ""
             before, after = config.optim.epochs, format_epochs(longer.optim.epochs)
             _warn(callbacks, f"the run is extended from {before} to {after} epochs{milestones}")
         resolved = planned.config.flat()

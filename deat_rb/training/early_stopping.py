@@ -6,6 +6,7 @@ from deat_rb.training.base import Stop, StoppingRule
 from deat_rb.training.callbacks import Callback
 from deat_rb.training.metrics import EpochStats
 from deat_rb.training.state import TrainingState
+from deat_rb.utils.text import counted
 
 
 class EarlyStopping(Callback):
@@ -57,6 +58,6 @@ class Patience(Callback):
         best = max(validated, key=lambda each: (each.val_robust_acc or 0.0, -each.epoch))
         if row.epoch - best.epoch >= self.epochs:
             count = row.epoch - best.epoch
-            reason = f"robust validation accuracy has not risen for {count} epoch{'s' * (count > 1)}"
+            reason = f"robust validation accuracy has not risen for {counted(count, 'epoch')}"
             row.stopped = history.stopped = reason
             self.state.stop = Stop(reason, keep=row.epoch)

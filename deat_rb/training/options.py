@@ -9,6 +9,7 @@ from pydantic import field_validator
 from deat_rb.training.lr import LR_SCHEDULES, MOMENTUM_RANGE, LearningRate
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.options import OPEN, Epochs, Names, OptionGroup, option
+from deat_rb.utils.text import counted
 
 
 class OptimConfig(OptionGroup):
@@ -132,7 +133,7 @@ def check_optim(optim: OptimConfig, prefix: str = "--") -> None:
             f"{named('epochs')} = open needs a learning-rate schedule without an end: give {named('lr_schedule')} flat"
         )
     if optim.warmup_epochs >= epochs:
-        raise DeatError(f"{warmup} leaves none of {epochs} epochs for the schedule; reduce it")
+        raise DeatError(f"{warmup} leaves none of {counted(epochs, 'epoch')} for the schedule; reduce it")
     if optim.nesterov and (optim.optimizer != "sgd" or optim.momentum == 0):
         what = "the optimizer sgd" if optim.optimizer != "sgd" else f"a {named('momentum')} above 0"
         raise DeatError(f"{named('nesterov')} needs {what}; omit it")

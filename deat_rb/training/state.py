@@ -29,6 +29,7 @@ from deat_rb.utils.distributed import World
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.options import OPEN
 from deat_rb.utils.records import describe_validation_error
+from deat_rb.utils.text import counted
 
 
 class EpochWeights(NamedTuple):
@@ -141,16 +142,14 @@ class TrainingState:
         except DeatError as error:
             failed = f"; {error}"
         epochs, batches = (self.saved.epoch - 1, self.saved.batch) if self.saved else (0, 0)
-        done = self._out_of(epochs) + (
-            f" and {batches} batch{'es' if batches > 1 else ''} of the next" if batches else ""
-        )
+        done = self._out_of(epochs) + (f" and {counted(batches, 'batch')} of the next" if batches else "")
         result = f"deat-rb eval {self.run.path} evaluates it, " if self.epochs == OPEN and epochs else ""
         return f"{self.run.path} keeps {done}; {result}deat-rb train --resume {self.run.path} resumes it{failed}"
 
     def _out_of(self, epochs: int) -> str:
         if self.epochs == OPEN:
-            return f"{epochs} epoch{'s' * (epochs != 1)}"
-        return f"{epochs} of {self.epochs} epochs"
+            return counted(epochs, "epoch")
+        return f"{epochs} of {counted(self.epochs, 'epoch')}"
 
 
 class SavedPosition(NamedTuple):

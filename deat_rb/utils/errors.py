@@ -18,21 +18,22 @@ class UnwritableError(DeatError):
     """A file cannot be written: the disk is full, or the folder is missing or read-only. The old file is kept."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
     """Return a hint for an error message about an unknown name.
 
     Args:
         name: The unknown name.
         known: The valid names.
+        otherwise: Hint if no name is similar; by default "choose one of" and all names.
 
     Returns:
-        "did you mean 'a' or 'b'?" if there are similar names, otherwise "choose one of" and all names.
+        "did you mean 'a' or 'b'?" if there are similar names, else ``otherwise``.
     """
     names = list(known)
     close = difflib.get_close_matches(name.lower(), [n.lower() for n in names], n=3, cutoff=0.5)
     if close:
         return "did you mean " + " or ".join(f"'{n}'" for n in close) + "?"
-    return "choose one of " + ", ".join(names)
+    return "choose one of " + ", ".join(names) if otherwise is None else otherwise
 
 
 class Interrupted(KeyboardInterrupt):

@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core.core_schema import ValidationInfo
 
-from deat_rb.utils.errors import DeatError
+from deat_rb.utils.errors import DeatError, did_you_mean
 from deat_rb.utils.units import parse_fraction
 
 Fraction = Annotated[float, BeforeValidator(parse_fraction)]
@@ -269,18 +269,49 @@ def validate(model: type[Model], values: Mapping[str, Any], prefix: str = "--") 
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise DeatError(describe_first_error(error, prefix)) from None
+        raise DeatError(describe_first_error(error, prefix, option_names(model))) from None
 
 
-def describe_first_error(error: ValidationError, prefix: str = "--") -> str:
-    """Return one sentence about the first option that pydantic rejected."""
+def option_names(model: type[BaseModel]) -> list[str]:
+    """Return the names of a model's fields, and of the options in its option groups."""
+    names: list[str] = []
+    for name, field in model.model_fields.items():
+        group = field.annotation
+        names += group.model_fields if isinstance(group, type) and issubclass(group, OptionGroup) else [name]
+    return names
+
+
+EXPECTED = {
+    "int_parsing": "a whole number", "int_type": "a whole number", "int_from_float": "a whole number",
+    "float_parsing": "a number", "float_type": "a number", "finite_number": "a finite number",
+    "bool_parsing": "true or false", "bool_type": "true or false", "string_type": "text",
+    "list_type": "a list", "tuple_type": "a list", "dict_type": "a table of options",
+    "model_type": "a table of options",
+}  # fmt: skip
+"""What a value should be, by pydantic's type of error."""
+
+
+def describe_first_error(error: ValidationError, prefix: str = "--", known: Sequence[str] = ()) -> str:
+    """Return one sentence about the first option that pydantic rejected.
+
+    Args:
+        error: The error.
+        prefix: As for `validate`.
+        known: The names of the options, for a hint if there is no such option.
+    """
+
+    def named(option: str) -> str:
+        return prefix + (option.replace("_", "-") if prefix else option)
+
     first = error.errors()[0]
-    name = prefix + next(part for part in reversed(first["loc"]) if isinstance(part, str))
-    if prefix:
-        name = name.replace("_", "-")
+    name = named(next(part for part in reversed(first["loc"]) if isinstance(part, str)))
     if first["type"] == "extra_forbidden":
-        return f"there is no option {name}"
+        hint = did_you_mean(name.removeprefix(prefix), (named(each).removeprefix(prefix) for each in known),
+                            "docs/options.md lists the options")  # fmt: skip
+        return f"there is no option {name}: " + hint.replace(" '", f" '{prefix}")
     if first["type"] == "missing":
         return f"{name} is missing"
     message = first["msg"].removeprefix("Value error, ").replace("Input", "it", 1)
+    if first["type"] in EXPECTED:
+        message = f"it should be {EXPECTED[first['type']]}"
     return f"{name} = {first['input']!r} cannot be used: {message[:1].lower() + message[1:]}"

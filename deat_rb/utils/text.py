@@ -29,6 +29,22 @@ def printable(text: str, length: int = 400) -> str:
     return escaped if len(text) <= length else f"{escaped[:length]}..."
 
 
+def counted(count: float, noun: str, form: str = ",") -> str:
+    """Return a count with its noun, such as ``1 epoch``, ``2 epochs``, ``3 batches`` or ``4 entries``.
+
+    Args:
+        count: The count.
+        noun: The noun in the singular.
+        form: Format specification of the count.
+    """
+    if count == 1:
+        return f"{count:{form}} {noun}"
+    if noun.endswith(("s", "tch")):
+        return f"{count:{form}} {noun}es"
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") and noun[-2] not in "aeiou" else f"{noun}s"
+    return f"{count:{form}} {plural}"
+
+
 def duration(seconds: float) -> str:
     """Format a duration, such as ``45 s``, ``12 min`` or ``3 h 20 min``."""
     if seconds < 90:
@@ -63,7 +79,7 @@ def new_environment(package: str) -> Environment:
     def clean(value: object) -> object:
         return replace_invisible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
-    return Environment(
+    environment = Environment(
         loader=PackageLoader(package),
         autoescape=True,
         undefined=StrictUndefined,
@@ -71,3 +87,5 @@ def new_environment(package: str) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["counted"] = counted
+    return environment

@@ -77,7 +77,7 @@ def test_leaderboard_prints_every_format(tmp_path: Path) -> None:
 def test_leaderboard_verify_exits_with_status_1_on_problems(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
     submit(board, make_run(tmp_path / "run"))
     valid = cli("leaderboard", "--board", board.path, "verify", "--sample", 50, "--device", "cpu")
-    assert (valid.exit_code, valid.output.splitlines()[-1]) == (0, "1 entries, 1 re-measured, 0 problems")
+    assert (valid.exit_code, valid.output.splitlines()[-1]) == (0, "1 entry, 1 re-measured, 0 problems")
     (board.path / f"entries/digits/Linf/{NAME}.json").write_text("{}")
     broken = cli("leaderboard", "verify", "--board", board.path, "--sample", 0)
     assert broken.exit_code == 1

@@ -10,6 +10,9 @@ from click.testing import CliRunner
 from training_problems import ARCH
 
 from deat_rb.cli import main
+from deat_rb.reproduction.folder import Record
+from deat_rb.reproduction.work import Worker
+from deat_rb.utils.errors import Interrupted
 
 STUDY = f"""
 [options]
@@ -47,11 +50,52 @@ def test_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(run("--print").splitlines()) == 1
     assert "1 done, 1 waiting" in run("--status")
     assert "free-2" in run()
-    assert run("--print") == ""
+    for arguments in (["--print"], ["--gpus", "0"], ["--jobs", "2"], [], ["--slurm"]):
+        result = CliRunner().invoke(main, ["sweep", "small.toml", *arguments], catch_exceptions=False)
+        assert (result.exit_code, result.stderr) == (0, "nothing is left: 2 runs done\n")
+        assert bool(result.stdout) == (arguments not in (["--print"], ["--slurm"]))
+    assert not Path("small/logs").exists(), "no worker was started"
+    only = CliRunner().invoke(main, ["sweep", "small.toml", *commands[0].split()[3:]], catch_exceptions=False)
+    assert only.stderr == f"{commands[0].split()[-1]} is done\n"
     table = json.loads(Path("small/table.json").read_text())
     # 2 batches; PGD-1 has an attack step and an update, FREE-2 two replays
     assert [row["means"]["backward passes"]["mean"] for row in table["rows"]] == [4, 4]
     assert {path.name for path in Path("small").iterdir()} >= {"table.md", "table.tex", "table.csv", "runs", "state"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Interrupted])
+def test_sweep_says_what_is_done_after_ctrl_c(
+    error: type[KeyboardInterrupt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Worker, wait: bool) -> None:
+        self.folder.create()
+        self.folder.write_record(self.study.runs[1], Record(status="failed", reason="it diverged"))
+        raise error
+
+    monkeypatch.setattr(Worker, "work", interrupted)
+    study = tmp_path / "small.toml"
+    study.write_text(STUDY)
+    result = CliRunner().invoke(main, ["sweep", str(study), "--output", str(tmp_path / "out")])
+    assert result.exit_code == 130
+    kept = f"{tmp_path / 'out'} keeps 1 of 2 runs, and what the others have saved; repeat the command to continue"
+    assert result.stderr == f"Interrupted: {kept}\n"
+
+
+def test_sweep_of_open_ended_runs(tmp_path: Path) -> None:
+    study = tmp_path / "small.toml"
+    study.write_text(STUDY.replace("epochs = 1", 'epochs = "open"\npatience = 2'))
+    arguments = ["sweep", str(study), "--output", str(tmp_path / "out")]
+    assert "0 of open" in CliRunner().invoke(main, [*arguments, "--status"]).stdout
+    dry = " ".join(CliRunner().invoke(main, [*arguments, "--dry-run"]).stdout.split())
+    assert "open about 4 per epoch" in dry
+    assert "2 runs left, 0 done: open-ended, so that their number of epochs is not known" in dry
+
+
+def test_reproduce_lists_the_given_targets() -> None:
+    listed = CliRunner().invoke(main, ["reproduce", "--list", "table5", "figure2"]).stdout.splitlines()
+    assert [line.split()[0] for line in listed if line and not line.startswith("--scale")] == ["table5", "figure2"]
+    assert len(CliRunner().invoke(main, ["reproduce", "--list"]).stdout.splitlines()) > 14
+    assert "did you mean" in CliRunner().invoke(main, ["reproduce", "--list", "tabel5"]).stderr
 
 
 def test_sweep_refuses(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_choose_gives_an_unmeasured_method_the_epochs_that_it_can_have(method: s
 @pytest.mark.parametrize(
     ("amount", "given", "message"),
     [
-        (1, {}, "--budget is too small: an epoch of n-fgsm takes 2 passes, but the budget is 1 passes; give more"),
+        (1, {}, "--budget is too small: an epoch of n-fgsm takes 2 passes, but the budget is 1 pass; give more"),
         (40, {"epochs": 5}, "--epochs 5 and --budget exclude each other; give only one"),
         (40, {"epochs": "open"}, "--epochs open and --budget exclude each other"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 from small_studies import small_study
@@ -11,6 +12,7 @@ from deat_rb.reproduction.folder import Status
 from deat_rb.reproduction.status import RunState, StudyState
 from deat_rb.reproduction.workers import environments
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.options import OPEN
 
 RUNS = small_study({"method": "pgd-1"}, {"method": "free-2"}, seeds=(0, 1)).runs
 
@@ -32,6 +34,16 @@ def test_seconds_left_correct_predictions_by_finished_runs() -> None:
     assert StudyState(runs, predicted).seconds_left() == pytest.approx(20)
     assert StudyState(runs[1:], {}).seconds_left() is None
     assert StudyState(runs[:1], {}).seconds_left() == 0
+
+
+def test_seconds_left_before_the_first_run_is_done_are_extrapolated_from_epochs() -> None:
+    """One of two epochs took 10 s, so that 10 s of this run and 20 s of each of two others are left."""
+    begun = replace(state(0, "running", 1), trained=10.0)
+    study = StudyState((begun, state(1, "waiting"), state(2, "waiting")), {})
+    assert study.seconds_left() == pytest.approx(10 + 20 + 20)
+    assert study.is_projected
+    assert StudyState((begun, state(1, "waiting")), {RUNS[0].name: 8.0, RUNS[1].name: 9.0}).is_projected is False
+    assert StudyState((replace(begun, total=OPEN), state(1, "waiting")), {}).seconds_left() is None
 
 
 def test_environments(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,12 +51,39 @@ def test_read_study_expands_grid_list_and_seeds(tmp_path: Path) -> None:
     [
         ("[options]\nepochs = 2", "describes no runs"),
         ("[grid]\nmethod = []", "the grid has no value for method"),
-        ("[grid]\nmethod = ['pgd-7']\nepoch = [3]", "there is no option --epoch"),
+        ("[grid]\nmethod = ['pgd-7']\nepoch = [3]", "there is no option epoch: did you mean 'epochs' or"),
+        ("[grid]\nmethod = ['pdg-7']", r"there is no method 'pdg-7': did you mean 'pgd-7'"),
+        (
+            "[options]\nepochs = 'ten'\n[grid]\nmethod = ['pgd-7']",
+            "epochs = 'ten' cannot be used: it should be a whole number$",
+        ),
+        ("[options]\nepochs = 'open'\n[grid]\nmethod = ['pgd-7']", "epochs = open never ends without patience"),
+        ("options = 3\n[grid]\nmethod = ['pgd-7']", r"options = 3 cannot be used: it should be a table \[options\]"),
+        (
+            "[grid]\nmethod = 'pgd-7'",
+            r"grid of method = 'pgd-7' cannot be used: it should be a table \[grid\]",
+        ),
+        ("[runs]\nmethod = 'pgd-7'", r"runs cannot be used: it should be a list of tables \[\[runs\]\]"),
+        ("seeds = 3\n[grid]\nmethod = ['pgd-7']", "seeds = 3 cannot be used: it should be a list of whole numbers"),
+        ("seeds = [0, 1.5]\n[grid]\nmethod = ['pgd-7']", "seeds = 1.5 cannot be used: it should be a list of whole"),
+        ("epochs = 3\n[grid]\nmethod = ['pgd-7']", r"a study has no epochs: options of runs belong into \[options\]"),
+        (
+            "[grid]\nmethod = ['pgd-7']\n[evaluation]\nattack = 'fgsm'",
+            r"\[evaluation\] has no attack: did you mean 'attacks'",
+        ),
+        (
+            "[grid]\nmethod = ['pgd-7']\n[evaluation]\nautoattack = 'all'",
+            "autoattack = 'all' cannot be used: it should be true, false, or a whole number of 0 or more$",
+        ),
+        (
+            "[grid]\nmethod = ['pgd-7']\n[evaluation]\nn_examples = 0",
+            "n_examples = 0 cannot be used: it should be a whole number of 1 or more$",
+        ),
         ("[grid]\nmethod = ['pgd-7', 'pgd-7']", "two runs have the same options"),
         ("seeds = [1, 1]\n[grid]\nmethod = ['pgd-7']", "is not a list of different seeds"),
         ("[grid]\nseed = [1]", "cannot be an option of a study"),
         ("[grid]\nmethod = ['pgd-7']\n[evaluation]\nattacks = 'pdg-3'", "there is no attack"),
-        ("[grids]\nmethod = ['pgd-7']", "grids"),
+        ("[grids]\nmethod = ['pgd-7']", "a study has no grids: did you mean 'grid'"),
         ("[grid", "is not valid TOML"),
     ],
 )

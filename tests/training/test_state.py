@@ -32,7 +32,7 @@ ALTERED: dict[str, tuple[Callable[[Facts, Tensors], object], str]] = {
     "a text for a number": (lambda facts, _: facts.update(epoch="2"), "epoch: Input should be a valid integer"),
     "a fact more": (lambda facts, _: facts.update(best=1), "best: Extra inputs are not permitted"),
     "a fact less": (lambda facts, _: facts.pop("sums"), "sums: Field required"),
-    "an epoch never reached": (lambda facts, _: facts.update(epoch=9), "has 1 epochs but the checkpoint has 8"),
+    "an epoch never reached": (lambda facts, _: facts.update(epoch=9), "has 1 epoch but the checkpoint has 8"),
     "more batches than there are": (lambda facts, _: facts.update(batch=5), "5 finished batches in an epoch of 4"),
     "an epoch nobody has": (lambda facts, _: facts.update(kept=[7]), "7"),
     "no epoch's weights": (lambda facts, _: facts.update(kept=[]), "lacks the weights of the finished epochs"),

@@ -35,7 +35,7 @@ from deat_rb.leaderboard.pages.published import (
 from deat_rb.leaderboard.ranking import RankedEntry, is_baseline, rank
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import write_all
-from deat_rb.utils.text import new_environment
+from deat_rb.utils.text import counted, new_environment
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -251,7 +251,7 @@ def _group_content(group: Group, ranked: Sequence[RankedEntry]) -> dict[str, Any
 def _entry_row(ranked: RankedEntry) -> dict[str, Any]:
     entry, autoattack = ranked.entry, ranked.entry.figures.get("autoattack")
     interval = [] if autoattack is None else [f"{100 * end:.1f}" for end in autoattack.interval]
-    setting = [entry.setting or "", f"{entry.epochs} epochs" if entry.epochs else ""]
+    setting = [entry.setting or "", counted(entry.epochs, "epoch") if entry.epochs else ""]
     cells = (
         _percent_cell(entry.clean_acc),
         _percent_cell(entry.autoattack_acc, " to ".join(interval)),
