@@ -259,8 +259,9 @@ def print_status(study: Study, folder: StudyFolder) -> None:
         click.echo("time left: unknown until an epoch is trained; --dry-run estimates it")
     elif left:
         end = datetime.now().astimezone() + timedelta(seconds=left)
-        click.echo(f"time left: about {duration(left)} with {counted(max(1, counts['running']), 'run')} at a time"
-                   f"{', without evaluation' if state.is_projected else ''}; ends about {end:%Y-%m-%d %H:%M}")  # fmt: skip
+        runs = counted(max(1, counts["running"]), "run")
+        without = ", without evaluation" if state.is_projected else ""
+        click.echo(f"time left: about {duration(left)} with {runs} at a time{without}; ends about {end:%Y-%m-%d %H:%M}")
 
 
 def print_estimate(study: Study, folder: StudyFolder, workers: int) -> None:

@@ -18,9 +18,10 @@ from deat_rb.runs.config import RunConfig
 from deat_rb.runs.directory import CONFIG, METRICS, RunDirectory
 from deat_rb.runs.hub_run import CARD, OPTIONAL_FILES
 from deat_rb.training.metrics import EpochStats
+from deat_rb.utils.downloads import why_failed
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import read_bytes, sha256_file, write_all
-from deat_rb.utils.hub import HubAddress, describe_error, http_status, is_hub, refusals
+from deat_rb.utils.hub import HubAddress, http_status, is_hub, refusals
 from deat_rb.utils.text import printable, replace_invisible
 from deat_rb.utils.units import format_fraction
 
@@ -183,7 +184,7 @@ def _upload(contents: Mapping[str, bytes], address: HubAddress, private: bool) -
         if status in (401, 403):
             raise DeatError(f"the Hub does not permit writing to {repository} (status {status}): run hf auth login "
                             "with a token that may write there") from None  # fmt: skip
-        raise DeatError(f"{address} cannot be written ({describe_error(error)}): try again later") from None
+        raise DeatError(f"{address} cannot be written ({why_failed(error)}): try again later") from None
     return str(HubAddress(repository, "", str(done.oid)))
 
 

@@ -280,7 +280,8 @@ def test_refusals_of_the_hub_are_sentences(hub: Hub, run: Path, monkeypatch: pyt
     )
     hub.status = 500
     assert refusal("eval", "hf:me/net") == (
-        "the Hub cannot be reached (status 500), and hf:me/net is not in its local cache: connect to the internet, or "
+        "the Hub cannot be reached (the server answered with status 500), and hf:me/net is not in its local cache: "
+        "connect to the internet, or "
         "copy the model here"
     )
 

@@ -22,6 +22,7 @@ from deat_rb.data.image_folder import ImageFolder
 from deat_rb.data.images import ImageSet, LabeledImages, interleave_classes, train_val_split
 from deat_rb.data.normalization import NORMALIZATION, Normalization
 from deat_rb.data.statistics import DatasetStatistics, Progress, StatisticsCache, compute_statistics
+from deat_rb.utils.downloads import why_failed
 from deat_rb.utils.errors import DeatError, did_you_mean
 
 DIGITS_TEST_SIZE = 500
@@ -274,7 +275,7 @@ def _fetch_cifar(name: str, source: Any, root: Path) -> None:
             with contextlib.suppress(OSError):
                 root.rmdir()
         raise DeatError(
-            f"{name} could not be downloaded ({type(error).__name__}: {error}): download {source.url} manually and "
+            f"{name} could not be downloaded ({why_failed(error)}): download {source.url} manually and "
             f"save it as {archive}, or its files in {root / source.base_folder}; --dataset digits and --dataset "
             "folder need no download"
         ) from error

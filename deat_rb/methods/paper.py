@@ -11,5 +11,5 @@ PAPER = {
     "venue": "arXiv, Mar 2021",
 }
 
-PAPERS_OWN = re.compile(r"m\+(?!n-fgsm)|m-deat|deat-")
+PAPERS_OWN = re.compile(r"(m\+(pgd|u-fgsm|trades?|mart)|m-deat|deat-\d+%?)\Z")
 """Names of the methods that the paper introduces."""

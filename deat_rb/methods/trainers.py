@@ -51,6 +51,7 @@ class AttackTrainer(Trainer):
     """Forward and backward passes of `_penalty` and its derivative."""
 
     _averages: bool | None = None
+    _checked = False
 
     def __init__(
         self,
@@ -77,9 +78,15 @@ class AttackTrainer(Trainer):
         return self._own is None or not self._own.in_train_mode
 
     def check_attack(self, images: Tensor) -> None:
-        """Check that the attack computes gradients and perturbs every image; find out if its loss is averaged."""
-        if self._averages is None and self._own is None:
-            check_every_image_is_attacked(self.crafter, images.contiguous())
+        """Check that the attack computes gradients and perturbs every image; find out if its loss is averaged.
+
+        A resumed run keeps the latter, but its attack is checked again.
+        """
+        if self._own is not None or self._checked:
+            return
+        check_every_image_is_attacked(self.crafter, images.contiguous())
+        self._checked = True
+        if self._averages is None:
             self._averages = uses_mean_reduction(self.crafter, images.contiguous())
 
     def craft(

@@ -6,12 +6,14 @@ import re
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from deat_rb.models.names import PRETRAINED
 from deat_rb.models.pretrained import library_weights
 from deat_rb.models.weights import load_weights, with_new_head
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.safe_load import load_state_dict
+from deat_rb.utils.text import counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +123,9 @@ def check_initialization(
 def freeze_parameters(model: nn.Module, pattern: str) -> str:
     """Freeze the parameters whose names begin with a match of a regular expression; return their number as text.
 
+    The model is put in train mode, except for BatchNorm layers all of whose parameters are frozen: in eval mode they
+    use and keep their running statistics. `fit` and attacks in train mode leave them so.
+
     Args:
         model: A `NormalizedModel`; names are those of its network, such as ``layer1.0.conv1.weight``.
         pattern: The regular expression.
@@ -138,5 +143,11 @@ def freeze_parameters(model: nn.Module, pattern: str) -> str:
                         "start of some names")  # fmt: skip
     for parameter in frozen:
         parameter.requires_grad_(False)
+    model.train()
+    kept = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.affine
+            and not any(parameter.requires_grad for parameter in module.parameters())]  # fmt: skip
+    for module in kept:
+        module.eval()
     count, total = (sum(parameter.numel() for parameter in some) for some in (frozen, named.values()))
-    return f"{count:,} of {total:,} parameters"
+    statistics = f"; {counted(len(kept), 'BatchNorm layer')} with fixed statistics" if kept else ""
+    return f"{count:,} of {total:,} parameters{statistics}"

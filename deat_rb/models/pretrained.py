@@ -15,7 +15,9 @@ from deat_rb.models.check import first_line
 from deat_rb.models.names import suggest
 from deat_rb.models.spec import NormalizedModel
 from deat_rb.utils import compat
+from deat_rb.utils.downloads import why_failed
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.libraries import import_timm
 from deat_rb.utils.safe_load import load_tensors
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -119,8 +121,7 @@ def library_input(arch: str) -> tuple[Normalization, int]:
     if kind == "torchvision":
         _, mean, std, (size, _), _ = _torchvision_preset(name)
         return (mean, std), size
-    import timm
-
+    timm = import_timm()
     if not timm.is_model(name):
         raise DeatError(f"timm has no model '{name}': {suggest(name, timm.list_models())}")
     try:
@@ -146,8 +147,8 @@ def _from_library(target: str, alternative: str) -> Pretrained:
     except DeatError:
         raise
     except Exception as error:  # any exception: a download fails in many ways
-        raise DeatError(f"the weights of {target} cannot be loaded ({type(error).__name__}: {first_line(error)}): "
-                        f"download them once with internet access, or {alternative}") from error  # fmt: skip
+        raise DeatError(f"the weights of {target} cannot be loaded ({why_failed(error)}): download them "
+                        f"once with internet access, or {alternative}") from error  # fmt: skip
 
 
 def _torchvision_preset(name: str) -> Preset:
@@ -174,8 +175,7 @@ def _torchvision(name: str) -> Pretrained:
 
 
 def _timm(name: str) -> Pretrained:
-    import timm
-
+    timm = import_timm()
     if not timm.is_model(name):
         raise DeatError(f"timm has no model '{name}': {suggest(name, timm.list_models())}")
     net: nn.Module = timm.create_model(name, pretrained=True)

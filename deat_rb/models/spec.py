@@ -15,6 +15,7 @@ from deat_rb.models.check import check_trainable, first_line, trial_logits
 from deat_rb.models.names import PREACTRESNET18, PREACTRESNET18_BN, RESNET18, canonical_arch, suggest
 from deat_rb.utils import compat
 from deat_rb.utils.errors import DeatError, did_you_mean
+from deat_rb.utils.libraries import import_timm
 from deat_rb.utils.module_state import preserve_state
 
 _wide_resnet, _resnet = compat.architectures()
@@ -230,8 +231,7 @@ def robustbench_class(spec: ModelSpec) -> tuple[type[nn.Module], tuple[Any, ...]
 
 
 def _build_timm(name: str, spec: ModelSpec) -> nn.Module:
-    import timm
-
+    timm = import_timm()
     if not timm.is_model(name):
         raise DeatError(f"timm has no model '{name}': {suggest(name, timm.list_models())}")
     create: Callable[..., nn.Module] = timm.create_model

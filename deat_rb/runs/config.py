@@ -10,7 +10,7 @@ from deat_rb.models.spec import ModelSpec
 from deat_rb.runs.options import MAY_CHANGE, TrainOptions
 from deat_rb.training.lr import OPEN_ENDED
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.options import format_epochs, validate
+from deat_rb.utils.options import OPEN, format_epochs, validate
 
 
 class RunConfig(TrainOptions):
@@ -45,6 +45,11 @@ class RunConfig(TrainOptions):
             DeatError: ``epochs`` is less than before, or is increased although the learning rate ends at 0.
         """
         optim = self.optim
+        if epochs < optim.epochs == OPEN:
+            raise DeatError(
+                f"--epochs = {epochs} cannot limit a run with --epochs open, whose averaged weights are a result after "
+                "every epoch: resume it without --epochs and press Ctrl-C when it has trained enough"
+            )
         if epochs < optim.epochs:
             raise DeatError(
                 f"--epochs = {epochs} is less than the run's {format_epochs(optim.epochs)}; start a new run"

@@ -72,7 +72,7 @@ class ModelConfig(OptionGroup):
     )
     freeze: str | None = option(
         None, "Do not train the parameters whose names begin with a match of this regular expression, such as "
-        "'conv1|layer1'.", metavar="PATTERN",
+        "'conv1|layer1'; BatchNorm layers that are frozen keep their running statistics.", metavar="PATTERN",
     )  # fmt: skip
     weights_key: str | None = option(
         None,

@@ -76,6 +76,7 @@ class Schedule:
         steps: Attack steps in the next epoch.
         needs_epochs: Whether the steps depend on the run's number of epochs, which can then be neither open nor
             increased later.
+        needs_accuracy: Whether the steps depend on training accuracy.
 
     Raises:
         DeatError: ``steps`` is negative or not a whole number, or ``max_steps`` is below the steps of the first epoch.
@@ -84,7 +85,6 @@ class Schedule:
     guided = False
     needs_epochs = False
     needs_accuracy = False
-    """Whether the steps depend on training accuracy."""
 
     def __init__(self, steps: int = 1, max_steps: int | None = None) -> None:
         if not is_whole_number(steps) or steps < 0:

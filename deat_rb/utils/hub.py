@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deat_rb.utils.downloads import why_failed
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.text import printable
 
@@ -122,7 +123,7 @@ class HubFiles:
         import huggingface_hub as hub
 
         cached = hub.try_to_load_from_cache(address.repository, main_file, revision=address.revision)
-        cause = f"the Hub cannot be reached ({describe_error(error)})"
+        cause = f"the Hub cannot be reached ({why_failed(error)})"
         if not isinstance(cached, str):
             raise DeatError(f"{cause}, and {address} is not in its local cache: connect to the internet, or copy the "
                             "model here") from error  # fmt: skip
@@ -162,7 +163,7 @@ class HubFiles:
             where = "" if self.sizes is not None else " in the local cache, and the Hub cannot be reached"
             raise DeatError(f"{self.address} has no file {name}{where}{self._advice(name)}") from error
         except Exception as error:  # any exception: see `open`
-            raise DeatError(f"{name} of {self.address} cannot be downloaded ({describe_error(error)}): try again "
+            raise DeatError(f"{name} of {self.address} cannot be downloaded ({why_failed(error)}): try again "
                             "later") from error  # fmt: skip
         self._check_size(name, path.stat().st_size, limit)
         if path.parents[name.count("/")].name != self.address.revision:
@@ -184,12 +185,6 @@ def http_status(error: Exception) -> int | None:
     """Return the HTTP status of an error of the Hub's client, if it has one."""
     status: int | None = getattr(getattr(error, "response", None), "status_code", None)
     return status
-
-
-def describe_error(error: Exception) -> str:
-    """Return the HTTP status or the type of an error of the Hub's client, without its message, which may be long."""
-    status = http_status(error)
-    return type(error).__name__ if status is None else f"status {status}"
 
 
 @contextmanager

@@ -114,7 +114,7 @@ def test_download_that_fails_says_what_to_do(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("timm.create_model", fail)
     message = (
-        f"the weights of {NET} cannot be loaded (OSError: no route to host): download them once with internet access, "
+        f"the weights of {NET} cannot be loaded (no route to host): download them once with internet access, "
         "or give their file with --weights"
     )
     with pytest.raises(DeatError, match=re.escape(message)):
@@ -170,7 +170,7 @@ class First(Callback):
     """Keeps the weights before the first batch."""
 
     def on_fit_start(self, state: Any) -> None:
-        self.tensors = {name: tensor.clone() for name, tensor in state.model.named_parameters()}
+        self.tensors = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
 
 
 @pytest.mark.parametrize("method", ["deat-3", "m+trades"])
@@ -178,13 +178,16 @@ def test_frozen_parameters_do_not_change(method: str, file: Path, tmp_path: Path
     options = {**SMALL, "method": method, "weights": str(file), "freeze": "conv_stem|blocks.0", "weight_decay": 0.1}
     first = First()
     planned = plan(make_options(options))
-    assert re.fullmatch(r"[\d,]+ of [\d,]+ parameters", dict(planned.lines())["frozen"])
+    assert re.fullmatch(r"[\d,]+ of [\d,]+ parameters; \d+ BatchNorm layers? .*", dict(planned.lines())["frozen"])
     run, _ = train(planned, output=tmp_path, callbacks=[first])
     for name, tensor in planned.trainer.model.named_parameters():
         frozen = re.match("net.(conv_stem|blocks.0)", name) is not None
         assert tensor.requires_grad is not frozen
         assert torch.equal(tensor, first.tensors[name]) is frozen, name
     assert run.config.model.freeze == "conv_stem|blocks.0"
+    statistics = {name: tensor for name, tensor in planned.trainer.model.named_buffers() if "running" in name}
+    kept = {name for name, tensor in statistics.items() if torch.equal(tensor, first.tensors[name])}
+    assert kept == {name for name in statistics if name.startswith("net.blocks.0")} != set()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from deat_rb.runs.config import RunConfig
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.runs.options import make_options, read_options
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.options import OPEN
 
 OLD_CONFIG = """{
   "method": "m+u-fgsm", "setting": "standard", "dataset": "folder", "data_dir": "/data/photos", "image_size": 64,
@@ -113,6 +114,13 @@ def test_method_options_tell_no_carry_from_the_default() -> None:
     assert run_config(method="free-4", carry=False).method_options()["carry"] is False
     assert run_config(method="free-4").method_options()["carry"] is None
     assert run_config(method="free-4").method_options()["lr_per_replay"] is None
+
+
+def test_extended_does_not_limit_an_open_ended_run() -> None:
+    config: Any = run_config(lr_schedule="flat", epochs="open")
+    with pytest.raises(DeatError, match=r"^--epochs = 5 cannot limit a run with --epochs open, whose averaged weights"):
+        config.extended(5)
+    assert config.extended(OPEN) == config
 
 
 @pytest.mark.parametrize(

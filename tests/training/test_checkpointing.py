@@ -8,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torchattacks
 from children import run_in_child
 from resumed_runs import BATCHES, EPOCHS, Stops, outcome, train
-from training_problems import normalized, run_config
+from training_problems import images_and_labels, normalized, run_config
 
+import deat_rb
 from deat_rb.methods.registry import known_methods
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.training.callbacks import Callback
@@ -76,6 +78,17 @@ def test_resume_after_every_batch_equals_the_uninterrupted_run(tmp_path: Path) -
         break
     assert pieces == EPOCHS * BATCHES + 1
     assert outcome(run) == outcome(whole)
+
+
+def test_resume_checks_the_attack_again(tmp_path: Path) -> None:
+    """An attack that returns clean images may have taken the place of the one with which the run began."""
+    run = RunDirectory.create(tmp_path / "run", run_config())
+    with pytest.raises(Interrupted):
+        train("torchattacks.PGD", run, Stops(6))
+    images, labels = images_and_labels(24)
+    trainer = deat_rb.AttackTrainer(torchattacks.APGD(normalized(), steps=2))
+    with pytest.raises(DeatError, match="APGD returns the clean image when it fails to change the prediction"):
+        trainer.fit([(images, labels)] * BATCHES, [(images, labels)], run=run, resume=True, epochs=EPOCHS)
 
 
 def test_resume_of_a_finished_run_does_not_train(tmp_path: Path) -> None:
