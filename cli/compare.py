@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from deat_rb.evaluation.report import Report
 
 
 @click.command("compare")
@@ -23,7 +27,8 @@ import click
 def compare(runs: tuple[Path, ...], as_json: bool, by: str | None, form: str | None) -> None:
     """Compare evaluations and test their differences for significance.
 
-    Each RUN is an evaluated run directory or the eval.json of an evaluation; all must use the same images and eps. Each
+    Each RUN is an evaluated run directory, hf:OWNER/NAME (a run on the Hugging Face Hub that was uploaded with its
+    evaluation) or the eval.json of an evaluation; all must use the same images and eps. Each
     is compared with the first by McNemar's exact test on paired examples; p-values are not corrected for multiple
     comparisons.
 
@@ -31,7 +36,7 @@ def compare(runs: tuple[Path, ...], as_json: bool, by: str | None, form: str | N
     """
     from rich.console import Console
 
-    from deat_rb.evaluation.compare import compare, load_reports
+    from deat_rb.evaluation.compare import compare
     from deat_rb.utils.errors import DeatError
 
     if form is not None and (by is None or as_json):
@@ -39,15 +44,36 @@ def compare(runs: tuple[Path, ...], as_json: bool, by: str | None, form: str | N
     if by is not None:
         _print_groups(runs, by, "json" if as_json else form)
         return
-    comparison = compare(load_reports(runs))
+    comparison = compare([report for run in runs for report in _load(run)])
     if as_json:
         click.echo(comparison.model_dump_json(indent=2))
         return
     console = Console()
+    for line in comparison.legend:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     console.print(comparison.table())
     console.print(comparison.difference_table())
     for note in comparison.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _load(run: Path) -> list[tuple[str, Report]]:
+    """Load the report of a run, a file or a run on the Hub, with its name."""
+    from deat_rb.evaluation.compare import load_reports
+    from deat_rb.runs.hub_run import open_hub
+    from deat_rb.utils.errors import DeatError
+    from deat_rb.utils.hub import is_hub
+
+    if not is_hub(run):
+        return load_reports([run])
+    hub = open_hub(str(run))
+    for note in hub.notes:
+        click.echo(f"note: {note}", err=True)
+    if not (hub.path / "eval.json").is_file():
+        raise DeatError(f"{hub.address} has no evaluation: run deat-rb eval {run} --json FILE.json, and compare that "
+                        "file")  # fmt: skip
+    with hub.named():
+        return [(str(run), report) for _, report in load_reports([hub.path])]
 
 
 def _print_groups(runs: tuple[Path, ...], by: str, form: str | None) -> None:
@@ -55,7 +81,12 @@ def _print_groups(runs: tuple[Path, ...], by: str, form: str | None) -> None:
 
     from deat_rb.reproduction.grouping import grouped_table
     from deat_rb.reproduction.tables import as_csv, as_json, as_latex, as_markdown, as_rich
+    from deat_rb.utils.errors import DeatError
+    from deat_rb.utils.hub import is_hub
 
+    for run in runs:
+        if is_hub(run):
+            raise DeatError(f"--group-by needs run directories, not {run}: omit it, or copy the run here")
     table = grouped_table(runs, by)
     if form is None:
         Console().print(as_rich(table))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -23,21 +23,34 @@ if TYPE_CHECKING:
     from deat_rb.inference import Prediction
 
 
-def _csv_file(text: str) -> Path:
-    path = Path(text)
-    if path.suffix != ".csv":
-        raise click.BadParameter(f"'{text}' does not end in .csv; give a file name that does")
-    if path.is_dir() or not path.parent.is_dir():
-        raise click.BadParameter(f"'{text}' is a folder, or is in a folder that does not exist; give a file")
-    return path
+STDOUT = Path("-")
+"""Stands for standard output."""
+
+
+def _file(suffix: str) -> Callable[[str], Path]:
+    """Return a parser of file names that end in ``suffix``; ``-`` is `STDOUT`."""
+
+    def parsed(text: str) -> Path:
+        path = Path(text)
+        if path == STDOUT:
+            return path
+        if path.suffix != suffix:
+            raise click.BadParameter(f"'{text}' does not end in {suffix}; give a file name that does, or - for stdout")
+        if path.is_dir() or not path.parent.is_dir():
+            raise click.BadParameter(f"'{text}' is a folder, or is in a folder that does not exist; give a file")
+        return path
+
+    return parsed
 
 
 @click.command("predict")
 @click.argument("target", metavar="RUN|CHECKPOINT|NAME")
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True)
 @click.option("--top-k", type=int, default=1, show_default=True, metavar="K", help="Number of classes per image.")
-@click.option("--csv", "csv_path", type=_csv_file, metavar="FILE", help="Write a CSV file, a row per image.")
-@click.option("--json", "as_json", is_flag=True, help="Output as JSON.")
+@click.option("--csv", "csv_path", type=_file(".csv"), is_flag=False, flag_value="-", metavar="[FILE]",
+              help="Write a CSV file with a row per image; without FILE, to stdout.")  # fmt: skip
+@click.option("--json", "json_path", type=_file(".json"), is_flag=False, flag_value="-", metavar="[FILE]",
+              help="Write a JSON file; without FILE, to stdout.")  # fmt: skip
 @click.option("--batch-size", type=int, default=64, show_default=True, metavar="N", help="Images per forward pass.")
 @click.option(
     "--device", default="auto", show_default=True, metavar="NAME", help="Device: auto, cpu, cuda, cuda:1, mps, ..."
@@ -52,7 +65,7 @@ def predict(
     paths: tuple[str, ...],
     top_k: int,
     csv_path: Path | None,
-    as_json: bool,
+    json_path: Path | None,
     batch_size: int,
     device: str,
     **options: Any,
@@ -69,7 +82,7 @@ def predict(
     from deat_rb.data.image_files import describe_left_out, find_images
     from deat_rb.inference import iter_predictions
 
-    if csv_path is not None and as_json:
+    if csv_path is not None and json_path is not None:
         raise DeatError("--csv and --json are mutually exclusive: give only one")
     import_from_current_folder(target)
     files, left_out, problems = find_images(paths)
@@ -81,9 +94,11 @@ def predict(
                                    notify=lambda note: click.echo(f"note: {note}", err=True),
                                    **description(**options))  # fmt: skip
     done = failed = 0
+    chosen = csv_path or json_path or STDOUT
+    file = None if chosen == STDOUT else chosen
     with (
-        _writer(csv_path, as_json, files, top_k) as write,
-        ImageProgress("classified", bar=csv_path is not None or not sys.stdout.isatty()) as progress,
+        _writer(file, _Csv if csv_path else _Json if json_path else _Writer, files, top_k) as write,
+        ImageProgress("classified", bar=file is not None or not sys.stdout.isatty()) as progress,
     ):
         try:
             for done, prediction in enumerate(predictions, 1):
@@ -91,12 +106,10 @@ def predict(
                 failed += prediction.error is not None
                 progress(done, len(files))
         except KeyboardInterrupt:
-            kept = (
-                f"{csv_path} has the first {done:,} of {counted(len(files), 'image')}" if csv_path is not None else ""
-            )
+            kept = f"{file} has the first {done:,} of {counted(len(files), 'image')}" if file is not None else ""
             raise Interrupted(kept) from None
-    if csv_path is not None:
-        click.echo(f"{csv_path}: {counted(len(files), 'image')}", err=True)
+    if file is not None:
+        click.echo(f"{file}: {counted(len(files), 'image')}", err=True)
     if failed or problems:
         unread, total = failed + len(problems), len(files) + len(problems)
         click.echo(f"{unread:,} of {counted(total, 'path')} could not be read", err=True)
@@ -139,7 +152,7 @@ class _Json(_Writer):
 
     def end(self) -> None:
         """Close the array."""
-        click.echo("\n]", file=self.file)
+        click.echo("[]" if self.separator == "[\n" else "\n]", file=self.file)
 
 
 class _Csv(_Writer):
@@ -160,12 +173,12 @@ class _Csv(_Writer):
 
 
 @contextmanager
-def _writer(csv_path: Path | None, as_json: bool, files: list[str], top_k: int) -> Iterator[_Writer]:
-    """Yield the writer of the requested form."""
-    if csv_path is not None:
-        with csv_path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            yield _Csv(file, files, top_k)
-        return
-    writer = (_Json if as_json else _Writer)(sys.stdout, files, top_k)
-    yield writer
-    writer.end()
+def _writer(path: Path | None, form: type[_Writer], files: list[str], top_k: int) -> Iterator[_Writer]:
+    """Yield a writer to a file or, if ``path`` is None, to stdout; its output is complete also after an error."""
+    with ExitStack() as stack:
+        file: TextIO = sys.stdout
+        if path is not None:
+            file = stack.enter_context(path.open("w", newline="", encoding="utf-8", errors="backslashreplace"))
+        writer = form(file, files, top_k)
+        stack.callback(writer.end)
+        yield writer

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,6 +126,33 @@ def test_predict_command_writes_json(coloured_run: Path, files: list[Path]) -> N
     ]
 
 
+def test_predict_command_writes_files_or_to_stdout(coloured_run: Path, files: list[Path], tmp_path: Path) -> None:
+    for option, file in (("--json", tmp_path / "out.json"), ("--csv", tmp_path / "out.csv")):
+        printed = run(coloured_run, *files, "--trust-code", option)
+        assert run(coloured_run, *files, "--trust-code", option, "-").stdout == printed.stdout
+        written = run(coloured_run, *files, "--trust-code", option, file)
+        assert written.stdout == ""
+        assert f"{file}: {len(files)} images" in written.stderr
+        assert file.read_text().splitlines() == printed.stdout.splitlines()
+
+
+def test_predict_command_completes_the_json_after_ctrl_c(
+    coloured_run: Path, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def some(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for number, prediction in enumerate(iter_predictions(*arguments, **options)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield prediction
+
+    monkeypatch.setattr("deat_rb.inference.iter_predictions", some)
+    file = tmp_path / "out.json"
+    result = run(coloured_run, *files, "--trust-code", "--json", file)
+    assert result.exit_code == 130
+    assert f"{file} has the first 2 of {len(files)} images" in result.stderr
+    assert [row["image"] for row in json.loads(file.read_text())] == [str(each) for each in files[:2]]
+
+
 def write_bad_images(folder: Path, good: Path) -> dict[str, str]:
     """Write files that cannot be read, and return what is wrong with each."""
     folder.mkdir(exist_ok=True)
@@ -193,6 +222,7 @@ def test_predict_reads_the_exif_orientation(coloured_run: Path, tmp_path: Path) 
         (["empty"], "the folder empty has no images"),
         (["a.png", "--csv", "a.png"], "does not end in .csv"),
         (["a.png", "--csv", "no/a.csv"], "is in a folder that does not exist"),
+        (["--json", "a.png"], "'a.png' does not end in .json; give a file name that does, or - for stdout"),
         (["a.png", "--csv", "a.csv", "--json"], "--csv and --json are mutually exclusive"),
         (["a.png", "--batch-size", "0"], "--batch-size 0 is invalid: give 1 to 1000000"),
     ],

@@ -50,6 +50,31 @@ def refusal(*arguments: object) -> str:
     return done.stderr.splitlines()[-1].removeprefix("Error: ")
 
 
+def test_compare_and_export_take_runs_on_the_hub(hub: Hub, run: Path, tmp_path: Path) -> None:
+    push(run, "hf:me/net")
+    compared = cli("compare", run, "hf:me/net")
+    assert compared.exit_code == 0, compared.output
+    assert "hf:me/net" in compared.output
+    options = ["--model-name", "Wang2021Gradient", "--as-dataset", "cifar10", "--output"]
+    assert cli("export", run, *options, tmp_path / "a").exit_code == 0
+    exported = cli("export", "hf:me/net", *options, tmp_path / "b")
+    assert exported.exit_code == 0, exported.output
+    files = [{path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+             for root in (tmp_path / "a", tmp_path / "b")]  # fmt: skip
+    assert files[0] == files[1] != {}
+    weights = next(name for name in hub.repositories["me/net"].commits[hub.repositories["me/net"].head]
+                   if name.endswith(".safetensors") and "verdicts" not in name)  # fmt: skip
+    said = refusal("export", f"hf:me/net/{weights}", *options, tmp_path / "c")
+    assert "is a file of weights, but RobustBench's format needs a run with its evaluation" in said
+    assert "--group-by needs run directories, not hf:me/net" in refusal(
+        "compare", run, "hf:me/net", "--group-by", "arch"
+    )
+    (run / "eval.json").unlink()
+    push(run, "hf:me/bare")
+    said = refusal("compare", "hf:me/bare", "hf:me/net")
+    assert "has no evaluation: run deat-rb eval hf:me/bare --json FILE.json, and compare that file" in said
+
+
 # Addresses
 
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 WORST_CASE = "worst case"
 
+LONGEST_NAME = 24
+"""Length of names beyond which tables use short ones; three columns of this length fit into 80 columns."""
+
 SAME = {"norm": "norm", "eps": "eps", "n_examples": "number of examples", "num_classes": "number of classes"}
 
 
@@ -72,8 +75,19 @@ class Comparison(BaseModel):
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Return both tables as text."""
-        return f"{as_text(self.table())}\n{as_text(self.difference_table())}"
+        """Return the legend, if there is one, and both tables as text."""
+        return "\n".join([*self.legend, as_text(self.table()), as_text(self.difference_table())])
+
+    @property
+    def legend(self) -> tuple[str, ...]:
+        """Lines that explain the short names of the tables, if a name is too long for a column; else empty."""
+        return tuple(f"{short}: {name}" for name, short in self._labels().items() if short != name)
+
+    def _labels(self) -> dict[str, str]:
+        """Return each evaluation's name in the tables."""
+        if max(map(len, self.accuracy)) <= LONGEST_NAME:
+            return {name: name for name in self.accuracy}
+        return {name: f"run {number}" for number, name in enumerate(self.accuracy, start=1)}
 
     def table(self) -> Table:
         """Return the accuracies as a rich table, with one row per attack or, for more than three runs, per run."""
@@ -83,28 +97,33 @@ class Comparison(BaseModel):
         table = new_table(f"accuracy on {images}, {self.norm}, eps {format_fraction(self.eps)}")
         attacks = dict.fromkeys(attack for accuracies in self.accuracy.values() for attack in accuracies)
         attacks = dict.fromkeys(sorted(attacks, key=lambda each: each == WORST_CASE))
-        by_run = len(self.accuracy) > 3
+        by_run, labels = len(self.accuracy) > 3, self._labels()
         rows, columns = (self.accuracy, attacks) if by_run else (attacks, self.accuracy)
         table.add_column("run" if by_run else "attack", overflow="fold")
         for name in columns:
-            table.add_column(escape(name), justify="right", overflow="fold")
+            table.add_column(escape(labels.get(name, name)), justify="right", overflow="fold")
         for row in rows:
             values = [self.accuracy[row].get(each) if by_run else self.accuracy[each].get(row) for each in columns]
-            table.add_row(escape(row), *("-" if value is None else f"{100 * value:.2f} %" for value in values))
+            table.add_row(
+                escape(labels.get(row, row)), *("-" if value is None else f"{100 * value:.2f} %" for value in values)
+            )
         return table
 
     def difference_table(self) -> Table:
         """Return the differences and their p-values as a rich table."""
         from rich.markup import escape
 
-        table = new_table(f"paired differences from {escape(self.differences[0].first)} (McNemar, exact)")
+        labels = self._labels()
+        first = self.differences[0].first
+        table = new_table(f"paired differences from {escape(labels.get(first, first))} (McNemar, exact)")
         table.add_column("run", overflow="fold")
         table.add_column("attack", overflow="fold")
         for column in ("difference", "only this run correct", "only the first correct", "p"):
             table.add_column(column, justify="right")
         for each in self.differences:
-            table.add_row(escape(each.second), escape(each.attack), f"{each.points:+.2f} points", str(each.only_second),
-                          str(each.only_first), f"{each.p_value:.2g}")  # fmt: skip
+            table.add_row(escape(labels.get(each.second, each.second)), escape(each.attack),
+                          f"{each.points:+.2f} points", str(each.only_second), str(each.only_first),
+                          f"{each.p_value:.2g}")  # fmt: skip
         return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from deat_rb.robustbench.format import (
     spelled_architecture,
 )
 from deat_rb.runs.directory import RunDirectory
+from deat_rb.runs.hub_run import open_hub
 from deat_rb.utils import compat
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import sha256_file, write_all
+from deat_rb.utils.hub import is_hub
 from deat_rb.utils.safe_load import load_tensors
 from deat_rb.utils.units import format_fraction
 
@@ -58,7 +61,7 @@ def export(
     For methods of the paper, link, name, authors and venue default to the paper's; for others they are empty.
 
     Args:
-        run: The run directory.
+        run: The run directory, or a run on the Hugging Face Hub, ``hf:OWNER/NAME``.
         model_name: ``<FirstAuthor><Year><FirstWordOfTitle>[_suffix]``, such as ``Wang2021Gradient_R18``.
         output: Folder for the files.
         as_dataset: RobustBench dataset to export the run under, if RobustBench does not have the run's own.
@@ -81,12 +84,17 @@ def export(
     if NAME.fullmatch(model_name) is None:
         raise DeatError(f"model name '{model_name}' does not have RobustBench's form <FirstAuthor><Year><Word>, "
                         "with a suffix after _ for variants, such as Wang2021Gradient_R18")  # fmt: skip
-    opened = RunDirectory.open(Path(run))
-    spec, config = opened.model_spec, opened.config
-    dataset = _dataset(config.data.dataset, as_dataset, spec)
-    model = spec.build()
-    load_weights(model, load_tensors(opened.selected_weights_path), source=str(opened.selected_weights_path))
-    report = _evaluation(opened)
+    hub = open_hub(str(run)) if is_hub(run) else None
+    if hub is not None and hub.path.is_file():
+        raise DeatError(f"{hub.address} is a file of weights, but RobustBench's format needs a run with its "
+                        "evaluation: give hf:OWNER/NAME")  # fmt: skip
+    with nullcontext() if hub is None else hub.named():
+        opened = RunDirectory.open(Path(run) if hub is None else hub.path)
+        spec, config = opened.model_spec, opened.config
+        dataset = _dataset(config.data.dataset, as_dataset, spec)
+        model = spec.build()
+        load_weights(model, load_tensors(opened.selected_weights_path), source=str(opened.selected_weights_path))
+        report = _evaluation(opened)
     failed = [check.name for check in report.checks if check.status == "fail"]
     unknown = "autoattack" not in report.results
     unreliable = True if unreliable is None and (failed or unknown) else unreliable

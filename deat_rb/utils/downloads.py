@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 
-CONNECTION_PACKAGES = ("socket", "urllib", "urllib3", "http", "requests", "httpx", "httpcore", "huggingface_hub")
-"""Packages whose exceptions mean that a server was not reached or did not answer."""
+CONNECTION_PACKAGES = ("socket", "urllib", "http", "requests", "huggingface_hub")
+"""Beginnings of the names of modules whose exceptions mean that a server was not reached or did not answer."""
 
 
 def why_failed(error: BaseException) -> str:
@@ -22,7 +22,7 @@ def why_failed(error: BaseException) -> str:
     if any(isinstance(each, TimeoutError) or "Timeout" in type(each).__name__ for each in _chain(error)):
         return "the server did not answer in time"
     for each in _chain(error):
-        if isinstance(each, ConnectionError) or type(each).__module__.partition(".")[0] in CONNECTION_PACKAGES:
+        if isinstance(each, ConnectionError) or type(each).__module__.startswith(CONNECTION_PACKAGES):
             reasons = [_system_reason(other) for other in _chain(error)]
             reason = next(filter(None, reversed(reasons)), "")
             return f"the server cannot be reached{f': {reason}' if reason else ''}"

@@ -183,6 +183,17 @@ def test_compare_tables_escape_markup(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 6])
+def test_comparison_names_long_runs_in_a_legend(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [f"m+trades-cifar10-timm-convnextv2_atto-with-ema-and-label-smoothing-s{number}" for number in range(count)]
+    lines = str(compare([(name, report_of(natural="1110", fgsm="1100")) for name in names])).splitlines()
+    assert lines[:count] == [f"run {number}: {name}" for number, name in enumerate(names, start=1)]
+    assert max(map(len, lines[count:])) <= 80
+    assert not any("convnext" in line for line in lines[count:])
+    assert any(line.split()[:3] == ["run", "2", "natural"] for line in lines)
+
+
+@pytest.mark.parametrize("count", [2, 6])
 def test_comparison_tables_fit_the_terminal(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     attacks = dict.fromkeys(("natural", "fgsm", "pgd", "cw", "autoattack"), "1110")

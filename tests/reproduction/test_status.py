@@ -48,7 +48,7 @@ def test_seconds_left_before_the_first_run_is_done_are_extrapolated_from_epochs(
 
 def test_environments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("deat_rb.reproduction.workers._cores", lambda: 8)
+    monkeypatch.setattr("deat_rb.reproduction.workers.processors", lambda: 8)
     assert environments(4, (), 1) == [{"OMP_NUM_THREADS": "2"}] * 4
     assert environments(None, ("0", "3"), 2) == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in ("0", "0", "3", "3")]
     assert environments(None, (), 1) == [{}]
