@@ -57,6 +57,7 @@ class Results:
     overhead: list[dict[str, Any]] = field(default_factory=list)
     evaluation: list[dict[str, Any]] = field(default_factory=list)
     busy: list[dict[str, Any]] = field(default_factory=list)
+    fill: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Progress:
@@ -110,11 +111,14 @@ def _names(context: click.Context, parameter: click.Parameter, text: str | None)
 @click.option(
     "--busy", is_flag=True, help="Also time training and evaluation beside busy loops, with settings of OpenMP."
 )
+@click.option(
+    "--fill", is_flag=True, help="Also count how full the batches of PGD and AutoAttack are in an evaluation."
+)
 @click.option("--run", type=click.Path(path_type=Path), help="Run to evaluate; by default a network is trained for it.")
 @click.option(
     "--images", type=click.IntRange(min=1), default=500, show_default=True, help="Number of images to evaluate."
 )
-@click.option("--no-autoattack", is_flag=True, help="Omit AutoAttack from --eval.")
+@click.option("--no-autoattack", is_flag=True, help="Omit AutoAttack from --eval and --fill.")
 @click.option(
     "--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write all measurements to this file."
 )
@@ -129,6 +133,7 @@ def main(
     overhead: bool,
     evaluation: bool,
     busy: bool,
+    fill: bool,
     no_autoattack: bool,
     json_path: Path | None,
     quick: bool,
@@ -146,14 +151,17 @@ def main(
     try:
         if json_path is not None and not json_path.parent.is_dir():
             raise DeatError(f"--json {json_path} cannot be written: create the folder {json_path.parent} first")
-        if not (evaluation or memory or overhead or busy) and no_speed:
-            raise DeatError("--no-speed leaves nothing to measure: add --memory, --overhead, --eval or --busy")
-        parts = {"speed": not no_speed, "memory": memory, "overhead": overhead, "evaluation": evaluation, "busy": busy}
+        parts = {"speed": not no_speed, "memory": memory, "overhead": overhead, "evaluation": evaluation, "busy": busy,
+                 "fill": fill}  # fmt: skip
+        if not any(parts.values()):
+            raise DeatError("--no-speed leaves nothing to measure: add --memory, --overhead, --eval, --busy or --fill")
         results = measure(options, threads, [name for name, asked in parts.items() if asked])
     except DeatError as error:
         raise UserError(str(error)) from None
     if json_path is not None:
         json_path.write_text(json.dumps(asdict(results), indent=2, default=str) + "\n", encoding="utf-8")
+    if any(each["differing"] for each in results.fill):
+        raise click.ClickException("PGD's verdicts depend on how its batches are attacked")
     if any(each["equal"] and each["differing"] for each in results.evaluation):
         raise click.ClickException("AutoAttack's verdicts differ from RobustBench's")
 
@@ -185,10 +193,7 @@ def measure(options: Options, threads: int | None, parts: list[str]) -> Results:
     console.print(f"{options.arch}, batches of {options.batch_size}, {options.repeats} rounds\n")
     progress = Progress()
     for part in parts:
-        run = {"speed": _speed, "memory": _memory, "overhead": _overhead, "evaluation": _evaluation, "busy": _busy}[
-            part
-        ]
-        run(options, device, results, console, progress)
+        PARTS[part](options, device, results, console, progress)
     return results
 
 
@@ -300,7 +305,27 @@ def _busy(options: Options, device: Any, results: Results, console: Console, pro
     results.busy = [asdict(each) | {"quotient": each.quotient} for each in found]
 
 
-PARTS = {"speed": _speed, "memory": _memory, "overhead": _overhead, "evaluation": _evaluation, "busy": _busy}
+def _fill(options: Options, device: Any, results: Results, console: Console, progress: Progress) -> None:
+    from benchmarks import evaluation, fill
+    from benchmarks.tables import fill_table
+
+    epochs = 1 if options.quick else evaluation.EPOCHS
+    target = evaluation.make_target(options.run, options.images, str(device), epochs=epochs, notify=progress)
+    found = fill.measure(
+        target,
+        batch_size=options.batch_size,
+        repeats=options.repeats,
+        autoattack=options.autoattack,
+        notify=progress,
+    )
+    progress.done()
+    console.print(f"Evaluated: {len(target.images)} images, eps {target.eps:.4g}, {target.source}")
+    console.print(fill_table(found))
+    results.fill = [asdict(each) | {"fill": each.fill} for each in found]
+
+
+PARTS = {"speed": _speed, "memory": _memory, "overhead": _overhead, "evaluation": _evaluation, "busy": _busy,
+         "fill": _fill}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from benchmarks import busy
 from benchmarks.evaluation import Comparison
+from benchmarks.fill import Fill
 from benchmarks.memory import MEMORY_TARGET, Memory
 from benchmarks.overhead import OVERHEAD_TARGET, Overhead
 from benchmarks.speed import FAITHFUL, LIMIT_TARGET, Faithful, Row
@@ -127,6 +128,26 @@ def evaluation_table(found: Sequence[Comparison]) -> Table:
             f"{each.theirs_accuracy:.1%}",
             f"{each.ours_accuracy:.1%}",
             verdicts if each.equal else f"{verdicts} (different starts)",
+        )
+    return table
+
+
+def fill_table(rows: Sequence[Fill]) -> Table:
+    """Return the table of forward passes, with batches attacked one by one and together."""
+    table = _table(
+        f"Forward passes of batches of {rows[0].batch_size if rows else 0}",
+        "attack", "batches", "passes", "images", "images per pass", "fill", "seconds", "verdicts",
+    )  # fmt: skip
+    for row in rows:
+        table.add_row(
+            row.stage,
+            "together" if row.together else "one by one",
+            f"{row.calls:,}",
+            f"{row.images:,}",
+            f"{row.images / row.calls:.1f}",
+            f"{row.fill:.1%}",
+            f"{median(row.seconds):.2f}" if row.seconds else "",
+            f"{row.differing} differ" if row.differing else "equal" if row.seconds else "",
         )
     return table
 

@@ -237,6 +237,7 @@ def throughput(session: Session) -> None:
     """Measure evaluation throughput by batch size and memory layout: PGD-20 without misclassified examples."""
     from deat_rb.attacks.functional import pgd
     from deat_rb.attacks.losses import cross_entropy
+    from deat_rb.attacks.threat_models import Linf
 
     for size in session.options.eval_batches:
         for layout in (torch.contiguous_format, torch.channels_last):
@@ -247,7 +248,7 @@ def throughput(session: Session) -> None:
             for _ in range(3):
                 session.wait()
                 began = time.perf_counter()
-                pgd(model, problem.images, labels, start=problem.images, eps=1e-9, alpha=1e-10, steps=20,
+                pgd(model, problem.images, labels, start=problem.images, threat=Linf(1e-9), alpha=1e-10, steps=20,
                     loss=cross_entropy)  # fmt: skip
                 session.wait()
                 times.append(time.perf_counter() - began)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deat_rb.attacks.functional import AttackOutput, CountingModel
+from deat_rb.attacks.functional import SMALLEST_BATCH, AttackOutput, CountingModel
 from deat_rb.attacks.names import AUTOATTACK
 from deat_rb.attacks.types import Attack, AttackContext, AttackStage, Batch, Parameters
 from deat_rb.utils import seeding
@@ -30,9 +30,6 @@ FEWEST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
 """The DLR loss needs a third-largest logit, the targeted DLR loss a fourth-largest."""
 
 ITERATIONS, QUERIES, AVERAGED = 100, 5000, 20
-
-SMALLEST_BATCH = 16
-"""Smallest batch to forward; in smaller ones matrix products round differently, so results would depend on the size."""
 
 
 def parts_for(num_classes: int, version: str = "standard") -> tuple[tuple[str, ...], int]:

@@ -1,9 +1,12 @@
-"""FGSM, PGD and CW as functions for evaluation; examples are dropped from the batch once misclassified."""
+"""FGSM, PGD and CW as functions for evaluation; misclassified examples leave the batch, and others replace them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,12 @@ from deat_rb.utils.errors import DeatError
 from deat_rb.utils.module_state import require_autograd
 
 Objective = Callable[[Tensor, Tensor], Tensor]
+
+SMALLEST_BATCH = 16
+"""Smallest batch to forward; in smaller ones matrix products round differently, so results would depend on the size."""
+
+MOST_HELD = 4
+"""No batch is begun while this many batches' worth of examples are held, which bounds the memory."""
 
 
 class CountingModel(nn.Module):
@@ -69,10 +78,13 @@ class AttackOutput:
     Attributes:
         images: (N, C, H, W): each example's first misclassified iterate, or its last iterate if there is none.
         misclassified: (N,) bool: whether any iterate was misclassified.
+        passes: Single-image forward and backward passes, if the attack counts them itself because several batches
+            share its passes; those that only fill up a batch to `SMALLEST_BATCH` are not counted.
     """
 
     images: Tensor
     misclassified: Tensor
+    passes: tuple[int, int] | None = None
 
 
 def logits_and_gradient(
@@ -144,51 +156,150 @@ def pgd(
     labels: Tensor,
     *,
     start: Tensor,
-    eps: float,
+    threat: Linf | L2,
     alpha: float,
     steps: int,
     loss: Objective,
-    threat: Linf | L2 | None = None,
     leave_every: int | None = None,
 ) -> AttackOutput:
+    """Run `pgd_on_batches` on one batch of images (N, C, H, W), labels (N,) and first iterates ``start``."""
+    batches = [(images, labels, start)]
+    options: dict[str, Any] = {"alpha": alpha, "steps": steps, "loss": loss, "leave_every": leave_every}
+    return next(pgd_on_batches(model, batches, size=len(images), threat=threat, **options))
+
+
+def pgd_on_batches(
+    model: Callable[[Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    *,
+    size: int,
+    threat: Linf | L2,
+    alpha: float,
+    steps: int,
+    loss: Objective,
+    leave_every: int | None = None,
+) -> Iterator[AttackOutput]:
     """Run projected gradient descent (Madry et al. 2018); in Linf its iterates equal those of `torchattacks.PGD`.
 
     An example counts as misclassified as soon as any iterate is, including the start and the last one, and is not moved
-    further; robust accuracy is therefore at most that of torchattacks.
+    further; robust accuracy is therefore at most that of torchattacks. It then leaves the batch that is forwarded, and
+    an example of the next batch takes its place. Its result does not depend on which others are forwarded with it.
 
     Args:
         model: Returns logits (N, K); must be in eval mode, where the examples of a batch do not affect each other.
-        images: Clean images in [0, 1], (N, C, H, W).
-        labels: (N,).
-        start: The first iterate, (N, C, H, W).
-        eps: Radius, in [0, 1] pixel units.
-        alpha: Step size, in the same unit.
+        batches: Clean images in [0, 1], (N, C, H, W), labels (N,) and first iterates (N, C, H, W) of each batch.
+        size: Number of examples to forward together.
+        threat: The threat model.
+        alpha: Step size, in [0, 1] pixel units.
         steps: Number of steps.
         loss: The loss to maximize, per example.
-        threat: The threat model; by default Linf.
-        leave_every: Number of steps after which misclassified examples are dropped from the batch; by default 1 on a
-            CPU, 5 elsewhere.
+        leave_every: Number of steps after which misclassified examples leave; by default 1 on a CPU, 5 elsewhere.
+
+    Yields:
+        The result of each batch, in order.
     """
+    supply = iter(batches)
+    following = next(supply, None)
+    if following is None:
+        return
+    held = _Held.of(*following)
+    lengths = deque([len(held.labels)])
+    device = held.images.device
     if leave_every is None:
         # Reading the mask synchronizes with the device, which costs more than a few steps on misclassified examples.
-        leave_every = 1 if images.device.type == "cpu" else 5
-    threat_ball = threat or Linf(eps)
-    adv = start.clone()
-    misclassified = torch.zeros_like(labels, dtype=torch.bool)
-    rows = torch.arange(len(images), device=images.device)
-    for step in range(steps):
-        current = adv[rows]
-        logits, gradient = logits_and_gradient(model, current, labels[rows], loss)
-        misclassified[rows] |= logits.argmax(dim=1) != labels[rows]
-        stepped = threat_ball.ascend(current, images[rows], gradient, alpha)
-        adv[rows] = torch.where(misclassified[rows, None, None, None], current, stepped)
-        if step % leave_every == 0:
-            rows = rows[~misclassified[rows]]
-            if len(rows) == 0:
-                return AttackOutput(adv, misclassified)
-    with torch.no_grad():
-        misclassified[rows] |= model(adv[rows]).argmax(dim=1) != labels[rows]
-    return AttackOutput(adv, misclassified)
+        leave_every = 1 if device.type == "cpu" else 5
+    entered = 0  # the first examples of `held` that have entered
+    rows = ended = torch.empty(0, dtype=torch.int64)  # examples that take steps, and that have taken all of them
+    for iteration in count():
+        checks = iteration % leave_every == 0
+        if checks:
+            left = held.misclassified[rows.to(device)].cpu()
+            held.finished[rows[left]] = True
+            rows = rows[~left]
+        over = held.backwards[rows] == steps
+        ended, rows = torch.cat([ended, rows[over]]), rows[~over]
+        if checks:
+            while len(rows) < size:
+                if entered == len(held.labels):
+                    if entered >= MOST_HELD * size or (following := next(supply, None)) is None:
+                        break
+                    held = held.followed_by(_Held.of(*following))
+                    lengths.append(len(following[1]))
+                entering = torch.arange(entered, min(entered + size - len(rows), len(held.labels)))
+                entered += len(entering)
+                if steps:
+                    rows = torch.cat([rows, entering])
+                else:
+                    ended = torch.cat([ended, entering])
+        # Those that have ended wait for a full batch, unless nothing else is left or their batch keeps others waiting.
+        waits = len(rows) == size or (len(rows) > 0 and following is None)
+        while len(ended) >= size or (len(ended) and checks and not waits):
+            chosen, ended = ended[:size], ended[size:]
+            index = _filled(chosen, size).to(device)
+            with torch.no_grad():
+                wrong = model(held.adv[index]).argmax(dim=1) != held.labels[index]
+            held.misclassified[index[: len(chosen)]] |= wrong[: len(chosen)]
+            held.forwards[chosen] += 1
+            held.finished[chosen] = True
+        while lengths and held.finished[: lengths[0]].all():
+            length = lengths.popleft()
+            yield held.result(length)
+            held = held.without(length)
+            rows, ended, entered = rows - length, ended - length, entered - length
+        if len(rows):
+            index = _filled(rows, size).to(device)
+            current, images, labels = held.adv[index], held.images[index], held.labels[index]
+            logits, gradient = logits_and_gradient(model, current, labels, loss)
+            wrong = held.misclassified[index] | (logits.argmax(dim=1) != labels)
+            stepped = threat.ascend(current, images, gradient, alpha)
+            moved = torch.where(wrong[:, None, None, None], current, stepped)
+            index = index[: len(rows)]
+            held.misclassified[index], held.adv[index] = wrong[: len(rows)], moved[: len(rows)]
+            held.forwards[rows] += 1
+            held.backwards[rows] += 1
+        elif not lengths and following is None:
+            return
+
+
+@dataclass
+class _Held:
+    """The examples of the batches under attack, in order: on the device, except for the counts and `finished`."""
+
+    images: Tensor
+    labels: Tensor
+    adv: Tensor
+    misclassified: Tensor
+    forwards: Tensor
+    backwards: Tensor
+    finished: Tensor
+
+    @classmethod
+    def of(cls, images: Tensor, labels: Tensor, start: Tensor) -> _Held:
+        """Return the examples of a batch, with a copy of their first iterates."""
+        zeros = torch.zeros(len(labels), dtype=torch.int64)
+        wrong = torch.zeros_like(labels, dtype=torch.bool)
+        return cls(images, labels, start.clone(), wrong, zeros, zeros.clone(), zeros.bool())
+
+    def _each(self) -> Iterator[Tensor]:
+        return (getattr(self, field.name) for field in fields(self))
+
+    def followed_by(self, other: _Held) -> _Held:
+        """Return these examples and those of ``other``."""
+        return _Held(*(torch.cat(pair) for pair in zip(self._each(), other._each(), strict=True)))
+
+    def without(self, length: int) -> _Held:
+        """Return the examples but for the first ``length``."""
+        return _Held(*(tensor[length:] for tensor in self._each()))
+
+    def result(self, length: int) -> AttackOutput:
+        """Return the result of the first ``length`` examples."""
+        passes = (int(self.forwards[:length].sum()), int(self.backwards[:length].sum()))
+        return AttackOutput(self.adv[:length], self.misclassified[:length], passes)
+
+
+def _filled(rows: Tensor, size: int) -> Tensor:
+    """Return the indices (n,), with the first one repeated up to `SMALLEST_BATCH` or ``size`` of them."""
+    return torch.cat([rows, rows[:1].expand(max(0, min(SMALLEST_BATCH, size) - len(rows)))])
 
 
 def admissible(adv: Tensor, images: Tensor, eps: float, norm: str = "Linf") -> Tensor:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from deat_rb.attacks import losses
-from deat_rb.attacks.functional import AttackOutput, CountingModel, fgsm, pgd
+from deat_rb.attacks.functional import AttackOutput, CountingModel, fgsm, pgd_on_batches
 from deat_rb.attacks.names import AUTOATTACK, PREFIX, TorchAttack, parse_torchattack, steps_and_restarts
 from deat_rb.attacks.types import Attack, AttackContext, AttackStage, Batch, Parameters
 from deat_rb.utils import seeding
@@ -67,23 +68,19 @@ def white_box(name: str, context: AttackContext, *, alpha: float) -> Callable[[i
     loss = LOSSES[kind][1]
 
     def part(restart: int, label: str) -> AttackStage:
-        def craft(model: CountingModel, batch: Batch) -> AttackOutput:
+        def chosen(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
             key = (batch.number, restart) if restart else (batch.number,)
             start = context.ball.start(batch.images, seeding.generator(context.seed, "evaluate", name, *key))
-            chosen = batch.chosen
-            return pgd(
-                model,
-                batch.images[chosen],
-                batch.labels[chosen],
-                start=start[chosen],
-                eps=context.eps,
-                alpha=alpha,
-                steps=steps,
-                loss=loss,
-                threat=context.ball,
-            )
+            return batch.images[batch.chosen], batch.labels[batch.chosen], start[batch.chosen]
 
-        return AttackStage(label, craft, calls=steps + 1)
+        def craft_all(model: CountingModel, batches: Iterable[Batch], size: int) -> Iterator[AttackOutput]:
+            examples = map(chosen, batches)
+            return pgd_on_batches(model, examples, size=size, threat=context.ball, alpha=alpha, steps=steps, loss=loss)
+
+        def craft(model: CountingModel, batch: Batch) -> AttackOutput:
+            return next(craft_all(model, [batch], len(batch.rows)))
+
+        return AttackStage(label, craft, calls=steps + 1, craft_all=craft_all)
 
     return part
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -66,6 +66,9 @@ class AttackStage:
         name: Name of the stage; empty if the attack has only one.
         craft: Function that generates adversarial examples for the chosen examples of a batch.
         calls: Largest number of forward passes per batch, for the progress display; 0 if unknown.
+        craft_all: Function that does so for several batches, in order, forwarding a given number of examples together,
+            of whichever batch; None if there is none. Its results are those of ``craft`` if the model's logits for an
+            image do not depend on its batch.
         packed: Whether batches contain only the remaining examples, as in AutoAttack, instead of being the same in
             every stage.
     """
@@ -73,6 +76,7 @@ class AttackStage:
     name: str
     craft: Callable[[CountingModel, Batch], AttackOutput]
     calls: int = 0
+    craft_all: Callable[[CountingModel, Iterable[Batch], int], Iterator[AttackOutput]] | None = None
     packed: bool = False
 
 

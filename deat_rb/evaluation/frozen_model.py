@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from numbers import Integral
 
 import torch
@@ -69,6 +70,25 @@ class PreparedModel:
     def all_images(self) -> Tensor:
         """Return a copy of all images, (N, C, H, W) on the CPU."""
         return select_images(self.images, torch.arange(len(self))).cpu()
+
+    @cached_property
+    def is_independent(self) -> bool:
+        """Whether an image's logits depend neither on the other images of its batch nor on random numbers.
+
+        It is tried out with the first 16 images, in one batch and in two.
+        """
+        images = self.take(torch.arange(min(16, len(self))))[0]
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.no_grad(), full_float32(self.device), torch.random.fork_rng(devices=cuda):
+            before = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda)]
+            try:
+                whole = self.model(images)
+                halves = [self.model(half) for half in images.split(-(-len(images) // 2))]
+                torch.testing.assert_close(torch.cat(halves), whole)
+            except (AssertionError, ValueError, RuntimeError):  # as BatchNorm in train mode, which refuses one image
+                return False
+            after = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda)]
+        return all(map(torch.equal, before, after))
 
     def predict(self, images: Tensor | LabeledImages | None = None, *, count: int | None = None) -> Tensor:
         """Return the predicted classes of images on the CPU: of the first ``count``, by default of all examples."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -130,77 +131,120 @@ class AttackRunner:
                 name += f" (eps {format_fraction(self.context.eps)})"
             display = _Display(name, stage, len(batches), len(pool), self.progress)
             shares: list[dict[int, dict[str, Tensor]]] = [{} for _ in range(self.ranks.size)]
-            own = shares[self.ranks.rank]
+            own, to_do = shares[self.ranks.rank], []
             for number in range(self.ranks.rank, len(batches), self.ranks.size):
-                rows, stored = batches[number], None
-                attacked = rows[outcome.correct[rows]]
-                if len(attacked):
-                    key = f"eps {self.context.eps!r}, {attack.name}, {stage.name or 'all'}, batch {number}"
-                    stored = self.store.load(key)
-                    if stored is None:
-                        with display.within(number, model):
-                            batch = self._attack(attack, stage, model, outcome, rows, number)
-                        self.store.save(key, batch)
+                rows = batches[number]
+                stored = None
+                if chosen := bool(outcome.correct[rows].any()):
+                    stored = self.store.load(self._key(attack, stage, number))
+                if stored is not None:
                     self.store.has_attacks |= attack is not NATURAL
-                    own[number] = stored or batch
-                    _add(own[number], attacked, outcome, attack)
+                    own[number] = stored
+                    _add(stored, rows, outcome, attack)
+                elif chosen:
+                    to_do.append(number)
+                    continue
                 display.done(rows, outcome.correct, quietly=stored is not None)
+            for number, result in self._results(attack, stage, model, outcome, batches, to_do, display):
+                self.store.save(self._key(attack, stage, number), result)
+                self.store.has_attacks |= attack is not NATURAL
+                own[number] = result
+                _add(result, batches[number], outcome, attack)
+                display.done(batches[number], outcome.correct, quietly=False)
             if self.ranks.size > 1:
                 shares = self.ranks.all_gather(own)
                 for number, rows in enumerate(batches):
                     by = number % self.ranks.size
                     if by != self.ranks.rank:
                         if number in shares[by]:
-                            _add(shares[by][number], rows[outcome.correct[rows]], outcome, attack)
+                            _add(shares[by][number], rows, outcome, attack)
                         display.done(rows, outcome.correct, quietly=True)
             outcome.remaining = (*outcome.remaining, int(outcome.correct.sum()))
         return outcome
 
-    def _attack(
+    def _key(self, attack: Attack, stage: AttackStage, number: int) -> str:
+        return f"eps {self.context.eps!r}, {attack.name}, {stage.name or 'all'}, batch {number}"
+
+    def _results(
         self,
         attack: Attack,
         stage: AttackStage,
         model: CountingModel,
         outcome: AttackOutcome,
-        rows: Tensor,
-        number: int,
-    ) -> dict[str, Tensor]:
-        """Attack one batch; return the tensors to store."""
-        start, forwards, backwards = time.perf_counter(), model.forwards, model.backwards
+        batches: Sequence[Tensor],
+        numbers: Sequence[int],
+        display: _Display,
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Attack the batches of these numbers; yield each number, in order, with the tensors to store."""
+
+        def to_attack() -> Iterator[Batch]:
+            for number in numbers:
+                rows = batches[number]
+                images, labels = self.prepared.take(rows)
+                yield Batch(images, labels, outcome.correct[rows].to(images.device), number, rows)
+
+        outputs = self._outputs(attack, stage, model, to_attack()) if numbers else iter(())
+        meter = Meter(self.prepared.device)
+        for number in numbers:
+            start, forwards, backwards = time.perf_counter(), model.forwards, model.backwards
+            meter.start()
+            with display.within(number, model):
+                output, clean = next(outputs)
+            passes = output.passes or (model.forwards - forwards, model.backwards - backwards)
+            admissible = self.context.ball.contains(output.images, clean)
+            result = {
+                "misclassified": (output.misclassified & admissible).cpu(),
+                "counts": torch.tensor((*passes, int((~admissible).sum()))),
+                "warnings": torch.tensor(list(json.dumps(attack.warnings).encode()), dtype=torch.uint8),
+            }
+            if outcome.adversarial is not None:
+                result["adversarial"] = torch.where(admissible[:, None, None, None], output.images, clean).float().cpu()
+            usage = meter.read()
+            if usage.joules is not None:
+                result["joules"] = torch.tensor(usage.joules, dtype=torch.float64)
+            if usage.memory is not None:
+                result["memory"] = torch.tensor(usage.memory)
+            result["seconds"] = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+            yield number, result
+
+    def _outputs(
+        self, attack: Attack, stage: AttackStage, model: CountingModel, batches: Iterable[Batch]
+    ) -> Iterator[tuple[AttackOutput, Tensor]]:
+        """Attack batches, together where that is possible; yield the results and their clean images in order."""
+        begun: deque[tuple[Tensor, Tensor]] = deque()
+
+        def supply() -> Iterator[Batch]:
+            for batch in batches:
+                begun.append((batch.images[batch.chosen], batch.labels[batch.chosen]))
+                yield batch
+
+        if stage.craft_all is not None and self.prepared.is_independent:
+            for output in stage.craft_all(model, supply(), self.prepared.batch_size):
+                clean, labels = begun.popleft()
+                yield self._confirmed(attack, model, output, labels), clean
+            return
         device = self.prepared.device
-        meter = Meter(device)
-        meter.start()
-        images, labels = self.prepared.take(rows)
-        chosen = outcome.correct[rows].to(device)
-        with seeding.preserved(), full_float32(device) if attack is NATURAL else nullcontext():
-            # Seeded so that the model's own random numbers are the same in every evaluation.
-            seeding.seed_global(self.context.seed, "evaluate", attack.name, stage.name, number)
-            output = stage.craft(model, Batch(images, labels, chosen, number, rows))
-            misclassified = output.misclassified
-            if self.confirm and attack is not NATURAL:
-                with torch.no_grad(), full_float32(device):
-                    misclassified = model.exact(output.images).argmax(dim=1) != labels[chosen]
-        clean = images[chosen]
-        admissible = self.context.ball.contains(output.images, clean)
-        counts = (model.forwards - forwards, model.backwards - backwards, int((~admissible).sum()))
-        result = {
-            "misclassified": (misclassified & admissible).cpu(),
-            "counts": torch.tensor(counts),
-            "warnings": torch.tensor(list(json.dumps(attack.warnings).encode()), dtype=torch.uint8),
-        }
-        if outcome.adversarial is not None:
-            result["adversarial"] = torch.where(admissible[:, None, None, None], output.images, clean).float().cpu()
-        usage = meter.read()
-        if usage.joules is not None:
-            result["joules"] = torch.tensor(usage.joules, dtype=torch.float64)
-        if usage.memory is not None:
-            result["memory"] = torch.tensor(usage.memory)
-        result["seconds"] = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-        return result
+        for batch in supply():
+            clean, labels = begun.popleft()
+            with seeding.preserved(), full_float32(device) if attack is NATURAL else nullcontext():
+                # Seeded so that the model's own random numbers are the same in every evaluation.
+                seeding.seed_global(self.context.seed, "evaluate", attack.name, stage.name, batch.number)
+                output = self._confirmed(attack, model, stage.craft(model, batch), labels)
+            yield output, clean
+
+    def _confirmed(self, attack: Attack, model: CountingModel, output: AttackOutput, labels: Tensor) -> AttackOutput:
+        """Classify the adversarial images again, in float32, if the attack is less precise."""
+        if not self.confirm or attack is NATURAL:
+            return output
+        with torch.no_grad(), full_float32(self.prepared.device):
+            misclassified = model.exact(output.images).argmax(dim=1) != labels
+        passes = output.passes and (output.passes[0] + len(labels), output.passes[1])
+        return AttackOutput(output.images, misclassified, passes)
 
 
-def _add(batch: dict[str, Tensor], attacked: Tensor, outcome: AttackOutcome, attack: Attack) -> None:
-    """Add the result of a batch to the outcome; ``attacked`` are the indices of the attacked examples."""
+def _add(batch: dict[str, Tensor], rows: Tensor, outcome: AttackOutcome, attack: Attack) -> None:
+    """Add the result of a batch with the indices ``rows``, of which the correct ones were attacked, to the outcome."""
+    attacked = rows[outcome.correct[rows]]
     forwards, backwards, inadmissible = batch["counts"].tolist()
     outcome.forwards += forwards
     outcome.backwards += backwards
@@ -228,17 +272,17 @@ class _Display:
         self.batches = batches
         self.total = total
         self.progress = progress
-        self.finished = 0
+        self.finished = torch.empty(0, dtype=torch.int64)
 
     def done(self, rows: Tensor, correct: Tensor, *, quietly: bool) -> None:
         """Report a batch and the number of correct examples: among all for a named stage, else among those done.
 
         With ``quietly``, as for batches loaded from the store, only the last batch is reported.
         """
-        self.finished += len(rows)
-        if self.progress is not None and (self.finished == self.total or not quietly):
-            among = correct if self.counts_all else correct[: self.finished]
-            self.progress(self.name, self.finished, self.total, int(among.sum()))
+        self.finished = torch.cat([self.finished, rows])
+        if self.progress is not None and (len(self.finished) == self.total or not quietly):
+            among = correct if self.counts_all else correct[self.finished]
+            self.progress(self.name, len(self.finished), self.total, int(among.sum()))
 
     @contextmanager
     def within(self, number: int, model: CountingModel) -> Iterator[None]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deat_rb.attacks.functional import CountingModel, pgd
+from deat_rb.attacks.functional import pgd
 from deat_rb.attacks.losses import cross_entropy
 from deat_rb.attacks.threat_models import check_norm, threat_model
 from deat_rb.training.base import Batch
@@ -93,11 +93,11 @@ def validate(
         model.eval()
         for parameter in model.parameters():  # ScriptModules have no requires_grad_()
             parameter.requires_grad_(False)
-        counting = CountingModel(model)
+        forwards, backwards = len(images), 0
         for number, (clean, target) in enumerate(zip(images.split(size), labels.split(size), strict=True)):
             clean, target = clean.detach().to(device, copy=True), target.to(device)
             with torch.no_grad():
-                logits = counting(clean)
+                logits = model(clean)
             if logits.isnan().any():
                 raise DeatError(
                     "the model returns NaN, so its training probably diverged: use an earlier checkpoint, or a smaller "
@@ -111,10 +111,11 @@ def validate(
             start = threat.start(clean, seeding.generator(seed, "evaluate", name, number))[correct]
             with seeding.preserved():
                 seeding.seed_global(seed, "evaluate", name, "", number)
-                output = pgd(counting, clean[correct], target[correct], start=start, eps=eps,
-                              alpha=eps / 4 if alpha is None else alpha, steps=steps, loss=cross_entropy,
-                              threat=threat)  # fmt: skip
+                output = pgd(model, clean[correct], target[correct], start=start, threat=threat,
+                             alpha=eps / 4 if alpha is None else alpha, steps=steps, loss=cross_entropy)  # fmt: skip
             resisted[-1][correct] = ~output.misclassified
+            assert output.passes is not None
+            forwards, backwards = forwards + output.passes[0], backwards + output.passes[1]
     on_device, classes = labels.to(device), logits.shape[1]
     correct, robust = torch.cat(predictions) == on_device, torch.cat(resisted)
     counts = torch.cat(predictions).bincount()
@@ -123,8 +124,8 @@ def validate(
     return Validation(
         natural=int(correct.sum()) / len(images),
         robust=int(robust.sum()) / len(images),
-        forwards=counting.forwards,
-        backwards=counting.backwards,
+        forwards=forwards,
+        backwards=backwards,
         top_prediction=top,
         top_predicted=predicted / len(images),
         top_labelled=labelled / len(images),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -257,3 +258,66 @@ def test_report_omits_energy_and_memory_of_a_cpu(network: nn.Sequential, batch: 
     report = evaluate(network, *batch, attacks="fgsm", eps=0.04)
     assert report.worst_case.energy_kwh is report.worst_case.peak_memory is None
     assert "kWh" not in str(report)
+
+
+@pytest.mark.parametrize("batch_size", [7, 16, 48])
+def test_evaluate_attacks_batches_together_without_changing_a_result(
+    network: nn.Sequential, batch: tuple[Tensor, Tensor], batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"attacks": "pgd-6x2,cw-5", "eps": 0.04, "batch_size": batch_size, "seed": 6}
+    together = evaluate(network, *batch, **options)
+    monkeypatch.setattr(frozen_model.PreparedModel, "is_independent", False)
+    alone = evaluate(network, *batch, **options)
+    for name, result in together.results.items():
+        other = alone.results[name]
+        assert torch.equal(together.verdicts[name], alone.verdicts[name])
+        assert (result.forwards, result.backwards, result.parts) == (other.forwards, other.backwards, other.parts)
+        if name != "natural":
+            assert torch.equal(together.adversarial[name], alone.adversarial[name])
+
+
+class Shifted(nn.Module):
+    """A network whose logits depend on what a function adds to the images."""
+
+    def __init__(self, network: nn.Module, shift: Callable[[Tensor], Tensor | float]) -> None:
+        super().__init__()
+        self.network = network
+        self.shift = shift
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images + self.shift(images))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("shift", "independent"),
+    [
+        (lambda images: 0.0, True),
+        (lambda images: -images.mean(dim=0), False),
+        (lambda images: 0.01 * torch.rand(()), False),  # the same for all images of a batch
+        (lambda images: 0.01 * random.random(), False),
+    ],
+    ids=["plain", "depends on the batch", "draws from torch", "draws from random"],
+)
+def test_is_independent(
+    network: nn.Sequential, batch: tuple[Tensor, Tensor], shift: Callable[[Tensor], Any], independent: bool
+) -> None:
+    before = torch.get_rng_state()
+    with frozen_model.prepared_for_eval(Shifted(network, shift).eval(), *batch) as prepared:
+        assert prepared.is_independent is independent
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_evaluate_attacks_batches_of_a_random_model_one_by_one(
+    network: nn.Sequential, batch: tuple[Tensor, Tensor]
+) -> None:
+    """Each batch has the model's random numbers of its own number, whichever batches come before."""
+    model = Shifted(network, lambda images: 0.05 * torch.randn(images.shape)).eval()
+    images, labels = batch
+    labels = labels.clone()
+    options: dict[str, Any] = {"attacks": "pgd-3", "eps": 0.01, "batch_size": 16}
+    report = evaluate(model, images, labels, **options)
+    labels[:16] = (labels[:16] + 1) % 5  # other examples of the first batch are attacked
+    again = evaluate(model, images, labels, **options)
+    assert torch.equal(report.verdicts["pgd-3"][16:], again.verdicts["pgd-3"][16:])
+    assert torch.equal(report.adversarial["pgd-3"][16:], again.adversarial["pgd-3"][16:])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from deat_rb.attacks import losses
 from deat_rb.attacks.functional import pgd, uniform_start
+from deat_rb.attacks.threat_models import Linf
 from deat_rb.evaluation.evaluate import evaluate
 from deat_rb.utils import seeding
 
@@ -70,7 +71,7 @@ def test_pgd_iterates_equal_torchattacks(problem: tuple[nn.Module, Tensor, Tenso
     model, images, labels = problem
     eps = 3 / 255
     start = uniform_start(images, eps, seeding.generator(5))
-    ours = pgd(model, images, labels, start=start, eps=eps, alpha=eps / 4, steps=10, loss=losses.cross_entropy)
+    ours = pgd(model, images, labels, start=start, threat=Linf(eps), alpha=eps / 4, steps=10, loss=losses.cross_entropy)
     with seeding.preserved():
         seeding.seed_global(5)
         theirs = torchattacks.PGD(model, eps=eps, alpha=eps / 4, steps=10)(images, labels)
