@@ -1,0 +1,100 @@
+"""The commands of the first pages that a reader follows, executed in order, with fewer images and epochs.
+
+The commands of all other pages are parsed: tests/test_docs_commands.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from deat_rb.cli import main
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+from test_docs_commands import commands_of  # noqa: E402  # tests are no package
+
+pytestmark = pytest.mark.slow
+
+CHEAP = {
+    "train": ["--epochs", "1", "--train-size", "60", "--val-size", "20", "--batch-size", "20"],
+    "eval": ["--n-examples", "8"],
+}
+"""Options that are added to a command; the last value of an option counts."""
+
+
+def execute(arguments: list[str], folder: Path) -> str:
+    """Run a command in a folder as the page has it, except for `CHEAP`; return what it prints."""
+    resumed = "--resume" in arguments
+    added = [] if resumed or "--dry-run" in arguments else CHEAP.get(arguments[0], [])
+    with contextlib.chdir(folder):
+        done = CliRunner().invoke(main, [*arguments, *added], prog_name="deat-rb")
+    assert done.exit_code == 0, f"deat-rb {shlex.join([*arguments, *added])}\n{done.output}\n{done.exception!r}"
+    return done.output
+
+
+def page(name: str) -> list[list[str]]:
+    return list(commands_of((ROOT / name).read_text(encoding="utf-8")))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reader's folder, with ``photos/<class>/``: 30 noisy images of one color for each of four classes."""
+    root = tmp_path_factory.mktemp("reader")
+    noise = torch.Generator().manual_seed(0)
+    for number, name in enumerate(("cat", "dog", "horse", "ship")):
+        (root / "photos" / name).mkdir(parents=True)
+        for index in range(30):
+            pixels = torch.randint(40 * number, 40 * number + 90, (32, 32, 3), generator=noise).to(torch.uint8)
+            Image.fromarray(pixels.numpy()).save(root / "photos" / name / f"{index}.png")
+    return root
+
+
+def test_first_run(folder: Path) -> None:
+    shown = page("docs/first_run.md")
+    assert [arguments[0] for arguments in shown[:2]] == ["train", "eval"]
+    printed = {shlex.join(arguments): execute(arguments, folder) for arguments in shown
+               if "cifar10" not in arguments and len(arguments) > 1}  # fmt: skip
+    assert len(printed) >= 8
+    assert (folder / "runs/digits/report.html").is_file()
+    assert len(list((folder / "runs").iterdir())) == 5  # digits, plain, and three seeds
+    assert "plain" in printed["compare runs/digits runs/plain"]
+
+
+def test_photos(folder: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+    shown = page("docs/guides/photos.md")
+    assert [arguments[0] for arguments in shown] == ["data", "data", "train", "eval", "predict", "export"]
+    for arguments in shown:
+        execute(arguments, folder)
+        if arguments[:2] == ["data", "split"]:
+            assert len(list((folder / "photos-split/test").rglob("*.png"))) == 4 * 6
+    with (folder / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 * 6  # a fifth of 30 images of each of four classes
+    assert not any(row["error"] for row in rows)
+    assert (folder / "photos.onnx").is_file()
+    assert len(list((folder / "photos").rglob("*.png"))) == 120
+
+
+def test_sharing_and_export(folder: Path) -> None:
+    """Follows `test_first_run`, whose run it takes as NAME."""
+    run = folder / "runs" / "digits"
+    if not run.exists():
+        execute(["train", "--name", "digits"], folder)
+    pushes = [each for each in page("docs/sharing.md") if each[0] == "push" and "--dry-run" in each]
+    exports = [each for each in page("docs/deployment.md") if each[0] == "export" and "torch-export" in each]
+    plans = [each for each in page("README.md") if each[0] == "train" and "--dry-run" in each]
+    assert (len(pushes), len(exports), len(plans)) == (1, 1, 1)
+    for arguments in (*pushes, *exports, *plans):
+        execute([each.replace("runs/NAME", "runs/digits") for each in arguments], folder)
+    assert "robust" in (run / "hub" / "README.md").read_text(encoding="utf-8")
+    assert (folder / "digits.pt2").is_file()
