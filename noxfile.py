@@ -26,7 +26,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS)
 def fast(session: nox.Session) -> None:
-    """Run the tests that take at most 5 s each."""
+    """Run the tests that take at most about 2 s of a core each: two minutes on two cores."""
     session.install("-c", "constraints.txt", "-e", ".[test]")
     session.run("pytest", "-m", "not slow", *session.posargs)
 

@@ -42,6 +42,7 @@ def _trained(classes: int) -> tuple[nn.Module, Tensor, Tensor]:
     return model.eval(), images[chosen], labels[chosen]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("classes", "parts", "targets"),
     [(2, "apgd-ce, fab-t, square", 1), (3, "apgd-ce, fab-t, square", 2), (4, "apgd-ce, apgd-t, fab-t, square", 3)],
@@ -122,6 +123,7 @@ def test_leaving_forwards_at_least_the_smallest_batch() -> None:
     assert sizes == [20, 20, 18, 16]
 
 
+@pytest.mark.slow
 def test_square_in_l2_attacks_wide_images_as_it_does_high_ones() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -142,9 +144,10 @@ def test_square_in_l2_attacks_wide_images_as_it_does_high_ones() -> None:
     assert ((results[1].images - images.transpose(2, 3)).flatten(1).norm(dim=1) <= 0.5 + 1e-5).all()
 
 
-@pytest.mark.parametrize(
-    "size", [(12, 12), (14, 14), (19, 19), (24, 24), (12, 10), (10, 12), (8, 12), (28, 20), (9, 30)]
-)
+SIZES = ((14, 14), (24, 24), (12, 10), (10, 12), (8, 12), (28, 20), (9, 30))
+
+
+@pytest.mark.parametrize("size", [(12, 12), (19, 19), *(pytest.param(size, marks=pytest.mark.slow) for size in SIZES)])
 def test_square_in_l2_attacks_every_size(size: tuple[int, int]) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

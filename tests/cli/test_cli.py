@@ -233,6 +233,7 @@ def test_eval_of_a_path_that_does_not_exist() -> None:
     assert refusal("eval", "nowhere.pt") == "nowhere.pt does not exist"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="sends a signal that Windows does not have")
 def test_eval_exits_with_130_on_ctrl_c(described: list[str | Path]) -> None:
     # Within such an eps no image is misclassified, so that the attack takes all of its steps.

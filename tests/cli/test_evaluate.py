@@ -136,6 +136,7 @@ def test_eval_reports_mean_and_deviation_per_group(tmp_path: Path) -> None:
     assert "±" not in single.stdout, "two methods have no common mean"
 
 
+@pytest.mark.slow
 def test_eval_reports_no_mean_of_other_settings(tmp_path: Path) -> None:
     runs = [trained(tmp_path, "a", eps=0.1), trained(tmp_path, "b", eps=0.2)]
     for stale in ("report.html", "eval-eps.png"):
@@ -148,6 +149,7 @@ def test_eval_reports_no_mean_of_other_settings(tmp_path: Path) -> None:
     assert "±" in same.stdout
 
 
+@pytest.mark.slow
 def test_eval_keeps_the_fuller_evaluation(tmp_path: Path) -> None:
     path = trained(tmp_path, "a")
     full = ["--attacks", "fgsm,pgd-2", "--n-examples", 8, "--checks", "none", "--device", "cpu"]

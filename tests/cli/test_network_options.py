@@ -62,6 +62,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_eval_finds_a_module_in_the_current_folder(here: Path) -> None:
     """Through the installed command, whose path does not have the current folder."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

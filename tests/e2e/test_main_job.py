@@ -48,6 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where / "runs" / "first"
 
 
+@pytest.mark.slow
 def test_train_writes_a_run_directory(run: Path) -> None:
     assert {path.name for path in run.iterdir()} >= {
         "config.json", "metrics.jsonl", "last.safetensors", "last.json", "best.safetensors", "best.json", "curves.png",
@@ -62,6 +63,7 @@ def test_train_writes_a_run_directory(run: Path) -> None:
         assert row["forwards"] == (row["steps"] + 3) * batches
 
 
+@pytest.mark.slow
 def test_train_with_a_config_gives_the_same_weights(run: Path) -> None:
     where = run.parents[1]
     result = deat_rb("train", "--config", run / "config.json", "--name", "again", cwd=where)
@@ -69,6 +71,7 @@ def test_train_with_a_config_gives_the_same_weights(run: Path) -> None:
     assert (run / "last.safetensors").read_bytes() == (run.parent / "again" / "last.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_eval_prints_and_writes_the_report(run: Path) -> None:
     result = deat_rb("eval", run, "--attacks", "fgsm,pgd-5,cw-5", "--n-examples", "60", cwd=run.parents[1])
     assert result.returncode == 0, result.stderr
@@ -83,6 +86,7 @@ def test_eval_prints_and_writes_the_report(run: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_export_loads_in_robustbench(run: Path) -> None:
     where = run.parents[1]
     result = deat_rb(
@@ -155,6 +159,7 @@ def test_train_refuses_invalid_options(tmp_path: Path, flags: list[str], part: s
     assert part in refused("train", *flags, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_train_refuses_the_name_of_another_run(run: Path) -> None:
     assert "already" in refused("train", *TINY, "--name", "first", cwd=run.parents[1])
 
@@ -202,6 +207,7 @@ def test_eval_refuses_invalid_checkpoints(run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.slow
 def test_train_exits_with_130_on_ctrl_c(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [COMMAND, "train", *TINY, "--epochs", "200", "--name", "long"],
@@ -220,6 +226,7 @@ def test_train_exits_with_130_on_ctrl_c(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "long" / "last.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_train_dry_run_writes_nothing(tmp_path: Path) -> None:
     result = deat_rb("train", "--method", "pgd-7", "--dry-run", *TINY, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

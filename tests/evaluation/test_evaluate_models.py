@@ -25,8 +25,10 @@ def reloaded(network: nn.Module) -> nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore")  # torch deprecates TorchScript
-@pytest.mark.parametrize("kind", ["script", "trace", "load"])
-@pytest.mark.parametrize("level", ["none", "quick"])
+@pytest.mark.parametrize(
+    "kind", ["script", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("trace", "load"))]
+)
+@pytest.mark.parametrize("level", ["none", pytest.param("quick", marks=pytest.mark.slow)])
 def test_evaluate_accepts_torchscript(kind: str, level: str) -> None:
     network = small_network()
     images, labels = (part[:24] for part in batch_for(network))
@@ -105,6 +107,7 @@ def test_evaluate_refuses_lazy_models_and_those_created_in_inference_mode() -> N
             evaluate(model, images, labels, attacks="natural", eps=0.1)
 
 
+@pytest.mark.slow
 def test_evaluate_in_no_grad_and_with_inference_tensors() -> None:
     network = small_network()
     images, labels = (part[:12] for part in batch_for(network))
