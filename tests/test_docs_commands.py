@@ -3,43 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
+from docs_commands import commands_of
 
 from deat_rb.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SEPARATORS = {"&&", "||", ";", "|", "&", ">", ">>", "2>&1"}
 RENAMED_SINCE = {"docs/lab/results.md", "docs/lab/benchmarks.md"}
 """Notes whose commands are those of the commits that they name."""
-
-
-def commands_of(text: str) -> Iterator[list[str]]:
-    """Yield the arguments of each `deat-rb ...` in the text's code blocks and in its inline code."""
-    blocks = re.findall(r"^```(?:bash|console|sh)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    lines += [code for code in re.findall(r"`([^`\n]+)`", prose) if code.startswith("deat-rb ")]
-    for line in lines:
-        if "deat-rb " not in line and "-m deat_rb " not in line:
-            continue
-        words = shlex.split(line.replace(";", " ; "), comments=True)
-        starts = [i + 1 for i, word in enumerate(words) if word == "deat-rb" or word.endswith("/deat-rb")]
-        starts += [i + 2 for i, word in enumerate(words[:-1]) if word == "-m" and words[i + 1] == "deat_rb"]
-        for start in starts:
-            arguments = []
-            for word in words[start:]:
-                if word in SEPARATORS:
-                    break
-                arguments.append(word)
-            if arguments and "..." not in arguments and arguments != ["-m"]:
-                yield arguments
 
 
 def parse(arguments: list[str]) -> None:

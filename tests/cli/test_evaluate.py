@@ -182,6 +182,7 @@ def test_eval_keeps_the_fuller_evaluation(tmp_path: Path) -> None:
     assert f"the previous eval.json is now evaluations/{archived.name}" in replaced.stdout
 
 
+@pytest.mark.slow
 def test_eval_of_other_data_is_not_the_runs_evaluation(tmp_path: Path, image_folder: Path) -> None:
     import shutil
 

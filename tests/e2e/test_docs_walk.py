@@ -8,20 +8,17 @@ from __future__ import annotations
 import contextlib
 import csv
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from docs_commands import commands_of
 from PIL import Image
 
 from deat_rb.cli import main
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-from test_docs_commands import commands_of  # noqa: E402  # tests are no package
-
 pytestmark = pytest.mark.slow
 
 CHEAP = {

@@ -25,10 +25,9 @@ def reloaded(network: nn.Module) -> nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore")  # torch deprecates TorchScript
-@pytest.mark.parametrize(
-    "kind", ["script", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("trace", "load"))]
-)
-@pytest.mark.parametrize("level", ["none", pytest.param("quick", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["script", "trace", "load"])
+@pytest.mark.parametrize("level", ["none", "quick"])
 def test_evaluate_accepts_torchscript(kind: str, level: str) -> None:
     network = small_network()
     images, labels = (part[:24] for part in batch_for(network))

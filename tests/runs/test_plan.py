@@ -275,6 +275,7 @@ def test_plan_refuses_before_any_image_is_decoded(
         plan(make_options({**SMALL, **where, **options}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
 def test_dry_run_neither_downloads_nor_writes(dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def connect(*arguments: object, **keywords: object) -> None:

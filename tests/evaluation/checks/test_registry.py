@@ -148,6 +148,7 @@ def test_run_checks_refuses_images_outside_the_range() -> None:
         run_checks(small_network(), 2 * images, labels, report, level="quick", eps=EPS)
 
 
+@pytest.mark.slow
 def test_run_checks_accepts_wide_images_in_l2() -> None:
     """Square's tiles are square, and pyautoattack's search in L2 fails on images wider than high."""
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 16, 3)).eval()
