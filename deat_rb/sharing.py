@@ -96,7 +96,7 @@ def push(
 def shared_files(
     run: RunDirectory, address: HubAddress, license: str | None
 ) -> tuple[dict[str, bytes], tuple[str, ...]]:
-    """Return the contents of the files to upload by name, and notes for the user.
+    """Return the files to upload (contents by name) and notes for the user.
 
     Raises:
         DeatError: The weights are missing, or the evaluation belongs to different weights or data.

@@ -149,7 +149,7 @@ def fit_to_tiles(square: Any) -> Callable[[Tensor, Tensor], Tensor]:
     """Wrap Square's L2 search, whose initial perturbation is a grid of tiles that does not fit every image size.
 
     Sizes that fail in pyautoattack, such as 12x12, 24x24 and wide images, are attacked transposed and with a margin
-    that is cut off before each forward pass and from the result. Without it, the perturbation's norm is not larger.
+    that is cut off before each forward pass and from the result, which does not increase the perturbation's norm.
     """
 
     def perturb(images: Tensor, labels: Tensor) -> Tensor:

@@ -334,7 +334,7 @@ def _check_arch(arch: str, source: Path) -> None:
     wide = re.fullmatch(r"wrn-(\d+)-(\d+)", arch.lower())
     if wide is not None and int(wide[1]) * int(wide[2]) ** 2 > MAX_WRN:
         raise DeatError(
-            f"{source} has the architecture {arch}, which is too large (at most twice as large as WRN-94-16)"
+            f"{source} has the architecture {arch}, which is too large: at most twice the size of WRN-94-16 is allowed"
         )
 
 
