@@ -142,14 +142,6 @@ def fgsm(
         return AttackOutput(adv, model(adv).argmax(dim=1) != labels)
 
 
-def uniform_start(images: Tensor, eps: float, generator: torch.Generator) -> Tensor:
-    """Draw a start from U(-eps, eps) around ``images`` (N, C, H, W), within [0, 1].
-
-    The noise is drawn on the generator's device, so a CPU generator gives the same start on every device.
-    """
-    return Linf(eps).start(images, generator)
-
-
 def pgd(
     model: Callable[[Tensor], Tensor],
     images: Tensor,

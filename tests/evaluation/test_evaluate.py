@@ -13,8 +13,8 @@ import torch
 from small_problems import Plane, batch_for, plain_pgd, plane_images, small_network
 from torch import Tensor, nn
 
-from deat_rb.attacks.functional import uniform_start
 from deat_rb.attacks.names import parse_attacks
+from deat_rb.attacks.threat_models import Linf
 from deat_rb.evaluation.evaluate import evaluate
 from deat_rb.training.validation import validate
 from deat_rb.utils import seeding
@@ -54,7 +54,7 @@ def test_evaluate_early_stopping_changes_no_verdict(
     images, labels = batch
     eps = 0.04
     report = evaluate(network, images, labels, attacks=name, eps=eps, batch_size=48, seed=7)
-    start = uniform_start(images, eps, seeding.generator(7, "evaluate", name, 0))
+    start = Linf(eps).start(images, seeding.generator(7, "evaluate", name, 0))
     first = plain_pgd(network, images, labels, start, eps, eps / 4, 10, margin=name.startswith("cw"))
     expected = report.verdicts["natural"] & (first > 10)
     assert report.verdicts[name].tolist() == expected.tolist()

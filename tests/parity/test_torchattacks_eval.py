@@ -8,7 +8,7 @@ import torchattacks
 from torch import Tensor, nn
 
 from deat_rb.attacks import losses
-from deat_rb.attacks.functional import pgd, uniform_start
+from deat_rb.attacks.functional import pgd
 from deat_rb.attacks.threat_models import Linf
 from deat_rb.evaluation.evaluate import evaluate
 from deat_rb.utils import seeding
@@ -70,7 +70,7 @@ def test_fgsm_verdicts_equal_torchattacks(problem: tuple[nn.Module, Tensor, Tens
 def test_pgd_iterates_equal_torchattacks(problem: tuple[nn.Module, Tensor, Tensor]) -> None:
     model, images, labels = problem
     eps = 3 / 255
-    start = uniform_start(images, eps, seeding.generator(5))
+    start = Linf(eps).start(images, seeding.generator(5))
     ours = pgd(model, images, labels, start=start, threat=Linf(eps), alpha=eps / 4, steps=10, loss=losses.cross_entropy)
     with seeding.preserved():
         seeding.seed_global(5)
