@@ -129,7 +129,7 @@ class Check(BaseModel):
 
     @field_validator("name")
     @classmethod
-    def _today_s_name(cls, name: str) -> str:
+    def _current_name(cls, name: str) -> str:
         return RENAMED.get(name, name)
 
 

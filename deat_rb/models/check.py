@@ -16,7 +16,6 @@ def trial_logits(
     images: Tensor,
     *,
     source: str = "the model",
-    min_classes: int = 2,
     num_classes: int | None = None,
     advice: str = ADVICE,
 ) -> Tensor:
@@ -29,8 +28,7 @@ def trial_logits(
         model: Any network.
         images: (N, C, H, W), on the model's device.
         source: Name of the model in error messages.
-        min_classes: Smallest allowed K.
-        num_classes: Exact K, if known.
+        num_classes: K, if known; otherwise 2 or more.
         advice: Hint at the end of the error message.
 
     Raises:
@@ -54,14 +52,9 @@ def trial_logits(
                         f"tensor of logits: {advice}")  # fmt: skip
     if not logits.is_floating_point():
         raise DeatError(f"{source} returns {logits.dtype} logits: return floating-point logits")
-    wanted = f"({len(images)}, {num_classes or 'K'})" + ("" if num_classes else f" with K >= {min_classes}")
+    wanted = f"({len(images)}, {num_classes or 'K'})" + ("" if num_classes else " with K >= 2")
     columns = logits.shape[1] if logits.ndim == 2 else 0
-    if (
-        len(logits.shape) != 2
-        or len(logits) != len(images)
-        or columns < min_classes
-        or columns != (num_classes or columns)
-    ):
+    if columns < 2 or len(logits) != len(images) or columns != (num_classes or columns):
         raise DeatError(f"{source} returns logits of shape {tuple(logits.shape)} for {len(images)} images of {shape}, "
                         f"not {wanted}: {advice}")  # fmt: skip
     return logits

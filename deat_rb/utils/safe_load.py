@@ -54,9 +54,9 @@ class Weights:
         )
 
 
-def load_tensors(path: Path | str, weights_key: str | None = None) -> dict[str, Tensor]:
+def load_tensors(path: Path | str) -> dict[str, Tensor]:
     """Return only the tensors that `load_state_dict` reads."""
-    return load_state_dict(path, weights_key).tensors
+    return load_state_dict(path).tensors
 
 
 def load_state_dict(path: Path | str, weights_key: str | None = None) -> Weights:

@@ -59,8 +59,8 @@ def test_trial_logits_returns_the_logits() -> None:
         (lambda x: means(x)[:1], {}, r"logits of shape \(1, 3\)"),
         (
             means,
-            {"min_classes": 4, "source": "a.pt"},
-            r"^a\.pt returns logits of shape \(2, 3\) .* not \(2, K\) with K >= 4",
+            {"num_classes": 4, "source": "a.pt"},
+            r"^a\.pt returns logits of shape \(2, 3\) .* not \(2, 4\)",
         ),
         (means, {"num_classes": 4, "advice": "try another"}, r"not \(2, 4\): try another$"),
     ],
