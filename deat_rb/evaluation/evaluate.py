@@ -30,7 +30,7 @@ from deat_rb.utils.distributed import World
 from deat_rb.utils.errors import DeatError, Interrupted, did_you_mean
 from deat_rb.utils.safe_load import sha256_tensors
 from deat_rb.utils.text import counted, replace_invisible
-from deat_rb.utils.units import format_fraction
+from deat_rb.utils.units import exact_fraction
 from deat_rb.utils.versions import versions
 
 Eps = str | float | Sequence[str | float]
@@ -138,8 +138,8 @@ def evaluate(
             digests = _digests(model, images, labels)
             settings = {
                 "norm": norm,
-                "eps": ", ".join(map(_exactly, radii)),
-                "main eps": _exactly(main),
+                "eps": ", ".join(map(exact_fraction, radii)),
+                "main eps": exact_fraction(main),
                 "attacks": ", ".join(names),
                 "seed": str(seed),
                 "batch size": str(prepared.batch_size),
@@ -241,12 +241,6 @@ def _sweep_cost(plans: Mapping[float, Mapping[str, Attack]], n_examples: int) ->
     dearest = max(calls, key=lambda name: calls[name])
     return (f"sweep over {count} radii: at most {count} x {sum(calls.values()):,} forward passes for each of "
             f"{counted(n_examples, 'image')}, of which {dearest} needs {count} x {calls[dearest]:,}")  # fmt: skip
-
-
-def _exactly(radius: float) -> str:
-    """Format a radius exactly, as a fraction if possible."""
-    short = format_fraction(radius)
-    return short if "/" in short or float(short) == radius else repr(radius)
 
 
 def _check_square(names: Sequence[str], norm: str, images: Tensor | LabeledImages) -> None:

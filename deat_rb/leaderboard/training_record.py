@@ -18,9 +18,7 @@ from deat_rb.runs.options import TrainOptions, train_options
 from deat_rb.training.metrics import EpochStats
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.hub import is_hub
-from deat_rb.utils.options import format_epochs
 from deat_rb.utils.records import describe_validation_error
-from deat_rb.utils.units import format_fraction
 
 _METRICS_ROW = TypeAdapter(Row, config=ConfigDict(strict=True))
 
@@ -87,14 +85,5 @@ def training_command(config: RunConfig) -> str:
         is_default = value == defaults[each.name] and each.name not in ("seed", *DEFAULT_TEXTS)
         if each.name in skipped or value is None or is_default:
             continue
-        if each.kind in ("flag", "off"):
-            words += [each.flag] if value is (each.kind == "flag") else []
-            continue
-        if each.kind == "switch":
-            words.append(each.flag.split("/")[not value])
-            continue
-        numbers = value if isinstance(value, tuple) else (value,)
-        form = {"FRACTION": format_fraction, "EPOCHS": format_epochs}.get(each.metavar, str)
-        shown = ",".join(str(form(number)) for number in numbers)
-        words += [each.flag, Path(shown).name if each.metavar == "PATH" and not is_hub(shown) else shown]
+        words += each.words(Path(value).name if each.metavar == "PATH" and not is_hub(value) else value)
     return shlex.join(words)

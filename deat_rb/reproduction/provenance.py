@@ -56,15 +56,7 @@ def train_command(run: RunSpec, runs: Path) -> str:
     by_name = {each.name: each for each in train_options()}
     words = ["deat-rb", "train"]
     for name, value in run.options.explicit().items():
-        option = by_name[name]
-        if option.kind in ("flag", "off"):
-            words += [option.flag] if value == (option.kind == "flag") else []
-        elif option.kind == "switch":
-            words.append(option.flag.split("/")[0 if value else 1])
-        elif option.kind == "many":
-            words += [word for each in value for word in (option.flag, str(each))]
-        else:
-            words += [option.flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+        words += by_name[name].words(value)
     return shlex.join([*words, "--output", str(runs), "--name", run.name])
 
 

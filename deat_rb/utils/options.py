@@ -6,7 +6,7 @@ import contextlib
 import math
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
@@ -25,7 +25,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core.core_schema import ValidationInfo
 
 from deat_rb.utils.errors import DeatError, did_you_mean
-from deat_rb.utils.units import parse_fraction
+from deat_rb.utils.units import exact_fraction, parse_fraction
 
 Fraction = Annotated[float, BeforeValidator(parse_fraction)]
 """A number in units of the image range [0, 1]; a string such as 8/255 is accepted."""
@@ -172,6 +172,18 @@ class Option:
         if self.kind == "switch":
             return f"--{self.name}/--no-{self.name}".replace("_", "-")
         return f"--{'no-' if self.kind == 'off' else ''}{self.name.replace('_', '-')}"
+
+    def words(self, value: Any) -> list[str]:
+        """Return the words that set the option to a value on the command line; none for the default of a flag."""
+        if self.kind in ("flag", "off"):
+            return [self.flag] if value is (self.kind == "flag") else []
+        if self.kind == "switch":
+            return [self.flag.split("/")[not value]]
+        spelled: Callable[[Any], Any] = {"FRACTION": exact_fraction, "EPOCHS": format_epochs}.get(self.metavar, str)
+        texts = [str(spelled(each)) for each in (value if isinstance(value, tuple) else (value,))]
+        if self.kind == "many":
+            return [word for text in texts for word in (self.flag, text)]
+        return [self.flag, ",".join(texts)]
 
 
 class OptionGroup(BaseModel):

@@ -58,6 +58,12 @@ def format_fraction(value: float) -> str:
     return f"{value:.6g}"
 
 
+def exact_fraction(value: float) -> str:
+    """Return a radius as `format_fraction` does, but with all digits."""
+    short = format_fraction(value)
+    return short if "/" in short or float(short) == value else repr(value)
+
+
 def check_eps(eps: float, name: str = "eps", *, norm: str = "Linf") -> float:
     """Return eps after checking that it is in (0, 1] or, in L2, positive.
 

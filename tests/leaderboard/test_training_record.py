@@ -40,3 +40,9 @@ def test_training_command_spells_switches_numbers_and_paths(options: dict[str, A
     command = shlex.split(training_command(run_config(**options)))
     start = command.index(words[0])
     assert command[start : start + len(words)] == words
+
+
+def test_training_command_has_all_digits_of_a_radius() -> None:
+    command = shlex.split(training_command(run_config(eps=0.0312345678, alpha=2 / 255)))
+    assert command[command.index("--eps") + 1] == "0.0312345678"
+    assert command[command.index("--alpha") + 1] == "2/255"

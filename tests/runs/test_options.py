@@ -13,6 +13,7 @@ import pytest
 
 from deat_rb.runs.options import make_options, options_markdown, train_options
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.options import OPEN
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,3 +118,24 @@ create("standard", made()).fit(loader(), epochs=1, warmup=1)
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("batch_size", 64, ["--batch-size", "64"]),
+        ("eps", 8 / 255, ["--eps", "8/255"]),
+        ("eps", 0.0312345678, ["--eps", "0.0312345678"]),
+        ("epochs", OPEN, ["--epochs", "open"]),
+        ("mean", (0.1, 0.25), ["--mean", "0.1,0.25"]),
+        ("track", ("wandb", "mlflow"), ["--track", "wandb", "--track", "mlflow"]),
+        ("carry", False, ["--no-carry"]),
+        ("nesterov", True, ["--nesterov"]),
+        ("nesterov", False, []),
+        ("early_stopping", False, ["--no-early-stopping"]),
+        ("early_stopping", True, []),
+    ],
+)
+def test_words_set_an_option_on_the_command_line(name: str, value: Any, words: list[str]) -> None:
+    (option,) = (each for each in train_options() if each.name == name)
+    assert option.words(value) == words
