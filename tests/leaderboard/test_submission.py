@@ -256,7 +256,7 @@ def test_submit_matches_labels_by_class_name(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"classes": ("red", "green", "blue", "black")}, "the class 'grey', which"),
-     ({"dataset": "digits", "dataset_name": None, "data_dir": None}, "--classes is only for image folders: networks"),
+     ({"dataset": "digits", "dataset_name": None, "data_dir": None}, "--classes is only for image folders: the logits"),
      ({"arch": "torchvision:resnet18"}, "accepts images of several sizes .*: give --image-size"),
      ({"image_size": 64, "data_dir": Path("missing")}, "takes 3x32x32 images, not 3x64x64"),
      ({"weights_key": "state_dict_ema"}, "state_dict_ema")],
