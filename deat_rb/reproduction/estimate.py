@@ -171,7 +171,7 @@ def _measure(planned: TrainingPlan, kind: str) -> Times:
         images = torch.rand(shape).to(device, memory_format=torch.channels_last)
         labels = (torch.arange(size) % config.network.num_classes).to(device)
         model = config.network.build()
-        trainer = create(kind, model, eps=config.attack.eps)
+        trainer = create(kind, model, eps=config.attack.eps, norm=config.attack.norm)
         engine = Engine(device, resolve_precision(config.runtime.precision, device), compiled=config.runtime.compile)
         with engine.prepared(model):
             trainer.set_device(device)

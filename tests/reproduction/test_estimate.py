@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_studies import small_study
@@ -28,8 +29,9 @@ def test_estimate_adds_steps_updates_validation_and_evaluation(tmp_path: Path, m
 
 
 @pytest.mark.slow
-def test_estimate_measures(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"norm": "L2", "eps": 1.5}], ids=["Linf", "L2"])
+def test_estimate_measures(tmp_path: Path, options: dict[str, Any]) -> None:
     told: list[str] = []
-    predicted = estimate(StudyFolder(tmp_path), small_study().runs, notify=told.append)
+    predicted = estimate(StudyFolder(tmp_path), small_study(options).runs, notify=told.append)
     assert len(told) == 1
     assert 0 < predicted[0].training < 60
