@@ -8,7 +8,7 @@ from small_problems import Plane, batch_for, plain_pgd, plane_images, small_netw
 from torch import Tensor, nn
 
 from deat_rb.attacks import losses
-from deat_rb.attacks.functional import CountingModel, admissible, logits_and_gradient, pgd, uniform_start
+from deat_rb.attacks.functional import CountingModel, admissible, logits_and_gradient, pgd
 from deat_rb.attacks.threat_models import Linf
 from deat_rb.utils import seeding
 
@@ -28,7 +28,7 @@ def test_pgd_result_does_not_depend_on_leave_every(
     network: nn.Sequential, batch: tuple[Tensor, Tensor], every: int
 ) -> None:
     images, labels = batch
-    start = uniform_start(images, 0.04, torch.Generator().manual_seed(1))
+    start = Linf(0.04).start(images, torch.Generator().manual_seed(1))
     first = plain_pgd(network, images, labels, start, 0.04, 0.01, 10, margin=False)
     counted = CountingModel(network)
     crafted = pgd(
@@ -57,7 +57,7 @@ def test_pgd_result_does_not_depend_on_leave_every(
 
 def test_uniform_start_draws_from_the_generator() -> None:
     images = torch.rand(4, 3, 5, 5)
-    start = uniform_start(images, 0.1, seeding.generator(2, "evaluate", "pgd-5", 1))
+    start = Linf(0.1).start(images, seeding.generator(2, "evaluate", "pgd-5", 1))
     with seeding.preserved():
         torch.manual_seed(seeding.derive(2, "evaluate", "pgd-5", 1))
         noise = torch.empty_like(images).uniform_(-0.1, 0.1)
