@@ -18,13 +18,13 @@ from benchmarks.published import PublishedLoop
 from benchmarks.timing import Side
 from deat_rb import build_model, create
 from deat_rb.methods.trainers import ReplayTrainer
-from deat_rb.training.base import Constant
 from deat_rb.training.cuda_graphs import choose_graphs
 from deat_rb.training.engine import Engine
 from deat_rb.training.lr import set_rate
 from deat_rb.training.metrics import EpochAccumulator
 from deat_rb.training.optimizers import build_optimizer
 from deat_rb.training.options import OptimConfig
+from deat_rb.training.schedule import Constant
 from deat_rb.training.step_runner import StepRunner
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils import seeding

@@ -172,7 +172,7 @@ class PGD(StatelessAttack):
         self, images: Tensor, labels: Tensor, clean: Tensor | None, adv: Tensor
     ) -> tuple[Tensor, CraftStats]:
         threat = self.threat
-        l_x, overflows = images.new_zeros(()), _Overflows(self.loss_scale)
+        l_x, overflows = images.new_zeros(()), Overflows(self.loss_scale)
         gradient: Tensor | None = None
         for step in range(self.steps):
             with self._full_precision(images, step):
@@ -198,7 +198,7 @@ class PGD(StatelessAttack):
         patience = torch.full_like(labels, self.tau or 0)
         l_x = images.new_zeros(len(images))
         passes = images.new_zeros(())
-        overflows = _Overflows(self.loss_scale)
+        overflows = Overflows(self.loss_scale)
         rows: Tensor | None = None  # all
 
         def chosen(whole: Tensor) -> Tensor:
@@ -275,7 +275,7 @@ def _times(values: Tensor, factor: float | Tensor) -> Tensor:
     return values if isinstance(factor, float) and factor == 1 else values * factor
 
 
-class _Overflows:
+class Overflows:
     """Masking of gradients that overflowed under fp16's loss scale, without a host sync.
 
     An example whose gradient has NaN or Inf is not perturbed further in that step, and its gradient counts as zero. If

@@ -92,6 +92,7 @@ class Batches:
         self._size = data.shape[1:]
         self._device = torch.device(device)
         own = data.reader(device)
+        self._positions: tuple[int, Tensor] | None = None
         self._read: Reader = own if extra is None else MixedReader(own, extra.reader(device), len(data))
 
     def divided(self, rank: int, processes: int) -> Batches:
@@ -136,6 +137,29 @@ class Batches:
         """Return the number of images in global batch ``batch`` (0-based)."""
         return self.batch_size if self._extra else min(self.batch_size, self._count - batch * self.batch_size)
 
+    @property
+    def number_of_images(self) -> int:
+        """The number of images, without extra ones."""
+        return self._count
+
+    def positions(self, epoch: int, batch: int) -> Tensor:
+        """Return the positions of the images of a global batch in the dataset, int64, on the device of the batches.
+
+        Args:
+            epoch: The epoch.
+            batch: Number of the batch, from 0.
+
+        Raises:
+            DeatError: There are extra images.
+        """
+        if self._extra:
+            raise DeatError("batches with extra images have no positions in the training images: omit the extra images")
+        if self._positions is None or self._positions[0] != epoch:
+            order = self._order(epoch)
+            self._positions = epoch, (torch.arange(self._count) if order is None else order).to(self._device)
+        start = batch * self.batch_size
+        return self._positions[1][start : start + self.examples_in(batch)]
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.starting_at(0)
 
@@ -154,13 +178,16 @@ class Batches:
                 f"cannot continue from batch {batch}: the epoch has {len(self)} batches; "
                 "use the same data and batch size"
             )
-        order: Tensor | None = None
+        return self._batches(self._order(self.epoch), self.epoch, range(batch, len(self)))
+
+    def _order(self, epoch: int) -> Tensor | None:
+        """Return the order of an epoch's images, int64; None if they are not shuffled."""
         if self._extra:
-            order = mixed_order(self._count, self._extra, len(self), self.batch_size - self._extra_size,
-                                self._extra_size, self.seed, self.epoch)  # fmt: skip
-        elif self.shuffle:
-            order = torch.randperm(self._count, generator=generator(self.seed, "order", self.epoch))
-        return self._batches(order, self.epoch, range(batch, len(self)))
+            return mixed_order(self._count, self._extra, len(self), self.batch_size - self._extra_size,
+                               self._extra_size, self.seed, epoch)  # fmt: skip
+        if self.shuffle:
+            return torch.randperm(self._count, generator=generator(self.seed, "order", epoch))
+        return None
 
     def _batches(self, order: Tensor | None, epoch: int, numbers: range) -> Iterator[tuple[Tensor, Tensor]]:
         windows, drawn = [], []

@@ -14,15 +14,20 @@ from deat_rb.attacks.threat_models import DEFAULT_EPS, check_norm
 from deat_rb.methods.losses import surrogate
 from deat_rb.methods.recipes import CONSTANT, PAPER_EPS, Recipe, path_of, resolve
 from deat_rb.models.check import check_weights_exist
-from deat_rb.training.base import Schedule, who_needs_one_class
+from deat_rb.training.base import who_needs_one_class
+from deat_rb.training.schedule import Schedule
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.units import check_eps, is_whole_number, parse_scalar
 
-WHOLE_NUMBERS = frozenset({"steps", "max_steps", "start", "every", "tau", "m", "awp_warmup", "eps_warmup"})
+WHOLE_NUMBERS = frozenset(
+    {"steps", "max_steps", "start", "every", "tau", "m", "awp_warmup", "eps_warmup", "prior_reset"}
+)
 """Overrides that are whole numbers."""
 
-NUMBERS = frozenset({"align", "awp", "gamma", "beta", "label_smoothing", "omega", "threshold", "drop", "guard"})
+NUMBERS = frozenset(
+    {"align", "awp", "consistency", "gamma", "beta", "label_smoothing", "omega", "threshold", "drop", "guard"}
+)
 """Overrides that are real numbers."""
 
 
@@ -50,14 +55,18 @@ def configure(
     accepts = _parameters(row)
     norm = check_norm("Linf" if norm is None else norm)
     eps = check_eps(parse_scalar(DEFAULT_EPS[norm] if eps is None else eps), norm=norm)
+    trainer = resolve(row.trainer)
     if norm != "Linf":
+        if norm not in getattr(trainer, "norms", (norm,)):
+            raise DeatError(f"the method {canonical} is defined in {trainer.norms[0]} only: omit norm = {norm}")
         if "norm" not in accepts:
             raise DeatError(
                 f"the attack of the method {canonical} has no norm, so norm = {norm} cannot be used with it"
             )
         attack_options["norm"] = norm
     attack_keys = {"tau", "omega"} & set(attack_options)
-    if not row.replays:
+    shares_pass = getattr(trainer, "shares_forward_pass", False)
+    if not row.replays and not shares_pass:
         attack_keys |= {"attack_mode"} & accepts
     attack_options |= {key: values.pop(key) for key in attack_keys & set(values)}
     alpha, steps = row.alpha * (eps / PAPER_EPS), row.steps
@@ -69,8 +78,14 @@ def configure(
             f"the method {canonical} cannot use awp, which needs a separate backward pass before the update: a replay "
             "uses one pass for both attack and update; choose another method, such as pgd-N, n-fgsm or trades"
         )
-    accepted = set(inspect.signature(resolve(row.trainer)).parameters)
-    trainer_keys = ({"carry", "align"} & set(trainer_options)) | ({"lr_per_replay", "awp", "awp_warmup"} & accepted)
+    if shares_pass and {"awp", "awp_warmup"} & set(values):
+        raise DeatError(
+            f"the method {canonical} cannot use awp: the weights would change between the attack and the loss, which "
+            "share a forward pass; choose another method, such as pgd-N, n-fgsm or trades"
+        )
+    accepted = set(inspect.signature(trainer).parameters)
+    own_keys = {"carry", "align", "consistency", "prior_reset"} & set(trainer_options)
+    trainer_keys = own_keys | ({"lr_per_replay", "awp", "awp_warmup"} & accepted)
     trainer_keys |= {"eps_warmup"} if steps > 0 or row.guided else set()
     trainer_options |= {key: values.pop(key) for key in trainer_keys & set(values)}
     beta = values.pop("beta", row.beta) if row.loss in ("trades", "mart") else row.beta

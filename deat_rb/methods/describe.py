@@ -110,7 +110,7 @@ def _attack(row: Recipe, eps: float) -> str:
         text = f"steps of ({total})/r" if "/" in total else f"steps of {total}/r"
     else:
         text = f"{counted(row.steps, 'step')} of {size}" if fixed else f"steps of {size}"
-    if not row.replays and (row.loss != "ce" or options.get("loss", "ce") != "ce"):
+    if not row.replays and (row.loss not in ("ce", "nls") or options.get("loss", "ce") != "ce"):
         text += " on " + {"ce": "CE", "kl": "KL", "margin": "the CW margin"}[options.get("loss", "ce")]
     start = {"uniform": ", uniform start", "normal": ", start 0.001 N(0,1)", "none": ""}[
         options.get("start", "uniform")
@@ -121,6 +121,8 @@ def _attack(row: Recipe, eps: float) -> str:
         start += ", not projected onto the eps-ball"
     if "carry" in row.trainer_options:
         start = ", delta carried from batch to batch" if row.trainer_options["carry"] else ", delta zero in each batch"
+    if row.start:
+        start = ", " + row.start.format(**row.trainer_options)
     tau, mode = options.get("tau"), options.get("attack_mode")
     friendly = "" if tau is None else f", FAT's early stop with tau = {tau}"
     if options.get("omega"):
@@ -137,16 +139,21 @@ def _attack(row: Recipe, eps: float) -> str:
 def _loss(row: Recipe) -> str:
     awp, align = row.trainer_options.get("awp"), row.trainer_options.get("align")
     aligned = "" if align is None else f" + {align:g} (1 - cos of gradients)"
-    return _surrogate(row) + aligned + (f", AWP with gamma {awp:g}{_after_warmup(row)}" if awp is not None else "")
+    penalty = " + " + row.penalty.format(**row.trainer_options) if row.penalty else ""
+    perturbed = "" if awp is None else f", AWP with gamma {awp:g}{_after_warmup(row)}"
+    return _surrogate(row) + aligned + penalty + perturbed
 
 
 def _surrogate(row: Recipe) -> str:
     if not isinstance(row.loss, str):
         return row.loss.name
-    smoothed = f", label smoothing {row.label_smoothing:g}" if row.label_smoothing else ""
+    kind = "non-uniform label smoothing" if row.loss == "nls" else "label smoothing"
+    smoothed = f", {kind} {row.label_smoothing:g}" if row.label_smoothing else ""
     if row.loss == "trades":
         return (f"CE(clean) + {row.beta:g} KL" if row.beta else "CE(clean)") + smoothed
-    return f"MART, lambda {row.beta:g}" if row.loss == "mart" else row.loss.upper() + smoothed
+    if row.loss == "mart":
+        return f"MART, lambda {row.beta:g}"
+    return ("CE" if row.loss == "nls" else row.loss.upper()) + smoothed
 
 
 def _after_warmup(row: Recipe) -> str:

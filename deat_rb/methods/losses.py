@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from deat_rb.attacks.losses import at_least_float32, cross_entropy, kl_divergence, label_mask
 from deat_rb.training.base import ClassWeights, SurrogateLoss
+from deat_rb.utils import seeding
 from deat_rb.utils.errors import DeatError, did_you_mean
 
 
@@ -49,6 +50,19 @@ def mart(adv_logits: Tensor, labels: Tensor, clean_logits: Tensor, *, beta: floa
     """
     missed = 1 - F.softmax(at_least_float32(clean_logits), dim=1).gather(1, labels[:, None]).squeeze(1)
     return boosted_cross_entropy(adv_logits, labels) + beta * kl_divergence(adv_logits, clean_logits) * missed
+
+
+def nonuniform_cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Return the cross-entropy with non-uniform label smoothing (Pan et al. 2025, Equation 15), per example (N,).
+
+    With ``label_smoothing`` s the target is 1 - s for the label; the other classes share s at random.
+    """
+    logits = at_least_float32(logits)
+    true = label_mask(logits, labels)
+    others = (seeding.uniform_like(logits, 0.5) + 0.5).masked_fill(true, 0)
+    others = others / others.sum(dim=1, keepdim=True).clamp_min(torch.finfo(others.dtype).tiny)
+    target = torch.where(true, 1 - label_smoothing, label_smoothing * others)
+    return -(target * F.log_softmax(logits, dim=1)).sum(dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,16 +102,18 @@ def balanced_weights(counts: Tensor) -> Tensor:
 
 
 def surrogate(name: str | SurrogateLoss, *, beta: float = 6.0, label_smoothing: float = 0.0) -> SurrogateLoss:
-    """Return the surrogate loss ``ce``, ``trades`` or ``mart``; a custom loss is returned unchanged.
+    """Return the surrogate loss ``ce``, ``nls``, ``trades`` or ``mart``; a custom loss is returned unchanged.
+
+    ``nls`` is cross-entropy with non-uniform label smoothing.
 
     Raises:
         DeatError: If no loss has that name, beta is negative, or ``label_smoothing`` is outside [0, 1), or above 0 for
-            a loss other than ``ce`` and ``trades``.
+            ``mart`` or a custom loss.
     """
     if not 0 <= label_smoothing < 1:
         raise DeatError(f"label_smoothing = {label_smoothing:g} is not in [0, 1); 0.1 to 0.4 are usual")
     smoothed: dict[str, Any] = {"label_smoothing": label_smoothing} if label_smoothing else {}
-    if smoothed and name not in ("ce", "trades"):
+    if smoothed and name not in ("ce", "nls", "trades"):
         what = name.name if isinstance(name, SurrogateLoss) else name
         raise DeatError(
             f"label_smoothing = {label_smoothing:g} is defined for cross-entropy and TRADES, not for the loss {what}; "
@@ -110,8 +126,11 @@ def surrogate(name: str | SurrogateLoss, *, beta: float = 6.0, label_smoothing: 
     if name == "ce":
         function = partial(cross_entropy, **smoothed) if smoothed else cross_entropy
         return SurrogateLoss("ce", function, soft_labels=True)
+    if name == "nls":
+        function = partial(nonuniform_cross_entropy, **smoothed) if smoothed else cross_entropy
+        return SurrogateLoss("nls", function)
     regularized = {"trades": trades, "mart": mart}
     if name not in regularized:
-        raise DeatError(f"there is no surrogate loss '{name}': {did_you_mean(str(name), ('ce', *regularized))}")
+        raise DeatError(f"there is no surrogate loss '{name}': {did_you_mean(str(name), ('ce', 'nls', *regularized))}")
     function = partial(regularized[name], beta=beta, **smoothed)
     return SurrogateLoss(name, function, needs_clean=True, soft_labels=name == "trades")

@@ -75,10 +75,66 @@ def _amata(first: int, last: int) -> Recipe:
     )
 
 
+ONE_FORWARD_PASS = (
+    "Attack and loss share a forward pass, in train mode: no AWP, --attack-mode or --compile. As with TRADES, the "
+    "backward pass of the update goes through two forward passes."
+)
+
+
+def _fgsm_pgi() -> Recipe:
+    return Recipe(
+        steps=1,
+        alpha=8 / 255,
+        attack_options={"start": "none"},
+        label_smoothing=0.4,
+        trainer="deat_rb.methods.prior_guided:PriorGuidedTrainer",
+        trainer_options={"consistency": 10.0, "prior_reset": 40},
+        fast_epochs=15,
+        start="from each image's perturbation of the epoch before, reset every {prior_reset} epochs",
+        penalty="{consistency:g} mean squared change of the logits",
+        paper="Jia et al. 2022, arXiv:2207.08859, FGSM-MEP",
+        notes=(
+            "The form with momentum, which is the paper's most robust one and that of its public code.",
+            "As in the public code, momenta add gradients divided by the batch's L1 norm (Algorithm 3: signs), and "
+            "perturbations are not cropped and flipped with the image, and are reset every 40 epochs (CIFAR-100: 10).",
+            "The public code's smoothing gives the label 0.6 and the others 0.4 together; it trains for 110 epochs.",
+            ONE_FORWARD_PASS,
+        ),
+    )
+
+
+def _liet() -> Recipe:
+    return Recipe(
+        steps=1,
+        alpha=8 / 255,
+        attack_options={"start": "none"},
+        loss="nls",
+        label_smoothing=0.6,
+        trainer="deat_rb.methods.label_information:LabelInformationTrainer",
+        trainer_options={"consistency": 100.0},
+        fast_epochs=15,
+        cost="(2 + K/20N)MT",
+        start="from the label's perturbation of a gray image, plus or minus, mixed with noise",
+        penalty="{consistency:g} t/T JS divergence of start and end",
+        paper="Pan et al., ICCV 2025, Algorithm 1",
+        notes=(
+            "As in the public code: Algorithm 1's divergence is from the start, not the clean image; its weight rises "
+            "with the epoch t; the gray image's perturbations, computed every 20 batches in eval mode, take K/N passes "
+            "for K classes and N images per batch.",
+            "Above eps 8/255, as in the paper, examples are not projected and the noise is within 2 eps; its weights "
+            "there are --consistency 20 --label-smoothing 0.4.",
+            "The public code trains for 100 epochs with EMA 0.9995, on CIFAR-100 with weight 200 and smoothing 0.8.",
+            ONE_FORWARD_PASS,
+        ),
+    )
+
+
 OTHER_FAMILIES: list[tuple[str, str, str, Callable[..., Recipe]]] = [
     # as `deat_rb.methods.recipes.PAPER_FAMILIES`
     ("n-fgsm", r"n-fgsm", "n-fgsm", _n_fgsm),
     ("m+n-fgsm", r"m\+n-fgsm", "m+n-fgsm", _m_n_fgsm),
     ("gradalign", r"gradalign", "gradalign", _gradalign),
     ("amata-K-L", r"amata-(\d+)-(\d+)", "amata-2-10", _amata),
+    ("fgsm-pgi", r"fgsm-pgi", "fgsm-pgi", _fgsm_pgi),
+    ("liet", r"liet", "liet", _liet),
 ]

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchattacks.attack import Attack
 
-    from deat_rb.training.base import Schedule, StoppingRule, SurrogateLoss
+    from deat_rb.training.base import StoppingRule, SurrogateLoss
+    from deat_rb.training.schedule import Schedule
     from deat_rb.training.trainer import Trainer
 
 PAPER_EPS = 8 / 255
 
 PGD = "deat_rb.attacks.pgd:PGD"
-CONSTANT = "deat_rb.training.base:Constant"
+CONSTANT = "deat_rb.training.schedule:Constant"
 EVERY_D_EPOCHS = "deat_rb.methods.schedules:EveryDEpochs"
 ACCURACY_THRESHOLD = "deat_rb.methods.schedules:AccuracyThreshold"
 GRADIENT_MAGNITUDE = "deat_rb.methods.schedules:GradientMagnitude"
@@ -53,9 +54,9 @@ class Recipe:
         steps: The attack's steps; if the schedule raises them, those of the first epoch.
         alpha: The step size at eps = 8/255.
         attack_options: Further keyword arguments of the attack.
-        loss: The surrogate loss: ``ce``, ``trades``, ``mart`` or a custom loss.
+        loss: The surrogate loss: ``ce``, ``nls``, ``trades``, ``mart`` or a custom loss.
         beta: The weight of the regularization term of ``trades`` and ``mart`` (MART's lambda).
-        label_smoothing: Label smoothing of the cross-entropy of ``ce`` and ``trades``.
+        label_smoothing: Label smoothing of the cross-entropy of ``ce``, ``nls`` and ``trades``.
         schedule: The class of the step schedule.
         schedule_options: Its keyword arguments, except ``steps`` (``start`` if the schedule raises them).
         stopping: The class of the stopping rule, or None.
@@ -64,6 +65,8 @@ class Recipe:
         trainer_options: Its keyword arguments.
         fast_epochs: Epochs of the fast setting.
         summary: The attack in words; needed only for an attack other than `deat_rb.PGD`.
+        start: Where the attack starts, in words with ``trainer_options`` in braces, if the trainer determines it.
+        penalty: What the trainer adds to the loss, in words, with its ``trainer_options`` in braces.
         cost: Backward passes over T epochs of M mini-batches; needed only for an attack other than
             `deat_rb.PGD`.
         paper: Section, algorithm and source.
@@ -85,6 +88,8 @@ class Recipe:
     trainer_options: Mapping[str, Any] = field(default_factory=dict)
     fast_epochs: int = 10
     summary: str = ""
+    start: str = ""
+    penalty: str = ""
     cost: str = ""
     paper: str = ""
     notes: tuple[str, ...] = ()

@@ -136,7 +136,8 @@ def create(name: str, model: nn.Module, *, eps: float | str | None = None, **ove
         overrides: Parameters that replace the method's defaults: ``norm`` (``Linf`` or ``L2``), ``alpha``,
             ``steps`` (of the first epoch, if a schedule raises them), ``max_steps``, ``gamma``, ``beta``,
             ``label_smoothing``, ``awp``, ``awp_warmup``, ``tau``, ``omega``, ``attack_mode``, ``carry``,
-            ``lr_per_replay``, and the other parameters of its schedule and stopping rule. None keeps the default.
+            ``lr_per_replay``, ``consistency``, ``prior_reset``, and the other parameters of its schedule and
+            stopping rule. None keeps the default.
 
     Returns:
         A trainer: a torchattacks attack with the method ``fit``.

@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from deat_rb.training.base import Schedule
 from deat_rb.training.metrics import EpochStats
+from deat_rb.training.schedule import Schedule
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.options import OPEN
 

@@ -8,15 +8,16 @@ import time
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from deat_rb.methods.registry import create
 from deat_rb.methods.schedules import AccuracyThreshold, GradientMagnitude
 from deat_rb.runs.plan import TrainingPlan
-from deat_rb.training.base import Schedule
 from deat_rb.training.callbacks import Callback
 from deat_rb.training.engine import Engine
 from deat_rb.training.fit import fit
 from deat_rb.training.metrics import EpochAccumulator
+from deat_rb.training.schedule import Schedule
 from deat_rb.utils.devices import resolve_device
 from deat_rb.utils.options import OPEN
 
@@ -127,8 +128,20 @@ def _timed(planned: TrainingPlan, steps: int | None, device: torch.device) -> tu
     runtime = {**dict(config.runtime), "compile": False, "sync_bn": False}
     few = [(images[:8], labels[:8])]  # for stopping rules that need some
     with contextlib.suppress(_EnoughError):
-        fit(trainer, [(images, labels)] * (BATCHES + 1), few, callbacks=[watch], **optim, **runtime)
+        fit(trainer, _SameBatch(images, labels, len(planned.train)), few, callbacks=[watch], **optim, **runtime)
     return watch, Engine(device, "fp32").peak_memory()
+
+
+class _SameBatch(list[tuple[Tensor, Tensor]]):
+    """Loader that repeats a batch of some of the training images."""
+
+    def __init__(self, images: Tensor, labels: Tensor, number_of_images: int) -> None:
+        super().__init__([(images, labels)] * (BATCHES + 1))
+        self.number_of_images = number_of_images
+
+    def positions(self, epoch: int, batch: int) -> Tensor:
+        """Return the positions of the images of a batch among the training images."""
+        return torch.arange(len(self[batch][0]))
 
 
 class _EnoughError(Exception):

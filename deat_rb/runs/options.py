@@ -129,6 +129,14 @@ class AttackConfig(OptionGroup):
     align: float | None = option(
         None, "Weight of gradient alignment in gradalign.", default_text="method's: 0.2", ge=0, allow_inf_nan=False
     )
+    consistency: float | None = option(
+        None, "Weight of the penalty on the change of the prediction in fgsm-pgi and liet.",
+        default_text="method's: 10 fgsm-pgi, 100 liet", ge=0, allow_inf_nan=False,
+    )  # fmt: skip
+    prior_reset: int | None = option(
+        None, "Reset the perturbations that fgsm-pgi keeps for each image after this many epochs.",
+        default_text="method's: 40", ge=1,
+    )  # fmt: skip
     carry: bool | None = option(
         None, "Carry FREE's perturbation over from batch to batch; otherwise it is reset to zero in each batch.",
         default_text="setting's: yes fast, no standard",

@@ -17,6 +17,7 @@ from deat_rb.data.images import LabeledImages, subset, train_val_split
 from deat_rb.data.statistics import Progress
 from deat_rb.methods.describe import describe
 from deat_rb.methods.losses import balanced_weights, weighted
+from deat_rb.methods.prior_guided import PriorGuidedTrainer
 from deat_rb.methods.registry import create
 from deat_rb.methods.schedules import AccuracyThreshold, EveryDEpochs, GradientMagnitude
 from deat_rb.methods.trainers import AttackTrainer, ReplayTrainer
@@ -26,9 +27,9 @@ from deat_rb.runs.config import RunConfig
 from deat_rb.runs.hub_run import open_hub
 from deat_rb.runs.options import DataConfig, ModelConfig, TrainOptions
 from deat_rb.runs.resolution import resolve
-from deat_rb.training.base import Schedule
 from deat_rb.training.lr import MOMENTUM_RANGE
 from deat_rb.training.options import OptimConfig
+from deat_rb.training.schedule import Schedule
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils import seeding
 from deat_rb.utils.devices import resolve_device
@@ -108,6 +109,8 @@ class TrainingPlan:
             return None
         if type(trainer) is ReplayTrainer:
             return {"backward passes": steps * m, "forward passes": steps * m, "updates": steps * m}
+        if type(trainer) is PriorGuidedTrainer:
+            return {"backward passes": 2 * epochs * m, "forward passes": 2 * epochs * m, "updates": epochs * m}
         if type(trainer) is not AttackTrainer:
             return None
         perturbed = 0 if trainer.awp is None else max(epochs - trainer.awp.warmup, 0)
@@ -132,6 +135,7 @@ class TrainingPlan:
             cost = f"at most {passes} ({text.cost}; M = {self.batches})"
         else:
             cost = f"counted during training ({text.cost}; M = {self.batches})"
+        stored = self.trainer.stored_bytes(len(self.train), math.prod(self.train.shape))
         parameters = sum(parameter.numel() for parameter in self.trainer.model.parameters())
         network = self.config.model
         library = f"{network.arch.partition(':')[0]} (pretrained)" if network.pretrained else None
@@ -182,6 +186,10 @@ class TrainingPlan:
             ]),
             ("result", f"the weights of the {optim.select} epoch"),
             ("cost", cost),
+            *([] if not stored else [
+                ("state", f"{_gigabytes(stored)} more on the device and in each checkpoint, for what {attack.method} "
+                           f"keeps of each of the {len(self.train):,} training images")
+            ]),
             *(("note", note) for note in self.notes),
             *(("warning", warning) for warning in self.warnings()),
         ]  # fmt: skip
@@ -390,6 +398,11 @@ def _check_batches(images: int, config: RunConfig, ranks: int) -> None:
                 f"a batch would have only {size} of the {images} training images (--batch-size {batch_size}), and "
                 f"{ranks} ranks need {2 * ranks} or more, 2 for each; change --batch-size or --train-size"
             )
+
+
+def _gigabytes(size: int) -> str:
+    """Return a size in GB, or in MB if it is less than 0.1 GB."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def _optimizer(optim: OptimConfig) -> str:

@@ -10,6 +10,8 @@ from deat_rb.attacks.threat_models import DEFAULT_EPS
 from deat_rb.data.augmentations import MIXING
 from deat_rb.data.image_files import ImageLister
 from deat_rb.methods.build import build_schedule, check_mixed_labels, configure
+from deat_rb.methods.recipes import Recipe
+from deat_rb.methods.recipes import resolve as load
 from deat_rb.methods.registry import recipe
 from deat_rb.models.initialization import check_initialization
 from deat_rb.models.names import canonical_arch
@@ -20,6 +22,7 @@ from deat_rb.runs.defaults import ANYTIME, dataset_defaults, default_arch, setti
 from deat_rb.runs.hub_run import pinned
 from deat_rb.runs.options import TrainOptions
 from deat_rb.runs.trackers import check_trackers
+from deat_rb.training.checks import check_requirements
 from deat_rb.training.options import check_optim, optimizer_defaults
 from deat_rb.utils import seeding
 from deat_rb.utils.devices import check_cuda_graphs, check_sync_bn, resolve_device, resolve_precision
@@ -88,12 +91,25 @@ def resolve(options: TrainOptions) -> TrainOptions:
         schedule.begin(resolved.optim.epochs)
     if resolved.data.augment in MIXING:
         check_mixed_labels(configured, resolved.data.augment, class_weights=resolved.attack.class_weights)
+    _check_trainer(method, row, resolved)
     if (resolved.model.mean is None) != (resolved.model.std is None):
         raise DeatError("--mean and --std must be given together; omit both for those of the dataset")
     if resolved.data.extra_data is None and resolved.data.extra_fraction is not None:
         raise DeatError(f"--extra-fraction {resolved.data.extra_fraction:g} requires --extra-data: give both")
     _check_arch(resolved)
     return resolved
+
+
+def _check_trainer(method: str, row: Recipe, options: TrainOptions) -> None:
+    """Check that the method's trainer works with the other options."""
+    trainer = load(row.trainer)
+    check_requirements(trainer, method, compiled=options.runtime.compile, open_ended=options.optim.epochs == OPEN)
+    if trainer.needs_positions and options.data.extra_data is not None:
+        raise DeatError(f"{method} keeps a perturbation for each training image, but extra images are drawn at random "
+                        "from too many: omit --extra-data")  # fmt: skip
+    if trainer.needs_positions and options.data.augment in MIXING:
+        raise DeatError(f"{method} keeps a perturbation for each training image, but --augment {options.data.augment} "
+                        "mixes two: use another --augment")  # fmt: skip
 
 
 def _library_input(arch: str, dataset: str) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from deat_rb.utils.lazy import attach
 
 if TYPE_CHECKING:
-    from deat_rb.training.base import Constant, Schedule, Stop, StoppingRule, SurrogateLoss
+    from deat_rb.training.base import Stop, StoppingRule, SurrogateLoss
     from deat_rb.training.callbacks import Callback
     from deat_rb.training.history import History
+    from deat_rb.training.schedule import Constant, Schedule
     from deat_rb.training.trainer import Trainer
 
 __all__ = [
@@ -28,9 +29,9 @@ __all__ = [
 
 _MODULE_OF = {
     "Callback": "callbacks",
-    "Constant": "base",
+    "Constant": "schedule",
     "History": "history",
-    "Schedule": "base",
+    "Schedule": "schedule",
     "Stop": "base",
     "StoppingRule": "base",
     "SurrogateLoss": "base",

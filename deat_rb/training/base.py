@@ -1,4 +1,4 @@
-"""Base classes of schedules, stopping rules, surrogate losses and trainers."""
+"""Base classes of stopping rules, surrogate losses and trainers."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from deat_rb.attacks.pgd import PGD
 from deat_rb.attacks.threat_models import THREATS
 from deat_rb.training.engine import Engine
 from deat_rb.training.metrics import BatchStats, EpochStats
+from deat_rb.training.place import Place
+from deat_rb.training.schedule import Constant, Schedule
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.units import is_whole_number
 
@@ -63,79 +65,6 @@ class SurrogateLoss:
     needs_clean: bool = False
     class_weights: ClassWeights | None = None
     soft_labels: bool = False
-
-
-class Schedule:
-    """Number of attack steps per epoch; the base class keeps it constant.
-
-    Args:
-        steps: Attack steps in the first epoch.
-        max_steps: Upper bound; None for no bound.
-
-    Attributes:
-        steps: Attack steps in the next epoch.
-        needs_epochs: Whether the steps depend on the run's number of epochs, which can then be neither open nor
-            increased later.
-        needs_accuracy: Whether the steps depend on training accuracy.
-
-    Raises:
-        DeatError: ``steps`` is negative or not a whole number, or ``max_steps`` is below the steps of the first epoch.
-    """
-
-    guided = False
-    needs_epochs = False
-    needs_accuracy = False
-
-    def __init__(self, steps: int = 1, max_steps: int | None = None) -> None:
-        if not is_whole_number(steps) or steps < 0:
-            raise DeatError(f"steps = {steps} is not a non-negative whole number")
-        if max_steps is not None and max_steps < max(steps, 1):
-            raise DeatError(f"max_steps = {max_steps} is below the first epoch's steps ({max(steps, 1)})")
-        self.steps = int(steps)
-        self.max_steps = max_steps
-
-    def begin(self, epochs: int) -> None:
-        """Prepare for a run of ``epochs`` epochs, `deat_rb.utils.options.OPEN` if open-ended; called by `fit`."""
-
-    def update(self, stats: EpochStats) -> None:
-        """Set ``steps`` for the next epoch, given the metrics of the epoch that has ended."""
-
-    def alpha(self, alpha: float, eps: float) -> float:
-        """Return the step size for the next epoch, given the method's base step size."""
-        return alpha
-
-    def total_steps(self, epochs: int) -> int | None:
-        """Return the total steps over ``epochs`` epochs, or None if they depend on the training metrics."""
-        return None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state for `load_state_dict`, as JSON values."""
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a `state_dict`.
-
-        Raises:
-            ValueError: ``steps`` is invalid.
-        """
-        if not isinstance(state["steps"], int) or state["steps"] < 0:
-            raise ValueError(f"steps = {state['steps']!r} is not a non-negative whole number")
-        self.steps = state["steps"]
-
-    def _rise(self) -> None:
-        if self.max_steps is None or self.steps < self.max_steps:
-            self.steps += 1
-
-
-class Constant(Schedule):
-    """Constant number of attack steps, as in FREE-r, PGD-N, U-FGSM, FAT, TRADES and MART."""
-
-    def __init__(self, steps: int = 1) -> None:
-        super().__init__(steps)
-
-    def total_steps(self, epochs: int) -> int:
-        """Return ``steps`` times ``epochs``."""
-        return self.steps * epochs
 
 
 @dataclass(frozen=True)
@@ -221,6 +150,21 @@ class TrainerBase(StatelessAttack):
     Raises:
         DeatError: ``attack`` is not an attack with an eps, or a schedule is given but the attack has no steps.
     """
+
+    needs_positions = False
+    """Whether `begin_batch` needs the positions of a batch's images among the training images."""
+
+    needs_epochs = False
+    """Whether `begin_batch` needs the number of epochs, so that training cannot be open-ended."""
+
+    shares_forward_pass = False
+    """Whether attack and loss use the same forward pass, which rules out AWP and an attack in eval mode."""
+
+    compiles = True
+    """Whether a training step works with torch.compile."""
+
+    norms: tuple[str, ...] = tuple(THREATS)
+    """The norms in which the method is defined."""
 
     def __init__(
         self,
@@ -400,11 +344,36 @@ class TrainerBase(StatelessAttack):
         part = who_needs_one_class(
             self.loss, type(crafter), getattr(crafter, "loss", ""), getattr(crafter, "tau", None), type(self.schedule)
         )
+        part = part or ("a perturbation kept for each image" if self.needs_positions else None)
         if part is not None:
             raise DeatError(
                 f"the labels are class probabilities, but {part} needs one class per image: give class indices (N,) "
                 "or use a method with cross-entropy or TRADES, such as pgd-7, m-deat or m+trades"
             )
+
+    def begin_batch(self, images: Tensor, place: Place, engine: Engine) -> float:
+        """Prepare the training step of a batch; by default, this does nothing.
+
+        Unlike a training step, it is never recorded as a CUDA graph.
+
+        Args:
+            images: As for `training_step`.
+            place: The batch's place in the training.
+            engine: Device, precision and ranks.
+
+        Returns:
+            The number of forward passes and of backward passes that this took, in units of the batch.
+        """
+        return 0.0
+
+    def stored_bytes(self, images: int, size: int) -> int:
+        """Return the memory that the method needs for state, on the device and in each checkpoint, in bytes.
+
+        Args:
+            images: Number of training images.
+            size: Number of values per image, |x|.
+        """
+        return 0
 
     @abstractmethod
     def training_step(
@@ -439,3 +408,9 @@ class TrainerBase(StatelessAttack):
         if self.stopping is not None:
             self.stopping.load_state_dict(state["stopping"])
         self.apply_schedule()
+
+    def snapshot(self) -> Callable[[], None]:
+        """Copy the method's state before a training step; return a function that restores it after the step."""
+        state = deepcopy(self.state_dict())
+        tensors = {name: tensor.clone() for name, tensor in self.tensors().items()}
+        return lambda: self.load_state_dict(state, tensors)

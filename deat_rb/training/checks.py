@@ -54,6 +54,38 @@ def check_fit(model: nn.Module) -> None:
     check_trainable(model, source="the model")
 
 
+def check_requirements(trainer: type[TrainerBase], name: str, *, compiled: bool, open_ended: bool) -> None:
+    """Check that a method can be trained with these options.
+
+    Args:
+        trainer: The class of the trainer.
+        name: The name of the method.
+        compiled: Whether the model is compiled.
+        open_ended: Whether the number of epochs is open.
+
+    Raises:
+        DeatError: The method cannot be compiled, or needs the number of epochs.
+    """
+    if compiled and not trainer.compiles:
+        raise DeatError(f"{name} takes two gradients from one forward pass, which torch.compile lacks: omit --compile")
+    if open_ended and trainer.needs_epochs:
+        raise DeatError(f"{name} raises the weight of its penalty up to the last epoch, so it cannot be open-ended: "
+                        "give --epochs a number")  # fmt: skip
+
+
+def check_positions(trainer: TrainerBase, loader: Any) -> None:
+    """Check that a loader tells which images a batch has, if the trainer needs that.
+
+    Raises:
+        DeatError: It does not.
+    """
+    if trainer.needs_positions and not (hasattr(loader, "positions") and hasattr(loader, "number_of_images")):
+        raise DeatError(
+            f"{trainer.attack} keeps a perturbation for each training image, but a {type(loader).__name__} does not "
+            "tell which images a batch has: use deat_rb.data.batches.Batches"
+        )
+
+
 class BatchChecker:
     """Checks of the batches of a loader.
 

@@ -11,7 +11,7 @@ from deat_rb.training.base import Batch, TrainerBase
 from deat_rb.training.best_weights import BestWeights
 from deat_rb.training.callbacks import Callback
 from deat_rb.training.checkpointing import Checkpointing, MetricsWriter
-from deat_rb.training.checks import check_fit
+from deat_rb.training.checks import check_fit, check_requirements
 from deat_rb.training.cuda_graphs import choose_graphs
 from deat_rb.training.early_stopping import EarlyStopping, Patience
 from deat_rb.training.engine import Engine
@@ -26,7 +26,7 @@ from deat_rb.utils import seeding
 from deat_rb.utils.devices import resolve_device, resolve_precision
 from deat_rb.utils.distributed import world
 from deat_rb.utils.errors import DeatError, did_you_mean
-from deat_rb.utils.options import validate
+from deat_rb.utils.options import OPEN, validate
 from deat_rb.utils.threads import cpu_threads
 
 
@@ -81,6 +81,7 @@ def fit(
     if resume and run is None:
         raise DeatError("resume = True needs a run to resume: pass it as run")
     check_fit(trainer.model)
+    check_requirements(type(trainer), trainer.attack, compiled=runtime.compile, open_ended=optim.epochs == OPEN)
     target = resolve_device(runtime.device if "device" in given else str(next(trainer.model.parameters()).device))
     ranks = world(cpu=target.type == "cpu")
     precision = resolve_precision(runtime.precision, target)

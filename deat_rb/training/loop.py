@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,12 +13,13 @@ from torch import Tensor
 from deat_rb.attacks.gradient_probe import lipschitz_lower_bound
 from deat_rb.training.base import Batch
 from deat_rb.training.callbacks import Action, Callback
-from deat_rb.training.checks import BatchChecker, BatchError
+from deat_rb.training.checks import BatchChecker, BatchError, check_positions
 from deat_rb.training.dataloading import Loader, check_loader, count_batches, epoch_batches, materialize, shard
 from deat_rb.training.engine import explain_nondeterminism
 from deat_rb.training.history import History
 from deat_rb.training.lr import LearningRate, rate_of, set_momentum, set_rate
 from deat_rb.training.metrics import EpochStats
+from deat_rb.training.place import Place
 from deat_rb.training.signals import StopRequests
 from deat_rb.training.state import TrainingState
 from deat_rb.training.step_runner import StepRunner
@@ -52,6 +54,7 @@ class Loop:
         self.requests = StopRequests(enabled=state.run is not None)
         state.warn = self._warn
         self._eps = state.trainer.eps
+        self._loader: Any = None
 
     def __call__(self, loader: Iterable[Batch], val_loader: Iterable[Batch] | None) -> History:
         """Train to the end; see `deat_rb.training.fit.fit`."""
@@ -69,6 +72,8 @@ class Loop:
                 "DataLoader"
             )
         check_loader(loader, self.checker.name)
+        check_positions(trainer, loader)
+        self._loader = loader
         state.batches = count_batches(loader)
         shards = shard(loader, state.world)
         size = getattr(loader, "batch_size", None)
@@ -191,12 +196,24 @@ class Loop:
             stream = seeding.generator(state.seed, *key, device=state.engine.device)
             noise = seeding.global_batch_noise(world.share(total), total, stream)
         with noise, state.trainer.warmed_up(self._progress(state.batch, 0.0)) as self._eps:
+            passes = state.trainer.begin_batch(images, self._place(total), state.engine)
             stats = self.run_step(images, labels, total)
+            if passes:
+                stats = replace(stats, forwards=stats.forwards + passes, backwards=stats.backwards + passes)
         state.engine.sync_buffers(state.model, statistics=state.trainer.reads_statistics())
         for each in self.callbacks:
             each.on_step_end(stats)
         if not state.skip_batch:
             state.sums.add(stats, len(images) / total)
+
+    def _place(self, total: int) -> Place:
+        """Return the place of the current batch, of ``total`` examples."""
+        state = self.state
+        place = Place(state.epoch, state.epochs, state.batch, total, self.checker.num_classes or 0)
+        if not state.trainer.needs_positions:
+            return place
+        positions = self._loader.positions(state.epoch, state.batch)
+        return replace(place, positions=positions, number_of_images=self._loader.number_of_images)
 
     def _rate(self, batch: int, share: float) -> float:
         """Return the learning rate when a fraction ``share`` in [0, 1] of a batch is done."""

@@ -145,8 +145,8 @@ class Snapshot:
         if state.average is not None:
             self._averages = {name: tensor.clone() for name, tensor in state.average.tensors.items()}
             self._updates = state.average.updates.clone()
-        self._tensors = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
-        self._states: tuple[dict[str, Any], dict[str, Any]] = copy.deepcopy((trainer.state_dict(), engine.state_dict()))
+        self._restore_method = trainer.snapshot()
+        self._scales: dict[str, Any] = copy.deepcopy(engine.state_dict())
 
     def restore(self) -> None:
         """Restore the copied state."""
@@ -155,7 +155,6 @@ class Snapshot:
             tensor.copy_(before)
         if self._average is not None:
             self._average.load(self._averages, self._updates)
-        trainer_state, scaler_state = self._states
-        self._trainer.load_state_dict(trainer_state, self._tensors)
-        if scaler_state:
-            self._engine.load_state_dict(scaler_state)
+        self._restore_method()
+        if self._scales:
+            self._engine.load_state_dict(self._scales)

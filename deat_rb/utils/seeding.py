@@ -14,7 +14,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-_division: ContextVar[tuple[slice, int, torch.Generator] | None] = ContextVar("division", default=None)
+_division: ContextVar[tuple[slice, int | None, torch.Generator] | None] = ContextVar("division", default=None)
 
 
 def derive(seed: int, *key: str | int) -> int:
@@ -65,8 +65,19 @@ def global_batch_noise(part: slice, total: int, stream: torch.Generator) -> Iter
         _division.reset(token)
 
 
+@contextmanager
+def same_on_all_ranks() -> Iterator[None]:
+    """Let `uniform_like` and `normal_like` draw the same noise on every rank, in the shape of their argument."""
+    division = _division.get()
+    token = _division.set(None if division is None else (slice(None), None, division[2]))
+    try:
+        yield
+    finally:
+        _division.reset(token)
+
+
 def uniform_like(images: Tensor, bound: float) -> Tensor:
-    """Draw from U(-bound, bound), in the shape of ``images`` (N, C, H, W).
+    """Draw from U(-bound, bound), in the shape of ``images`` (N, C, H, W), or of any tensor with a row per example.
 
     Values are drawn in the order of a contiguous tensor, so that the noise does not depend on the memory format.
     """
@@ -81,7 +92,8 @@ def normal_like(images: Tensor, std: float) -> Tensor:
 def _drawn(images: Tensor, draw: Callable[[Tensor, torch.Generator | None], Tensor]) -> Tensor:
     division = _division.get()
     part, total, stream = division if division is not None else (slice(None), len(images), None)
-    blank = torch.empty((total, *images.shape[1:]), dtype=images.dtype, device=images.device)
+    rows = len(images) if total is None else total
+    blank = torch.empty((rows, *images.shape[1:]), dtype=images.dtype, device=images.device)
     noise = draw(blank, stream)[part]
     if images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last):
         return noise.contiguous(memory_format=torch.channels_last)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from torch.optim import SGD
 
 import deat_rb
 import deat_rb.methods
+from deat_rb.training.engine import Engine
 from deat_rb.training.metrics import BatchStats
+from deat_rb.training.place import Place
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils.seeding import seed_global
 
@@ -47,6 +50,8 @@ CASES = [
     ("gradalign", None),
     ("amata-2-10", None),
     ("amata-2-10", 5),
+    ("fgsm-pgi", None),
+    ("liet", None),
     ("fat-5", None),
     ("trades", None),
     ("f+trades", None),
@@ -94,13 +99,20 @@ def seed_batch(epoch: int, batch: int) -> None:
     seed_global(11, "batch", epoch, batch)
 
 
-def backward_and_step(trainer: Trainer, data: Sequence[Batch], epoch: int, optimizer: SGD) -> list[BatchStats]:
-    done = []
+def backward_and_step(
+    trainer: Trainer, data: Sequence[Batch], epoch: int, optimizer: SGD, epochs: int = 1
+) -> list[BatchStats]:
+    done: list[BatchStats] = []
+    first, total = 0, sum(len(labels) for _, labels in data)
     for i, (images, labels) in enumerate(data):
         seed_batch(epoch, i)
         kept = images.clone()
-        done.append(trainer.training_step(images, labels, optimizer))
+        rows = torch.arange(first, first + len(images))
+        passes = trainer.begin_batch(images, Place(epoch + 1, epochs, i, len(images), 4, rows, total), Engine("cpu"))
+        stats = trainer.training_step(images, labels, optimizer)
+        done.append(replace(stats, forwards=stats.forwards + passes, backwards=stats.backwards + passes))
         assert torch.equal(images, kept)
+        first += len(images)
     return done
 
 

@@ -16,9 +16,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
+from reference_penalized import fgsm_pgi, gradalign, liet
+from reference_step import Epoch, Loop, Trace, cross_entropy, kl, normal_start, uniform_start
 from torch import Tensor, nn
 
 Batch = tuple[Tensor, Tensor]
@@ -27,89 +28,6 @@ SINGLE = 10 / 255
 PATIENCE = 3
 LAMBDA = 6.0
 TAU = 20 / 255
-
-
-@dataclass
-class Epoch:
-    """What one epoch did; forwards and backwards are in mini-batches, a share where only some examples took part."""
-
-    steps: int
-    examples: int = 0
-    correct: int = 0
-    loss: float = 0.0
-    l_x: float = 0.0
-    forwards: float = 0.0
-    backwards: float = 0.0
-    updates: int = 0
-
-    @property
-    def accuracy(self) -> float:
-        """The share of the epoch's examples, as they were trained on, that the model got right."""
-        return self.correct / self.examples
-
-
-Trace = list[Epoch]
-
-
-@dataclass
-class Loop:
-    """What the loop bodies share: the model, its optimizer and the numbers of this epoch."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    eps: float
-    alpha: float
-    steps: int
-    epoch: Epoch
-    delta: dict[str, Tensor] = field(default_factory=dict)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Runs the whole mini-batch through the model."""
-        self.epoch.forwards += 1
-        logits: Tensor = self.model(images)
-        return logits
-
-    def update(self, each: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """theta <- theta - grad_theta of the mean of ``each``, the examples' losses (N,)."""
-        self.optimizer.zero_grad()
-        each.mean().backward()
-        self.epoch.backwards += 1
-        self.optimizer.step()
-        self.record(each, logits, labels)
-
-    def record(self, each: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Record the update of a batch whose loss and accuracy count: its only one, or its last replay's."""
-        self.epoch.updates += 1
-        self.epoch.examples += len(labels)
-        self.epoch.loss += each.sum().item()
-        self.epoch.correct += int((logits.argmax(1) == labels).sum())
-
-    def step(self, images: Tensor, adversarial: Tensor, gradient: Tensor) -> Tensor:
-        """delta <- delta + alpha sign(gradient); delta <- max(min(delta, eps), -eps); images stay images."""
-        delta = adversarial + self.alpha * gradient.sign() - images
-        delta = torch.clamp(delta, -self.eps, self.eps)
-        return torch.clamp(images + delta, 0, 1).detach()
-
-
-def uniform_start(images: Tensor, eps: float) -> Tensor:
-    """x + delta for delta = U(-eps, eps), kept in [0, 1]."""
-    return torch.clamp(images + torch.empty(images.shape, dtype=images.dtype).uniform_(-eps, eps), 0, 1)
-
-
-def normal_start(images: Tensor) -> Tensor:
-    """x + delta for delta = 0.001 N(0, 1), as TRADES and MART begin: it may leave [0, 1]."""
-    return images + 0.001 * torch.randn(images.shape, dtype=images.dtype)
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log p_y of each example, (N,)."""
-    return -logits.log_softmax(1)[range(len(labels)), labels]
-
-
-def kl(clean_logits: Tensor, adversarial_logits: Tensor) -> Tensor:
-    """KL(p_clean || p_adv) of each example, (N,)."""
-    log_p, log_q = clean_logits.log_softmax(1), adversarial_logits.log_softmax(1)
-    return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
 def trades_loss(clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor) -> Tensor:
@@ -211,26 +129,6 @@ def n_fgsm(loop: Loop, images: Tensor, labels: Tensor) -> None:
     adversarial = torch.clamp(noisy.detach() + loop.alpha * noisy.grad.sign(), 0, 1)
     logits = loop.forward(adversarial)
     loop.update(cross_entropy(logits, labels), logits, labels)
-
-
-def gradalign(loop: Loop, images: Tensor, labels: Tensor) -> None:
-    """GradAlign (Andriushchenko and Flammarion 2020, Equation 5): FGSM without noise, and a penalty on 1 - cos.
-
-    Of the two gradients the one at the image is a constant, as in the public code.
-    """
-    clean = images.clone().requires_grad_()
-    cross_entropy(loop.forward(clean), labels).sum().backward()
-    assert clean.grad is not None
-    loop.epoch.l_x += clean.grad.abs().sum().item()
-    adversarial = loop.step(images, images, clean.grad)
-    logits = loop.forward(adversarial)
-    random = (images + torch.empty(images.shape, dtype=images.dtype).uniform_(-loop.eps, loop.eps)).requires_grad_()
-    each = cross_entropy(loop.forward(random), labels)
-    (other,) = torch.autograd.grad(each.sum(), random, create_graph=True)
-    one, two = clean.grad.flatten(1), other.flatten(1)
-    cosine = (one * two).sum(1) / (one.square().sum(1).sqrt() * two.square().sum(1).sqrt())
-    loop.epoch.backwards += 3  # at the image, at the random point, and through the latter
-    loop.update(cross_entropy(logits, labels) + 0.2 * (1 - cosine), logits, labels)
 
 
 def trades(loop: Loop, images: Tensor, labels: Tensor) -> None:
@@ -362,6 +260,8 @@ BODIES: dict[str, tuple[Body, float, int]] = {
     "n-fgsm": (n_fgsm, 8 / 255, 1),
     "gradalign": (gradalign, 8 / 255, 1),
     "amata": (amata, 0.0, 0),
+    "fgsm-pgi": (fgsm_pgi, 8 / 255, 1),
+    "liet": (liet, 8 / 255, 1),
     "fat": (fat, INNER, 5),
     "trades": (trades, INNER, 10),
     "f+trades": (f_trades, INNER, 10),
@@ -413,10 +313,13 @@ def run(
         alpha = max(base_alpha, eps / r) if guided else base_alpha  # Algorithm 4, line 3
         alpha = TAU / r if family == "amata" else alpha
         trace.append(Epoch(steps=r))
-        loop = Loop(model, optimizer, eps, alpha, r, trace[-1], carried)
+        loop = Loop(model, optimizer, eps, alpha, r, trace[-1], carried, number=t)
+        loop.total, loop.epochs_done = sum(len(labels) for _, labels in batches), (t + 1) / len(batches_per_epoch)
         for i, (images, labels) in enumerate(batches):
             seed_batch(t, i)
+            loop.batch = i
             body(loop, images, labels)
+            loop.first += len(images)
         if guided:
             r = magnitude_rule([epoch.l_x for epoch in trace], start, gamma, bound)
         elif family == "deat" and parts is not None:  # Algorithm 1, line 12

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from deat_rb.models.spec import ModelSpec, NormalizedModel
 from deat_rb.runs.config import RunConfig
+from deat_rb.training.engine import Engine
+from deat_rb.training.place import Place
+from deat_rb.training.trainer import Trainer
 
 Batch = tuple[Tensor, Tensor]
 ARCH = "training_problems:network"
@@ -87,6 +90,25 @@ def images_and_labels(count: int = 6, size: int = 8, seed: int = 5) -> Batch:
 def loader(batches: int = 2, count: int = 6) -> list[Batch]:
     """A list of batches, which is the simplest of loaders."""
     return [images_and_labels(count, seed=20 + number) for number in range(batches)]
+
+
+class Positioned(list[Batch]):
+    """A list of batches of the training images in their order, which tells which images a batch has."""
+
+    def __init__(self, batches: Iterable[Batch], number_of_images: int | None = None) -> None:
+        super().__init__(batches)
+        self._sizes = [len(labels) for _, labels in self]
+        self.number_of_images = number_of_images or sum(self._sizes)
+
+    def positions(self, epoch: int, batch: int) -> Tensor:
+        first = sum(self._sizes[:batch])
+        return torch.arange(first, first + self._sizes[batch])
+
+
+def begin(trainer: Trainer, images: Tensor, epoch: int = 0, batch: int = 0, engine: Engine | None = None) -> float:
+    """Tell a trainer the place of a batch (from 0), whose images are the first ones of the training images."""
+    place = Place(epoch + 1, 1, batch, len(images), 4, torch.arange(len(images), device=images.device), 8)
+    return trainer.begin_batch(images, place, engine or Engine(images.device))
 
 
 class Passes:

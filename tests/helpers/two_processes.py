@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from training_problems import Positioned
 
 import deat_rb
 from deat_rb.utils import distributed
@@ -29,13 +30,13 @@ def small_model() -> nn.Module:
     return model
 
 
-def data() -> list[tuple[Tensor, Tensor]]:
+def data() -> Positioned:
     """Return five batches, of 7, 7, 7, 7 and 4 examples."""
     generator = torch.Generator().manual_seed(1)
-    return [
+    return Positioned(
         (torch.rand(size, 3, 8, 8, generator=generator, dtype=torch.float64), torch.arange(size) % 4)
         for size in (7, 7, 7, 7, 4)
-    ]
+    )
 
 
 def train(method: str) -> tuple[dict[str, Tensor], list[float]]:

@@ -15,7 +15,7 @@ from small_problems import AttackingCollate
 from torch import Tensor
 from torch.optim import SGD
 from torch.utils.data import DataLoader
-from training_problems import images_and_labels, made
+from training_problems import begin, images_and_labels, made
 
 import deat_rb
 from deat_rb.training.trainer import Trainer
@@ -54,6 +54,7 @@ def test_create_returns_a_trainer_that_can_be_pickled(name: str, way: str) -> No
     losses = []
     for each in (trainer, again):
         torch.manual_seed(6)
+        begin(each, images)
         losses.append(float(each.training_step(images, labels, SGD(each.model.parameters(), lr=0.1)).loss))
     assert losses[0] == losses[1]
 

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deat_rb.methods.schedules import AccuracyThreshold, Annealed, EveryDEpochs, GradientMagnitude, replay
-from deat_rb.training.base import Constant, Schedule
 from deat_rb.training.metrics import EpochStats
+from deat_rb.training.schedule import Constant, Schedule
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.options import OPEN
 

@@ -18,7 +18,9 @@ from torch.optim import SGD
 
 import deat_rb
 from deat_rb.attacks.base import CraftStats
+from deat_rb.training.engine import Engine
 from deat_rb.training.metrics import EpochStats
+from deat_rb.training.place import Place
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils import seeding
 
@@ -117,6 +119,39 @@ def test_training_equals_the_public_code(case: str, name: str, options: dict[str
         # Theirs is of the gradient of the batch's mean loss: an eighth and a fifth of each example's.
         first, second = public["l_x_of_mean_loss"]
         assert l_x == pytest.approx(8 * first + 5 * second, rel=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "options"),
+    [
+        ("fgsm-pgi", "fgsm-pgi", {"label_smoothing": 0.5}),  # 0.6 for the label and 0.1 for each of the other 4 classes
+        ("liet", "liet", {}),
+        ("liet, eps 16/255", "liet", {"eps": 16 / 255, "consistency": 20.0, "label_smoothing": 0.4}),
+    ],
+)
+def test_training_with_stored_perturbations_equals_the_public_code(
+    case: str, name: str, options: dict[str, Any]
+) -> None:
+    """An epoch of eight images and one of five of them, in another order."""
+    public = PUBLIC[case]
+    trainer = deat_rb.create(name, network(), **options)
+    optimizer, engine = sgd(trainer.model), Engine("cpu")
+    images, labels = batch(8, 6)
+    loss = correct = passes = 0.0
+    for epoch, rows in enumerate((torch.arange(8), torch.arange(7, 2, -1)), start=1):
+        place = Place(epoch, 2, 0, len(rows), 5, rows, 8)
+        passes += len(rows) * (2 + trainer.begin_batch(images[rows], place, engine))
+        stats = trainer.training_step(images[rows], labels[rows], optimizer, engine)
+        loss, correct = loss + float(stats.loss), correct + int(stats.correct)
+    for key, value in trainer.model.state_dict().items():
+        assert float(value.double().abs().sum()) == pytest.approx(public["weights"][key], rel=1e-11), key
+    assert loss == pytest.approx(public["loss"], rel=1e-11)
+    assert correct == public["accuracy"]
+    for kept in ("prior", "momentum"):
+        if kept in public:
+            assert_images(trainer.tensors()[kept], public[kept])
+    if "passes" in public:
+        assert [passes, passes] == pytest.approx(public["passes"])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference_cases import CASES, assert_trains_as_the_reference_loop
+from reference_cases import CASES, assert_trains_as_the_reference_loop, network
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -18,6 +18,7 @@ from deat_rb.attacks.base import CraftStats
 from deat_rb.attacks.pgd import PGD
 from deat_rb.methods import trainers
 from deat_rb.methods.registry import family, known_methods
+from deat_rb.methods.shared_forward import SharedForwardTrainer
 from deat_rb.methods.trainers import AttackTrainer, ReplayTrainer
 from deat_rb.training.engine import Engine
 from deat_rb.training.metrics import BatchStats
@@ -27,6 +28,9 @@ from deat_rb.utils.module_state import preserve_state
 METHODS = list(dict.fromkeys(name for name, _ in CASES if name != "standard"))
 FREED = [("n-fgsm", "ball"), ("m+n-fgsm", "ball"), ("gradalign", "ball")]
 """Methods without the projection onto the eps-ball, or whose one step never leaves it."""
+
+SHARED = ("fgsm-pgi", "liet")
+"""Methods whose trainer chooses the start, and whose attack shares a forward pass with the loss, in train mode."""
 
 OTHER_START = {"uniform": "normal", "normal": "uniform", "none": "uniform"}
 
@@ -70,7 +74,7 @@ def test_mutation_of_the_step_size_is_noticed(name: str, monkeypatch: pytest.Mon
     assert noticed(name)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in SHARED])
 def test_mutation_of_the_start_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def elsewhere(trainer: Trainer) -> None:
         if isinstance(trainer, ReplayTrainer) and trainer.carry:
@@ -140,7 +144,42 @@ def test_mutation_of_the_weight_of_gradient_alignment_is_noticed(monkeypatch: py
     assert noticed("gradalign")
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if not re.search("deat|free|gradalign", name)])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("fgsm-pgi", {"consistency": 9.9}),
+        ("liet", {"consistency": 99.0}),
+        ("liet", {"noise_share": (0.1, 0.4)}),
+        ("liet", {"refresh": 2}),
+    ],
+)
+def test_mutation_of_fgsm_pgi_and_liet_is_noticed(
+    name: str, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changed(trainer: Trainer) -> None:
+        for key, value in change.items():
+            setattr(trainer, key, value)
+
+    change_trainers(monkeypatch, changed)
+    assert noticed(name)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_mutation_of_the_starts_of_fgsm_pgi_and_liet_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = type(deat_rb.create(name, network()))
+    assert issubclass(trainer, SharedForwardTrainer)
+    start = trainer.start
+
+    def mirrored(self: SharedForwardTrainer, images: Tensor, labels: Tensor, engine: Engine) -> Tensor:
+        return 2 * images - start(self, images, labels, engine)
+
+    monkeypatch.setattr(trainer, "start", mirrored)
+    assert noticed(name)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in METHODS if not re.search("deat|free|gradalign", name) and name not in SHARED]
+)
 def test_mutation_with_an_early_update_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Algorithm 4, lines 6-13: all r steps come before the update."""
     craft = AttackTrainer.craft
@@ -178,7 +217,9 @@ def test_mutation_of_the_order_of_forwards_is_noticed(name: str, monkeypatch: py
     assert noticed(name)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if "deat" not in name and "free" not in name])
+@pytest.mark.parametrize(
+    "name", [name for name in METHODS if "deat" not in name and "free" not in name and name not in SHARED]
+)
 def test_mutation_of_the_attack_mode_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def other(trainer: Trainer) -> None:
         assert isinstance(trainer.crafter, PGD)

@@ -21,7 +21,6 @@ from reference_cases import (
 )
 from reference_loops import (
     PATIENCE,
-    kl,
     magnitude_rule,
     mart_loss,
     ratio_rule,
@@ -29,6 +28,7 @@ from reference_loops import (
     run,
     trades_loss,
 )
+from reference_step import kl
 from torch import Tensor, nn
 
 import deat_rb
@@ -63,6 +63,20 @@ def test_schedules_equal_the_reference_loop(name: str) -> None:
         trainer.schedule.update(EpochStats(epoch=t + 1, l_x=l_x, train_acc=accuracy))
         trainer.apply_schedule()
     assert_same_state(actual, expected)
+
+
+def test_perturbations_from_epoch_to_epoch_equal_the_reference_loop() -> None:
+    """The weight of LIET's penalty, and FGSM-PGI's perturbations, which are reset in the 41st epoch."""
+    for name, epochs in (("liet", 3), ("fgsm-pgi", 42)):
+        expected, actual = network(), network()
+        data = batches((6, 3))
+        trace = run(name, expected, [data] * epochs, lr=0.005, seed_batch=seed_batch)
+        trainer = deat_rb.create(name, actual, eps=8 / 255)
+        optimizer = sgd(actual, lr=0.005)
+        for t, epoch in enumerate(trace):
+            done = backward_and_step(trainer, data, t, optimizer, epochs)
+            assert sum(float(stats.loss) for stats in done) == pytest.approx(epoch.loss, rel=1e-6), (name, t)
+        assert_same_state(actual, expected)
 
 
 def test_stopping_rules_equal_the_reference() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torchattacks
 from fits import equal, weights
-from training_problems import images_and_labels, made
+from training_problems import Positioned, images_and_labels, made
 
 import deat_rb
 from deat_rb.methods.describe import describe
@@ -15,10 +15,12 @@ from deat_rb.training import validation
 from deat_rb.training.metrics import BatchStats
 from deat_rb.utils.errors import DeatError
 
-DATA = [images_and_labels(4)] * 2
+DATA = Positioned([images_and_labels(4)] * 2)
 
 
-@pytest.mark.parametrize("name", ["pgd-2", "free-2", "m-deat", "n-fgsm", "fat-2", "trades", "torchattacks"])
+@pytest.mark.parametrize(
+    "name", ["pgd-2", "free-2", "m-deat", "n-fgsm", "fat-2", "trades", "fgsm-pgi", "liet", "torchattacks"]
+)
 def test_eps_and_alpha_rise_together_and_validation_is_at_the_full_eps(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

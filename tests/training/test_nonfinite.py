@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from fits import Generated
 from resumed_runs import Stops, train
 from torch import nn
-from training_problems import Batch, loader, made, normalized, run_config
+from training_problems import Batch, Positioned, loader, made, normalized, run_config
 
 import deat_rb
 import deat_rb.methods
@@ -41,12 +41,12 @@ def test_nonfinite_flags_name_the_first_batch() -> None:
     assert NonFiniteFlags().note(stats(), model, 0).tolist() == [True, True, False]
 
 
-class Poisoned(list[Batch]):
+class Poisoned(Positioned):
     """Batches of which one has NaN in it, from the second epoch on or from the first."""
 
-    def __init__(self, data: list[Batch], at: int) -> None:
-        super().__init__(data)
+    def __init__(self, data: Iterable[Batch], at: int) -> None:
         self.at = at
+        super().__init__(data)
 
     def __iter__(self) -> Iterator[Batch]:
         for number, (images, labels) in enumerate(super().__iter__()):
@@ -54,14 +54,17 @@ class Poisoned(list[Batch]):
 
 
 @pytest.mark.parametrize(
-    ("method", "options"), [("pgd-1", {}), ("free-2", {"ema": 0.5}), ("m-deat", {}), ("trades", {"ema": 0.5})]
+    ("method", "options"),
+    [("pgd-1", {}), ("free-2", {"ema": 0.5}), ("m-deat", {}), ("trades", {"ema": 0.5}), ("fgsm-pgi", {}), ("liet", {})],
 )
 def test_nonfinite_skip_leaves_no_trace_of_the_batch(method: str, options: dict[str, Any]) -> None:
     """Training with a bad batch at the end of the epoch is training without that batch."""
     good = loader(4)
     expected, actual = made(), made()
     expected.load_state_dict(actual.state_dict())
-    theirs = deat_rb.create(method, expected).fit(good[:3], epochs=1, lr=0.1, lr_schedule="flat", **options)
+    theirs = deat_rb.create(method, expected).fit(
+        Positioned(good[:3], 24), epochs=1, lr=0.1, lr_schedule="flat", **options
+    )
     ours = deat_rb.create(method, actual).fit(
         Poisoned(good, at=3), epochs=1, lr=0.1, lr_schedule="flat", on_nonfinite="skip", **options
     )

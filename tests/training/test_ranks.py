@@ -81,7 +81,7 @@ def test_statistics_are_averaged_when_they_are_read_and_other_buffers_in_each_ba
 
 def test_only_attacks_in_eval_mode_read_the_statistics() -> None:
     eval_mode = {method for method in known_methods() if deat_rb.create(method, made()).reads_statistics()}
-    assert eval_mode == {"fat-5", "f+trades", "f+mart"}
+    assert eval_mode == {"fat-5", "f+trades", "f+mart", "liet"}
     assert deat_rb.create("pgd-2", made(), attack_mode="eval").reads_statistics()
     assert not deat_rb.create("fat-5", made(), attack_mode="train").reads_statistics()
 

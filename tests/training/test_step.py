@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
-from training_problems import images_and_labels, loader, made
+from training_problems import begin, images_and_labels, loader, made
 
 import deat_rb
 from deat_rb.methods.registry import known_methods
@@ -43,6 +43,7 @@ def test_no_method_looks_at_a_value(method: str) -> None:
         optimizer = build_optimizer(model, OptimConfig(lr=0.1), engine.device)
         for batch in range(2):
             with engine.training_batch(model, 8):
+                begin(trainer, images, 0, batch, engine)
                 stats = trainer.training_step(images, labels, optimizer, engine)
             flags.note(stats, model, batch)
             sums.add(stats)

@@ -10,7 +10,7 @@ import torch
 import torchattacks
 from tape import TapeGraphs
 from torch import Tensor, nn
-from training_problems import images_and_labels, made
+from training_problems import begin, images_and_labels, made
 
 import deat_rb
 from deat_rb.methods.registry import known_methods
@@ -56,6 +56,7 @@ def trained(
             trainer.set_replay_lr(partial(replay_rate, rate))
             set_rate(optimizer, rate)
             seeding.seed_global(0, "batch", epoch, batch)
+            begin(trainer, images, epoch, batch, engine)
             sums.add(runner(images, labels, len(labels)))
             seen.append({"lr": rate_of(optimizer)} | sums.read())
         if trainer.schedule.guided:

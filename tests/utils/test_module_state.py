@@ -19,7 +19,7 @@ from deat_rb.utils.module_state import preserve_modes, preserve_state
 
 METHODS = [
     "standard", "free-3", "deat-2", "deat-40%", "m-deat", "pgd-2", "m+pgd", "u-fgsm", "m+u-fgsm",
-    "n-fgsm", "m+n-fgsm", "gradalign", "amata-2-10",
+    "n-fgsm", "m+n-fgsm", "gradalign", "amata-2-10", "fgsm-pgi", "liet",
     "fat-2", "trades", "f+trades", "m+trades", "mart", "f+mart", "m+mart",
 ]  # fmt: skip
 ATTACKS: dict[str, Callable[[nn.Module], Any]] = {
@@ -79,7 +79,7 @@ def test_attack_call_that_raises_does_not_change_the_model(name: str, call: int)
     before = Snapshot(model)
     fails_at(model, call)
     forwards = {"standard": 0, "m-deat": 1, "deat-2": 1, "deat-40%": 1, "m+pgd": 1, "u-fgsm": 1, "m+u-fgsm": 1,
-                "n-fgsm": 1, "m+n-fgsm": 1, "gradalign": 1,
+                "n-fgsm": 1, "m+n-fgsm": 1, "gradalign": 1, "fgsm-pgi": 1,
                 "m+mart": 1, "FFGSM": 1}  # fmt: skip
     if forwards.get(name, 2) >= call:
         with pytest.raises(RuntimeError, match="out of order"):

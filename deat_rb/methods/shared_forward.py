@@ -1,0 +1,122 @@
+"""Base class of one-step methods whose loss also uses the logits at the start of the step."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from deat_rb.attacks.pgd import PGD, Overflows
+from deat_rb.methods.losses import surrogate
+from deat_rb.training.base import SurrogateLoss
+from deat_rb.training.engine import Engine
+from deat_rb.training.metrics import BatchStats
+from deat_rb.training.trainer import Trainer
+from deat_rb.utils.errors import DeatError
+from deat_rb.utils.module_state import require_autograd
+
+
+class SharedForwardTrainer(Trainer):
+    """Attack with one step and penalize the change of the prediction that it causes.
+
+    The forward pass at the start of the step serves both the attack and the penalty, so that a batch takes two forward
+    passes. The attack maximizes the surrogate loss, with its label smoothing. The backward pass of the update goes
+    through both forward passes.
+
+    Args:
+        attack: A `PGD` on cross-entropy with one step, without tau and omega, in train mode.
+        loss: The surrogate loss.
+        consistency: Weight of the penalty.
+        options: As for `Trainer`.
+    """
+
+    shares_forward_pass = True
+    compiles = False
+    norms = ("Linf",)
+
+    def __init__(
+        self, attack: PGD, *, loss: str | SurrogateLoss = "ce", consistency: float = 10.0, **options: Any
+    ) -> None:
+        name = type(self).__name__
+        if not isinstance(attack, PGD) or attack.loss != "ce" or attack.tau is not None or attack.omega:
+            raise DeatError(f"{name} needs a deat_rb.PGD on cross-entropy without tau and omega")
+        if attack.norm != "Linf":
+            raise DeatError(f"{name} is defined in Linf only, not in {attack.norm}")
+        if not attack.in_train_mode:
+            raise DeatError(f"{name} uses one forward pass for attack and update, so it cannot attack in eval mode")
+        if not (math.isfinite(consistency) and consistency >= 0):
+            raise DeatError(f"consistency = {consistency:g} is not a finite number of 0 or more")
+        super().__init__(attack, loss=surrogate(loss), **options)
+        if self.schedule.total_steps(2) != 2:
+            raise DeatError(f"{name} takes one step per batch, not {self.steps}: set steps = 1")
+        if self.loss.needs_clean:
+            raise DeatError(f"{name} cannot use the loss {self.loss.name}, which needs the clean images' logits")
+        self.consistency = consistency
+
+    @abstractmethod
+    def start(self, images: Tensor, labels: Tensor, engine: Engine) -> Tensor:
+        """Return the first iterate of a training batch, (N, C, H, W)."""
+
+    @abstractmethod
+    def fresh_start(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the first iterate of images that are not a training batch, (N, C, H, W)."""
+
+    @abstractmethod
+    def penalty(self, start_logits: Tensor, logits: Tensor) -> Tensor:
+        """Return the weighted penalty on the change of the logits (N, K), per example (N,)."""
+
+    def keep(self, images: Tensor, gradient: Tensor, engine: Engine) -> None:
+        """Store what later batches need; called after the attack."""
+
+    def reads_statistics(self) -> bool:
+        """Return False: both forward passes are in train mode."""
+        return False
+
+    def forward(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """Generate adversarial examples from a `fresh_start`, without updating the weights."""
+        if labels is None:
+            raise DeatError("this attack needs labels: call it with (images, labels)")
+        images, labels = inputs.detach().to(self.device), labels.to(self.device)
+        start = self.fresh_start(images, labels)
+        self.crafter.enter_mode()
+        adv: Tensor = self.crafter.craft(images, labels, adv=start)[0]
+        return adv
+
+    def training_step(
+        self, images: Tensor, labels: Tensor, optimizer: Optimizer, engine: Engine | None = None
+    ) -> BatchStats:
+        """Take one step of the attack, then update the weights once; `begin_batch` must be called before."""
+        self.require_pixels()
+        require_autograd("training", grad_mode=True)
+        engine = engine or Engine(images.device)
+        crafter, model, function = self.crafter, engine.ddp_model(self.model), self.loss.function
+        overflows = Overflows(engine.loss_scale)
+        start = self.start(images, labels, engine).requires_grad_()
+        with engine.autocast():
+            start_logits = model(start)
+            objective = function(start_logits, labels).sum() * engine.loss_scale
+        (gradient,) = torch.autograd.grad(objective, start, retain_graph=True)
+        gradient = overflows.masked(gradient / engine.loss_scale)
+        if self.loss.class_weights is not None:  # the attack and l_X are of each example's own loss
+            gradient = gradient / self.loss.class_weights.of(labels).view(-1, 1, 1, 1)
+        adv = crafter.threat.ascend(start.detach(), images, gradient, crafter.alpha)
+        self.keep(images, gradient, engine)
+        with engine.autocast():
+            logits = model(adv)
+            loss = function(logits, labels) + self.penalty(start_logits, logits)
+        engine.update(loss, optimizer)
+        return BatchStats(
+            examples=len(images),
+            loss=loss.detach().sum(),
+            correct=(logits.argmax(dim=1) == labels).sum(),
+            l_x=crafter.threat.total_dual_norm(gradient),
+            forwards=2,
+            backwards=2,
+            updates=1,
+            image_size=images[0].numel(),
+            overflows=overflows.count,
+        )

@@ -1,0 +1,83 @@
+"""Schedules of the attack's steps: the base class and the constant one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from deat_rb.training.metrics import EpochStats
+from deat_rb.utils.errors import DeatError
+from deat_rb.utils.units import is_whole_number
+
+
+class Schedule:
+    """Number of attack steps per epoch; the base class keeps it constant.
+
+    Args:
+        steps: Attack steps in the first epoch.
+        max_steps: Upper bound; None for no bound.
+
+    Attributes:
+        steps: Attack steps in the next epoch.
+        needs_epochs: Whether the steps depend on the run's number of epochs, which can then be neither open nor
+            increased later.
+        needs_accuracy: Whether the steps depend on training accuracy.
+
+    Raises:
+        DeatError: ``steps`` is negative or not a whole number, or ``max_steps`` is below the steps of the first epoch.
+    """
+
+    guided = False
+    needs_epochs = False
+    needs_accuracy = False
+
+    def __init__(self, steps: int = 1, max_steps: int | None = None) -> None:
+        if not is_whole_number(steps) or steps < 0:
+            raise DeatError(f"steps = {steps} is not a non-negative whole number")
+        if max_steps is not None and max_steps < max(steps, 1):
+            raise DeatError(f"max_steps = {max_steps} is below the first epoch's steps ({max(steps, 1)})")
+        self.steps = int(steps)
+        self.max_steps = max_steps
+
+    def begin(self, epochs: int) -> None:
+        """Prepare for a run of ``epochs`` epochs, `deat_rb.utils.options.OPEN` if open-ended; called by `fit`."""
+
+    def update(self, stats: EpochStats) -> None:
+        """Set ``steps`` for the next epoch, given the metrics of the epoch that has ended."""
+
+    def alpha(self, alpha: float, eps: float) -> float:
+        """Return the step size for the next epoch, given the method's base step size."""
+        return alpha
+
+    def total_steps(self, epochs: int) -> int | None:
+        """Return the total steps over ``epochs`` epochs, or None if they depend on the training metrics."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for `load_state_dict`, as JSON values."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a `state_dict`.
+
+        Raises:
+            ValueError: ``steps`` is invalid.
+        """
+        if not isinstance(state["steps"], int) or state["steps"] < 0:
+            raise ValueError(f"steps = {state['steps']!r} is not a non-negative whole number")
+        self.steps = state["steps"]
+
+    def _rise(self) -> None:
+        if self.max_steps is None or self.steps < self.max_steps:
+            self.steps += 1
+
+
+class Constant(Schedule):
+    """Constant number of attack steps, as in FREE-r, PGD-N, U-FGSM, FAT, TRADES and MART."""
+
+    def __init__(self, steps: int = 1) -> None:
+        super().__init__(steps)
+
+    def total_steps(self, epochs: int) -> int:
+        """Return ``steps`` times ``epochs``."""
+        return self.steps * epochs
