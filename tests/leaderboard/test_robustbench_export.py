@@ -70,6 +70,7 @@ def test_export_board_refuses_an_empty_export(tmp_path: Path, board: Board, fake
         export_board(board.path, tmp_path / "none", as_dataset="cifar10")
 
 
+@pytest.mark.slow
 def test_the_documented_lines_load_an_entry_through_robustbench(
     tmp_path: Path, board: Board, fake: FakeEvaluation
 ) -> None:

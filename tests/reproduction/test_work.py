@@ -31,6 +31,7 @@ def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deat_rb.runs.train.plot_curves", lambda *_, **__: None)
 
 
+@pytest.mark.slow
 def test_work_trains_evaluates_and_records(tmp_path: Path) -> None:
     study = small_study({"method": "pgd-1"}, {"method": "free-2"})
     folder = work(study, tmp_path)

@@ -146,6 +146,7 @@ def test_plot_curves_of_one_epoch_without_validation(tmp_path: Path) -> None:
     assert (int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")) == (1100, 704)
 
 
+@pytest.mark.slow
 def test_train_seeds_loads_the_data_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[str] = []
 

@@ -32,12 +32,14 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @without_upstream_autoattack
 def test_robustbench_alone_does_not_import_upstream() -> None:
     result = python("import robustbench")
     assert "ModuleNotFoundError: No module named 'autoattack'" in result.stderr
 
 
+@pytest.mark.slow
 def test_robustbench_imports_and_knows_the_architectures() -> None:
     result = python("""
 import sys
@@ -54,6 +56,7 @@ print("tests" in sys.modules, find_spec("autoattack") is None)
     assert result.stdout.splitlines() == [str([True] * 3), "True True", "False False"]
 
 
+@pytest.mark.slow
 def test_import_of_an_installed_autoattack_is_preferred(tmp_path: Path) -> None:
     (tmp_path / "autoattack.py").write_text("class AutoAttack: pass\n")
     result = python(f"""
@@ -65,6 +68,7 @@ print(AutoAttack is not compat.AutoAttack)
     assert result.stdout.strip() == "True", result.stderr
 
 
+@pytest.mark.slow
 def test_robustbench_names_a_file_that_hides_autoattack(tmp_path: Path) -> None:
     (tmp_path / "autoattack.py").write_text("")
     result = python(f"""

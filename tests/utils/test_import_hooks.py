@@ -26,6 +26,7 @@ def python(code: str, folder: Path, *flags: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 @without_upstream
 def test_robustbench_imports_after_deat_rb(tmp_path: Path) -> None:
     code = (
@@ -34,6 +35,7 @@ def test_robustbench_imports_after_deat_rb(tmp_path: Path) -> None:
     assert python(code, tmp_path) == "deat_rb.utils.compat True"
 
 
+@pytest.mark.slow
 @without_upstream
 def test_a_folder_named_autoattack_is_not_taken_for_the_package(tmp_path: Path) -> None:
     (tmp_path / "autoattack").mkdir()
