@@ -24,6 +24,7 @@ def network() -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 8, 5, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(392, 4)).eval()
 
 
+@pytest.mark.slow
 def test_evaluate_files_equals_evaluate_memory(network: nn.Module, image_folder: Path) -> None:
     files = interleave_classes(load_data("folder", data_dir=image_folder, image_size=32, memory_limit=0).test)
     memory = interleave_classes(load_data("folder", data_dir=image_folder, image_size=32).test)

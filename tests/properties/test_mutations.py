@@ -57,6 +57,7 @@ def change_trainers(monkeypatch: pytest.MonkeyPatch, change: Callable[[Trainer],
     monkeypatch.setattr(deat_rb, "create", changed)
 
 
+@pytest.mark.slow
 def test_mutations_cover_all_methods() -> None:
     families = {family(name) for name in METHODS}
     assert families == {family(name) for name in known_methods() if name != "standard"}

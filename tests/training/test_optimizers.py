@@ -151,6 +151,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 def test_resume_with_every_option_equals_the_uninterrupted_run(options: dict[str, Any], tmp_path: Path) -> None:
     whole = RunDirectory.create(tmp_path / "whole", run_config())

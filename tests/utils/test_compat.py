@@ -88,6 +88,7 @@ def test_torchattacks_wheel_contains_another_robustbench_upstream() -> None:
     assert "robustbench/eval.py" in files
 
 
+@pytest.mark.slow
 def test_pkg_resources_is_needed_upstream() -> None:
     result = python("""
 import sys; sys.modules["pkg_resources"] = None
@@ -107,6 +108,7 @@ def test_pkg_resources_is_installed() -> None:
     assert int(metadata.version("setuptools").partition(".")[0]) < 82
 
 
+@pytest.mark.slow
 def test_architectures_loads_the_zoos_classes_without_the_zoo() -> None:
     result = python("""
 import pickle, sys
@@ -123,6 +125,7 @@ print(isinstance(zoo.Wong2020FastNet(), type(model.net)), architectures.wide_res
     assert result.stdout.splitlines() == [str([False] * 5), "True True", "True True"], result.stderr
 
 
+@pytest.mark.slow
 def test_architectures_of_a_pickled_model_are_found_by_another_process(tmp_path: Path) -> None:
     model = build_model("wrn-10-1", dataset="cifar10").eval()
     torch.save({"model": model, "images": IMAGES, "logits": model(IMAGES)}, tmp_path / "whole.pt")
