@@ -15,6 +15,7 @@ from deat_rb.data.images import LabeledImages, Reader
 from deat_rb.utils.distributed import share
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.seeding import generator
+from deat_rb.utils.text import counted
 
 
 class Batches:
@@ -119,8 +120,8 @@ class Batches:
         smallest = rest if rest and not self.drop_last else self.batch_size
         if smallest < processes:
             raise DeatError(
-                f"{self._count} images in batches of {self.batch_size} leave a batch of {smallest}, fewer than the "
-                f"{processes} ranks: change --batch-size or --train-size, or use fewer ranks"
+                f"{counted(self._count, 'image', '')} in batches of {self.batch_size} leave a batch of {smallest}, "
+                f"fewer than the {processes} ranks: change --batch-size or --train-size, or use fewer ranks"
             )
         self.rank = rank
         self.processes = processes
@@ -175,7 +176,7 @@ class Batches:
         """
         if not 0 <= batch <= len(self):
             raise DeatError(
-                f"cannot continue from batch {batch}: the epoch has {len(self)} batches; "
+                f"cannot continue from batch {batch}: the epoch has {counted(len(self), 'batch')}; "
                 "use the same data and batch size"
             )
         return self._batches(self._order(self.epoch), self.epoch, range(batch, len(self)))

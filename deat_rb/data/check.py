@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.text import counted
 
 ROUNDING = 1e-6
 """Tolerance for pixels outside [0, 1], which resampling of float images can cause; attacks clamp them."""
@@ -82,7 +83,9 @@ def _check_label_types(labels: Tensor, count: int, *, soft: bool = False) -> Non
         also = " or floating-point class probabilities of shape (N, K)" if soft else ""
         raise DeatError(f"labels must be int64 class indices of shape (N,){also}, not {_describe(labels)}")
     if len(labels) != count:
-        raise DeatError(f"there are {count} images but {len(labels)} labels: give one label per image")
+        be = "is" if count == 1 else "are"
+        found = f"{counted(count, 'image', '')} but {counted(len(labels), 'label', '')}"
+        raise DeatError(f"there {be} {found}: give one label per image")
 
 
 def check_label_values(labels: Tensor, num_classes: int | None = None) -> None:

@@ -63,8 +63,8 @@ def render_page(
     """
     if not len(images) == len(labels) == report.n_examples:
         raise DeatError(
-            f"the report covers {report.n_examples} examples, not {len(images)} images with {len(labels)} labels: give "
-            "the images that were evaluated"
+            f"the report covers {counted(report.n_examples, 'example', '')}, not {counted(len(images), 'image', '')} "
+            f"with {counted(len(labels), 'label', '')}: give the images that were evaluated"
         )
     content = _content(report, images, labels.cpu(), _Names(classes), predictions or {})
     content |= {"training": training or {}, "curves": _data_url(curves) if curves else ""}

@@ -121,7 +121,7 @@ def resume(
         if longer.optim.epochs > config.optim.epochs and planned.trainer.schedule.needs_epochs:
             raise DeatError(
                 f"--epochs = {format_epochs(longer.optim.epochs)} cannot extend a run of {config.attack.method}, whose "
-                f"steps are laid out over {config.optim.epochs} epochs; start a new run"
+                f"steps are laid out over {counted(config.optim.epochs, 'epoch')}; start a new run"
             )
         for package, version in versions().items():
             if config.versions.get(package, version) != version:

@@ -14,6 +14,7 @@ from deat_rb.training.checks import BatchChecker
 from deat_rb.utils import seeding
 from deat_rb.utils.distributed import World
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.text import counted
 
 Check = Callable[[Any, int], Batch]
 
@@ -57,7 +58,7 @@ class ShardedLoader:
         for (images, labels), total in epoch_batches(self.loader, epoch, batch, seed, check):
             if total < self.world.size:
                 raise DeatError(
-                    f"a batch of {total} images cannot be split among {self.world.size} ranks; "
+                    f"a batch of {counted(total, 'image')} cannot be split among {self.world.size} ranks; "
                     "drop short batches with drop_last=True, or use fewer ranks"
                 )
             part = self.world.share(total)

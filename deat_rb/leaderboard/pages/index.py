@@ -328,7 +328,8 @@ def _reproduces(entry: Entry, table: PaperTable, method: str) -> bool:
 def _measured_row(entry: Entry, with_fgsm: bool) -> dict[str, Any]:
     accuracies = (entry.clean_acc, *(entry.percent(name) for name in ATTACKED if with_fgsm or name != "fgsm"))
     minutes = MISSING if entry.train_seconds is None else f"{entry.train_seconds / 60:.1f}"
-    notes = (entry.dataset_note, f"on {entry.n_examples:,} images" if entry.is_subset else None, entry.hardware)
+    subset = f"on {counted(entry.n_examples or 0, 'image')}" if entry.is_subset else None
+    notes = (entry.dataset_note, subset, entry.hardware)
     return {
         "kind": "measured",
         "name": entry.model_name,
