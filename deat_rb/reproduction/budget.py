@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from deat_rb.methods.registry import recipe
-from deat_rb.reproduction.estimate import Clock, training_seconds
+from deat_rb.reproduction.estimate import Clock, seconds_of
 from deat_rb.runs.options import make_options
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.text import counted, duration
@@ -198,7 +198,7 @@ class _Costs:
             passes = known["backward passes"] / planned.batches
         if self._budget.unit == "passes":
             return passes
-        return training_seconds(planned, self._clock.times(planned), passes * planned.batches)
+        return seconds_of(planned, self._clock.times(planned), passes * planned.batches)
 
 
 def _unmeasured(budget: Budget, given: Mapping[str, Any], costs: _Costs) -> Choice:

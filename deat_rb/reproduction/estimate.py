@@ -1,41 +1,25 @@
-"""Prediction of run times from ten timed batches of each network."""
+"""Prediction of the times of a study's runs from ten timed batches of each network and kind of method."""
 
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
-
 from deat_rb.data.datasets import Dataset
-from deat_rb.methods.registry import create, recipe
+from deat_rb.methods.registry import recipe
 from deat_rb.methods.trainers import AttackTrainer, ReplayTrainer
 from deat_rb.reproduction.folder import StudyFolder
 from deat_rb.reproduction.study import AUTOATTACK, RunSpec
+from deat_rb.runs.estimate import time_batches, time_pass, training_seconds
 from deat_rb.runs.options import TrainOptions
 from deat_rb.runs.plan import TrainingPlan, plan
-from deat_rb.training.engine import Engine
-from deat_rb.training.optimizers import build_optimizer
-from deat_rb.utils import seeding
-from deat_rb.utils.devices import resolve_device, resolve_precision
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import read_json, write_json
 from deat_rb.utils.options import OPEN
 
 ESTIMATE = "estimate.json"
-
-BATCHES = 10
-
-LONGEST = 60.0
-"""Seconds after which a measurement ends, even before ten batches."""
-
-VALIDATION_PASSES = 14
-"""Mean passes of PGD-20 per validation image; misclassified images are not attacked further."""
 
 ROBUST = 0.6
 """Fraction of an attack's passes that are actually run, since misclassified images are not attacked further."""
@@ -162,63 +146,11 @@ def _kind(planned: TrainingPlan) -> str:
 
 
 def _measure(planned: TrainingPlan, kind: str) -> Times:
-    config = planned.config
-    device = resolve_device(config.runtime.device)
-    size = config.data.batch_size
-    shape = (size, config.network.channels, config.network.image_size, config.network.image_size)
-    with seeding.preserved():
-        torch.manual_seed(0)
-        images = torch.rand(shape).to(device, memory_format=torch.channels_last)
-        labels = (torch.arange(size) % config.network.num_classes).to(device)
-        model = config.network.build()
-        trainer = create(kind, model, eps=config.attack.eps, norm=config.attack.norm)
-        engine = Engine(device, resolve_precision(config.runtime.precision, device), compiled=config.runtime.compile)
-        with engine.prepared(model):
-            trainer.set_device(device)
-            optimizer = build_optimizer(model, config.optim, device)
-            model.train()
-            seconds = {}
-            for steps in (2,) if kind == "free-2" else (1, 3):
-                trainer.steps = steps
-                seconds[steps] = _time(lambda: trainer.training_step(images, labels, optimizer, engine), device)
-        return _times(seconds, _time_evaluation(model, images, labels, device))
-
-
-def _times(seconds: dict[int, float], evaluation: float) -> Times:
-    if len(seconds) == 1:  # a replay is both
-        return Times(update=0.0, step=seconds[2] / 2, evaluation=evaluation)
-    step = max((seconds[3] - seconds[1]) / 2, 0.0)
-    return Times(update=max(seconds[1] - step, 0.0), step=step, evaluation=evaluation)
-
-
-def _time_evaluation(model: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> float:
-    model.eval()
-
-    def attack_pass() -> None:
-        inputs = images.detach().requires_grad_()
-        torch.autograd.grad(functional.cross_entropy(model(inputs), labels), inputs)
-
-    return _time(attack_pass, device)
-
-
-def _time(work: Callable[[], object], device: torch.device) -> float:
-    """Return the mean seconds per call of ten calls after two warm-up calls; fewer if they take over a minute."""
-    for _ in range(2):
-        work()
-    wait(device)
-    seconds: list[float] = []
-    while len(seconds) < BATCHES and sum(seconds) < LONGEST:
-        begin = time.perf_counter()
-        work()
-        wait(device)
-        seconds.append(time.perf_counter() - begin)
-    return fmean(seconds)
-
-
-def wait(device: torch.device) -> None:
-    """Synchronize with a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    evaluation = time_pass(planned)
+    if kind == "free-2":  # a replay is both step and update
+        return Times(0.0, time_batches(planned, [2], kind).seconds[2] / 2, evaluation)
+    times = time_batches(planned, [1, 3], kind)
+    return Times(max(times.update, 0.0), max(times.step, 0.0), evaluation)
 
 
 def _passes_of_others(folder: StudyFolder, run: RunSpec, runs: Sequence[RunSpec]) -> float | None:
@@ -253,7 +185,7 @@ def _predicted(run: RunSpec, clock: Clock, planned: TrainingPlan, known: float |
         passes = (epochs * m * (1 if replays else 2) + most) / 2
     else:
         passes = float(most or epochs * m * (1 + planned.trainer.steps))
-    training = training_seconds(planned, times, passes)
+    training = seconds_of(planned, times, passes)
     per_image = times.evaluation / config.data.batch_size
     tested = [(attacks, min(asked or len(planned.data.test), len(planned.data.test)))
               for attacks, asked in run.evaluation.parts()]  # fmt: skip
@@ -261,7 +193,7 @@ def _predicted(run: RunSpec, clock: Clock, planned: TrainingPlan, known: float |
     return Prediction(run, epochs, passes, exact is not None, training, ROBUST * evaluation)
 
 
-def training_seconds(planned: TrainingPlan, times: Times, passes: float) -> float:
+def seconds_of(planned: TrainingPlan, times: Times, passes: float) -> float:
     """Return the seconds that training and validation take.
 
     Args:
@@ -269,11 +201,8 @@ def training_seconds(planned: TrainingPlan, times: Times, passes: float) -> floa
         times: Seconds per mini-batch.
         passes: Backward passes of the run, in mini-batches.
     """
-    optim = planned.config.optim
-    updates = 0 if type(planned.trainer) is ReplayTrainer else optim.epochs * planned.batches
-    validations = -(-optim.epochs // optim.validate_every) * (2 if optim.ema else 1)  # averaged and raw weights
-    validation = validations * len(planned.val) * VALIDATION_PASSES * times.evaluation / planned.config.data.batch_size
-    return (passes - updates) * times.step + updates * times.update + validation
+    updates = 0 if type(planned.trainer) is ReplayTrainer else planned.config.optim.epochs
+    return training_seconds(planned, times.update, times.step, passes / planned.batches - updates, times.evaluation)
 
 
 def _attack_passes(attack: str) -> float:

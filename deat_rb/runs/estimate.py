@@ -1,15 +1,19 @@
-"""Estimate of a run's time and memory from a few timed batches."""
+"""Timing of batches and passes of a run's network, and the estimate of a run's time and memory from them."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
+from deat_rb.attacks.functional import logits_and_gradient
+from deat_rb.attacks.losses import cross_entropy
 from deat_rb.methods.registry import create
 from deat_rb.methods.schedules import AccuracyThreshold, GradientMagnitude
 from deat_rb.runs.plan import TrainingPlan
@@ -27,8 +31,8 @@ BATCHES = 10
 LIMIT = 20.0
 """Time limit in seconds, after which no further batch is timed."""
 
-VALIDATION_PASSES = 22
-"""Passes per validation image: the clean one, PGD-20, and the final prediction."""
+VALIDATION_PASSES = 14
+"""Mean passes of PGD-20 per validation image; misclassified images are not attacked further."""
 
 
 @dataclass(frozen=True)
@@ -73,27 +77,38 @@ def estimate(planned: TrainingPlan) -> Estimate:
     config, trainer = planned.config, planned.trainer
     optim = config.optim
     epochs = 1 if optim.epochs == OPEN else optim.epochs
-    device = resolve_device(config.runtime.device)
     low, high = _total_steps(trainer.schedule, epochs)
-    timed: dict[int, float] = {}
-    passes = 1.0
     first, last = trainer.schedule.steps, _last_steps(trainer.schedule, epochs)
-    batches, memory = BATCHES, 0
-    for steps in sorted({first, last}):
-        watch, peak = _timed(planned, steps if first != last else None, device)
-        timed[steps] = watch.batch_seconds
-        passes, batches, memory = watch.passes, min(batches, watch.count), max(memory, peak)
-    slope = (timed[last] - timed[first]) / (last - first) if last != first else 0.0
-    base = timed[first] - slope * first
-    validated = len(planned.val) * (2 if optim.ema else 1)
-    validations = 1 / optim.validate_every if optim.epochs == OPEN else -(-epochs // optim.validate_every)
-    validation = validations * validated * VALIDATION_PASSES * timed[last] / passes / config.data.batch_size
-    shortest, longest = (planned.batches * (base * epochs + slope * total) + validation for total in (low, high))
+    times = time_batches(planned, sorted({first, last}))
+    validation_pass = times.seconds[last] / times.passes
+    shortest, longest = (
+        training_seconds(planned, times.update, times.step, total, validation_pass) for total in (low, high)
+    )
     early = optim.patience is not None or (trainer.stopping is not None and optim.early_stopping)
     return Estimate(
-        shortest, longest, timed, batches, memory, str(device),
+        shortest, longest, times.seconds, times.batches, times.memory, str(resolve_device(config.runtime.device)),
         may_end_earlier=early or getattr(trainer.crafter, "tau", None) is not None,
     )  # fmt: skip
+
+
+def training_seconds(
+    planned: TrainingPlan, update: float, step: float, total_steps: float, validation_pass: float
+) -> float:
+    """Return the seconds that training and validation take; of an open-ended run, those of one epoch.
+
+    Args:
+        planned: The plan of the run.
+        update: Seconds per batch without its attack steps.
+        step: Seconds per batch and attack step.
+        total_steps: Attack steps per batch, summed over the epochs.
+        validation_pass: Seconds per forward and backward pass over a batch in validation.
+    """
+    optim = planned.config.optim
+    epochs = 1 if optim.epochs == OPEN else optim.epochs
+    validations = 1 / optim.validate_every if optim.epochs == OPEN else -(-epochs // optim.validate_every)
+    images = validations * len(planned.val) * (2 if optim.ema else 1)  # averaged and raw weights
+    validation = images * VALIDATION_PASSES * validation_pass / planned.config.data.batch_size
+    return planned.batches * (update * epochs + step * total_steps) + validation
 
 
 def _total_steps(schedule: Schedule, epochs: int) -> tuple[int, int]:
@@ -114,22 +129,84 @@ def _last_steps(schedule: Schedule, epochs: int) -> int:
     return totals[1] - totals[0]
 
 
-def _timed(planned: TrainingPlan, steps: int | None, device: torch.device) -> tuple[_Stopwatch, int]:
-    """Train a copy of the model on one batch, several times, and return the times and the peak memory in bytes."""
+@dataclass(frozen=True)
+class BatchTimes:
+    """Timed training batches.
+
+    Attributes:
+        seconds: Seconds per batch, by number of attack steps.
+        passes: Backward passes per batch with the largest number of steps.
+        batches: Number of timed batches per number of steps.
+        memory: Peak memory in bytes: of the GPU, or of the process.
+    """
+
+    seconds: dict[int, float]
+    passes: float
+    batches: int
+    memory: int
+
+    @property
+    def step(self) -> float:
+        """Seconds per attack step; 0 if only one number of steps was timed."""
+        first, last = min(self.seconds), max(self.seconds)
+        return (self.seconds[last] - self.seconds[first]) / (last - first) if last != first else 0.0
+
+    @property
+    def update(self) -> float:
+        """Seconds per batch other than those of `step`."""
+        first = min(self.seconds)
+        return self.seconds[first] - self.step * first
+
+
+def time_batches(planned: TrainingPlan, counts: Sequence[int], method: str | None = None) -> BatchTimes:
+    """Train a copy of the plan's model on one batch, several times, with each of these numbers of attack steps.
+
+    Args:
+        planned: The plan, which is not changed.
+        counts: The numbers of attack steps, in ascending order.
+        method: Another method to time, with its defaults.
+    """
+    device = resolve_device(planned.config.runtime.device)
+    watches = {steps: _timed(planned, steps, method, Stopwatch(device)) for steps in counts}
+    return BatchTimes(
+        {steps: watch.mean for steps, watch in watches.items()},
+        passes=watches[counts[-1]].passes,
+        batches=min(watch.count for watch in watches.values()),
+        memory=Engine(device, "fp32").peak_memory(),
+    )
+
+
+def _timed(planned: TrainingPlan, steps: int, method: str | None, watch: Stopwatch) -> Stopwatch:
     config = planned.config
-    options = config.method_options() | {"awp_warmup": None}
-    if steps is not None:
-        options |= {"steps": steps, "max_steps": max(steps, planned.trainer.schedule.max_steps or steps)}
-    trainer = create(config.attack.method, copy.deepcopy(planned.trainer.model), eps=config.attack.eps, **options)
+    options = {"norm": config.attack.norm} if method else config.method_options() | {"awp_warmup": None}
+    model = copy.deepcopy(planned.trainer.model)
+    trainer = create(method or config.attack.method, model, eps=config.attack.eps, **options)
+    if steps != trainer.steps:
+        trainer.schedule.max_steps = max(steps, trainer.schedule.max_steps or steps)
+        trainer.steps = steps
     images, labels = planned.train.first(min(config.data.batch_size, len(planned.train))).tensors()
     images = images.contiguous(memory_format=torch.channels_last)  # as in training
-    watch = _Stopwatch(device)
     optim = {**dict(config.optim), "epochs": 1, "lr_epochs": None, "warmup_epochs": 0, "select": "last"}
     runtime = {**dict(config.runtime), "compile": False, "sync_bn": False}
     few = [(images[:8], labels[:8])]  # for stopping rules that need some
     with contextlib.suppress(_EnoughError):
         fit(trainer, _SameBatch(images, labels, len(planned.train)), few, callbacks=[watch], **optim, **runtime)
-    return watch, Engine(device, "fp32").peak_memory()
+    return watch
+
+
+def time_pass(planned: TrainingPlan) -> float:
+    """Return the seconds of an attack's forward and backward pass over a batch in an evaluation, in fp32."""
+    device = resolve_device(planned.config.runtime.device)
+    model = copy.deepcopy(planned.trainer.model).to(device, memory_format=torch.channels_last).eval()
+    model.requires_grad_(False)
+    images, labels = planned.train.first(min(planned.config.data.batch_size, len(planned.train))).tensors()
+    images, labels = images.to(device, memory_format=torch.channels_last), labels.to(device)
+    watch = Stopwatch(device)
+    while not watch.has_enough:
+        watch.start()
+        logits_and_gradient(model, images, labels, cross_entropy)
+        watch.stop()
+    return watch.mean
 
 
 class _SameBatch(list[tuple[Tensor, Tensor]]):
@@ -149,8 +226,14 @@ class _EnoughError(Exception):
 
 
 @dataclass
-class _Stopwatch(Callback):
-    """Times batches, without the first one unless it is the only one."""
+class Stopwatch(Callback):
+    """Times batches or passes, and ends training when there are enough; the first one is a warm-up.
+
+    Attributes:
+        device: The device, with which the clock synchronizes.
+        seconds: Seconds of each batch.
+        passes: Mean number of backward passes per training batch.
+    """
 
     device: torch.device
     seconds: list[float] = field(default_factory=list)
@@ -159,24 +242,38 @@ class _Stopwatch(Callback):
 
     @property
     def count(self) -> int:
+        """Number of batches that count: without the first one, unless it is the only one."""
         return max(len(self.seconds) - 1, 1)
 
     @property
-    def batch_seconds(self) -> float:
-        timed = self.seconds[1:] or self.seconds
-        return sum(timed) / len(timed)
+    def mean(self) -> float:
+        """Mean seconds of the batches that count."""
+        return fmean(self.seconds[-self.count :])
 
-    def on_batch_start(self) -> None:
+    @property
+    def has_enough(self) -> bool:
+        """Whether `BATCHES` are timed or the time limit is over."""
+        return sum(self.seconds) > LIMIT or len(self.seconds) > BATCHES
+
+    def start(self) -> None:
         """Start the clock."""
         self._synchronize()
         self._began = time.perf_counter()
 
-    def on_batch_end(self, sums: EpochAccumulator) -> None:
-        """Stop the clock; end the timing after the time limit."""
+    def stop(self) -> None:
+        """Stop the clock."""
         self._synchronize()
         self.seconds.append(time.perf_counter() - self._began)
+
+    def on_batch_start(self) -> None:
+        """Start the clock."""
+        self.start()
+
+    def on_batch_end(self, sums: EpochAccumulator) -> None:
+        """Stop the clock; end the training if that is enough."""
+        self.stop()
         self.passes = max(sums.read()["backwards"] / sums.batches, 1.0)
-        if sum(self.seconds) > LIMIT or len(self.seconds) > BATCHES:
+        if self.has_enough:
             raise _EnoughError
 
     def _synchronize(self) -> None:

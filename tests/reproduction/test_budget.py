@@ -14,7 +14,7 @@ from deat_rb.cli import main
 from deat_rb.methods.registry import recipe
 from deat_rb.reproduction import budget as budgets
 from deat_rb.reproduction.budget import Budget, Measured, Table, choose, parse_budget, read_table
-from deat_rb.reproduction.estimate import Times, training_seconds
+from deat_rb.reproduction.estimate import Times, seconds_of
 from deat_rb.runs.options import make_options
 from deat_rb.runs.plan import TrainingPlan, plan
 from deat_rb.utils.errors import DeatError
@@ -112,9 +112,9 @@ def test_choose_by_time_measures_what_a_pass_takes(monkeypatch: pytest.MonkeyPat
     )
     given = {"arch": ARCH, "train_size": 64, "val_size": 16, "batch_size": 32}
     planned = plan(make_options({**given, "method": "free-4", "epochs": 10}))
-    assert training_seconds(planned, times[True], 80) == pytest.approx(80.7)
+    assert seconds_of(planned, times[True], 80) == pytest.approx(80.7)
     averaged = plan(make_options({**given, "method": "n-fgsm", "epochs": 10, "ema": 0.99}))
-    assert training_seconds(averaged, times[False], 40) == pytest.approx(20 * 0.5 + 20 * 1.5 + 1.4)
+    assert seconds_of(averaged, times[False], 40) == pytest.approx(20 * 0.5 + 20 * 1.5 + 1.4)
     for seconds, method, epochs in ((80, "n-fgsm", 19), (81, "free-4", 10), (122, "free-4", 15)):
         chosen = choose(Budget(seconds, "seconds"), given, table=TABLE)
         assert (chosen.options["method"], chosen.options["epochs"]) == (method, epochs)

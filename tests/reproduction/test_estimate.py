@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from small_studies import small_study
 
-from deat_rb.reproduction.estimate import ROBUST, VALIDATION_PASSES, Times, estimate, read_estimate
+from deat_rb.reproduction.estimate import ROBUST, Times, estimate, read_estimate
 from deat_rb.reproduction.folder import StudyFolder
+from deat_rb.runs.estimate import VALIDATION_PASSES
 
 
 def test_estimate_adds_steps_updates_validation_and_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from small_runs import planned
 
 from deat_rb.cli import main
 from deat_rb.runs import estimate as module
-from deat_rb.runs.estimate import estimate
+from deat_rb.runs.estimate import BatchTimes, Stopwatch, estimate, time_batches, time_pass
 from deat_rb.runs.plan import TrainingPlan
 
 
@@ -20,42 +20,42 @@ from deat_rb.runs.plan import TrainingPlan
 def fixed_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch takes 1 s per backward pass, of which there are as many as steps (for replays) or one more."""
 
-    def timed(planned: TrainingPlan, steps: int | None, device: torch.device) -> Any:
-        watch = module._Stopwatch(device)
+    def timed(planned: TrainingPlan, steps: int, method: str | None, watch: Stopwatch) -> Stopwatch:
         replays = planned.config.attack.method == "m-deat"
-        watch.passes = (steps or planned.trainer.schedule.steps) + (0 if replays else 1)
+        watch.passes = steps + (0 if replays else 1)
         watch.seconds = [100.0, *[float(watch.passes)] * 10]  # the first is left out
-        return watch, 10**9
+        return watch
 
     monkeypatch.setattr(module, "_timed", timed)
+    monkeypatch.setattr(module.Engine, "peak_memory", lambda self: 10**9)
 
 
 def test_estimate_of_an_open_ended_run_is_that_of_an_epoch(fixed_times: None) -> None:
     """Averaged and raw weights are validated."""
     found = estimate(planned(method="pgd-1", epochs="open"))
-    assert (found.low, found.high) == (4 + 22, 4 + 22)
+    assert (found.low, found.high) == (4 + 14, 4 + 14)
 
 
 def test_estimate_of_constant_steps(fixed_times: None) -> None:
-    """2 epochs of 2 batches of 2 s; validation: 2 epochs, 16 images, 22 passes of 1/32 s each."""
+    """2 epochs of 2 batches of 2 s; validation: 2 epochs, 16 images, 14 passes of 1/32 s each."""
     found = estimate(planned(method="pgd-1"))
     assert found.timed == {1: 2.0}
-    assert (found.low, found.high) == (8 + 22, 8 + 22)
+    assert (found.low, found.high) == (8 + 14, 8 + 14)
     assert (found.batches, found.memory, found.may_end_earlier) == (10, 10**9, False)
 
 
 def test_estimate_of_guided_steps_is_a_range(fixed_times: None) -> None:
-    """4 epochs of 2 batches: at least 1 + 2 + 2 + 2 replays, at most 1 + 2 + 3 + 4; validation takes 44 s."""
+    """4 epochs of 2 batches: at least 1 + 2 + 2 + 2 replays, at most 1 + 2 + 3 + 4; validation takes 28 s."""
     found = estimate(planned(method="m-deat", epochs=4))
     assert found.timed == {1: 1.0, 4: 4.0}
-    assert (found.low, found.high) == (2 * 7 + 44, 2 * 10 + 44)
+    assert (found.low, found.high) == (2 * 7 + 28, 2 * 10 + 28)
 
 
 def test_estimate_of_every_d_epochs_is_known(fixed_times: None) -> None:
     """DEAT-3 in 6 epochs: 3 x 1 + 3 x 2 replays of 2 batches; both are timed, with one pass more than replays here."""
     found = estimate(planned(method="deat-3", epochs=6))
     assert found.timed == {1: 2.0, 2: 3.0}
-    assert found.low == found.high == pytest.approx(2 * (6 + 9) + 66)
+    assert found.low == found.high == pytest.approx(2 * (6 + 9) + 42)
 
 
 def test_estimate_says_that_a_run_may_end_earlier(fixed_times: None) -> None:
@@ -65,15 +65,15 @@ def test_estimate_says_that_a_run_may_end_earlier(fixed_times: None) -> None:
 
 
 def test_estimate_counts_the_epochs_that_are_validated(fixed_times: None) -> None:
-    """5 epochs of 2 batches of 2 s; epochs 2, 4 and 5 are validated, 11 s each; of an open-ended run, every other."""
-    assert estimate(planned(method="pgd-1", epochs=5, validate_every=2)).low == 20 + 33
-    assert estimate(planned(method="pgd-1", epochs="open", validate_every=2)).low == 4 + 11
+    """5 epochs of 2 batches of 2 s; epochs 2, 4 and 5 are validated, 7 s each; of an open-ended run, every other."""
+    assert estimate(planned(method="pgd-1", epochs=5, validate_every=2)).low == 20 + 21
+    assert estimate(planned(method="pgd-1", epochs="open", validate_every=2)).low == 4 + 7
 
 
 def test_estimate_times_awp_although_it_begins_later(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BATCHES", 1)
-    watch, _ = module._timed(planned(method="pgd-1", awp=0.01, awp_warmup=1), None, torch.device("cpu"))
-    assert watch.passes == 3  # attack, AWP, update
+    times = time_batches(planned(method="pgd-1", awp=0.01, awp_warmup=1), [1])
+    assert times.passes == 3  # attack, AWP, update
 
 
 def test_estimate_times_batches_and_leaves_the_plan_as_it_was() -> None:
@@ -91,6 +91,23 @@ def test_estimate_times_batches_and_leaves_the_plan_as_it_was() -> None:
     assert torch.equal(random, torch.get_rng_state())
 
 
+def test_time_batches_with_other_numbers_of_steps_and_another_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BATCHES", 1)
+    plan = planned(method="trades")
+    times = time_batches(plan, [1, 3])
+    assert times.seconds.keys() == {1, 3}
+    assert times.passes == 4  # three steps and the update
+    assert time_batches(plan, [2], "free-2").passes == 2
+    assert 0 < time_pass(plan) < 10
+    assert all(parameter.requires_grad for parameter in plan.trainer.model.parameters())
+
+
+def test_batch_times_are_those_of_a_step_and_of_the_rest() -> None:
+    times = BatchTimes({1: 5.0, 3: 9.0}, passes=4, batches=10, memory=0)
+    assert (times.step, times.update) == (2, 3)
+    assert (replace(times, seconds={2: 8.0}).step, replace(times, seconds={2: 8.0}).update) == (0, 8)
+
+
 def test_timing_ends_after_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LIMIT", 0.0)
     assert estimate(planned()).batches == 1
@@ -102,13 +119,13 @@ def test_dry_run_prints_time_and_memory(tmp_path: Path, fixed_times: None) -> No
                  "cpu"]  # fmt: skip
     lines = CliRunner().invoke(main, arguments).stdout.splitlines()
     assert lines[-2:] == [
-        "time       about 58 s to 64 s on cpu, estimated from 10 batches (1 s with 1 step, 4 s with 4 steps)",
+        "time       about 42 s to 48 s on cpu, estimated from 10 batches (1 s with 1 step, 4 s with 4 steps)",
         "memory     about 1.0 GB of memory, estimated: the peak while these were timed",
     ]
     assert (
         CliRunner()
         .invoke(main, [*arguments, "--seeds", "0,1"])
         .stdout.splitlines()[-2]
-        .startswith("time       about 2 min on cpu")
+        .startswith("time       about 84 s to 2 min on cpu")
     )
     assert not list(tmp_path.iterdir())
