@@ -14,7 +14,7 @@ from benchmarks.timing import Notify, Side, alternate, device_clock
 from deat_rb import evaluate
 from deat_rb.evaluation.frozen_model import PreparedModel
 
-ATTACKS = ("pgd-100", "pgd-50x5")
+ATTACKS = ("pgd-100", "pgd-20x5")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def measure(
     for attack in attacks:
         ways = {name: _Way(target, attack, batch_size, name == "together") for name in ("together", "one by one")}
         sides = {f"{attack}: {name}": Side(way.run) for name, way in ways.items()}
-        times = alternate(sides, repeats, clock=device_clock(target.device), notify=notify)
+        times = alternate(sides, repeats, warm_up=False, clock=device_clock(target.device), notify=notify)
         differing = int((ways["together"].verdicts != ways["one by one"].verdicts).sum())
         for name, way in reversed(ways.items()):
             found += way.rows(times[f"{attack}: {name}"], differing)

@@ -11,6 +11,7 @@ from deat_rb import create, evaluate, load_data, load_model
 from deat_rb.data.batches import Batches
 from deat_rb.data.datasets import Dataset
 from deat_rb.data.images import ImageSet, subset, train_val_split
+from deat_rb.data.statistics import DatasetStatistics
 from deat_rb.methods.registry import recipe
 from deat_rb.models.spec import model_spec
 from deat_rb.runs.defaults import setting_defaults
@@ -29,18 +30,17 @@ def _data(session: Session) -> Dataset:
     if cache.exists():
         saved = torch.load(cache, weights_only=True)
         train, test = (ImageSet(saved[f"{part}_images"], saved[f"{part}_labels"]) for part in ("train", "test"))
-        return Dataset("folder", train, test, **{name: saved[name] for name in _REST})
+        statistics = DatasetStatistics(saved["fingerprint"], saved["mean"], saved["std"])
+        return Dataset("folder", train, test, saved["classes"], statistics)
     began = time.monotonic()
     data = load_data("folder", data_dir=session.options.data)
     parts = {f"{part}_{name}": getattr(getattr(data, part).in_memory(), name)
              for part in ("train", "test") for name in ("images", "labels")}  # fmt: skip
-    torch.save({**parts, **{name: getattr(data, name) for name in _REST}}, cache)
+    rest = {name: getattr(data, name) for name in ("classes", "mean", "std", "fingerprint")}
+    torch.save({**parts, **rest}, cache)
     seconds = round(time.monotonic() - began, 1)
     session.record("decode", seconds=seconds, train=len(data.train), test=len(data.test), sha256=data.fingerprint)
     return data
-
-
-_REST = ("classes", "mean", "std", "fingerprint")
 
 
 def _expected_passes(method: str, epochs: int) -> int:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_problems import batch_for, small_network
 from torch import nn
 
-from benchmarks import busy, evaluation, problem, speed
+from benchmarks import busy, evaluation, fill, problem, speed
 from benchmarks.limit import Limit, Pass, observed
 from benchmarks.published import LOOPS, PublishedLoop, family
 from benchmarks.speed import Row
@@ -225,6 +226,19 @@ def test_against_robustbench_has_equal_verdicts() -> None:
     assert (comparison.differing, comparison.equal, comparison.examples) == (0, True, 6)
     assert comparison.ours_accuracy == comparison.theirs_accuracy
     assert len(comparison.ours) == len(comparison.theirs) == 1
+
+
+def test_fill_counts_passes_of_batches_one_by_one_and_together() -> None:
+    network = small_network()
+    images, labels = (torch.cat(3 * [each]) for each in batch_for(network))
+    target = evaluation.EvalTarget(network, images, labels, 0.04, "a small network")
+    alone, together = fill.measure(target, batch_size=36, repeats=1, autoattack=False, attacks=["pgd-6"])
+    assert (alone.stage, alone.together, together.together) == ("pgd-6", False, True)
+    assert alone.differing == together.differing == 0
+    assert together.calls < alone.calls <= 4 * 7
+    assert alone.fill == pytest.approx(alone.images / alone.calls / 36)
+    assert alone.fill < together.fill <= 1
+    assert len(alone.seconds) == len(together.seconds) == 1
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
