@@ -14,6 +14,7 @@ from deat_rb.cli import main
 from deat_rb.runs import estimate as module
 from deat_rb.runs.estimate import BatchTimes, Stopwatch, estimate, time_batches, time_pass
 from deat_rb.runs.plan import TrainingPlan
+from deat_rb.training.engine import Engine
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def fixed_times(monkeypatch: pytest.MonkeyPatch) -> None:
         return watch
 
     monkeypatch.setattr(module, "_timed", timed)
-    monkeypatch.setattr(module.Engine, "peak_memory", lambda self: 10**9)
+    monkeypatch.setattr(Engine, "peak_memory", lambda self: 10**9)
 
 
 def test_estimate_of_an_open_ended_run_is_that_of_an_epoch(fixed_times: None) -> None:
