@@ -113,7 +113,12 @@ def check_mixed_labels(method: ConfiguredMethod, augmentation: str, *, class_wei
     """
     row, options = method.recipe, method.recipe.attack_options
     part = who_needs_one_class(
-        surrogate(row.loss), resolve(row.attack), options.get("loss", "ce"), options.get("tau"), resolve(row.schedule)
+        resolve(row.trainer),
+        surrogate(row.loss),
+        resolve(row.attack),
+        options.get("loss", "ce"),
+        options.get("tau"),
+        resolve(row.schedule),
     )
     if part is not None:
         raise DeatError(

@@ -47,6 +47,8 @@ class AttackTrainer(Trainer):
         options: As for `Trainer`.
     """
 
+    takes_soft_labels = True
+
     penalty_passes = (0, 0)
     """Forward and backward passes of `_penalty` and its derivative."""
 
@@ -217,6 +219,8 @@ class ReplayTrainer(Trainer):
             per batch.
         options: As for `Trainer`.
     """
+
+    takes_soft_labels = True
 
     def __init__(
         self,

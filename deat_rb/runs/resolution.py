@@ -89,9 +89,9 @@ def resolve(options: TrainOptions) -> TrainOptions:
     configured = configure(method, row, eps=resolved.attack.eps, **resolved.method_options())
     if (schedule := build_schedule(configured.recipe)) is not None:
         schedule.begin(resolved.optim.epochs)
+    _check_trainer(method, row, resolved)
     if resolved.data.augment in MIXING:
         check_mixed_labels(configured, resolved.data.augment, class_weights=resolved.attack.class_weights)
-    _check_trainer(method, row, resolved)
     if (resolved.model.mean is None) != (resolved.model.std is None):
         raise DeatError("--mean and --std must be given together; omit both for those of the dataset")
     if resolved.data.extra_data is None and resolved.data.extra_fraction is not None:

@@ -108,11 +108,17 @@ Batch = tuple[Tensor, Tensor]
 
 
 def who_needs_one_class(
-    loss: SurrogateLoss, attack: type[Attack], attack_loss: str, tau: int | None, schedule: type[Schedule]
+    trainer: type[TrainerBase],
+    loss: SurrogateLoss,
+    attack: type[Attack],
+    attack_loss: str,
+    tau: int | None,
+    schedule: type[Schedule],
 ) -> str | None:
     """Return the part of a method that needs one class per image, rather than shares of classes; None if none does.
 
     Args:
+        trainer: The trainer's class.
         loss: The surrogate loss.
         attack: The attack's class.
         attack_loss: The loss that it maximizes.
@@ -123,6 +129,8 @@ def who_needs_one_class(
         return "weighting by class"
     if not loss.soft_labels:
         return f"the loss {loss.name}"
+    if not trainer.takes_soft_labels:
+        return f"the training step of {trainer.__name__}"
     if not issubclass(attack, PGD) or attack_loss not in ("ce", "kl"):
         return f"the attack {attack.__name__}" + (f" on {attack_loss}" if issubclass(attack, PGD) else "")
     if tau is not None:
@@ -162,6 +170,9 @@ class TrainerBase(StatelessAttack):
 
     compiles = True
     """Whether a training step works with torch.compile."""
+
+    takes_soft_labels = False
+    """Whether a training step also takes class probabilities (N, K) as labels, if the loss and the attack do."""
 
     norms: tuple[str, ...] = tuple(THREATS)
     """The norms in which the method is defined."""
@@ -342,7 +353,12 @@ class TrainerBase(StatelessAttack):
         """
         crafter = self.crafter
         part = who_needs_one_class(
-            self.loss, type(crafter), getattr(crafter, "loss", ""), getattr(crafter, "tau", None), type(self.schedule)
+            type(self),
+            self.loss,
+            type(crafter),
+            getattr(crafter, "loss", ""),
+            getattr(crafter, "tau", None),
+            type(self.schedule),
         )
         part = part or ("a perturbation kept for each image" if self.needs_positions else None)
         if part is not None:

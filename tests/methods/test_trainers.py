@@ -110,6 +110,7 @@ def test_class_probabilities_by_hand() -> None:
     ("trainer", "part"),
     [
         (lambda model: deat_rb.create("mart", model), "the loss mart"),
+        (lambda model: deat_rb.create("liet", model), "the loss nls"),
         (lambda model: deat_rb.create("fat-2", model), "a friendly attack, which stops early at a misclassification,"),
         (lambda model: deat_rb.create("deat-40%", model), "a schedule by training accuracy"),
         (lambda model: deat_rb.AttackTrainer(torchattacks.PGD(model)), "the attack PGD"),
@@ -123,6 +124,11 @@ def test_class_probabilities_are_refused_before_training(trainer: Any, part: str
     with pytest.raises(DeatError, match=rf"^batch 1 of epoch 1: the labels are class probabilities, but {part} needs"):
         trainer(model).fit([(images, torch.eye(4)[labels])], epochs=1)
     assert before.differences() == []
+
+
+def test_class_probabilities_are_refused_by_a_training_step_that_does_not_take_them() -> None:
+    with pytest.raises(DeatError, match="but the training step of PriorGuidedTrainer needs one class per image"):
+        deat_rb.create("fgsm-pgi", made()).check_soft_labels()
 
 
 @pytest.mark.parametrize(
