@@ -31,7 +31,7 @@ def batch(network: nn.Sequential) -> tuple[Tensor, Tensor]:
     return batch_for(network)
 
 
-@pytest.mark.parametrize("attack", ["fgsm", "pgd-12", "cw-12", "autoattack"])
+@pytest.mark.parametrize("attack", ["fgsm", "pgd-12", "cw-12", pytest.param("autoattack", marks=pytest.mark.slow)])
 def test_evaluate_linear_model_in_linf(attack: str) -> None:
     images, labels, robust = plane_images()
     report = evaluate(Plane(), images, labels, attacks=attack, eps=0.1, batch_size=3)

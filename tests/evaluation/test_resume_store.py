@@ -68,6 +68,7 @@ def same(left: Report, right: Report) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its evaluations")
 @pytest.mark.parametrize("write", [2, 12, 30])
 def test_evaluate_resumes_after_a_kill_while_writing(

@@ -173,6 +173,7 @@ class First(Callback):
         self.tensors = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["deat-3", "m+trades"])
 def test_frozen_parameters_do_not_change(method: str, file: Path, tmp_path: Path) -> None:
     options = {**SMALL, "method": method, "weights": str(file), "freeze": "conv_stem|blocks.0", "weight_decay": 0.1}

@@ -30,6 +30,7 @@ def test_autoattack_standard_equals_pyautoattack() -> None:
     assert report.results["natural"].n_correct > left[-1] > 4, "every part should have two batches to attack"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("version", "norm", "classes", "eps", "count"),
     [

@@ -28,6 +28,7 @@ def seeded(build: Any, **options: Any) -> nn.Module:
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "arch"),
     [

@@ -109,6 +109,7 @@ def trained() -> tuple[nn.Module, Tensor, Tensor]:
     return model.eval(), images, labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 8, 200])
 @pytest.mark.parametrize("trainer", [False, True])
 def test_pgd_on_an_eval_model_is_as_strong_as_torchattacks_at_every_batch_size(

@@ -36,6 +36,7 @@ def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Attempt:
     return Attempt(tmp_path / "work", tmp_path / "board", fake, limit)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("setup", "pattern"), [pytest.param(*row[1:], id=row[0]) for row in rows()])
 def test_submit_refuses_untrusted_input_and_leaves_the_board_unchanged(
     attempt: Attempt, setup: Setup, pattern: str

@@ -70,6 +70,7 @@ def test_work_counts_the_training_of_an_earlier_process(tmp_path: Path, monkeypa
     assert record.seconds > 1000
 
 
+@pytest.mark.slow
 def test_work_skips_what_is_done_and_adds_an_attack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = work(small_study(), tmp_path)
     monkeypatch.setattr("deat_rb.reproduction.work.train", None)

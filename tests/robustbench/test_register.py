@@ -24,7 +24,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return opened(Run(tmp_path / "run"), monkeypatch)
 
 
-@pytest.mark.parametrize("arch", ["wrn-10-1", "preactresnet18", "preactresnet18-bn", "resnet18"])
+LARGE = ("preactresnet18", "preactresnet18-bn", "resnet18")
+
+
+@pytest.mark.parametrize("arch", ["wrn-10-1", *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)])
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
 def test_register_makes_robustbench_load_the_same_logits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, dataset: str

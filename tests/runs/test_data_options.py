@@ -40,6 +40,7 @@ def write_extra(path: Path, count: int = 40, seed: int = 0) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -86,6 +86,7 @@ def test_costs_are_none_where_they_depend_on_the_run(method: str) -> None:
     assert dict(ready.lines())["cost"].startswith("at most ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "options", "passes"),
     [  # M = 2 mini-batches, T = 4 epochs

@@ -156,6 +156,7 @@ class Threads(Stops):
         self.used.add(torch.get_num_threads())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recorded", "given", "used", "kept", "warned"),
     [(2, {}, 2, 2, False), (64, {}, 3, 64, True), (2, {"threads": 1}, 1, 1, False)],

@@ -38,8 +38,9 @@ def test_resume_covers_all_methods() -> None:
 
 @pytest.mark.parametrize(
     ("method", "moments"),
-    [*((method, (1, 4, 6, 11)) for method in EVERYWHERE), *((method, (6,)) for method in WITHIN_AN_EPOCH)],
-)
+    [*((method, (1, 4, 6, 11)) for method in EVERYWHERE),
+     *(pytest.param(method, (6,), marks=pytest.mark.slow) for method in WITHIN_AN_EPOCH)],
+)  # fmt: skip
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(method: str, moments: tuple[int, ...], tmp_path: Path) -> None:
     whole = RunDirectory.create(tmp_path / "whole", run_config())
     train(method, whole)

@@ -37,6 +37,7 @@ def has_dynamic_shapes(graph: GraphModule) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "graphs"),
     [
@@ -55,6 +56,7 @@ def test_graphs_are_static_and_few(method: str, graphs: int, counter: CompileCou
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_every_network_of_a_process_is_compiled(counter: CompileCounterWithBackend) -> None:
     """By default torch stops compiling a function after 8 graphs; all networks of a class share the function."""
     limit = torch._dynamo.config.recompile_limit

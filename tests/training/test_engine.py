@@ -172,6 +172,7 @@ def test_fit_on_a_gpu_trains_and_restores_the_generators() -> None:
     assert torch.equal(torch.cuda.get_rng_state(), state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["pgd-2", "fat-3", "f+trades", "free-2", "mart"])
 def test_compile_trains_as_eager_does(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within rounding. The graphs are captured as always, and run without the compiler that takes a minute."""

@@ -32,6 +32,7 @@ def test_derive_separates_the_parts_of_a_key() -> None:
     assert len({derive(0, *key) for key in keys} | {derive(1, *key) for key in keys}) == 2 * len(keys)
 
 
+@pytest.mark.slow
 def test_derive_is_the_same_in_another_process() -> None:
     code = (
         "import torch; from deat_rb.utils.seeding import generator; "

@@ -20,6 +20,7 @@ def test_run_checks_unmasked_network_passes() -> None:
     assert flagged(report) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mask", "level", "name", "hidden"), MASKED)
 def test_run_checks_finds_masks_written_independently(mask: str, level: str, name: str, hidden: float) -> None:
     report, truth = report_of(mask, level), report_of("none", "quick")

@@ -76,6 +76,7 @@ def test_run_checks_skips_square_on_small_images_in_l2() -> None:
     assert "Square finds no more; " in next(c for c in report.checks if c.name == "skipped").sentence
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize("level", ["quick", "full"])
 def test_run_checks_leaves_the_model_unchanged(level: str, norm: str) -> None:
