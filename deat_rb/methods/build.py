@@ -66,17 +66,17 @@ def configure(
         attack_options["norm"] = norm
     attack_keys = {"tau", "omega"} & set(attack_options)
     shares_pass = getattr(trainer, "shares_forward_pass", False)
-    if not row.replays and not shares_pass:
+    if not row.shares_passes and not shares_pass:
         attack_keys |= {"attack_mode"} & accepts
     attack_options |= {key: values.pop(key) for key in attack_keys & set(values)}
     alpha, steps = row.alpha * (eps / PAPER_EPS), row.steps
     if steps > 0 or row.guided:
         alpha = values.pop("alpha", alpha) if "alpha" in accepts else alpha
         steps = values.pop("steps", steps) if "steps" in accepts else steps
-    if row.replays and {"awp", "awp_warmup"} & set(values):
+    if row.shares_passes and {"awp", "awp_warmup"} & set(values):
         raise DeatError(
-            f"the method {canonical} cannot use awp, which needs a separate backward pass before the update: a replay "
-            "uses one pass for both attack and update; choose another method, such as pgd-N, n-fgsm or trades"
+            f"the method {canonical} cannot use awp, which needs a separate backward pass before the update: each of "
+            "its passes serves both attack and update; choose another method, such as pgd-N, n-fgsm or trades"
         )
     if shares_pass and {"awp", "awp_warmup"} & set(values):
         raise DeatError(

@@ -98,9 +98,11 @@ def _attack(row: Recipe, eps: float) -> str:
     options = row.attack_options
     if row.steps == 0 and not row.guided:
         return "none"
-    fixed = path_of(row.schedule) == CONSTANT
+    fixed, inner = path_of(row.schedule) == CONSTANT, row.trainer_options.get("inner")
     size = "alpha = eps" if row.replays and row.alpha == eps else f"{format_fraction(row.alpha)}"
-    if row.replays:
+    if inner is not None:
+        text = f"{row.steps} times {counted(inner, 'step')} of {size} through the first layer"
+    elif row.replays:
         number = counted(row.steps, "replay") if fixed else "replays"
         text = f"{number}, {size}" if size == "alpha = eps" else f"{number} of {size}"
     elif fixed and row.steps == 1:
@@ -201,6 +203,8 @@ def _cost(row: Recipe) -> str:
 
 def _passes(row: Recipe) -> str:
     """Return the backward passes of a built-in trainer with `deat_rb.PGD`."""
+    if inner := row.trainer_options.get("inner"):
+        return f"{row.steps}MT (and {row.steps * (inner + 1)}MT through the first layer only)"
     if path_of(row.schedule) != CONSTANT:
         return "sum of r, times M" if row.replays else "sum of (r + 1), times M"
     if row.replays or row.steps < 2:
@@ -253,7 +257,8 @@ def explain(name: str) -> str:
     canonical, row = recipe(name)
     text = describe(canonical)
     settings = (
-        f"fast: {counted(row.fast_epochs, 'epoch')}, cyclic LR to 0.1; standard: 50 epochs, LR 0.05 cut at 25 and 40"
+        f"fast: {counted(row.fast_epochs, 'epoch')}, cyclic LR to {row.peak_lr:g}; standard: 50 epochs, LR 0.05 cut at "
+        "25 and 40"
     )
     guided = "guided by the gradient magnitude" if row.guided else text.schedule
     lines = [

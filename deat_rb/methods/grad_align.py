@@ -32,6 +32,7 @@ class GradAlignTrainer(AttackTrainer):
     """
 
     penalty_passes = (1, 2)
+    not_compilable = "needs second derivatives, which torch.compile lacks"
 
     def __init__(self, attack: PGD, *, loss: str | SurrogateLoss = "ce", align: float = 0.2, **options: Any) -> None:
         if not isinstance(attack, PGD) or attack.loss != "ce" or attack.tau is not None:
@@ -42,8 +43,6 @@ class GradAlignTrainer(AttackTrainer):
         self.align = align
 
     def _penalty(self, images: Tensor, labels: Tensor, crafting: CraftStats, engine: Engine) -> Tensor:
-        if engine.compiled:
-            raise DeatError("gradient alignment needs second derivatives, which torch.compile lacks: omit --compile")
         first = crafting.gradient
         if first is None:
             raise DeatError(f"steps = {self.steps} cannot be used: gradient alignment needs 1 or more attack steps")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from deat_rb.methods.recipes import ANNEALED, GRADIENT_RATIO, UNIFORM, Recipe
+from deat_rb.methods.recipes import ANNEALED, GRADIENT_RATIO, UNIFORM, YOPO_TRAINER, Recipe
 from deat_rb.utils.errors import DeatError
 
 N_FGSM_SOURCE = "de Jorge et al. 2022, arXiv:2202.01181"
@@ -75,6 +75,25 @@ def _amata(first: int, last: int) -> Recipe:
     )
 
 
+def _yopo(m: int, n: int) -> Recipe:
+    return Recipe(
+        steps=m,
+        attack_options={**UNIFORM, "clamp_start": False},
+        trainer=YOPO_TRAINER,
+        trainer_options={"inner": n},
+        peak_lr=0.2 / m,
+        paper="Zhang et al. 2019, arXiv:1905.00877; a baseline of the later version of arXiv:2103.03076",
+        notes=(
+            f"The update sums the gradients of the {m} full passes, so the learning rate counts {m}-fold: 0.2/{m} in "
+            "YOPO's public code, and here in the settings fast and fastat; 0.05 in DEAT's, and here in standard.",
+            "The first layer's weights also get the gradients of the points that the inner steps reach, as in the "
+            "public code.",
+            "The first of the full passes is at the uniform start, which may leave [0, 1], as in the public code.",
+            "l_X is that of the last full pass.",
+        ),
+    )
+
+
 ONE_FORWARD_PASS = (
     "Attack and loss share a forward pass, in train mode: no AWP, --attack-mode or --compile. As with TRADES, the "
     "backward pass of the update goes through two forward passes."
@@ -135,6 +154,7 @@ OTHER_FAMILIES: list[tuple[str, str, str, Callable[..., Recipe]]] = [
     ("m+n-fgsm", r"m\+n-fgsm", "m+n-fgsm", _m_n_fgsm),
     ("gradalign", r"gradalign", "gradalign", _gradalign),
     ("amata-K-L", r"amata-(\d+)-(\d+)", "amata-2-10", _amata),
+    ("yopo-M-N", r"yopo-(\d+)-(\d+)", "yopo-5-3", _yopo),
     ("fgsm-pgi", r"fgsm-pgi", "fgsm-pgi", _fgsm_pgi),
     ("liet", r"liet", "liet", _liet),
 ]

@@ -26,6 +26,7 @@ ROBUSTNESS_DROP = "deat_rb.methods.stopping:RobustnessDrop"
 GRADIENT_RATIO = "deat_rb.methods.stopping:GradientRatio"
 ATTACK_TRAINER = "deat_rb.methods.trainers:AttackTrainer"
 REPLAY_TRAINER = "deat_rb.methods.trainers:ReplayTrainer"
+YOPO_TRAINER = "deat_rb.methods.yopo:YopoTrainer"
 
 
 def resolve(reference: Any) -> Any:
@@ -64,6 +65,7 @@ class Recipe:
         trainer: The class of the trainer.
         trainer_options: Its keyword arguments.
         fast_epochs: Epochs of the fast setting.
+        peak_lr: Peak learning rate of the settings fast and fastat.
         summary: The attack in words; needed only for an attack other than `deat_rb.PGD`.
         start: Where the attack starts, in words with ``trainer_options`` in braces, if the trainer determines it.
         penalty: What the trainer adds to the loss, in words, with its ``trainer_options`` in braces.
@@ -87,6 +89,7 @@ class Recipe:
     trainer: type[Trainer] | str = ATTACK_TRAINER
     trainer_options: Mapping[str, Any] = field(default_factory=dict)
     fast_epochs: int = 10
+    peak_lr: float = 0.1
     summary: str = ""
     start: str = ""
     penalty: str = ""
@@ -105,6 +108,11 @@ class Recipe:
     def replays(self) -> bool:
         """Whether each batch is replayed: one backward pass updates the weights and the perturbation."""
         return path_of(self.trainer) == REPLAY_TRAINER
+
+    @property
+    def shares_passes(self) -> bool:
+        """Whether the attack uses the backward passes of the update: replays and YOPO."""
+        return path_of(self.trainer) in (REPLAY_TRAINER, YOPO_TRAINER)
 
     @property
     def uses_pgd(self) -> bool:

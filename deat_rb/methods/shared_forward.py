@@ -35,7 +35,7 @@ class SharedForwardTrainer(Trainer):
     """
 
     shares_forward_pass = True
-    compiles = False
+    not_compilable = "takes two gradients from one forward pass, which torch.compile lacks"
     norms = ("Linf",)
 
     def __init__(

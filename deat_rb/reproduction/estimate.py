@@ -10,6 +10,7 @@ from statistics import fmean
 from deat_rb.data.datasets import Dataset
 from deat_rb.methods.registry import recipe
 from deat_rb.methods.trainers import AttackTrainer, ReplayTrainer
+from deat_rb.methods.yopo import YopoTrainer
 from deat_rb.reproduction.folder import StudyFolder
 from deat_rb.reproduction.study import AUTOATTACK, RunSpec
 from deat_rb.runs.estimate import time_batches, time_pass, training_seconds
@@ -201,7 +202,8 @@ def seconds_of(planned: TrainingPlan, times: Times, passes: float) -> float:
         times: Seconds per mini-batch.
         passes: Backward passes of the run, in mini-batches.
     """
-    updates = 0 if type(planned.trainer) is ReplayTrainer else planned.config.optim.epochs
+    shared = type(planned.trainer) in (ReplayTrainer, YopoTrainer)  # no pass is for the update alone
+    updates = 0 if shared else planned.config.optim.epochs
     return training_seconds(planned, times.update, times.step, passes / planned.batches - updates, times.evaluation)
 
 

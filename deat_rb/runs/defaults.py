@@ -80,7 +80,7 @@ DEFAULT_TEXTS = {
     },
     "weight_decay": "0.0005; 0.01 with adamw",
 }
-DEFAULT_TEXTS["lr"] += "; 0.001 with adamw"
+DEFAULT_TEXTS["lr"] += "; yopo-M-N 0.2/M fast and fastat; 0.001 with adamw"
 """Descriptions of the defaults that depend on the dataset, the setting or the method."""
 
 
@@ -129,6 +129,8 @@ def setting_defaults(setting: str, row: Recipe, arch: str) -> dict[str, Any]:
         defaults |= {"epochs": fastat_epochs(row), "ema": FASTAT_EMA}
         if row.loss in ("ce", "trades"):
             defaults["label_smoothing"] = FASTAT_LABEL_SMOOTHING
+    if setting != "standard":
+        defaults["lr"] = row.peak_lr
     if "carry" in row.trainer_options:
         defaults["carry"] = setting == "fast"
     if row.guided:

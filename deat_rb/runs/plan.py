@@ -21,6 +21,7 @@ from deat_rb.methods.prior_guided import PriorGuidedTrainer
 from deat_rb.methods.registry import create
 from deat_rb.methods.schedules import AccuracyThreshold, EveryDEpochs, GradientMagnitude
 from deat_rb.methods.trainers import AttackTrainer, ReplayTrainer
+from deat_rb.methods.yopo import YopoTrainer
 from deat_rb.models.initialization import InitialWeights, freeze_parameters, initial_weights
 from deat_rb.models.spec import model_spec
 from deat_rb.runs.config import RunConfig
@@ -109,6 +110,8 @@ class TrainingPlan:
             return None
         if type(trainer) is ReplayTrainer:
             return {"backward passes": steps * m, "forward passes": steps * m, "updates": steps * m}
+        if type(trainer) is YopoTrainer:  # full passes only
+            return {"backward passes": steps * m, "forward passes": steps * m, "updates": epochs * m}
         if type(trainer) is PriorGuidedTrainer:
             return {"backward passes": 2 * epochs * m, "forward passes": 2 * epochs * m, "updates": epochs * m}
         if type(trainer) is not AttackTrainer:

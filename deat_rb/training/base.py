@@ -168,8 +168,8 @@ class TrainerBase(StatelessAttack):
     shares_forward_pass = False
     """Whether attack and loss use the same forward pass, which rules out AWP and an attack in eval mode."""
 
-    compiles = True
-    """Whether a training step works with torch.compile."""
+    not_compilable: str | None = None
+    """Why a training step does not work with torch.compile, as the end of a sentence; None if it does."""
 
     takes_soft_labels = False
     """Whether a training step also takes class probabilities (N, K) as labels, if the loss and the attack do."""

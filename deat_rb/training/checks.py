@@ -66,8 +66,8 @@ def check_requirements(trainer: type[TrainerBase], name: str, *, compiled: bool,
     Raises:
         DeatError: The method cannot be compiled, or needs the number of epochs.
     """
-    if compiled and not trainer.compiles:
-        raise DeatError(f"{name} takes two gradients from one forward pass, which torch.compile lacks: omit --compile")
+    if compiled and trainer.not_compilable is not None:
+        raise DeatError(f"{name} {trainer.not_compilable}: omit --compile")
     if open_ended and trainer.needs_epochs:
         raise DeatError(f"{name} raises the weight of its penalty up to the last epoch, so it cannot be open-ended: "
                         "give --epochs a number")  # fmt: skip

@@ -211,8 +211,9 @@ class Engine:
             losses: Loss per example, (N,).
             optimizer: The optimizer of the model's parameters.
         """
-        self._backward(losses, optimizer)
-        self._step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+        self.backward(losses)
+        self.step(optimizer)
 
     def backward_and_step(self, losses: Tensor, optimizer: Optimizer, images: Tensor) -> Tensor:
         """Do the same as `update`, and return the gradient of the images from the same backward pass.
@@ -226,25 +227,42 @@ class Engine:
             The gradient with respect to ``images``, unscaled; zeros if ``images`` is not a leaf that requires grad.
             Multiplied by `loss_divisor`, it is the gradient of each example's loss.
         """
-        self._backward(losses, optimizer)
-        gradient = torch.zeros_like(images) if images.grad is None else images.grad
-        if self.scaler.is_enabled():
-            # get_scale() synchronizes with the device; the tensor that it reads does not.
-            scale = self.scaler._get_scale_async()
-            assert scale is not None
-            gradient = gradient / scale
-            # By design, a growing scale overflows now and then: the step is then skipped, and the gradient zeroed.
-            gradient = torch.where(gradient.isfinite().all(), gradient, torch.zeros_like(gradient))
-        self._step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+        self.backward(losses)
+        gradient = self.unscaled(torch.zeros_like(images) if images.grad is None else images.grad)
+        self.step(optimizer)
         return gradient
 
-    def _backward(self, losses: Tensor, optimizer: Optimizer) -> None:
+    def unscaled(self, gradient: Tensor) -> Tensor:
+        """Return a gradient of `backward` divided by fp16's loss scale, and zeros if it overflowed."""
+        if not self.scaler.is_enabled():
+            return gradient
+        # get_scale() synchronizes with the device; the tensor that it reads does not.
+        scale = self.scaler._get_scale_async()
+        assert scale is not None
+        return self.finite(gradient / scale)
+
+    def finite(self, gradient: Tensor) -> Tensor:
+        """Return a gradient, or in fp16 zeros if it overflowed.
+
+        By design, a growing scale overflows now and then: the optimizer step is then skipped.
+        """
+        if not self.scaler.is_enabled():
+            return gradient
+        return torch.where(gradient.isfinite().all(), gradient, torch.zeros_like(gradient))
+
+    def backward(self, losses: Tensor) -> None:
+        """Add the gradients of the mean loss of the global batch to those of the parameters, scaled in fp16.
+
+        Args:
+            losses: Loss per example, (N,).
+        """
         loss = losses.sum() / self.loss_divisor(len(losses))
-        optimizer.zero_grad(set_to_none=True)
         scaled: Tensor = self.scaler.scale(loss)
         scaled.backward()
 
-    def _step(self, optimizer: Optimizer) -> None:
+    def step(self, optimizer: Optimizer) -> None:
+        """Run one optimizer step on the gradients of `backward`."""
         self.counters.write()
         for group in optimizer.param_groups:
             if group.get("fused"):

@@ -11,7 +11,7 @@ from deat_rb.methods.stopping import GradientRatio, RobustnessDrop
 from deat_rb.training.schedule import Constant
 
 D = {"every": 3, "max_steps": None}
-NOT_IN_THE_PAPER = ("n-fgsm", "m+n-fgsm", "gradalign", "amata-2-10", "fgsm-pgi", "liet")
+NOT_IN_THE_PAPER = ("n-fgsm", "m+n-fgsm", "gradalign", "amata-2-10", "yopo-5-3", "fgsm-pgi", "liet")
 P = {"threshold": 0.4, "max_steps": None}
 DROP = {"drop": 0.2, "validation_steps": 5}
 RATIO = {"m": 2, "gamma": 1.5, "guard": 0.4}
@@ -51,6 +51,8 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "gradalign": ("attack", 1,  8, "none",    "ce", None, "train", "ce",     Constant, {}, None, {}, 15),
     # Amata: Ye et al. 2021, Algorithm 1; tau = 20/255 = 2 * 10/255 as in the code of DEAT (amata_cifar10.py).
     "amata-2-10": ("attack", 2, 10, "none",   "ce", None, "train", "ce",     Annealed, at_most(10), None, {}, 10),
+    # YOPO: Zhang et al. 2019, section 4 (m = 5, n = 3, steps of 2/255); its code (start, Linf steps).
+    "yopo-5-3": ("yopo",    5,  2, "uniform", "ce", None, "train", "ce",     Constant, {}, None, {}, 10),
     # FGSM-PGI: Jia et al. 2022, Algorithm 3; LIET: Pan et al. 2025, Algorithm 1 (both alpha = eps); T as U-FGSM.
     "fgsm-pgi": ("shared",  1,  8, "none",    "ce", None, "train", "ce",     Constant, {}, None, {}, 15),
     "liet":     ("shared",  1,  8, "none",    "ce", None, "train", "nls",    Constant, {}, None, {}, 15),

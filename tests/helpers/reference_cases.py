@@ -50,6 +50,8 @@ CASES = [
     ("gradalign", None),
     ("amata-2-10", None),
     ("amata-2-10", 5),
+    ("yopo-5-3", None),
+    ("yopo-2-1", None),
     ("fgsm-pgi", None),
     ("liet", None),
     ("fat-5", None),

@@ -218,6 +218,38 @@ def amata(loop: Loop, images: Tensor, labels: Tensor) -> None:
     loop.update(cross_entropy(logits, labels), logits, labels)
 
 
+def yopo(loop: Loop, images: Tensor, labels: Tensor) -> None:
+    """YOPO-m-n (Zhang et al. 2019, Algorithm 1) for a network that begins with its first layer f_0.
+
+    As in the public code the start may leave [0, 1]; the steps are of the sign, and f_0 then gets the images within
+    [0, 1]; and f_0's weights get the gradient of <p, f_0> at the end of each n steps, too.
+    """
+    assert isinstance(loop.model, nn.Sequential)
+    first, others = loop.model[0], loop.model[1:]
+    eta, gradient = torch.empty(images.shape, dtype=images.dtype).uniform_(-loop.eps, loop.eps), images
+    loop.optimizer.zero_grad()
+    for j in range(loop.steps):
+        loop.epoch.forwards += 1
+        loop.epoch.backwards += 1
+        hidden = first(images + eta)
+        hidden.retain_grad()
+        logits = others(hidden)
+        each = cross_entropy(logits, labels)
+        each.mean().backward()
+        p = hidden.grad
+        for s in range(loop.inner):
+            point = torch.clamp(images + eta, 0, 1).requires_grad_()
+            (found,) = torch.autograd.grad((p * first(point)).sum(), point)
+            if j == s == 0:
+                found = torch.where((images + eta < 0) | (images + eta > 1), 0.0, found)
+            gradient = found if s == 0 else gradient
+            eta = loop.step(images, images + eta, found) - images
+        (p * first(images + eta)).sum().backward()
+    loop.optimizer.step()
+    loop.record(each, logits, labels)
+    loop.epoch.l_x += len(labels) * gradient.abs().sum().item()
+
+
 def magnitude_rule(l_x: Sequence[float], start: int, gamma: float, bound: int) -> int:
     """Algorithm 2, lines 1 and 8-14: the next epoch's r after epochs that summed to ``l_x``."""
     r, threshold = start, 0.0  # 1
@@ -260,6 +292,7 @@ BODIES: dict[str, tuple[Body, float, int]] = {
     "n-fgsm": (n_fgsm, 8 / 255, 1),
     "gradalign": (gradalign, 8 / 255, 1),
     "amata": (amata, 0.0, 0),
+    "yopo": (yopo, INNER, 0),
     "fgsm-pgi": (fgsm_pgi, 8 / 255, 1),
     "liet": (liet, 8 / 255, 1),
     "fat": (fat, INNER, 5),
@@ -297,7 +330,7 @@ def run(
     Returns:
         What each epoch did. The stopping rules are not applied: ask `ratio_rule` or `robustness_rule`.
     """
-    parts = re.fullmatch(r"(free|deat|pgd|fat|amata)-(\d+)(%|-\d+)?", method)
+    parts = re.fullmatch(r"(free|deat|pgd|fat|amata|yopo)-(\d+)(%|-\d+)?", method)
     guided = method in GUIDED
     family = parts[1] if parts else GUIDED.get(method, method.removeprefix("m+"))
     body, base_alpha, bound = (free, eps, 0) if family == "free" else BODIES[family]
@@ -314,6 +347,7 @@ def run(
         alpha = TAU / r if family == "amata" else alpha
         trace.append(Epoch(steps=r))
         loop = Loop(model, optimizer, eps, alpha, r, trace[-1], carried, number=t)
+        loop.inner = int(parts[3][1:]) if family == "yopo" and parts is not None else 0
         loop.total, loop.epochs_done = sum(len(labels) for _, labels in batches), (t + 1) / len(batches_per_epoch)
         for i, (images, labels) in enumerate(batches):
             seed_batch(t, i)

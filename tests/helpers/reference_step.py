@@ -46,6 +46,7 @@ class Loop:
     first: int = 0  # position of the batch's first image among all
     total: int = 0  # images
     epochs_done: float = 1.0  # t / T
+    inner: int = 0  # YOPO's n
 
     def forward(self, images: Tensor) -> Tensor:
         """Runs the whole mini-batch through the model."""

@@ -31,7 +31,7 @@ from deat_rb.training.validation import validate
 from deat_rb.utils.errors import DeatError
 
 ROWS = ["free-3", "deat-2", "m-deat", "pgd-3", "m+pgd", "u-fgsm", "m+u-fgsm", "n-fgsm", "m+n-fgsm", "fat-3", "trades",
-        "f+trades", "m+trades", "mart", "f+mart", "m+mart"]  # fmt: skip
+        "f+trades", "m+trades", "mart", "f+mart", "m+mart", "amata-2-3", "yopo-2-2"]  # fmt: skip
 
 
 def lengths(delta: Tensor) -> Tensor:

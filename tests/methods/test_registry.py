@@ -26,6 +26,7 @@ from deat_rb.methods.schedules import AccuracyThreshold, EveryDEpochs, GradientM
 from deat_rb.methods.shared_forward import SharedForwardTrainer
 from deat_rb.methods.stopping import GradientRatio
 from deat_rb.methods.trainers import AttackTrainer, ReplayTrainer
+from deat_rb.methods.yopo import YopoTrainer
 from deat_rb.training import base as training_base
 from deat_rb.training.metrics import EpochStats
 from deat_rb.training.schedule import Schedule
@@ -51,7 +52,7 @@ def test_create_builds_the_row(name: str) -> None:
     if isinstance(trainer, ReplayTrainer):
         assert kind == ("carried" if trainer.carry else "replay")
     else:
-        assert isinstance(trainer, SharedForwardTrainer if kind == "shared" else AttackTrainer)
+        assert isinstance(trainer, {"shared": SharedForwardTrainer, "yopo": YopoTrainer}.get(kind, AttackTrainer))
     assert (trainer.steps, attack.steps) == (steps, steps)
     assert trainer.base_alpha == pytest.approx(alpha / 255)
     assert attack.eps == pytest.approx(8 / 255)
@@ -185,6 +186,7 @@ def test_create_lists_all_names_when_none_is_near() -> None:
         ("deat-0%", "method 'deat-0%': 0 is out of range for deat-P% (1 to 99); the paper has deat-40%"),
         ("pgd-1001", "method 'pgd-1001': 1001 is out of range for pgd-N (1 to 1000); the paper has pgd-7"),
         ("amata-2-0", "method 'amata-2-0': 0 is out of range for amata-K-L (1 to 1000); the paper has amata-2-10"),
+        ("yopo-5-0", "method 'yopo-5-0': 0 is out of range for yopo-M-N (1 to 1000); the paper has yopo-5-3"),
         ("amata-9-2", "method 'amata-9-2': the number of steps cannot fall from 9 to 2"),
     ],
 )

@@ -76,7 +76,9 @@ def test_trainer_call_on_a_linear_model_by_hand() -> None:
 # Class probabilities as labels
 
 
-@pytest.mark.parametrize("name", ["standard", "free-2", "m-deat", "pgd-2", "n-fgsm", "trades", "gradalign", "awp"])
+@pytest.mark.parametrize(
+    "name", ["standard", "free-2", "m-deat", "pgd-2", "n-fgsm", "trades", "gradalign", "yopo-2-2", "awp"]
+)
 def test_class_probabilities_of_one_class_train_as_that_class(name: str) -> None:
     images, labels = images_and_labels(8)
     outcomes = []

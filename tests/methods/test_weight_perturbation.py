@@ -116,9 +116,9 @@ def test_the_perturbation_is_removed_if_the_update_fails() -> None:
         torch.testing.assert_close(weight.detach(), value)
 
 
-@pytest.mark.parametrize("name", ["free-8", "deat-3", "m-deat"])
-def test_awp_is_refused_on_replays(name: str) -> None:
-    with pytest.raises(DeatError, match=f"{name} cannot use awp, .* a replay uses one pass for both"):
+@pytest.mark.parametrize("name", ["free-8", "deat-3", "m-deat", "yopo-5-3"])
+def test_awp_is_refused_where_a_pass_serves_attack_and_update(name: str) -> None:
+    with pytest.raises(DeatError, match=f"{name} cannot use awp, .* each of its passes serves both attack and update"):
         deat_rb.create(name, made(), awp=0.01)
 
 

@@ -104,6 +104,7 @@ def train(name: str, *, after: int = 0, of: int = 1, **options: Any) -> tuple[Tr
         ("n-fgsm", "m+n-fgsm", {}),
         ("gradalign", "gradalign", {}),
         ("amata", "amata-2-10", {"after": 1, "of": 4}),
+        ("yopo", "yopo-5-3", {}),
     ],
 )
 def test_training_equals_the_public_code(case: str, name: str, options: dict[str, Any]) -> None:

@@ -140,6 +140,12 @@ def test_mutation_of_the_replay_gradient_is_noticed(name: str, monkeypatch: pyte
     assert noticed(name)
 
 
+@pytest.mark.parametrize("change", [1, -1])
+def test_mutation_of_yopos_inner_steps_is_noticed(change: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_trainers(monkeypatch, lambda trainer: setattr(trainer, "inner", trainer.inner + change))
+    assert noticed("yopo-5-3")
+
+
 def test_mutation_of_the_weight_of_gradient_alignment_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     change_trainers(monkeypatch, lambda trainer: setattr(trainer, "align", 0.19))
     assert noticed("gradalign")
@@ -179,7 +185,7 @@ def test_mutation_of_the_starts_of_fgsm_pgi_and_liet_is_noticed(name: str, monke
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in METHODS if not re.search("deat|free|gradalign", name) and name not in SHARED]
+    "name", [name for name in METHODS if not re.search("deat|free|gradalign|yopo", name) and name not in SHARED]
 )
 def test_mutation_with_an_early_update_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Algorithm 4, lines 6-13: all r steps come before the update."""
@@ -219,7 +225,7 @@ def test_mutation_of_the_order_of_forwards_is_noticed(name: str, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in METHODS if "deat" not in name and "free" not in name and name not in SHARED]
+    "name", [name for name in METHODS if not re.search("deat|free|yopo", name) and name not in SHARED]
 )
 def test_mutation_of_the_attack_mode_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def other(trainer: Trainer) -> None:
@@ -249,7 +255,7 @@ def test_mutation_without_the_noise_after_each_step_is_noticed(name: str, monkey
     assert noticed(name)
 
 
-@pytest.mark.parametrize("name", ["trades", "mart", "m+trades", "m+mart"])
+@pytest.mark.parametrize("name", ["trades", "mart", "m+trades", "m+mart", "yopo-5-3"])
 def test_mutation_with_a_clamped_start_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def clamped(trainer: Trainer) -> None:
         trainer.crafter.clamp_start = True

@@ -66,6 +66,7 @@ def test_plan_validation_images_are_not_trained_on() -> None:
         ("deat-1", {"backward passes": 6, "forward passes": 6, "updates": 6}),
         ("pgd-2", {"backward passes": 12, "forward passes": 12, "updates": 4}),
         ("trades", {"backward passes": 44, "forward passes": 52, "updates": 4}),
+        ("yopo-3-2", {"backward passes": 12, "forward passes": 12, "updates": 4}),
         ("amata-2-6", {"backward passes": 16, "forward passes": 16, "updates": 4}),  # 2 and 4 steps
         ("mart", {"backward passes": 44, "forward passes": 48, "updates": 4}),
     ],

@@ -25,8 +25,8 @@ EVERYWHERE = ["m+trades", "free-3", "m-deat"]
 
 WITHIN_AN_EPOCH = [
     "standard", "deat-2", "deat-40%", "pgd-2", "m+pgd", "u-fgsm", "m+u-fgsm", "n-fgsm", "m+n-fgsm", "gradalign",
-    "amata-1-4", "fgsm-pgi", "liet", "fat-2", "trades", "f+trades", "mart", "f+mart", "m+mart", "pgd-2 awp",
-    "trades awp", "free-2 eps-warmup", "torchattacks.PGD",
+    "amata-1-4", "yopo-2-2", "fgsm-pgi", "liet", "fat-2", "trades", "f+trades", "mart", "f+mart", "m+mart",
+    "pgd-2 awp", "trades awp", "free-2 eps-warmup", "torchattacks.PGD",
 ]  # fmt: skip
 
 

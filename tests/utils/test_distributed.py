@@ -25,7 +25,7 @@ from deat_rb.utils.distributed import World, is_peer_failure, share
 from deat_rb.utils.errors import DeatError
 
 METHODS = ("standard", "pgd-2", "trades", "mart", "fat-5", "free-3", "m-deat", "m+trades", "free-3 ema", "trades awp",
-           "fgsm-pgi", "liet")  # fmt: skip
+           "yopo-2-2", "fgsm-pgi", "liet")  # fmt: skip
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
 

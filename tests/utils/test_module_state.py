@@ -19,7 +19,7 @@ from deat_rb.utils.module_state import preserve_modes, preserve_state
 
 METHODS = [
     "standard", "free-3", "deat-2", "deat-40%", "m-deat", "pgd-2", "m+pgd", "u-fgsm", "m+u-fgsm",
-    "n-fgsm", "m+n-fgsm", "gradalign", "amata-2-10", "fgsm-pgi", "liet",
+    "n-fgsm", "m+n-fgsm", "gradalign", "amata-2-10", "yopo-2-2", "fgsm-pgi", "liet",
     "fat-2", "trades", "f+trades", "m+trades", "mart", "f+mart", "m+mart",
 ]  # fmt: skip
 ATTACKS: dict[str, Callable[[nn.Module], Any]] = {

@@ -1,0 +1,169 @@
+"""YOPO: adversarial training that attacks through the first layer only (Zhang et al. 2019, arXiv:1905.00877)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from deat_rb.attacks.losses import main_class
+from deat_rb.attacks.pgd import PGD
+from deat_rb.methods.losses import surrogate
+from deat_rb.models.first_layer import find_first_layer, output_gradients, output_of
+from deat_rb.training.base import SurrogateLoss
+from deat_rb.training.engine import Engine
+from deat_rb.training.metrics import BatchStats
+from deat_rb.training.trainer import Trainer
+from deat_rb.utils.errors import DeatError
+from deat_rb.utils.module_state import require_autograd
+from deat_rb.utils.units import is_whole_number
+
+
+class YopoTrainer(Trainer):
+    """YOPO-m-n: m full passes per batch, each followed by n steps of the attack through the first layer.
+
+    A full pass gives the gradients of the weights, which are summed over the m passes, and the gradient p of the first
+    layer's output. With p held fixed, n steps ascend <p, f_0(x')>, where f_0 is the first layer and all before it, such
+    as the normalization. As in the public code, the gradient of <p, f_0> at the last of them is added to that of the
+    first layer's weights, and the optimizer takes one step along the sum.
+
+    Args:
+        attack: A `PGD` on cross-entropy, whose start, eps and alpha are used; its steps are m.
+        loss: The surrogate loss; the attack ascends it, too.
+        inner: n.
+        options: As for `Trainer`.
+
+    Raises:
+        DeatError: The attack or the loss cannot be used, or m or n is below 1.
+    """
+
+    takes_soft_labels = True
+    not_compilable = "needs the gradient of the first layer's output, which torch.compile hides"
+
+    def __init__(self, attack: PGD, *, loss: str | SurrogateLoss = "ce", inner: int = 3, **options: Any) -> None:
+        if not isinstance(attack, PGD) or attack.loss != "ce" or attack.tau is not None:
+            raise DeatError("YOPO needs a deat_rb.PGD on cross-entropy without tau")
+        if not is_whole_number(inner) or inner < 1:
+            raise DeatError(f"inner = {inner} is not a positive whole number of steps; YOPO-5-3 has 3")
+        super().__init__(attack, loss=surrogate(loss), **options)
+        if self.steps < 1:
+            raise DeatError(f"steps = {self.steps} is below 1; YOPO needs at least 1 full pass")
+        if self.loss.needs_clean:
+            raise DeatError(f"the loss {self.loss.name} needs the clean images, which YOPO does not pass: use ce")
+        self.inner = int(inner)
+        self._first_layer: str | None = None
+
+    def check_attack(self, images: Tensor) -> None:
+        """Find the network's first layer.
+
+        Raises:
+            DeatError: There is none that could be separated from the others.
+        """
+        self._first_layer = find_first_layer(self.model, images[:2])
+
+    def reads_statistics(self) -> bool:
+        """Return False: all passes are in train mode."""
+        return False
+
+    def forward(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """Generate adversarial examples with the steps of a training step, without updating the weights."""
+        if labels is None:
+            raise DeatError("this attack needs labels: call it with (images, labels)")
+        images, labels = inputs.detach().to(self.device), labels.to(self.device)
+        self.crafter.enter_mode()
+        layer = self._layer(images)
+        adv: Tensor = self.crafter.initialize(images)
+        for _ in range(self.steps):
+            adv = adv.detach().requires_grad_()
+            with output_gradients(layer) as slopes:
+                loss = self.loss.function(self.crafter.get_logits(adv), labels).sum()
+            torch.autograd.grad(loss, adv)
+            adv, _ = self._ascend(layer, self.crafter.get_logits, images, adv, slopes[0], Engine(images.device))
+        return adv
+
+    def training_step(
+        self, images: Tensor, labels: Tensor, optimizer: Optimizer, engine: Engine | None = None
+    ) -> BatchStats:
+        """Train on one batch (Algorithm 1)."""
+        self.require_pixels()
+        require_autograd("training", grad_mode=True)
+        engine = engine or Engine(images.device)
+        layer, adv, magnitude = self._layer(images), self.crafter.initialize(images), images
+        own = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        added = [torch.zeros_like(parameter) for parameter in own]
+        optimizer.zero_grad(set_to_none=True)
+        for _ in range(self.steps):
+            with output_gradients(layer) as slopes, engine.autocast():
+                # The output of a frozen layer has a gradient only if its input does.
+                logits = engine.ddp_model(self.model)(adv if own else adv.detach().requires_grad_())
+                loss = self.loss.function(logits, labels)
+            engine.backward(loss)
+            slope = engine.finite(slopes[0])
+            adv, magnitude = self._ascend(layer, self.model, images, adv, slope, engine)
+            if own:
+                with engine.autocast():
+                    output = output_of(layer, self.model, adv)
+                torch._foreach_add_(added, list(torch.autograd.grad(output, own, slope)))
+        engine.world.average(added)
+        for parameter, gradient in zip(own, added, strict=True):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        engine.step(optimizer)
+        magnitude = engine.unscaled(magnitude)
+        if self.loss.class_weights is not None:  # l_X is the gradient of each example's own loss
+            magnitude = magnitude / self.loss.class_weights.of(labels).view(-1, 1, 1, 1)
+        return BatchStats(
+            examples=len(images),
+            loss=loss.detach().sum(),
+            correct=(logits.argmax(dim=1) == main_class(labels)).sum(),
+            l_x=self.crafter.threat.total_dual_norm(magnitude) * engine.loss_divisor(len(images)),
+            forwards=self.steps,
+            backwards=self.steps,
+            updates=1,
+            image_size=images[0].numel(),
+        )
+
+    def _layer(self, images: Tensor) -> nn.Module:
+        if self._first_layer is None:
+            self.check_attack(images)
+        assert self._first_layer is not None
+        layer: nn.Module = self.model.get_submodule(self._first_layer)
+        return layer
+
+    def _ascend(
+        self,
+        layer: nn.Module,
+        forward: Callable[[Tensor], Tensor],
+        images: Tensor,
+        adv: Tensor,
+        slope: Tensor,
+        engine: Engine,
+    ) -> tuple[Tensor, Tensor]:
+        """Take n steps along the gradient of <slope, f_0>.
+
+        Args:
+            layer: The first layer.
+            forward: The network's forward pass.
+            images: The clean images, (N, C, H, W).
+            adv: The iterate at which the slope was computed.
+            slope: The gradient p of the first layer's output, scaled as the loss.
+            engine: Device and precision.
+
+        Returns:
+            The adversarial examples, and the gradient in the first step, which is that of the full pass: (N, C, H, W).
+        """
+        first: Tensor | None = None
+        for _ in range(self.inner):
+            adv = adv.detach()
+            point = adv.clamp(0, 1).requires_grad_()
+            with engine.autocast():
+                output = output_of(layer, forward, point)
+            (gradient,) = torch.autograd.grad(output, point, slope)
+            # As in the public code, pixels of a start outside [0, 1] are only clamped in their first step.
+            gradient = torch.where(point == adv, engine.finite(gradient), 0.0)
+            first = gradient if first is None else first
+            adv = self.crafter.threat.ascend(adv, images, gradient, self.crafter.alpha)
+        assert first is not None
+        return adv, first
