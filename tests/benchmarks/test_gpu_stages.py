@@ -37,7 +37,7 @@ def test_stages_run_on_a_cpu(image_folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu", stages, "--device", "cpu", "--arch", "wrn-10-1", *sizes,
                "--attacks", "fgsm,pgd-2", "--methods", "m-deat,u-fgsm", "--data", str(image_folder),
                "--cache", str(tmp_path / "images.pt"), "--out", str(tmp_path)]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=570)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert not [row for row in rows if "failed" in row or "left_out" in row]

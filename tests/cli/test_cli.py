@@ -247,7 +247,7 @@ def test_eval_exits_with_130_on_ctrl_c(described: list[str | Path]) -> None:
     assert running.stderr.readline().startswith("natural: ")
     time.sleep(0.5)
     running.send_signal(signal.SIGINT)
-    assert running.communicate(timeout=60)[1] == "Interrupted: nothing was saved\n"
+    assert running.communicate(timeout=600)[1] == "Interrupted: nothing was saved\n"
     assert running.returncode == 130
 
 

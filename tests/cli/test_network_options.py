@@ -68,7 +68,7 @@ def test_eval_finds_a_module_in_the_current_folder(here: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [COMMAND, "eval", "net.pt", "--arch", "mynet:build", "--classes", "classes.txt", "--image-size", "8",
                "--dataset", "folder", "--data-dir", "data", "--json", "report.json", *FAST]  # fmt: skip
-    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads((here / "report.json").read_text())
     assert report["results"]["natural"]["accuracy"] == 1

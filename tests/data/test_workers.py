@@ -259,10 +259,10 @@ def test_workers_end_with_the_training_process(script: Any, mode: str, last_line
         os.killpg(process.pid, signal.SIGINT)
     if mode == "kill":
         process.kill()
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=300)
     assert errors.strip().endswith(last_line)
     assert process.returncode != 0
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while alive(pids) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not alive(pids)
@@ -274,7 +274,7 @@ def test_workers_ignore_ctrl_c_so_that_training_can_finish_its_batch(script: Any
     process, _ = script("deferred")
     os.killpg(process.pid, signal.SIGINT)
     time.sleep(0.5)
-    output, errors = process.communicate("\n", timeout=20)
+    output, errors = process.communicate("\n", timeout=300)
     assert (output, errors, process.returncode) == ("read 14 asked 1\n", "", 0)
 
 
@@ -283,7 +283,7 @@ def test_workers_ignore_ctrl_c_so_that_training_can_finish_its_batch(script: Any
 def test_workers_can_be_spawned(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
     process, pids = script("spawn")
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=300)
     assert (output, process.returncode) == ("read 14 asked 0\n", 0)
     assert "Traceback" not in errors  # on a busy machine Python 3.12's resource tracker may warn of a semaphore
     assert not alive(pids)

@@ -23,7 +23,7 @@ def test_two_ranks_report_what_one_does(tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [*TORCHRUN, shared_evaluation.__file__, str(tmp_path / "shared")]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert ran.returncode == 0, ran.stderr
     report = Report.load(tmp_path / "shared")
     assert report.verdicts.keys() == alone.verdicts.keys()

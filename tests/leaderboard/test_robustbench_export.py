@@ -80,7 +80,7 @@ def test_the_documented_lines_load_an_entry_through_robustbench(
     (block,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     shown = "import torch; print(model.eval()(torch.full((1, 3, 32, 32), 0.25)).tolist()[0])"
     done = subprocess.run([sys.executable, "-c", f"{block}\n{shown}"], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(DOCS.parents[1])}, timeout=120)  # fmt: skip
+                          env={**os.environ, "PYTHONPATH": str(DOCS.parents[1])}, timeout=900)  # fmt: skip
     assert done.returncode == 0, done.stderr
     expected = network()(torch.full((1, 3, 32, 32), 0.25))[0]
     assert torch.allclose(torch.tensor(json.loads(done.stdout.splitlines()[-1])), expected, atol=1e-5)

@@ -28,7 +28,7 @@ without_upstream_autoattack = pytest.mark.skipif(UPSTREAM_AUTOATTACK, reason="up
 def python(code: str) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh interpreter without the current folder on its path."""
     return subprocess.run(
-        [sys.executable, "-P", "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300
+        [sys.executable, "-P", "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=900
     )
 
 
