@@ -50,7 +50,8 @@ def fit(
     Args:
         trainer: The method and the model.
         train_loader: Iterable over batches of images (N, C, H, W) in [0, 1] and labels (N,), used once per epoch. Its
-            ``set_epoch`` method, if any, is called before each epoch.
+            ``set_epoch`` method, if any, is called before each epoch. Methods on cross-entropy or TRADES also take
+            class probabilities (N, K) as labels, as CutMix and MixUp give.
         val_loader: Held-out training images, attacked with PGD-20 after each epoch; never use the test set.
         run: Storage of metrics, weights and checkpoints; None to store nothing. With a run, Ctrl-C and SIGTERM stop
             training after the current batch.
