@@ -194,7 +194,7 @@ def test_surrogate_refuses_label_smoothing_for_mart_and_own_losses() -> None:
 def test_surrogate_suggests_the_nearest_name() -> None:
     with pytest.raises(DeatError, match="no surrogate loss 'trade': did you mean 'trades'"):
         methods_losses.surrogate("trade")
-    with pytest.raises(DeatError, match="choose one of ce, trades, mart"):
+    with pytest.raises(DeatError, match="choose one of ce, nls, trades, mart"):
         methods_losses.surrogate("xxxxxx")
 
 
