@@ -325,7 +325,7 @@ def options_markdown() -> str:
             lines += ["", f"## {title}", "", "| option | value | default | meaning |", "|---|---|---|---|"]
         value = ", ".join(f"`{choice}`" for choice in each.choices) or ("-" if each.kind not in ("value", "many") else
                           f"{each.metavar.lower()}{f', {each.bounds}' if each.bounds else ''}")  # fmt: skip
-        meaning = each.help.replace("|", "\\|").replace("<", "\\<")  # neither a cell's end nor a tag of HTML
+        meaning = each.help.replace("|", "\\|").replace("<", "&lt;")  # neither a cell's end nor a tag of HTML
         lines.append(f"| `{each.flag}` | {value} | {each.default or '-'} | {meaning} |")
     return "\n".join(lines) + "\n"
 
