@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ HINTS = {
 
 
 class TrackerError(DeatError):
-    """A tracker could not be started; nothing was logged."""
+    """A tracker could not be started, or did not take the values."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -64,14 +64,16 @@ class Trackers(Callback):
         names: Accelerate's names of the trackers, such as ``wandb``.
         run: The run, whose directory's name becomes the run's name; trackers store local files in the directory.
         project: Project that contains the run, for trackers that have projects.
+        warn: Called with a sentence when a tracker fails, which is not used any more.
 
     Raises:
         TrackerError: A tracker cannot be started.
     """
 
-    def __init__(self, names: Sequence[str], run: RunDirectory, project: str) -> None:
+    def __init__(self, names: Sequence[str], run: RunDirectory, project: str, warn: Callable[[str], None]) -> None:
         known = _known(run.path)
-        self._trackers: list[Any] = []
+        self._trackers: dict[str, Any] = {}
+        self._warn = warn
         for name in names:
             if name in known and project not in ("", known[name]["project"]):
                 raise TrackerError(f"--project {project} cannot be used: {run.path.name} is already logged to the "
@@ -84,11 +86,9 @@ class Trackers(Callback):
                     known[name] = {**recorded, "id": _identifier(name, tracker) or recorded["id"]}
             except Exception as error:  # any exception: third-party code
                 self.close()
-                first = printable(str(error).strip().partition("\n")[0], 200)
                 hint = "install it again" if isinstance(error, ImportError) else HINTS.get(name, "omit it")
-                raise TrackerError(f"--track {name} cannot be started ({type(error).__name__}: {first}): {hint}"
-                                   ) from error  # fmt: skip
-            self._trackers.append(tracker)
+                raise TrackerError(f"--track {name} cannot be started ({_in_short(error)}): {hint}") from error
+            self._trackers[name] = tracker
         write_json(run.path / FILE, known)
 
     def on_epoch_end(self, row: EpochStats) -> None:
@@ -111,13 +111,28 @@ class Trackers(Callback):
 
     def log(self, values: Mapping[str, int | float], step: int) -> None:
         """Log values at an epoch."""
-        for tracker in self._trackers:
-            tracker.log(dict(values), step=step)
+        for name, tracker in list(self._trackers.items()):
+            try:
+                tracker.log(dict(values), step=step)
+            except Exception as error:  # any exception: third-party code
+                del self._trackers[name]
+                self._failed(name, error)
 
     def close(self) -> None:
         """Flush and close all trackers."""
-        for tracker in self._trackers:
-            tracker.finish()
+        for name, tracker in self._trackers.items():
+            try:
+                tracker.finish()
+            except Exception as error:  # any exception: third-party code
+                self._failed(name, error)
+
+    def _failed(self, name: str, error: Exception) -> None:
+        self._warn(f"{name} failed and lacks values from here on ({_in_short(error)}); they are in metrics.jsonl")
+
+
+def _in_short(error: Exception) -> str:
+    first = printable(str(error).strip().partition("\n")[0], 200)
+    return f"{type(error).__name__}: {first}"
 
 
 def trackers_of(path: Path) -> tuple[str, ...]:
@@ -144,14 +159,15 @@ def log_evaluation(run: RunDirectory, accuracies: Mapping[str, float]) -> tuple[
         Names of the trackers.
 
     Raises:
-        DeatError: The run was trained without trackers, or one of them cannot be started.
+        DeatError: The run was trained without trackers, or one of them cannot be started or fails.
     """
     names = trackers_of(run.path)
-    trackers = Trackers(names, run, project="")
-    try:
-        trackers.log({f"eval/{name}": value for name, value in accuracies.items()}, len(run.rows()))
-    finally:
-        trackers.close()
+    failures: list[str] = []
+    trackers = Trackers(names, run, project="", warn=failures.append)
+    trackers.log({f"eval/{name}": value for name, value in accuracies.items()}, len(run.rows()))
+    trackers.close()
+    if failures:
+        raise TrackerError(f"--track {failures[0].replace('metrics.jsonl', 'eval.json')}")
     return names
 
 

@@ -7,6 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,8 @@ def _fit(planned: TrainingPlan, run: RunDirectory, callbacks: Sequence[Callback]
     device = resolve_device(config.runtime.device)
     ranks, trackers = _world(config), list[Trackers]()
     if config.output.track:  # an error on rank 0 ends the other ranks, too
-        ranks.on_main(lambda: trackers.append(Trackers(config.output.track, run, config.output.project)))
+        warn = partial(_warn, callbacks)
+        ranks.on_main(lambda: trackers.append(Trackers(config.output.track, run, config.output.project, warn)))
     drawn = config.output.curve_test
     curve = [CurveTest(run.path, *planned.data.test.first(drawn).tensors())] if drawn and ranks.is_main else []
     batch_size = config.data.batch_size
@@ -225,7 +227,7 @@ def _fit(planned: TrainingPlan, run: RunDirectory, callbacks: Sequence[Callback]
             if ranks.is_main and (rows := run.rows()):
                 plot_curves(rows, run.path / CURVES, title=run.title, chosen=run.selected_epoch)
         except (DeatError, OSError) as error:
-            _warn(callbacks, f"the plots or trackers may be incomplete: {error}")
+            _warn(callbacks, f"the plots may be incomplete: {error}")
 
 
 def train_seeds(

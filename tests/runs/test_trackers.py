@@ -18,6 +18,7 @@ from deat_rb.cli import main
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.runs.trackers import log_evaluation
 from deat_rb.runs.train import resume, train
+from deat_rb.training.callbacks import Callback
 from deat_rb.utils.errors import DeatError
 
 
@@ -48,6 +49,7 @@ class FakeWandb(ModuleType):
         self.finished = 0
         self.config = SimpleNamespace(values={}, update=self._update)
         self.fails = False
+        self.fails_at: int | None = None
 
     def _update(self, values: dict[str, Any], allow_val_change: bool = False) -> None:
         self.config.values.update(values)
@@ -59,10 +61,14 @@ class FakeWandb(ModuleType):
         return self
 
     def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        if step is not None and step == self.fails_at:
+            raise ConnectionError("no route to host\nretry later")
         self.logged.append((step, values))
 
     def finish(self) -> None:
         self.finished += 1
+        if self.fails_at == -1:
+            raise ConnectionError("no route to host")
 
 
 @pytest.fixture
@@ -100,6 +106,32 @@ def test_wandb_run_is_continued_with_its_identifier(tmp_path: Path, wandb: FakeW
     with pytest.raises(DeatError, match="--project other cannot be used: run is already logged to the project deat-rb"):
         resume(run.path, {"epochs": 4, "project": "other"}, trust_code=True)
     assert len(RunDirectory.open(run.path).rows()) == 3
+
+
+@pytest.mark.parametrize("fails_at", [1, -1])
+def test_tracker_that_fails_during_training_does_not_end_it(tmp_path: Path, wandb: FakeWandb, fails_at: int) -> None:
+    wandb.fails_at = fails_at
+    warnings: list[str] = []
+
+    class Warnings(Callback):
+        def on_warning(self, message: str) -> None:
+            warnings.append(message)
+
+    run, history = train({**SMALL, "track": ["wandb"]}, output=tmp_path, name="run", callbacks=[Warnings()])
+    assert [each for each in warnings if "wandb" in each] == [
+        "wandb failed and lacks values from here on (ConnectionError: no route to host); they are in metrics.jsonl"
+    ]
+    assert len(run.rows()) == len(history.rows) == 2
+    assert len(wandb.logged) == (0 if fails_at == 1 else 3)
+    wandb.finished = len(wandb.started)  # a tracker that fails is not closed
+
+
+def test_log_evaluation_refuses_a_tracker_that_fails(tmp_path: Path, wandb: FakeWandb) -> None:
+    run, _ = train({**SMALL, "track": ["wandb"]}, output=tmp_path, name="run")
+    wandb.fails_at = len(run.rows())
+    with pytest.raises(DeatError, match=r"--track wandb failed .* \(ConnectionError: no route to host\); .* eval.json"):
+        log_evaluation(run, {"fgsm": 0.25})
+    wandb.finished = len(wandb.started)
 
 
 def test_tracker_that_does_not_start_leaves_no_run(tmp_path: Path, wandb: FakeWandb) -> None:
