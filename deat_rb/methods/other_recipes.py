@@ -154,7 +154,7 @@ OTHER_FAMILIES: list[tuple[str, str, str, Callable[..., Recipe]]] = [
     ("m+n-fgsm", r"m\+n-fgsm", "m+n-fgsm", _m_n_fgsm),
     ("gradalign", r"gradalign", "gradalign", _gradalign),
     ("amata-K-L", r"amata-(\d+)-(\d+)", "amata-2-10", _amata),
-    ("yopo-M-N", r"yopo-(\d+)-(\d+)", "yopo-5-3", _yopo),
+    ("yopo-m-n", r"yopo-(\d+)-(\d+)", "yopo-5-3", _yopo),
     ("fgsm-pgi", r"fgsm-pgi", "fgsm-pgi", _fgsm_pgi),
     ("liet", r"liet", "liet", _liet),
 ]

@@ -80,7 +80,7 @@ DEFAULT_TEXTS = {
     },
     "weight_decay": "0.0005; 0.01 with adamw",
 }
-DEFAULT_TEXTS["lr"] += "; yopo-M-N 0.2/M fast and fastat; 0.001 with adamw"
+DEFAULT_TEXTS["lr"] += "; yopo-m-n 0.2/m fast and fastat; 0.001 with adamw"
 """Descriptions of the defaults that depend on the dataset, the setting or the method."""
 
 

@@ -186,7 +186,7 @@ def test_create_lists_all_names_when_none_is_near() -> None:
         ("deat-0%", "method 'deat-0%': 0 is out of range for deat-P% (1 to 99); the paper has deat-40%"),
         ("pgd-1001", "method 'pgd-1001': 1001 is out of range for pgd-N (1 to 1000); the paper has pgd-7"),
         ("amata-2-0", "method 'amata-2-0': 0 is out of range for amata-K-L (1 to 1000); the paper has amata-2-10"),
-        ("yopo-5-0", "method 'yopo-5-0': 0 is out of range for yopo-M-N (1 to 1000); the paper has yopo-5-3"),
+        ("yopo-5-0", "method 'yopo-5-0': 0 is out of range for yopo-m-n (1 to 1000); the paper has yopo-5-3"),
         ("amata-9-2", "method 'amata-9-2': the number of steps cannot fall from 9 to 2"),
     ],
 )
