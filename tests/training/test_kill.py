@@ -62,7 +62,7 @@ def die() -> NoReturn:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["m+trades", "free-3", "m-deat"])
+@pytest.mark.parametrize("method", ["m+trades", "free-3", "m-deat", "fgsm-pgi"])
 def test_resume_after_repeated_kills_equals_the_uninterrupted_run(
     method: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
