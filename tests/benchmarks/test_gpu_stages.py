@@ -36,7 +36,7 @@ def test_stages_run_on_a_cpu(image_folder: Path, tmp_path: Path) -> None:
              "--eval-batch", "4", "--eval-batches", "4", "--repeats", "1"]  # fmt: skip
     command = [sys.executable, "-m", "benchmarks.gpu", stages, "--device", "cpu", "--arch", "wrn-10-1", *sizes,
                "--attacks", "fgsm,pgd-2", "--methods", "m-deat,u-fgsm", "--data", str(image_folder),
-               "--cache", str(tmp_path / "images.pt"), "--out", str(tmp_path)]  # fmt: skip
+               "--cache", str(tmp_path / "images.pt"), "--out", str(tmp_path), "--budget", "100000"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
