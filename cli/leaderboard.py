@@ -87,7 +87,7 @@ def build(context: click.Context, board: Path | None) -> None:
 @leaderboard.command("verify")
 @_board
 @click.option("--sample", type=int, default=100, show_default=True, metavar="N",
-              help="Number of random examples to re-measure of each model (50 or more; 0 for none).")  # fmt: skip
+              help="Number of random examples to re-measure each model on (50 or more; 0 for none).")  # fmt: skip
 @click.option("--data-dir", "data_dirs", multiple=True, metavar="NAME=DIR",
               help="Folder of a dataset; may be repeated. The digits need none.")  # fmt: skip
 @click.option("--memory-limit", type=size, metavar="SIZE",

@@ -18,7 +18,7 @@ from .options import numbers, size, threads_option
 @click.option("--info", type=click.Path(path_type=Path), metavar="FILE", help="RobustBench model_info of a checkpoint.")
 @click.option("--arch", metavar="NAME", help="Architecture of a checkpoint, if its model_info has no known one.")
 @click.option("--dataset", metavar="NAME", help="Dataset of a checkpoint.  [default: from its model_info]")
-@click.option("--eps", metavar="EPS", help="Radius of a checkpoint without model_info, such as 8/255.")
+@click.option("--eps", metavar="EPS", help="Perturbation radius for a checkpoint without model_info, such as 8/255.")
 @click.option("--data-dir", type=click.Path(path_type=Path), metavar="DIR",
               help="Folder of the dataset; the digits need none.")  # fmt: skip
 @click.option("--image-size", type=int, metavar="PIXELS",
@@ -34,7 +34,7 @@ from .options import numbers, size, threads_option
 @click.option("--memory-limit", type=size, metavar="SIZE",
               help="Decode a folder's test images batch by batch if all of them would take more memory than this, such "
               "as 8G.")  # fmt: skip
-@click.option("--dataset-name", metavar="NAME", help="Name of an image folder on the board, such as cifar10-jpeg.")
+@click.option("--dataset-name", metavar="NAME", help="The board's name for an image folder, such as cifar10-jpeg.")
 @click.option(
     "--dataset-note", metavar="TEXT", help="Description of an image folder; the board keeps the first one given."
 )

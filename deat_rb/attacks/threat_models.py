@@ -40,7 +40,7 @@ class Linf:
 
     @staticmethod
     def total_dual_norm(gradient: Tensor) -> Tensor:
-        """Return the sum of the L1 norms, a 0-d tensor."""
+        """Return the sum of the gradients' L1 norms over the batch, a 0-d tensor."""
         return gradient.abs().sum()
 
     def ascend(
@@ -114,7 +114,7 @@ class L2:
 
     @staticmethod
     def total_dual_norm(gradient: Tensor) -> Tensor:
-        """Return the sum of the L2 norms, a 0-d tensor."""
+        """Return the sum of the gradients' L2 norms over the batch, a 0-d tensor."""
         return _norms(gradient).sum()
 
     def ascend(

@@ -104,7 +104,8 @@ class AttackRunner:
         dtype: Precision of the attacks; their images are classified in the model's own precision.
         progress: Progress callback, see `deat_rb.evaluation.evaluate.evaluate`.
         sweeping: Whether to show eps in progress, because there are several.
-        confirm: Whether to classify the adversarial images again, in float32, because the attacks are less precise.
+        confirm: Whether to classify the adversarial images again, in float32, because the attacks run in lower
+            precision.
         ranks: The ranks that share the batches of each stage.
     """
 
@@ -175,7 +176,7 @@ class AttackRunner:
         numbers: Sequence[int],
         display: _Display,
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Attack the batches of these numbers; yield each number, in order, with the tensors to store."""
+        """Attack the batches with the given numbers; yield each number, in order, with the tensors to store."""
 
         def to_attack() -> Iterator[Batch]:
             for number in numbers:
@@ -233,7 +234,7 @@ class AttackRunner:
             yield output, clean
 
     def _confirmed(self, attack: Attack, model: CountingModel, output: AttackOutput, labels: Tensor) -> AttackOutput:
-        """Classify the adversarial images again, in float32, if the attack is less precise."""
+        """Classify the adversarial images again, in float32, if the attacks ran in lower precision."""
         if not self.confirm or attack is NATURAL:
             return output
         with torch.no_grad(), full_float32(self.prepared.device):

@@ -59,7 +59,7 @@ class SubmissionMetadata:
         data_dir: Folder of the dataset.
         image_size: Height and width of a checkpoint's input, for an image folder.
         arch: Architecture of a checkpoint, if its ``model_info`` names no known one.
-        eps: Radius of a checkpoint without a ``model_info``, in [0, 1] pixel units, such as ``8/255``.
+        eps: Perturbation radius for a checkpoint without a ``model_info``, in [0, 1] pixel units, such as ``8/255``.
         memory_limit: Bytes that the decoded test images may take, as for `load_data`.
         classes: Class names in the order of a checkpoint's logits, for an image folder.
         normalization: Mean and standard deviation for a checkpoint that does not contain them.

@@ -58,7 +58,7 @@ def configure(
     trainer = resolve(row.trainer)
     if norm != "Linf":
         if norm not in getattr(trainer, "norms", (norm,)):
-            raise DeatError(f"the method {canonical} is defined in {trainer.norms[0]} only: omit norm = {norm}")
+            raise DeatError(f"the method {canonical} is defined for {trainer.norms[0]} only: omit norm = {norm}")
         if "norm" not in accepts:
             raise DeatError(
                 f"the attack of the method {canonical} has no norm, so norm = {norm} cannot be used with it"

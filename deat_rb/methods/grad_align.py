@@ -38,7 +38,7 @@ class GradAlignTrainer(AttackTrainer):
         if not isinstance(attack, PGD) or attack.loss != "ce" or attack.tau is not None:
             raise DeatError("gradient alignment needs a deat_rb.PGD on cross-entropy without tau")
         if not (math.isfinite(align) and align >= 0):
-            raise DeatError(f"align = {align:g} is not a finite number of 0 or more; the paper uses 0.2 at eps 8/255")
+            raise DeatError(f"align = {align:g} is not a finite, non-negative number; the paper uses 0.2 at eps 8/255")
         super().__init__(attack, loss=loss, **options)
         self.align = align
 

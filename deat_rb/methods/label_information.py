@@ -62,7 +62,7 @@ class LabelInformationTrainer(SharedForwardTrainer):
     ) -> None:
         super().__init__(attack, loss=loss, consistency=consistency, **options)
         if not (is_whole_number(refresh) and refresh >= 1):
-            raise DeatError(f"refresh = {refresh} is not a number of batches of 1 or more; the authors' code uses 20")
+            raise DeatError(f"refresh = {refresh} is not a positive whole number of batches; the authors' code uses 20")
         wide = self.eps > PROJECTED * (1 + 1e-6)
         low, high = noise_share or ((0.0, 1.0) if wide else (0.1, 0.5))
         if not 0 <= low <= high <= 1:
@@ -85,7 +85,10 @@ class LabelInformationTrainer(SharedForwardTrainer):
             self._signs = self._signs.copy_(signs) if self._signs is not None and fits else signs
             return place.num_classes / place.size
         if self._signs is None:
-            raise DeatError(f"{self.attack} begins with the first batch of an epoch, not with batch {place.batch + 1}")
+            raise DeatError(
+                f"{self.attack} needs the classes' perturbations, which are computed in the first batch of an epoch: "
+                f"call begin_batch for that batch before batch {place.batch + 1}"
+            )
         return 0.0
 
     def _signs_of_classes(self, images: Tensor, classes: int, engine: Engine) -> Tensor:

@@ -54,9 +54,9 @@ class PriorGuidedTrainer(SharedForwardTrainer):
     ) -> None:
         super().__init__(attack, loss=loss, consistency=consistency, **options)
         if not (math.isfinite(decay) and 0 <= decay < 1):
-            raise DeatError(f"decay = {decay:g} is not in [0, 1); the paper's momentum uses 0.3")
+            raise DeatError(f"decay = {decay:g} is not in [0, 1); the paper uses 0.3")
         if not (is_whole_number(prior_reset) and prior_reset >= 1):
-            raise DeatError(f"prior_reset = {prior_reset} is not a number of epochs of 1 or more; the paper uses 40")
+            raise DeatError(f"prior_reset = {prior_reset} is not a positive whole number of epochs; the paper uses 40")
         self.decay = decay
         self.prior_reset = int(prior_reset)
         self._radius = self.eps

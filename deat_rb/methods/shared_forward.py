@@ -45,11 +45,11 @@ class SharedForwardTrainer(Trainer):
         if not isinstance(attack, PGD) or attack.loss != "ce" or attack.tau is not None or attack.omega:
             raise DeatError(f"{name} needs a deat_rb.PGD on cross-entropy without tau and omega")
         if attack.norm != "Linf":
-            raise DeatError(f"{name} is defined in Linf only, not in {attack.norm}")
+            raise DeatError(f"{name} is defined for Linf only, not for {attack.norm}")
         if not attack.in_train_mode:
             raise DeatError(f"{name} uses one forward pass for attack and update, so it cannot attack in eval mode")
         if not (math.isfinite(consistency) and consistency >= 0):
-            raise DeatError(f"consistency = {consistency:g} is not a finite number of 0 or more")
+            raise DeatError(f"consistency = {consistency:g} is not a finite, non-negative number")
         super().__init__(attack, loss=surrogate(loss), **options)
         if self.schedule.total_steps(2) != 2:
             raise DeatError(f"{name} takes one step per batch, not {self.steps}: set steps = 1")

@@ -1,6 +1,6 @@
 """Stopping rules: end training at catastrophic overfitting and return to the last epoch before it.
 
-Like schedules they depend only on `EpochStats`; `replay` runs one on the metrics of a finished run.
+Like schedules, they depend only on `EpochStats`; `replay` runs one on the metrics of a finished run.
 """
 
 from __future__ import annotations

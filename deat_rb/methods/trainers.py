@@ -1,4 +1,6 @@
-"""The two trainers: `AttackTrainer` (attack, then update) and `ReplayTrainer` (both from one backward pass).
+"""`AttackTrainer` (attack, then update) and `ReplayTrainer` (both from one backward pass).
+
+Trainers of methods with steps of another kind, such as YOPO, are in modules of their own.
 
 A trainer is a `torchattacks.attack.Attack`: calling it generates adversarial examples with the current epoch's attack,
 without updating the model.
@@ -80,9 +82,9 @@ class AttackTrainer(Trainer):
         return self._own is None or not self._own.in_train_mode
 
     def check_attack(self, images: Tensor) -> None:
-        """Check that the attack computes gradients and perturbs every image; find out if its loss is averaged.
+        """Check that the attack computes gradients and perturbs every image; detect whether it averages its loss.
 
-        A resumed run keeps the latter, but its attack is checked again.
+        A resumed run checks the attack again, but takes from the checkpoint whether the loss is averaged.
         """
         if self._own is not None or self._checked:
             return
@@ -320,7 +322,7 @@ class ReplayTrainer(Trainer):
         return *super().step_settings(), place
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return FREE's perturbation, if it is carried."""
+        """Return the perturbation that FREE carries to the next batch, if there is one."""
         return {} if self._carried is None else {"carried": self._carried}
 
     def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor] = MappingProxyType({})) -> None:

@@ -1,4 +1,4 @@
-"""The first layer of a network: its only connection to the images, after the normalization."""
+"""The first layer of a network: the only layer that receives the images, after their normalization."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _ReachedError(Exception):
 
 
 def find_first_layer(model: nn.Module, images: Tensor) -> str:
-    """Return the name of the convolution or linear layer through which alone a network sees its images.
+    """Return the name of the convolution or linear layer that alone receives a network's images.
 
     Operations without parameters, such as the normalization, may stand before it. The network is run twice, in eval
     mode; its weights, buffers and modes do not change, and no value is read.

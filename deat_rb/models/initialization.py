@@ -139,8 +139,8 @@ def freeze_parameters(model: nn.Module, pattern: str) -> str:
         few = ", ".join([*named][:3])
         which = "all parameters" if frozen else "no parameter"
         raise DeatError(f"--freeze '{pattern}' matches {which} of the network "
-                        f"({few}, ..., {[*named][-1]}): give a regular expression for the "
-                        "start of some names")  # fmt: skip
+                        f"({few}, ..., {[*named][-1]}): give a regular expression "
+                        "that matches the beginning of some of the names, not of all")  # fmt: skip
     for parameter in frozen:
         parameter.requires_grad_(False)
     model.train()

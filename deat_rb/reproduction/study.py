@@ -68,10 +68,10 @@ class RunSpec:
 
     @property
     def name(self) -> str:
-        """Name of the run directory, derived from the options: equal options have the same name in every study.
+        """Name of the run directory, derived from the options: equal options give the same name in every study.
 
-        Options that do not affect the result are ignored; of the data folder and file of extra data, only the
-        name counts.
+        Options that do not affect the result are ignored. The data folder and the file of extra data are identified by
+        their last path component.
         """
         decisive = {name: value for name, value in self.options.explicit().items() if name not in MAY_CHANGE}
         for name in ("data_dir", "extra_data"):
@@ -180,8 +180,8 @@ FORMS = {
     "runs": "a list of tables [[runs]] of options and their values",
     "evaluation": "a table [evaluation] with attacks, n_examples or autoattack",
     "attacks": "text such as 'fgsm,pgd-20', or a list of names",
-    "n_examples": "a whole number of 1 or more",
-    "autoattack": "true, false, or a whole number of 0 or more",
+    "n_examples": "a positive whole number",
+    "autoattack": "true, false, or a non-negative whole number",
 }
 """Form of each value of a study's file."""
 

@@ -75,7 +75,7 @@ class ResultTable:
     """A table of results.
 
     Attributes:
-        name: Name of its files.
+        name: Name of its files, without suffix.
         title: Title.
         columns: Columns, in order: attacks and costs.
         rows: Rows, in order.

@@ -64,8 +64,8 @@ def estimate(planned: TrainingPlan) -> Estimate:
     For an open-ended run it is the time of one epoch.
 
     Batches are timed with the first epoch's number of attack steps and, if a schedule raises it, with the highest; the
-    time of other numbers of steps is interpolated. AWP is timed as if it began with the first epoch. Validation is
-    computed from the time of a pass. With several ranks or torch.compile, the time is that of one rank without
+    time of other numbers of steps is interpolated. AWP is timed as if it began with the first epoch. The time of
+    validation is derived from that of a pass. With several ranks or torch.compile, the time is that of one rank without
     compilation.
 
     Args:

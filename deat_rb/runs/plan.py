@@ -77,8 +77,8 @@ class TrainingPlan:
     def costs(self) -> dict[str, int] | None:
         """Return the number of passes and updates of the whole run, in mini-batches.
 
-        None if it is not known in advance (guided and accuracy schedules, friendly attacks, stopping rules) or if the
-        attack or trainer is not built in.
+        None if they are not known in advance (schedules guided by gradient magnitude or accuracy, friendly attacks,
+        stopping rules) or if the attack or trainer is not built in.
         """
         trainer, optim = self.trainer, self.config.optim
         if optim.epochs == OPEN:

@@ -109,7 +109,7 @@ def _check_trainer(method: str, row: Recipe, options: TrainOptions) -> None:
                         "from too many: omit --extra-data")  # fmt: skip
     if trainer.needs_positions and options.data.augment in MIXING:
         raise DeatError(f"{method} keeps a perturbation for each training image, but --augment {options.data.augment} "
-                        "mixes two: use another --augment")  # fmt: skip
+                        "mixes two images: use another --augment")  # fmt: skip
 
 
 def _library_input(arch: str, dataset: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ HINTS = {
 
 
 class TrackerError(DeatError):
-    """A tracker could not be started, or did not take the values."""
+    """A tracker could not be started, or failed to log values."""
 
 
 def check_trackers(names: Sequence[str]) -> None:

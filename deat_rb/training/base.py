@@ -210,7 +210,7 @@ class TrainerBase(StatelessAttack):
         self.stopping = stopping
         self.base_alpha: float | None = getattr(attack, "alpha", None)
         if eps_warmup is not None and not (is_whole_number(eps_warmup) and eps_warmup >= 0):
-            raise DeatError(f"eps_warmup = {eps_warmup} is not a whole number of epochs of 0 or more")
+            raise DeatError(f"eps_warmup = {eps_warmup} is not a non-negative whole number of epochs")
         self.eps_warmup = int(eps_warmup or 0)
         self.progress = 0.0
         self._rate: Callable[[float], float | Tensor] | None = None

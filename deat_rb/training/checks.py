@@ -74,10 +74,10 @@ def check_requirements(trainer: type[TrainerBase], name: str, *, compiled: bool,
 
 
 def check_positions(trainer: TrainerBase, loader: Any) -> None:
-    """Check that a loader tells which images a batch has, if the trainer needs that.
+    """Check that a loader tells which training images each batch has, if the trainer needs to know.
 
     Raises:
-        DeatError: It does not.
+        DeatError: The trainer needs to know, and the loader does not tell.
     """
     if trainer.needs_positions and not (hasattr(loader, "positions") and hasattr(loader, "number_of_images")):
         raise DeatError(

@@ -158,8 +158,8 @@ class Engine:
     def sync_buffers(self, model: nn.Module, average: WeightAverage | None = None, *, statistics: bool = True) -> None:
         """Average the buffers over all ranks.
 
-        BatchNorm's running statistics are averages of each batch's, so that it suffices to average them before they are
-        read: the difference is rounding. Other buffers are averaged after each batch.
+        BatchNorm's running statistics are averages of each batch's, so it is enough to average them before they are
+        read; the result differs only by rounding. Other buffers are averaged after each batch.
 
         Args:
             model: The model.

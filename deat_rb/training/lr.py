@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def cyclic(progress: float) -> float:
-    """Return a fraction that rises linearly from 0 to 1 and then falls linearly to 0 (the fast setting)."""
+    """Return a fraction that rises linearly from 0 to 1 and then falls linearly to 0 (used in the fast setting)."""
     return 1 - abs(2 * progress - 1)
 
 

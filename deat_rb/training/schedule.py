@@ -19,8 +19,8 @@ class Schedule:
 
     Attributes:
         steps: Attack steps in the next epoch.
-        needs_epochs: Whether the steps depend on the run's number of epochs, which can then be neither open nor
-            increased later.
+        needs_epochs: Whether the steps depend on the run's number of epochs. If so, the run cannot be open-ended, and
+            its number of epochs cannot be increased later.
         needs_accuracy: Whether the steps depend on training accuracy.
 
     Raises:

@@ -69,7 +69,7 @@ class StepRunner:
             total: Number of examples in the global batch.
 
         Raises:
-            DeatError: The step cannot be recorded.
+            DeatError: The step cannot be recorded as a CUDA graph.
         """
         graphs = self.engine.graphs
         if graphs is None or not self._can_record or total < (self.engine.full_batch or 0):

@@ -85,7 +85,7 @@ OPEN = 10**9
 
 
 def parse_epochs(text: str | int) -> str | int:
-    """Return `OPEN` for ``open``, and anything else unchanged."""
+    """Return `OPEN` for ``open``, an open-ended run, and anything else unchanged."""
     return OPEN if text == "open" else text
 
 

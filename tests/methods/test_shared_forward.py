@@ -28,11 +28,11 @@ EPS = 8 / 255
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"norm": "L2"}, "is defined in Linf only: omit norm = L2"),
+        ({"norm": "L2"}, "is defined for Linf only: omit norm = L2"),
         ({"awp": 0.005}, "cannot use awp: the weights would change between the attack and the loss"),
         ({"attack_mode": "eval"}, "has no parameter attack_mode"),
         ({"steps": 2}, "takes one step per batch, not 2: set steps = 1"),
-        ({"consistency": -1.0}, "consistency = -1 is not a finite number of 0 or more"),
+        ({"consistency": -1.0}, "consistency = -1 is not a finite, non-negative number"),
         ({"label_smoothing": 1.0}, r"label_smoothing = 1 is not in \[0, 1\)"),
     ],
 )
@@ -42,7 +42,7 @@ def test_create_refuses_what_the_method_is_not_defined_for(name: str, options: d
 
 
 def test_create_refuses_a_reset_of_no_epochs_and_one_of_another_method() -> None:
-    with pytest.raises(DeatError, match="prior_reset = 0 is not a number of epochs of 1 or more; the paper uses 40"):
+    with pytest.raises(DeatError, match="prior_reset = 0 is not a positive whole number of epochs; the paper uses 40"):
         deat_rb.create("fgsm-pgi", made(), prior_reset=0)
     with pytest.raises(DeatError, match="the method liet has no parameter prior_reset"):
         deat_rb.create("liet", made(), prior_reset=3)
@@ -93,7 +93,7 @@ def test_plan_says_the_memory_and_the_passes() -> None:
     ("options", "message"),
     [
         ({"method": "fgsm-pgi", "extra_data": "extra.npz"}, "fgsm-pgi keeps .*: omit --extra-data"),
-        ({"method": "fgsm-pgi", "augment": "cutmix"}, "but --augment cutmix mixes two: use another --augment"),
+        ({"method": "fgsm-pgi", "augment": "cutmix"}, "but --augment cutmix mixes two images: use another --augment"),
         ({"method": "liet", "augment": "mixup"}, "the loss nls needs one class per image"),
         ({"method": "fgsm-pgi", "compile": True}, "omit --compile"),
         ({"method": "liet", "epochs": OPEN}, "liet raises the weight .*, so it cannot be open-ended"),

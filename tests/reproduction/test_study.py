@@ -73,11 +73,11 @@ def test_read_study_expands_grid_list_and_seeds(tmp_path: Path) -> None:
         ),
         (
             "[grid]\nmethod = ['pgd-7']\n[evaluation]\nautoattack = 'all'",
-            "autoattack = 'all' cannot be used: it should be true, false, or a whole number of 0 or more$",
+            "autoattack = 'all' cannot be used: it should be true, false, or a non-negative whole number$",
         ),
         (
             "[grid]\nmethod = ['pgd-7']\n[evaluation]\nn_examples = 0",
-            "n_examples = 0 cannot be used: it should be a whole number of 1 or more$",
+            "n_examples = 0 cannot be used: it should be a positive whole number$",
         ),
         ("[grid]\nmethod = ['pgd-7', 'pgd-7']", "two runs have the same options"),
         ("seeds = [1, 1]\n[grid]\nmethod = ['pgd-7']", "is not a list of different seeds"),

@@ -79,7 +79,7 @@ def test_describe_says_how_eps_rises() -> None:
 @pytest.mark.parametrize(
     ("name", "warmup", "message"),
     [
-        ("pgd-7", -1, "eps_warmup = -1 is not a whole number of epochs of 0 or more"),
+        ("pgd-7", -1, "eps_warmup = -1 is not a non-negative whole number of epochs"),
         ("pgd-7", 1.5, "eps_warmup = 1.5 is not a whole number"),
         ("standard", 3, "the method standard has no parameter eps_warmup"),
     ],

@@ -52,7 +52,7 @@ def unchanged(context: CheckContext) -> Outcome:
 
 
 def deterministic(context: CheckContext) -> Outcome:
-    """Check that the same images have the same logits, with and without gradients."""
+    """Check that the same images give the same logits, with and without gradients."""
     differing = context.logit_variation
     return outcome(
         graded(differing, 0.1, 1),
