@@ -39,7 +39,9 @@ def test_help_has_each_option_with_choices_default_and_sentence(help_text: str) 
         else:
             optional = each.metavar in ("PATH", "PATTERN") or each.name == "curve_test"
             assert each.kind in ("flag", "off", "switch", "many") or optional
-    assert "[default: setting's: 0.1 fast, 0.05 standard, 0.1 fastat; 0.001 with adamw; x>0]" in help_text
+    assert (
+        "[default:setting's:0.1fast,0.05standard,0.1fastat;yopo-m-n0.2/mfastandfastat;0.001withadamw;x>0]" in squeezed
+    )
     assert "--no-stop" not in help_text
 
 

@@ -130,7 +130,7 @@ REFUSED: dict[tuple[str, str], dict[str, Setup | tuple[Setup, str]]] = {
         "number": (info(clean_acc=83.3), "clean_acc: "),
         "NaN": (raw_info(b'{"dataset": "cifar10", "eps": "8/255", "x": NaN}'), "the number NaN"),
         "1e999": (raw_info(b'{"dataset": "cifar10", "eps": "8/255", "x": 1e999}'), "1e999, which is not finite"),
-        **{f"eps {bad}": (info(eps=bad), r"eps: ") for bad in ("255", "nan/255", "8/nan", "inf")},
+        **{f"eps {bad}": (info(eps=bad), r"eps: |eps 255 is outside") for bad in ("255", "nan/255", "8/nan", "inf")},
         "best known": (declared(external=99.0), "external 99.00 is above autoattack"),
         "metrics": (metrics(b'{"epoch": 1, "backwards": -Infinity}\n'), "the number -Infinity"),
         "metrics as text": (metrics(b'{"epoch": "1", "backwards": "0"}\n'), "metrics.jsonl, line 1: epoch"),
@@ -191,7 +191,7 @@ REFUSED: dict[tuple[str, str], dict[str, Setup | tuple[Setup, str]]] = {
     ("code in the architecture", "submitted code is never run|timm has no model"): {name: edited(
         "config.json", network={"arch": arch}) for name, arch in {
             "os": "os:system", "own": "evil_module:make", "hub": "timm:hf-hub:evil/model"}.items()},
-    ("SHA-256 of something else", "was computed for different|was trained on different data"): {
+    ("SHA-256 of something else", "was computed for different|differ from those that .* was trained on"): {
         "weights": edited("eval.json", provenance={"weights_sha256": ZERO}),
         "data": edited("eval.json", provenance={"data_sha256": ZERO}),
         "network": edited("eval.json", model_sha256=ZERO),

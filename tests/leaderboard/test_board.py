@@ -185,7 +185,7 @@ def start(*arguments: Any, **changes: Any) -> Any:
 
 def exit_codes(processes: list[Any]) -> list[int]:
     for process in processes:
-        process.join(60)
+        process.join(600)
     return sorted(process.exitcode for process in processes)
 
 
