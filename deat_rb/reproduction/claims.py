@@ -13,6 +13,9 @@ from deat_rb.reproduction.tables import spelled
 
 Outcome = Literal["holds", "does not hold", "undecided"]
 
+FEWEST_SEEDS = 3
+"""Fewest seeds that decide: two differences of accuracies are often equal by chance, with an interval of width 0."""
+
 MOST_SEEDS = 1000
 """Largest reported number of seeds needed."""
 
@@ -25,7 +28,7 @@ class Paired:
         differences: Value of the row that is claimed to be higher minus the other's, by seed.
         outcome: Whether the ordering holds, by the 95 % interval of the mean difference (Student's t).
         needed: Number of seeds at which a test has power 0.8 for a difference of this size; None if the outcome is
-            decided, or if there is a single seed.
+            decided, or if there are fewer than `FEWEST_SEEDS`.
     """
 
     differences: tuple[float, ...]
@@ -51,14 +54,14 @@ class Verdict:
 def compare_paired(differences: Sequence[float]) -> Paired:
     """Decide whether a mean difference is above 0.
 
-    The two-sided 95 % confidence interval of the mean of paired differences decides, so 2 or 3 seeds suffice only for
-    differences that are large compared to their standard deviation, and a single seed never does. If the values are
-    equal for all seeds, the outcome is ``does not hold``.
+    The two-sided 95 % confidence interval of the mean of paired differences decides, so three seeds suffice only for
+    differences that are large compared to their standard deviation, and fewer never do. If the values are equal for
+    all seeds, the outcome is ``does not hold``.
     """
     from scipy.stats import t
 
     values, count = tuple(differences), len(differences)
-    if count < 2:
+    if count < FEWEST_SEEDS:
         return Paired(values, "undecided")
     mean, deviation = fmean(values), stdev(values)
     if deviation == 0:

@@ -17,7 +17,8 @@ from deat_rb.reproduction.results import RunResult
         ([0.5], "undecided", None),
         ([], "undecided", None),
         ([2, 2, 2], "holds", None),
-        ([0, 0], "does not hold", None),
+        ([0, 0, 0], "does not hold", None),
+        ([0.9, 0.9], "undecided", None),
     ],
 )
 def test_compare_paired(differences: list[float], outcome: str, needed: int | None) -> None:
