@@ -169,6 +169,16 @@ def test_sharing_loads_a_model_from_the_hub(tmp_path: Path, monkeypatch: pytest.
     assert torch.equal(names["model"](IMAGES), deat_rb.load_model(run)(IMAGES))
 
 
+@pytest.mark.slow  # attacks 200 images
+@runs("docs/lab/benchmarks.md", 1)
+def test_benchmarks_count_how_full_batches_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = EXAMPLES["docs/lab/benchmarks.md", 1]
+    run_example(example.replace("autoattack=True", "autoattack=False"), monkeypatch, tmp_path)
+    assert "pgd-100" in capsys.readouterr().out
+
+
 M_DEAT = ROOT / "leaderboard/entries/cifar10-jpeg/Linf/Wang2021Gradient_M-DEAT_WRN-10-1.json"
 
 
