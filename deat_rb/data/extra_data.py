@@ -60,8 +60,7 @@ _DAMAGED = (
     EOFError,  # cut off
     zlib.error,  # compressed data are damaged
     ValueError,  # the header of an array is invalid
-    RuntimeError,  # encrypted
-    NotImplementedError,  # a compression that zipfile does not know
+    RuntimeError,  # encrypted, or compressed in a way that zipfile does not know
 )
 """Exceptions of zipfile and NumPy for files that are damaged or not .npz files."""
 

@@ -58,7 +58,7 @@ def _members(file: Path) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+    except (zipfile.BadZipFile, RuntimeError, ValueError):  # RuntimeError: a version that zipfile does not know
         return []  # not an archive that zipfile reads: loading the weights then says why
 
 

@@ -10,7 +10,7 @@ from deat_rb.training.callbacks import Callback
 from deat_rb.training.checkpoint import host_copies
 from deat_rb.training.history import History
 from deat_rb.training.metrics import EpochStats
-from deat_rb.training.state import EpochWeights, TrainingState
+from deat_rb.training.state import EpochWeights
 
 
 class BestWeights(Callback):
@@ -28,10 +28,6 @@ class BestWeights(Callback):
         self.select = select
         self.written: dict[str, int] = {}
         """Epoch of the weights in each of the run's weights files, by file name."""
-
-    def on_fit_start(self, state: TrainingState) -> None:
-        """Keep the state whose weights are written."""
-        self.state = state
 
     def on_epoch_end(self, row: EpochStats) -> None:
         """Write the weights of the epoch, and of the best one if it has changed."""

@@ -19,14 +19,20 @@ class Action(IntEnum):
 
 
 class Callback:
-    """Hooks of the training loop, which calls the callbacks in the order given; each hook does nothing by default.
+    """Hooks of the training loop, which calls the callbacks in the order given; the other hooks do nothing by default.
 
     Callbacks given to `fit` run on rank 0 only, so they must not communicate with other ranks. Reading a tensor's value
     in a hook synchronizes with the device.
+
+    Attributes:
+        state: The state of training, which the loop keeps up to date; set by `on_fit_start`.
     """
 
+    state: TrainingState
+
     def on_fit_start(self, state: TrainingState) -> None:
-        """Run before training starts or resumes; the loop keeps ``state`` up to date from then on."""
+        """Store the state; runs before training starts or resumes."""
+        self.state = state
 
     def on_epoch_start(self, epoch: int, epochs: int, batches: int, steps: int) -> None:
         """Run before epoch ``epoch`` of ``epochs``, which has ``batches`` batches and ``steps`` attack steps."""

@@ -22,10 +22,8 @@ class MetricsWriter(Callback):
     def __init__(self, run: RunStore) -> None:
         self.run = run
 
-    def on_fit_start(self, state: TrainingState) -> None:  # noqa: D102 - the base class says it
-        self.state = state
-
-    def on_epoch_end(self, row: EpochStats) -> None:  # noqa: D102 - the base class says it
+    def on_epoch_end(self, row: EpochStats) -> None:
+        """Append the epoch's metrics."""
         self.state.world.on_main(partial(self.run.append, row))
 
 
@@ -48,8 +46,9 @@ class Checkpointing(Callback):
         self.save_every = save_every
         self.resume = resume
 
-    def on_fit_start(self, state: TrainingState) -> None:  # noqa: D102 - the base class says it
-        self.state = state
+    def on_fit_start(self, state: TrainingState) -> None:
+        """Restore the newest checkpoint if training resumes."""
+        super().on_fit_start(state)
         self._saved_at = time.monotonic()
         if self.resume:
             self._restore()
@@ -66,10 +65,12 @@ class Checkpointing(Callback):
         if action == Action.STOP:
             self._wait()
 
-    def on_train_epoch_end(self) -> None:  # noqa: D102 - the base class says it
+    def on_train_epoch_end(self) -> None:
+        """Wait until the last checkpoint is written."""
         self._wait()
 
-    def on_epoch_end(self, row: EpochStats) -> None:  # noqa: D102 - the base class says it
+    def on_epoch_end(self, row: EpochStats) -> None:
+        """Write a checkpoint, and wait for it if training has ended."""
         self._save()
         if self.state.epoch > self.state.epochs or self.state.history.stopped is not None:
             self._wait()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from deat_rb.training.base import Stop, StoppingRule
 from deat_rb.training.callbacks import Callback
 from deat_rb.training.metrics import EpochStats
-from deat_rb.training.state import TrainingState
 from deat_rb.utils.text import counted
 
 
@@ -21,10 +20,8 @@ class EarlyStopping(Callback):
         self.rule = rule
         self.enabled = enabled
 
-    def on_fit_start(self, state: TrainingState) -> None:  # noqa: D102 - the base class says it
-        self.state = state
-
-    def on_validation_end(self, row: EpochStats) -> None:  # noqa: D102 - the base class says it
+    def on_validation_end(self, row: EpochStats) -> None:
+        """Update the rule, and record and carry out its decision."""
         stop = self.rule.update(row)
         if stop is None:
             return
@@ -47,10 +44,8 @@ class Patience(Callback):
     def __init__(self, epochs: int) -> None:
         self.epochs = epochs
 
-    def on_fit_start(self, state: TrainingState) -> None:  # noqa: D102 - the base class says it
-        self.state = state
-
-    def on_validation_end(self, row: EpochStats) -> None:  # noqa: D102 - the base class says it
+    def on_validation_end(self, row: EpochStats) -> None:
+        """End training if the best epoch is too long ago."""
         history = self.state.history
         validated = [each for each in (*history.rows, row) if each.val_robust_acc is not None]
         if row.val_robust_acc is None or history.stopped is not None:

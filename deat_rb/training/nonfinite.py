@@ -65,15 +65,18 @@ class NonFiniteMonitor(Callback):
         self._flags = NonFiniteFlags()
         self._snapshot: Snapshot | None = None
 
-    def on_fit_start(self, state: TrainingState) -> None:  # noqa: D102 - the base class says it
-        self.state = state
+    def on_fit_start(self, state: TrainingState) -> None:
+        """Start the clock of the checks."""
+        super().on_fit_start(state)
         self._checked_at = time.monotonic()
 
-    def on_batch_start(self) -> None:  # noqa: D102 - the base class says it
+    def on_batch_start(self) -> None:
+        """Copy the state if non-finite batches are skipped."""
         if self.skip:
             self._snapshot = Snapshot(self.state)
 
-    def on_step_end(self, stats: BatchStats) -> None:  # noqa: D102 - the base class says it
+    def on_step_end(self, stats: BatchStats) -> None:
+        """Record non-finite values on the device; with ``skip``, roll back a batch that has any."""
         state = self.state
         finite = self._flags.note(stats, state.model, state.batch)
         if self._snapshot is not None and state.world.max_over_ranks(not bool(finite.all())):
@@ -98,12 +101,14 @@ class NonFiniteMonitor(Callback):
         if action == Action.ABORT or self.state.world.max_over_ranks(self._found() is not None):
             self._raise()
 
-    def on_train_epoch_end(self) -> None:  # noqa: D102 - the base class says it
+    def on_train_epoch_end(self) -> None:
+        """Raise if the epoch had a non-finite value, or if all of its batches were skipped."""
         all_skipped = self.state.sums.batches == 0 and self.state.skipped > 0
         if self.state.world.max_over_ranks(all_skipped or self._found() is not None):
             self._raise()
 
-    def on_epoch_end(self, row: EpochStats) -> None:  # noqa: D102 - the base class says it
+    def on_epoch_end(self, row: EpochStats) -> None:
+        """Forget the epoch's records."""
         self._flags, self.state.inputs = NonFiniteFlags(), InputFlags()
 
     def _found(self) -> str | None:

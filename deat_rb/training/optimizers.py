@@ -71,7 +71,8 @@ class ClipGradients:
     def __init__(self, max_norm: float) -> None:
         self.max_norm = max_norm
 
-    def __call__(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: D102
+    def __call__(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Scale the gradients; the arguments are those of an optimizer's step hook."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters])
         scale: Tensor | None = getattr(optimizer, "grad_scale", None)  # set by GradScaler for fused optimizers

@@ -17,19 +17,35 @@ class RunStore(Protocol):
     path: Path
 
     @property
-    def checkpoints(self) -> Path: ...  # noqa: D102 - see RunDirectory
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        ...
 
     @property
-    def config_json(self) -> dict[str, Any]: ...  # noqa: D102 - see RunDirectory
+    def config_json(self) -> dict[str, Any]:
+        """The configuration as JSON values."""
+        ...
 
-    def rows(self) -> list[EpochStats]: ...  # noqa: D102 - see RunDirectory
+    def rows(self) -> list[EpochStats]:
+        """Return the metrics of the epochs so far."""
+        ...
 
-    def append(self, row: EpochStats) -> None: ...  # noqa: D102 - see RunDirectory
+    def append(self, row: EpochStats) -> None:
+        """Append the metrics of an epoch."""
+        ...
 
-    def truncate(self, epochs: int) -> list[EpochStats]: ...  # noqa: D102 - see RunDirectory
+    def truncate(self, epochs: int) -> list[EpochStats]:
+        """Keep only the metrics of the first ``epochs`` epochs, and return them."""
+        ...
 
-    def discard_unfinished(self) -> None: ...  # noqa: D102 - see RunDirectory
+    def discard_unfinished(self) -> None:
+        """Remove incomplete files of a killed process."""
+        ...
 
-    def save_weights(self, which: str, state: Mapping[str, Tensor], row: EpochStats) -> None: ...  # noqa: D102 - see RunDirectory
+    def save_weights(self, which: str, state: Mapping[str, Tensor], row: EpochStats) -> None:
+        """Write the ``best`` or ``last`` weights with their metrics."""
+        ...
 
-    def discard_weights(self, which: str) -> None: ...  # noqa: D102 - see RunDirectory
+    def discard_weights(self, which: str) -> None:
+        """Remove weights and their metrics."""
+        ...
