@@ -17,6 +17,8 @@ from deat_rb.utils.module_state import preserve_modes, preserve_state, require_a
 
 AttackMode = Literal["train", "eval"]
 
+NEEDS_LABELS = "this attack needs labels: call it with (images, labels)"
+
 
 class StatelessAttack(Attack):
     """A torchattacks attack that leaves the model unchanged.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deat_rb.attacks import losses
-from deat_rb.attacks.base import AttackMode, CraftStats, StatelessAttack
+from deat_rb.attacks.base import NEEDS_LABELS, AttackMode, CraftStats, StatelessAttack
 from deat_rb.attacks.threat_models import L2, Linf, check_norm, threat_model
 from deat_rb.utils import seeding
 from deat_rb.utils.devices import full_float32
@@ -139,7 +139,7 @@ class PGD(StatelessAttack):
         elif self.loss == "kl" and self.tau is None:
             labels = images.new_zeros(len(images), dtype=torch.long)
         else:
-            raise DeatError("this attack needs labels: call it with (images, labels)")
+            raise DeatError(NEEDS_LABELS)
         clean = None
         if self.loss == "kl" and self.steps > 0:
             with self._full_precision(images, 0):

@@ -17,7 +17,6 @@ from deat_rb.training.engine import Engine
 from deat_rb.training.metrics import BatchStats
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.module_state import require_autograd
 
 
 class SharedForwardTrainer(Trainer):
@@ -78,11 +77,8 @@ class SharedForwardTrainer(Trainer):
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """Generate adversarial examples from a `fresh_start`, without updating the weights."""
-        if labels is None:
-            raise DeatError("this attack needs labels: call it with (images, labels)")
-        images, labels = inputs.detach().to(self.device), labels.to(self.device)
+        images, labels = self.begin_attack(inputs, labels)
         start = self.fresh_start(images, labels)
-        self.crafter.enter_mode()
         adv: Tensor = self.crafter.craft(images, labels, adv=start)[0]
         return adv
 
@@ -90,9 +86,7 @@ class SharedForwardTrainer(Trainer):
         self, images: Tensor, labels: Tensor, optimizer: Optimizer, engine: Engine | None = None
     ) -> BatchStats:
         """Take one step of the attack, then update the weights once; `begin_batch` must be called before."""
-        self.require_pixels()
-        require_autograd("training", grad_mode=True)
-        engine = engine or Engine(images.device)
+        engine = self.begin_step(images, engine)
         crafter, model, function = self.crafter, engine.ddp_model(self.model), self.loss.function
         overflows = Overflows(engine.loss_scale)
         start = self.start(images, labels, engine).requires_grad_()
@@ -101,8 +95,7 @@ class SharedForwardTrainer(Trainer):
             objective = function(start_logits, labels).sum() * engine.loss_scale
         (gradient,) = torch.autograd.grad(objective, start, retain_graph=True)
         gradient = overflows.masked(gradient / engine.loss_scale)
-        if self.loss.class_weights is not None:  # the attack and l_X are of each example's own loss
-            gradient = gradient / self.loss.class_weights.of(labels).view(-1, 1, 1, 1)
+        gradient = self.loss.without_weights(gradient, labels)  # attack and l_X are of each example's own loss
         adv = crafter.threat.ascend(start.detach(), images, gradient, crafter.alpha)
         self.keep(images, gradient, engine)
         with engine.autocast():

@@ -30,7 +30,7 @@ from deat_rb.training.lr import set_rate
 from deat_rb.training.metrics import BatchStats
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.module_state import frozen_parameters, preserve_modes, preserved_buffers, require_autograd
+from deat_rb.utils.module_state import frozen_parameters, preserve_modes, preserved_buffers
 
 
 class AttackTrainer(Trainer):
@@ -127,9 +127,7 @@ class AttackTrainer(Trainer):
         self, images: Tensor, labels: Tensor, optimizer: Optimizer, engine: Engine | None = None
     ) -> BatchStats:
         """Generate adversarial examples (Algorithm 4, lines 6-12), then update the weights once (line 13)."""
-        self.require_pixels()
-        require_autograd("training", grad_mode=True)
-        engine = engine or Engine(images.device)
+        engine = self.begin_step(images, engine)
         # Freeze only if compiled: a compiled pass computes all requested gradients, even if unused; an eager one would
         # not cache the casts of frozen weights.
         with engine.autocast(), frozen_parameters(self.model) if engine.compiled else nullcontext():
@@ -276,9 +274,7 @@ class ReplayTrainer(Trainer):
         self, images: Tensor, labels: Tensor, optimizer: Optimizer, engine: Engine | None = None
     ) -> BatchStats:
         """Replay one batch r times (Algorithm 1, lines 4-10)."""
-        self.require_pixels()
-        require_autograd("training", grad_mode=True)
-        engine = engine or Engine(images.device)
+        engine = self.begin_step(images, engine)
         threat = self.crafter.threat
         adv, gradient = self.initialize(images, engine.rank_slice(len(images))), images
         for replay in range(self.steps):
@@ -292,13 +288,12 @@ class ReplayTrainer(Trainer):
             adv = threat.ascend(adv.detach(), images, gradient, self.crafter.alpha)
         if self.carry:
             self._carry_over(engine.all_gather(adv - images))
-        if self.loss.class_weights is not None:  # l_X is the gradient of each example's own loss
-            gradient = gradient / self.loss.class_weights.of(labels).view(-1, 1, 1, 1)
+        own = self.loss.without_weights(gradient, labels)  # l_X is that of each example's own loss
         return BatchStats(
             examples=len(images),
             loss=loss.detach().sum(),
             correct=(logits.argmax(dim=1) == main_class(labels)).sum(),
-            l_x=threat.total_dual_norm(gradient) * engine.loss_divisor(len(images)),
+            l_x=threat.total_dual_norm(own) * engine.loss_divisor(len(images)),
             forwards=self.steps,
             backwards=self.steps,
             updates=self.steps,

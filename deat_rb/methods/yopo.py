@@ -18,7 +18,6 @@ from deat_rb.training.engine import Engine
 from deat_rb.training.metrics import BatchStats
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.module_state import require_autograd
 from deat_rb.utils.units import is_whole_number
 
 
@@ -70,10 +69,7 @@ class YopoTrainer(Trainer):
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """Generate adversarial examples with the steps of a training step, without updating the weights."""
-        if labels is None:
-            raise DeatError("this attack needs labels: call it with (images, labels)")
-        images, labels = inputs.detach().to(self.device), labels.to(self.device)
-        self.crafter.enter_mode()
+        images, labels = self.begin_attack(inputs, labels)
         layer = self._layer(images)
         adv: Tensor = self.crafter.initialize(images)
         for _ in range(self.steps):
@@ -88,9 +84,7 @@ class YopoTrainer(Trainer):
         self, images: Tensor, labels: Tensor, optimizer: Optimizer, engine: Engine | None = None
     ) -> BatchStats:
         """Train on one batch (Algorithm 1)."""
-        self.require_pixels()
-        require_autograd("training", grad_mode=True)
-        engine = engine or Engine(images.device)
+        engine = self.begin_step(images, engine)
         layer, adv, magnitude = self._layer(images), self.crafter.initialize(images), images
         own = [parameter for parameter in layer.parameters() if parameter.requires_grad]
         added = [torch.zeros_like(parameter) for parameter in own]
@@ -112,8 +106,7 @@ class YopoTrainer(Trainer):
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         engine.step(optimizer)
         magnitude = engine.unscaled(magnitude)
-        if self.loss.class_weights is not None:  # l_X is the gradient of each example's own loss
-            magnitude = magnitude / self.loss.class_weights.of(labels).view(-1, 1, 1, 1)
+        magnitude = self.loss.without_weights(magnitude, labels)  # l_X is that of each example's own loss
         return BatchStats(
             examples=len(images),
             loss=loss.detach().sum(),

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchattacks.attack import Attack
 
-from deat_rb.attacks.base import StatelessAttack
+from deat_rb.attacks.base import NEEDS_LABELS, StatelessAttack
 from deat_rb.attacks.pgd import PGD
 from deat_rb.attacks.threat_models import THREATS
 from deat_rb.training.engine import Engine
@@ -23,6 +23,7 @@ from deat_rb.training.metrics import BatchStats, EpochStats
 from deat_rb.training.place import Place
 from deat_rb.training.schedule import Constant, Schedule
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.module_state import require_autograd
 from deat_rb.utils.units import is_whole_number
 
 L2_ATTACKS = ("PGDL2", "PGDRSL2")
@@ -65,6 +66,12 @@ class SurrogateLoss:
     needs_clean: bool = False
     class_weights: ClassWeights | None = None
     soft_labels: bool = False
+
+    def without_weights(self, gradient: Tensor, labels: Tensor) -> Tensor:
+        """Return the input gradients (N, C, H, W) of the examples' losses divided by their class weights, if any."""
+        if self.class_weights is None:
+            return gradient
+        return gradient / self.class_weights.of(labels).view(-1, 1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -323,17 +330,31 @@ class TrainerBase(StatelessAttack):
     def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run after each optimizer step, before the weights are averaged; by default, this does nothing."""
 
-    def require_pixels(self) -> None:
-        """Check that the model takes images in [0, 1].
+    def begin_attack(self, inputs: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Set the model to the attack's mode; return the images and labels on its device.
 
         Raises:
-            DeatError: `set_normalization_used` was called.
+            DeatError: There are no labels.
+        """
+        if labels is None:
+            raise DeatError(NEEDS_LABELS)
+        self.crafter.enter_mode()
+        return inputs.detach().to(self.device), labels.to(self.device)
+
+    def begin_step(self, images: Tensor, engine: Engine | None) -> Engine:
+        """Check that a training step is possible here; return the engine, by default that of `training_step`.
+
+        Raises:
+            DeatError: Gradients are disabled, or `set_normalization_used` was called, so that the model does not take
+                images in [0, 1].
         """
         if self.normalization_used is not None or self.crafter.normalization_used is not None:
             raise DeatError(
                 "training needs images in [0, 1], so that eps is in pixel units: make the normalization part of the "
                 "model, as deat_rb.build_model does, instead of calling set_normalization_used"
             )
+        require_autograd("training", grad_mode=True)
+        return engine or Engine(images.device)
 
     def check_attack(self, images: Tensor) -> None:
         """Validate the attack on a few images before training; the model's state is preserved.
@@ -360,7 +381,6 @@ class TrainerBase(StatelessAttack):
             getattr(crafter, "tau", None),
             type(self.schedule),
         )
-        part = part or ("a perturbation kept for each image" if self.needs_positions else None)
         if part is not None:
             raise DeatError(
                 f"the labels are class probabilities, but {part} needs one class per image: give class indices (N,) "
