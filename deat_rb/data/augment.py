@@ -96,15 +96,15 @@ def augment(
 def mix(
     name: str, images: Tensor, labels: Tensor, *, num_classes: int, seed: int, epoch: int, batch: int
 ) -> tuple[Tensor, Tensor]:
-    """Mix the images of a global batch, and their labels, by torchvision's v2.CutMix or v2.MixUp with alpha = 1.
+    """Mix the images of a batch, and their labels, by torchvision's v2.CutMix or v2.MixUp with alpha = 1.
 
-    Each image is mixed with the one before it in the batch. As in both papers' public code, a batch has one mixing
-    ratio, and for CutMix one rectangle. They are drawn from torch's CPU generator, which is seeded for the batch and
-    restored afterwards.
+    Each image is mixed with the one before it, the first one with the last one. As in both papers' public code, a batch
+    has one mixing ratio, and for CutMix one rectangle. They are drawn from torch's CPU generator, which is seeded for
+    the batch and restored afterwards.
 
     Args:
         name: ``cutmix`` or ``mixup``.
-        images: The images of the global batch, floating-point (N, C, H, W).
+        images: The images, floating-point (N, C, H, W): of the global batch, or consecutive ones of it.
         labels: Their labels, (N,) int64.
         num_classes: Number of classes, K.
         seed: Seed of the run.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -100,7 +101,8 @@ class Batches:
         """Return one rank's parts of these global batches; see `deat_rb.utils.distributed.share`.
 
         Order and augmentation are drawn for the global batch, which is the concatenation of all ranks' parts. The
-        images are not copied. For ``cutmix`` and ``mixup`` every rank reads and mixes the whole batch.
+        images are not copied. For ``cutmix`` and ``mixup`` each rank also reads the image before its part,
+        which is mixed into the first one.
 
         Args:
             rank: Rank of the process (0-based).
@@ -191,33 +193,51 @@ class Batches:
         return None
 
     def _batches(self, order: Tensor | None, epoch: int, numbers: range) -> Iterator[tuple[Tensor, Tensor]]:
-        windows, drawn = [], []
-        for number in numbers:
-            own = self._read_part(number)
-            windows.append(slice(number * self.batch_size + own.start, number * self.batch_size + own.stop))
+        own = {number: self._share(number) for number in numbers}
+        windows = [slice(number * self.batch_size + part.start, number * self.batch_size + part.stop)
+                   for number, part in own.items()]  # fmt: skip
+        columns: Sequence[slice | Tensor] = list(own.values())
+        if self.augmentation in MIXING and self.processes > 1:
+            columns = positions = [self._with_partner(number) for number in numbers]
+            order, windows = self._reordered(order, numbers, positions)
+        drawn = []
+        for number, chosen in zip(numbers, columns, strict=True):
             numbers_of_batch = draw(
                 self.augmentation, seed=self.seed, epoch=epoch, batch=number, size=self.examples_in(number),
                 height=self._size[0], width=self._size[1],
             )  # fmt: skip
-            drawn.append(numbers_of_batch[:, own])
+            drawn.append(numbers_of_batch[:, chosen])
         # One copy per epoch: copying each batch's few numbers from pageable memory would wait for the device.
         parts = (
             torch.cat(drawn, dim=1).to(self._device).split([part.shape[1] for part in drawn], dim=1) if drawn else []
         )
         for number, part, (images, labels) in zip(numbers, parts, self._read(order, windows), strict=True):
             images = augment(self.augmentation, images, seed=self.seed, epoch=epoch, batch=number,
-                             size=self.examples_in(number), own=self._read_part(number), drawn=part)  # fmt: skip
+                             size=self.examples_in(number), own=own[number], drawn=part)  # fmt: skip
             images = images.to(torch.float32).div_(255)
             if self.augmentation in MIXING and self.num_classes is not None:
                 images, labels = mix(self.augmentation, images, labels, num_classes=self.num_classes, seed=self.seed,
                                      epoch=epoch, batch=number)  # fmt: skip
-                own = self._share(number)
-                images, labels = images[own], labels[own]
+                count = own[number].stop - own[number].start
+                images, labels = images[-count:], labels[-count:]  # without the partner of the first one
             yield images.contiguous(memory_format=self.memory_format), labels
 
-    def _read_part(self, number: int) -> slice:
-        """Return the part of a global batch that this rank reads."""
-        return slice(0, self.examples_in(number)) if self.augmentation in MIXING else self._share(number)
+    def _with_partner(self, number: int) -> Tensor:
+        """Return the positions in a global batch of this rank's part, after that of the image before it.
+
+        The image before the first one of the batch is its last one, as in `mix`.
+        """
+        own = self._share(number)
+        return torch.arange(own.start - 1, own.stop) % self.examples_in(number)
+
+    def _reordered(self, order: Tensor | None, numbers: range, columns: list[Tensor]) -> tuple[Tensor, list[slice]]:
+        """Return the order and its slices with which a reader yields these positions of the global batches."""
+        places = torch.cat([torch.empty(0, dtype=torch.int64),
+                            *(number * self.batch_size + each for number, each in zip(numbers, columns, strict=True))]
+                           )  # fmt: skip
+        ends = accumulate(map(len, columns))
+        windows = [slice(end - len(each), end) for end, each in zip(ends, columns, strict=True)]
+        return places if order is None else order[places], windows
 
     def _share(self, number: int) -> slice:
         """Return this rank's part of a global batch."""

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_image_sets import epoch_of, grids, image_set
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from deat_rb.data.augmentations import AUGMENTATIONS
 from deat_rb.data.batches import Batches
+from deat_rb.data.images import Reader
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.seeding import generator
 
 
 def test_batches_without_shuffle_are_in_order() -> None:
@@ -153,6 +158,32 @@ def test_divided_shares_of_all_ranks_are_the_global_batch(
         assert torch.equal(torch.cat([share for _, share in shares]), labels)
         lengths = [len(share) for share, _ in shares]
         assert max(lengths) - min(lengths) <= 1
+
+
+class Recorder:
+    """Reader that records which images are read for each batch."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self.seen: list[list[int]] = []
+
+    def __call__(self, order: Tensor | None, windows: Sequence[slice]) -> Iterator[tuple[Tensor, Tensor]]:
+        assert order is not None
+        self.seen = [order[window].tolist() for window in windows]
+        return self.reader(order, windows)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("augmentation", ["cutmix", "mixup"])
+def test_divided_mixing_reads_one_more_image_than_the_share(augmentation: str, shuffle: bool) -> None:
+    whole = Batches(grids(22), 8, shuffle=shuffle, augmentation=augmentation, num_classes=3)
+    order = torch.randperm(22, generator=generator(0, "order", 0)).tolist() if shuffle else list(range(22))
+    for rank, read in enumerate([(7, 0, 1), (1, 2, 3, 4), (4, 5, 6, 7)]):  # of the first batch, 0 to 8
+        part = whole.divided(rank, 3)
+        recorder = part._read = Recorder(part._read)
+        lengths = [len(labels) for _, labels in part]
+        assert recorder.seen[0] == [order[position] for position in read]
+        assert [len(each) for each in recorder.seen] == [length + 1 for length in lengths]
 
 
 def test_divided_over_three_ranks_by_hand() -> None:
