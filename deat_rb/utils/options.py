@@ -312,15 +312,15 @@ def describe_first_error(error: ValidationError, prefix: str = "--", known: Sequ
         known: The names of the options, for a hint if there is no such option.
     """
 
-    def named(option: str) -> str:
-        return prefix + (option.replace("_", "-") if prefix else option)
+    def spelled(option: str) -> str:
+        return option.replace("_", "-") if prefix else option
 
     first = error.errors()[0]
-    name = named(next(part for part in reversed(first["loc"]) if isinstance(part, str)))
+    option = spelled(next(part for part in reversed(first["loc"]) if isinstance(part, str)))
+    name = prefix + option
     if first["type"] == "extra_forbidden":
-        hint = did_you_mean(name.removeprefix(prefix), (named(each).removeprefix(prefix) for each in known),
-                            "docs/options.md lists the options")  # fmt: skip
-        return f"there is no option {name}: " + hint.replace(" '", f" '{prefix}")
+        hint = did_you_mean(option, map(spelled, known), "docs/options.md lists the options", prefix=prefix)
+        return f"there is no option {name}: {hint}"
     if first["type"] == "missing":
         return f"{name} is missing"
     message = first["msg"].removeprefix("Value error, ").replace("Input", "it", 1)
