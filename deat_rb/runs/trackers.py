@@ -65,15 +65,25 @@ class Trackers(Callback):
         run: The run, whose directory's name becomes the run's name; trackers store local files in the directory.
         project: Project that contains the run, for trackers that have projects.
         warn: Called with a sentence when a tracker fails, which is not used any more.
+        kept_in: Name of the file that has the logged values, for that sentence.
 
     Raises:
         TrackerError: A tracker cannot be started.
     """
 
-    def __init__(self, names: Sequence[str], run: RunDirectory, project: str, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        run: RunDirectory,
+        project: str,
+        warn: Callable[[str], None],
+        *,
+        kept_in: str = "metrics.jsonl",
+    ) -> None:
         known = _known(run.path)
         self._trackers: dict[str, Any] = {}
         self._warn = warn
+        self._kept_in = kept_in
         for name in names:
             if name in known and project not in ("", known[name]["project"]):
                 raise TrackerError(f"--project {project} cannot be used: {run.path.name} is already logged to the "
@@ -127,7 +137,7 @@ class Trackers(Callback):
                 self._failed(name, error)
 
     def _failed(self, name: str, error: Exception) -> None:
-        self._warn(f"{name} failed and lacks values from here on ({_in_short(error)}); they are in metrics.jsonl")
+        self._warn(f"{name} failed and lacks values from here on ({_in_short(error)}); they are in {self._kept_in}")
 
 
 def _in_short(error: Exception) -> str:
@@ -163,11 +173,11 @@ def log_evaluation(run: RunDirectory, accuracies: Mapping[str, float]) -> tuple[
     """
     names = trackers_of(run.path)
     failures: list[str] = []
-    trackers = Trackers(names, run, project="", warn=failures.append)
+    trackers = Trackers(names, run, project="", warn=failures.append, kept_in="eval.json")
     trackers.log({f"eval/{name}": value for name, value in accuracies.items()}, len(run.rows()))
     trackers.close()
     if failures:
-        raise TrackerError(f"--track {failures[0].replace('metrics.jsonl', 'eval.json')}")
+        raise TrackerError(f"--track {failures[0]}")
     return names
 
 
