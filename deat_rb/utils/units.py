@@ -59,9 +59,9 @@ def format_fraction(value: float) -> str:
 
 
 def exact_fraction(value: float) -> str:
-    """Return a radius as `format_fraction` does, but with all digits."""
+    """Return a radius as `format_fraction` does if `parse_fraction` reads the same number from it, else all digits."""
     short = format_fraction(value)
-    return short if "/" in short or float(short) == value else repr(value)
+    return short if parse_fraction(short) == value else repr(value)
 
 
 def check_eps(eps: float, name: str = "eps", *, norm: str = "Linf") -> float:

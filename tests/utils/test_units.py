@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.units import check_eps, format_fraction, parse_fraction
+from deat_rb.utils.units import check_eps, exact_fraction, format_fraction, parse_fraction
 
 
 @pytest.mark.parametrize(
@@ -63,3 +63,12 @@ def test_check_eps_names_the_option_and_shows_the_excess() -> None:
         check_eps(8, "--eps")
     with pytest.raises(DeatError, match=r"^eps = 1\.0000001 is outside"):
         check_eps(1.0000001)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(8 / 255, "8/255"), (0.1, "0.1"), (1.0, "1"), (0.12345678, "0.12345678"),
+                        (0.03137254902, "0.03137254902")],
+)  # fmt: skip
+def test_exact_fraction_is_read_as_the_same_number(value: float, text: str) -> None:
+    assert exact_fraction(value) == text
+    assert parse_fraction(text) == value
