@@ -18,10 +18,10 @@ from deat_rb.runs.config import RunConfig
 from deat_rb.runs.directory import CONFIG, METRICS, RunDirectory
 from deat_rb.runs.hub_run import CARD, OPTIONAL_FILES
 from deat_rb.training.metrics import EpochStats
-from deat_rb.utils.downloads import why_failed
+from deat_rb.utils.downloads import http_status, why_failed
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import read_bytes, sha256_file, write_all
-from deat_rb.utils.hub import HubAddress, http_status, is_hub, refusals
+from deat_rb.utils.hub import HubAddress, is_hub, refusals
 from deat_rb.utils.text import printable, replace_invisible
 from deat_rb.utils.units import format_fraction
 

@@ -12,8 +12,7 @@ CONNECTION_PACKAGES = ("socket", "urllib", "http", "requests", "huggingface_hub"
 def why_failed(error: BaseException) -> str:
     """Return why a download failed, for a sentence: without types of exceptions, addresses in memory or long texts."""
     for each in _chain(error):
-        status = getattr(getattr(each, "response", None), "status_code", None) or getattr(each, "code", None)
-        if isinstance(status, int) and 400 <= status < 600:
+        if (status := http_status(each)) is not None:
             return f"the server answered with status {status}"
     if any(type(each).__name__ == "OfflineModeIsEnabled" for each in _chain(error)):
         return "HF_HUB_OFFLINE is set"
@@ -27,6 +26,12 @@ def why_failed(error: BaseException) -> str:
             reason = next(filter(None, reversed(reasons)), "")
             return f"the server cannot be reached{f': {reason}' if reason else ''}"
     return str(error).partition("\n")[0].strip()[:200] or "the reason is unknown"
+
+
+def http_status(error: BaseException) -> int | None:
+    """Return the HTTP status, 400 to 599, of an exception of urllib, requests, httpx or the Hub's client, if any."""
+    status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "code", None)
+    return status if isinstance(status, int) and 400 <= status < 600 else None
 
 
 def _system_reason(error: BaseException) -> str:

@@ -181,12 +181,6 @@ class HubFiles:
             raise DeatError(f"{name} of {self.address} is too large: {size:,} bytes (at most {limit:,})")
 
 
-def http_status(error: Exception) -> int | None:
-    """Return the HTTP status of an error of the Hub's client, if it has one."""
-    status: int | None = getattr(getattr(error, "response", None), "status_code", None)
-    return status
-
-
 @contextmanager
 def refusals(address: HubAddress) -> Iterator[None]:
     """Convert the Hub's access errors into `DeatError`; other errors propagate.
