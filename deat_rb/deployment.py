@@ -161,14 +161,13 @@ def _metadata(network: Network, size: int, num_classes: int) -> dict[str, str]:
     if network.classes and len(network.classes) != num_classes:
         raise DeatError(f"{network.source} has {num_classes} logits but {len(network.classes)} class names: "
                         "give one name per logit")  # fmt: skip
-    eps_known = bool({"method", "entry"} & network.provenance.keys())
     facts = {
         "producer": f"deat-rb {importlib.import_module('deat_rb').__version__}",
         "input": f"images: float32 (N, {network.channels}, {size}, {size}), RGB in [0, 1], not normalized",
         "output": f"logits: float32 (N, {num_classes})",
         "classes": json.dumps(network.classes),
-        "norm": network.norm if eps_known else "",
-        "eps": format_fraction(network.eps) if eps_known else "",
+        "norm": "" if network.eps is None else network.norm,
+        "eps": "" if network.eps is None else format_fraction(network.eps),
         **{name: value for name, value in network.provenance.items() if name != "note"},
     }
     for name, buffer in (("mean", "mu"), ("std", "sigma")):

@@ -210,10 +210,11 @@ def combine(network: Network, data: Dataset, *, same_data: bool = False) -> Eval
                             must_match=network.all_classes_known)  # fmt: skip
     provenance = {**network.provenance, "dataset": data.name, "data_sha256": data.fingerprint}
     notes = [*network.notes, *([matched.note] if matched.note and not same_data else []), *data.notes]
+    eps = DEFAULT_EPS[network.norm] if network.eps is None else network.eps
     own, size = network.image_size, data.test.shape[-1]
     if own not in (None, size):
         notes.append(f"the network was trained on {own}x{own} images, but these are {size}x{size}")
     if notes:
         provenance["note"] = "; ".join(notes)
-    return EvalTarget(network.model, data, network.eps, provenance, classes=matched.classes,
+    return EvalTarget(network.model, data, eps, provenance, classes=matched.classes,
                       logit_of_class=matched.logit_of_class, norm=network.norm)  # fmt: skip

@@ -76,7 +76,7 @@ class Network:
         all_classes_known: Whether ``classes`` come from the user, a run or an entry; any other class is then an error.
         image_size: Height and width of the input images; None if any size works or it is unknown.
         channels: Number of input channels.
-        eps: Radius the network was trained for, in [0, 1] pixel units; 8/255 if unknown.
+        eps: Radius the network was trained for, in [0, 1] pixel units; None if unknown.
         norm: Norm the network was trained for, ``Linf`` or ``L2``; Linf if unknown.
         notes: Sentences for the user.
     """
@@ -88,7 +88,7 @@ class Network:
     all_classes_known: bool = True
     image_size: int | None = None
     channels: int = 3
-    eps: float = 8 / 255
+    eps: float | None = None
     norm: str = "Linf"
     notes: tuple[str, ...] = ()
 
