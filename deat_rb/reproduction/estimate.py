@@ -13,7 +13,7 @@ from deat_rb.methods.trainers import AttackTrainer, ReplayTrainer
 from deat_rb.methods.yopo import YopoTrainer
 from deat_rb.reproduction.folder import StudyFolder
 from deat_rb.reproduction.study import AUTOATTACK, RunSpec
-from deat_rb.runs.estimate import time_batches, time_pass, training_seconds
+from deat_rb.runs.estimate import estimated_epochs, time_batches, time_pass, training_seconds
 from deat_rb.runs.options import TrainOptions
 from deat_rb.runs.plan import TrainingPlan, plan
 from deat_rb.utils.errors import DeatError
@@ -166,44 +166,47 @@ def _passes_of_others(folder: StudyFolder, run: RunSpec, runs: Sequence[RunSpec]
 
 def _predict(run: RunSpec, clock: Clock, known: float | None) -> Prediction:
     planned = clock.plan(run.options)
-    if planned.config.optim.epochs == OPEN:
-        planned, known = replace(planned, config=planned.config.but(epochs=1)), None
-        return replace(_predicted(run, clock, planned, known), epochs=OPEN)
-    return _predicted(run, clock, planned, known)
-
-
-def _predicted(run: RunSpec, clock: Clock, planned: TrainingPlan, known: float | None) -> Prediction:
-    config, times, m = planned.config, clock.times(planned), planned.batches
-    epochs = config.optim.epochs
-    exact = planned.costs()
-    replays = type(planned.trainer) is ReplayTrainer
-    most = (planned.most_costs() or {}).get("backward passes")
-    if exact is not None:
-        passes = float(exact["backward passes"])
-    elif known is not None:
-        passes = known
-    elif planned.trainer.schedule.total_steps(epochs) is None and most is not None:
-        passes = (epochs * m * (1 if replays else 2) + most) / 2
-    else:
-        passes = float(most or epochs * m * (1 + planned.trainer.steps))
+    config, times, epochs = planned.config, clock.times(planned), estimated_epochs(planned)
+    is_open = config.optim.epochs == OPEN
+    counted = replace(planned, config=config.but(epochs=epochs)) if is_open else planned
+    passes, exact = _passes(counted, None if is_open else known)
     training = seconds_of(planned, times, passes)
     per_image = times.evaluation / config.data.batch_size
     tested = [(attacks, min(asked or len(planned.data.test), len(planned.data.test)))
               for attacks, asked in run.evaluation.parts()]  # fmt: skip
     evaluation = sum(count * sum(map(_attack_passes, attacks)) * per_image for attacks, count in tested)
-    return Prediction(run, epochs, passes, exact is not None, training, ROBUST * evaluation)
+    return Prediction(run, config.optim.epochs, passes, exact, training, ROBUST * evaluation)
+
+
+def _passes(planned: TrainingPlan, known: float | None) -> tuple[float, bool]:
+    """Return the expected backward passes of a run, in mini-batches, and whether they are known in advance.
+
+    Args:
+        planned: The plan, with a number of epochs.
+        known: The mean of finished runs of the same row, if there are any.
+    """
+    epochs, m, exact = planned.config.optim.epochs, planned.batches, planned.costs()
+    most = (planned.most_costs() or {}).get("backward passes")
+    if exact is not None:
+        return float(exact["backward passes"]), True
+    if known is not None:
+        return known, False
+    if planned.trainer.schedule.total_steps(epochs) is None and most is not None:
+        least = epochs * m * (1 if type(planned.trainer) is ReplayTrainer else 2)
+        return (least + most) / 2, False
+    return float(most or epochs * m * (1 + planned.trainer.steps)), False
 
 
 def seconds_of(planned: TrainingPlan, times: Times, passes: float) -> float:
-    """Return the seconds that training and validation take.
+    """Return the seconds that training and validation take; of an open-ended run, those of one epoch.
 
     Args:
         planned: The plan of the run.
         times: Seconds per mini-batch.
-        passes: Backward passes of the run, in mini-batches.
+        passes: Backward passes of these epochs, in mini-batches.
     """
     shared = type(planned.trainer) in (ReplayTrainer, YopoTrainer)  # no pass is for the update alone
-    updates = 0 if shared else planned.config.optim.epochs
+    updates = 0 if shared else estimated_epochs(planned)
     return training_seconds(planned, times.update, times.step, passes / planned.batches - updates, times.evaluation)
 
 

@@ -76,7 +76,7 @@ def estimate(planned: TrainingPlan) -> Estimate:
     """
     config, trainer = planned.config, planned.trainer
     optim = config.optim
-    epochs = 1 if optim.epochs == OPEN else optim.epochs
+    epochs = estimated_epochs(planned)
     low, high = _total_steps(trainer.schedule, epochs)
     first, last = trainer.schedule.steps, _last_steps(trainer.schedule, epochs)
     times = time_batches(planned, sorted({first, last}))
@@ -91,6 +91,11 @@ def estimate(planned: TrainingPlan) -> Estimate:
     )  # fmt: skip
 
 
+def estimated_epochs(planned: TrainingPlan) -> int:
+    """Return the number of epochs whose time is estimated: all, or one of an open-ended run."""
+    return 1 if planned.config.optim.epochs == OPEN else planned.config.optim.epochs
+
+
 def training_seconds(
     planned: TrainingPlan, update: float, step: float, total_steps: float, validation_pass: float
 ) -> float:
@@ -103,8 +108,7 @@ def training_seconds(
         total_steps: Attack steps per batch, summed over the epochs.
         validation_pass: Seconds per forward and backward pass over a batch in validation.
     """
-    optim = planned.config.optim
-    epochs = 1 if optim.epochs == OPEN else optim.epochs
+    optim, epochs = planned.config.optim, estimated_epochs(planned)
     validations = 1 / optim.validate_every if optim.epochs == OPEN else -(-epochs // optim.validate_every)
     images = validations * len(planned.val) * (2 if optim.ema else 1)  # averaged and raw weights
     validation = images * VALIDATION_PASSES * validation_pass / planned.config.data.batch_size

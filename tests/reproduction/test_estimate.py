@@ -29,6 +29,18 @@ def test_estimate_adds_steps_updates_validation_and_evaluation(tmp_path: Path, m
     assert read_estimate(folder)[study.runs[0].name] == pytest.approx(pgd.training + pgd.evaluation)
 
 
+def test_estimate_of_an_open_ended_run_is_an_epoch_with_its_share_of_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deat_rb.reproduction.estimate._measure", lambda planned, kind: Times(2.0, 1.0, 32.0))
+    row = {"method": "pgd-3", "epochs": "open", "patience": 2, "lr_schedule": "flat", "validate_every": 2}
+    (found,) = estimate(StudyFolder(tmp_path), small_study(row).runs, notify=lambda text: None)
+    assert (found.is_open, found.passes) == (True, 8)
+    validation = 2 * 16 / 2 * VALIDATION_PASSES * 1.0  # averaged and raw weights, in every other epoch
+    assert found.training == 6 * 1.0 + 2 * 2.0 + validation
+    assert read_estimate(StudyFolder(tmp_path)) == {}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"norm": "L2", "eps": 1.5}], ids=["Linf", "L2"])
 def test_estimate_measures(tmp_path: Path, options: dict[str, Any]) -> None:
