@@ -93,8 +93,8 @@ def work(
     if len(chosen) > 1:
         raise DeatError(f"{chosen[0]} and {chosen[1]} are mutually exclusive: give only one")
     workers = environments(options.jobs, gpus, options.per_gpu)
-    left = [run for run in study.runs if not folder.is_settled(run)]
     if options.print_commands:
+        left = [run for run in study.runs if not folder.is_settled(run)]
         for run in left:
             click.echo(shlex.join(["deat-rb", *arguments, "--only", run.name]))
         if not left:
