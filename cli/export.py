@@ -69,15 +69,17 @@ def export(target: str, file_format: str, output: Path, overwrite: bool, trust_c
 
 
 def _robustbench(run: str, **options: Any) -> None:
-    from deat_rb.robustbench.export import UNKNOWN_ACCURACY, export
+    from deat_rb.robustbench.export import UNKNOWN_ACCURACY, evaluation_advice, export
 
     paths = export(run, **options)
+    for note in paths.notes:
+        click.echo(f"note: {note}", err=True)
     for path in (paths.weights, paths.info, paths.source):
         click.echo(f"written: {path}")
     if paths.unknown:
         click.echo(
             f"note: AutoAttack was not run, so {', '.join(paths.unknown)} is written as {UNKNOWN_ACCURACY}, which "
-            f"ranks last on RobustBench: run deat-rb eval {run} --autoattack, then export again"
+            f"ranks last on RobustBench: {evaluation_advice(run)}"
         )
 
 

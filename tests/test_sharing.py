@@ -73,6 +73,12 @@ def test_compare_and_export_take_runs_on_the_hub(hub: Hub, run: Path, tmp_path: 
     push(run, "hf:me/bare")
     said = refusal("compare", "hf:me/bare", "hf:me/net")
     assert "has no evaluation: run deat-rb eval hf:me/bare --json FILE.json, and compare that file" in said
+    said = refusal("export", "hf:me/bare", *options, tmp_path / "d")
+    assert said.endswith("evaluate the run with deat-rb eval --autoattack where it was trained, push it again, then "
+                         "export it")  # fmt: skip
+    hub.status = 503
+    exported = cli("export", "hf:me/net", *options, tmp_path / "e")
+    assert "hf:me/net is used as last downloaded" in exported.stderr
 
 
 # Addresses

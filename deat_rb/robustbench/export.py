@@ -94,7 +94,7 @@ def export(
         dataset = _dataset(config.data.dataset, as_dataset, spec)
         model = spec.build()
         load_weights(model, load_tensors(opened.selected_weights_path), source=str(opened.selected_weights_path))
-        report = _evaluation(opened)
+        report = _evaluation(opened, evaluation_advice(run))
     failed = [check.name for check in report.checks if check.status == "fail"]
     unknown = "autoattack" not in report.results
     unreliable = True if unreliable is None and (failed or unknown) else unreliable
@@ -137,7 +137,14 @@ def export(
     except OSError as error:
         raise DeatError(f"cannot write to {output}: {error.strerror or error}") from error
     write_all(contents)
-    return replace(paths, unknown=("autoattack_acc",) if unknown else ())
+    return replace(paths, unknown=("autoattack_acc",) if unknown else (), notes=() if hub is None else hub.notes)
+
+
+def evaluation_advice(run: str | Path) -> str:
+    """Return how to export a run with another evaluation; that of a run on the Hub changes only with another push."""
+    if is_hub(run):
+        return "evaluate the run with deat-rb eval --autoattack where it was trained, push it again, then export it"
+    return f"run deat-rb eval {run} --autoattack, then export again"
 
 
 def _dataset(trained_on: str, as_dataset: str | None, spec: ModelSpec) -> str:
@@ -163,10 +170,9 @@ def _stand_in_note(config: Any, dataset: str) -> str:
     return f"Trained and evaluated on {SPELLED.get(data.dataset, data.dataset)}{folder}, not on {SPELLED[dataset]}."
 
 
-def _evaluation(run: RunDirectory) -> Report:
+def _evaluation(run: RunDirectory, advice: str) -> Report:
     """Return the run's evaluation, after checking that it used the run's weights, data and eps."""
     file, config = run.path / "eval.json", run.config
-    advice = f"run deat-rb eval {run.path} --autoattack, then export again"
     if not file.exists():
         raise DeatError(f"{run.path} has no evaluation (eval.json), so its accuracies are unknown: {advice}")
     report = Report.load(file)

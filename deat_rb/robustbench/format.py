@@ -42,12 +42,14 @@ class ExportPaths:
         info: ``model_info/<dataset>/<norm>/<name>.json``.
         source: ``pull_request/<dataset>/<norm>/<name>.py``: the class and entry for RobustBench's model zoo.
         unknown: Fields of ``info`` whose values are placeholders for unknown ones.
+        notes: Sentences for the user.
     """
 
     weights: Path
     info: Path
     source: Path
     unknown: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def below(cls, folder: Path, dataset: str, name: str, norm: str = "Linf") -> ExportPaths:
