@@ -1,17 +1,14 @@
-"""Recording of training steps as CUDA graphs.
-
-A graph repeats the kernels of one step on the same memory, without launching each of them from the host.
-"""
+"""Recording of training steps as CUDA graphs."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
 from deat_rb.training.metrics import BatchStats
+from deat_rb.utils.cuda_graphs import record_graph, run_watched
 from deat_rb.utils.devices import check_cuda_graphs
 
 Step = Callable[[], BatchStats]
@@ -50,32 +47,14 @@ class CudaGraphs:
 
     def warm_up(self, step: Step) -> tuple[BatchStats, bool]:
         """Run a step on the stream on which it will be recorded, watching for synchronization."""
-        current = torch.cuda.current_stream(self.device)
-        mode = torch.cuda.get_sync_debug_mode()
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream), warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                stats = step()
-            finally:
-                torch.cuda.set_sync_debug_mode(mode)
-        current.wait_stream(self._stream)
-        waited = [each for each in caught if "synchronizing CUDA operation" in str(each.message)]
-        for each in caught:
-            if each not in waited:
-                warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-        return stats, not waited
+        return run_watched(step, self._stream)
 
     def record(self, step: Step) -> Step:
         """Record a step; each graph has its own memory, which is freed with it."""
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, such as the one that writes checkpoints, may use the GPU meanwhile.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            stats = step()
+        replay, stats = record_graph(step, self._stream)
 
         def run() -> BatchStats:
-            graph.replay()
+            replay()
             return stats
 
         return run

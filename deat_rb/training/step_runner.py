@@ -8,13 +8,13 @@ step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from deat_rb.training.base import TrainerBase
@@ -22,13 +22,11 @@ from deat_rb.training.cuda_graphs import Graphs, Step
 from deat_rb.training.engine import Engine
 from deat_rb.training.lr import set_rate
 from deat_rb.training.metrics import BatchStats
+from deat_rb.utils.cuda_graphs import KNOWN, package_of, unknown_module
 from deat_rb.utils.errors import DeatError
 
 WARM_UPS = 2
 """Number of unrecorded steps before recording, in which libraries choose and initialize their kernels."""
-
-KNOWN = frozenset({"deat_rb", "torch", "torchvision", "timm", "robustbench"})
-"""Packages whose networks have no side effects on the host in a forward pass; a graph would not repeat those."""
 
 
 class StepRunner:
@@ -151,7 +149,7 @@ def unknown_parts(trainer: TrainerBase, optimizer: Optimizer) -> str | None:
     """Return the first part of a step that may run host operations, which a graph does not repeat; None if none may.
 
     The result is a noun phrase for messages. User-defined methods, attacks, losses and networks may read values or
-    count batches; the networks of `KNOWN` packages do not.
+    count batches; the networks of known packages do not, see `deat_rb.utils.cuda_graphs.unknown_module`.
     """
     loss = trainer.loss.function
     while isinstance(loss, partial):
@@ -162,22 +160,8 @@ def unknown_parts(trainer: TrainerBase, optimizer: Optimizer) -> str | None:
     hooks = [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
     parts += [("a hook of the optimizer", hook) for hook in hooks]
     for name, part in parts:
-        if _package(part) != "deat_rb":
+        if package_of(part) != "deat_rb":
             return f"{name} {getattr(part, '__qualname__', part)}"
-    if _package(type(optimizer)) not in KNOWN:
+    if package_of(type(optimizer)) not in KNOWN:
         return f"the optimizer {type(optimizer).__qualname__}"
-    for module in trainer.model.modules():
-        if _package(type(module)) not in KNOWN:
-            return f"the module {type(module).__qualname__} of the model"
-        if any(_hooks(module)):
-            return f"a hook of the module {type(module).__qualname__} of the model"
-    return None
-
-
-def _package(part: Any) -> str:
-    return str(getattr(part, "__module__", "")).partition(".")[0]
-
-
-def _hooks(module: nn.Module) -> Iterator[Any]:
-    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        yield from getattr(module, name, {}).values()
+    return unknown_module(trainer.model)

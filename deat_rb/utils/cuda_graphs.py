@@ -1,0 +1,83 @@
+"""CUDA graphs, and which networks they may repeat.
+
+A graph repeats the kernels of recorded operations on the same memory, without launching each of them from the host.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+T = TypeVar("T")
+
+KNOWN = frozenset({"deat_rb", "torch", "torchvision", "timm", "robustbench"})
+"""Packages whose networks have no side effects on the host in a forward pass; a graph would not repeat those."""
+
+
+def record_graph(
+    function: Callable[[], T], stream: torch.cuda.Stream, pool: Any = None
+) -> tuple[Callable[[], None], T]:
+    """Record the operations of a function as a CUDA graph, without running them.
+
+    Args:
+        function: The function, which has been run on ``stream`` before, so that libraries are initialized.
+        stream: Stream on which it is recorded.
+        pool: Memory pool that the graph shares with others: a run overwrites what the others left there, except for
+            results that are still referenced. By default the graph has its own memory, which is freed with it.
+
+    Returns:
+        A function that runs the operations, and the result of ``function``, which each run overwrites.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, such as the one that writes checkpoints, may use the GPU meanwhile.
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        result = function()
+    return graph.replay, result
+
+
+def run_watched(function: Callable[[], T], stream: torch.cuda.Stream) -> tuple[T, bool]:
+    """Run a function on a stream; return its result, and whether it did not wait for the device, as in a recording."""
+    current = torch.cuda.current_stream(stream.device)
+    mode = torch.cuda.get_sync_debug_mode()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            result = function()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    current.wait_stream(stream)
+    waited = [each for each in caught if "synchronizing CUDA operation" in str(each.message)]
+    for each in caught:
+        if each not in waited:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+    return result, not waited
+
+
+def unknown_module(model: nn.Module) -> str | None:
+    """Return the first part of a model that may run host operations, which a graph does not repeat; None if none may.
+
+    The result is a noun phrase for messages. User-defined networks and hooks may read values or count batches; the
+    networks of `KNOWN` packages do not.
+    """
+    for module in model.modules():
+        if package_of(type(module)) not in KNOWN:
+            return f"the module {type(module).__qualname__} of the model"
+        if any(_hooks(module)):
+            return f"a hook of the module {type(module).__qualname__} of the model"
+    return None
+
+
+def package_of(part: Any) -> str:
+    """Return the top-level package in which a class or function is defined."""
+    return str(getattr(part, "__module__", "")).partition(".")[0]
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        yield from getattr(module, name, {}).values()
