@@ -2,7 +2,8 @@
 
 The attacks come from pyautoattack. Batches and seeds match its ``run_standard_evaluation``, because the results of the
 random stages depend on them. Only the surrounding loop is ours: it reports progress, can be resumed, and supports fewer
-than ten classes.
+than ten classes. On a GPU, passes may run as CUDA graphs on padded batches, which changes logits by rounding errors:
+see `deat_rb.attacks.captured`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ VERSIONS = {
 FEWEST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
 """The DLR loss needs a third-largest logit, the targeted DLR loss a fourth-largest."""
 
+ONE_BACKWARD = frozenset({"apgd-ce", "apgd-dlr", "apgd-t", "square"})
+"""Stages with at most one backward pass per forward pass; FAB runs one for each class."""
+
 ITERATIONS, QUERIES, AVERAGED = 100, 5000, 20
 
 
@@ -50,7 +54,13 @@ def build(name: str, context: AttackContext) -> Attack:
         return Attack(name, (), parameters, (*notes, "eps is 0: nothing to attack"))
     warnings: list[str] = []
     suite = _Suite(version, context, targets, warnings)
-    parts = tuple(AttackStage(part, suite.part(part), calls=suite.calls(part), packed=True) for part in names)
+    parts = tuple(
+        AttackStage(
+            part, suite.part(part), calls=suite.calls(part), packed=True,
+            recordable=version != "rand" and part in ONE_BACKWARD,
+        )
+        for part in names
+    )  # fmt: skip
     return Attack(name, parts, parameters, notes, warnings)
 
 

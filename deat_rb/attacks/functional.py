@@ -36,6 +36,7 @@ class CountingModel(nn.Module):
         backwards: Images for which gradients were backpropagated from the logits.
         calls: Number of forward passes, whatever the batch size.
         on_call: Called after every forward pass; its exceptions propagate.
+        replay: Called instead of `logits`, such as to repeat recorded passes; None if there is none.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
@@ -47,19 +48,27 @@ class CountingModel(nn.Module):
         self.backwards = 0
         self.calls = 0
         self.on_call: Callable[[], None] | None = None
+        self.replay: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (N, K) of images (N, C, H, W), converted to float32 after autocast."""
+        return self._counted((self.replay or self.logits)(images))
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Return what `forward` does, without counting the pass."""
         if self.dtype is None:
-            return self.exact(images)
+            logits: Tensor = self.model(images)
+            return logits
         with torch.autocast(images.device.type, self.dtype):
-            logits = self.exact(images)
+            logits = self.model(images)
         return logits.float()
 
     def exact(self, images: Tensor) -> Tensor:
         """Return the logits in the model's own precision."""
-        logits: Tensor = self.model(images)
-        self.forwards += len(images)
+        return self._counted(self.model(images))
+
+    def _counted(self, logits: Tensor) -> Tensor:
+        self.forwards += len(logits)
         self.calls += 1
         if logits.requires_grad:
             logits.register_hook(self._count_backward)

@@ -71,6 +71,8 @@ class AttackStage:
             image do not depend on its batch.
         packed: Whether batches contain only the remaining examples, as in AutoAttack, instead of being the same in
             every stage.
+        recordable: Whether forward passes may be repeated as CUDA graphs: at most one backward pass follows each,
+            before the next forward pass, and an image's logits may depend on the size of its batch by rounding.
     """
 
     name: str
@@ -78,6 +80,7 @@ class AttackStage:
     calls: int = 0
     craft_all: Callable[[CountingModel, Iterable[Batch], int], Iterator[AttackOutput]] | None = None
     packed: bool = False
+    recordable: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from deat_rb.attacks.captured import captures_for
 from deat_rb.attacks.names import SQUARE_TILES, parse_attacks
 from deat_rb.attacks.registry import build_attack
 from deat_rb.attacks.threat_models import check_norm, check_radius
@@ -159,6 +160,7 @@ def evaluate(
             runner = AttackRunner(
                 prepared, context, store, keep, PRECISIONS[precision], progress, sweeping=len(plans) > 1,
                 confirm=tf32 or precision != "fp32", ranks=ranks,
+                captures=captures_for(model, prepared.device, prepared.batch_size),
             )  # fmt: skip
             outcomes, curve = _run(runner, plans, main)
         report = Report.of(

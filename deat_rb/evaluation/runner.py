@@ -6,12 +6,13 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from deat_rb.attacks.captured import Captures
 from deat_rb.attacks.functional import AttackOutput, CountingModel
 from deat_rb.attacks.types import Attack, AttackContext, AttackStage, Batch
 from deat_rb.evaluation.frozen_model import PreparedModel
@@ -107,6 +108,7 @@ class AttackRunner:
         confirm: Whether to classify the adversarial images again, in float32, because the attacks run in lower
             precision.
         ranks: The ranks that share the batches of each stage.
+        captures: Recorder of forward passes as CUDA graphs; None if they are not recorded.
     """
 
     prepared: PreparedModel
@@ -118,6 +120,7 @@ class AttackRunner:
     sweeping: bool = False
     confirm: bool = False
     ranks: World = field(default_factory=World)
+    captures: Captures | None = None
 
     def run(self, attack: Attack, correct: Tensor) -> AttackOutcome:
         """Attack the examples in the mask ``correct``, (N,) bool on the CPU, stage by stage."""
@@ -146,12 +149,13 @@ class AttackRunner:
                     to_do.append(number)
                     continue
                 display.done(rows, outcome.correct, quietly=stored is not None)
-            for number, result in self._results(attack, stage, model, outcome, batches, to_do, display):
-                self.store.save(self._key(attack, stage, number), result)
-                self.store.has_attacks |= attack is not NATURAL
-                own[number] = result
-                _add(result, batches[number], outcome, attack)
-                display.done(batches[number], outcome.correct, quietly=False)
+            with self._captured(attack, stage, model) if to_do else nullcontext():
+                for number, result in self._results(attack, stage, model, outcome, batches, to_do, display):
+                    self.store.save(self._key(attack, stage, number), result)
+                    self.store.has_attacks |= attack is not NATURAL
+                    own[number] = result
+                    _add(result, batches[number], outcome, attack)
+                    display.done(batches[number], outcome.correct, quietly=False)
             if self.ranks.size > 1:
                 shares = self.ranks.all_gather(own)
                 for number, rows in enumerate(batches):
@@ -165,6 +169,12 @@ class AttackRunner:
 
     def _key(self, attack: Attack, stage: AttackStage, number: int) -> str:
         return f"eps {self.context.eps!r}, {attack.name}, {stage.name or 'all'}, batch {number}"
+
+    def _captured(self, attack: Attack, stage: AttackStage, model: CountingModel) -> AbstractContextManager[None]:
+        """Return a context that repeats the stage's forward passes as CUDA graphs, if that is possible."""
+        if self.captures is None or not stage.recordable or not self.prepared.is_independent:
+            return nullcontext()
+        return self.captures.during(model, attack.warnings)
 
     def _results(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from deat_rb.training.metrics import BatchStats
 
+T = TypeVar("T")
 Step = Callable[[], BatchStats]
 
 LOOKS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "equal")
@@ -85,3 +86,29 @@ class TapeGraphs:
             return stats
 
         return run
+
+
+class TapeRecorder:
+    """Implements `deat_rb.attacks.captured.Recorder` on a CPU; results hold no values until they are first repeated."""
+
+    def __init__(self) -> None:
+        self.recorded = self.repeated = 0
+
+    def warm_up(self, function: Callable[[], object]) -> bool:
+        function()
+        return True
+
+    def record(self, function: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        recorder = Recorder()
+        with recorder:
+            result = function()
+        recorder.undo()
+        for tensor in tensors(result):
+            tensor.data.fill_(torch.nan)
+        self.recorded += 1
+
+        def run() -> None:
+            self.repeated += 1
+            recorder.repeat()
+
+        return run, result
