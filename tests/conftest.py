@@ -73,6 +73,12 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of `deat_rb.runs.train` that draw no curves, which would take longer than the rest of a small run."""
+    monkeypatch.setattr("deat_rb.runs.train.plot_curves", lambda *_, **__: None)
+
+
+@pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEvaluation:
     """Leaderboards that do not evaluate; see `board_problems.without_evaluating`."""
     from board_problems import without_evaluating

@@ -55,7 +55,7 @@ def test_open_checkpoint_without_mean_takes_images_as_they_are(target: EvalTarge
 
 
 @pytest.fixture
-def run_and_data(image_folder: Path, tmp_path: Path) -> tuple[Path, Path]:
+def run_and_data(without_curves: None, image_folder: Path, tmp_path: Path) -> tuple[Path, Path]:
     """A run of one epoch, and the folder it was trained on."""
     data = shutil.copytree(image_folder, tmp_path / "data")
     options = {"method": "standard", "dataset": "folder", "data_dir": str(data), "arch": "wrn-10-1", "val_size": 8,

@@ -302,6 +302,7 @@ def test_open_target_refuses_names(target: str, options: dict[str, Any], sentenc
         open_target(target, **options)
 
 
+@pytest.mark.usefixtures("without_curves")
 def test_eval_runs_no_code_without_trust_code(foreign: str, tmp_path: Path) -> None:
     options = {"method": "standard", "arch": f"{foreign}:build", "train_size": 20, "val_size": 10, "batch_size": 10,
                "epochs": 1, "device": "cpu", "precision": "fp32"}  # fmt: skip

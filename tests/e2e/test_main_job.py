@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import save_file
 
 from deat_rb.cli import main
+from deat_rb.models.spec import build_model
 
 COMMAND = str(Path(sys.executable).parent / "deat-rb")
 TINY = ["--arch", "wrn-10-1", "--train-size", "200", "--batch-size", "50", "--epochs", "3", "--precision", "fp32"]
@@ -187,8 +189,9 @@ def test_train_refuses_invalid_image_folders(tmp_path: Path) -> None:
     assert "empty" in refused(*train, cwd=tmp_path)
 
 
-def test_eval_refuses_invalid_checkpoints(run: Path, tmp_path: Path) -> None:
-    weights = run / "last.safetensors"
+def test_eval_refuses_invalid_checkpoints(tmp_path: Path) -> None:
+    weights = tmp_path / "whole.safetensors"
+    save_file(build_model("wrn-10-1", dataset="digits").state_dict(), weights)
     bare = ["eval", "--arch", "wrn-10-1", "--dataset", "digits", "--n-examples", "4"]
     (tmp_path / "cut.safetensors").write_bytes(weights.read_bytes()[:1000])
     refused(*bare, "cut.safetensors", cwd=tmp_path)

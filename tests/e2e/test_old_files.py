@@ -18,6 +18,7 @@ from deat_rb.utils import compat
 
 ARCHIVE = Path(__file__).parents[1] / "fixtures" / "28b4f8e" / "files.tar.xz"
 MODEL = "Wang2021Gradient_Old"
+pytestmark = pytest.mark.usefixtures("without_curves")
 
 
 @pytest.fixture
@@ -48,6 +49,7 @@ def test_load_model_of_an_old_run(files: Path) -> None:
     assert all(torch.equal(state[name], stored[name]) for name in stored)
 
 
+@pytest.mark.slow
 def test_eval_of_an_old_run_counts_what_was_counted_then(files: Path) -> None:
     old = Report.load(files / "runs" / "finished")
     deat_rb_command("eval", "runs/finished", "--attacks", "natural,fgsm,pgd-5,cw-2", "--n-examples", "100",
@@ -96,6 +98,7 @@ def test_resume_of_an_old_finished_run_with_more_epochs_is_refused_for_its_cycli
     assert "cyclic" in result.stderr
 
 
+@pytest.mark.slow
 def test_train_with_an_old_config(files: Path) -> None:
     deat_rb_command("train", "--config", "runs/finished/config.json", "--name", "again", "--trust-code")
     again, first = read_metrics(files / "runs" / "again"), read_metrics(files / "runs" / "finished")

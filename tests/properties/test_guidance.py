@@ -24,7 +24,7 @@ def trained(method: str, lr: float, random_labels: bool) -> History:
     return trainer.fit(batches(random_labels), epochs=12, lr=lr, lr_schedule="flat")
 
 
-@pytest.mark.parametrize("method", ["m+pgd", "m-deat"])
+@pytest.mark.parametrize("method", [pytest.param("m+pgd", marks=pytest.mark.slow), "m-deat"])
 def test_guided_training_follows_the_gradient_magnitude(method: str) -> None:
     rises = trained(method, 0.1, random_labels=True)
     # Labels that have to be memorized make the loss steeper around each image.

@@ -26,10 +26,7 @@ KILLED_AT_WRITE = (1, 2, 5, 8, 3, 6)
 """The file at whose writing each worker is killed: fewer than the study writes, so no worker finishes before."""
 
 
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip the curves, which take longer than these runs."""
-    monkeypatch.setattr("deat_rb.runs.train.plot_curves", lambda *_, **__: None)
+pytestmark = pytest.mark.usefixtures("without_curves")
 
 
 @pytest.mark.slow

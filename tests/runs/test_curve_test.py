@@ -17,10 +17,7 @@ from deat_rb.training.metrics import EpochStats
 from deat_rb.training.validation import Validation
 from deat_rb.utils.errors import DeatError
 
-
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deat_rb.runs.train.plot_curves", lambda *_, **__: None)
+pytestmark = pytest.mark.usefixtures("without_curves")
 
 
 def untimed(row: EpochStats) -> dict[str, object]:

@@ -71,6 +71,7 @@ def test_plan_validation_images_are_not_trained_on() -> None:
         ("mart", {"backward passes": 44, "forward passes": 48, "updates": 4}),
     ],
 )
+@pytest.mark.usefixtures("without_curves")
 def test_costs_are_what_a_run_counts(method: str, costs: dict[str, int], tmp_path: Path) -> None:
     ready = planned(method=method)
     assert ready.batches == 2

@@ -21,6 +21,8 @@ from deat_rb.runs.train import resume, train
 from deat_rb.training.callbacks import Callback
 from deat_rb.utils.errors import DeatError
 
+pytestmark = pytest.mark.usefixtures("without_curves")
+
 
 def test_tracker_logs_each_epoch_and_the_result_to_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")

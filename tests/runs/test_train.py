@@ -48,6 +48,7 @@ def test_train_repeats_a_config_json_bit_for_bit(tmp_path: Path) -> None:
     assert not identical(first, other)
 
 
+@pytest.mark.usefixtures("without_curves")
 def test_train_never_uses_a_test_image(tmp_path: Path) -> None:
     """Invariant 7: the run trains although its test images cannot be read."""
 
@@ -62,6 +63,7 @@ def test_train_never_uses_a_test_image(tmp_path: Path) -> None:
     assert run.selected_weights_path.is_file()
 
 
+@pytest.mark.usefixtures("without_curves")
 def test_train_resets_peak_memory_in_each_epoch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     begun: list[str] = []
     monkeypatch.setattr(
@@ -104,6 +106,7 @@ def test_train_with_a_bad_option_writes_nothing(changes: dict[str, Any], message
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.usefixtures("without_curves")
 def test_train_refuses_bad_and_taken_names(tmp_path: Path) -> None:
     for name in ("a/b", "..", "../../a"):
         with pytest.raises(DeatError, match="is not a valid run name"):
@@ -131,6 +134,7 @@ def test_train_interrupted_has_curves_and_loads(tmp_path: Path) -> None:
     deat_rb.load_model(tmp_path / "cut", trust_code=True)
 
 
+@pytest.mark.usefixtures("without_curves")
 def test_train_restores_the_global_generators(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     train({**SMALL, "epochs": 1}, output=tmp_path)

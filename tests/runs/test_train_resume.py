@@ -28,11 +28,7 @@ from deat_rb.utils import threads
 from deat_rb.utils.distributed import World
 from deat_rb.utils.errors import DeatError, Interrupted
 
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing the curves would take longer than the rest of such a run."""
-    monkeypatch.setattr("deat_rb.runs.train.plot_curves", lambda *_, **__: None)
+pytestmark = pytest.mark.usefixtures("without_curves")
 
 
 @pytest.fixture(scope="module")

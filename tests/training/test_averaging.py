@@ -132,7 +132,7 @@ def test_fit_averages_after_every_replay() -> None:
     assert counts == [6, 12]
 
 
-@pytest.mark.parametrize("method", ["pgd-2", "m-deat", "m+trades"])
+@pytest.mark.parametrize("method", [pytest.param("pgd-2", marks=pytest.mark.slow), "m-deat", "m+trades"])
 def test_average_does_not_change_the_training(method: str, tmp_path: Path) -> None:
     """The raw weights and their accuracies are those of a run without an average, in bfloat16, too."""
     plain, averaged = (RunDirectory.create(tmp_path / name, run_config()) for name in ("plain", "averaged"))

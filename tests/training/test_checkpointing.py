@@ -38,7 +38,8 @@ def test_resume_covers_all_methods() -> None:
 
 @pytest.mark.parametrize(
     ("method", "moments"),
-    [*((method, (1, 4, 6, 11)) for method in EVERYWHERE),
+    [("m+trades", (1, 4, 6, 11)),
+     *(pytest.param(method, (1, 4, 6, 11), marks=pytest.mark.slow) for method in EVERYWHERE[1:]),
      *(pytest.param(method, (6,), marks=pytest.mark.slow) for method in WITHIN_AN_EPOCH)],
 )  # fmt: skip
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(method: str, moments: tuple[int, ...], tmp_path: Path) -> None:

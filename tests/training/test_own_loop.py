@@ -12,6 +12,7 @@ TEXT = (Path(__file__).parents[2] / "docs" / "training_loop.md").read_text(encod
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_training_step_loop_of_the_docs_raises_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
     block = BLOCKS[0]
     names: dict[str, Any] = {}
