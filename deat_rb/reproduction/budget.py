@@ -60,7 +60,6 @@ class Table(BaseModel):
 
     Attributes:
         schema_version: Version of the table's schema.
-        provisional: Whether the runs are from other experiments, which do not compare methods at equal cost.
         data: Data and network of the runs.
         attack: The attack that ranks them.
         rows: The runs.
@@ -69,7 +68,6 @@ class Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[1]
-    provisional: bool
     data: str
     attack: str
     rows: tuple[Measured, ...] = Field(min_length=1)
@@ -166,8 +164,6 @@ def choose(
     if epochs != row.epochs:
         change = "raised" if epochs > row.epochs else "reduced"
         reasons.append(f"for the budget, the epochs are {change} to {epochs}, which were not measured")
-    if table.provisional:
-        reasons.append("provisional: these runs are from experiments that do not compare methods at equal cost")
     return Choice({**row.options, **given, "epochs": epochs}, tuple(reasons))
 
 

@@ -27,7 +27,7 @@ def row(method: str, epochs: int, passes: float, robust: float, **options: Any) 
 
 
 TABLE = Table(
-    schema_version=1, provisional=False, data="made-up images", attack="AutoAttack",
+    schema_version=1, data="made-up images", attack="AutoAttack",
     rows=(row("n-fgsm", 10, 20, 40, ema=0.99), row("free-4", 10, 40, 45), row("pgd-7", 10, 80, 44),
           row("trades", 30, 330, 50, setting="standard")),
 )  # fmt: skip
