@@ -1,4 +1,4 @@
-"""The commands of the first pages that a reader follows, executed in order, with fewer images and epochs.
+"""The commands of the pages that a reader follows first, executed in order, with fewer images and epochs.
 
 The commands of all other pages are parsed: tests/test_docs_commands.py.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import re
 import shlex
 from pathlib import Path
 
@@ -95,3 +96,38 @@ def test_sharing_and_export(folder: Path) -> None:
         execute([each.replace("runs/NAME", "runs/digits") for each in arguments], folder)
     assert "robust" in (run / "hub" / "README.md").read_text(encoding="utf-8")
     assert (folder / "digits.pt2").is_file()
+
+
+def trained(folder: Path, name: str = "digits") -> None:
+    """Train a run of that name, unless `test_first_run` has."""
+    if not (folder / "runs" / name).exists():
+        execute(["train", "--name", name], folder)
+
+
+def test_long_runs(folder: Path) -> None:
+    trained(folder)
+    resume, seeds, evaluation, *_ = page("docs/guides/long_runs.md")
+    assert (resume[:2], seeds[0], evaluation[0]) == (["train", "--resume"], "train", "eval")
+    execute(["runs/digits" if each == "runs/NAME" else each for each in resume], folder)
+    execute(seeds, folder)
+    assert "m-deat" in execute(evaluation, folder)
+
+
+def test_study(folder: Path) -> None:
+    text = (ROOT / "docs/studies.md").read_text(encoding="utf-8")
+    (study,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    for shown, cheap in {
+        "seeds = [0, 1, 2]": "seeds = [0]",
+        'dataset = "folder"': 'dataset = "digits"',
+        'data_dir = "cifar10-jpeg"': "epochs = 1\ntrain_size = 60\nval_size = 20\nbatch_size = 20",
+        '"fgsm,pgd-100,cw-20"': '"fgsm,pgd-2,cw-2"',
+        "n_examples = 1000": "n_examples = 8",
+        "autoattack = 200": "autoattack = 4",
+    }.items():
+        assert study.count(shown) == 1
+        study = study.replace(shown, cheap)
+    (folder / "study.toml").write_text(study, encoding="utf-8")
+    commands = [["sweep", "study.toml", *flags] for flags in (["--dry-run"], ["--print"], [], ["--status"])]
+    assert all(each in page("docs/studies.md") for each in commands)
+    printed = [execute(each, folder) for each in commands]
+    assert "baseline" in printed[-1]
