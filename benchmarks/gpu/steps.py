@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,9 @@ import torch
 from benchmarks.gpu.session import Session
 from benchmarks.limit import Pass
 from benchmarks.problem import Problem, Step, limit_side
+
+GPU_TESTS = ("tests/training", "tests/attacks", "tests/evaluation")
+"""Folders of the tests marked ``gpu``; collecting all others takes longer than these."""
 
 METHODS = ("standard", "u-fgsm", "m-deat", "free-4", "pgd-7", "trades", "mart", "fat-5", "f+trades", "f+mart")
 
@@ -61,17 +65,18 @@ def _copy_bandwidth(session: Session) -> float:
 
 
 def tests(session: Session) -> None:
-    """Run the tests marked ``gpu``."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", "-q", "-p", "no:cacheprovider", "--tb=short"]
+    """Run the tests marked ``gpu`` in several processes; each result is printed when its test ends."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", "--tb=short"]
+    command += ["-n", str(min(10, os.cpu_count() or 1)), *GPU_TESTS]
     began = time.monotonic()
     limit = max(30, min(150, session.seconds_left() - 10))
     file = session.out / "pytest-gpu.txt"
     status: int | None = None
     with file.open("w") as log, contextlib.suppress(subprocess.TimeoutExpired):
-        done = subprocess.run([*command, "tests"], stdout=log, stderr=subprocess.STDOUT, timeout=limit, check=False)
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=limit, check=False)
         status = done.returncode  # None if the time was over
     lines = file.read_text().strip().splitlines()
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    failed = [line for line in lines if re.match(r"\[gw\d+\] \[ *\d+%\] (FAILED|ERROR) ", line)]
     seconds = round(time.monotonic() - began, 1)
     session.record("tests", status=status, seconds=seconds, last=lines[-1:], failed=failed[:60])
 
