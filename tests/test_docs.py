@@ -8,7 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -47,11 +47,11 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
 def test_readme_example_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 1
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     exec(compile(blocks[0], "README.md", "exec"), names)
-    assert len(names["history"].rows) == 4  # type: ignore[attr-defined]  # whatever the example calls history
-    assert names["report"].results["pgd-20"].accuracy > 0.3  # type: ignore[attr-defined]  # likewise
-    assert set(names["report"].results) == {"natural", "fgsm", "pgd-20"}  # type: ignore[attr-defined]  # likewise
+    assert len(names["history"].rows) == 4
+    assert names["report"].results["pgd-20"].accuracy > 0.3
+    assert set(names["report"].results) == {"natural", "fgsm", "pgd-20"}
 
 
 def saved_per_image(precision: Literal["bf16", "fp32"]) -> float:

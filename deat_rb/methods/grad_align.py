@@ -13,8 +13,8 @@ from deat_rb.attacks.base import CraftStats
 from deat_rb.attacks.losses import cross_entropy
 from deat_rb.attacks.pgd import PGD
 from deat_rb.methods.trainers import AttackTrainer
-from deat_rb.training.base import SurrogateLoss
 from deat_rb.training.engine import Engine
+from deat_rb.training.surrogate_loss import SurrogateLoss
 from deat_rb.utils.errors import DeatError
 
 

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from deat_rb.attacks.losses import at_least_float32
 from deat_rb.attacks.pgd import PGD, Overflows
 from deat_rb.methods.shared_forward import SharedForwardTrainer
-from deat_rb.training.base import SurrogateLoss
 from deat_rb.training.engine import Engine
 from deat_rb.training.place import Place
+from deat_rb.training.surrogate_loss import SurrogateLoss
 from deat_rb.utils import seeding
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.module_state import preserve_modes

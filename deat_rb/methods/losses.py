@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deat_rb.attacks.losses import at_least_float32, cross_entropy, kl_divergence, label_mask
-from deat_rb.training.base import ClassWeights, SurrogateLoss
+from deat_rb.training.surrogate_loss import ClassWeights, SurrogateLoss
 from deat_rb.utils import seeding
 from deat_rb.utils.errors import DeatError, did_you_mean
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchattacks.attack import Attack
 
-    from deat_rb.training.base import StoppingRule, SurrogateLoss
     from deat_rb.training.schedule import Schedule
+    from deat_rb.training.stopping_rule import StoppingRule
+    from deat_rb.training.surrogate_loss import SurrogateLoss
     from deat_rb.training.trainer import Trainer
 
 PAPER_EPS = 8 / 255

@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from deat_rb.attacks.pgd import PGD, Overflows
 from deat_rb.methods.losses import surrogate
-from deat_rb.training.base import SurrogateLoss
 from deat_rb.training.engine import Engine
 from deat_rb.training.metrics import BatchStats
+from deat_rb.training.surrogate_loss import SurrogateLoss
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils.errors import DeatError
 

@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from deat_rb.training.base import Stop, StoppingRule
 from deat_rb.training.metrics import EpochStats
+from deat_rb.training.stopping_rule import Stop, StoppingRule
 from deat_rb.utils.errors import DeatError
 
 

@@ -24,10 +24,10 @@ from deat_rb.attacks.losses import main_class
 from deat_rb.attacks.pgd import PGD
 from deat_rb.methods.losses import surrogate
 from deat_rb.methods.weight_perturbation import WeightPerturbation
-from deat_rb.training.base import SurrogateLoss
 from deat_rb.training.engine import Engine
 from deat_rb.training.lr import set_rate
 from deat_rb.training.metrics import BatchStats
+from deat_rb.training.surrogate_loss import SurrogateLoss
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.module_state import frozen_parameters, preserve_modes, preserved_buffers

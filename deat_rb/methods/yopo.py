@@ -13,9 +13,9 @@ from deat_rb.attacks.losses import main_class
 from deat_rb.attacks.pgd import PGD
 from deat_rb.methods.losses import surrogate
 from deat_rb.models.first_layer import find_first_layer, output_gradients, output_of
-from deat_rb.training.base import SurrogateLoss
 from deat_rb.training.engine import Engine
 from deat_rb.training.metrics import BatchStats
+from deat_rb.training.surrogate_loss import SurrogateLoss
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.units import is_whole_number

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 from deat_rb.utils.lazy import attach
 
 if TYPE_CHECKING:
-    from deat_rb.training.base import Stop, StoppingRule, SurrogateLoss
     from deat_rb.training.callbacks import Callback
     from deat_rb.training.history import History
     from deat_rb.training.schedule import Constant, Schedule
+    from deat_rb.training.stopping_rule import Stop, StoppingRule
+    from deat_rb.training.surrogate_loss import SurrogateLoss
     from deat_rb.training.trainer import Trainer
 
 __all__ = [
@@ -32,9 +33,9 @@ _MODULE_OF = {
     "Constant": "schedule",
     "History": "history",
     "Schedule": "schedule",
-    "Stop": "base",
-    "StoppingRule": "base",
-    "SurrogateLoss": "base",
+    "Stop": "stopping_rule",
+    "StoppingRule": "stopping_rule",
+    "SurrogateLoss": "surrogate_loss",
     "Trainer": "trainer",
 }
 

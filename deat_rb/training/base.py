@@ -1,4 +1,4 @@
-"""Base classes of stopping rules, surrogate losses and trainers."""
+"""Base class of trainers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torchattacks.attack import Attack
@@ -19,97 +17,17 @@ from deat_rb.attacks.base import NEEDS_LABELS, StatelessAttack
 from deat_rb.attacks.pgd import PGD
 from deat_rb.attacks.threat_models import THREATS
 from deat_rb.training.engine import Engine
-from deat_rb.training.metrics import BatchStats, EpochStats
+from deat_rb.training.metrics import BatchStats
 from deat_rb.training.place import Place
 from deat_rb.training.schedule import Constant, Schedule
+from deat_rb.training.stopping_rule import StoppingRule
+from deat_rb.training.surrogate_loss import SurrogateLoss
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.module_state import require_autograd
 from deat_rb.utils.units import is_whole_number
 
 L2_ATTACKS = ("PGDL2", "PGDRSL2")
 """Attacks of torchattacks with an eps in L2 and no attribute that says so."""
-
-
-class ClassWeights:
-    """Class weights, copied to each device only once.
-
-    Args:
-        weights: The weights, (K,).
-    """
-
-    def __init__(self, weights: Tensor) -> None:
-        self.weights = weights
-        self._on: dict[torch.device, Tensor] = {}
-
-    def of(self, labels: Tensor) -> Tensor:
-        """Return the weight of each label's class, (N,)."""
-        if labels.device not in self._on:
-            self._on[labels.device] = self.weights.to(labels.device)
-        return self._on[labels.device][labels]
-
-
-@dataclass(frozen=True)
-class SurrogateLoss:
-    """The loss that a trainer minimizes.
-
-    Attributes:
-        name: Name in tables and configurations.
-        function: Maps ``(adv_logits, labels)``, or ``(adv_logits, labels, clean_logits)`` if ``needs_clean``, to the
-            loss per example (N,).
-        needs_clean: Whether the loss needs the logits of the clean images.
-        class_weights: Class weights (K,), by which ``function`` multiplies the loss of each example; None for none.
-        soft_labels: Whether ``function`` also takes class probabilities (N, K) as labels.
-    """
-
-    name: str
-    function: Callable[..., Tensor]
-    needs_clean: bool = False
-    class_weights: ClassWeights | None = None
-    soft_labels: bool = False
-
-    def without_weights(self, gradient: Tensor, labels: Tensor) -> Tensor:
-        """Return the input gradients (N, C, H, W) of the examples' losses divided by their class weights, if any."""
-        if self.class_weights is None:
-            return gradient
-        return gradient / self.class_weights.of(labels).view(-1, 1, 1, 1)
-
-
-@dataclass(frozen=True)
-class Stop:
-    """Decision of a stopping rule to end training.
-
-    Attributes:
-        reason: Reason in one sentence, recorded in the metrics.
-        keep: Epoch (1-based) whose weights are the result.
-    """
-
-    reason: str
-    keep: int
-
-
-class StoppingRule:
-    """Base class of rules that decide after each epoch whether to end training; the base class never does.
-
-    Attributes:
-        lookback: Number of newest epochs whose weights are kept; `Stop.keep` must be one of them.
-        validation_steps: Steps of the PGD attack that measures ``stop_robust_acc`` on a fixed batch after each epoch; 0
-            for none.
-    """
-
-    lookback = 2
-    validation_steps = 0
-
-    def update(self, stats: EpochStats) -> Stop | None:
-        """Return a `Stop` if training should end after this epoch, else None."""
-        return None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state for `load_state_dict`, as JSON values."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a `state_dict`."""
-
 
 Batch = tuple[Tensor, Tensor]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from deat_rb.training.base import Stop, StoppingRule
 from deat_rb.training.callbacks import Callback
 from deat_rb.training.metrics import EpochStats
+from deat_rb.training.stopping_rule import Stop, StoppingRule
 from deat_rb.utils.text import counted
 
 

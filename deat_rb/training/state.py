@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from deat_rb.training.averaging import WeightAverage
 from deat_rb.training.background import BackgroundWriter
-from deat_rb.training.base import Stop, TrainerBase
+from deat_rb.training.base import TrainerBase
 from deat_rb.training.checkpoint import Checkpoint
 from deat_rb.training.checks import InputFlags
 from deat_rb.training.engine import Engine
@@ -25,6 +25,7 @@ from deat_rb.training.history import History
 from deat_rb.training.lr import rate_of, set_rate
 from deat_rb.training.metrics import EpochAccumulator, EpochStats
 from deat_rb.training.run_store import RunStore
+from deat_rb.training.stopping_rule import Stop
 from deat_rb.utils.distributed import World
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.options import OPEN

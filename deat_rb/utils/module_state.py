@@ -133,7 +133,7 @@ def _tensors(attributes: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _restore_entries(current: dict[str, T], saved: dict[str, T]) -> None:
-    for name in [name for name in current.keys() if name not in saved]:  # noqa: SIM118 - ScriptModules' have no __iter__
+    for name in set(current.keys()).difference(saved):  # those of ScriptModules cannot be iterated over
         del current[name]
     for name, tensor in saved.items():
         if name not in current or current[name] is not tensor:

@@ -6,7 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import pytest
 import torch
@@ -123,7 +123,7 @@ class WrongGradient(TapeRecorder):
 
         def doubled() -> None:
             run()
-            result[0].mul_(2)  # type: ignore[index]
+            cast(tuple[Tensor], result)[0].mul_(2)
 
         return doubled, result
 

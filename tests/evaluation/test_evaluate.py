@@ -259,11 +259,11 @@ def bad_input() -> Iterator[tuple[str, dict[str, object], str]]:
 
 
 @pytest.mark.parametrize(("change", "message"), [case[1:] for case in bad_input()], ids=[c[0] for c in bad_input()])
-def test_evaluate_refuses_bad_input(change: dict[str, object], message: str) -> None:
+def test_evaluate_refuses_bad_input(change: dict[str, Any], message: str) -> None:
     images, labels, _ = plane_images()
-    arguments: dict[str, object] = {"images": images, "labels": labels, "eps": 0.1} | change
+    arguments: dict[str, Any] = {"images": images, "labels": labels, "eps": 0.1} | change
     with pytest.raises(DeatError, match=message):
-        evaluate(Plane(), **arguments)  # type: ignore[arg-type]  # one wrong argument after the other
+        evaluate(Plane(), **arguments)
 
 
 def test_evaluate_accepts_numpy_numbers() -> None:
@@ -276,9 +276,10 @@ def test_evaluate_accepts_numpy_numbers() -> None:
 
 def test_evaluate_refuses_objects_that_are_no_module() -> None:
     images, labels, _ = plane_images()
-    for model in (None, "runs/a", lambda images: images.flatten(1)):
+    models: tuple[Any, ...] = (None, "runs/a", lambda images: images.flatten(1))
+    for model in models:
         with pytest.raises(DeatError, match=r"the model must be a torch.nn.Module that returns logits, not a \w+"):
-            evaluate(model, images, labels)  # type: ignore[arg-type]  # that is what is tried
+            evaluate(model, images, labels)
 
 
 def test_evaluate_converts_provenance_to_text(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -27,7 +28,6 @@ from deat_rb.evaluation.evaluate import evaluate
 from deat_rb.evaluation.report import Report
 from deat_rb.evaluation.resume import ResumeStore, open_store
 from deat_rb.models.spec import build_model
-from deat_rb.utils import files
 from deat_rb.utils.errors import DeatError, Interrupted
 
 ATTACKS = "fgsm,pgd-6x2,autoattack,torchattacks.PGD(steps=2)"
@@ -88,8 +88,8 @@ def test_evaluate_resumes_after_a_kill_while_writing(
                 os.kill(os.getpid(), signal.SIGKILL)
             sync(descriptor)
 
-        files.os.fsync = fsync  # type: ignore[attr-defined]  # the child is not to live on
-        run(network, batch, state=folder)
+        with patch.object(os, "fsync", fsync):
+            run(network, batch, state=folder)
         os._exit(0)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "it is to be killed before it ends"
     kept = len(list(folder.glob("*.safetensors")))

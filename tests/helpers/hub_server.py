@@ -136,8 +136,6 @@ class _Handler(BaseHTTPRequestHandler):
         assert file is not None
         return self._file(repository, file[2], file[3])
 
-    do_GET = do_HEAD = do_POST = do_PUT = _serve  # noqa: N815  # names of http.server
-
     def _create(self, wanted: dict[str, Any]) -> None:
         name = f"{wanted.get('organization')}/{wanted['name']}"
         exists = name in self.server.repositories
@@ -187,3 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
         data = repository.commits[digest][name]
         etag = f'"{hashlib.sha256(data).hexdigest()}"'
         return self._answer(200, data, X_Repo_Commit=digest, ETag=etag)
+
+
+for method in ("GET", "HEAD", "POST", "PUT"):
+    setattr(_Handler, f"do_{method}", _Handler._serve)

@@ -23,7 +23,7 @@ class Recorder(TorchDispatchMode):
     """Runs and records operations; afterwards, `undo` gives the tensors of the outside their values again."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call] # torch leaves it untyped
+        TorchDispatchMode.__init__(self)
         self.operations: list[tuple[Any, Any, Any, Any]] = []
         self._made: dict[int, Any] = {}
         self._outside: dict[int, tuple[Any, Any]] = {}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deat_rb.attacks import losses
 from deat_rb.methods import losses as methods_losses
-from deat_rb.training.base import SurrogateLoss
+from deat_rb.training.surrogate_loss import SurrogateLoss
 from deat_rb.utils.errors import DeatError
 
 # Two classes with probabilities 3/4 and 1/4, and 1/2 and 1/2.

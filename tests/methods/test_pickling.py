@@ -14,7 +14,7 @@ from paper_table import TABLE
 from small_problems import AttackingCollate
 from torch import Tensor
 from torch.optim import SGD
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from training_problems import begin, images_and_labels, made
 
 import deat_rb
@@ -69,9 +69,8 @@ def test_a_trainer_can_be_pickled_after_fit(name: str) -> None:
 @pytest.mark.slow
 def test_spawned_dataloader_workers_attack() -> None:
     trainer = deat_rb.create("mart", made().eval())
-    items = list(zip(*images_and_labels(), strict=True))
-    loader: DataLoader[Any] = DataLoader(
-        items,  # type: ignore[arg-type]  # a list is a dataset
+    loader = DataLoader(
+        TensorDataset(*images_and_labels()),
         batch_size=3, num_workers=1, multiprocessing_context="spawn", collate_fn=AttackingCollate(trainer),
     )  # fmt: skip
     batches = list(loader)

@@ -27,9 +27,9 @@ from deat_rb.methods.shared_forward import SharedForwardTrainer
 from deat_rb.methods.stopping import GradientRatio
 from deat_rb.methods.trainers import AttackTrainer, ReplayTrainer
 from deat_rb.methods.yopo import YopoTrainer
-from deat_rb.training import base as training_base
 from deat_rb.training.metrics import EpochStats
 from deat_rb.training.schedule import Schedule
+from deat_rb.training.surrogate_loss import SurrogateLoss
 from deat_rb.utils.errors import DeatError
 
 
@@ -219,14 +219,15 @@ def test_create_attacks_a_frozen_model_that_fit_then_refuses(method: str) -> Non
 def test_create_refuses_a_model_without_weights() -> None:
     with torch.inference_mode():
         created_in_inference_mode = Plane()
-    for model, message in [
+    cases: list[tuple[Any, str]] = [
         (nn.Sequential(nn.Flatten(), nn.LazyLinear(2)), "the model has lazy layers without weights: forward one batch"),
         (created_in_inference_mode, r"the model was created inside torch\.inference_mode\(\)"),
         (lambda images: images, r"the model must be a torch\.nn\.Module that returns logits, not a function"),
         ("resnet18", r"the model must be a torch\.nn\.Module that returns logits, not a str"),
-    ]:
+    ]
+    for model, message in cases:
         with pytest.raises(DeatError, match=message):
-            create("pgd-7", model)  # type: ignore[arg-type]  # what has another type is to be refused
+            create("pgd-7", model)
 
 
 def test_register_method_adds_a_row() -> None:
@@ -250,7 +251,7 @@ def test_register_method_takes_a_loss_and_a_trainer_of_ones_own() -> None:
     class Halves(AttackTrainer):
         pass
 
-    own = training_base.SurrogateLoss("half", lambda logits, labels: losses.cross_entropy(logits, labels) / 2)
+    own = SurrogateLoss("half", lambda logits, labels: losses.cross_entropy(logits, labels) / 2)
     register_method("halves", Recipe(steps=1, loss=own, trainer=Halves, stopping=GradientRatio))
     trainer = create("halves", Plane())
     assert type(trainer) is Halves

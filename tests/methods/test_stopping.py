@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deat_rb.methods.stopping import GradientRatio, RobustnessDrop, replay
-from deat_rb.training.base import StoppingRule
 from deat_rb.training.metrics import EpochStats
+from deat_rb.training.stopping_rule import StoppingRule
 from deat_rb.utils.errors import DeatError
 
 

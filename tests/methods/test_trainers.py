@@ -19,9 +19,9 @@ import deat_rb
 import deat_rb.methods
 from deat_rb.attacks.base import StatelessAttack
 from deat_rb.methods.losses import weighted
-from deat_rb.training.base import SurrogateLoss
 from deat_rb.training.engine import Engine
 from deat_rb.training.lr import set_rate
+from deat_rb.training.surrogate_loss import SurrogateLoss
 from deat_rb.utils.errors import DeatError
 
 EPS = 8 / 255

@@ -8,6 +8,7 @@ import io
 import re
 import unicodedata
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Attempt:
     fake = without_evaluating(monkeypatch)
     Board(tmp_path / "board").submit(make_run(tmp_path / "first"), SubmissionMetadata(model_name="Wang2021Gradient"))
     (tmp_path / "work").mkdir()
-    limit = lambda size: monkeypatch.setattr(untrusted_weights, "MAX_WEIGHTS", size)  # noqa: E731  # a one-line setter
+    limit = partial(monkeypatch.setattr, untrusted_weights, "MAX_WEIGHTS")
     return Attempt(tmp_path / "work", tmp_path / "board", fake, limit)
 
 

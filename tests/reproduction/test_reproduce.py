@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from click.testing import CliRunner
 from training_problems import ARCH
 
 from deat_rb.cli import main
-from deat_rb.reproduction.experiments import experiments
+from deat_rb.reproduction.experiments import FigureKind, experiments
 from deat_rb.reproduction.figures import Drawn, draw
 from deat_rb.training.metrics import EpochStats
 
@@ -89,8 +90,8 @@ def test_reproduce_lists_and_refuses() -> None:
         assert message in result.stderr
 
 
-@pytest.mark.parametrize("kind", ["accuracy", "collapse", "l_x", "trade-off", "passes", "robustness", "loss"])
-def test_draw(kind: str) -> None:
+@pytest.mark.parametrize("kind", get_args(FigureKind))
+def test_draw(kind: FigureKind) -> None:
     rows = [EpochStats(epoch=epoch, l_x=10.0 * epoch, loss=1 / epoch, val_acc=0.5, val_robust_acc=0.1 * epoch,
                        backwards=20, seconds=6) for epoch in (1, 2, 3)]  # fmt: skip
     runs = {
@@ -98,6 +99,6 @@ def test_draw(kind: str) -> None:
                                    for seed in (0, 1)]
         for gamma in (1.0, 1.01)
     }  # fmt: skip
-    pictures = draw(kind, "A title with $ and _", runs, [], "Not the paper's setting")  # type: ignore[arg-type]  # one of the kinds
+    pictures = draw(kind, "A title with $ and _", runs, [], "Not the paper's setting")
     assert pictures["png"].startswith(PNG)
     assert pictures["pdf"].startswith(PDF)

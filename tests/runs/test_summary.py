@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,9 +22,9 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     saved: list[Figure] = []
     save = Figure.savefig
 
-    def savefig(self: Figure, *arguments: object, **options: object) -> None:
+    def savefig(self: Figure, *arguments: Any, **options: Any) -> None:
         saved.append(self)
-        save(self, *arguments, **options)  # type: ignore[arg-type]  # passed on as they are
+        save(self, *arguments, **options)
 
     monkeypatch.setattr(Figure, "savefig", savefig)
     return saved

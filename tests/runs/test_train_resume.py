@@ -21,9 +21,9 @@ from deat_rb.runs.directory import RunDirectory
 from deat_rb.runs.options import had_another_start, make_options, nest, read_options
 from deat_rb.runs.train import resume, train
 from deat_rb.training import checkpoint
-from deat_rb.training.base import Stop
 from deat_rb.training.callbacks import Callback
 from deat_rb.training.metrics import EpochAccumulator, EpochStats
+from deat_rb.training.stopping_rule import Stop
 from deat_rb.utils import threads
 from deat_rb.utils.distributed import World
 from deat_rb.utils.errors import DeatError, Interrupted

@@ -13,9 +13,9 @@ from training_problems import images_and_labels, loader, made, normalized, run_c
 import deat_rb
 import deat_rb.methods
 from deat_rb.runs.directory import RunDirectory
-from deat_rb.training.base import Stop, StoppingRule
 from deat_rb.training.callbacks import Callback
 from deat_rb.training.metrics import EpochStats
+from deat_rb.training.stopping_rule import Stop, StoppingRule
 from deat_rb.training.validation import Validation
 
 

@@ -101,7 +101,7 @@ def test_newest_refuses_a_damaged_list_of_equal_tensors(same: str, tmp_path: Pat
     path = checkpoint.write(tmp_path, state)
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
     save_tensors(path, tensors, {**header, "same": same})
     with pytest.raises(DeatError, match=r"all checkpoints in .* are damaged"):
         checkpoint.newest(tmp_path, lambda damage: None)

@@ -185,7 +185,7 @@ LOADERS: dict[str, tuple[Any, str]] = {
     "tensors": ((IMAGES, LABELS), "must yield pairs .* a Tensor"),
     "TensorDataset": (TensorDataset(IMAGES, LABELS), r"single examples, as a Dataset does: use .*DataLoader\(dataset"),
     "Dataset": (Examples(), r"single examples, as a Dataset does: use .*DataLoader\(dataset"),
-    "DataLoader of dicts": (DataLoader([{"x": IMAGES[0]}]), "a dict with the keys x"),  # type: ignore[arg-type]  # to be refused
+    "DataLoader of dicts": (DataLoader(Examples(), collate_fn=lambda items: {"x": items}), "a dict with the keys x"),
     "number": (5, r"loader \(int\) is not iterable"),
     "float64": ([(IMAGES.double(), LABELS)], "does not accept torch.float64 images of 3x8x8"),
     "float16": ([(IMAGES.half(), LABELS)], "does not accept torch.float16 images of 3x8x8"),
@@ -207,8 +207,8 @@ def test_fit_refuses_a_loader(case: str, part: str) -> None:
 
 
 def test_fit_takes_batches_of_any_size_in_training_and_validation() -> None:
-    batches = [(IMAGES[:5], LABELS[:5]), [IMAGES[5:6], LABELS[5:6]], (IMAGES[6:], LABELS[6:])]
-    row = deat_rb.create("pgd-1", made()).fit(batches, batches, epochs=1).rows[0]  # type: ignore[arg-type]  # lists of lists
+    batches: list[Any] = [(IMAGES[:5], LABELS[:5]), [IMAGES[5:6], LABELS[5:6]], (IMAGES[6:], LABELS[6:])]
+    row = deat_rb.create("pgd-1", made()).fit(batches, batches, epochs=1).rows[0]
     assert row.examples == 12
     assert row.val_acc is not None
 

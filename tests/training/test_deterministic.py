@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -30,8 +31,7 @@ def test_autotuning_is_off_in_a_deterministic_run() -> None:
     for deterministic in (True, False):
         engine = Engine(deterministic=deterministic)
         engine.device = torch.device("cuda")  # on which nothing is run here
-        engine.prepare = lambda model: model  # type: ignore[method-assign] # there is no GPU to move the model to
-        with engine.prepared(made()):
+        with patch.object(engine, "prepare", lambda model: model), engine.prepared(made()):  # without moving it there
             assert torch.backends.cudnn.benchmark != deterministic
 
 

@@ -13,7 +13,7 @@ from training_problems import images_and_labels, loader, made, normalized, run_c
 import deat_rb
 import deat_rb.methods
 from deat_rb.runs.directory import RunDirectory
-from deat_rb.training.base import Stop
+from deat_rb.training.stopping_rule import Stop
 from deat_rb.training.validation import Validation
 from deat_rb.utils.errors import DeatError, Interrupted
 from deat_rb.utils.safe_load import load_tensors

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
+from unittest.mock import patch
 
 import pytest
 from children import run_in_child
@@ -38,7 +39,7 @@ def kill_within_checkpoint(number: int, moment: str) -> None:
             if moment == "before the file":
                 die()
             files._write_synced = within
-            files.os.replace = renamed  # type: ignore[attr-defined]  # the module's own
+            patch.object(os, "replace", renamed).start()
         return write(folder, checkpoint)
 
     def within(path: Path, data: bytes) -> None:

@@ -67,12 +67,12 @@ def test_grad_clip_is_torchs_clip_grad_norm() -> None:
 def test_grad_clip_by_hand_with_the_loss_scale_of_a_fused_optimizer() -> None:
     """The gradient (3, 4) of norm 5 becomes (0.6, 0.8); scaled by 1024 it stays scaled."""
     model = nn.Linear(2, 1, bias=False)
-    optimizer = build_optimizer(model, OptimConfig(lr=1.0, momentum=0.0, weight_decay=0.0, grad_clip=1.0), CPU)
+    optimizer: Any = build_optimizer(model, OptimConfig(lr=1.0, momentum=0.0, weight_decay=0.0, grad_clip=1.0), CPU)
     hook = next(iter(optimizer._optimizer_step_pre_hooks.values()))
     for scale in (None, 1024.0):
         model.weight.grad = torch.tensor([[3.0, 4.0]]) * (scale or 1)
         if scale is not None:
-            optimizer.grad_scale = torch.tensor(scale)  # type: ignore[attr-defined]
+            optimizer.grad_scale = torch.tensor(scale)
         hook(optimizer, (), {})
         assert (model.weight.grad / (scale or 1)).tolist()[0] == pytest.approx([0.6, 0.8], rel=1e-5)
 

@@ -56,7 +56,7 @@ class Kernels(TorchDispatchMode):
     """Records the names of the operations."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call] # torch leaves it untyped
+        TorchDispatchMode.__init__(self)
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -14,7 +14,6 @@ from training_problems import begin, images_and_labels, made
 
 import deat_rb
 from deat_rb.methods.registry import known_methods
-from deat_rb.training.base import SurrogateLoss
 from deat_rb.training.cuda_graphs import choose_graphs
 from deat_rb.training.engine import Engine
 from deat_rb.training.lr import rate_of, set_rate
@@ -22,6 +21,7 @@ from deat_rb.training.metrics import BatchStats, EpochAccumulator
 from deat_rb.training.optimizers import build_optimizer, optimizer_tensors
 from deat_rb.training.options import OptimConfig
 from deat_rb.training.step_runner import StepRunner, unknown_parts
+from deat_rb.training.surrogate_loss import SurrogateLoss
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils import seeding
 from deat_rb.utils.devices import check_cuda_graphs

@@ -1,0 +1,53 @@
+"""Loss that a trainer minimizes, and class weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class ClassWeights:
+    """Class weights, copied to each device only once.
+
+    Args:
+        weights: The weights, (K,).
+    """
+
+    def __init__(self, weights: Tensor) -> None:
+        self.weights = weights
+        self._on: dict[torch.device, Tensor] = {}
+
+    def of(self, labels: Tensor) -> Tensor:
+        """Return the weight of each label's class, (N,)."""
+        if labels.device not in self._on:
+            self._on[labels.device] = self.weights.to(labels.device)
+        return self._on[labels.device][labels]
+
+
+@dataclass(frozen=True)
+class SurrogateLoss:
+    """The loss that a trainer minimizes.
+
+    Attributes:
+        name: Name in tables and configurations.
+        function: Maps ``(adv_logits, labels)``, or ``(adv_logits, labels, clean_logits)`` if ``needs_clean``, to the
+            loss per example (N,).
+        needs_clean: Whether the loss needs the logits of the clean images.
+        class_weights: Class weights (K,), by which ``function`` multiplies the loss of each example; None for none.
+        soft_labels: Whether ``function`` also takes class probabilities (N, K) as labels.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    needs_clean: bool = False
+    class_weights: ClassWeights | None = None
+    soft_labels: bool = False
+
+    def without_weights(self, gradient: Tensor, labels: Tensor) -> Tensor:
+        """Return the input gradients (N, C, H, W) of the examples' losses divided by their class weights, if any."""
+        if self.class_weights is None:
+            return gradient
+        return gradient / self.class_weights.of(labels).view(-1, 1, 1, 1)
