@@ -10,6 +10,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from scipy.stats import binomtest
 
+from deat_rb.leaderboard.pages.charts import pareto_front
+
 FOLDER = Path(__file__).parent
 N_TEST = 2000
 
@@ -42,15 +44,6 @@ def rows() -> list[Row]:
     return table
 
 
-def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the points that no other point beats at the same cost or less, from cheap to expensive."""
-    best: list[tuple[float, float]] = []
-    for cost, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not best or accuracy > best[-1][1]:
-            best.append((cost, accuracy))
-    return best
-
-
 def main() -> None:
     """Write the picture."""
     table = rows()
@@ -69,7 +62,8 @@ def main() -> None:
             left = row.passes == min(each.passes for each in averaged)
             axes.annotate(number, (row.passes, accuracy), (-6 if left else 5, 4), textcoords="offset points",
                           ha="right" if left else "left", fontsize=9, color=color)  # fmt: skip
-        line = front([(row.passes, row.robust[attack]) for row in averaged])
+        points = [(row.passes, row.robust[attack]) for row in averaged]
+        line = [points[index] for index in pareto_front(points)]
         line.append((max(row.passes for row in table) * 1.02, line[-1][1]))
         axes.step(*zip(*line, strict=True), where="post", color="C0", lw=1, zorder=0, label="Pareto front, averaged")
         axes.set(xlabel="backward passes over the training images", ylabel=f"{attack} accuracy, %")
