@@ -7,53 +7,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from deat_rb.attacks.functional import SMALLEST_BATCH, CountingModel
-from deat_rb.utils.cuda_graphs import record_graph, run_watched, unknown_module
+from deat_rb.utils.cuda_graphs import WARM_UPS, CudaRecorder, Recorder, unknown_module
 
-T = TypeVar("T")
 Forward = Callable[[Tensor], Tensor]
 
 FIRST_CALLS = 3
 """Number of passes of a size that are not recorded, because a few passes take less time than recording one."""
 
-WARM_UPS = 2
-"""Number of passes on the recorder's stream before recording, in which libraries choose and initialize kernels."""
-
 NO_GRAPHS = "forward passes were launched one operation at a time, because "
-
-
-class Recorder(Protocol):
-    """Interface of the recorders of passes."""
-
-    def warm_up(self, function: Callable[[], object]) -> bool:
-        """Run a function where it will be recorded; return whether it can be, because it did not sync."""
-        ...
-
-    def record(self, function: Callable[[], T]) -> tuple[Callable[[], None], T]:
-        """Record a function without running it; return a function that runs it and the result that runs overwrite."""
-        ...
-
-
-class CudaRecorder:
-    """Records passes as CUDA graphs, which share their memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def warm_up(self, function: Callable[[], object]) -> bool:
-        """Run a function on the stream on which it will be recorded, watching for synchronization."""
-        return run_watched(function, self._stream)[1]
-
-    def record(self, function: Callable[[], T]) -> tuple[Callable[[], None], T]:
-        """Record a function as a graph."""
-        return record_graph(function, self._stream, self._pool)
 
 
 def padded_sizes(batch_size: int) -> tuple[int, ...]:
@@ -113,10 +81,14 @@ def captures_for(model: nn.Module, device: torch.device, batch_size: int) -> Cap
 
     Those of the user may do more than operations on tensors, and compiled ones have graphs of their own.
     """
-    compiled = any(type(module).__module__.startswith(("torch._dynamo", "torch.jit")) for module in model.modules())
+    compiled = any(
+        type(module).__module__.startswith(("torch._dynamo", "torch.jit"))
+        or getattr(module, "_compiled_call_impl", None) is not None  # by module.compile()
+        for module in model.modules()
+    )
     if device.type != "cuda" or compiled or unknown_module(model) is not None:
         return None
-    return Captures(partial(CudaRecorder, device), batch_size)
+    return Captures(partial(CudaRecorder, device, shared=True), batch_size)
 
 
 class _Passes:
@@ -146,6 +118,7 @@ class _Passes:
             self._calls[key, gradients] += 1
             if self._calls[key, gradients] <= FIRST_CALLS:
                 return self._forward(_padded(images, size))[: len(images)]
+            self._turn += 1  # the new graph is run, too
             graph = self._recorded(_padded(images.detach(), size), gradients)
             if graph is None:
                 return self._forward(images)
@@ -192,7 +165,8 @@ class _Passes:
 
     def _fail(self, reason: str) -> None:
         self._captures.failure = NO_GRAPHS + reason
-        self._warnings.append(self._captures.failure)
+        if self._captures.failure not in self._warnings:  # as after resuming
+            self._warnings.append(self._captures.failure)
         self._graphs.clear()
 
 
@@ -205,7 +179,7 @@ class _Graph:
         self.gradients = gradients
         with torch.set_grad_enabled(gradients):
             for _ in range(WARM_UPS):
-                if not recorder.warm_up(partial(_pass, forward, self._images)):
+                if not recorder.warm_up(partial(_pass, forward, self._images))[1]:
                     raise RuntimeError("a pass waits for the device")
             self._run_forward, logits = recorder.record(partial(forward, self._images))
             if gradients:

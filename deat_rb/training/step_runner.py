@@ -18,15 +18,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deat_rb.training.base import TrainerBase
-from deat_rb.training.cuda_graphs import Graphs, Step
+from deat_rb.training.cuda_graphs import Graphs
 from deat_rb.training.engine import Engine
 from deat_rb.training.lr import set_rate
 from deat_rb.training.metrics import BatchStats
-from deat_rb.utils.cuda_graphs import KNOWN, package_of, unknown_module
+from deat_rb.utils.cuda_graphs import KNOWN, WARM_UPS, package_of, unknown_module
 from deat_rb.utils.errors import DeatError
 
-WARM_UPS = 2
-"""Number of unrecorded steps before recording, in which libraries choose and initialize their kernels."""
+Step = Callable[[], BatchStats]
 
 
 class StepRunner:
@@ -114,7 +113,7 @@ class StepRunner:
         try:
             if rate is not None:
                 self.trainer.set_replay_lr(self._recorded_rate)
-            run = graphs.record(partial(self._step, *self._inputs, total))
+            replay, stats = graphs.record(partial(self._step, *self._inputs, total))
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise DeatError(
@@ -124,6 +123,11 @@ class StepRunner:
             self.trainer.set_replay_lr(rate)
         self._rates = self._rates[: len(self._shares)]
         self.recordings += 1
+
+        def run() -> BatchStats:
+            replay()
+            return stats
+
         return run
 
     def _recorded_rate(self, share: float) -> Tensor:

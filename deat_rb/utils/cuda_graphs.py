@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -18,45 +18,64 @@ KNOWN = frozenset({"deat_rb", "torch", "torchvision", "timm", "robustbench"})
 """Packages whose networks have no side effects on the host in a forward pass; a graph would not repeat those."""
 
 
-def record_graph(
-    function: Callable[[], T], stream: torch.cuda.Stream, pool: Any = None
-) -> tuple[Callable[[], None], T]:
-    """Record the operations of a function as a CUDA graph, without running them.
+WARM_UPS = 2
+"""Number of runs on the recorder's stream before recording, in which libraries choose and initialize kernels."""
+
+
+class Recorder(Protocol):
+    """Interface of the recorders of functions."""
+
+    def warm_up(self, function: Callable[[], T]) -> tuple[T, bool]:
+        """Run a function where it will be recorded; return its result, and whether it did not wait for the device.
+
+        A function that waits cannot be recorded.
+        """
+        ...
+
+    def record(self, function: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        """Record a function without running it; return a function that runs it and the result that runs overwrite."""
+        ...
+
+
+class CudaRecorder:
+    """Records functions as CUDA graphs.
 
     Args:
-        function: The function, which has been run on ``stream`` before, so that libraries are initialized.
-        stream: Stream on which it is recorded.
-        pool: Memory pool that the graph shares with others: a run overwrites what the others left there, except for
-            results that are still referenced. By default the graph has its own memory, which is freed with it.
-
-    Returns:
-        A function that runs the operations, and the result of ``function``, which each run overwrites.
+        device: The GPU.
+        shared: Whether the graphs share a memory pool: a run overwrites what the others left there, except for results
+            that are still referenced. By default each graph has its own memory, which is freed with it.
     """
-    graph = torch.cuda.CUDAGraph()
-    # Other threads, such as the one that writes checkpoints, may use the GPU meanwhile.
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        result = function()
-    return graph.replay, result
 
+    def __init__(self, device: torch.device, *, shared: bool = False) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._pool: Any = torch.cuda.graph_pool_handle() if shared else None
 
-def run_watched(function: Callable[[], T], stream: torch.cuda.Stream) -> tuple[T, bool]:
-    """Run a function on a stream; return its result, and whether it did not wait for the device, as in a recording."""
-    current = torch.cuda.current_stream(stream.device)
-    mode = torch.cuda.get_sync_debug_mode()
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
+    def warm_up(self, function: Callable[[], T]) -> tuple[T, bool]:
+        """Run a function on the stream on which it will be recorded, watching for synchronization."""
+        stream, current = self._stream, torch.cuda.current_stream(self._stream.device)
+        mode = torch.cuda.get_sync_debug_mode()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                result = function()
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        current.wait_stream(stream)
+        waited = [each for each in caught if "synchronizing CUDA operation" in str(each.message)]
+        for each in caught:
+            if each not in waited:
+                warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+        return result, not waited
+
+    def record(self, function: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        """Record a function as a graph."""
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, such as the one that writes checkpoints, may use the GPU meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = function()
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-    current.wait_stream(stream)
-    waited = [each for each in caught if "synchronizing CUDA operation" in str(each.message)]
-    for each in caught:
-        if each not in waited:
-            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-    return result, not waited
+        return graph.replay, result
 
 
 def unknown_module(model: nn.Module) -> str | None:

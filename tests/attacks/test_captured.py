@@ -97,6 +97,38 @@ def test_a_second_backward_pass_is_refused() -> None:
                 torch.autograd.grad(logits.sum(), images, retain_graph=True)
 
 
+def test_a_backward_pass_after_another_pass_was_recorded_is_refused() -> None:
+    """Also if recording failed: the new graph has been run in the memory that all share."""
+
+    class OneGood(WrongGradient):
+        def record(self, function: Callable[[], T]) -> tuple[Callable[[], None], T]:
+            return (TapeRecorder if self.recorded < 2 else WrongGradient).record(self, function)
+
+    model = CountingModel(small_network().requires_grad_(False))
+    captures = Captures(OneGood, 24)
+    with captures.during(model, []):
+        for count in (16, 24):
+            for _ in range(FIRST_CALLS):
+                passed(model, images_of(count), 0)
+        images = images_of(16).requires_grad_()
+        pending = model(images)
+        passed(model, images_of(24), 0)
+        assert "other results" in captures.failure
+        with pytest.raises(RuntimeError, match="allows one backward pass"):
+            torch.autograd.grad(pending.sum(), images)
+
+
+def test_a_failure_is_told_once_after_resuming() -> None:
+    """The warnings of the batches that are kept are restored before a new recorder fails."""
+    warnings: list[str] = []
+    for _ in range(2):
+        model = CountingModel(small_network().requires_grad_(False))
+        with Captures(Refusing, 16).during(model, warnings):
+            for _ in range(FIRST_CALLS + 1):
+                passed(model, images_of(16), 0)
+    assert len(warnings) == 1
+
+
 def test_the_exact_logits_are_never_repeated() -> None:
     model = CountingModel(small_network().requires_grad_(False))
     captures = Captures(TapeRecorder, 16)
@@ -138,8 +170,8 @@ class Refusing(TapeRecorder):
 class Waiting(TapeRecorder):
     """Reports that a pass waits for the device."""
 
-    def warm_up(self, function: Callable[[], object]) -> bool:
-        return False
+    def warm_up(self, function: Callable[[], T]) -> tuple[T, bool]:
+        return function(), False
 
 
 @pytest.mark.parametrize(
@@ -202,6 +234,9 @@ def test_where_passes_are_recorded() -> None:
     assert captures_for(network, torch.device("cpu"), 500) is None
     assert captures_for(nn.Sequential(network, Own()), gpu, 500) is None
     assert captures_for(torch.jit.trace(small_network(), images_of(2)), gpu, 500) is None
+    compiled = small_network()
+    compiled.compile()
+    assert captures_for(compiled, gpu, 500) is None
     network.register_forward_pre_hook(lambda *_: None)
     assert captures_for(network, gpu, 500) is None
 

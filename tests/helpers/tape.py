@@ -10,10 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from deat_rb.training.metrics import BatchStats
-
 T = TypeVar("T")
-Step = Callable[[], BatchStats]
 
 LOOKS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "equal")
 """Operations that a graph cannot record, since the host reads a value or a size in them."""
@@ -63,44 +60,18 @@ def tensors(tree: Any) -> Iterator[Tensor]:
     return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
-class TapeGraphs:
-    """Implements `deat_rb.training.cuda_graphs.Graphs` on a CPU."""
-
-    def __init__(self, any_code: bool = False) -> None:
-        self.any_code = any_code
-        self.recorded = self.repeated = 0
-
-    def warm_up(self, step: Step) -> tuple[BatchStats, bool]:
-        return step(), True
-
-    def record(self, step: Step) -> Step:
-        recorder = Recorder()
-        with torch.random.fork_rng(devices=[]), recorder:
-            stats = step()
-        recorder.undo()
-        self.recorded += 1
-
-        def run() -> BatchStats:
-            self.repeated += 1
-            recorder.repeat()
-            return stats
-
-        return run
-
-
 class TapeRecorder:
-    """Implements `deat_rb.attacks.captured.Recorder` on a CPU; results hold no values until they are first repeated."""
+    """Implements `deat_rb.utils.cuda_graphs.Recorder` on a CPU; results hold no values until their first repetition."""
 
     def __init__(self) -> None:
         self.recorded = self.repeated = 0
 
-    def warm_up(self, function: Callable[[], object]) -> bool:
-        function()
-        return True
+    def warm_up(self, function: Callable[[], T]) -> tuple[T, bool]:
+        return function(), True
 
     def record(self, function: Callable[[], T]) -> tuple[Callable[[], None], T]:
         recorder = Recorder()
-        with recorder:
+        with torch.random.fork_rng(devices=[]), recorder:
             result = function()
         recorder.undo()
         for tensor in tensors(result):
@@ -112,3 +83,11 @@ class TapeRecorder:
             recorder.repeat()
 
         return run, result
+
+
+class TapeGraphs(TapeRecorder):
+    """Implements `deat_rb.training.cuda_graphs.Graphs` on a CPU."""
+
+    def __init__(self, any_code: bool = False) -> None:
+        super().__init__()
+        self.any_code = any_code

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from deat_rb.utils import seeding
 from deat_rb.utils.devices import check_cuda_graphs
 from deat_rb.utils.errors import DeatError
 
+T = TypeVar("T")
 NEVER = 10**9
 
 
@@ -175,8 +177,8 @@ def test_a_step_that_waits_for_the_device_in_its_warm_up_is_not_recorded() -> No
     runner = runner_of(model, deat_rb.create("pgd-2", model))
 
     class Waiting(TapeGraphs):
-        def warm_up(self, step: Any) -> tuple[BatchStats, bool]:
-            return step(), False
+        def warm_up(self, function: Callable[[], T]) -> tuple[T, bool]:
+            return function(), False
 
     runner.engine.graphs = Waiting()
     for _ in range(4):
