@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +53,10 @@ class WorkerReader:
         self._decode = decode
         self._device = torch.device(device)
         self._idle: list[DataLoader[Any]] = []
+        self._loaders: list[DataLoader[Any]] = []
+        # The finalizer keeps the loaders out of garbage cycles: in one, a loader's queues may be finalized before the
+        # loader, which then waits 5 s for each worker.
+        weakref.finalize(self, self._loaders.clear)
 
     def __call__(self, order: Tensor | None, windows: Sequence[slice]) -> Iterator[tuple[Tensor, Tensor]]:
         """Read batches; see `deat_rb.data.images.Reader`.
@@ -90,10 +95,12 @@ class WorkerReader:
         else:
             self._idle.append(loader)
         finally:
+            if loader not in self._idle:
+                self._loaders.remove(loader)
             loader = batches = None  # otherwise a traceback would keep them and the workers alive
 
     def _new_loader(self) -> DataLoader[Any]:
-        return DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             _DecodedBatches(self._decode),
             sampler=_PositionSampler(),
             batch_size=None,
@@ -106,6 +113,8 @@ class WorkerReader:
             # Used for the workers' seeds; by default they are drawn from the global generator, which attacks use.
             generator=torch.Generator(),
         )
+        self._loaders.append(loader)
+        return loader
 
 
 def _positions(order: Tensor | None, window: slice) -> list[int]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import random
@@ -161,6 +162,31 @@ def test_worker_reader_restarts_after_an_unfinished_iteration(folder: Path) -> N
     next(unfinished)
     del unfinished
     assert_equal(epoch_of(loader, 1), epoch_of(in_memory, 1))
+
+
+def blank(positions: list[int]) -> Any:
+    return np.zeros((len(positions), 3, 4, 4), np.uint8), np.zeros(len(positions), np.int64)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_workers_end_at_once_with_a_reader_in_a_garbage_cycle(
+    finished: bool, others: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DataLoader waits an interval for each worker that it cannot tell to end."""
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 60)
+    reader: Any = WorkerReader(blank, "cpu")
+    reader.iteration = reader(None, [slice(start, start + 2) for start in range(0, 40, 2)])
+    assert len(next(reader.iteration)[0]) == 2
+    if finished:
+        assert len(list(reader.iteration)) == 19
+        del reader.iteration
+    assert len(children() - others) == worker_count()
+    reader.itself = reader
+    start = time.monotonic()
+    del reader
+    gc.collect()
+    assert ended(others)
+    assert time.monotonic() - start < 60
 
 
 def exit_at_once(positions: list[int]) -> Any:
