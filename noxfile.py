@@ -26,7 +26,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS)
 def fast(session: nox.Session) -> None:
-    """Run the fast tier, the tests that are not marked slow: under three minutes on two cores."""
+    """Run the fast tier, the tests that are not marked slow: under two minutes on two cores."""
     session.install("-c", "constraints.txt", "-e", ".[test]")
     session.run("pytest", "-m", "not slow", *session.posargs)
 

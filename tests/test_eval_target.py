@@ -136,6 +136,7 @@ def colours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "colour_networks", networks)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("colours")
 @pytest.mark.parametrize("count", [4, 3, 2])
 def test_open_target_matches_labels_with_the_network_by_name(image_folder: Path, tmp_path: Path, count: int) -> None:

@@ -50,6 +50,7 @@ def refusal(*arguments: object) -> str:
     return done.stderr.splitlines()[-1].removeprefix("Error: ")
 
 
+@pytest.mark.slow
 def test_compare_and_export_take_runs_on_the_hub(hub: Hub, run: Path, tmp_path: Path) -> None:
     push(run, "hf:me/net")
     compared = cli("compare", run, "hf:me/net")

@@ -106,6 +106,7 @@ def test_l_x_of_torchattacks_pgd_equals_ours(ours: dict[str, Any], theirs: Calla
     assert seen[0] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*AVERAGED, *SUMMED])
 @pytest.mark.parametrize("steps", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_uses_mean_reduction_tells_mean_from_sum(name: str, steps: int) -> None:

@@ -180,6 +180,7 @@ def test_eval_of_a_checkpoint_writes_nothing_without_json(
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
 
 
+@pytest.mark.slow
 def test_eval_of_a_run_uses_its_config_and_writes_eval_json(digits_run: Path) -> None:
     result = run("eval", digits_run, "--attacks", "fgsm", "--n-examples", 20, "--device", "cpu")
     assert result.exit_code == 0, result.output

@@ -77,6 +77,7 @@ def test_cache_is_not_used_for_changed_files(folder: Path) -> None:
     assert load(folder).fingerprint == load(folder, None).fingerprint != first.fingerprint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["", "{}", '{"fingerprint": "a", "mean": [NaN], "std": [1]}'])
 def test_cache_that_is_damaged_is_written_anew(folder: Path, cache: Path, content: str) -> None:
     fingerprint = load(folder).fingerprint

@@ -76,6 +76,7 @@ def test_batches_unshuffled_equal_those_in_memory(folder: Path) -> None:
     assert_equal(list(streamed), list(in_memory))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", range(5))
 def test_starting_at_does_not_read_the_files_of_earlier_batches(folder: Path, start: int) -> None:
     expected = epoch_of(batches(load(folder, None)), 2, start)

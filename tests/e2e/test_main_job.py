@@ -120,6 +120,7 @@ print("equal")
     assert loaded.stdout.strip().endswith("equal"), loaded.stderr
 
 
+@pytest.mark.slow
 def test_train_with_an_invalid_option_exits_with_2_and_one_sentence(tmp_path: Path) -> None:
     result = deat_rb("train", "--method", "m+trade5", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")

@@ -143,6 +143,7 @@ def test_leaderboard_verify_of_an_old_board(files: Path) -> None:
     deat_rb_command("leaderboard", "verify", "--board", "board", "--sample", "0")
 
 
+@pytest.mark.slow
 def test_load_model_of_an_old_board_entry(files: Path) -> None:
     result = deat_rb_command("eval", f"board/entries/digits/Linf/{MODEL}.json", "--attacks", "natural",
                              "--n-examples", "16", "--device", "cpu")  # fmt: skip

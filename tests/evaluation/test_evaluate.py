@@ -290,6 +290,7 @@ def test_evaluate_converts_provenance_to_text(tmp_path: Path) -> None:
     assert report.provenance == {"run": "a\ufffd", "epoch": "3"}
 
 
+@pytest.mark.slow
 def test_evaluate_ignores_requires_grad_of_images() -> None:
     images, labels, robust = plane_images()
     report = evaluate(Plane(), images.requires_grad_(), labels, attacks="fgsm,pgd-2,square", eps=0.1)

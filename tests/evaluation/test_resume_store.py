@@ -163,6 +163,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("changes", "named"), CHANGES.values(), ids=CHANGES)
 def test_evaluate_refuses_to_resume_other_settings(
     changes: dict[str, Any], named: str, network: nn.Sequential, batch: tuple[Tensor, Tensor], tmp_path: Path

@@ -140,6 +140,7 @@ def test_submit_ignores_other_invalid_entries(tmp_path: Path, fake: FakeEvaluati
     assert submit(Board(path), make_run(tmp_path / "run")).dataset_note == made_up_board.NOTE
 
 
+@pytest.mark.slow
 def test_commit_refuses_an_entry_that_is_too_large(board: Board) -> None:
     row: dict[str, Any] = {f"a_long_name_of_a_column_{number}": 1.234567890123 for number in range(60)}
     entry = made_up_board.entry(metrics=(row,) * 3000, weights_file=None)

@@ -121,6 +121,7 @@ def test_submit_reads_spellings_of_architectures(
     assert (entry.architecture, entry.eps) == (spelled, "8/255")
 
 
+@pytest.mark.slow
 def test_submit_reads_preactresnet_under_its_other_name(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
     model = build_model("preactresnet18", dataset="cifar10")
     state = {name.removeprefix("net."): value for name, value in model.state_dict().items()}

@@ -41,6 +41,7 @@ def adversarial(attack: Any) -> Tensor:
     return adv
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ROUND_TRIPS)
 @pytest.mark.parametrize("name", TABLE)
 def test_create_returns_a_trainer_that_can_be_pickled(name: str, way: str) -> None:

@@ -216,6 +216,7 @@ WRAPPINGS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
 def test_load_weights_of_wrapped_networks(wrapping: str) -> None:
     theirs = WRAPPINGS[wrapping](wrn()).eval()

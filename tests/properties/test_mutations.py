@@ -64,6 +64,7 @@ def test_mutations_cover_all_methods() -> None:
     assert not any(noticed(name) for name in METHODS), "unchanged, all are as their reference loops"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_mutation_of_the_step_size_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def larger(trainer: Trainer) -> None:
@@ -75,6 +76,7 @@ def test_mutation_of_the_step_size_is_noticed(name: str, monkeypatch: pytest.Mon
     assert noticed(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in SHARED])
 def test_mutation_of_the_start_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def elsewhere(trainer: Trainer) -> None:
@@ -87,6 +89,7 @@ def test_mutation_of_the_start_is_noticed(name: str, monkeypatch: pytest.MonkeyP
     assert noticed(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "bound"), [(name, bound) for name in METHODS for bound in ("ball", "image") if (name, bound) not in FREED]
 )

@@ -36,11 +36,13 @@ import deat_rb.methods
 from deat_rb.training.metrics import EpochStats
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "steps"), CASES)
 def test_training_step_equals_the_reference_loop(name: str, steps: int | None) -> None:
     assert_trains_as_the_reference_loop(name, steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["free-2", "deat-2", "deat-40%", "m-deat", "m+pgd", "m+trades", "m+mart", "amata-2-6"])
 def test_schedules_equal_the_reference_loop(name: str) -> None:
     """Nine epochs of the schedule, with gamma so low that r rises more than once, for M+PGD up to its bound."""

@@ -90,6 +90,7 @@ def test_reproduce_lists_and_refuses() -> None:
         assert message in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", get_args(FigureKind))
 def test_draw(kind: FigureKind) -> None:
     rows = [EpochStats(epoch=epoch, l_x=10.0 * epoch, loss=1 / epoch, val_acc=0.5, val_robust_acc=0.1 * epoch,

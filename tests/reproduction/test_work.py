@@ -43,6 +43,7 @@ def test_work_trains_evaluates_and_records(tmp_path: Path) -> None:
     assert identical(alone, there)
 
 
+@pytest.mark.slow
 def test_work_evaluates_in_the_norm_of_training(tmp_path: Path) -> None:
     study = small_study({"method": "pgd-1", "norm": "L2", "eps": 2.0})
     folder = work(study, tmp_path)

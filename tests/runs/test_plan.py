@@ -58,6 +58,7 @@ def test_plan_validation_images_are_not_trained_on() -> None:
     assert rows(ready.val) | rows(ready.train) == rows(ready.data.train)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "costs"),
     [  # M = 2 mini-batches, T = 2 epochs
@@ -165,6 +166,7 @@ def test_default_name_is_a_file_name() -> None:
     assert default_name(planned(method="DEAT-40%", seed=3).config) == "deat-40%-digits-training_problems-network-s3"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "line", "text"),
     [

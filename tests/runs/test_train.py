@@ -119,6 +119,7 @@ def test_train_refuses_bad_and_taken_names(tmp_path: Path) -> None:
     assert (run.path / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_train_interrupted_has_curves_and_loads(tmp_path: Path) -> None:
     class Interrupts(Callback):
         def on_batch_end(self, sums: EpochAccumulator) -> None:

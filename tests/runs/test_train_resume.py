@@ -229,6 +229,7 @@ def test_train_writes_a_checkpoint_before_the_first_batch(tmp_path: Path) -> Non
         resume(tmp_path / "run", {}, trust_code=True)
 
 
+@pytest.mark.slow
 def test_resume_keeps_runtime_options_unless_given_again(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     with pytest.raises(Interrupted):

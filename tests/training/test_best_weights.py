@@ -30,6 +30,7 @@ class Seen(Callback):
         self.weights.append(weights(self.model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("robust", "select", "epoch"),
     [

@@ -29,6 +29,7 @@ def test_checkpoint_restores_facts_and_tensors_exactly(tmp_path: Path) -> None:
     assert found.take("other") == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "bit", "empty"])
 def test_newest_falls_back_to_the_checkpoint_before_a_damaged_one(damage: str, tmp_path: Path) -> None:
     whole = RunDirectory.create(tmp_path / "whole", run_config())

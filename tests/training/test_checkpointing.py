@@ -36,6 +36,7 @@ def test_resume_covers_all_methods() -> None:
     assert len([*EVERYWHERE, *WITHIN_AN_EPOCH]) >= 17
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "moments"),
     [("m+trades", (1, 4, 6, 11)),

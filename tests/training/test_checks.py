@@ -271,6 +271,7 @@ class Changes:
         yield from [good[0], self.bad if self.epoch == 2 else good[1], good[2]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LATER)
 def test_fit_refuses_a_later_batch_by_number_and_loses_nothing(case: str, tmp_path: Any) -> None:
     bad, message = LATER[case]

@@ -30,6 +30,7 @@ def taking_steps(method: str, model: nn.Module) -> Trainer:
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", known_methods())
 def test_no_method_looks_at_a_value(method: str) -> None:
     """A tensor on the meta device has no values: whatever reads one raises, as it would wait for a GPU."""

@@ -68,6 +68,7 @@ def trained(
     return state, seen, tape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", known_methods())
 def test_recorded_steps_are_those_that_are_not_recorded(method: str) -> None:
     weights, seen, tape = trained(method, recorded=True)

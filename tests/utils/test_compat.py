@@ -213,6 +213,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return suites
 
 
+@pytest.mark.slow
 def test_benchmark(
     model: nn.Module, labels: torch.Tensor, quick: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -240,6 +241,7 @@ def test_benchmark_of_a_random_network(model: nn.Module, labels: torch.Tensor, q
     assert not correct.any()
 
 
+@pytest.mark.slow
 def test_benchmark_restores_robustbench(
     evaluation: Any, model: nn.Module, labels: torch.Tensor, quick: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,6 +258,7 @@ def test_benchmark_restores_robustbench(
     assert (evaluation.AutoAttack, evaluation.load_clean_dataset) == before
 
 
+@pytest.mark.slow
 def test_benchmark_with_an_autoattack_that_the_user_has_set(
     evaluation: Any, model: nn.Module, labels: torch.Tensor, quick: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -231,6 +231,7 @@ def test_preserve_state_writes_nothing_that_did_not_change() -> None:
     assert [tensor._version for tensor in (*model.buffers(), *model.parameters())] == versions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pgd-7", "trades", "free-3", "fat-5", "PGD"])
 def test_three_threads_attack_one_model_in_eval_mode(name: str) -> None:
     model = used().eval()

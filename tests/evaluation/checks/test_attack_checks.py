@@ -136,6 +136,7 @@ def with_images(**made: Tensor) -> dict[str, Check]:
     return {c.name: c for c in run_checks(robust(), images, labels, report, level="quick", eps=EPS)}
 
 
+@pytest.mark.slow
 def test_admissible_accepts_images_at_eps() -> None:
     images, _ = held_out(10)
     checks = with_images(pgd=(images + EPS + 9e-7).clamp(0, 1))

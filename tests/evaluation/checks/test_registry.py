@@ -50,6 +50,7 @@ def test_run_checks_plain_network_passes() -> None:
     assert {check.status for check in run_checks(plain(), images, labels, report, level="quick", eps=EPS)} == {"pass"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", HIDING)
 def test_run_checks_quick_finds_gradient_masking(kind: str) -> None:
     network, expected = HIDING[kind]
