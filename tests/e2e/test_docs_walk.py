@@ -1,6 +1,7 @@
-"""The commands of the pages that a reader follows first, executed in order, with fewer images and epochs.
+"""The commands of the documentation, executed with fewer images and epochs.
 
-The commands of all other pages are parsed: tests/test_docs_commands.py.
+Those of the pages that a reader follows step by step are executed in order. Those that need a network, a GPU, a cluster
+or the reader's own files are only parsed: tests/test_docs_commands.py.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import csv
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,14 +27,17 @@ pytestmark = pytest.mark.slow
 CHEAP = {
     "train": ["--epochs", "1", "--train-size", "60", "--val-size", "20", "--batch-size", "20"],
     "eval": ["--n-examples", "8"],
+    "reproduce": ["--dry-run"],
 }
 """Options that are added to a command; the last value of an option counts."""
+
+PLAIN = {"--resume", "--status", "--list", "--schema"}
+"""Options beside which none of these are added."""
 
 
 def execute(arguments: list[str], folder: Path) -> str:
     """Run a command in a folder as the page has it, except for `CHEAP`; return what it prints."""
-    resumed = "--resume" in arguments
-    added = [] if resumed or "--dry-run" in arguments else CHEAP.get(arguments[0], [])
+    added = [] if PLAIN & set(arguments) else CHEAP.get(arguments[0], [])
     with contextlib.chdir(folder):
         done = CliRunner().invoke(main, [*arguments, *added], prog_name="deat-rb")
     assert done.exit_code == 0, f"deat-rb {shlex.join([*arguments, *added])}\n{done.output}\n{done.exception!r}"
@@ -131,3 +136,108 @@ def test_study(folder: Path) -> None:
     assert all(each in page("docs/studies.md") for each in commands)
     printed = [execute(each, folder) for each in commands]
     assert "baseline" in printed[-1]
+
+
+NOT_HERE = [
+    "cifar10", "imagenet", "my-", "photos", "photo.jpg", "data/", "weights.pt", "last.pt", "models/", "runs/r50",
+    "hf:", "robustbench:", "--pretrained", "--gpus", "--slurm", "--jobs", "wandb", "mlflow", "wrn-34-10",
+    "m+trades-wrn",
+]  # fmt: skip
+"""Parts of commands that need the reader's own files, a network, several GPUs, a cluster or hours."""
+
+ELSEWHERE = {"submit", "leaderboard", "sweep", "push", "export"}
+"""Commands that other tests of this file execute."""
+
+MENTIONED = [["data", "info"], ["eval", "--track"]]
+"""Commands that a sentence names, without their argument."""
+
+PLACES = {
+    "runs/A": "runs/digits",
+    "runs/B": "runs/plain",
+    "runs/OTHER": "runs/plain",
+    "RUN": "runs/digits",
+    "RUN/config.json": "runs/digits/config.json",
+    "runs/NAME/last-raw.safetensors": "runs/averaged/last-raw.safetensors",
+    "NAME": "m+trades",
+    "ARCH": "wrn-10-1",
+    "DATASET": "digits",
+    "TARGET": "table1",
+}
+"""What a page leaves to the reader, and what the test takes."""
+
+WALKED = {
+    "docs/first_run.md", "docs/guides/photos.md", "docs/guides/long_runs.md", "docs/studies.md", "docs/leaderboard.md"
+}  # fmt: skip
+"""Pages with a test of their own in this file."""
+
+
+def others(name: str) -> list[list[str]]:
+    """Return the commands of a page that a test can execute; one word alone names a command and is none."""
+    found = [each for each in page(name) if len(each) > 1 and each[0] not in ELSEWHERE and each not in MENTIONED]
+    return [each for each in found if not any(part in shlex.join(each) for part in NOT_HERE)]
+
+
+PAGES = [
+    name for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    if (name := str(path.relative_to(ROOT))) not in WALKED and "lab" not in path.parts and others(name)
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> Path:
+    """A folder with the evaluated runs ``digits``, ``plain`` and ``averaged``, and images in ``FOLDER``."""
+    shutil.copytree(folder / "photos", folder / "others" / "FOLDER")
+    for name, options in {"digits": [], "plain": [], "averaged": ["--ema", "0.9"]}.items():
+        execute(["train", "--name", name, *options], folder / "others")
+        execute(["eval", f"runs/{name}", "--attacks", "fgsm", "--checks", "none"], folder / "others")
+    return folder / "others"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_other_pages(name: str, runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
+    trained_last = "digits"
+    for number, shown in enumerate(others(name)):
+        places = PLACES | {"runs/NAME": f"runs/{trained_last}"}
+        arguments = [places.get(each, each) for each in shown]
+        if shown[0] == "train" and not {"--resume", "--dry-run", "--seeds"} & set(shown):
+            if "--name" not in arguments:
+                arguments += ["--name", f"command-{number}"]
+            trained_last = arguments[arguments.index("--name") + 1]
+            shutil.rmtree(tmp_path / "runs" / trained_last, ignore_errors=True)
+        execute(arguments, tmp_path)
+
+
+def test_most_commands_are_executed() -> None:
+    assert sum(len(others(name)) for name in PAGES) >= 40
+    assert {"README.md", "docs/reproduction.md", "docs/guides/evaluation.md"} <= set(PAGES)
+
+
+def test_board(folder: Path) -> None:
+    with contextlib.chdir(folder):
+        options = ["--method", "standard", "--epochs", "6", "--name", "board"]
+        assert CliRunner().invoke(main, ["train", *options], prog_name="deat-rb").exit_code == 0
+
+    def run(part: str, *added: str, **places: str) -> str:
+        """Execute the command of the page that has this part."""
+        (shown,) = [each for each in page("docs/leaderboard.md") if part in shlex.join(each)]
+        arguments = [places.get(each, each) for each in shown]
+        return execute([*arguments, *added], folder)
+
+    places = {"runs/NAME": "runs/board"}
+    entry = "leaderboard/entries/digits/Linf/Wang2021Gradient_R18.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CHEAP, "eval", ["--n-examples", "60"])
+        (evaluation,) = [
+            each for each in page("docs/leaderboard.md") if each[:2] == ["eval", "runs/NAME"] and len(each) == 3
+        ]
+        execute([places.get(each, each) for each in evaluation], folder)
+    run("--board leaderboard", "--sample", "50", **places)
+    assert (folder / entry).is_file()
+    run("leaderboard build")
+    assert "Wang2021Gradient_R18" in (folder / "leaderboard/index.html").read_text(encoding="utf-8")
+    assert "Wang2021Gradient_R18" in run("--sort cost")
+    assert "1 re-measured, 0 problems" in execute(["leaderboard", "verify"], folder)
+    run("--checks full", **{"leaderboard/entries/digits/Linf/NAME.json": entry})
+    run("--as-dataset", **{"cifar10-jpeg": "digits"})
+    assert list((folder / "DIR").rglob("*.json"))
