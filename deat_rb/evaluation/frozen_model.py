@@ -75,7 +75,8 @@ class PreparedModel:
     def is_independent(self) -> bool:
         """Whether an image's logits depend neither on the other images of its batch nor on random numbers.
 
-        It is tried out with the first 16 images, in one batch and in two.
+        It is tried out with the first 16 images, in one batch and in two. Differences up to 1e-4 of the largest logit
+        are taken for rounding: float32 sums of a deep network depend on the kernels that a GPU chooses by batch size.
         """
         images = self.take(torch.arange(min(16, len(self))))[0]
         cuda = [self.device] if self.device.type == "cuda" else []
@@ -84,7 +85,7 @@ class PreparedModel:
             try:
                 whole = self.model(images)
                 halves = [self.model(half) for half in images.split(-(-len(images) // 2))]
-                torch.testing.assert_close(torch.cat(halves), whole)
+                torch.testing.assert_close(torch.cat(halves), whole, rtol=0, atol=1e-4 * float(whole.abs().max()))
             except (AssertionError, ValueError, RuntimeError):  # as BatchNorm in train mode, which refuses one image
                 return False
             after = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda)]

@@ -299,11 +299,12 @@ class Shifted(nn.Module):
     ("shift", "independent"),
     [
         (lambda images: 0.0, True),
+        (lambda images: 5e-5 * len(images), True),
         (lambda images: -images.mean(dim=0), False),
         (lambda images: 0.01 * torch.rand(()), False),  # the same for all images of a batch
         (lambda images: 0.01 * random.random(), False),
     ],
-    ids=["plain", "depends on the batch", "draws from torch", "draws from random"],
+    ids=["plain", "depends on the batch by rounding", "depends on the batch", "draws from torch", "draws from random"],
 )
 def test_is_independent(
     network: nn.Sequential, batch: tuple[Tensor, Tensor], shift: Callable[[Tensor], Any], independent: bool
