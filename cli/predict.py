@@ -48,9 +48,9 @@ def _file(suffix: str) -> Callable[[str], Path]:
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True)
 @click.option("--top-k", type=int, default=1, show_default=True, metavar="K", help="Number of classes per image.")
 @click.option("--csv", "csv_path", type=_file(".csv"), is_flag=False, flag_value="-", metavar="[FILE]",
-              help="Write a CSV file with a row per image; without FILE, to stdout.")  # fmt: skip
+              help="Write a CSV file with a row per image; to stdout without FILE or with -.")  # fmt: skip
 @click.option("--json", "json_path", type=_file(".json"), is_flag=False, flag_value="-", metavar="[FILE]",
-              help="Write a JSON file; without FILE, to stdout.")  # fmt: skip
+              help="Write a JSON file; to stdout without FILE or with -.")  # fmt: skip
 @click.option("--batch-size", type=int, default=64, show_default=True, metavar="N", help="Images per forward pass.")
 @click.option(
     "--device", default="auto", show_default=True, metavar="NAME", help="Device: auto, cpu, cuda, cuda:1, mps, ..."
