@@ -35,8 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    # On other machines, stand-ins test the same code as far as a CPU can.
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        # No CPU runs CUDA graphs, streams or pinned memory; stand-ins test the same code there as far as a CPU can.
         pytest.skip("needs a CUDA device")
 
 
