@@ -35,9 +35,9 @@ PLAIN = {"--resume", "--status", "--list", "--schema"}
 """Options beside which none of these are added."""
 
 
-def execute(arguments: list[str], folder: Path) -> str:
-    """Run a command in a folder as the page has it, except for `CHEAP`; return what it prints."""
-    added = [] if PLAIN & set(arguments) else CHEAP.get(arguments[0], [])
+def execute(arguments: list[str], folder: Path, *options: str) -> str:
+    """Run a command in a folder as the page has it, except for these options, else `CHEAP`; return what it prints."""
+    added = list(options) if options or PLAIN & set(arguments) else CHEAP.get(arguments[0], [])
     with contextlib.chdir(folder):
         done = CliRunner().invoke(main, [*arguments, *added], prog_name="deat-rb")
     assert done.exit_code == 0, f"deat-rb {shlex.join([*arguments, *added])}\n{done.output}\n{done.exception!r}"
@@ -59,6 +59,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = torch.randint(40 * number, 40 * number + 90, (32, 32, 3), generator=noise).to(torch.uint8)
             Image.fromarray(pixels.numpy()).save(root / "photos" / name / f"{index}.png")
     return root
+
+
+def trained(folder: Path, name: str = "digits") -> None:
+    """Train a run of that name, unless `test_first_run` has."""
+    if not (folder / "runs" / name).exists():
+        execute(["train", "--name", name], folder)
 
 
 def test_first_run(folder: Path) -> None:
@@ -90,23 +96,15 @@ def test_photos(folder: Path) -> None:
 
 def test_sharing_and_export(folder: Path) -> None:
     """Follows `test_first_run`, whose run it takes as NAME."""
-    run = folder / "runs" / "digits"
-    if not run.exists():
-        execute(["train", "--name", "digits"], folder)
+    trained(folder)
     pushes = [each for each in page("docs/sharing.md") if each[0] == "push" and "--dry-run" in each]
     exports = [each for each in page("docs/deployment.md") if each[0] == "export" and "torch-export" in each]
     plans = [each for each in page("README.md") if each[0] == "train" and "--dry-run" in each]
     assert (len(pushes), len(exports), len(plans)) == (1, 1, 1)
     for arguments in (*pushes, *exports, *plans):
         execute([each.replace("runs/NAME", "runs/digits") for each in arguments], folder)
-    assert "robust" in (run / "hub" / "README.md").read_text(encoding="utf-8")
+    assert "robust" in (folder / "runs/digits/hub/README.md").read_text(encoding="utf-8")
     assert (folder / "digits.pt2").is_file()
-
-
-def trained(folder: Path, name: str = "digits") -> None:
-    """Train a run of that name, unless `test_first_run` has."""
-    if not (folder / "runs" / name).exists():
-        execute(["train", "--name", name], folder)
 
 
 def test_long_runs(folder: Path) -> None:
@@ -214,24 +212,18 @@ def test_most_commands_are_executed() -> None:
 
 
 def test_board(folder: Path) -> None:
-    with contextlib.chdir(folder):
-        options = ["--method", "standard", "--epochs", "6", "--name", "board"]
-        assert CliRunner().invoke(main, ["train", *options], prog_name="deat-rb").exit_code == 0
+    execute(["train", "--method", "standard", "--name", "board"], folder, "--epochs", "6")
 
     def run(part: str, *added: str, **places: str) -> str:
         """Execute the command of the page that has this part."""
         (shown,) = [each for each in page("docs/leaderboard.md") if part in shlex.join(each)]
         arguments = [places.get(each, each) for each in shown]
-        return execute([*arguments, *added], folder)
+        return execute(arguments, folder, *added)
 
     places = {"runs/NAME": "runs/board"}
     entry = "leaderboard/entries/digits/Linf/Wang2021Gradient_R18.json"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(CHEAP, "eval", ["--n-examples", "60"])
-        (evaluation,) = [
-            each for each in page("docs/leaderboard.md") if each[:2] == ["eval", "runs/NAME"] and len(each) == 3
-        ]
-        execute([places.get(each, each) for each in evaluation], folder)
+    evaluation, *_ = page("docs/leaderboard.md")
+    execute([places.get(each, each) for each in evaluation], folder, "--n-examples", "60")
     run("--board leaderboard", "--sample", "50", **places)
     assert (folder / entry).is_file()
     run("leaderboard build")
