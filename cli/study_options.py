@@ -78,6 +78,7 @@ def work(
     """
     import shlex
 
+    from deat_rb.reproduction.planning import check_same_data
     from deat_rb.reproduction.work import Worker
     from deat_rb.reproduction.workers import environments
     from deat_rb.utils.errors import DeatError
@@ -93,6 +94,7 @@ def work(
     if len(chosen) > 1:
         raise DeatError(f"{chosen[0]} and {chosen[1]} are mutually exclusive: give only one")
     workers = environments(options.jobs, gpus, options.per_gpu)
+    check_same_data(folder, study.runs)
     if options.print_commands:
         left = [run for run in study.runs if not folder.is_settled(run)]
         for run in left:

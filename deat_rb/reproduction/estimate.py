@@ -7,15 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from deat_rb.data.datasets import Dataset
 from deat_rb.methods.registry import recipe
 from deat_rb.methods.trainers import AttackTrainer, ReplayTrainer
 from deat_rb.methods.yopo import YopoTrainer
 from deat_rb.reproduction.folder import StudyFolder
+from deat_rb.reproduction.planning import Planner
 from deat_rb.reproduction.study import AUTOATTACK, RunSpec
 from deat_rb.runs.estimate import estimated_epochs, time_batches, time_pass, training_seconds
-from deat_rb.runs.options import TrainOptions
-from deat_rb.runs.plan import TrainingPlan, plan
+from deat_rb.runs.plan import TrainingPlan
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import read_json, write_json
 from deat_rb.utils.options import OPEN
@@ -109,21 +108,16 @@ class Times:
 
 
 class Clock:
-    """Measures `Times`, once for each network, batch size, precision and kind of trainer; caches the last dataset."""
+    """Measures `Times`, once for each network, batch size, precision and kind of trainer.
+
+    Attributes:
+        plan: Returns the plan of a run, as for ``--dry-run``.
+    """
 
     def __init__(self, notify: Callable[[str], None]) -> None:
         self._notify = notify
         self._times: dict[tuple[object, ...], Times] = {}
-        self._loaded: tuple[tuple[object, ...], Dataset] | None = None
-
-    def plan(self, options: TrainOptions) -> TrainingPlan:
-        """Return the plan of a run, as for ``--dry-run``."""
-        data = options.data
-        key = (data.dataset, data.data_dir, data.image_size, data.memory_limit)
-        known = self._loaded[1] if self._loaded is not None and self._loaded[0] == key else None
-        planned = plan(options, dry=True, data=known)
-        self._loaded = (key, planned.data)
-        return planned
+        self.plan = Planner(dry=True).plan
 
     def times(self, planned: TrainingPlan) -> Times:
         """Return the times of a run's network and method."""

@@ -207,13 +207,15 @@ class StudyFolder:
         if made is None:
             return None
         folder = self.run_path(run)
+        config = RunDirectory.open(folder).config
+        trained = config.attack
         for file in (folder / "eval.json", *sorted((folder / EVALUATIONS).glob("*.json"))):
             if not file.is_file():
                 continue
             report = Report.load(file)
             same = report.model_sha256 == made.model_sha256 and report.n_examples == made.n_examples
-            trained = RunDirectory.open(folder).config.attack
             own = math.isclose(report.eps, trained.eps, abs_tol=1e-9) and report.norm == trained.norm
+            own &= report.provenance.get("data_sha256") == config.data_fingerprint
             if same and own and report.precision == "fp32" and report.seed == 0 and attack in report.results:
                 return file, report
         raise DeatError(

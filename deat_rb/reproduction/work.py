@@ -11,18 +11,16 @@ from typing import Any, Protocol
 
 import torch
 
-from deat_rb.data.datasets import Dataset, load_data
 from deat_rb.eval_target import open_target
 from deat_rb.evaluation.evaluate import evaluate
 from deat_rb.evaluation.report import Report
 from deat_rb.evaluation.runner import Progress
 from deat_rb.evaluation.store import store_report
 from deat_rb.reproduction.folder import Evaluated, Record, StudyFolder
+from deat_rb.reproduction.planning import Planner
 from deat_rb.reproduction.provenance import eval_command, hardware, now, source_commit
 from deat_rb.reproduction.study import RunSpec, Study
 from deat_rb.runs.directory import RunDirectory
-from deat_rb.runs.options import TrainOptions
-from deat_rb.runs.plan import plan
 from deat_rb.runs.summary import summary
 from deat_rb.runs.train import resume, train
 from deat_rb.training.callbacks import Callback
@@ -34,7 +32,10 @@ POLL = 2.0
 """Seconds between checks of the runs that other processes have claimed."""
 
 ATTEMPTS = 5
-"""Attempts to claim a single run: `StudyFolder.status` holds its lock for a moment."""
+"""Attempts to claim a run before it counts as claimed by another process: `StudyFolder.status` locks it briefly."""
+
+PAUSE = 0.2
+"""Seconds between these attempts."""
 
 
 class WorkListener(Protocol):
@@ -47,7 +48,7 @@ class WorkListener(Protocol):
         """Run when a run is done or has failed."""
 
     def on_waiting(self, busy: int) -> None:
-        """Run once when all remaining runs, ``busy`` of them, are claimed by other processes."""
+        """Run when all remaining runs, ``busy`` of them, are claimed by other processes."""
 
     def training(self) -> AbstractContextManager[Callback]:
         """Return a callback for training."""
@@ -92,7 +93,7 @@ class Worker:
         self.study = study
         self.folder = folder
         self.listener = listener or Silent()
-        self._loaded: tuple[tuple[Any, ...], Dataset] | None = None
+        self._planner = Planner()
 
     def work(self, *, wait: bool = True) -> None:
         """Train and evaluate runs until all are done or have failed.
@@ -105,16 +106,16 @@ class Worker:
             Interrupted: Ctrl-C was pressed; the run in progress can be resumed.
         """
         self.folder.create()
-        waiting = False
+        idle = 0
         while True:
             worked, busy = self._pass()
-            if not busy or (not worked and not wait):
+            idle = 0 if worked else idle + 1
+            if not busy or (idle == ATTEMPTS and not wait):
                 return
-            if not worked:
-                if not waiting:
-                    self.listener.on_waiting(busy)
-                waiting = True
-                time.sleep(POLL)
+            if idle == ATTEMPTS:
+                self.listener.on_waiting(busy)
+            if idle:
+                time.sleep(PAUSE if idle < ATTEMPTS else POLL)
 
     def work_on(self, run: RunSpec) -> bool:
         """Train and evaluate one run, unless it is done or has failed; return False if another process claims it."""
@@ -124,7 +125,7 @@ class Worker:
                 if free:
                     settled = self.folder.is_settled(run)
                     return settled or self._process(run, self.study.runs.index(run) + 1)
-            time.sleep(0.2)
+            time.sleep(PAUSE)
         return False
 
     def _pass(self) -> tuple[bool, int]:
@@ -181,25 +182,16 @@ class Worker:
         path = self.folder.run_path(run)
         with self.listener.training() as callback:
             if path.is_dir():
-                resume(path, {}, callbacks=[callback], trust_code=True)
+                moved = {"data_dir": run.options.data.data_dir, "extra_data": run.options.data.extra_data}
+                resume(path, moved, callbacks=[callback], trust_code=True)
                 return
-            planned = plan(run.options, data=self._data(run.options))
-            train(planned, output=self.folder.runs, name=run.name, callbacks=[callback])
-
-    def _data(self, options: TrainOptions) -> Dataset:
-        """Return a run's dataset; the most recent one is cached."""
-        data = options.data
-        key = (data.dataset, data.data_dir, data.image_size, data.memory_limit)
-        if self._loaded is None or self._loaded[0] != key:
-            self._loaded = None  # so that two datasets are never in memory
-            loaded = load_data(data.dataset, data_dir=data.data_dir, image_size=data.image_size,
-                               memory_limit=data.memory_limit)  # fmt: skip
-            self._loaded = (key, loaded)
-        return self._loaded[1]
+            train(self._planner.plan(run.options), output=self.folder.runs, name=run.name, callbacks=[callback])
 
     def _evaluate(self, run: RunSpec, attacks: Sequence[str], asked: int | None) -> Evaluated:
         path = self.folder.run_path(run)
-        target = open_target(path, trust_code=True)
+        target = open_target(path, data_dir=run.options.data.data_dir, trust_code=True)
+        if target.provenance["data_sha256"] != RunDirectory.open(path).config.data_fingerprint:
+            raise DeatError("the images were changed after the run was trained on them; restore them")
         images, labels = target.test_images(asked)
         device = resolve_device(run.options.runtime.device)
 

@@ -1,0 +1,88 @@
+"""Plans of a study's runs, with the data that several runs have in common loaded once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from deat_rb.data.datasets import Dataset, load_data
+from deat_rb.data.extra_data import load_extra_data
+from deat_rb.reproduction.folder import StudyFolder
+from deat_rb.reproduction.study import RunSpec
+from deat_rb.runs.config import RunConfig
+from deat_rb.runs.directory import RunDirectory
+from deat_rb.runs.options import DataConfig, TrainOptions
+from deat_rb.runs.plan import TrainingPlan, plan
+from deat_rb.runs.resolution import resolve
+from deat_rb.utils.errors import DeatError
+
+
+class Planner:
+    """Plans runs one after the other; the dataset of the most recent one is kept in memory.
+
+    Args:
+        dry: Whether the plans are only displayed, see `plan`.
+    """
+
+    def __init__(self, *, dry: bool = False) -> None:
+        self._dry = dry
+        self._loaded: tuple[tuple[object, ...], Dataset] | None = None
+
+    def plan(self, options: TrainOptions) -> TrainingPlan:
+        """Return the plan of a run.
+
+        Raises:
+            DeatError: An option or the data are invalid, or options conflict.
+        """
+        data = resolve(options).data
+        key = (data.dataset, data.data_dir, data.image_size, data.memory_limit)
+        if self._loaded is not None and self._loaded[0] != key:
+            self._loaded = None  # so that two datasets are never in memory
+        planned = plan(options, dry=self._dry, data=None if self._loaded is None else self._loaded[1])
+        self._loaded = (key, planned.data)
+        return planned
+
+
+def check_same_data(folder: StudyFolder, runs: Iterable[RunSpec]) -> None:
+    """Check that the runs in a folder were trained on the data that the study names.
+
+    The name of a run identifies its data only by their last path component. Data are read only if their path is not
+    the recorded one.
+
+    Raises:
+        DeatError: A run was trained on other data, or the data cannot be loaded.
+    """
+    known: dict[tuple[object, ...], str] = {}
+    for run in runs:
+        given, path = _paths(run.options.data), folder.run_path(run)
+        if not given or not path.is_dir():
+            continue
+        config = RunDirectory.open(path).config
+        recorded = _paths(config.data)
+        fingerprints = {"data_dir": config.data_fingerprint, "extra_data": config.extra_fingerprint}
+        for name in given.keys() & recorded.keys():
+            if given[name] == recorded[name]:
+                continue
+            key = (name, given[name], config.network.channels, config.network.image_size)
+            if key not in known:
+                known[key] = _fingerprint(config, name, given[name])
+            if known[key] != fingerprints[name]:
+                raise DeatError(
+                    f"{path} was trained with --{name.replace('_', '-')} {recorded[name]}, whose images are not those "
+                    f"of {given[name]}; choose another --output"
+                )
+
+
+def _paths(data: DataConfig) -> dict[str, str]:
+    """Return the absolute paths of images that only the user has, by option."""
+    paths = {"data_dir": data.data_dir if data.dataset == "folder" else None, "extra_data": data.extra_data}
+    return {name: str(Path(path).expanduser().resolve()) for name, path in paths.items() if path is not None}
+
+
+def _fingerprint(config: RunConfig, name: str, path: str) -> str:
+    data, network = config.data, config.network
+    if name == "data_dir":
+        return load_data(data.dataset, data_dir=path, image_size=data.image_size, memory_limit=data.memory_limit,
+                         test_only=True).fingerprint  # fmt: skip
+    shape = (network.channels, network.image_size, network.image_size)
+    return load_extra_data(path, shape=shape, num_classes=network.num_classes).fingerprint()

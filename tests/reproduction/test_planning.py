@@ -1,0 +1,129 @@
+"""Plans of a study's runs, and the data that its runs in a folder were trained on."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from noise_folder import SIZE, make_folder
+from PIL import Image
+from small_reports import FGSM, NATURAL, report_of
+from small_studies import small_study
+
+from deat_rb.reproduction.folder import Evaluated, Record, StudyFolder
+from deat_rb.reproduction.planning import Planner, check_same_data
+from deat_rb.reproduction.study import RunSpec, Study
+from deat_rb.reproduction.work import Worker
+from deat_rb.runs.directory import RunDirectory
+from deat_rb.utils.errors import DeatError
+
+ROW: dict[str, Any] = {"dataset": "folder", "image_size": SIZE, "batch_size": 9, "train_size": 18, "val_size": 3}
+
+
+def folder_study(path: Path, **changes: Any) -> Study:
+    return small_study({**ROW, "data_dir": str(path), **changes})
+
+
+def begun(study: Study, path: Path) -> StudyFolder:
+    """Return a study's folder in which its runs have begun."""
+    folder = StudyFolder(path)
+    for run in study.runs:
+        RunDirectory.create(folder.run_path(run), Planner().plan(run.options).config)
+    return folder
+
+
+@pytest.mark.slow
+def test_planner_loads_images_once_and_in_the_size_of_each_plan(tmp_path: Path) -> None:
+    path = make_folder(tmp_path / "images")
+    own, seed, other = (
+        folder_study(path, **changes).runs[0].options for changes in ({}, {"lr": 0.1}, {"image_size": 16})
+    )
+    planner = Planner()
+    first = planner.plan(own)
+    assert planner.plan(seed).data is first.data
+    assert planner.plan(other).train.shape == (3, 16, 16)
+    # the library's size, which is known only after the options are resolved
+    (pretrained,) = small_study(
+        {
+            "dataset": "folder",
+            "data_dir": str(path),
+            "arch": "torchvision:resnet18",
+            "pretrained": True,
+            "batch_size": 9,
+        }
+    ).runs
+    planned = Planner(dry=True).plan(pretrained.options.but(train_size=18, val_size=3))
+    assert planned.train.shape == (3, 224, 224)
+    assert planned.config.network.image_size == 224
+
+
+def test_runs_on_other_images_in_a_folder_of_the_same_name_are_refused(tmp_path: Path) -> None:
+    flowers, birds = (make_folder(tmp_path / name / "images") for name in ("flowers", "birds"))
+    Image.fromarray(np.zeros((20, 20, 3), dtype=np.uint8)).save(birds / "train" / "a" / "1.png")
+    study = folder_study(flowers)
+    folder = begun(study, tmp_path / "study")
+    check_same_data(folder, study.runs)
+    assert folder_study(birds).runs[0].name == study.runs[0].name
+    with pytest.raises(DeatError, match=r"was trained with --data-dir .*flowers/images, whose images are not those of "
+                                        r".*birds/images; choose another --output$"):  # fmt: skip
+        check_same_data(folder, folder_study(birds).runs)
+    moved = shutil.move(flowers.parent, tmp_path / "moved")
+    check_same_data(folder, folder_study(moved / "images").runs)
+
+
+def test_runs_with_other_extra_images_of_the_same_name_are_refused(tmp_path: Path) -> None:
+    paths = [tmp_path / name / "extra.npz" for name in ("first", "second", "copy")]
+    for path, value in zip(paths, (0, 1, 0), strict=True):
+        path.parent.mkdir()
+        np.savez(path, image=np.full((90, 32, 32, 3), value, dtype=np.uint8), label=np.arange(90) % 10)
+    first, second, copy = (small_study({"method": "pgd-1", "extra_data": str(path)}) for path in paths)
+    folder = begun(first, tmp_path / "study")
+    check_same_data(folder, first.runs)
+    check_same_data(folder, copy.runs)
+    with pytest.raises(DeatError, match=r"was trained with --extra-data .*first/extra.npz, whose images are not those"):
+        check_same_data(folder, second.runs)
+
+
+def test_reports_on_other_images_are_not_those_of_the_study(tmp_path: Path) -> None:
+    study = small_study()
+    (run,) = study.runs
+    folder = begun(study, tmp_path)
+    config = RunDirectory.open(folder.run_path(run)).config
+    own, other = (
+        report_of(natural=NATURAL, **{"pgd-2": verdicts}).model_copy(
+            update={"seed": 0, "model_sha256": "a", "provenance": {"data_sha256": digest}}
+        )
+        for verdicts, digest in ((FGSM, config.data_fingerprint), (NATURAL, "0" * 64))
+    )
+    evaluated = Evaluated(attacks=("natural", "pgd-2"), asked=16, n_examples=5, model_sha256="a")
+    folder.create()
+    folder.write_record(run, Record(status="done", evaluations=(evaluated,)))
+    (folder.run_path(run) / "evaluations").mkdir()
+    other.save(folder.run_path(run) / "evaluations" / "a.json")
+    with pytest.raises(DeatError, match=r"no longer has a report of pgd-2"):
+        folder.report(run, "pgd-2", 16)
+    own.save(folder.run_path(run) / "evaluations" / "b.json")
+    found = folder.report(run, "pgd-2", 16)
+    assert found is not None
+    assert found[1].results["pgd-2"].n_correct == 3
+
+
+def test_a_status_does_not_send_a_worker_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--status` holds the lock of each run for a moment."""
+    study, folder = small_study(), StudyFolder(tmp_path)
+    folder.create()
+
+    def process(worker: Worker, run: RunSpec, number: int) -> bool:
+        folder.write_record(run, Record(status="failed"))
+        return True
+
+    monkeypatch.setattr(Worker, "_process", process)
+    with ExitStack() as status:
+        status.enter_context(folder.claimed(study.runs[0]))
+        monkeypatch.setattr("deat_rb.reproduction.work.time.sleep", lambda seconds: status.close())
+        Worker(study, folder).work(wait=False)
+    assert folder.status(study.runs[0]) == "failed"
