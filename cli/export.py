@@ -35,7 +35,8 @@ robustbench_option = partial(click.option, cls=GroupedOption, group="Only with -
 @robustbench_option("--name", metavar="TITLE", help="Title of the paper.")
 @robustbench_option("--authors", metavar="A, B, ...", help="Authors of the paper.")
 @robustbench_option("--venue", metavar="VENUE", help="Venue and year of the paper.")
-@robustbench_option("--additional-data", is_flag=True, default=None, help="Additional training images were used.")
+@robustbench_option("--additional-data/--no-additional-data", default=None,
+                    help="Whether other training images were used; by default derived from the run.")  # fmt: skip
 @robustbench_option("--reported", type=float, metavar="PERCENT",
                     help="Robust accuracy reported by the authors; by default the lowest measured.")  # fmt: skip
 @robustbench_option(

@@ -42,7 +42,8 @@ from .options import numbers, size, threads_option
 @click.option("--title", "name", metavar="TITLE", help="Title of the paper.")
 @click.option("--authors", metavar="A, B, ...", help="Authors of the paper.")
 @click.option("--venue", metavar="VENUE", help="Venue and year of the paper.")
-@click.option("--additional-data", is_flag=True, default=None, help="Additional training images were used.")
+@click.option("--additional-data/--no-additional-data", default=None,
+              help="Whether other training images were used; by default derived from the run.")  # fmt: skip
 @click.option("--external", type=float, metavar="PERCENT", help="Best known robust accuracy; determines the rank.")
 @click.option("--unreliable/--reliable", default=None, help="Whether AutoAttack's accuracy may be unreliable.")
 @click.option("--footnote", metavar="TEXT", help="Footnote for the table.")

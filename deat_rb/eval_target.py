@@ -104,6 +104,7 @@ def open_target(
         arch: Architecture of a checkpoint.
         dataset: Dataset, as for `load_data`; required unless the target is a run or an entry.
         data_dir: Folder of the data; for a run, needed only if its data have moved or different data are to be used.
+            The path recorded in a run from the Hub is never used.
         image_size: Size to which a folder's images are resized.
         num_classes: Number of logits of a checkpoint; by default the number of classes of the data.
         classes: Class names in the order of the logits, or a file with one name per line. Labels are then mapped by
@@ -126,7 +127,7 @@ def open_target(
         return _open_local_target(target, options, dataset, data_dir, memory_limit)
     hub = open_hub(str(target))
     with hub.named():
-        opened = _open_local_target(hub.path, options, dataset, data_dir, memory_limit)
+        opened = _open_local_target(hub.path, options, dataset, data_dir, memory_limit, own_paths=False)
     provenance = hub.facts(opened.provenance)
     if hub.notes:
         provenance["note"] = "; ".join([*hub.notes, *([provenance["note"]] if "note" in provenance else [])])
@@ -139,7 +140,10 @@ def _open_local_target(
     dataset: str | None,
     data_dir: str | Path | None,
     memory_limit: int | None,
+    *,
+    own_paths: bool = True,
 ) -> EvalTarget:
+    """Open a target on this machine; ``own_paths`` says whether the paths in a run's configuration are the user's."""
     path, arch, image_size = Path(target), options.arch, options.image_size
     named = ":" in str(target) and not path.exists()
     if not named and (path.is_dir() or path.suffix == ".json"):
@@ -148,7 +152,7 @@ def _open_local_target(
             raise DeatError(f"--dataset {dataset} is only for checkpoints: the {kind} {path} specifies its network "
                             "and data")  # fmt: skip
         network = open_network(target, options)
-        return (_of_run(path, network, data_dir, memory_limit) if path.is_dir()
+        return (_of_run(path, network, data_dir, memory_limit, own_paths=own_paths) if path.is_dir()
                 else _of_entry(path, network, data_dir))  # fmt: skip
     if dataset is None and named:
         raise DeatError(f"{target} does not specify its data: give the dataset to evaluate on with --dataset")
@@ -178,12 +182,18 @@ def _load_test_data(
     return load_data(dataset, data_dir=data_dir, image_size=image_size, memory_limit=memory_limit, test_only=True)
 
 
-def _of_run(path: Path, network: Network, data_dir: str | Path | None, memory_limit: int | None) -> EvalTarget:
+def _of_run(
+    path: Path, network: Network, data_dir: str | Path | None, memory_limit: int | None, *, own_paths: bool
+) -> EvalTarget:
     run = RunDirectory.open(path)
     config = run.config
     own = config.data
+    if own_paths:
+        data_dir = data_dir or own.data_dir
+    elif data_dir is None and own.dataset == "folder":
+        raise DeatError("the network was trained on images of its author: give your own with --data-dir")
     limit = own.memory_limit if memory_limit is None else memory_limit
-    data = _load_test_data(own.dataset, data_dir or own.data_dir, own.image_size, limit)
+    data = _load_test_data(own.dataset, data_dir, own.image_size, limit)
     same_data = data.fingerprint == config.data_fingerprint
     if not same_data:
         network = replace(network, notes=(*network.notes, "the data differ from those that the run was trained on"))

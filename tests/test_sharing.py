@@ -13,6 +13,7 @@ from board_problems import make_run, network
 from click.testing import CliRunner, Result
 from hub_server import TOKEN, Hub, Repository
 from huggingface_hub import RepoCard
+from noise_folder import make_folder
 
 import deat_rb
 from deat_rb.cli import main
@@ -80,6 +81,18 @@ def test_compare_and_export_take_runs_on_the_hub(hub: Hub, run: Path, tmp_path: 
     hub.status = 503
     exported = cli("export", "hf:me/net", *options, tmp_path / "e")
     assert "hf:me/net is used as last downloaded" in exported.stderr
+
+
+def test_the_data_path_of_a_run_on_the_hub_is_not_read(hub: Hub, run: Path, tmp_path: Path) -> None:
+    push(run, "hf:me/net")
+    repository = hub.repositories["me/net"]
+    files = repository.commits[repository.head]
+    config = json.loads(files["config.json"])
+    assert config["data"]["data_dir"] is None
+    config["data"] |= {"dataset": "folder", "data_dir": str(make_folder(tmp_path / "images"))}
+    files["config.json"] = json.dumps(config).encode()
+    assert refusal("eval", "hf:me/net").endswith("the network was trained on images of its author: give your own with "
+                                                 "--data-dir")  # fmt: skip
 
 
 # Addresses

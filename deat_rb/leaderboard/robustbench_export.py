@@ -11,7 +11,7 @@ from deat_rb.leaderboard.board import Board
 from deat_rb.leaderboard.entry import Entry, RobustBenchInfo, check_board
 from deat_rb.leaderboard.weights import load_network
 from deat_rb.models.spec import ModelSpec, robustbench_class
-from deat_rb.robustbench.format import SPELLED, ExportPaths, model_source, robustbench_weights
+from deat_rb.robustbench.format import SPELLED, UNKNOWN_DATA, ExportPaths, model_source, robustbench_weights
 from deat_rb.utils import compat
 from deat_rb.utils.errors import DeatError, did_you_mean
 from deat_rb.utils.files import write_all
@@ -119,6 +119,8 @@ def robustbench_info(entry: Entry, dataset: str) -> dict[str, Any]:
         notes.append(f"Trained and evaluated on {entry.dataset} ({own}), not on {SPELLED[dataset]}.")
     if entry.is_subset:
         notes.append(f"Accuracies on {entry.n_examples} of {entry.n_test} test images.")
+    if entry.additional_data is None:
+        notes.append(UNKNOWN_DATA)
     fields |= {"dataset": dataset, "footnote": " ".join(note for note in notes if note) or None}
     defaults = {"additional_data": False, "number_forward_passes": 1}
     return {

@@ -309,7 +309,7 @@ def _checkpoint_info(weights: Path, metadata: SubmissionMetadata) -> tuple[Robus
         raise DeatError(f"{weights} is a checkpoint without a model_info ({source} does not exist): give "
                         f"{', '.join(missing or needed)}, such as --arch preactresnet18 --dataset cifar10 --eps 8/255, "
                         "or a model_info with --info FILE.json")  # fmt: skip
-    content = {"dataset": metadata.dataset, "eps": metadata.eps, "additional_data": False, "number_forward_passes": 1}
+    content = {"dataset": metadata.dataset, "eps": metadata.eps, "number_forward_passes": 1}
     return RobustBenchInfo.parse(json.dumps(content).encode(), str(weights)), weights
 
 

@@ -52,7 +52,7 @@ def training_facts(config: RunConfig, rows: list[dict[str, int | float | None]])
         }
     return {
         **(PAPER if _is_of_the_paper(config.attack.method) else dict.fromkeys(PAPER)),
-        "additional_data": config.data.extra_data is not None or config.model.pretrained,
+        "additional_data": config.additional_data,
         "number_forward_passes": 1,
         "method": config.attack.method,
         "setting": config.attack.setting,

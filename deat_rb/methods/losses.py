@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deat_rb.attacks.losses import at_least_float32, cross_entropy, kl_divergence, label_mask
-from deat_rb.training.surrogate_loss import ClassWeights, SurrogateLoss
+from deat_rb.training.surrogate_loss import ClassWeights, SurrogateLoss, WeightedLoss
 from deat_rb.utils import seeding
 from deat_rb.utils.errors import DeatError, did_you_mean
 
@@ -65,18 +64,6 @@ def nonuniform_cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing:
     return -(target * F.log_softmax(logits, dim=1)).sum(dim=1)
 
 
-@dataclass(frozen=True, eq=False)
-class _Weighted:
-    """A loss per example, multiplied by the weight of the example's class."""
-
-    function: Callable[..., Tensor]
-    weights: ClassWeights
-
-    def __call__(self, adv_logits: Tensor, labels: Tensor, *clean_logits: Tensor) -> Tensor:
-        loss: Tensor = self.function(adv_logits, labels, *clean_logits)
-        return loss * self.weights.of(labels)
-
-
 def weighted(loss: SurrogateLoss, weights: Tensor) -> SurrogateLoss:
     """Return a surrogate loss with each example's loss multiplied by the weight of its class.
 
@@ -85,7 +72,7 @@ def weighted(loss: SurrogateLoss, weights: Tensor) -> SurrogateLoss:
         weights: Weights of the classes, (K,).
     """
     by_class = ClassWeights(weights)
-    return replace(loss, function=_Weighted(loss.function, by_class), class_weights=by_class)
+    return replace(loss, function=WeightedLoss(loss.function, by_class), class_weights=by_class)
 
 
 def balanced_weights(counts: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ class PriorGuidedTrainer(SharedForwardTrainer):
         self._momentum: Tensor | None = None
         self._rows = torch.empty(0, dtype=torch.long)
         self._before: tuple[Tensor, Tensor, Tensor] | None = None
+        self._copies: list[tuple[Tensor, Tensor, Tensor]] | None = None
 
     def begin_batch(self, images: Tensor, place: Place, engine: Engine) -> float:
         """Note which images the batch has; begin with new perturbations where they are reset."""
@@ -84,7 +85,16 @@ class PriorGuidedTrainer(SharedForwardTrainer):
                 f"{self.attack} has no perturbations for {count} images of shape {tuple(shape[1:])} at batch "
                 f"{place.batch + 1} of epoch {place.epoch}: begin with the first batch, and keep the images' size"
             )
+        if self._copies is not None:
+            rows = self._rows[: self._size].clone()
+            self._copies.append((rows, *self._stored(rows)))
         return 0.0
+
+    def _stored(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return copies of the perturbations and momenta of some images."""
+        assert self._prior is not None
+        assert self._momentum is not None
+        return self._prior.index_select(0, rows), self._momentum.index_select(0, rows)
 
     def _reset(self, prior: Tensor) -> None:
         """Set the perturbations of all images, in place, to random signs times alpha, and their momenta to zero."""
@@ -100,7 +110,7 @@ class PriorGuidedTrainer(SharedForwardTrainer):
         if self._prior is None or self._momentum is None:
             raise DeatError(f"{self.attack} needs to know which images a batch has: call begin_batch before each step")
         rows = self._rows[: self._size]
-        self._before = rows, self._prior.index_select(0, rows), self._momentum.index_select(0, rows)
+        self._before = rows, *self._stored(rows)
         eps: float = self.crafter.eps
         return images + self._own(self._before[1], engine).clamp(-eps, eps)
 
@@ -158,13 +168,18 @@ class PriorGuidedTrainer(SharedForwardTrainer):
         self._momentum = None if momentum is None else momentum.to(self.device)
 
     def snapshot(self) -> Callable[[], None]:
-        """Return a function that restores the rows of the batch trained on in the meantime, not copying all images'."""
+        """Return a function that restores the rows of the batches trained on in the meantime, not copying all images'.
+
+        The copies are made by `begin_batch`, which is not part of a recorded step, as `start` and `keep` are.
+        """
         state = deepcopy(self.state_dict())
+        copies = self._copies = []
 
         def restore() -> None:
             super(PriorGuidedTrainer, self).load_state_dict(state)
-            if self._before is not None and self._prior is not None and self._momentum is not None:
-                rows, deltas, momenta = self._before
+            for rows, deltas, momenta in reversed(copies):
+                assert self._prior is not None
+                assert self._momentum is not None
                 self._prior.index_copy_(0, rows, deltas)
                 self._momentum.index_copy_(0, rows, momenta)
 

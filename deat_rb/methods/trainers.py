@@ -185,6 +185,8 @@ class AttackTrainer(Trainer):
             loss = losses.sum() * (engine.loss_scale / engine.loss_divisor(len(losses)))
             found = torch.autograd.grad(loss, weights, allow_unused=True)
         gradients = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
+        if isinstance(engine.loss_scale, Tensor):  # may differ between ranks
+            torch._foreach_div_(gradients, engine.loss_scale)
         engine.world.average(gradients)
         awp.add(weights, gradients)
 

@@ -15,6 +15,7 @@ from deat_rb.models.weights import load_weights
 from deat_rb.robustbench.format import (
     NAME,
     SPELLED,
+    UNKNOWN_DATA,
     ExportPaths,
     model_source,
     robustbench_weights,
@@ -98,12 +99,13 @@ def export(
     failed = [check.name for check in report.checks if check.status == "fail"]
     unknown = "autoattack" not in report.results
     unreliable = True if unreliable is None and (failed or unknown) else unreliable
-    uses_other_data = config.data.extra_data is not None or config.model.pretrained
+    if additional_data is None:
+        additional_data = config.additional_data
     credit = PAPER if PAPERS_OWN.match(config.attack.method) else dict.fromkeys(PAPER, "")
     publication = {"link": link, "name": name, "authors": authors, "venue": venue}
     info: dict[str, Any] = {
         **{field: credit[field] if text is None else text for field, text in publication.items()},
-        "additional_data": uses_other_data if additional_data is None else additional_data,
+        "additional_data": additional_data or False,
         "number_forward_passes": 1,
         "dataset": dataset,
         "architecture": spelled_architecture(spec),
@@ -119,6 +121,7 @@ def export(
         f"Accuracies on {report.n_examples} test images." if report.n_examples < FULL_TEST_SET else "",
         f"AutoAttack was not run: its accuracy of {UNKNOWN_ACCURACY} stands for unknown." if unknown else "",
         f"Failed checks of the evaluation: {', '.join(failed)}." if failed else "",
+        UNKNOWN_DATA if additional_data is None else "",
         footnote,
     )
     info["footnote"] = " ".join(note for note in notes if note)

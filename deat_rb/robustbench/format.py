@@ -33,6 +33,10 @@ _SOURCE = {
 """RobustBench's class, block and further arguments of each architecture."""
 
 
+UNKNOWN_DATA = "It is unknown whether additional training data were used: false stands for unknown."
+"""Footnote of an export; RobustBench's ``additional_data`` is true or false."""
+
+
 @dataclass(frozen=True)
 class ExportPaths:
     """Paths of an export's files.

@@ -30,6 +30,13 @@ class RunConfig(TrainOptions):
     extra_fingerprint: str | None = None
     versions: dict[str, str]
 
+    @property
+    def additional_data(self) -> bool | None:
+        """Whether other training images were used; None if unknown, since a checkpoint was the start."""
+        if self.data.extra_data is not None or self.model.pretrained:
+            return True
+        return None if self.model.init_from is not None else False
+
     def but(self, **changes: Any) -> RunConfig:
         """Return the same configuration with some options changed.
 

@@ -50,10 +50,9 @@ class Loop:
         self.callbacks = callbacks
         self.validate_every = validate_every
         self.checker = BatchChecker(state.trainer, state.engine)
-        self.run_step = StepRunner(state.trainer, state.engine, state.optimizer)
+        self.run_step = StepRunner(state.trainer, state.engine, state.optimizer, warn=lambda text: state.warn(text))
         self.requests = StopRequests(enabled=state.run is not None)
         state.warn = self._warn
-        self._eps = state.trainer.eps
         self._loader: Any = None
 
     def __call__(self, loader: Iterable[Batch], val_loader: Iterable[Batch] | None) -> History:
@@ -195,7 +194,7 @@ class Loop:
         if world.size > 1:
             stream = seeding.generator(state.seed, *key, device=state.engine.device)
             noise = seeding.global_batch_noise(world.share(total), total, stream)
-        with noise, state.trainer.warmed_up(self._progress(state.batch, 0.0)) as self._eps:
+        with noise, state.trainer.warmed_up(self._progress(state.batch, 0.0)):
             passes = state.trainer.begin_batch(images, self._place(total), state.engine)
             stats = self.run_step(images, labels, total)
             if passes:
@@ -222,6 +221,11 @@ class Loop:
     def _progress(self, batch: int, share: float) -> float:
         """Return the number of epochs done, which may be fractional."""
         return self.state.epoch - 1 + min((batch + share) / self.state.batches, 1)
+
+    def _last_eps(self) -> float:
+        """Return the radius of the epoch's last batch."""
+        with self.state.trainer.warmed_up(self._progress(self.state.batches - 1, 0.0)) as eps:
+            return eps
 
     def _agreed_action(self) -> Action:
         """Return the highest action that a callback or signal on any rank requests; waits for the other ranks.
@@ -253,7 +257,7 @@ class Loop:
             epoch=state.epoch,
             steps=steps,
             alpha=alpha,
-            eps=self._eps if state.trainer.eps_warmup else None,
+            eps=self._last_eps() if state.trainer.eps_warmup else None,
             l_x=totals["l_x"],
             lipschitz=lipschitz_lower_bound(
                 totals["l_x"],

@@ -22,6 +22,7 @@ from deat_rb.training.cuda_graphs import Graphs
 from deat_rb.training.engine import Engine
 from deat_rb.training.lr import set_rate
 from deat_rb.training.metrics import BatchStats
+from deat_rb.training.surrogate_loss import WeightedLoss
 from deat_rb.utils.cuda_graphs import KNOWN, WARM_UPS, package_of, unknown_module
 from deat_rb.utils.errors import DeatError
 
@@ -39,15 +40,23 @@ class StepRunner:
         engine: Device, precision and ranks.
         optimizer: Optimizer of the model's parameters.
         warm_ups: Number of unrecorded steps before recording; by default `WARM_UPS`.
+        warn: Called with a sentence if steps that should be recorded cannot be.
     """
 
     def __init__(
-        self, trainer: TrainerBase, engine: Engine, optimizer: Optimizer, *, warm_ups: int | None = None
+        self,
+        trainer: TrainerBase,
+        engine: Engine,
+        optimizer: Optimizer,
+        *,
+        warm_ups: int | None = None,
+        warn: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         self.trainer = trainer
         self.engine = engine
         self.optimizer = optimizer
         self.warm_ups = WARM_UPS if warm_ups is None else warm_ups
+        self.warn = warn
         self.recordings = 0
         self._key: tuple[Any, ...] | None = None
         self._warmed_up = 0
@@ -80,6 +89,9 @@ class StepRunner:
                 return self._step(images, labels, total)
         if self._warmed_up < self.warm_ups:
             stats, self._can_record = graphs.warm_up(partial(self._step, images, labels, total))
+            if graphs.any_code and not self._can_record:
+                self.warn("--cuda-graphs on has no effect: the training step waits for the device, so that it cannot "
+                          "be recorded")  # fmt: skip
             self._warmed_up += 1
             # A step may have set something up that the key refers to, such as FREE's perturbation.
             self._key = (*key[:5], *self._settings())
@@ -156,8 +168,8 @@ def unknown_parts(trainer: TrainerBase, optimizer: Optimizer) -> str | None:
     count batches; the networks of known packages do not, see `deat_rb.utils.cuda_graphs.unknown_module`.
     """
     loss = trainer.loss.function
-    while isinstance(loss, partial):
-        loss = loss.func
+    while isinstance(loss, partial | WeightedLoss):
+        loss = loss.func if isinstance(loss, partial) else loss.function
     parts: list[tuple[str, Any]] = [
         ("the method", type(trainer)), ("the attack", type(trainer.crafter)), ("the loss", loss),
     ]  # fmt: skip

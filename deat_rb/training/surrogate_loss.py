@@ -22,9 +22,27 @@ class ClassWeights:
 
     def of(self, labels: Tensor) -> Tensor:
         """Return the weight of each label's class, (N,)."""
-        if labels.device not in self._on:
-            self._on[labels.device] = self.weights.to(labels.device)
+        if labels.device not in self._on:  # without waiting for the device, as a recorded step must not
+            self._on[labels.device] = self.weights.to(labels.device, non_blocking=True)
         return self._on[labels.device][labels]
+
+
+@dataclass(frozen=True, eq=False)
+class WeightedLoss:
+    """A loss per example, multiplied by the weight of the example's class.
+
+    Attributes:
+        function: The loss; see `SurrogateLoss`.
+        weights: The class weights.
+    """
+
+    function: Callable[..., Tensor]
+    weights: ClassWeights
+
+    def __call__(self, adv_logits: Tensor, labels: Tensor, *clean_logits: Tensor) -> Tensor:
+        """Return the weighted loss per example, (N,)."""
+        loss: Tensor = self.function(adv_logits, labels, *clean_logits)
+        return loss * self.weights.of(labels)
 
 
 @dataclass(frozen=True)

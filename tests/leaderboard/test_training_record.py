@@ -10,7 +10,7 @@ import pytest
 from board_problems import make_run
 from training_problems import run_config
 
-from deat_rb.leaderboard.training_record import training_command
+from deat_rb.leaderboard.training_record import training_command, training_facts
 from deat_rb.runs.config import RunConfig
 
 
@@ -40,6 +40,20 @@ def test_training_command_spells_switches_numbers_and_paths(options: dict[str, A
     command = shlex.split(training_command(run_config(**options)))
     start = command.index(words[0])
     assert command[start : start + len(words)] == words
+
+
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [
+        ({}, False),
+        ({"extra_data": "extra.npz"}, True),
+        ({"pretrained": True}, True),
+        ({"init_from": "hf:me/net"}, None),
+        ({"init_from": "first.pt", "extra_data": "extra.npz"}, True),
+    ],
+)
+def test_additional_data_is_unknown_of_a_checkpoint(options: dict[str, Any], known: bool | None) -> None:
+    assert training_facts(run_config(**options), [])["additional_data"] is known
 
 
 def test_training_command_has_all_digits_of_a_radius() -> None:

@@ -12,7 +12,9 @@ from training_problems import images_and_labels, made
 
 import deat_rb
 from deat_rb.methods.weight_perturbation import WeightPerturbation
+from deat_rb.training.engine import Engine
 from deat_rb.training.metrics import BatchStats
+from deat_rb.utils.distributed import World
 from deat_rb.utils.errors import DeatError
 
 
@@ -56,6 +58,21 @@ def step(name: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[nn
         patched.setattr(type(trainer), "_forward_losses", seen)
         stats = trainer.training_step(images.double(), labels, SGD(model.parameters(), lr=0.0))
     return model, stats, at_update
+
+
+def test_gradients_are_averaged_over_ranks_without_their_own_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank halves fp16's scale when its own gradients overflow."""
+    averaged: list[list[torch.Tensor]] = []
+    monkeypatch.setattr(World, "average", lambda self, tensors: averaged.append([each.clone() for each in tensors]))
+    for halvings in (0, 3):
+        torch.manual_seed(0)
+        model, engine = made().train(), Engine("cpu", "fp16")
+        assert isinstance(engine.loss_scale, torch.Tensor)
+        engine.loss_scale.mul_(2.0**-halvings)
+        trainer = deat_rb.create("pgd-2", model, awp=0.05)
+        trainer.training_step(*images_and_labels(), SGD(model.parameters(), lr=0.0), engine)
+    for first, second in zip(*averaged, strict=True):
+        torch.testing.assert_close(first, second, rtol=0.05, atol=1e-3 * float(first.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["pgd-2", "trades", "mart", "fat-2"])

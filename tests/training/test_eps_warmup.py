@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torchattacks
 from fits import equal, weights
+from small_runs import planned
 from training_problems import Positioned, images_and_labels, made
 
 import deat_rb
 from deat_rb.methods.describe import describe
+from deat_rb.runs.train import resume, train
 from deat_rb.training import validation
+from deat_rb.training.callbacks import Callback
 from deat_rb.training.metrics import BatchStats
 from deat_rb.utils.errors import DeatError
 
@@ -53,6 +57,17 @@ def test_eps_and_alpha_rise_together_and_validation_is_at_the_full_eps(
     assert [row.eps for row in rows] == pytest.approx([0.025, 0.075, 0.1])
     assert trainer.eps == 0.1
     assert trainer.crafter.eps == 0.1
+
+
+def test_the_radius_of_an_epoch_is_its_last_batchs_after_an_interruption_in_validation(tmp_path: Path) -> None:
+    class StopsAtValidation(Callback):
+        def on_validation_start(self) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(planned(eps_warmup=2), output=tmp_path, name="run", callbacks=[StopsAtValidation()])
+    _, history = resume(tmp_path / "run", {}, trust_code=True)
+    assert [row.eps for row in history.rows] == pytest.approx([0.025, 0.075])
 
 
 def test_the_first_batch_is_trained_on_clean_images() -> None:

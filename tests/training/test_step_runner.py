@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
@@ -14,13 +15,16 @@ from torch import Tensor, nn
 from training_problems import begin, images_and_labels, made
 
 import deat_rb
+from deat_rb.methods.losses import weighted
 from deat_rb.methods.registry import known_methods
 from deat_rb.training.cuda_graphs import choose_graphs
 from deat_rb.training.engine import Engine
 from deat_rb.training.lr import rate_of, set_rate
 from deat_rb.training.metrics import BatchStats, EpochAccumulator
+from deat_rb.training.nonfinite import Snapshot
 from deat_rb.training.optimizers import build_optimizer, optimizer_tensors
 from deat_rb.training.options import OptimConfig
+from deat_rb.training.place import Place
 from deat_rb.training.step_runner import StepRunner, unknown_parts
 from deat_rb.training.surrogate_loss import SurrogateLoss
 from deat_rb.training.trainer import Trainer
@@ -110,6 +114,34 @@ def test_recorded_steps_of_adamw_with_clipped_gradients() -> None:
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
 
 
+def test_a_recorded_batch_is_rolled_back() -> None:
+    """FGSM-PGI's rows of the batch, after a batch that was not recorded."""
+    model, images_per_epoch = made(), 28
+    trainer = deat_rb.create("fgsm-pgi", model)
+    engine, tape = Engine("cpu"), TapeGraphs()
+    engine.graphs, engine.full_batch = tape, 6
+    optimizer = build_optimizer(model, OptimConfig(lr=0.01), engine.device, recorded=True)
+    state: Any = SimpleNamespace(trainer=trainer, optimizer=optimizer, engine=engine, average=None)
+    runner = StepRunner(trainer, engine, optimizer, warm_ups=2)
+    for number in range(7):  # four full batches and a short one, then a full one and a bad one
+        positions = torch.arange(images_per_epoch)[6 * (number % 5) :][:6]
+        images, labels = images_and_labels(len(positions), seed=number)
+        bad = number == 6
+        if bad:
+            images[0] = torch.nan
+            before = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
+        snapshot = Snapshot(state)
+        place = Place(1 + number // 5, 2, number % 5, len(positions), 4, positions, images_per_epoch)
+        trainer.begin_batch(images, place, engine)
+        runner(images, labels, len(images))
+        if bad:
+            assert tape.repeated > 2
+            assert trainer.tensors()["momentum"].isnan().any()
+            snapshot.restore()
+            for name, tensor in before.items():
+                assert torch.equal(trainer.tensors()[name], tensor), name
+
+
 def runner_of(model: nn.Module, trainer: Trainer) -> StepRunner:
     engine = Engine()
     engine.graphs, engine.full_batch = TapeGraphs(any_code=True), 6
@@ -181,10 +213,17 @@ def test_a_step_that_waits_for_the_device_in_its_warm_up_is_not_recorded() -> No
         def warm_up(self, function: Callable[[], T]) -> tuple[T, bool]:
             return function(), False
 
-    runner.engine.graphs = Waiting()
-    for _ in range(4):
-        runner(*images_and_labels(6), 6)
-    assert runner.recordings == 0
+    told: list[str] = []
+    runner.warn = told.append
+    for any_code in (False, True):
+        runner.engine.graphs = Waiting(any_code)
+        runner._can_record, runner._key = True, None
+        for _ in range(4):
+            runner(*images_and_labels(6), 6)
+        assert runner.recordings == 0
+    assert told == [
+        "--cuda-graphs on has no effect: the training step waits for the device, so that it cannot be recorded"
+    ]
 
 
 def own_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -203,7 +242,9 @@ def test_unknown_parts_are_named() -> None:
     assert found(deat_rb.create("trades", deat_rb.build_model("wrn-10-1", dataset="digits"))) is None
     assert found(deat_rb.AttackTrainer(torchattacks.PGD(made()))) == "the attack PGD"
     assert "OwnPGD" in str(found(deat_rb.AttackTrainer(OwnPGD(made()))))
-    assert "own_loss" in str(found(deat_rb.AttackTrainer(deat_rb.PGD(made()), loss=SurrogateLoss("own", own_loss))))
+    own = SurrogateLoss("own", own_loss)
+    for loss in (own, weighted(own, torch.ones(4))):
+        assert "own_loss" in str(found(deat_rb.AttackTrainer(deat_rb.PGD(made()), loss=loss)))
     assert found(deat_rb.create("pgd-2", Looking())) == "the module Looking of the model"
     hooked = made()
     hooked[0].register_forward_hook(lambda *_: None)
