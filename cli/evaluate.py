@@ -138,6 +138,8 @@ def evaluate(
         raise DeatError(
             f"--json {json_path} can store only one report, not {len(targets)}: omit it; each run stores its own"
         )
+    if twice := [name for name in targets if targets.count(name) > 1]:
+        raise DeatError(f"{twice[0]} is given twice: give each network once")
     for name in targets:
         import_from_current_folder(name)
     network = description(**options)

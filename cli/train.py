@@ -102,7 +102,7 @@ def train(
     recorded = read_options(config) if config is not None else {}
     if "arch" not in explicit and "arch" in recorded:
         check_trust(recorded["arch"], trust_code, source=str(config))
-    for option in ("method", "setting"):
+    for option in ("method", "setting", "optimizer", "norm", "dataset"):  # on which the defaults of others depend
         if option in explicit and recorded.get(option, explicit[option]) != explicit[option]:
             raise DeatError(
                 f"--{option} {explicit[option]} conflicts with --config, as {config} holds the options of "

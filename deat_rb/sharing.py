@@ -86,7 +86,7 @@ def push(
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DeatError(f"cannot write to {path}: {error.strerror or error}") from error
+        raise DeatError(f"cannot write to {path} ({error.strerror or error}); choose another --output") from error
     write_all({path / name: data for name, data in contents.items()})
     for name in OWN_FILES - contents.keys():
         (path / name).unlink(missing_ok=True)

@@ -10,12 +10,15 @@ from typing import Any, Literal
 from torch import OutOfMemoryError, Tensor, enable_grad, nn
 from torchattacks.attack import Attack
 
-from deat_rb.data.check import check_label_values, check_types
+from deat_rb.data.check import ROUNDING, check_label_values, check_pixels, check_types
 from deat_rb.models.check import trial_logits
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.module_state import preserve_modes, preserve_state, require_autograd
 
 AttackMode = Literal["train", "eval"]
+
+NORMALIZED_ROUNDING = 1e-2
+"""Tolerance for pixels outside [0, 1] after the normalization of float16 images was inverted."""
 
 NEEDS_LABELS = "this attack needs labels: call it with (images, labels)"
 
@@ -73,8 +76,9 @@ class StatelessAttack(Attack):
             The adversarial examples (N, C, H, W), normalized if ``inputs`` are.
 
         Raises:
-            DeatError: If this is called inside `torch.inference_mode`, the model was created there, or the attack fails
-                on these images because of the model's output, the labels or its number of classes.
+            DeatError: If pixels are outside [0, 1], this is called inside `torch.inference_mode`, the model was created
+                there, or the attack fails on these images because of the model's output, the labels or its number of
+                classes.
         """
         require_autograd(f"the attack {self.attack}")
         if any(parameter.is_inference() for parameter in self.model.parameters()):
@@ -86,6 +90,9 @@ class StatelessAttack(Attack):
         if labels is not None and labels.is_inference():
             labels = labels.clone()
         applied = self._normalization_applied
+        if isinstance(inputs, Tensor) and inputs.is_floating_point() and inputs.numel():
+            images = self.inverse_normalize(inputs.to(self.device)) if applied else inputs
+            check_pixels(images, allow_nan=True, tolerance=NORMALIZED_ROUNDING if applied else ROUNDING)
         with preserve_state(self.model), enable_grad(), explained_failures(self, inputs, labels):
             self.enter_mode()
             try:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deat_rb.utils import seeding
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.units import parse_fraction
+from deat_rb.utils.units import parse_scalar
 
 ROUNDING = 1e-6
 """Rounding tolerance when checking whether a projected image is in the ball."""
@@ -187,7 +187,7 @@ def check_radius(eps: str | float, name: str = "eps", *, norm: str = "Linf") -> 
     Raises:
         DeatError: If ``eps`` is not a valid radius.
     """
-    value = parse_fraction(eps)
+    value = parse_scalar(eps)
     if norm == "Linf" and not 0 <= value <= 1:
         raise DeatError(
             f"{name} = {value:.10g} is outside [0, 1]; images are in [0, 1], so give a radius such as 8/255"

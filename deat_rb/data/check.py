@@ -28,7 +28,7 @@ def check_batch(
         DeatError: Images or labels have a wrong type, shape or value.
     """
     check_types(images, labels, soft=soft)
-    _check_pixels(images, allow_nan)
+    check_pixels(images, allow_nan=allow_nan)
     check_label_values(labels, num_classes)
 
 
@@ -49,13 +49,18 @@ def check_types(images: Tensor, labels: Tensor, *, soft: bool = False) -> None:
     _check_label_types(labels, len(images), soft=soft)
 
 
-def _check_pixels(images: Tensor, allow_nan: bool) -> None:
+def check_pixels(images: Tensor, *, allow_nan: bool = False, tolerance: float = ROUNDING) -> None:
+    """Check that floating-point images are in [0, 1], but for rounding; synchronizes with the device.
+
+    Raises:
+        DeatError: A pixel is outside [0, 1] by more than ``tolerance``, or is NaN, unless ``allow_nan``.
+    """
     low, high = (bound.item() for bound in images.detach().aminmax())
     if low != low:
         if allow_nan:
             return
         raise DeatError("the images contain NaN: check the preprocessing, for instance for a division by zero")
-    if low < -ROUNDING or high > 1 + ROUNDING:
+    if low < -tolerance or high > 1 + tolerance:
         raise DeatError(
             f"images must be in [0, 1], not in [{_shown(low)}, {_shown(high)}]: "
             "divide by 255 if they are 0 to 255, and move normalization into the model, as its first layer"

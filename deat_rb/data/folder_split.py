@@ -234,7 +234,8 @@ def _write(output: Path, files: Sequence[tuple[str, str, bool]], *, copy: bool) 
             if copy:
                 shutil.copy2(source, place)
             else:
-                place.symlink_to(os.path.abspath(source))
+                folder, name_there = os.path.split(source)
+                place.symlink_to(Path(os.path.realpath(folder), name_there))  # not abspath: folder may be LINK/..
         scratch.chmod(0o755)
         scratch.rename(output)
     except OSError as error:

@@ -119,6 +119,8 @@ def evaluate(
         Interrupted: Ctrl-C was pressed; the message says what is stored.
     """
     names = parse_attacks(attacks)
+    if not attacks:
+        raise DeatError("attacks is an empty list: give attacks such as ['fgsm', 'pgd-100'], or 'natural'")
     norm = check_norm(norm)
     check_options(precision=precision, checks=checks)
     radii, main = _radii(eps, main_eps, norm)
@@ -256,7 +258,8 @@ def _check_square(names: Sequence[str], norm: str, images: Tensor | LabeledImage
 
 def _radii(eps: Eps, main_eps: str | float | None, norm: str) -> tuple[tuple[float, ...], float]:
     """Parse the radii; return them and the main one."""
-    values = eps.split(",") if isinstance(eps, str) else eps if isinstance(eps, Sequence) else (eps,)
+    several = isinstance(eps, Sequence) or getattr(eps, "ndim", 0) == 1  # a list, array or tensor
+    values: Any = eps.split(",") if isinstance(eps, str) else eps if several else (eps,)
     radii = tuple(dict.fromkeys(check_radius(each, norm=norm) for each in values))
     if not radii:
         raise DeatError("eps is an empty list; give one or more radii such as 8/255")

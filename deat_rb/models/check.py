@@ -44,7 +44,7 @@ def trial_logits(
     except Exception as error:  # any exception: the forward pass is user code
         raise DeatError(f"{source} does not accept {images.dtype} images of {shape} on {images.device} "
                         f"({type(error).__name__}: {first_line(error)}): {advice}") from error  # fmt: skip
-    if copy._version != version or not torch.equal(copy, images):
+    if copy._version != version or not (copy.is_meta or torch.equal(copy, images)):
         raise DeatError(f"{source} changes its input in place (as x.sub_(...) and Normalize(inplace=True) do): write "
                         "its forward without in-place operations on the images")  # fmt: skip
     if not isinstance(logits, Tensor):

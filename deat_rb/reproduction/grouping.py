@@ -44,6 +44,13 @@ def grouped_table(paths: Sequence[Path], by: str) -> ResultTable:
         raise DeatError(
             "the evaluations differ in images, norm, eps or precision; evaluate all runs with the same settings"
         )
+    for label, positions in group(keys, name=name).items():
+        seeds: dict[int, Path] = {}
+        for position in positions:
+            twin = seeds.setdefault(configs[position].optim.seed, paths[position])
+            if twin is not paths[position]:
+                raise DeatError(f"{twin} and {paths[position]} have the same options and the same seed ({label}, seed "
+                                f"{configs[position].optim.seed}): give one of them")  # fmt: skip
     results = [
         of_run(paths[position], reports[position], label)
         for label, positions in group(keys, name=name).items()

@@ -118,7 +118,7 @@ class _EvaluationTable(BaseModel):
 
     attacks: str | list[str] = list(DEFAULT_ATTACKS)
     n_examples: int | None = Field(default=None, ge=1)
-    autoattack: bool | int | None = Field(default=None, ge=0)
+    autoattack: bool | int | None = Field(default=None, ge=1)
 
     def evaluation(self) -> Evaluation:
         names = [name for name in parse_attacks(self.attacks) if name != "natural"]
@@ -181,7 +181,7 @@ FORMS = {
     "evaluation": "a table [evaluation] with attacks, n_examples or autoattack",
     "attacks": "text such as 'fgsm,pgd-20', or a list of names",
     "n_examples": "a positive whole number",
-    "autoattack": "true, false, or a non-negative whole number",
+    "autoattack": "true, false, or a positive whole number",
 }
 """Form of each value of a study's file."""
 
@@ -248,10 +248,21 @@ def expand(
         for each, label in zip(validated, labels, strict=True)
         for seed in seeds
     ]
-    names = [run.name for run in runs]
+    by_name: dict[str, RunSpec] = {}
     for run in runs:
-        if names.count(run.name) > 1:
-            raise DeatError(f"two runs have the same options ({run.label}, seed {run.seed}); remove one of them")
+        other = by_name.setdefault(run.name, run)
+        if other is run:
+            continue
+        data, twin = run.options.data, other.options.data
+        for path, namesake in ((data.data_dir, twin.data_dir), (data.extra_data, twin.extra_data)):
+            if path != namesake:
+                raise DeatError(f"runs are named by the last part of a path, which {namesake} and {path} share; "
+                                "rename one of them")  # fmt: skip
+        raise DeatError(f"two runs have the same options ({run.label}, seed {run.seed}); remove one of them")
+    for own in own_labels:
+        if own and labels.count(own) > 1:
+            raise DeatError(f"two rows have the label '{own}', but runs of one label are averaged, as those of several "
+                            "seeds; give each row a label of its own")  # fmt: skip
     return tuple(runs)
 
 

@@ -11,6 +11,7 @@ import torchattacks
 from small_problems import batch_for, small_network
 from torch import Tensor, nn
 from torchattacks.attack import Attack
+from training_problems import images_and_labels, made
 
 from deat_rb.attacks.base import AttackMode, StatelessAttack
 from deat_rb.attacks.pgd import PGD
@@ -186,6 +187,20 @@ def test_call_explains_a_model_that_cannot_be_attacked(case: str, method: str) -
 def test_call_explains_invalid_labels(labels: Tensor, message: str) -> None:
     with pytest.raises(DeatError, match=message):
         PGD(Changed())(IMAGES, labels)
+
+
+@pytest.mark.parametrize("method", ["pgd-2", "m-deat", "trades", "u-fgsm", "fgsm-pgi"])
+def test_call_refuses_images_from_0_to_255(method: str) -> None:
+    attack = create(method, made())
+    images, labels = images_and_labels(4)
+    with pytest.raises(DeatError, match=r"images must be in \[0, 1\], not in \[.*\]: divide by 255"):
+        attack(images * 255, labels)
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.1, 0.2]
+    attack.set_normalization_used(mean, std)
+    normalized = (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    assert attack(normalized, labels).shape == images.shape
+    with pytest.raises(DeatError, match=r"images must be in \[0, 1\]"):
+        attack(normalized * 255, labels)
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,16 @@ def test_train_refuses(flags: list[str], sentence: str) -> None:
     assert sentence in refusal(*flags)
 
 
+@pytest.mark.parametrize(
+    "flags", [["--optimizer", "adamw"], ["--norm", "L2"], ["--dataset", "digits"], ["--setting", "standard"]]
+)
+def test_config_refuses_options_on_which_the_defaults_of_others_depend(flags: list[str], tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(run_config(dataset="cifar10", setting="fast").model_dump_json())
+    said = refusal("--config", config, "--trust-code", *flags)
+    assert f"{' '.join(flags)} conflicts with --config, as {config} holds the options of" in said
+
+
 def test_resume_refuses_flags_of_a_new_run(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     config = tmp_path / "run" / "config.json"

@@ -63,6 +63,16 @@ def test_split_is_stratified_complete_and_leaves_the_originals(photos: Path) -> 
     assert torch.bincount(data.train.labels).tolist() == [16, 8, 1]
 
 
+def test_split_links_through_a_parent_of_a_link(photos: Path, tmp_path: Path) -> None:
+    (photos.parent / "deep").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    shortcut = tmp_path / "elsewhere" / "shortcut"
+    shortcut.symlink_to(photos.parent / "deep")
+    done = split_folder(shortcut / ".." / photos.name, output=tmp_path / "out")
+    assert names(done.output / "train") | names(done.output / "test") == names(photos)
+    assert all(path.exists() for path in done.output.rglob("*.png"))
+
+
 def test_split_depends_on_the_seed_only(photos: Path, tmp_path: Path) -> None:
     parts = [names(split_folder(photos, tmp_path / name, seed=seed, copy=True).output / "test")
              for name, seed in (("a", 0), ("b", 0), ("c", 1))]  # fmt: skip

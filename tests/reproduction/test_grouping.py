@@ -38,4 +38,6 @@ def test_compare_group_by_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert run("--group-by", "method", "--csv").startswith("row,seeds,natural,")
     assert "PGD-2" in run("--group-by", "method")
     assert "is not an option of runs" in run("--group-by", "methods", status=2)
+    said = run(paths[0], "--group-by", "method", status=2)
+    assert "have the same options and the same seed (pgd-1, seed 0): give one of them" in said
     assert "--latex is a format of --group-by" in run("--latex", status=2)

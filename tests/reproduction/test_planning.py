@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -71,8 +70,8 @@ def test_runs_on_other_images_in_a_folder_of_the_same_name_are_refused(tmp_path:
     with pytest.raises(DeatError, match=r"was trained with --data-dir .*flowers/images, whose images are not those of "
                                         r".*birds/images; choose another --output$"):  # fmt: skip
         check_same_data(folder, folder_study(birds).runs)
-    moved = shutil.move(flowers.parent, tmp_path / "moved")
-    check_same_data(folder, folder_study(moved / "images").runs)
+    flowers.parent.rename(tmp_path / "moved")
+    check_same_data(folder, folder_study(tmp_path / "moved" / "images").runs)
 
 
 def test_runs_with_other_extra_images_of_the_same_name_are_refused(tmp_path: Path) -> None:

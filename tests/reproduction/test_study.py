@@ -73,7 +73,19 @@ def test_read_study_expands_grid_list_and_seeds(tmp_path: Path) -> None:
         ),
         (
             "[grid]\nmethod = ['pgd-7']\n[evaluation]\nautoattack = 'all'",
-            "autoattack = 'all' cannot be used: it should be true, false, or a non-negative whole number$",
+            "autoattack = 'all' cannot be used: it should be true, false, or a positive whole number$",
+        ),
+        (
+            "[grid]\nmethod = ['pgd-7']\n[evaluation]\nn_examples = 20\nautoattack = 0",
+            "autoattack = 0 cannot be used: it should be true, false, or a positive whole number$",
+        ),
+        (
+            "[grid]\nmethod = ['standard']\n[[runs]]\nmethod = 'pgd-7'\nlabel = 'standard'",
+            "two rows have the label 'standard', but runs of one label are averaged",
+        ),
+        (
+            "[options]\ndataset = 'folder'\n[grid]\nmethod = ['pgd-7']\ndata_dir = ['a/images', 'b/images']",
+            "runs are named by the last part of a path, which a/images and b/images share; rename one of them$",
         ),
         (
             "[grid]\nmethod = ['pgd-7']\n[evaluation]\nn_examples = 0",
