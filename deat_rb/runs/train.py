@@ -62,7 +62,7 @@ def train(
     if name is not None:
         check_name(name)
     if not isinstance(options, TrainingPlan):
-        options = plan(options if isinstance(options, TrainOptions) else make_options(options, ""))
+        options = plan(options if isinstance(options, TrainOptions) else make_options(options))
     config = options.config
     ranks = _world(config)
     run = RunDirectory(Path(output) / (name or default_name(config)), config)
