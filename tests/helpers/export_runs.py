@@ -31,8 +31,8 @@ class Run:
         self.path = path
         self.config = SimpleNamespace(
             attack=SimpleNamespace(method="m+trades", eps=8 / 255, norm="Linf"),
-            data=SimpleNamespace(dataset=dataset, data_dir="/data/my-images", extra_data=None),
-            model=SimpleNamespace(pretrained=False),
+            data=SimpleNamespace(dataset=dataset, data_dir="/data/my-images"),
+            additional_data=False,
             data_fingerprint=DATA,
         )
         self.model_spec = model_spec(

@@ -219,6 +219,18 @@ def test_export_takes_external_and_unreliable(run: Run, tmp_path: Path) -> None:
     assert (info["external"], info["unreliable"]) == ("40.12", True)
 
 
+@pytest.mark.parametrize(
+    ("declared", "value", "noted"), [(None, False, True), (True, True, False), (False, False, False)]
+)
+def test_export_says_that_additional_data_are_unknown(
+    run: Run, tmp_path: Path, declared: bool | None, value: bool, noted: bool
+) -> None:
+    run.config.additional_data = None
+    info = info_of(export(run.path, model_name="Wang2021Gradient", output=tmp_path, additional_data=declared))
+    assert info["additional_data"] is value
+    assert ("It is unknown whether additional training data were used" in info["footnote"]) == noted
+
+
 @pytest.mark.parametrize(("status", "expected"), [("pass", None), ("warn", None), ("fail", True)])
 def test_export_is_unreliable_where_a_check_failed(
     run: Run, tmp_path: Path, status: Literal["pass", "warn", "fail"], expected: bool | None
