@@ -119,8 +119,6 @@ def evaluate(
         Interrupted: Ctrl-C was pressed; the message says what is stored.
     """
     names = parse_attacks(attacks)
-    if not attacks:
-        raise DeatError("attacks is an empty list: give attacks such as ['fgsm', 'pgd-100'], or 'natural'")
     norm = check_norm(norm)
     check_options(precision=precision, checks=checks)
     radii, main = _radii(eps, main_eps, norm)

@@ -145,8 +145,8 @@ def test_eval_reports_no_mean_of_other_settings(tmp_path: Path) -> None:
     assert unlike.exit_code == 0, unlike.output
     assert {path.name for path in runs[0].glob("*e*l*")} & {"report.html", "eval-eps.png", "eval.json"} == {"eval.json"}
     assert "±" not in unlike.stdout
-    same = run("eval", runs[0], runs[0], *QUICK)
-    assert "±" in same.stdout
+    twice = run("eval", runs[0], runs[0], *QUICK)
+    assert (twice.exit_code, f"{runs[0]} is given twice: give each network once" in twice.stderr) == (2, True)
 
 
 @pytest.mark.slow

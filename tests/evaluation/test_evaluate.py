@@ -229,7 +229,6 @@ def bad_input() -> Iterator[tuple[str, dict[str, object], str]]:
     yield "eps text", {"eps": "8 px"}, "'8 px' is not a number"
     yield "eps zero division", {"eps": "8/0"}, "'8/0' divides by zero"
     yield "no eps", {"eps": ()}, "eps is an empty list"
-    yield "no attacks", {"attacks": []}, "attacks is an empty list: give attacks such as"
     yield "array of eps", {"eps": torch.tensor([0.1, 2.0])}, "eps = 2 is outside"
     yield "one of several eps", {"eps": (0.1, 2)}, "eps = 2 is outside"
     yield "eps in L2", {"eps": float("inf"), "norm": "L2"}, "eps = inf is not a finite, non-negative radius"
