@@ -36,8 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        # No CPU runs CUDA graphs, streams or pinned memory; stand-ins test the same code there as far as a CPU can.
-        pytest.skip("needs a CUDA device")
+        pytest.skip("CUDA graphs, streams and pinned memory exist on GPUs only; on CPUs, stand-ins test their code")
 
 
 @pytest.fixture
