@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -138,7 +139,8 @@ def evaluate(
         raise DeatError(
             f"--json {json_path} can store only one report, not {len(targets)}: omit it; each run stores its own"
         )
-    if twice := [name for name in targets if targets.count(name) > 1]:
+    places = [os.path.realpath(name) for name in targets]
+    if twice := [name for name, place in zip(targets, places, strict=True) if places.count(place) > 1]:
         raise DeatError(f"{twice[0]} is given twice: give each network once")
     for name in targets:
         import_from_current_folder(name)

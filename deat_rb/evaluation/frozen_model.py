@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deat_rb.data.check import _check_labels, check_batch
 from deat_rb.data.images import LabeledImages
-from deat_rb.models.check import ADVICE, check_weights_exist, trial_logits
+from deat_rb.models.check import ADVICE, check_not_meta, check_weights_exist, trial_logits
 from deat_rb.utils.devices import default_batch_size, full_float32, resolve_device
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.module_state import preserve_state, require_autograd
@@ -130,6 +130,7 @@ def prepared_for_eval(
         DeatError: The model, the images, the labels or the batch size are invalid.
     """
     check_weights_exist(model, "evaluation")
+    check_not_meta(model)
     require_autograd("evaluation")
     invalid = isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1
     if batch_size is not None and invalid:

@@ -44,7 +44,7 @@ def trial_logits(
     except Exception as error:  # any exception: the forward pass is user code
         raise DeatError(f"{source} does not accept {images.dtype} images of {shape} on {images.device} "
                         f"({type(error).__name__}: {first_line(error)}): {advice}") from error  # fmt: skip
-    if copy._version != version or not (copy.is_meta or torch.equal(copy, images)):
+    if copy._version != version or not torch.equal(copy, images):
         raise DeatError(f"{source} changes its input in place (as x.sub_(...) and Normalize(inplace=True) do): write "
                         "its forward without in-place operations on the images")  # fmt: skip
     if not isinstance(logits, Tensor):
@@ -79,6 +79,17 @@ def check_weights_exist(model: nn.Module, purpose: str) -> None:
         raise DeatError(
             f"the model was created inside torch.inference_mode(), which rules out {purpose}: create it outside"
         )
+
+
+def check_not_meta(model: nn.Module) -> None:
+    """Check that a model's weights have values, not only shapes.
+
+    Raises:
+        DeatError: A tensor of the model is on the meta device.
+    """
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise DeatError("the model has no weights, only their shapes (device meta): load weights, or move it with "
+                        "model.to_empty(device=...) and initialize it")  # fmt: skip
 
 
 def check_trainable(model: nn.Module, *, source: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deat_rb.data.check import ROUNDING, are_soft, check_batch, check_label_values, check_types
-from deat_rb.models.check import check_trainable, check_weights_exist, trial_logits
+from deat_rb.models.check import check_not_meta, check_trainable, check_weights_exist, trial_logits
 from deat_rb.training.base import Batch, TrainerBase
 from deat_rb.training.engine import Engine, explain_nondeterminism
 from deat_rb.utils import seeding
@@ -51,6 +51,7 @@ def check_fit(model: nn.Module) -> None:
         context = "torch.inference_mode()" if torch.is_inference_mode_enabled() else "torch.no_grad()"
         raise DeatError(f"training needs gradients, which {context} disables: call fit outside of it")
     check_parameters(model)
+    check_not_meta(model)
     check_trainable(model, source="the model")
 
 

@@ -96,12 +96,17 @@ def test_evaluate_refuses_in_place_models_and_leaves_the_images(attacks: str) ->
     assert torch.equal(images, before)
 
 
-def test_evaluate_refuses_lazy_models_and_those_created_in_inference_mode() -> None:
+def test_evaluate_refuses_models_without_weights_and_those_created_in_inference_mode() -> None:
     images, labels = torch.rand(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64)
     with torch.inference_mode():
         inference = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(2))
-    for model, message in [(lazy, "lazy layers without weights"), (inference, "created inside torch.inference_mode")]:
+    meta = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).to("meta")
+    for model, message in [
+        (lazy, "lazy layers without weights"),
+        (meta, "has no weights, only their shapes"),
+        (inference, "created inside torch.inference_mode"),
+    ]:
         with pytest.raises(DeatError, match=message):
             evaluate(model, images, labels, attacks="natural", eps=0.1)
 

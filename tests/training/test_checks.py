@@ -99,6 +99,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "detached input": (lambda: Detached("input"), "the model's logits have no gradient"),
     "lazy": (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(4)), "has lazy layers without weights"),
     "lazy BatchNorm": (lambda: nn.Sequential(nn.LazyBatchNorm2d(), made()), "has lazy layers without weights"),
+    "meta": (lambda: made().to("meta"), "has no weights, only their shapes"),
     "frozen": (lambda: made().requires_grad_(False), "all parameters of the model are frozen"),
     "no parameters": (Pooling, "the model has no parameters"),
     "extra state": (lambda: ExtraState(*network()), "a dict under '_extra_state' in its state dict"),
