@@ -66,6 +66,8 @@ class StatelessAttack(Attack):
     def __call__(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """Generate adversarial examples and restore the model's state.
 
+        Reading the range of the images waits for the device; training, which calls ``forward``, does not.
+
         Args:
             inputs: Images in [0, 1], (N, C, H, W), or normalized ones after `set_normalization_used`.
             labels: (N,).

@@ -47,7 +47,7 @@ def check_same_data(folder: StudyFolder, runs: Iterable[RunSpec]) -> None:
     """Check that the runs in a folder were trained on the data that the study names.
 
     The name of a run identifies its data only by their last path component. Data are read only if their path is not
-    the recorded one.
+    the recorded one, and exists: tables can be written where the data are not.
 
     Raises:
         DeatError: A run was trained on other data, or the data cannot be loaded.
@@ -61,7 +61,7 @@ def check_same_data(folder: StudyFolder, runs: Iterable[RunSpec]) -> None:
         recorded = _paths(config.data)
         fingerprints = {"data_dir": config.data_fingerprint, "extra_data": config.extra_fingerprint}
         for name in given.keys() & recorded.keys():
-            if given[name] == recorded[name]:
+            if given[name] == recorded[name] or not Path(given[name]).exists():
                 continue
             key = (name, given[name], config.network.channels, config.network.image_size)
             if key not in known:

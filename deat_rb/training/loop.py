@@ -50,7 +50,7 @@ class Loop:
         self.callbacks = callbacks
         self.validate_every = validate_every
         self.checker = BatchChecker(state.trainer, state.engine)
-        self.run_step = StepRunner(state.trainer, state.engine, state.optimizer, warn=lambda text: state.warn(text))
+        self.run_step = StepRunner(state.trainer, state.engine, state.optimizer, warn=self._warn)
         self.requests = StopRequests(enabled=state.run is not None)
         state.warn = self._warn
         self._loader: Any = None

@@ -72,6 +72,7 @@ def test_runs_on_other_images_in_a_folder_of_the_same_name_are_refused(tmp_path:
         check_same_data(folder, folder_study(birds).runs)
     flowers.parent.rename(tmp_path / "moved")
     check_same_data(folder, folder_study(tmp_path / "moved" / "images").runs)
+    check_same_data(folder, folder_study(tmp_path / "nowhere" / "images").runs)
 
 
 def test_runs_with_other_extra_images_of_the_same_name_are_refused(tmp_path: Path) -> None:

@@ -206,18 +206,15 @@ def test_a_step_that_cannot_be_recorded_is_refused_in_a_sentence() -> None:
 
 
 def test_a_step_that_waits_for_the_device_in_its_warm_up_is_not_recorded() -> None:
-    model = made()
-    runner = runner_of(model, deat_rb.create("pgd-2", model))
-
     class Waiting(TapeGraphs):
         def warm_up(self, function: Callable[[], T]) -> tuple[T, bool]:
             return function(), False
 
     told: list[str] = []
-    runner.warn = told.append
     for any_code in (False, True):
-        runner.engine.graphs = Waiting(any_code)
-        runner._can_record, runner._key = True, None
+        model = made()
+        runner = runner_of(model, deat_rb.create("pgd-2", model))
+        runner.engine.graphs, runner.warn = Waiting(any_code), told.append
         for _ in range(4):
             runner(*images_and_labels(6), 6)
         assert runner.recordings == 0
