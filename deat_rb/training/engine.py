@@ -120,14 +120,11 @@ class Engine:
             if self.compiled:
                 contexts.enter_context(_unlimited_graphs())
                 # Compile only forward, so that adding or removing hooks, such as the probe's, does not recompile.
-                compiled = torch.compile(model.forward, dynamic=False, **self._compile_options())
+                # Without torch.compile's own CUDA graphs: a forward pass would overwrite the outputs of the previous
+                # one, which TRADES and MART still need.
+                compiled = torch.compile(model.forward, dynamic=False)
                 contexts.enter_context(_replace_forward(model, compiled))
             yield
-
-    def _compile_options(self) -> dict[str, Any]:
-        # On a GPU with autotuned kernels, but without torch.compile's CUDA graphs: a forward pass would overwrite the
-        # outputs of the previous one, which TRADES and MART still need.
-        return {"mode": "max-autotune-no-cudagraphs"} if self.device.type == "cuda" else {}
 
     @contextmanager
     def training_batch(self, model: nn.Module, examples: int) -> Iterator[None]:

@@ -88,11 +88,13 @@ class StepRunner:
                 self._can_record = False
                 return self._step(images, labels, total)
         if self._warmed_up < self.warm_ups:
-            stats, self._can_record = graphs.warm_up(partial(self._step, images, labels, total))
+            stats, recordable = graphs.warm_up(partial(self._step, images, labels, total))
+            self._warmed_up += 1
+            # Compiling, in the first step, may wait for the device.
+            self._can_record = recordable or (self.engine.compiled and self._warmed_up < self.warm_ups)
             if graphs.any_code and not self._can_record:
                 self.warn("--cuda-graphs on has no effect: the training step waits for the device, so that it cannot "
                           "be recorded")  # fmt: skip
-            self._warmed_up += 1
             # A step may have set something up that the key refers to, such as FREE's perturbation.
             self._key = (*key[:5], *self._settings())
             return stats

@@ -223,6 +223,23 @@ def test_a_step_that_waits_for_the_device_in_its_warm_up_is_not_recorded() -> No
     ]
 
 
+def test_a_compiled_step_is_recorded_although_compiling_waits_for_the_device() -> None:
+    class WaitsOnce(TapeGraphs):
+        waits = 0
+
+        def warm_up(self, function: Callable[[], T]) -> tuple[T, bool]:
+            self.waits += 1
+            return function(), self.waits > 1
+
+    for compiled, recordings in ((True, 1), (False, 0)):
+        model = made()
+        runner = runner_of(model, deat_rb.create("pgd-2", model))
+        runner.engine.graphs, runner.engine.compiled = WaitsOnce(), compiled
+        for _ in range(4):
+            runner(*images_and_labels(6), 6)
+        assert runner.recordings == recordings
+
+
 def own_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits, labels, reduction="none")
 
