@@ -12,7 +12,7 @@ from torch import Tensor
 from deat_rb.data.augment import augment, check_augmentation, draw, mix
 from deat_rb.data.augmentations import MIXING
 from deat_rb.data.extra_data import MixedReader, check_share, mixed_order
-from deat_rb.data.images import LabeledImages, Reader
+from deat_rb.data.images import LabeledImages, Reader, as_floats
 from deat_rb.utils.distributed import share
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.seeding import generator
@@ -214,7 +214,7 @@ class Batches:
         for number, part, (images, labels) in zip(numbers, parts, self._read(order, windows), strict=True):
             images = augment(self.augmentation, images, seed=self.seed, epoch=epoch, batch=number,
                              size=self.examples_in(number), own=own[number], drawn=part)  # fmt: skip
-            images = images.to(torch.float32).div_(255)
+            images = as_floats(images)
             if self.augmentation in MIXING and self.num_classes is not None:
                 images, labels = mix(self.augmentation, images, labels, num_classes=self.num_classes, seed=self.seed,
                                      epoch=epoch, batch=number)  # fmt: skip

@@ -92,7 +92,13 @@ class LabeledImages(ABC):
             float32 images (N, C, H, W) in [0, 1] and labels (N,), both on the device.
         """
         in_memory = self.in_memory()
-        return in_memory.images.to(device).to(torch.float32).div_(255), in_memory.labels.to(device)
+        return as_floats(in_memory.images.to(device)), in_memory.labels.to(device)
+
+
+def as_floats(images: Tensor) -> Tensor:
+    """Return uint8 images as new float32 images in [0, 1], with the same values on every device."""
+    # CUDA divides by a number by multiplying with its reciprocal, which rounds differently.
+    return images.to(torch.float32).div_(torch.full((), 255.0, device=images.device))
 
 
 Images = TypeVar("Images", bound=LabeledImages)

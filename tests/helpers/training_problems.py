@@ -31,7 +31,7 @@ def network(num_classes: int = 4) -> nn.Sequential:
 
 def made(seed: int = 0) -> nn.Sequential:
     """A network in train mode whose running statistics are not the initial ones; the same weights every time."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = network()
         model(torch.rand(16, 3, 8, 8))
@@ -163,7 +163,7 @@ def run_config(**changes: Any) -> RunConfig:
 
 def normalized() -> NormalizedModel:
     """The model of `run_config`, the same weights every time."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(2)
         return run_config().network.build()
 
