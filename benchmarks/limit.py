@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from deat_rb.methods.trainers import ReplayTrainer
 from deat_rb.training.trainer import Trainer
+from deat_rb.utils.devices import full_float32
 
 Kind = Literal["forward", "input", "update", "replay"]
 GROUP: dict[Kind, str] = {"forward": "craft", "input": "craft", "update": "update", "replay": "replay"}
@@ -29,12 +30,14 @@ class Pass:
         rows: Number of images.
         training: Whether the model is in train mode.
         cast: Whether the pass runs under autocast.
+        full: Whether the pass runs in float32 without TF32, which only a GPU has.
     """
 
     kind: Kind
     rows: int
     training: bool
     cast: bool = False
+    full: bool = False
 
 
 @contextmanager
@@ -51,7 +54,8 @@ def observed(trainer: Trainer) -> Iterator[list[Pass]]:
         elif images.requires_grad:
             kind = with_gradient
         cast = torch.is_autocast_enabled(images.device.type)
-        passes.append(Pass(kind, len(images), module.training, cast))
+        full = images.device.type == "cuda" and not torch.backends.cudnn.allow_tf32
+        passes.append(Pass(kind, len(images), module.training, cast, full))
 
     handle = trainer.model.register_forward_pre_hook(note)
     try:
@@ -99,13 +103,14 @@ class Limit:
 
     def _craft(self, a_pass: Pass, images: Tensor) -> None:
         images = images[: a_pass.rows].detach()
-        if a_pass.kind == "forward":
-            with torch.no_grad():
-                self._forward(a_pass, images)
-            return
-        images.requires_grad_()
-        logits = self._forward(a_pass, images)
-        torch.autograd.grad(logits, images, torch.ones_like(logits))
+        with full_float32(images.device) if a_pass.full else nullcontext():
+            if a_pass.kind == "forward":
+                with torch.no_grad():
+                    self._forward(a_pass, images)
+                return
+            images.requires_grad_()
+            logits = self._forward(a_pass, images)
+            torch.autograd.grad(logits, images, torch.ones_like(logits))
 
     def _update(self, passes: list[Pass], images: Tensor) -> None:
         if passes[0].kind == "replay":

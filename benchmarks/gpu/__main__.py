@@ -9,16 +9,17 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.gpu import steps, table1
+from benchmarks.gpu import attacks, steps, table1
 from benchmarks.gpu.session import Session
 
 STAGES: dict[str, Callable[[Session], None]] = {
     "env": steps.env, "tests": steps.tests, "smoke": steps.smoke, "speed": steps.speed, "profile": steps.profile,
     "bench": steps.bench, "compiled": steps.compiled, "throughput": steps.throughput, "decode": table1.decode,
     "table1": table1.table1, "full": table1.full, "parity": table1.parity,
+    "torchattacks": attacks.torchattacks, "autoattack": attacks.autoattack, "graphs": attacks.graphs,
 }  # fmt: skip
 IN_TABLE = ("speed", "profile", "table1", "table1-eval", "full-eval", "tests", "throughput", "compiled",
-            "compiled-small", "parity")  # fmt: skip
+            "parity", "torchattacks", "autoattack", "graphs")  # fmt: skip
 NOT_IN_TABLE = {"stage", "at", "method", "l_x", "train_acc", "loss", "attack_seconds"}
 
 
@@ -43,12 +44,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--test-size", type=int, default=2000)
     parser.add_argument("--full-size", type=int, default=10_000)
     parser.add_argument("--parity-size", type=int, default=200)
+    parser.add_argument("--autoattack-size", type=int, default=10_000)
+    parser.add_argument("--graphs-size", type=int, default=500)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--eval-batch", type=int, default=500)
     parser.add_argument("--eval-batches", type=int, nargs="+", default=[128, 500, 1000])
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--precision", default="auto")
+    parser.add_argument("--compile", action="store_true", help="train with torch.compile in table1")
+    parser.add_argument("--ema", type=float, help="train with averaged weights in table1")
     parser.add_argument("--attacks", default="fgsm,pgd-100,cw-20")
     parser.add_argument("--methods", default="m-deat,u-fgsm,deat-3,free-4,pgd-7,deat-40%,free-8")
     options = parser.parse_args()

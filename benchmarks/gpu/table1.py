@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import torch
+from torch import Tensor
 
 from benchmarks.gpu.session import Session
 from deat_rb import create, evaluate, load_data, load_model
@@ -81,7 +82,7 @@ def table1(session: Session) -> None:
             history = trainer.fit(
                 batches, stop_batch if trainer.stopping else None, epochs=epochs, lr=settings["lr"],
                 lr_schedule=settings["lr_schedule"], device=session.device, precision=options.precision,
-                select="last", seed=0,
+                select="last", seed=0, compile=options.compile, ema=options.ema,
             )  # fmt: skip
             seconds = sum(row.seconds for row in history.rows)
             per_pass = seconds / history.backwards
@@ -106,9 +107,14 @@ def table1(session: Session) -> None:
             _evaluate(session, method, options.test_size, "table1-eval")
 
 
-def _evaluate(session: Session, method: str, count: int, stage: str) -> None:
+def test_images(session: Session, count: int) -> tuple[Tensor, Tensor]:
+    """Return the first test images (N, C, H, W) in [0, 1] and their labels (N,)."""
     test = _data(session).test
-    images, labels = test.first(min(count, len(test))).tensors()
+    return test.first(min(count, len(test))).tensors()
+
+
+def _evaluate(session: Session, method: str, count: int, stage: str) -> None:
+    images, labels = test_images(session, count)
     model = session.trained[method].to(session.device)
     began = time.monotonic()
     report = evaluate(model, images, labels, attacks=session.options.attacks.split(","), eps=8 / 255,
@@ -134,7 +140,7 @@ def full(session: Session) -> None:
 
 def parity(session: Session) -> None:
     """Compare verdicts on the device with those on the CPU, example by example, in float32 and TF32."""
-    images, labels = _data(session).test.first(session.options.parity_size).tensors()
+    images, labels = test_images(session, session.options.parity_size)
     model = load_model(ENTRY)
     reference = None
     for device, tf32 in (("cpu", False), (session.options.device, False), (session.options.device, True)):
