@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks.limit import Limit, Pass, observed
 from benchmarks.published import PublishedLoop
 from benchmarks.timing import Side
-from deat_rb import build_model, create
+from deat_rb import __version__, build_model, create
 from deat_rb.methods.trainers import ReplayTrainer
 from deat_rb.training.cuda_graphs import choose_graphs
 from deat_rb.training.engine import Engine
@@ -213,8 +213,8 @@ class Environment:
     @classmethod
     def of(cls, device: torch.device) -> Environment:
         """Describe this machine."""
-        names = ("deat-rb", "torch", "torchattacks", "robustbench", "pyautoattack")
-        versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+        versions = {"python": platform.python_version(), "deat-rb": __version__}  # a checkout may not be installed
+        versions |= {name: metadata.version(name) for name in ("torch", "torchattacks", "robustbench", "pyautoattack")}
         if device.type == "cuda":
             major, minor = torch.cuda.get_device_capability(device)
             return cls(torch.cuda.get_device_name(device), f"{major}.{minor}", torch.get_num_threads(), versions)
