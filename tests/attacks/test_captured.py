@@ -215,11 +215,12 @@ def test_graphs_are_freed_on_exit() -> None:
     captures = Captures(new, 16)
     gc.disable()
     try:
-        for _ in range(2):
+        for _ in range(3):
             with captures.during(model, []):
                 for _ in range(FIRST_CALLS + 2):
                     passed(model, images_of(16), 0)
-        assert [recorder() for recorder in recorders] == [None, None]
+        # The first recording of a process imports modules of torch that keep its frames.
+        assert [recorder() for recorder in recorders[1:]] == [None, None]
     finally:
         gc.enable()
 
