@@ -18,8 +18,8 @@ STAGES: dict[str, Callable[[Session], None]] = {
     "table1": table1.table1, "full": table1.full, "parity": table1.parity,
     "torchattacks": attacks.torchattacks, "autoattack": attacks.autoattack, "graphs": attacks.graphs,
 }  # fmt: skip
-IN_TABLE = ("speed", "profile", "table1", "table1-eval", "full-eval", "tests", "throughput", "compiled",
-            "parity", "torchattacks", "autoattack", "graphs")  # fmt: skip
+IN_TABLE = ("speed", "profile", "bench", "overhead", "compiled", "table1", "table1-eval", "full-eval", "tests",
+            "throughput", "parity", "torchattacks", "autoattack", "graphs")  # fmt: skip
 NOT_IN_TABLE = {"stage", "at", "method", "l_x", "train_acc", "loss", "attack_seconds"}
 
 

@@ -11,15 +11,23 @@ import sys
 import time
 from collections.abc import Sequence
 from itertools import product
+from statistics import median
 
 import torch
 
 from benchmarks.gpu.session import Session
 from benchmarks.limit import Pass
+from benchmarks.overhead import measure as measure_overhead
 from benchmarks.problem import Problem, Step, limit_side
+from benchmarks.speed import check_methods
+from benchmarks.speed import measure as measure_speed
+from deat_rb.utils.devices import resolve_precision
 
 GPU_TESTS = ("tests/training", "tests/attacks", "tests/evaluation")
 """Folders of the tests marked ``gpu``; collecting all others takes longer than these."""
+
+FIRST = ("pgd-7", "trades")
+"""Methods of the stage ``bench`` whose speedup has a target."""
 
 METHODS = ("standard", "u-fgsm", "m-deat", "free-4", "pgd-7", "trades", "mart", "fat-5", "f+trades", "f+mart")
 
@@ -221,21 +229,27 @@ def profile(session: Session) -> None:
 
 
 def bench(session: Session) -> None:
-    """Run ``python -m benchmarks``."""
-    options = session.options
-    parts = (
-        ("speed", ["--repeats", "5"], 150),
-        ("overhead", ["--no-speed", "--overhead", "--repeats", "3", "--precision", "bf16"], 40),
-    )
-    for name, flags, seconds in parts:
+    """Time each method's step beside its published loop and its bare passes; then the work beside the steps."""
+    problem = Problem(session.options.arch, session.options.batch_size, session.device)
+    precision = resolve_precision("auto", session.device)
+    methods = sorted(check_methods(()), key=lambda name: name not in FIRST)
+    for rows, _ in measure_speed(problem, methods, (precision,), 5):
+        for row in rows:
+            session.record(
+                "bench",
+                method=row.method,
+                precision=precision,
+                published_ms=round(1e3 * median(row.published), 2),
+                ms=round(1e3 * median(row.ours), 2),
+                bare_ms=round(1e3 * median(row.limit), 2),
+                speedup=round(row.speedup, 2),
+                of_bare=round(row.of_limit, 3),
+            )
         if session.seconds_left() < 30:
             return
-        command = [sys.executable, "-m", "benchmarks", "--device", options.device, "--arch", options.arch, *flags,
-                   "--batch-size", str(options.batch_size), "--json", f"{session.out}/bench-{name}.json"]  # fmt: skip
-        with session.recording_failure("bench", part=name), (session.out / f"bench-{name}.txt").open("w") as log:
-            limit = min(seconds, session.seconds_left() - 10)
-            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=limit, check=False)
-            session.record("bench", part=name, status=done.returncode)
+    for found in measure_overhead(problem, FIRST, (precision,), 3):
+        for each in found:
+            session.record("overhead", method=each.method, precision=precision, share=round(each.share, 4))
 
 
 def throughput(session: Session) -> None:
