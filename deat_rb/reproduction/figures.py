@@ -172,7 +172,9 @@ def _collapse(axes: Axes, runs: Mapping[str, Sequence[Drawn]]) -> None:
     _whole_epochs(axes)
     handles, names = axes.get_legend_handles_labels()
     others, more = right.get_legend_handles_labels()
-    axes.legend(handles + others, names + more, fontsize="x-small", loc="best")
+    axes.legend(
+        handles + others, names + more, fontsize="x-small", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2
+    )
 
 
 def _trade_off(axes: Axes, runs: Mapping[str, Sequence[Drawn]]) -> None:
