@@ -90,6 +90,8 @@ def _deploy(target: str, file_format: Any, output: Path, overwrite: bool, trust_
 
     import_from_current_folder(target)
     deployed = deploy(target, format=file_format, output=output, overwrite=overwrite, trust_code=trust_code)
+    for note in deployed.notes:
+        click.echo(f"note: {note}", err=True)
     by = "onnxruntime" if file_format == "onnx" else "torch.export.load"
     classes = printable(", ".join(deployed.classes), 200) if deployed.classes else "unknown"
     click.echo(f"classes    {classes}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -179,6 +180,8 @@ def _writer(path: Path | None, form: type[_Writer], files: list[str], top_k: int
         file: TextIO = sys.stdout
         if path is not None:
             file = stack.enter_context(path.open("w", newline="", encoding="utf-8", errors="backslashreplace"))
+        elif isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
         writer = form(file, files, top_k)
         stack.callback(writer.end)
         yield writer

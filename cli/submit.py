@@ -106,7 +106,7 @@ def submit(
         entry = Board(board).submit(
             target, SubmissionMetadata(**metadata, **more), n_examples=n_examples, sample=sample,
             evaluate_anew=evaluate_anew, replace=replace, keep_weights=keep_weights, batch_size=batch_size,
-            device=str(where), progress=progress,
+            device=str(where), progress=progress, notify=lambda note: click.echo(f"note: {printable(note)}", err=True),
         )  # fmt: skip
     console = Console()
     own = [each for each in rank(Board(board).entries(left_out=[])) if each.entry.key == entry.key]

@@ -50,12 +50,14 @@ class Deployed:
         difference: Largest absolute difference of a logit from the network's, on random images in [0, 1].
         largest_logit: Largest absolute logit of these images.
         classes: Class names in the order of the logits; empty if unknown.
+        notes: Sentences for the user, such as that a cached model of the Hub was used.
     """
 
     path: Path
     difference: float
     largest_logit: float
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 class _Logits(nn.Module):
@@ -118,7 +120,7 @@ def deploy(
         raise DeatError(f"the logits of the converted network differ by up to {difference:.2g} from those of {target}, "
                         f"so {path} was not written: use another --format")  # fmt: skip
     atomic_write(path, content)
-    return Deployed(path, difference, largest, network.classes)
+    return Deployed(path, difference, largest, network.classes, network.notes)
 
 
 def _require_packages() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,16 @@ OWN_FILES = {CONFIG, CARD, *OPTIONAL_FILES, *(f"{which}.{end}" for which in ("be
 """Names of all files that a push may write."""
 
 _FOLDERS = re.compile(r"(?<![\w/.:])(?:[A-Za-z]:)?[\\/](?:[^\\/\s'\",;:]+[\\/])+|~/(?:[^/\s'\",;:]+/)*")
+
+
+def _command_without_folders(command: str) -> str:
+    """Return a command line in which only the last part of each path is left."""
+    words = []
+    for word in shlex.split(command):
+        option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+        path = not (is_hub(value) or "://" in value or "(" in value or re.fullmatch(r"[\d.,/]+", value))
+        words.append(option + equals + (re.split(r"[\\/]", value.rstrip("\\/"))[-1] if path else value))
+    return shlex.join(words)
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,10 @@ def shared_files(
     contents[CONFIG] = _json(_without_folders(run.config))
     if report is not None:
         content = report.model_dump(mode="json")
-        content["provenance"] = {name: _FOLDERS.sub("", text) for name, text in report.provenance.items()}
+        content["provenance"] = {
+            name: _command_without_folders(text) if name == "command" else _FOLDERS.sub("", text)
+            for name, text in report.provenance.items()
+        }
         contents["eval.json"] = _json(content)
         verdicts = verdict_file(run.path / "eval.json")
         if verdicts.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,10 @@ from training_problems import ARCH, run_config
 
 from deat_rb import inference
 from deat_rb.cli import main
+from deat_rb.cli.predict import _Csv, _writer
 from deat_rb.data.image_files import find_images
 from deat_rb.data.image_folder import read_image
-from deat_rb.inference import iter_predictions, predict
+from deat_rb.inference import ClassScore, Prediction, iter_predictions, predict
 from deat_rb.models.spec import ModelSpec
 from deat_rb.runs.config import RunConfig
 from deat_rb.runs.directory import RunDirectory
@@ -134,6 +136,14 @@ def test_predict_command_writes_files_or_to_stdout(coloured_run: Path, files: li
         assert written.stdout == ""
         assert f"{file}: {len(files)} images" in written.stderr
         assert file.read_text().splitlines() == printed.stdout.splitlines()
+
+
+def test_predict_writes_a_name_that_is_not_text_to_a_strict_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(stream, "utf-8", errors="strict"))
+    with _writer(None, _Csv, ["caf\udce9.jpg"], 1) as write:
+        write(Prediction(image="caf\udce9.jpg", guesses=(ClassScore(index=0, name="0", confidence=1.0),)))
+    assert b"caf\\udce9.jpg,0,1.000000," in stream.getvalue()
 
 
 def test_predict_command_completes_the_json_after_ctrl_c(

@@ -174,14 +174,20 @@ def test_pushed_files_have_no_folders_of_this_machine(hub: Hub, run: Path, tmp_p
     config["attack"] |= {"norm": "L2"}
     (run / "config.json").write_text(json.dumps(config))
     report = json.loads((run / "eval.json").read_text())
-    report["provenance"] |= {"command": "deat-rb eval '/home/me/secret/my-run' --data-dir=~/secret/b --eps 8/255",
-                             "note": "see https://example.org/a/b"}  # fmt: skip
+    command = (
+        "deat-rb eval '/home/me/secret room/my run' --data-dir=~/secret/b --json ../secret/c.json "
+        "--eps 8/255,16/255 --attacks 'torchattacks.PGD(alpha=2/255)' --init-from hf:me/net"
+    )
+    report["provenance"] |= {"command": command, "note": "see https://example.org/a/b"}
     (run / "eval.json").write_text(json.dumps(report))
     push(run, "hf:me/net", folder=tmp_path / "out")
     for file in (tmp_path / "out").iterdir():
         assert b"secret" not in file.read_bytes(), file
     provenance = json.loads((tmp_path / "out" / "eval.json").read_text())["provenance"]
-    assert provenance["command"] == "deat-rb eval 'my-run' --data-dir=b --eps 8/255"
+    assert provenance["command"] == (
+        "deat-rb eval 'my run' --data-dir=b --json c.json --eps 8/255,16/255 "
+        "--attacks 'torchattacks.PGD(alpha=2/255)' --init-from hf:me/net"
+    )
     assert provenance["note"] == "see https://example.org/a/b"
     pushed = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (pushed["model"]["init_from"], pushed["model"]["weights"]) == ("first.pt", "timm.pth")

@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -63,6 +63,7 @@ class Board:
         batch_size: int | None = None,
         device: str | None = None,
         progress: Progress | None = None,
+        notify: Callable[[str], None] = lambda sentence: None,
     ) -> Entry:
         """Evaluate a model and add it to the board; a refused submission leaves the board unchanged.
 
@@ -78,6 +79,7 @@ class Board:
             batch_size: Number of images attacked at a time.
             device: Device of the evaluation.
             progress: See `deat_rb.evaluation.evaluate.evaluate`.
+            notify: Called with each sentence for the user, such as that a cached model of the Hub is used.
 
         Returns:
             The entry.
@@ -95,6 +97,8 @@ class Board:
             with tempfile.TemporaryDirectory(prefix="deat-rb-") as scratch:
                 if is_hub(target):
                     hub = open_hub(str(target))
+                    for sentence in hub.notes:
+                        notify(sentence)
                     given = hub.copy(Path(scratch) / "hub")
                 submission = open_submission(given, metadata, Path(scratch))
                 facts = self._facts(submission, metadata)
@@ -106,6 +110,7 @@ class Board:
                 else:
                     measured = verify_claim(submission, n_examples, sample, **options)
                 weights = as_safetensors(submission.model)
+                facts = _without_beaten_external(facts, measured)
                 entry = Entry.create(
                     {**measured, **facts, "eps": measured["eps"], "kind": "measured",
                      "weights_file": draft.weights_place if keep_weights else None,
@@ -253,3 +258,13 @@ class Board:
         files = {old: MAX_JSON} | ({weights: MAX_WEIGHTS} if weights.exists() else {})
         return {f"history/{entry.key}/{number:04}/{path.name}": read_limited(path, limit)
                 for path, limit in files.items()}  # fmt: skip
+
+
+def _without_beaten_external(facts: dict[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Return facts whose external accuracy, if AutoAttack found a lower one, is mentioned in the footnote only."""
+    external, found = facts.get("external"), measured["figures"].get("autoattack")
+    if external is None or found is None or float(external) <= float(found.percent):
+        return facts
+    said = f"The external accuracy of {external} % is left out, because AutoAttack found {found.percent} %."
+    footnote = " ".join(text for text in (facts.get("footnote"), said) if text)
+    return {**facts, "external": None, "footnote": footnote}

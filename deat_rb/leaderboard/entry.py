@@ -239,7 +239,7 @@ class Entry(RobustBenchInfo):
     n_test: Examples | None = None
     checks: Annotated[tuple[Annotated[Check, AfterValidator(_check_size)], ...], Field(max_length=100)] = ()
     metrics: Annotated[tuple[Row, ...], Field(max_length=MAX_EPOCHS)] = ()
-    command: Text | None = None
+    command: Annotated[str, Field(max_length=2000), AfterValidator(visible)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     model: ModelSpec | None = None
     classes: Annotated[tuple[ShortText, ...], Field(max_length=1000)] | None = None

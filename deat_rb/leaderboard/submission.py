@@ -287,6 +287,8 @@ def _open_checkpoint(weights: Path, metadata: SubmissionMetadata, scratch: Path)
                                     dataset=data.name)  # fmt: skip
         _check_fits(spec, data, source, num_classes=len(matched.classes))
     claimed = {"natural": info.clean_acc, "autoattack": info.autoattack_acc}
+    if info.unreliable and float(info.autoattack_acc or 0) == 0:  # unknown, as deat-rb export writes it
+        claimed["autoattack"] = None
     own = info.model_dump(exclude={"dataset", "eps", "clean_acc", "autoattack_acc"}, exclude_none=True)
     facts = {"architecture": _architecture(spec), **own, **metadata.declared_fields()}
     return Submission(
@@ -314,9 +316,17 @@ def _checkpoint_info(weights: Path, metadata: SubmissionMetadata) -> tuple[Robus
 
 
 def _norm_of(weights: Path, info: Path) -> str:
-    """Return the norm that an export's folder is named after if ``info`` is its ``model_info``; otherwise Linf."""
-    folder = weights.absolute().parent.name
-    return folder if folder in THREATS and info == ExportPaths.beside(weights).info else "Linf"
+    """Return the norm that the folder of the weights or of the ``model_info`` is named after; Linf if none is.
+
+    Raises:
+        DeatError: The two folders are named after different norms.
+    """
+    folders = [path.absolute().parent.name for path in (info, weights)]
+    named = [folder for folder in folders if folder in THREATS]
+    if len(set(named)) > 1:
+        raise DeatError(f"{info} is in the folder {folders[0]}, but {weights} in {folders[1]}: give the model_info of "
+                        "these weights with --info")  # fmt: skip
+    return named[0] if named else "Linf"
 
 
 def _info_beside(weights: Path) -> Path:

@@ -93,6 +93,7 @@ def export(
         opened = RunDirectory.open(Path(run) if hub is None else hub.path)
         spec, config = opened.model_spec, opened.config
         dataset = _dataset(config.data.dataset, as_dataset, spec)
+        architecture = spelled_architecture(spec)  # refuses one of the run's own module before it is imported
         model = spec.build()
         load_weights(model, load_tensors(opened.selected_weights_path), source=str(opened.selected_weights_path))
         report = _evaluation(opened, evaluation_advice(run))
@@ -108,7 +109,7 @@ def export(
         "additional_data": additional_data or False,
         "number_forward_passes": 1,
         "dataset": dataset,
-        "architecture": spelled_architecture(spec),
+        "architecture": architecture,
         "eps": format_fraction(config.attack.eps),
         **_accuracies(report),
         **({} if reported is None else {"reported": _percent(reported)}),

@@ -82,6 +82,50 @@ def test_submit_takes_the_norm_of_an_exports_folder(tmp_path: Path, board: Board
         assert (entry.threat_model, fake.calls[-1]["norm"]) == (norm, norm)
 
 
+def test_submit_takes_the_norm_of_the_folder_of_an_info_that_is_given(
+    tmp_path: Path, board: Board, fake: FakeEvaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = make_checkpoint(tmp_path)
+    folders = {norm: tmp_path / "model_info" / "cifar10" / norm for norm in ("Linf", "L2")}
+    shutil.copytree(folders["Linf"], folders["L2"])
+    plain = shutil.copy(weights, tmp_path / "plain.pt")
+    monkeypatch.chdir(tmp_path)
+    info = folders["L2"].relative_to(tmp_path) / "Wong2020Fast.json"
+    assert submit(board, Path(plain), "Rice2020L2", dataset="digits", info=info).threat_model == "L2"
+    with pytest.raises(DeatError, match=r"Wong2020Fast\.json is in the folder L2, but .* in Linf: give the model_info"):
+        submit(board, weights, "Rice2020Both", dataset="digits", info=info)
+
+
+def test_submit_does_not_take_an_unknown_accuracy_for_a_claim(
+    tmp_path: Path, board: Board, fake: FakeEvaluation
+) -> None:
+    """``deat-rb export`` without AutoAttack writes 0.00, marked as unreliable."""
+    unknown: dict[str, Any] = {"clean_acc": ..., "autoattack_acc": "0.00"}
+    entry = submit(board, make_checkpoint(tmp_path / "a", unreliable=True, **unknown), "Wong2020A", dataset="digits")
+    assert entry.autoattack_acc != "0.00"
+    with pytest.raises(DeatError, match=r"claims 0\.00 % under autoattack"):
+        submit(board, make_checkpoint(tmp_path / "b", **unknown), "Wong2020B", dataset="digits")
+
+
+def test_submit_leaves_out_an_external_accuracy_above_its_own_autoattack(
+    tmp_path: Path, board: Board, fake: FakeEvaluation
+) -> None:
+    given: dict[str, Any] = {"clean_acc": ..., "autoattack_acc": ..., "external": "99.00", "footnote": "Theirs."}
+    entry = submit(board, make_checkpoint(tmp_path, **given), "Wong2020Fast", dataset="digits")
+    assert entry.external is None
+    assert entry.footnote == (
+        f"Theirs. The external accuracy of 99.00 % is left out, because AutoAttack found {entry.autoattack_acc} %."
+    )
+
+
+def test_submit_takes_a_command_with_a_pattern(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
+    entry = submit(board, make_run(tmp_path / "run"))
+    command = r"deat-rb train --freeze 'conv1|layer\d'"
+    assert Entry.create({**dict(entry), "command": command}, "it").command == command
+    with pytest.raises(DeatError, match="has invisible characters or HTML"):
+        Entry.create({**dict(entry), "command": "<script>"}, "it")
+
+
 def test_submit_refuses_a_taken_name_before_evaluating(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
     run = make_run(tmp_path / "run")
     submit(board, run)

@@ -105,6 +105,15 @@ def test_export_refuses_datasets_and_architectures(
     assert not (tmp_path / "out").exists()
 
 
+def test_export_imports_no_module_that_a_run_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "evil_network.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    run = opened(Run(tmp_path / "run"), monkeypatch)
+    run.model_spec = run.model_spec.model_copy(update={"arch": "evil_network:build"})
+    with pytest.raises(DeatError, match="'evil_network:build' is not from RobustBench"):
+        export(run.path, model_name="Wang2021Gradient", output=tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     "name",
     [
