@@ -15,8 +15,10 @@ from .study_options import WorkOptions, study_options, work
 @click.argument("study", metavar="STUDY", type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), metavar="PATH",
               help="Folder of the runs and tables.  [default: the file's name without suffix]")  # fmt: skip
+@click.option("--trust-code", is_flag=True,
+              help="Allow the study to call the package.module:factory that builds its networks.")  # fmt: skip
 @study_options
-def sweep(study: Path, output: Path | None, **options: Any) -> None:
+def sweep(study: Path, output: Path | None, trust_code: bool, **options: Any) -> None:
     """Train and evaluate all runs of a study.
 
     The result is a table of means over seeds. STUDY is a TOML or JSON file: options of all runs in [options],
@@ -29,6 +31,7 @@ def sweep(study: Path, output: Path | None, **options: Any) -> None:
     """
     from rich.console import Console
 
+    from deat_rb.models.names import check_trust
     from deat_rb.reproduction.folder import StudyFolder
     from deat_rb.reproduction.outputs import write_table
     from deat_rb.reproduction.results import collect
@@ -37,6 +40,7 @@ def sweep(study: Path, output: Path | None, **options: Any) -> None:
 
     described = read_study(study)
     for run in described.runs:
+        check_trust(run.options.model.arch, trust_code, source=f"the study {study}")
         import_from_current_folder(run.options.model.arch)
     folder = StudyFolder(output or Path(study.stem))
 
@@ -49,5 +53,5 @@ def sweep(study: Path, output: Path | None, **options: Any) -> None:
             click.echo(line)
         click.echo(f"written: {', '.join(map(str, written))}")
 
-    arguments = ["sweep", str(study), "--output", str(folder.path)]
+    arguments = ["sweep", str(study), "--output", str(folder.path), *(["--trust-code"] if trust_code else [])]
     work(described, folder, WorkOptions(**options), arguments, write)

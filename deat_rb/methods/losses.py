@@ -55,7 +55,16 @@ def nonuniform_cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing:
     """Return the cross-entropy with non-uniform label smoothing (Pan et al. 2025, Equation 15), per example (N,).
 
     With ``label_smoothing`` s the target is 1 - s for the label; the other classes share s at random.
+
+    Raises:
+        DeatError: Another class would on average have a target of at least 1 - s.
     """
+    classes = logits.shape[1]
+    if label_smoothing >= (classes - 1) / classes:
+        raise DeatError(
+            f"--label-smoothing {label_smoothing:g} with {classes} classes leaves the label a target of "
+            f"{1 - label_smoothing:g}, no more than the other classes: give less than {(classes - 1) / classes:.3g}"
+        )
     logits = at_least_float32(logits)
     true = label_mask(logits, labels)
     others = (seeding.uniform_like(logits, 0.5) + 0.5).masked_fill(true, 0)

@@ -100,7 +100,8 @@ class SharedForwardTrainer(Trainer):
         self.keep(images, gradient, engine)
         with engine.autocast():
             logits = model(adv)
-            loss = function(logits, labels) + self.penalty(start_logits, logits)
+            penalty = self.loss.with_weights(self.penalty(start_logits, logits), labels)
+            loss = function(logits, labels) + penalty
         engine.update(loss, optimizer)
         return BatchStats(
             examples=len(images),

@@ -139,7 +139,7 @@ class AttackTrainer(Trainer):
                 extra = 1
             loss, adv_logits = self._forward_losses(engine.ddp_model(self.model), images, adv, labels, engine)
             penalty = self._penalty(images, labels, crafting, engine)
-            loss = loss if penalty is None else loss + penalty
+            loss = loss if penalty is None else loss + self.loss.with_weights(penalty, labels)
             engine.update(loss, optimizer)
         finally:
             if self.awp is not None:
@@ -206,7 +206,8 @@ class AttackTrainer(Trainer):
     def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         """Restore a `state_dict`."""
         super().load_state_dict(state, tensors)
-        self._averages = state["averages"]
+        if state["averages"] is not None:  # None if the attack was not checked yet
+            self._averages = state["averages"]
 
 
 class ReplayTrainer(Trainer):

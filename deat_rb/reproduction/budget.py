@@ -73,6 +73,13 @@ class Table(BaseModel):
     rows: tuple[Measured, ...] = Field(min_length=1)
 
 
+CHANGE_COST = frozenset({"steps", "max_steps", "gamma", "awp", "awp_warmup", "tau"})
+"""Options that change the number of passes of a measured run."""
+
+NOT_THE_METHOD = frozenset({"method", "setting", "dataset", "data_dir", "arch", "seed", "device", "threads"})
+"""Options that say on what a run is trained; the measured data and network are named beside the accuracies."""
+
+
 class Budget(NamedTuple):
     """A budget: passes over the training images, or seconds of training and validation."""
 
@@ -164,6 +171,9 @@ def choose(
     if epochs != row.epochs:
         change = "raised" if epochs > row.epochs else "reduced"
         reasons.append(f"for the budget, the epochs are {change} to {epochs}, which were not measured")
+    if others := sorted(given.keys() - row.options.keys() - NOT_THE_METHOD):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+        reasons.append(f"measured without your {flags}, which may change these accuracies")
     return Choice({**row.options, **given, "epochs": epochs}, tuple(reasons))
 
 
@@ -183,6 +193,8 @@ class _Costs:
 
     def of(self, options: Mapping[str, Any], passes: float | None = None) -> float:
         """Return the cost of a run; its number of passes must be given if it is not known in advance."""
+        if CHANGE_COST & self._given.keys():
+            passes = None
         if passes is not None and self._budget.unit == "passes":
             return passes
         planned = self._clock.plan(make_options({**options, **self._given, "epochs": options["epochs"]}))

@@ -11,6 +11,7 @@ from deat_rb.reproduction.folder import Status, StudyFolder
 from deat_rb.reproduction.study import RunSpec
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.runs.resolution import resolve
+from deat_rb.utils.errors import DeatError
 from deat_rb.utils.options import OPEN
 
 
@@ -109,11 +110,19 @@ def study_state(folder: StudyFolder, runs: Sequence[RunSpec], predicted: Mapping
     return StudyState(tuple(_state(folder, run) for run in runs), predicted)
 
 
+def _planned_epochs(run: RunSpec) -> int:
+    """Return the epochs of a run that was not begun; 0 if its options exclude each other, as training will report."""
+    try:
+        return resolve(run.options.but(device="cpu", precision="fp32")).optim.epochs  # which this machine has
+    except DeatError:
+        return 0
+
+
 def _state(folder: StudyFolder, run: RunSpec) -> RunState:
     status = folder.status(run)
     record = folder.record(run)
     path = folder.run_path(run)
-    epochs = RunDirectory.open(path).config.optim.epochs if path.is_dir() else resolve(run.options).optim.epochs
+    epochs = RunDirectory.open(path).config.optim.epochs if path.is_dir() else _planned_epochs(run)
     seconds = record.seconds if record is not None and status == "done" else None
     rows = folder.rows(run)
     trained = sum(row.seconds + row.val_seconds for row in rows)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 
 from deat_rb.attacks.names import parse_attacks
 from deat_rb.runs.options import GROUP_OF, MAY_CHANGE, TrainOptions, make_options
@@ -118,7 +118,7 @@ class _EvaluationTable(BaseModel):
 
     attacks: str | list[str] = list(DEFAULT_ATTACKS)
     n_examples: int | None = Field(default=None, ge=1)
-    autoattack: bool | int | None = Field(default=None, ge=1)
+    autoattack: StrictBool | Annotated[StrictInt, Field(ge=1)] | None = None
 
     def evaluation(self) -> Evaluation:
         names = [name for name in parse_attacks(self.attacks) if name != "natural"]

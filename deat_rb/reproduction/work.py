@@ -183,13 +183,18 @@ class Worker:
         with self.listener.training() as callback:
             if path.is_dir():
                 moved = {"data_dir": run.options.data.data_dir, "extra_data": run.options.data.extra_data}
-                resume(path, moved, callbacks=[callback], trust_code=True)
+                resume(path, moved, callbacks=[callback], trust_code=self._trusts(run))
                 return
             train(self._planner.plan(run.options), output=self.folder.runs, name=run.name, callbacks=[callback])
 
+    def _trusts(self, run: RunSpec) -> bool:
+        """Return whether a run's files name the network that the study names, whose code is trusted."""
+        config = RunDirectory.open(self.folder.run_path(run)).config
+        return config.model.arch == config.network.arch == run.options.model.arch
+
     def _evaluate(self, run: RunSpec, attacks: Sequence[str], asked: int | None) -> Evaluated:
         path = self.folder.run_path(run)
-        target = open_target(path, data_dir=run.options.data.data_dir, trust_code=True)
+        target = open_target(path, data_dir=run.options.data.data_dir, trust_code=self._trusts(run))
         if target.provenance["data_sha256"] != RunDirectory.open(path).config.data_fingerprint:
             raise DeatError("the images were changed after the run was trained on them; restore them")
         images, labels = target.test_images(asked)

@@ -169,7 +169,8 @@ class TrainerBase(StatelessAttack):
         if progress >= self.eps_warmup:
             yield self.eps
             return
-        crafter, share = self.crafter, progress / self.eps_warmup
+        # Not 0, by which torchattacks' L2 attacks divide.
+        crafter, share = self.crafter, max(progress / self.eps_warmup, 0.0 if isinstance(self.crafter, PGD) else 1e-6)
         own = {name: getattr(crafter, name) for name in ("eps", "alpha") if hasattr(crafter, name)}
         for name, value in own.items():
             setattr(crafter, name, share * value)
@@ -216,10 +217,15 @@ class TrainerBase(StatelessAttack):
             self._first["schedule"]["steps"] = steps
         self.apply_schedule()
 
+    def keep_first_schedule(self) -> None:
+        """Keep the state of schedule and stopping rule before the first `fit`, for `reset_schedule`."""
+        if self._first is None:
+            self._first = deepcopy(self.state_dict())
+
     def reset_schedule(self) -> None:
         """Reset schedule and stopping rule to their state before the first `fit`, except for ``steps`` set by hand."""
         if self._first is None:
-            self._first = deepcopy(self.state_dict())
+            self.keep_first_schedule()
         else:
             self.load_state_dict(deepcopy(self._first))
 

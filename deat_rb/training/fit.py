@@ -95,7 +95,9 @@ def fit(
         deterministic=runtime.deterministic,
     )
     engine.graphs = choose_graphs(runtime.cuda_graphs, target, ranks.size)
-    if not resume:
+    if resume:
+        trainer.keep_first_schedule()
+    else:
         trainer.reset_schedule()
     trainer.schedule.begin(optim.epochs)
     try:

@@ -69,3 +69,7 @@ class SurrogateLoss:
         if self.class_weights is None:
             return gradient
         return gradient / self.class_weights.of(labels).view(-1, 1, 1, 1)
+
+    def with_weights(self, values: Tensor, labels: Tensor) -> Tensor:
+        """Return a value per example (N,) multiplied by the weight of its class, if there are class weights."""
+        return values if self.class_weights is None else values * self.class_weights.of(labels)

@@ -36,10 +36,10 @@ def rows() -> list[Row]:
     table, name, passes = [], "", 0.0
     for line in re.findall(r"^\|.*\|$", text, re.MULTILINE):
         cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
-        if len(cells) != 7 or cells[1] not in ("raw", "averaged"):
+        if len(cells) != 8 or cells[1] not in ("raw", "averaged"):
             continue
         name = cells[0] or name
-        passes = float(cells[6].replace(",", "")) if cells[6] else passes
+        passes = float(cells[7].replace(",", "")) if cells[7] else passes
         table.append(Row(name, cells[1], {"PGD-100": float(cells[4]), "CW-20": float(cells[5])}, passes))
     return table
 

@@ -37,7 +37,7 @@ def test_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("small.toml").write_text(STUDY)
 
     def run(*arguments: str) -> str:
-        result = CliRunner().invoke(main, ["sweep", "small.toml", *arguments], catch_exceptions=False)
+        result = CliRunner().invoke(main, ["sweep", "--trust-code", "small.toml", *arguments], catch_exceptions=False)
         assert result.exit_code == 0, result.output
         return result.stdout
 
@@ -51,11 +51,13 @@ def test_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "1 done, 1 waiting" in run("--status")
     assert "free-2" in run()
     for arguments in (["--print"], ["--gpus", "0"], ["--jobs", "2"], [], ["--slurm"]):
-        result = CliRunner().invoke(main, ["sweep", "small.toml", *arguments], catch_exceptions=False)
+        result = CliRunner().invoke(main, ["sweep", "--trust-code", "small.toml", *arguments], catch_exceptions=False)
         assert (result.exit_code, result.stderr) == (0, "nothing is left: 2 runs done\n")
         assert bool(result.stdout) == (arguments not in (["--print"], ["--slurm"]))
     assert not Path("small/logs").exists(), "no worker was started"
-    only = CliRunner().invoke(main, ["sweep", "small.toml", *commands[0].split()[3:]], catch_exceptions=False)
+    only = CliRunner().invoke(
+        main, ["sweep", "--trust-code", "small.toml", *commands[0].split()[3:]], catch_exceptions=False
+    )
     assert only.stderr == f"{commands[0].split()[-1]} is done\n"
     table = json.loads(Path("small/table.json").read_text())
     # 2 batches; PGD-1 has an attack step and an update, FREE-2 two replays
@@ -75,7 +77,7 @@ def test_sweep_says_what_is_done_after_ctrl_c(
     monkeypatch.setattr(Worker, "work", interrupted)
     study = tmp_path / "small.toml"
     study.write_text(STUDY)
-    result = CliRunner().invoke(main, ["sweep", str(study), "--output", str(tmp_path / "out")])
+    result = CliRunner().invoke(main, ["sweep", "--trust-code", str(study), "--output", str(tmp_path / "out")])
     assert result.exit_code == 130
     kept = f"{tmp_path / 'out'} keeps 1 of 2 runs, and what the others have saved; repeat the command to continue"
     assert result.stderr == f"Interrupted: {kept}\n"
@@ -84,7 +86,7 @@ def test_sweep_says_what_is_done_after_ctrl_c(
 def test_sweep_of_open_ended_runs(tmp_path: Path) -> None:
     study = tmp_path / "small.toml"
     study.write_text(STUDY.replace("epochs = 1", 'epochs = "open"\npatience = 2'))
-    arguments = ["sweep", str(study), "--output", str(tmp_path / "out")]
+    arguments = ["sweep", "--trust-code", str(study), "--output", str(tmp_path / "out")]
     assert "0 of open" in CliRunner().invoke(main, [*arguments, "--status"]).stdout
     dry = " ".join(CliRunner().invoke(main, [*arguments, "--dry-run"]).stdout.split())
     assert "open about 4 per epoch" in dry
@@ -98,6 +100,28 @@ def test_reproduce_lists_the_given_targets() -> None:
     assert "did you mean" in CliRunner().invoke(main, ["reproduce", "--list", "tabel5"]).stderr
 
 
+def test_sweep_imports_no_module_that_a_study_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own_study_network.py").write_text("from pathlib import Path\nPath('imported').touch()\nbuild = None\n")
+    Path("small.toml").write_text(STUDY.replace(ARCH, "own_study_network:build"))
+    refused = CliRunner().invoke(main, ["sweep", "small.toml", "--print"])
+    assert refused.exit_code == 2
+    assert "the study small.toml builds its network with 'own_study_network:build'" in refused.stderr
+    assert not Path("imported").exists()
+    trusted = CliRunner().invoke(main, ["sweep", "small.toml", "--print", "--trust-code"], catch_exceptions=False)
+    assert Path("imported").exists()
+    assert all("--trust-code" in line for line in trusted.stdout.splitlines())
+
+
+def test_status_of_a_study_for_another_machine(tmp_path: Path) -> None:
+    study = tmp_path / "small.toml"
+    study.write_text(STUDY.replace("epochs = 1", 'epochs = 1\ndevice = "cuda:7"'))
+    result = CliRunner().invoke(
+        main, ["sweep", "--trust-code", str(study), "--output", str(tmp_path / "out"), "--status"]
+    )
+    assert (result.exit_code, "2 waiting" in result.stdout) == (0, True)
+
+
 def test_sweep_refuses(tmp_path: Path) -> None:
     study = tmp_path / "small.toml"
     study.write_text(STUDY)
@@ -107,6 +131,8 @@ def test_sweep_refuses(tmp_path: Path) -> None:
         (["--only", "nothing"], "has no run named nothing"),
         (["--status", "--dry-run"], "--status and --dry-run are mutually exclusive: give only one"),
     ):
-        result = CliRunner().invoke(main, ["sweep", str(study), "--output", str(tmp_path / "out"), *arguments])
+        result = CliRunner().invoke(
+            main, ["sweep", "--trust-code", str(study), "--output", str(tmp_path / "out"), *arguments]
+        )
         assert result.exit_code == 2
         assert message in result.stderr

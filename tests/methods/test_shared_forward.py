@@ -182,11 +182,13 @@ def test_weight_of_liets_penalty_rises_to_the_last_epoch_also_of_an_extended_run
 
 def test_nonuniform_label_smoothing_by_hand() -> None:
     """With equal logits every target has the loss log K; with one class of two, the other gets all of the rest."""
-    loss = surrogate("nls", label_smoothing=0.6).function
+    loss, of_two = (surrogate("nls", label_smoothing=share).function for share in (0.6, 0.3))
     assert loss(torch.zeros(3, 5), torch.arange(3)).tolist() == pytest.approx([math.log(5)] * 3)
     logits = torch.tensor([[1.0, 3.0]])
     low, high = (-torch.log_softmax(logits, dim=1))[0].tolist()
-    assert float(loss(logits, torch.tensor([1]))) == pytest.approx(0.4 * high + 0.6 * low)
+    assert float(of_two(logits, torch.tensor([1]))) == pytest.approx(0.7 * high + 0.3 * low)
+    with pytest.raises(DeatError, match=r"--label-smoothing 0\.6 with 2 classes .*: give less than 0\.5"):
+        loss(logits, torch.tensor([1]))
     torch.manual_seed(0)
     many = loss(torch.tensor([[0.0, 1.0, 5.0]]).repeat(200, 1), torch.zeros(200, dtype=torch.long))
     first, second, third = (-torch.log_softmax(torch.tensor([0.0, 1.0, 5.0]), dim=0)).tolist()

@@ -66,6 +66,14 @@ def test_choose_keeps_given_options_and_the_row_gives_the_others() -> None:
     assert choose(Budget(20, "passes"), {}, table=TABLE).options["ema"] == 0.99
 
 
+def test_choose_counts_the_passes_of_given_options() -> None:
+    """PGD-20 takes 21 passes per epoch, so that a budget for 5 epochs of PGD-7, 40 passes, is one for 1."""
+    chosen = choose(Budget(40, "passes"), {"method": "pgd-7", "steps": 20}, table=TABLE)
+    assert chosen.options["epochs"] == 1
+    assert chosen.reasons[-1] == "measured without your --steps, which may change these accuracies"
+    assert choose(Budget(40, "passes"), {"method": "pgd-7"}, table=TABLE).options["epochs"] == 5
+
+
 @pytest.mark.parametrize(("method", "epochs"), [("mart", 4), ("m+trades", 5), ("free-3", 15)])
 def test_choose_gives_an_unmeasured_method_the_epochs_that_it_can_have(method: str, epochs: int) -> None:
     """MART takes 11 passes per epoch, FREE-3 3, M+TRADES at most 2, 3, ... and 11: 2 + 3 + 4 + 5 + 6 = 20 in five."""

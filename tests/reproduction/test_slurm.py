@@ -25,7 +25,7 @@ def test_a_submitted_worker_trains_and_writes_the_table(tmp_path: Path, monkeypa
     )
     out = tmp_path / "out"
     (job,) = submit(
-        ["sweep", str(study), "--output", str(out), "--no-wait"],
+        ["sweep", str(study), "--output", str(out), "--no-wait", "--trust-code"],
         1,
         {"cluster": "local", "timeout_min": "5"},
         out / "logs",

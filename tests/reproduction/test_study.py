@@ -44,6 +44,9 @@ def test_read_study_expands_grid_list_and_seeds(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert study.runs[2].options.attack.alpha == pytest.approx(14 / 255)
     assert study.runs[0].evaluation.parts() == ((("fgsm", "pgd-20"), 100), (("autoattack",), 20))
+    path = tmp_path / "off.toml"
+    path.write_text("[grid]\nmethod = ['pgd-7']\n[evaluation]\nautoattack = false\n")
+    assert read_study(path).runs[0].evaluation.autoattack is None
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from small_runs import identical
 from small_studies import small_study, table_json, work
+from training_problems import ARCH
 
 from deat_rb.reproduction.folder import StudyFolder
 from deat_rb.reproduction.results import collect
@@ -51,6 +52,24 @@ def test_work_evaluates_in_the_norm_of_training(tmp_path: Path) -> None:
     found = folder.report(study.runs[0], "fgsm", 16)
     assert found is not None
     assert (found[1].norm, found[1].eps, found[0].name) == ("L2", 2.0, "eval.json")
+
+
+@pytest.mark.slow
+def test_work_runs_no_module_that_a_found_run_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even of a study whose own networks are trusted."""
+    (tmp_path / "evil_run.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    study, folder = small_study(), StudyFolder(tmp_path)
+    monkeypatch.setattr(Worker, "_evaluate", lambda *_: (_ for _ in ()).throw(UnwritableError("full")))
+    with pytest.raises(UnwritableError):
+        Worker(study, folder).work()
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(tmp_path)
+    config = folder.run_path(study.runs[0]) / "config.json"
+    config.write_text(config.read_text().replace(ARCH, "evil_run:build"))
+    work(study, tmp_path)
+    reason = collect(folder, study.runs)[0].reason
+    assert "builds its network with 'evil_run:build', which runs that module's code" in reason
 
 
 def test_work_counts_the_training_of_an_earlier_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

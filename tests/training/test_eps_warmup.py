@@ -52,7 +52,7 @@ def test_eps_and_alpha_rise_together_and_validation_is_at_the_full_eps(
     trainer.__dict__["training_step"] = watched
     monkeypatch.setattr(validation, "validate", at)
     rows = trainer.fit(DATA, [images_and_labels(4)], epochs=3, lr=1e-3).rows
-    assert seen == [pytest.approx((share, share)) for share in (0, 0.25, 0.5, 0.75, 1, 1)]
+    assert seen == [pytest.approx((share, share), abs=1e-6) for share in (0, 0.25, 0.5, 0.75, 1, 1)]
     assert validated == [0.1] * 3
     assert [row.eps for row in rows] == pytest.approx([0.025, 0.075, 0.1])
     assert trainer.eps == 0.1
@@ -102,6 +102,13 @@ def test_describe_says_how_eps_rises() -> None:
 def test_create_refuses_a_warm_up(name: str, warmup: Any, message: str) -> None:
     with pytest.raises(DeatError, match=message):
         deat_rb.create(name, made(), eps_warmup=warmup)
+
+
+def test_torchattacks_l2_attacks_warm_up() -> None:
+    """They divide by the radius, so that it must not be exactly 0 in the first batch."""
+    model = made()
+    history = deat_rb.AttackTrainer(torchattacks.PGDL2(model, steps=1), eps_warmup=1).fit(DATA, epochs=1, lr=0.1)
+    assert history.rows[0].updates == len(DATA)
 
 
 def test_eps_is_restored_if_a_step_fails() -> None:

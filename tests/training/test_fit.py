@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchattacks
 from fits import equal, fitted, weights
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
@@ -91,6 +92,22 @@ def test_fit_again_resets_the_schedule_and_keeps_the_weights() -> None:
     assert carried.tensors()
     carried.reset_schedule()
     assert not carried.tensors()
+
+
+def test_fit_again_measures_l_x_of_a_foreign_attack_in_the_same_unit() -> None:
+    model = made()
+    trainer = deat_rb.AttackTrainer(torchattacks.PGD(model, steps=1, random_start=False))
+    first, second = (trainer.fit(loader(), epochs=1, lr=1e-9).rows[0].l_x for _ in range(2))
+    assert 0.5 < second / first < 2  # not a batch size apart
+
+
+def test_fit_after_a_resumed_fit_starts_a_fresh_schedule() -> None:
+    trainer = deat_rb.create("deat-1", made())
+    expected = trainer.fit(loader(), epochs=3).steps
+    resumed = deat_rb.create("deat-1", made())
+    resumed.keep_first_schedule()  # as `fit` does before it restores a checkpoint
+    resumed.load_state_dict(trainer.state_dict())
+    assert resumed.fit(loader(), epochs=3).steps == expected == [1, 2, 3]
 
 
 def test_training_step_drops_the_carried_perturbation_at_another_image_size() -> None:
