@@ -35,8 +35,12 @@ _FOLDERS = re.compile(r"(?<![\w/.:])(?:[A-Za-z]:)?[\\/](?:[^\\/\s'\",;:]+[\\/])+
 
 def _command_without_folders(command: str) -> str:
     """Return a command line in which only the last part of each path is left."""
+    try:
+        parts = shlex.split(command)
+    except ValueError:  # not a command line, such as an edited one with an open quote
+        return _FOLDERS.sub("", command)
     words = []
-    for word in shlex.split(command):
+    for word in parts:
         option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
         path = not (is_hub(value) or "://" in value or "(" in value or re.fullmatch(r"[\d.,/]+", value))
         words.append(option + equals + (re.split(r"[\\/]", value.rstrip("\\/"))[-1] if path else value))

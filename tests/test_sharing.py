@@ -20,7 +20,7 @@ from deat_rb.cli import main
 from deat_rb.runs.options import make_options
 from deat_rb.runs.plan import plan
 from deat_rb.runs.resolution import resolve
-from deat_rb.sharing import push
+from deat_rb.sharing import _command_without_folders, push
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.hub import HubAddress, is_hub
 
@@ -188,6 +188,7 @@ def test_pushed_files_have_no_folders_of_this_machine(hub: Hub, run: Path, tmp_p
         "deat-rb eval 'my run' --data-dir=b --json c.json --eps 8/255,16/255 "
         "--attacks 'torchattacks.PGD(alpha=2/255)' --init-from hf:me/net"
     )
+    assert _command_without_folders("deat-rb eval '/home/me/open") == "deat-rb eval 'open"
     assert provenance["note"] == "see https://example.org/a/b"
     pushed = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (pushed["model"]["init_from"], pushed["model"]["weights"]) == ("first.pt", "timm.pth")

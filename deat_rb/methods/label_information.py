@@ -74,6 +74,12 @@ class LabelInformationTrainer(SharedForwardTrainer):
         self._epochs: int | None = None
         self._signs: Tensor | None = None
 
+    def check_attack(self, images: Tensor) -> None:
+        """Compute the loss of a few images, which refuses a label smoothing that is too large for the classes."""
+        super().check_attack(images)
+        with preserve_modes(self.model), seeding.preserved(), torch.no_grad():
+            self.loss.function(self.model.eval()(images), torch.zeros(len(images), dtype=torch.long).to(images.device))
+
     def begin_batch(self, images: Tensor, place: Place, engine: Engine) -> float:
         """Set the penalty's weight, and compute the signs of the classes when they are due."""
         self._epochs = self._epochs or place.epochs

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from deat_rb.methods.registry import recipe
 from deat_rb.reproduction.estimate import Clock, seconds_of
-from deat_rb.runs.options import make_options
+from deat_rb.runs.options import GROUP_OF, make_options
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.text import counted, duration
 
@@ -76,8 +76,10 @@ class Table(BaseModel):
 CHANGE_COST = frozenset({"steps", "max_steps", "gamma", "awp", "awp_warmup", "tau"})
 """Options that change the number of passes of a measured run."""
 
-NOT_THE_METHOD = frozenset({"method", "setting", "dataset", "data_dir", "arch", "seed", "device", "threads"})
-"""Options that say on what a run is trained; the measured data and network are named beside the accuracies."""
+CHANGE_ACCURACY = {name for name, group in GROUP_OF.items() if group in ("model", "attack", "optim")} - {
+    "method", "setting", "arch", "seed",
+} | {"augment", "extra_data"}  # fmt: skip
+"""Options that change the accuracy of a measured run, whose data and network are named beside it."""
 
 
 class Budget(NamedTuple):
@@ -171,7 +173,7 @@ def choose(
     if epochs != row.epochs:
         change = "raised" if epochs > row.epochs else "reduced"
         reasons.append(f"for the budget, the epochs are {change} to {epochs}, which were not measured")
-    if others := sorted(given.keys() - row.options.keys() - NOT_THE_METHOD):
+    if others := sorted((given.keys() & CHANGE_ACCURACY) - row.options.keys()):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
         reasons.append(f"measured without your {flags}, which may change these accuracies")
     return Choice({**row.options, **given, "epochs": epochs}, tuple(reasons))
@@ -194,7 +196,7 @@ class _Costs:
     def of(self, options: Mapping[str, Any], passes: float | None = None) -> float:
         """Return the cost of a run; its number of passes must be given if it is not known in advance."""
         if CHANGE_COST & self._given.keys():
-            passes = None
+            passes = None  # of a run without these options
         if passes is not None and self._budget.unit == "passes":
             return passes
         planned = self._clock.plan(make_options({**options, **self._given, "epochs": options["epochs"]}))

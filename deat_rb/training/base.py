@@ -169,8 +169,9 @@ class TrainerBase(StatelessAttack):
         if progress >= self.eps_warmup:
             yield self.eps
             return
-        # Not 0, by which torchattacks' L2 attacks divide.
-        crafter, share = self.crafter, max(progress / self.eps_warmup, 0.0 if isinstance(self.crafter, PGD) else 1e-6)
+        crafter, share = self.crafter, progress / self.eps_warmup
+        if not isinstance(crafter, PGD):
+            share = max(share, 1e-6)  # torchattacks' L2 attacks divide by the radius
         own = {name: getattr(crafter, name) for name in ("eps", "alpha") if hasattr(crafter, name)}
         for name, value in own.items():
             setattr(crafter, name, share * value)

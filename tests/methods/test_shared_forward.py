@@ -180,6 +180,13 @@ def test_weight_of_liets_penalty_rises_to_the_last_epoch_also_of_an_extended_run
     assert resumed._weight == 50
 
 
+def test_liet_refuses_its_label_smoothing_on_two_classes_before_training() -> None:
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+    with pytest.raises(DeatError, match=r"--label-smoothing 0\.6 with 2 classes"):
+        deat_rb.create("liet", model).check_attack(torch.rand(4, 3, 8, 8))
+    deat_rb.create("liet", model, label_smoothing=0.3).check_attack(torch.rand(4, 3, 8, 8))
+
+
 def test_nonuniform_label_smoothing_by_hand() -> None:
     """With equal logits every target has the loss log K; with one class of two, the other gets all of the rest."""
     loss, of_two = (surrogate("nls", label_smoothing=share).function for share in (0.6, 0.3))
