@@ -173,7 +173,7 @@ def choose(
     if epochs != row.epochs:
         change = "raised" if epochs > row.epochs else "reduced"
         reasons.append(f"for the budget, the epochs are {change} to {epochs}, which were not measured")
-    if others := sorted((given.keys() & CHANGE_ACCURACY) - row.options.keys()):
+    if others := sorted(name for name in given.keys() & CHANGE_ACCURACY if row.options.get(name) != given[name]):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
         reasons.append(f"measured without your {flags}, which may change these accuracies")
     return Choice({**row.options, **given, "epochs": epochs}, tuple(reasons))

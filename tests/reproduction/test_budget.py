@@ -72,6 +72,9 @@ def test_choose_counts_the_passes_of_given_options() -> None:
     assert chosen.options["epochs"] == 1
     assert chosen.reasons[-1] == "measured without your --steps, which may change these accuracies"
     assert choose(Budget(40, "passes"), {"method": "pgd-7"}, table=TABLE).options["epochs"] == 5
+    for ema, said in ((0.99, False), (0.5, True)):
+        reasons = choose(Budget(20, "passes"), {"ema": ema, "seed": 3}, table=TABLE).reasons
+        assert ("measured without your --ema, which may change these accuracies" in reasons) is said
 
 
 @pytest.mark.parametrize(("method", "epochs"), [("mart", 4), ("m+trades", 5), ("free-3", 15)])
