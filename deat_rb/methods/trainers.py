@@ -51,9 +51,6 @@ class AttackTrainer(Trainer):
 
     takes_soft_labels = True
 
-    penalty_passes = (0, 0)
-    """Forward and backward passes of `_penalty` and its derivative."""
-
     _averages: bool | None = None
     _checked = False
 

@@ -6,7 +6,7 @@ The results are in budget.json; `Table` describes its form.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Literal, NamedTuple
@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from deat_rb.methods.registry import recipe
 from deat_rb.reproduction.estimate import Clock, seconds_of
 from deat_rb.runs.options import GROUP_OF, make_options
+from deat_rb.runs.resolution import resolve
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.text import counted, duration
 
@@ -24,6 +25,9 @@ UNITS = {"s": 1, "m": 60, "h": 3600}
 MOST = 2.0
 """How many times the epochs that were measured a longer run may have."""
 
+LONGEST = 8191
+"""The most epochs of a run whose method was not measured."""
+
 
 class Measured(BaseModel):
     """A measured run.
@@ -31,6 +35,7 @@ class Measured(BaseModel):
     Attributes:
         options: Options of `deat-rb train`, with at least ``method`` and ``epochs``; others keep their defaults.
         passes: Backward passes over the training images of the whole run, counted in units of all images.
+        last_epoch: Those of its last epoch, if a schedule raises the steps; None if each epoch has as many.
         natural: Natural accuracy, in percent.
         robust: Accuracy under the attack of `Table.attack`, in percent.
         source: Where it was measured.
@@ -40,6 +45,7 @@ class Measured(BaseModel):
 
     options: dict[str, Any]
     passes: float = Field(gt=0)
+    last_epoch: float | None = Field(None, gt=0)
     natural: float = Field(ge=0, le=100)
     robust: float = Field(ge=0, le=100)
     source: str
@@ -53,6 +59,18 @@ class Measured(BaseModel):
     def epochs(self) -> int:
         """The epochs of the run."""
         return int(self.options["epochs"])
+
+    def within(self, amount: float, cost: float) -> int:
+        """Return the epochs for a budget: more than were measured cost as much as the last one, each, or more.
+
+        Args:
+            amount: The budget.
+            cost: The cost of the measured run, in the same unit.
+        """
+        if amount < cost:
+            return int(self.epochs * amount / cost)
+        each = cost / self.epochs if self.last_epoch is None else cost * self.last_epoch / self.passes
+        return min(self.epochs + int((amount - cost) / each), int(MOST * self.epochs))
 
 
 class Table(BaseModel):
@@ -131,8 +149,9 @@ def choose(
     """Choose options for a budget.
 
     Of the measured runs that the budget allows, and that have the given method and setting, the most robust is taken,
-    and its epochs are raised in proportion to the budget, at most twofold. If the budget is smaller than all of them,
-    the epochs of the cheapest are reduced. A given method that was not measured gets as many epochs as it can.
+    and its epochs are raised to the budget, at most twofold. If the budget is smaller than all of them, the epochs of
+    the cheapest are reduced. Runs of methods that refuse a given option are left out. A given method that was not
+    measured gets as many epochs as it can.
 
     Args:
         budget: The budget. A budget of time is converted by timing ten batches of each network and loss.
@@ -141,30 +160,35 @@ def choose(
         notify: Called with a sentence before each measurement.
 
     Raises:
-        DeatError: The budget is less than an epoch, the cost of the given method is not known in advance, or an option
-            is invalid.
+        DeatError: The budget is less than an epoch, the cost of the given method is not known in advance, an option is
+            invalid, or no measured method takes the given options.
     """
     if given.get("epochs") is not None:
         raise DeatError(f"--epochs {given['epochs']} and --budget exclude each other; give only one")
     table = table or read_table()
-    costs = _Costs(budget, given, Clock(notify))
+    costs = _Costs(budget, Clock(notify))
     rows = [row for row in table.rows if _agrees(row, given)]
     if not rows:
         return _unmeasured(budget, given, costs)
-    cost = {id(row): costs.of(row.options, row.passes) for row in rows}
-    allowed = [row for row in rows if cost[id(row)] <= budget.amount]
+    candidates, refused = _candidates(rows, given, costs)
+    allowed = [each for each in candidates if each.cost <= budget.amount]
     if allowed:
-        row = max(allowed, key=lambda each: (each.robust, each.natural))
-        epochs = int(row.epochs * min(budget.amount / cost[id(row)], MOST))
+        chosen = max(allowed, key=lambda each: (each.row.robust, each.row.natural))
         why = f"the most robust of {counted(len(allowed), 'measured run')} within {budget}"
     else:
-        row = min(rows, key=lambda each: cost[id(each)] / each.epochs)
-        epochs = int(row.epochs * budget.amount / cost[id(row)])
-        why = f"the cheapest per epoch of {counted(len(rows), 'measured run')}, all of which take more than {budget}"
+        chosen = min(candidates, key=lambda each: each.cost / each.row.epochs)
+        all_runs = counted(len(candidates), "measured run")
+        why = f"the cheapest per epoch of {all_runs}, all of which take more than {budget}"
+    row = chosen.row
+    if chosen.has_its_passes:
+        epochs = row.within(budget.amount, chosen.cost)
+    else:
+        epochs = costs.most_epochs(chosen.options, int(MOST * row.epochs))
     if epochs < 1:
-        each = cost[id(row)] / row.epochs
-        raise DeatError(f"--budget is too small: an epoch of {row.method} takes {Budget(each, budget.unit)}, but the "
-                        f"budget is {budget}; give more")  # fmt: skip
+        each = Budget(chosen.cost / row.epochs, budget.unit)
+        raise DeatError(
+            f"--budget is too small: an epoch of {row.method} takes {each}, but the budget is {budget}; give more"
+        )
     reasons = [
         f"{row.method}, {counted(epochs, 'epoch')}: {why}",
         f"measured with {counted(row.epochs, 'epoch')}, {row.passes:.3g} passes: natural {row.natural:g} %, "
@@ -173,10 +197,16 @@ def choose(
     if epochs != row.epochs:
         change = "raised" if epochs > row.epochs else "reduced"
         reasons.append(f"for the budget, the epochs are {change} to {epochs}, which were not measured")
-    if others := sorted(name for name in given.keys() & CHANGE_ACCURACY if row.options.get(name) != given[name]):
+    if epochs > row.epochs and row.last_epoch is not None:
+        reasons.append(
+            f"its last epoch took {row.last_epoch:g} passes; if later ones take more, so does the run than {budget}"
+        )
+    if refused:
+        reasons.append(f"left out {', '.join(refused)}, which your options exclude")
+    if others := sorted(chosen.changed & CHANGE_ACCURACY):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
         reasons.append(f"measured without your {flags}, which may change these accuracies")
-    return Choice({**row.options, **given, "epochs": epochs}, tuple(reasons))
+    return Choice({**chosen.options, "epochs": epochs}, tuple(reasons))
 
 
 def _agrees(row: Measured, given: Mapping[str, Any]) -> bool:
@@ -187,19 +217,71 @@ def _agrees(row: Measured, given: Mapping[str, Any]) -> bool:
     return given.get("setting") in (None, row.options.get("setting", "fast"))
 
 
+class _Candidate(NamedTuple):
+    """A measured run with the given options.
+
+    Attributes:
+        row: The measured run.
+        options: Its options and the given ones.
+        changed: The given options that it had otherwise.
+        cost: Its cost in the unit of the budget.
+    """
+
+    row: Measured
+    options: dict[str, Any]
+    changed: frozenset[str]
+    cost: float
+
+    @property
+    def has_its_passes(self) -> bool:
+        """Whether it takes the measured number of passes."""
+        return not CHANGE_COST & self.changed
+
+
+def _candidates(
+    rows: Sequence[Measured], given: Mapping[str, Any], costs: _Costs
+) -> tuple[list[_Candidate], list[str]]:
+    """Return the runs whose methods take the given options, and the names of the other methods.
+
+    Raises:
+        DeatError: None does; with the reason of the first one.
+    """
+    candidates: list[_Candidate] = []
+    refused: dict[str, DeatError] = {}
+    for row in rows:
+        try:
+            changed = _changed(row, given)
+            # A learning rate is for its schedule and optimizer only.
+            dropped = {"lr"} if {"optimizer", "lr_schedule"} & changed else set()
+            options = {**{name: value for name, value in row.options.items() if name not in dropped}, **given}
+            resolve(make_options(options))
+        except DeatError as error:
+            refused.setdefault(row.method, error)
+            continue
+        cost = costs.of(options, None if CHANGE_COST & changed else row.passes)
+        candidates.append(_Candidate(row, options, changed, cost))
+    if not candidates:
+        raise next(iter(refused.values()))
+    return candidates, sorted(refused.keys() - {each.row.method for each in candidates})
+
+
+def _changed(row: Measured, given: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of the given options that a measured run had otherwise."""
+    before, after = (make_options(values).flat() for values in (row.options, {**row.options, **given}))
+    return frozenset(name for name in given if before[name] != after[name])
+
+
 class _Costs:
     """The cost of runs in the unit of a budget."""
 
-    def __init__(self, budget: Budget, given: Mapping[str, Any], clock: Clock) -> None:
-        self._budget, self._given, self._clock = budget, given, clock
+    def __init__(self, budget: Budget, clock: Clock) -> None:
+        self._budget, self._clock = budget, clock
 
     def of(self, options: Mapping[str, Any], passes: float | None = None) -> float:
         """Return the cost of a run; its number of passes must be given if it is not known in advance."""
-        if CHANGE_COST & self._given.keys():
-            passes = None  # of a run without these options
         if passes is not None and self._budget.unit == "passes":
             return passes
-        planned = self._clock.plan(make_options({**options, **self._given, "epochs": options["epochs"]}))
+        planned = self._clock.plan(make_options(options))
         if passes is None:
             known = planned.costs() or planned.most_costs()
             if known is None:
@@ -210,16 +292,20 @@ class _Costs:
             return passes
         return seconds_of(planned, self._clock.times(planned), passes * planned.batches)
 
+    def most_epochs(self, options: Mapping[str, Any], most: int) -> int:
+        """Return the largest number of epochs, up to ``most``, whose cost is within the budget."""
+        epochs, step = 0, 1 << most.bit_length()
+        while step:  # the cost rises with the epochs, but not in proportion if a schedule raises the steps
+            if epochs + step <= most and self.of({**options, "epochs": epochs + step}) <= self._budget.amount:
+                epochs += step
+            step >>= 1
+        return epochs
+
 
 def _unmeasured(budget: Budget, given: Mapping[str, Any], costs: _Costs) -> Choice:
     """Choose as many epochs as the budget allows, for a method without measured runs."""
-    epochs = 0
-    step = 1 << 12
-    while step:  # the cost rises with the epochs, but not in proportion if a schedule raises the steps
-        if costs.of({"epochs": epochs + step}) <= budget.amount:
-            epochs += step
-        step >>= 1
-    method = recipe(str(given["method"]))[0] if "method" in given else "the method"
+    epochs = costs.most_epochs(given, LONGEST)
+    method = recipe(make_options(given).attack.method)[0]
     if not epochs:
         raise DeatError(f"--budget is too small: an epoch of {method} takes more than {budget}; give more")
     return Choice(

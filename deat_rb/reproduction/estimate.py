@@ -200,8 +200,9 @@ def seconds_of(planned: TrainingPlan, times: Times, passes: float) -> float:
         passes: Backward passes of these epochs, in mini-batches.
     """
     shared = type(planned.trainer) in (ReplayTrainer, YopoTrainer)  # no pass is for the update alone
-    updates = 0 if shared else estimated_epochs(planned)
-    return training_seconds(planned, times.update, times.step, passes / planned.batches - updates, times.evaluation)
+    of_update = 0 if shared else 1 + planned.trainer.penalty_passes[1]
+    steps = passes / planned.batches - of_update * estimated_epochs(planned)
+    return training_seconds(planned, times.update, times.step, steps, times.evaluation)
 
 
 def _attack_passes(attack: str) -> float:

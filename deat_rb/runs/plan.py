@@ -16,6 +16,8 @@ from deat_rb.data.image_files import check_utf8
 from deat_rb.data.images import LabeledImages, subset, train_val_split
 from deat_rb.data.statistics import Progress
 from deat_rb.methods.describe import describe
+from deat_rb.methods.grad_align import GradAlignTrainer
+from deat_rb.methods.label_information import LabelInformationTrainer
 from deat_rb.methods.losses import balanced_weights, weighted
 from deat_rb.methods.prior_guided import PriorGuidedTrainer
 from deat_rb.methods.registry import create
@@ -74,7 +76,7 @@ class TrainingPlan:
         """M, the number of mini-batches per epoch."""
         return -(-len(self.train) // self.config.data.batch_size)
 
-    def costs(self) -> dict[str, int] | None:
+    def costs(self) -> dict[str, float] | None:
         """Return the number of passes and updates of the whole run, in mini-batches.
 
         None if they are not known in advance (schedules guided by gradient magnitude or accuracy, friendly attacks,
@@ -89,7 +91,7 @@ class TrainingPlan:
             return None
         return self._passes(steps)
 
-    def most_costs(self) -> dict[str, int] | None:
+    def most_costs(self) -> dict[str, float] | None:
         """Return upper bounds of `costs`; None if the attack, schedule or trainer is not built in."""
         schedule, epochs = self.trainer.schedule, self.config.optim.epochs
         if epochs == OPEN:
@@ -103,7 +105,7 @@ class TrainingPlan:
             steps = int(sum(min(schedule.steps + epoch, most) for epoch in range(epochs)))
         return None if steps is None else self._passes(steps)
 
-    def _passes(self, steps: int) -> dict[str, int] | None:
+    def _passes(self, steps: int) -> dict[str, float] | None:
         """Return the number of passes and updates of a run with ``steps`` attack steps, summed over its epochs."""
         trainer, crafter, epochs, m = self.trainer, self.trainer.crafter, self.config.optim.epochs, self.batches
         if type(crafter) is not PGD:
@@ -112,26 +114,37 @@ class TrainingPlan:
             return {"backward passes": steps * m, "forward passes": steps * m, "updates": steps * m}
         if type(trainer) is YopoTrainer:  # full passes only
             return {"backward passes": steps * m, "forward passes": steps * m, "updates": epochs * m}
-        if type(trainer) is PriorGuidedTrainer:
-            return {"backward passes": 2 * epochs * m, "forward passes": 2 * epochs * m, "updates": epochs * m}
-        if type(trainer) is not AttackTrainer:
+        if type(trainer) in (PriorGuidedTrainer, LabelInformationTrainer):
+            passes = 2 * epochs * m + epochs * self._refreshes(trainer)
+            return {"backward passes": passes, "forward passes": passes, "updates": epochs * m}
+        if type(trainer) not in (AttackTrainer, GradAlignTrainer) or not isinstance(trainer, AttackTrainer):
             return None
         perturbed = 0 if trainer.awp is None else max(epochs - trainer.awp.warmup, 0)
         forwards = steps + (epochs + perturbed) * (2 if trainer.loss.needs_clean else 1)
         if steps and crafter.loss == "kl":
             forwards += epochs
+        of_penalty = trainer.penalty_passes
         return {
-            "backward passes": (steps + epochs + perturbed) * m,
-            "forward passes": forwards * m,
+            "backward passes": (steps + epochs * (1 + of_penalty[1]) + perturbed) * m,
+            "forward passes": (forwards + epochs * of_penalty[0]) * m,
             "updates": epochs * m,
         }
+
+    def _refreshes(self, trainer: Trainer) -> float:
+        """Return the passes per epoch for the classes' perturbations of LIET, in mini-batches; 0 for other methods."""
+        if not isinstance(trainer, LabelInformationTrainer):
+            return 0
+        size, last = self.config.data.batch_size, self.batches - 1
+        sizes = [len(self.train) - size * last if batch == last else size
+                 for batch in range(0, self.batches, trainer.refresh)]  # fmt: skip
+        return sum(self.config.network.num_classes / each for each in sizes)
 
     def lines(self) -> list[tuple[str, str]]:
         """Return the plan as pairs of a heading and a text, as printed by ``--dry-run``; warnings come last."""
         data, attack, optim, runtime = self.config.data, self.config.attack, self.config.optim, self.config.runtime
         text = describe(attack.method, eps=attack.eps, **self.config.method_options())
         costs, most = self.costs(), self.most_costs()
-        passes = ", ".join(f"{count:,} {name}" for name, count in (costs or most or {}).items())
+        passes = ", ".join(f"{count:,.0f} {name}" for name, count in (costs or most or {}).items())
         if costs:
             cost = passes
         elif most:

@@ -99,6 +99,9 @@ class TrainerBase(StatelessAttack):
     takes_soft_labels = False
     """Whether a training step also takes class probabilities (N, K) as labels, if the loss and the attack do."""
 
+    penalty_passes = (0, 0)
+    """Forward and backward passes per batch of a penalty and its derivative, beside those of attack and loss."""
+
     norms: tuple[str, ...] = tuple(THREATS)
     """The norms in which the method is defined."""
 

@@ -17,13 +17,15 @@ from deat_rb.reproduction.budget import Budget, Measured, Table, choose, parse_b
 from deat_rb.reproduction.estimate import Times, seconds_of
 from deat_rb.runs.options import make_options
 from deat_rb.runs.plan import TrainingPlan, plan
+from deat_rb.runs.resolution import resolve
 from deat_rb.utils.errors import DeatError
 
 
-def row(method: str, epochs: int, passes: float, robust: float, **options: Any) -> Measured:
-    return Measured(
-        options={"method": method, "epochs": epochs, **options}, passes=passes, natural=80, robust=robust, source="here"
-    )
+def row(
+    method: str, epochs: int, passes: float, robust: float, last_epoch: float | None = None, **options: Any
+) -> Measured:
+    return Measured(options={"method": method, "epochs": epochs, **options}, passes=passes, last_epoch=last_epoch,
+                    natural=80, robust=robust, source="here")  # fmt: skip
 
 
 TABLE = Table(
@@ -77,10 +79,68 @@ def test_choose_counts_the_passes_of_given_options() -> None:
         assert ("measured without your --ema, which may change these accuracies" in reasons) is said
 
 
-@pytest.mark.parametrize(("method", "epochs"), [("mart", 4), ("m+trades", 5), ("free-3", 15)])
+def test_choose_raises_guided_epochs_by_the_passes_of_the_last_one() -> None:
+    """M-DEAT took 35 passes in 12 epochs and 4 in the last one; steps never fall, so 59 passes allow 6 more epochs."""
+    table = Table(schema_version=1, data="made-up images", attack="CW-20",
+                  rows=(row("m-deat", 12, 35, 50, last_epoch=4),))  # fmt: skip
+    for passes, epochs in ((34, 11), (35, 12), (38, 12), (39, 13), (58.9, 17), (59, 18), (1000, 24)):
+        assert choose(Budget(passes, "passes"), {}, table=table).options["epochs"] == epochs
+    said = "its last epoch took 4 passes; if later ones take more, so does the run than 59 passes"
+    assert said in choose(Budget(59, "passes"), {}, table=table).reasons
+    assert not any("its last epoch" in each for each in choose(Budget(38, "passes"), {}, table=table).reasons)
+
+
+def test_choose_leaves_out_methods_that_refuse_a_given_option() -> None:
+    """FREE-4 cannot use AWP; with it N-FGSM takes 3 passes per epoch, so 40 passes allow 13 epochs."""
+    chosen = choose(Budget(40, "passes"), {"awp": "0.005", "arch": ARCH}, table=TABLE)
+    assert (chosen.options["method"], chosen.options["epochs"]) == ("n-fgsm", 13)
+    assert "left out free-4, which your options exclude" in chosen.reasons
+    assert "measured without your --arch" not in " ".join(chosen.reasons)
+    with pytest.raises(DeatError, match=r"the method free-4 cannot use awp, which needs a separate backward pass"):
+        choose(Budget(40, "passes"), {"awp": 0.005, "method": "free-4"}, table=TABLE)
+    with pytest.raises(DeatError, match=r"--eps = '9/5' cannot be used|eps"):
+        choose(Budget(40, "passes"), {"eps": "9/5"}, table=TABLE)
+
+
+def test_choose_compares_values_and_not_their_spelling() -> None:
+    reasons = choose(Budget(20, "passes"), {"ema": "0.990", "seed": "3"}, table=TABLE).reasons
+    assert not any("measured without" in each for each in reasons)
+    reasons = choose(Budget(20, "passes"), {"ema": "0.5"}, table=TABLE).reasons
+    assert "measured without your --ema, which may change these accuracies" in reasons
+
+
+@pytest.mark.parametrize(
+    ("given", "rate"),
+    [({}, 0.05), ({"optimizer": "sgd"}, 0.05), ({"lr_schedule": "flat"}, 0.05), ({"optimizer": "adamw"}, 0.001),
+     ({"lr_schedule": "cyclic"}, 0.1), ({"optimizer": "adamw", "lr": 0.01}, 0.01)],
+)  # fmt: skip
+def test_choose_keeps_a_learning_rate_only_with_its_optimizer_and_schedule(given: dict[str, Any], rate: float) -> None:
+    """The fast setting's peak is 0.1 in the paper; AdamW's default is 0.001."""
+    table = Table(schema_version=1, data="made-up images", attack="CW-20",
+                  rows=(row("n-fgsm", 30, 60, 50, lr_schedule="flat", lr=0.05),))  # fmt: skip
+    options = choose(Budget(60, "passes"), {"arch": ARCH, "dataset": "cifar10", **given}, table=table).options
+    assert resolve(make_options(options)).optim.lr == rate
+
+
+def test_choose_names_the_default_method_of_a_setting_without_measured_runs() -> None:
+    """M+TRADES takes at most 2 and 3 passes in its first two epochs."""
+    chosen = choose(
+        Budget(6, "passes"), {"setting": "standard", "arch": ARCH, "train_size": 64, "val_size": 16, "batch_size": 32},
+        table=Table(schema_version=1, data="made-up images", attack="CW-20", rows=TABLE.rows[:1]),
+    )  # fmt: skip
+    assert chosen.options["epochs"] == 2
+    assert chosen.reasons[0].startswith("m+trades, 2 epochs: as many as fit 6 passes")
+
+
+@pytest.mark.parametrize(
+    ("method", "epochs"), [("mart", 4), ("m+trades", 5), ("free-3", 15), ("gradalign", 11), ("liet", 19)]
+)
 def test_choose_gives_an_unmeasured_method_the_epochs_that_it_can_have(method: str, epochs: int) -> None:
-    """MART takes 11 passes per epoch, FREE-3 3, M+TRADES at most 2, 3, ... and 11: 2 + 3 + 4 + 5 + 6 = 20 in five."""
-    budget = Budget({"mart": 45, "m+trades": 22, "free-3": 45}[method], "passes")
+    """MART takes 11 passes per epoch, FREE-3 3, M+TRADES at most 2, 3, ... and 11: 2 + 3 + 4 + 5 + 6 = 20 in five.
+
+    GradAlign takes 4; LIET 2 for each of the two batches, and 10/32 of one for the ten classes: 2.16.
+    """
+    budget = Budget({"m+trades": 22, "liet": 42}.get(method, 45), "passes")
     given = {"method": method, "arch": ARCH, "train_size": 64, "val_size": 16, "batch_size": 32}
     chosen = choose(budget, given, table=TABLE)
     assert chosen.options["epochs"] == epochs

@@ -69,11 +69,14 @@ def test_plan_validation_images_are_not_trained_on() -> None:
         ("trades", {"backward passes": 44, "forward passes": 52, "updates": 4}),
         ("yopo-3-2", {"backward passes": 12, "forward passes": 12, "updates": 4}),
         ("amata-2-6", {"backward passes": 16, "forward passes": 16, "updates": 4}),  # 2 and 4 steps
+        ("gradalign", {"backward passes": 16, "forward passes": 12, "updates": 4}),  # a penalty of 1 and 2 passes
+        # In each epoch's first batch, of 32 images, a pass over 10 gray images.
+        ("liet", {"backward passes": 8.625, "forward passes": 8.625, "updates": 4}),
         ("mart", {"backward passes": 44, "forward passes": 48, "updates": 4}),
     ],
 )
 @pytest.mark.usefixtures("without_curves")
-def test_costs_are_what_a_run_counts(method: str, costs: dict[str, int], tmp_path: Path) -> None:
+def test_costs_are_what_a_run_counts(method: str, costs: dict[str, float], tmp_path: Path) -> None:
     ready = planned(method=method)
     assert ready.batches == 2
     assert ready.costs() == costs
