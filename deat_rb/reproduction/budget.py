@@ -35,7 +35,7 @@ class Measured(BaseModel):
     Attributes:
         options: Options of `deat-rb train`, with at least ``method`` and ``epochs``; others keep their defaults.
         passes: Backward passes over the training images of the whole run, counted in units of all images.
-        last_epoch: Those of its last epoch, if a schedule raises the steps; None if each epoch has as many.
+        last_epoch: Those of its last epoch, or fewer, if a schedule raises the steps; None if each epoch has as many.
         natural: Natural accuracy, in percent.
         robust: Accuracy under the attack of `Table.attack`, in percent.
         source: Where it was measured.
@@ -199,7 +199,8 @@ def choose(
         reasons.append(f"for the budget, the epochs are {change} to {epochs}, which were not measured")
     if epochs > row.epochs and row.last_epoch is not None:
         reasons.append(
-            f"its last epoch took {row.last_epoch:g} passes; if later ones take more, so does the run than {budget}"
+            f"further epochs are counted with {row.last_epoch:g} passes each; if the steps rise, the run takes more "
+            f"than {budget}"
         )
     if refused:
         reasons.append(f"left out {', '.join(refused)}, which your options exclude")

@@ -85,9 +85,9 @@ def test_choose_raises_guided_epochs_by_the_passes_of_the_last_one() -> None:
                   rows=(row("m-deat", 12, 35, 50, last_epoch=4),))  # fmt: skip
     for passes, epochs in ((34, 11), (35, 12), (38, 12), (39, 13), (58.9, 17), (59, 18), (1000, 24)):
         assert choose(Budget(passes, "passes"), {}, table=table).options["epochs"] == epochs
-    said = "its last epoch took 4 passes; if later ones take more, so does the run than 59 passes"
+    said = "further epochs are counted with 4 passes each; if the steps rise, the run takes more than 59 passes"
     assert said in choose(Budget(59, "passes"), {}, table=table).reasons
-    assert not any("its last epoch" in each for each in choose(Budget(38, "passes"), {}, table=table).reasons)
+    assert not any("further epochs" in each for each in choose(Budget(38, "passes"), {}, table=table).reasons)
 
 
 def test_choose_leaves_out_methods_that_refuse_a_given_option() -> None:
@@ -213,6 +213,8 @@ def test_table_that_comes_with_deat_rb_has_known_methods_and_options() -> None:
         options = make_options(each.options)
         assert options.optim.epochs == each.epochs
         assert each.passes >= each.epochs
+        guided = recipe(each.method)[1].guided
+        assert (each.last_epoch is not None and each.last_epoch > each.passes / each.epochs) is guided
 
 
 def test_train_budget_prints_and_records_the_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
