@@ -5,12 +5,16 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .options import seed_list
 from .study_options import WorkOptions, study_options, work
+
+if TYPE_CHECKING:
+    from deat_rb.reproduction.experiments import Setup
+    from deat_rb.reproduction.folder import StudyFolder
 
 
 @click.command("reproduce")
@@ -72,7 +76,7 @@ def reproduce(
     arguments = ["reproduce", *targets, *given]
 
     def write() -> None:
-        _write(record_targets(folder, setup, chosen), chosen, setup, folder)
+        _write(record_targets(folder, setup, chosen), chosen, folder)
 
     work(study, folder, WorkOptions(**options), arguments, write)
 
@@ -86,8 +90,8 @@ def _given(**values: Any) -> list[str]:
     return words
 
 
-def _write(every: list[str], chosen: list[str], setup: Any, folder: Any) -> None:
-    """Write the files of all targets of the folder, and print the requested ones."""
+def _write(setups: dict[str, Setup], chosen: list[str], folder: StudyFolder) -> None:
+    """Write the files of all targets of the folder, each with its own setup, and print the requested ones."""
     from rich.console import Console
 
     from deat_rb.reproduction.page import render_index
@@ -96,7 +100,7 @@ def _write(every: list[str], chosen: list[str], setup: Any, folder: Any) -> None
     from deat_rb.utils.files import atomic_write
 
     console = Console()
-    outcomes = [outcome(name, setup, folder) for name in every]
+    outcomes = [outcome(name, own, folder) for name, own in setups.items()]
     for each in outcomes:
         write_outcome(each, folder.path)
         if each.name not in chosen:
@@ -114,8 +118,8 @@ def _write(every: list[str], chosen: list[str], setup: Any, folder: Any) -> None
         for verdict in each.verdicts:
             click.echo(f"{verdict.outcome}: {verdict.text} ({verdict.detail})")
         click.echo("")
-    atomic_write(folder.path / "index.html", render_index(outcomes, setup, folder.path))
-    click.echo(f"written: {folder.path / 'index.html'} and the files of {shlex.join(every)}")
+    atomic_write(folder.path / "index.html", render_index(outcomes, setups[chosen[0]], folder.path))
+    click.echo(f"written: {folder.path / 'index.html'} and the files of {shlex.join(setups)}")
 
 
 def _list(chosen: Sequence[str]) -> None:

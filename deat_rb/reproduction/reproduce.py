@@ -8,6 +8,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from deat_rb.reproduction.claims import Verdict, judge
 from deat_rb.reproduction.experiments import (
     Setup,
@@ -31,6 +33,12 @@ from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import read_json, write_json
 
 SETUP = "reproduction.json"
+"""File with the setup of each target that was written."""
+
+FIXED = ("scale", "dataset", "data_dir", "arch")
+"""Parts of the setup that all targets of a folder share."""
+
+_SETUPS = TypeAdapter(dict[str, Setup])
 
 
 @dataclass(frozen=True)
@@ -66,43 +74,48 @@ def study_of(targets: Sequence[str], setup: Setup) -> Study:
     return merge([target_study(name, setup) for name in targets], "reproduction", "The paper's experiments")
 
 
-def check_setup(folder: StudyFolder, setup: Setup) -> list[str]:
+def check_setup(folder: StudyFolder, setup: Setup) -> dict[str, Setup]:
     """Check that a folder has no reproduction with a different setup, and return the targets written so far.
+
+    Returns:
+        The setup of each target, in the paper's order: they may differ in seeds and numbers of test images.
 
     Raises:
         DeatError: The folder holds a reproduction at a different scale or with different data or networks.
     """
     path = folder.path / SETUP
     if not path.is_file():
-        return []
-    content = read_json(path)
-    if not isinstance(content, dict) or not isinstance(content.get("targets"), list):
-        raise DeatError(f"{path} is damaged; remove it")
-    for name, value in _fixed(setup).items():
-        if content.get(name) != value:
-            raise DeatError(
-                f"{folder.path} holds a reproduction with {name.replace('_', '-')} {content.get(name)}, not {value}; "
-                "choose another --output"
-            )
-    return [name for name in experiments().targets if name in content["targets"]]
+        return {}
+    try:
+        known = _SETUPS.validate_python(read_json(path))
+    except ValidationError:
+        raise DeatError(f"{path} is damaged or of an earlier version; remove it") from None
+    for own in known.values():
+        for name in FIXED:
+            if getattr(own, name) != getattr(setup, name):
+                raise DeatError(
+                    f"{folder.path} holds a reproduction with {name.replace('_', '-')} {getattr(own, name)}, not "
+                    f"{getattr(setup, name)}; choose another --output"
+                )
+    return _in_order(known)
 
 
-def record_targets(folder: StudyFolder, setup: Setup, targets: Sequence[str]) -> list[str]:
-    """Record the setup and targets in a folder, and return all targets that were recorded so far.
+def record_targets(folder: StudyFolder, setup: Setup, targets: Sequence[str]) -> dict[str, Setup]:
+    """Record targets and their setup in a folder, and return all targets that were recorded so far with theirs.
 
     Raises:
         DeatError: See `check_setup`.
     """
     known = check_setup(folder, setup)
-    every = [name for name in experiments().targets if name in {*known, *targets}]
+    every = _in_order({**known, **dict.fromkeys(targets, setup)})
     if every != known:
         folder.create()
-        write_json(folder.path / SETUP, {**_fixed(setup), "targets": every})
+        write_json(folder.path / SETUP, _SETUPS.dump_python(every, mode="json"))
     return every
 
 
-def _fixed(setup: Setup) -> dict[str, str | None]:
-    return {"scale": setup.scale, "dataset": setup.dataset, "data_dir": setup.data_dir, "arch": setup.arch}
+def _in_order(setups: Mapping[str, Setup]) -> dict[str, Setup]:
+    return {name: setups[name] for name in experiments().targets if name in setups}
 
 
 def outcome(name: str, setup: Setup, folder: StudyFolder) -> Outcome:

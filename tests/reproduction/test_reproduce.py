@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from click.testing import CliRunner
@@ -74,6 +74,27 @@ def test_reproduce_writes_tables_figures_and_the_page(tmp_path: Path) -> None:
     refused = CliRunner().invoke(main, ["reproduce", "table6", "--arch", "wrn-10-1", "--tables", "--output", str(out)])
     assert refused.exit_code == 2
     assert "choose another --output" in refused.stderr
+
+
+def test_reproduce_rewrites_earlier_targets_with_their_own_seeds_and_images(tmp_path: Path) -> None:
+    """No run is trained: the tables list the runs that they need."""
+    out = tmp_path / "out"
+
+    def table(*arguments: str) -> dict[str, Any]:
+        result = CliRunner().invoke(main, ["reproduce", *arguments, "--tables", "--output", str(out)])
+        assert result.exit_code == 0, result.output
+        content: dict[str, Any] = json.loads((out / "table6.json").read_text())
+        return content
+
+    own = table("table6", "--seeds", "0,1,2,3,4", "--n-examples", "8", "--autoattack", "4")
+    assert [run["seed"] for run in own["rows"][0]["runs"]] == [0, 1, 2, 3, 4]
+    assert "autoattack" in own["columns"]
+    assert table("table1", "--seeds", "7") == own
+    assert {each["label"] for each in json.loads((out / "table1.json").read_text())["rows"]} >= {"pgd-7"}
+    assert [run["seed"] for run in table("table6", "--seeds", "7")["rows"][0]["runs"]] == [7]
+    (out / "reproduction.json").write_text('{"scale": "digits", "targets": ["table6"]}')
+    refused = CliRunner().invoke(main, ["reproduce", "table6", "--tables", "--output", str(out)])
+    assert (refused.exit_code, "is damaged or of an earlier version; remove it" in refused.stderr) == (2, True)
 
 
 def test_reproduce_lists_and_refuses() -> None:
