@@ -36,7 +36,7 @@ def sweep(study: Path, output: Path | None, trust_code: bool, **options: Any) ->
     from deat_rb.reproduction.outputs import write_table
     from deat_rb.reproduction.results import collect
     from deat_rb.reproduction.study import read_study
-    from deat_rb.reproduction.tables import ResultTable, as_rich, unfinished_lines
+    from deat_rb.reproduction.tables import ResultTable, as_rich, images_text, unfinished_lines
 
     described = read_study(study)
     for run in described.runs:
@@ -46,10 +46,11 @@ def sweep(study: Path, output: Path | None, trust_code: bool, **options: Any) ->
 
     def write() -> None:
         results = collect(folder, described.runs)
-        table = ResultTable.of(results, name="table", title=described.title)
+        measured = images_text(results)
+        table = ResultTable.of(results, name="table", title=described.title, notes=[measured] if measured else [])
         written = write_table(table, folder.path)
         Console().print(as_rich(table))
-        for line in unfinished_lines(table):
+        for line in (*table.notes, *unfinished_lines(table)):
             click.echo(line)
         click.echo(f"written: {', '.join(map(str, written))}")
 

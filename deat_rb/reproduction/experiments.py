@@ -264,6 +264,8 @@ def differences(setup: Setup, name: str) -> str:
     count = setup.n_examples or scale.n_examples
     if count is not None:
         said[f"{counted(count, 'test image')} instead of all"] = None
+    if setup.autoattack and target.columns:
+        said[f"AutoAttack on {counted(setup.autoattack, 'test image')} instead of all"] = None
     return f"Not the paper's setting: {'; '.join(said)}." if said else ""
 
 

@@ -30,6 +30,7 @@ class RunResult:
         reason: Why it failed.
         values: Values by column: accuracies in percent by attack, ``backward passes`` in mini-batches, ``minutes`` of
             training, and ``epochs`` trained until the end or the stopping rule.
+        images: Number of test images by attack.
         page: Path of the page of its evaluation.
         commit: Git commit of deat-rb.
         hardware: Description of the device.
@@ -43,6 +44,7 @@ class RunResult:
     status: str
     reason: str = ""
     values: dict[str, float] = field(default_factory=dict)
+    images: dict[str, int] = field(default_factory=dict)
     page: Path | None = None
     commit: str = ""
     hardware: str = ""
@@ -74,16 +76,16 @@ def _result(folder: StudyFolder, run: RunSpec) -> RunResult:
     commands += [eval_command(run, folder.runs, attacks, asked) for attacks, asked in run.evaluation.parts()]
     if record is None or status not in ("done", "failed"):
         return RunResult(run.name, run.label, run.seed, status, commands=tuple(commands))
-    values, page = {}, None
+    values, images, page = dict[str, float](), dict[str, int](), None
     for attacks, asked in run.evaluation.parts():
         for attack in ("natural", *attacks):
             found = folder.report(run, attack, asked)
             if found is not None and attack not in values:
-                values[attack] = 100 * found[1].results[attack].accuracy
+                values[attack], images[attack] = 100 * found[1].results[attack].accuracy, found[1].n_examples
                 written = page_file(found[0])
                 page = page or (written if written.is_file() else None)
     values |= cost(folder.rows(run)) if status == "done" else {}
-    return RunResult(run.name, run.label, run.seed, status, record.reason, values, page, record.commit,
+    return RunResult(run.name, run.label, run.seed, status, record.reason, values, images, page, record.commit,
                      record.hardware, record.finished, tuple(commands))  # fmt: skip
 
 

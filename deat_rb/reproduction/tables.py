@@ -131,6 +131,23 @@ def seeds_text(row: Row) -> str:
     return str(done) if done == len(row.runs) else f"{done} of {len(row.runs)}"
 
 
+def images_text(results: Sequence[RunResult]) -> str:
+    """Return how many test images each attack was measured on; empty before a run is done.
+
+    It is ``Test images: 1,000 (natural, FGSM), 200 (AutoAttack).``, or ``Test images: 1,000.`` if all have the same.
+    """
+    counts: dict[str, set[int]] = {}
+    for each in results:
+        for attack, count in each.images.items():
+            counts.setdefault(attack, set()).add(count)
+    attacks: dict[str, list[str]] = {}
+    for attack, found in counts.items():  # several if rows have different datasets
+        text = f"{min(found):,}" + (f" to {max(found):,}" if len(found) > 1 else "")
+        attacks.setdefault(text, []).append(heading(attack).removesuffix(", %"))
+    parts = [f"{text} ({', '.join(names)})" for text, names in attacks.items()] if len(attacks) > 1 else [*attacks]
+    return f"Test images: {', '.join(parts)}." if parts else ""
+
+
 def as_rich(table: ResultTable) -> Table:
     """Return a table for the terminal."""
     from rich.markup import escape

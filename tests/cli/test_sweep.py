@@ -49,7 +49,10 @@ def test_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(*commands[1].split()[3:])
     assert len(run("--print").splitlines()) == 1
     assert "1 done, 1 waiting" in run("--status")
-    assert "free-2" in run()
+    shown = run()
+    assert "free-2" in shown
+    assert "Test images: 16." in shown
+    assert "Test images: 16." in Path("small/table.md").read_text()
     for arguments in (["--print"], ["--gpus", "0"], ["--jobs", "2"], [], ["--slurm"]):
         result = CliRunner().invoke(main, ["sweep", "--trust-code", "small.toml", *arguments], catch_exceptions=False)
         assert (result.exit_code, result.stderr) == (0, "nothing is left: 2 runs done\n")

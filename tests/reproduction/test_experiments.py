@@ -86,6 +86,9 @@ def test_differences_name_what_a_scale_changes() -> None:
     assert "1 seed instead of 3" in said
     folder = differences(Setup("paper", dataset="folder", data_dir="x"), "table1")
     assert folder == "Not the paper's setting: your images in place of CIFAR-10."
+    some = Setup("paper", autoattack=1000)
+    assert differences(some, "table4") == "Not the paper's setting: AutoAttack on 1,000 test images instead of all."
+    assert [differences(Setup("paper", autoattack=0), "table4"), differences(some, "figure2")] == ["", ""]
 
 
 def test_runs_that_several_targets_need_are_trained_once() -> None:

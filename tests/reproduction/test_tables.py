@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 
 from deat_rb.reproduction.results import RunResult
-from deat_rb.reproduction.tables import Published, ResultTable, Row, as_csv, as_json, as_latex, as_markdown
+from deat_rb.reproduction.tables import (
+    Published,
+    ResultTable,
+    Row,
+    as_csv,
+    as_json,
+    as_latex,
+    as_markdown,
+    images_text,
+)
 
 
 def run(seed: int, natural: float, status: str = "done", reason: str = "") -> RunResult:
@@ -45,3 +55,13 @@ def test_json_has_every_run() -> None:
 def test_a_single_run_has_no_deviation() -> None:
     one = ResultTable.of([run(0, 80.0)], name="t", title="A title")
     assert "| 1 | 80.00 | 1,234 | 1.50 |" in as_markdown(one)
+
+
+def test_images_text() -> None:
+    """Of runs that are not done, none were measured; a row on another dataset may have other images."""
+    done, failed = run(0, 80.0), run(2, 0.0, "failed")
+    assert images_text([failed]) == ""
+    first = replace(done, images={"natural": 1000, "pgd-100": 1000})
+    assert images_text([first, failed]) == "Test images: 1,000."
+    both = [replace(done, images={**first.images, "autoattack": 200}), replace(done, images={"natural": 500})]
+    assert images_text(both) == "Test images: 500 to 1,000 (natural), 1,000 (PGD-100), 200 (AutoAttack)."
