@@ -77,8 +77,9 @@ def evaluate(
 
     Args:
         model: Model for images in [0, 1], shape (N, C, H, W), that returns logits (N, K).
-        images: In [0, 1], (N, C, H, W), on any device; batches are moved to ``device``. Images that `load_data`
-            leaves in their files because of a memory limit are decoded batch by batch.
+        images: In [0, 1], (N, C, H, W), on any device; batches are moved to ``device``. Pixels that are outside by at
+            most 1e-6, as after resampling, are clamped. Images that `load_data` leaves in their files because of a
+            memory limit are decoded batch by batch.
         labels: (N,), int64.
         attacks: See `parse_attacks`. ``noise-gaussian`` and ``noise-uniform`` add noise of size ``eps``; ``fgsm`` takes
             one step of ``eps`` without a random start; ``pgd-N`` takes N steps of eps / 4 on the cross-entropy

@@ -27,7 +27,8 @@ class PreparedModel:
 
     Attributes:
         model: The model, on ``device``.
-        images: Images in [0, 1], (N, C, H, W), on any device, or in files that are decoded batch by batch.
+        images: Images (N, C, H, W), on any device, or in files that are decoded batch by batch; copies of them are
+            clamped to [0, 1].
         labels: Labels, (N,).
         batch_size: Number of examples per batch.
         device: Device of the model, to which batches are moved.
@@ -181,12 +182,15 @@ def _check_examples(images: Tensor | LabeledImages, labels: Tensor, num_classes:
 
 
 def select_images(images: Tensor | LabeledImages, rows: Tensor) -> Tensor:
-    """Return a float copy of the images at the indices ``rows``, (n, C, H, W), decoding those in files."""
+    """Return a float copy of the images at the indices ``rows``, (n, C, H, W), decoding those in files.
+
+    Pixels outside [0, 1], which `check_pixels` tolerates up to rounding, are clamped.
+    """
     if not isinstance(images, Tensor):
         return images.select(rows).tensors()[0]
     if len(rows) and int(rows[-1] - rows[0]) == len(rows) - 1:
-        return images[int(rows[0]) : int(rows[-1]) + 1].clone()
-    return images[rows.to(images.device)]
+        return images[int(rows[0]) : int(rows[-1]) + 1].clamp(0, 1)
+    return images[rows.to(images.device)].clamp_(0, 1)
 
 
 def sha256_examples(images: Tensor | LabeledImages, labels: Tensor) -> str:

@@ -1,10 +1,10 @@
-"""The memory format of a model that is prepared for evaluation."""
+"""The memory format of a model that is prepared for evaluation, and the pixels of its images."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from small_problems import Plane, batch_for, small_network
+from small_problems import Plane, batch_for, plane_images, small_network
 from torch import Tensor, nn
 
 from deat_rb.evaluation.evaluate import evaluate
@@ -71,3 +71,19 @@ def test_evaluate_runs_in_channels_last(batch: tuple[Tensor, Tensor]) -> None:
     model.seen.clear()
     evaluate(model, *batch, attacks="fgsm", channels_last=False)
     assert model.seen == {False}
+
+
+def test_evaluate_clamps_pixels_that_are_outside_by_rounding() -> None:
+    images, labels, robust = plane_images()
+    images[5, 0, 1, 0] = 1.0  # margin 1.5, labeled 1: still wrong without any attack
+    outside = torch.where(images == 0, -1e-7, torch.where(images == 1, 1 + 2**-23, images))
+    assert (outside != images).flatten(1).any(1).tolist() == [False] * 5 + [True] * 3
+    given = outside.clone()
+    report = evaluate(Plane(), outside, labels, attacks="pgd-12", eps=0.1, keep_adversarial=True)
+    assert report.verdicts["natural"].tolist() == [True] * 5 + [False] + [True] * 2
+    assert report.verdicts["pgd-12"].tolist() == robust.tolist()
+    assert report.results["natural"].inadmissible == 0
+    adversarial = report.adversarial["pgd-12"]
+    assert adversarial.min() >= 0
+    assert adversarial.max() <= 1
+    assert torch.equal(outside, given)
