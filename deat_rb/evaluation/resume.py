@@ -125,7 +125,7 @@ def open_store(folder: str | Path | None, settings: Mapping[str, str], resume: b
 
 @contextmanager
 def _locked(folder: Path, resume: bool | None) -> Iterator[None]:
-    """Lock the folder against other processes, until this process ends or leaves the context."""
+    """Lock the folder against other processes until the context is left; then remove it if it is empty."""
     if resume and not (folder / SETTINGS).is_file():
         raise DeatError(f"there is no unfinished evaluation in {folder}: omit --resume")
     try:
@@ -137,8 +137,12 @@ def _locked(folder: Path, resume: bool | None) -> Iterator[None]:
         raise DeatError(f"{folder} cannot store an unfinished evaluation ({error.strerror}): free some space, or copy "
                         "the run to a writable folder") from None  # fmt: skip
     busy = f"another process is evaluating in {folder}; wait for it or stop it"
-    with exclusive_lock(folder / LOCK, busy=busy, failed=f"{folder} cannot store an unfinished evaluation"):
-        yield
+    try:
+        with exclusive_lock(folder / LOCK, busy=busy, failed=f"{folder} cannot store an unfinished evaluation"):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # it is not empty
+            folder.rmdir()
 
 
 def _prepare(folder: Path, settings: Mapping[str, str], resume: bool | None) -> ResumeStore:
@@ -163,14 +167,14 @@ def _count_batches(folder: Path) -> int:
 
 
 def _clear(folder: Path, *, lock: bool = False) -> None:
-    """Remove the store's files, the settings first, and with ``lock`` the lock file and the folder as well."""
+    """Remove the store's files, the settings first, and with ``lock`` the lock file as well."""
     (folder / SETTINGS).unlink(missing_ok=True)
     for name in os.listdir(folder):
-        if _OWN.fullmatch(name) and (lock or name not in LOCK_FILES):
+        if _OWN.fullmatch(name) and name not in LOCK_FILES:
             (folder / name).unlink(missing_ok=True)
-    if lock:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+    for name in LOCK_FILES if lock else ():
+        with contextlib.suppress(PermissionError):  # Windows keeps a held lock file; there, its release removes it
+            (folder / name).unlink(missing_ok=True)
 
 
 def _differing(folder: Path, settings: Mapping[str, str]) -> str:

@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -320,6 +321,31 @@ def test_open_store_is_exclusive(tmp_path: Path) -> None:
             open_store(tmp_path / "state", {}, None),
         ):
             pass
+
+
+def test_open_store_removes_a_lock_file_that_cannot_be_removed_while_it_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, unlink = set[Path](), Path.unlink
+
+    @contextmanager
+    def windows_lock(path: Path, **_: str) -> Iterator[None]:
+        path.touch()
+        held.add(path)
+        yield
+        held.remove(path)
+        path.unlink()
+
+    def windows_unlink(path: Path, missing_ok: bool = False) -> None:
+        if path in held:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr("deat_rb.evaluation.resume.exclusive_lock", windows_lock)
+    monkeypatch.setattr(Path, "unlink", windows_unlink)
+    with open_store(tmp_path / "state", {}, None) as store:
+        store.save("a", {"misclassified": torch.tensor([True])})
+    assert not (tmp_path / "state").exists()
 
 
 # Through the command.
