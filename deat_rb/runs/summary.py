@@ -12,14 +12,13 @@ def summary(run: RunDirectory) -> tuple[dict[str, str], bytes]:
     """Return key values of a run's training by name, and a PNG of its curves; both are empty without valid metrics."""
     config = run.config
     try:
-        rows = run.rows()
+        rows, chosen = run.rows(), run.selected_epoch
     except DeatError:  # damaged metrics must not prevent a report
-        rows = []
+        return {}, b""
     if not rows:
         return {}, b""
     method, setting = config.attack.method, config.attack.setting
     steps = [row.steps for row in rows]
-    chosen = run.selected_epoch
     facts = {
         "method": f"{method}, setting {setting}, seed {config.optim.seed}",
         "epochs": f"{len(rows)}" + ("" if chosen is None else f"; the weights of epoch {chosen} are evaluated"),

@@ -43,9 +43,10 @@ def test_summary_adds_up_the_epochs(tmp_path: Path, figures: list[Figure]) -> No
     assert figures[0].get_suptitle() == "my-run: m-deat on digits, wrn-10-1, seed 0"
 
 
-def test_summary_of_damaged_metrics_is_empty(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "content"), [("metrics.jsonl", "damaged"), ("last.json", "{"), ("last.json", "[]")])
+def test_summary_of_damaged_metrics_is_empty(name: str, content: str, tmp_path: Path) -> None:
     path = make_run(tmp_path / "run")
-    (path / "metrics.jsonl").write_text("damaged")
+    (path / name).write_text(content)
     assert summary(RunDirectory.open(path)) == ({}, b"")
 
 
