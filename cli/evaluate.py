@@ -169,7 +169,7 @@ def evaluate(
         own = target.radius(own_norm)
         written: list[str] = []
         finish = partial(_write, target, json_path, page, overwrite, where, written, images=images, labels=labels)
-        with EvaluationProgress(len(labels)) if ranks.is_main else nullcontext() as progress:
+        with EvaluationProgress() if ranks.is_main else nullcontext() as progress:
             report = evaluate(
                 target.model, images, labels, attacks=chosen, eps=chosen_radii or (own,), main_eps=own, norm=own_norm,
                 batch_size=batch_size, seed=seed, device=where, precision=precision, checks=checks,

@@ -22,15 +22,14 @@ class EvaluationProgress(AbstractContextManager["EvaluationProgress"]):
     It can be passed to `deat_rb.evaluate` as ``progress``.
 
     Args:
-        n_examples: Number of evaluated images.
         console: Where to print; by default stderr.
     """
 
-    def __init__(self, n_examples: int, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.n_examples = n_examples
+        self._n_examples = 0
         self.console = console or Console(stderr=True)
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
@@ -70,7 +69,9 @@ class EvaluationProgress(AbstractContextManager["EvaluationProgress"]):
         """
         self._switch_to(attack, total)
         self._last = monotonic()
-        share = correct / (self.n_examples if "/" in attack.partition("(")[0] else done)
+        if attack == "natural":  # the first, and on all examples
+            self._n_examples = total
+        share = correct / (self._n_examples if "/" in attack.partition("(")[0] else done)
         self._accuracy = f"{100 * share:.2f} % correct"
         if self.console.is_interactive:
             self._bar.update(self._task, completed=done, total=total, accuracy=self._accuracy)

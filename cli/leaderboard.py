@@ -124,7 +124,7 @@ def verify(
             raise DeatError(f"--data-dir {text} is invalid: give NAME=DIR, such as cifar10=data")
         folders[name] = Path(folder)
     where = str(resolve_device(device))
-    with EvaluationProgress(sample) as progress:
+    with EvaluationProgress() as progress:
         result = verify_board(_chosen(context, board), sample=sample, data_dirs=folders, batch_size=batch_size,
                              memory_limit=memory_limit, device=where, progress=progress)  # fmt: skip
     for note in result.notes:

@@ -224,11 +224,11 @@ class Listener:
         with TrainingProgress() as progress:
             yield progress
 
-    def evaluating(self, n_examples: int) -> AbstractContextManager[Progress | None]:
+    def evaluating(self) -> AbstractContextManager[Progress | None]:
         """Show a bar, or a line per 30 seconds."""
         from deat_rb.cli.evaluation_progress import EvaluationProgress
 
-        progress: AbstractContextManager[Progress] = EvaluationProgress(n_examples)
+        progress: AbstractContextManager[Progress] = EvaluationProgress()
         return progress
 
 

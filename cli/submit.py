@@ -102,7 +102,7 @@ def submit(
         "normalization": parse_normalization(mean, std, normalize),
         "memory_limit": memory_limit,
     }
-    with EvaluationProgress(n_examples or sample) as progress:
+    with EvaluationProgress() as progress:
         entry = Board(board).submit(
             target, SubmissionMetadata(**metadata, **more), n_examples=n_examples, sample=sample,
             evaluate_anew=evaluate_anew, replace=replace, keep_weights=keep_weights, batch_size=batch_size,

@@ -103,10 +103,11 @@ def evaluate(
         state: Folder that stores the result of each batch until the evaluation has finished, for resuming it.
         resume: True to require an unfinished evaluation in ``state``, False to discard it, None to resume it if there
             is one. An unfinished evaluation with different settings raises an error.
-        progress: Called as ``(attack, done, total, robust)`` after each batch, where ``robust`` is the number of
-            examples classified correctly so far. Stages of an attack have names such as ``autoattack/square``, and
-            their ``robust`` counts all examples; attacks of a sweep have names such as ``fgsm (eps 4/255)``.
-            Its method ``within``, if any, is called as ``(attack, batch, batches, fraction)`` during a batch.
+        progress: Called as ``(attack, done, total, robust)`` after each batch, first of ``natural``, where ``robust``
+            is the number of examples classified correctly so far. Stages of an attack have names such as
+            ``autoattack/square``, and their ``robust`` counts all examples; attacks of a sweep have names such as
+            ``fgsm (eps 4/255)``. Its method ``within``, if any, is called as ``(attack, batch, batches, fraction)``
+            during a batch.
         provenance: Source of the model and the data, for the report; invisible characters are replaced with U+FFFD.
         finish: Function that saves the report; called before ``state`` is removed, so that nothing is lost if it fails.
         ranks: The ranks that share the evaluation, from `deat_rb.utils.distributed.world`; all must call this with the

@@ -54,8 +54,8 @@ class WorkListener(Protocol):
         """Return a callback for training."""
         ...
 
-    def evaluating(self, n_examples: int) -> AbstractContextManager[Progress | None]:
-        """Return the progress of an evaluation of ``n_examples`` images."""
+    def evaluating(self) -> AbstractContextManager[Progress | None]:
+        """Return the progress of an evaluation."""
         ...
 
 
@@ -75,7 +75,7 @@ class Silent:
         """Return a callback that does nothing."""
         return nullcontext(Callback())
 
-    def evaluating(self, n_examples: int) -> AbstractContextManager[Progress | None]:
+    def evaluating(self) -> AbstractContextManager[Progress | None]:
         """Return no progress."""
         return nullcontext(None)
 
@@ -205,7 +205,7 @@ class Worker:
                          classes=target.classes, run=path, own_eps=target.eps, own_norm=target.norm,
                          training=summary(RunDirectory.open(path)))  # fmt: skip
 
-        with self.listener.evaluating(len(labels)) as progress:
+        with self.listener.evaluating() as progress:
             report = evaluate(
                 target.model, images, labels, attacks=attacks, eps=target.eps, norm=target.norm, device=device,
                 checks="quick", state=_state(path, attacks, asked), progress=progress, finish=finish,

@@ -18,9 +18,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deat_rb.cli.evaluation_progress.monotonic", lambda: float(next(ticks)))
 
 
-def lines(*calls: tuple[str, int, int, int], n_examples: int = 400) -> list[str]:
+def lines(*calls: tuple[str, int, int, int]) -> list[str]:
     out = io.StringIO()
-    with EvaluationProgress(n_examples, Console(file=out, width=40)) as show:
+    with EvaluationProgress(Console(file=out, width=40)) as show:
         for call in calls:
             show(*call)
     return out.getvalue().splitlines()
@@ -50,14 +50,18 @@ def test_evaluation_progress_times_each_attack() -> None:
 
 
 def test_evaluation_progress_of_stages_is_of_all_examples() -> None:
-    # The part attacks the 50 of 400 that are left, and 40 stay.
-    assert "autoattack/square: 50 images, 10.00 % correct" in lines(("autoattack/square", 50, 50, 40))[0]
+    # The part attacks the 50 of 400 that are left, and 40 stay; then another network is evaluated on 100 images.
+    shown = lines(("natural", 400, 400, 80), ("autoattack/square", 50, 50, 40),
+                  ("natural", 100, 100, 80), ("autoattack/square", 50, 50, 40))  # fmt: skip
+    assert "autoattack/square: 50 images, 10.00 % correct" in shown[1]
+    assert "autoattack/square: 50 images, 40.00 % correct" in shown[3]
 
 
 @pytest.mark.usefixtures("clock")
 def test_evaluation_progress_within_a_batch() -> None:
     out = io.StringIO()
-    with EvaluationProgress(400, Console(file=out, width=40)) as show:
+    with EvaluationProgress(Console(file=out, width=40)) as show:
+        show("natural", 400, 400, 400)
         for share in (0.0, 0.2, 0.4, 0.6):
             show.within("autoattack/square", 1, 4, share)
         show("autoattack/square", 100, 400, 40)
@@ -67,6 +71,7 @@ def test_evaluation_progress_within_a_batch() -> None:
     # The clock began 10 s before the first look. 0.4 of a batch took 30 s, so 3.6 take 270 s; then 1 took 50 s and
     # half of the next 20 s more, so the other 2.5 take 70 / 1.5 each.
     assert out.getvalue().splitlines() == [
+        "natural: 400 images, 100.00 % correct, 10.0 s",
         "autoattack/square: batch 1 of 4 at 40%, about 4 min left",
         "autoattack/square: batch 2 of 4 at 0%, 10.00 % correct so far, about 3 min left",
         "a sentence",
@@ -76,7 +81,7 @@ def test_evaluation_progress_within_a_batch() -> None:
 @pytest.mark.usefixtures("clock")
 def test_evaluation_progress_time_left_after_resuming() -> None:
     out = io.StringIO()
-    with EvaluationProgress(400, Console(file=out, width=40)) as show:
+    with EvaluationProgress(Console(file=out, width=40)) as show:
         for share in (0.0, 0.25, 0.5):
             show.within("pgd-100", 3, 4, share)
     assert out.getvalue().splitlines() == ["pgd-100: batch 3 of 4 at 50%, about 2 min left"]
@@ -85,7 +90,7 @@ def test_evaluation_progress_time_left_after_resuming() -> None:
 def test_evaluation_progress_shows_a_bar_on_a_terminal() -> None:
     out = io.StringIO()
     console = Console(file=out, width=100, force_terminal=True, force_interactive=True)
-    with EvaluationProgress(8, console) as show:
+    with EvaluationProgress(console) as show:
         show("fgsm", 4, 8, 1)
         show._bar.refresh()
     assert "fgsm" in out.getvalue()
@@ -97,7 +102,7 @@ def test_evaluation_progress_shows_a_bar_on_a_terminal() -> None:
 def test_evaluation_progress_escapes_markup(interactive: bool) -> None:
     out = io.StringIO()
     console = Console(file=out, width=100, force_terminal=interactive, force_interactive=interactive)
-    with EvaluationProgress(8, console) as show:
+    with EvaluationProgress(console) as show:
         show("torchattacks.A(b='[/]')", 8, 8, 2)
         show.say("continued from 3 batches in runs/[red]x")
         show._bar.refresh()
@@ -107,7 +112,7 @@ def test_evaluation_progress_escapes_markup(interactive: bool) -> None:
 
 def test_evaluation_progress_removes_the_bar_when_interrupted() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, force_interactive=True)
-    show = EvaluationProgress(8, console)
+    show = EvaluationProgress(console)
     with pytest.raises(KeyboardInterrupt), show:
         raise KeyboardInterrupt
     assert not show._bar.live.is_started
