@@ -153,7 +153,7 @@ def _open_local_target(
                             "and data")  # fmt: skip
         network = open_network(target, options)
         return (_of_run(path, network, data_dir, memory_limit, own_paths=own_paths) if path.is_dir()
-                else _of_entry(path, network, data_dir))  # fmt: skip
+                else _of_entry(path, network, data_dir, memory_limit))  # fmt: skip
     if dataset is None and named:
         raise DeatError(f"{target} does not specify its data: give the dataset to evaluate on with --dataset")
     if dataset is None:
@@ -200,12 +200,12 @@ def _of_run(
     return replace(combine(network, data, same_data=same_data), run=run.path)
 
 
-def _of_entry(path: Path, network: Network, data_dir: str | Path | None) -> EvalTarget:
+def _of_entry(path: Path, network: Network, data_dir: str | Path | None, memory_limit: int | None) -> EvalTarget:
     from deat_rb.leaderboard.datasets import load_entry_data
     from deat_rb.leaderboard.entry import read_entry
 
     entry = read_entry(path)
-    data = load_entry_data(entry, None if data_dir is None else Path(data_dir))
+    data = load_entry_data(entry, None if data_dir is None else Path(data_dir), memory_limit)
     if data.fingerprint != entry.data_sha256:
         raise DeatError(f"{path} was measured on different data (SHA-256 {str(entry.data_sha256)[:12]}...) than those "
                         f"here ({data.fingerprint[:12]}...): check --data-dir")  # fmt: skip

@@ -69,8 +69,8 @@ def load_board_dataset(
     return load_data(name, data_dir=data_dir, image_size=image_size, memory_limit=memory_limit, test_only=True)
 
 
-def load_entry_data(entry: Entry, data_dir: Path | None) -> Dataset:
-    """Load the dataset that an entry was measured on.
+def load_entry_data(entry: Entry, data_dir: Path | None, memory_limit: int | None = None) -> Dataset:
+    """Load the dataset that an entry was measured on; arguments as for `deat_rb.data.datasets.load_data`.
 
     Raises:
         DeatError: ``data_dir`` is missing for an image folder, or the dataset cannot be loaded.
@@ -79,4 +79,4 @@ def load_entry_data(entry: Entry, data_dir: Path | None) -> Dataset:
     if loader == "folder" and data_dir is None:
         raise DeatError(f"--data-dir is missing: give the folder of {entry.dataset}")
     size = None if entry.model is None else entry.model.image_size
-    return load_data(loader, data_dir=data_dir, image_size=size, test_only=True)
+    return load_data(loader, data_dir=data_dir, image_size=size, memory_limit=memory_limit, test_only=True)

@@ -13,6 +13,8 @@ from board_problems import NAME, FakeEvaluation, bare_state, make_checkpoint, ma
 from torch import Tensor
 
 from deat_rb.data.datasets import Dataset, load_data
+from deat_rb.data.image_folder import ImageFolder
+from deat_rb.eval_target import open_target
 from deat_rb.leaderboard.board import Board
 from deat_rb.leaderboard.datasets import first_test_examples, load_board_dataset
 from deat_rb.leaderboard.submission import SubmissionMetadata
@@ -252,6 +254,14 @@ def test_submit_matches_labels_by_class_name(
     assert (verified.problems, verified.measured) == ([], 1)
     by_name = [names[label] for label in really_loaded.calls[1]["labels"]]
     assert sorted(by_name) == sorted(data.classes[label] for label in first_test_examples(data)[1])
+
+
+def test_open_target_of_an_entry_keeps_large_test_sets_in_their_files(
+    tmp_path: Path, board: Board, image_folder: Path, really_loaded: FakeEvaluation
+) -> None:
+    submit(board, **four_classes(tmp_path), data_dir=image_folder)
+    target = open_target(board.path / f"entries/colors/Linf/{NAME}.json", data_dir=image_folder, memory_limit=0)
+    assert isinstance(target.test_images()[0], ImageFolder)
 
 
 @pytest.mark.parametrize(
