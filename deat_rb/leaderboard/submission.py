@@ -110,7 +110,9 @@ class SubmissionMetadata:
         check_model_name(self.model_name)
         if self.dataset_name is not None:
             check_dataset_name(self.dataset_name)
-        fields = {"model_name": self.model_name, "kind": "published", "dataset": "digits", "eps": self.eps or "0.1"}
+        # In L2, where any radius is allowed: the norm is that of the submitted files, in which the entry checks it.
+        fields = {"model_name": self.model_name, "kind": "published", "dataset": "digits", "eps": self.eps or "0.1",
+                  "threat_model": "L2"}  # fmt: skip
         Entry.create({**fields, **self.declared_fields()}, "the declared metadata")
 
     def declared_fields(self) -> dict[str, Any]:

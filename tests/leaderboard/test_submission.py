@@ -69,6 +69,19 @@ def test_submit_takes_flags_instead_of_a_model_info(tmp_path: Path, board: Board
         submit(board, weights, "Wong2020Fast", data_dir=tmp_path, eps=0.1)
 
 
+def test_submit_takes_flags_in_the_norm_of_the_folder(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
+    flags = {"arch": "wrn-10-1", "dataset": "digits", "eps": "1.5"}
+    for norm in ("L2", "Linf"):
+        (tmp_path / norm).mkdir()
+        torch.save(bare_state(), tmp_path / norm / "last.pt")
+    entry = submit(board, tmp_path / "L2/last.pt", **flags)
+    assert (entry.key, entry.eps) == (f"digits/L2/{NAME}", "1.5")
+    assert len(fake.calls) == 1
+    with pytest.raises(DeatError, match=r"last.pt is not valid: eps 1.5 is outside \(0, 1\], .*; only L2 radii may be"):
+        submit(board, tmp_path / "Linf/last.pt", **flags)
+    assert len(fake.calls) == 1
+
+
 @pytest.mark.parametrize("flags", [{}, {"arch": "wrn-10-1", "dataset": "digits", "eps": "0.1"}])
 def test_submit_of_a_file_of_a_run_names_the_run(tmp_path: Path, board: Board, flags: dict[str, str]) -> None:
     run = make_run(tmp_path / "run")
