@@ -255,15 +255,16 @@ def nest(values: Mapping[str, Any]) -> dict[str, Any]:
         nested["network"] = nested.pop("model")
         method = str(nested.get("method", ""))
         nested |= {"carry": True} if method.startswith("free-") else {"omega": 0.0} if method.startswith("fat-") else {}
-    if isinstance(conduct := nested.pop("conduct", None), Mapping):
-        nested.update(conduct)
+    if isinstance(nested.get("conduct"), Mapping):
+        nested.update(nested.pop("conduct"))
     for name in list(nested):
         option_name = FORMER_NAMES.get(name, name)
         if option_name in GROUP_OF and name not in GROUPS:
             value, key = nested.pop(name), GROUP_OF[option_name]
             if value is not None:
                 group = nested.get(key, {})
-                nested[key] = {**(group if isinstance(group, dict) else dict(group)), option_name: value}
+                if isinstance(group, Mapping | OptionGroup):  # anything else is refused as a group
+                    nested[key] = {**dict(group), option_name: value}
     return nested
 
 

@@ -71,8 +71,14 @@ Numbers = Annotated[tuple[float, ...], BeforeValidator(parse_numbers)]
 
 
 def parse_names(text: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the names in a comma-separated string such as ``norm,bias``."""
+    """Return the names in a comma-separated string such as ``norm,bias``.
+
+    Raises:
+        DeatError: ``text`` is neither a string nor a list of strings.
+    """
     parts = text.split(",") if isinstance(text, str) else text
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+        raise DeatError(f"'{text}' is not a list of names; give names such as norm,bias")
     return tuple(part.strip() for part in parts if part.strip())
 
 
@@ -316,8 +322,9 @@ def describe_first_error(error: ValidationError, prefix: str = "--", known: Sequ
         return option.replace("_", "-") if prefix else option
 
     first = error.errors()[0]
-    option = spelled(next(part for part in reversed(first["loc"]) if isinstance(part, str)))
-    name = prefix + option
+    path = [part for part in first["loc"] if isinstance(part, str)]
+    option = spelled(path[-1]) if path else "options"  # no path if the table itself is rejected
+    name = prefix + option if path else option
     if first["type"] == "extra_forbidden":
         hint = did_you_mean(option, map(spelled, known), "docs/options.md lists the options", prefix=prefix)
         return f"there is no option {name}: {hint}"

@@ -60,6 +60,18 @@ def test_read_study_expands_grid_list_and_seeds(tmp_path: Path) -> None:
             "[options]\nepochs = 'ten'\n[grid]\nmethod = ['pgd-7']",
             "epochs = 'ten' cannot be used: it should be a whole number$",
         ),
+        (
+            "[options]\ndataset = 'folder'\ndata = 'my-images'\n[grid]\nmethod = ['pgd-7']",
+            "data = 'my-images' cannot be used: it should be a table of options$",
+        ),
+        (
+            "[options]\nattack = 'pgd'\neps = '8/255'\n[grid]\nepochs = [1]",
+            "attack = 'pgd' cannot be used: it should be a table of options$",
+        ),
+        (
+            "[options]\nno_decay = true\n[grid]\nmethod = ['pgd-7']",
+            "no_decay = True cannot be used: 'True' is not a list of names; give names such as norm,bias$",
+        ),
         ("[options]\nepochs = 'open'\n[grid]\nmethod = ['pgd-7']", "epochs = open never ends without patience"),
         ("options = 3\n[grid]\nmethod = ['pgd-7']", r"options = 3 cannot be used: it should be a table \[options\]"),
         (

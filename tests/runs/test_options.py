@@ -58,12 +58,22 @@ def test_make_options_reads_text_as_from_the_command_line() -> None:
         ("attack_mode", "half", "--attack-mode = 'half' cannot be used"),
         ("precision", "fp64", "--precision = 'fp64' cannot be used"),
         ("memory_limit", "plenty", "--memory-limit = 'plenty' cannot be used"),
+        ("no_decay", 5, "--no-decay = 5 cannot be used: '5' is not a list of names; give names such as norm,bias"),
+        ("no_decay", [1], "--no-decay = .1. cannot be used: '.1.' is not a list of names"),
+        ("runtime", "cpu", "--runtime = 'cpu' cannot be used: it should be a table of options"),
         ("epoch", 3, "there is no option --epoch"),
+        (5, 3, "options = 5 cannot be used: keys should be strings"),
     ],
 )
-def test_make_options_names_the_option_and_its_value(option: str, value: Any, message: str) -> None:
+def test_make_options_names_the_option_and_its_value(option: Any, value: Any, message: str) -> None:
     with pytest.raises(DeatError, match=message):
         make_options({option: value})
+
+
+@pytest.mark.parametrize("group", [None, 5, "cpu", []])
+def test_make_options_refuses_a_group_that_is_no_table_beside_one_of_its_options(group: Any) -> None:
+    with pytest.raises(DeatError, match=r"--runtime = .* cannot be used: it should be a table of options$"):
+        make_options({"runtime": group, "device": "cpu"})
 
 
 def test_options_markdown_is_in_the_docs() -> None:
