@@ -19,9 +19,9 @@ from deat_rb.utils.units import format_fraction
 
 
 def group_key(config: RunConfig) -> dict[str, Any]:
-    """Return everything that defines a run except the seed: the options that affect the result, and the data."""
+    """Return all that defines a run except the seed: the options that affect the result, and hashes of its data."""
     options = {name: value for name, value in config.flat().items() if name not in ("seed", *MAY_CHANGE)}
-    return options | {"data": config.data_fingerprint}
+    return options | {"data": config.data_fingerprint, "extra_data": config.extra_fingerprint}
 
 
 def grouped_table(paths: Sequence[Path], by: str) -> ResultTable:

@@ -1,7 +1,10 @@
-"""Small sets of images in memory, recognizable by their pixels."""
+"""Small sets of images: in memory, recognizable by their pixels, and in a file of extra data."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,3 +35,11 @@ def epoch_of(batches: Batches, epoch: int = 0) -> tuple[Tensor, Tensor]:
     batches.set_epoch(epoch)
     images, labels = zip(*batches, strict=True)
     return torch.cat(images), torch.cat(labels)
+
+
+def write_extra(path: Path, count: int = 40, seed: int = 0) -> Path:
+    """Write images of noise with the labels of digits."""
+    rng = np.random.default_rng(seed)
+    images, labels = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, count)
+    np.savez(path, image=images, label=labels)
+    return path

@@ -8,10 +8,14 @@ from statistics import mean, stdev
 
 import pytest
 from click.testing import CliRunner
+from small_image_sets import write_extra
+from small_runs import planned
 from small_studies import small_study, work
 
 from deat_rb.cli import main
 from deat_rb.evaluation.report import Report
+from deat_rb.evaluation.tables import group
+from deat_rb.reproduction.grouping import group_key
 
 
 @pytest.mark.slow
@@ -41,3 +45,13 @@ def test_compare_group_by_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     said = run(paths[0], "--group-by", "method", status=2)
     assert "have the same options and the same seed (pgd-1, seed 0): give one of them" in said
     assert "--latex is a format of --group-by" in run("--latex", status=2)
+
+
+def test_runs_with_other_extra_data_are_no_seeds_of_one_setting(tmp_path: Path) -> None:
+    files = [write_extra(tmp_path / "extra.npz"), write_extra(tmp_path / "other.npz", seed=1)]
+    moved = write_extra(tmp_path / "moved.npz")
+    configs = [planned(extra_data=str(path), seed=seed).config for seed, path in enumerate((*files, moved))]
+    first, second = group([group_key(config) for config in configs]).items()
+    assert (first[1], second[1]) == ([0, 2], [1])
+    for (label, _), config in zip((first, second), configs, strict=False):
+        assert label == f"pgd-1, extra_data {config.extra_fingerprint}"

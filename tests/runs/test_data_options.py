@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from resumed_runs import TIMES, Stops
+from small_image_sets import write_extra
 from small_runs import SMALL, identical
 from small_runs import planned as small_plan
 
@@ -26,14 +26,6 @@ pytestmark = pytest.mark.usefixtures("without_curves")
 def metrics(run: RunDirectory) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
-
-
-def write_extra(path: Path, count: int = 40, seed: int = 0) -> Path:
-    """Write images of noise with the labels of digits."""
-    rng = np.random.default_rng(seed)
-    images, labels = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, count)
-    np.savez(path, image=images, label=labels)
-    return path
 
 
 @pytest.mark.slow
