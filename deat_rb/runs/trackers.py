@@ -117,13 +117,23 @@ class Trackers(Callback):
             "result/backward_passes": history.backwards,
             "result/seconds": sum(row.seconds for row in history.rows),
         }
-        self.log({name: value for name, value in result.items() if value is not None}, len(history.rows))
+        self.log({name: value for name, value in result.items() if value is not None}, len(history.rows), of_run=True)
 
-    def log(self, values: Mapping[str, int | float], step: int) -> None:
-        """Log values at an epoch."""
+    def log(self, values: Mapping[str, int | float], step: int, *, of_run: bool = False) -> None:
+        """Log values at an epoch.
+
+        Args:
+            values: The values by name.
+            step: The epoch.
+            of_run: Whether the values describe the whole run. They become W&B's summary, because W&B drops values that
+                a continued run logs at an epoch it already has.
+        """
         for name, tracker in list(self._trackers.items()):
             try:
-                tracker.log(dict(values), step=step)
+                if of_run and name == "wandb":
+                    tracker.tracker.summary.update(dict(values))
+                else:
+                    tracker.log(dict(values), step=step)
             except Exception as error:  # any exception: third-party code
                 del self._trackers[name]
                 self._failed(name, error)
@@ -174,7 +184,7 @@ def log_evaluation(run: RunDirectory, accuracies: Mapping[str, float]) -> tuple[
     names = trackers_of(run.path)
     failures: list[str] = []
     trackers = Trackers(names, run, project="", warn=failures.append, kept_in="eval.json")
-    trackers.log({f"eval/{name}": value for name, value in accuracies.items()}, len(run.rows()))
+    trackers.log({f"eval/{name}": value for name, value in accuracies.items()}, len(run.rows()), of_run=True)
     trackers.close()
     if failures:
         raise TrackerError(f"--track {failures[0]}")

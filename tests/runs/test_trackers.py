@@ -42,14 +42,20 @@ def test_tracker_logs_each_epoch_and_the_result_to_tensorboard(tmp_path: Path) -
 
 
 class FakeWandb(ModuleType):
-    """The calls of wandb that Accelerate makes, recorded."""
+    """The calls of wandb that Accelerate makes, recorded.
+
+    As in wandb (its issue 5632), steps must not fall, and those of a continued run begin after its last one; values of
+    other steps are dropped.
+    """
 
     def __init__(self) -> None:
         super().__init__("wandb")
         self.started: list[dict[str, Any]] = []
-        self.logged: list[tuple[int | None, dict[str, Any]]] = []
+        self.logged: list[tuple[int, dict[str, Any]]] = []
+        self.next_step = 0
         self.finished = 0
         self.config = SimpleNamespace(values={}, update=self._update)
+        self.summary = SimpleNamespace(values={}, update=self._summarize)
         self.fails = False
         self.fails_at: int | None = None
 
@@ -60,12 +66,22 @@ class FakeWandb(ModuleType):
         if self.fails:
             raise RuntimeError("No API key configured.\nUse `wandb login`")
         self.started.append(options)
+        self.next_step = self.logged[-1][0] + 1 if self.logged else 0
         return self
 
-    def log(self, values: dict[str, Any], step: int | None = None) -> None:
-        if step is not None and step == self.fails_at:
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self._may_fail(step)
+        if step >= self.next_step:
+            self.logged.append((step, values))
+            self.next_step = step
+
+    def _summarize(self, values: dict[str, Any]) -> None:
+        self._may_fail(self.next_step)
+        self.summary.values.update(values)
+
+    def _may_fail(self, step: int) -> None:
+        if step == self.fails_at:
             raise ConnectionError("no route to host\nretry later")
-        self.logged.append((step, values))
 
     def finish(self) -> None:
         self.finished += 1
@@ -89,25 +105,27 @@ def test_wandb_gets_project_name_tags_options_epochs_and_result(tmp_path: Path, 
     assert {"pgd-1", "digits", "seed 0", "fast"} <= set(started["tags"])
     assert wandb.config.values["lr"] == run.config.optim.lr
     assert wandb.config.values["track"] == "['wandb']"
-    assert [step for step, _ in wandb.logged] == [1, 2, 2]
+    assert [step for step, _ in wandb.logged] == [1, 2]
     assert wandb.logged[0][1]["loss"] == history.rows[0].loss
-    assert wandb.logged[-1][1]["result/backward_passes"] == history.backwards
+    assert wandb.summary.values["result/backward_passes"] == history.backwards
 
     log_evaluation(run, {"fgsm": 0.25})
     assert wandb.started[1]["id"] == started["id"]  # the same run, not another one
-    assert wandb.logged[-1] == (2, {"eval/fgsm": 0.25})
+    assert wandb.summary.values["eval/fgsm"] == 0.25
 
 
 def test_wandb_run_is_continued_with_its_identifier(tmp_path: Path, wandb: FakeWandb) -> None:
     flat = {**SMALL, "lr_schedule": "flat", "track": ["wandb"]}
     run, _ = train(flat, output=tmp_path, name="run")
     resume(run.path, {"epochs": 3}, trust_code=True)
-    assert [started["id"] for started in wandb.started] == [wandb.started[0]["id"]] * 2
+    log_evaluation(run, {"fgsm": 0.25})
+    resume(run.path, {"epochs": 4}, trust_code=True)
+    assert [started["id"] for started in wandb.started] == [wandb.started[0]["id"]] * 4
     assert wandb.started[0]["project"] == "deat-rb"
-    assert [step for step, _ in wandb.logged] == [1, 2, 2, 3, 3]
+    assert [step for step, _ in wandb.logged] == [1, 2, 3, 4]
     with pytest.raises(DeatError, match="--project other cannot be used: run is already logged to the project deat-rb"):
-        resume(run.path, {"epochs": 4, "project": "other"}, trust_code=True)
-    assert len(RunDirectory.open(run.path).rows()) == 3
+        resume(run.path, {"epochs": 5, "project": "other"}, trust_code=True)
+    assert len(RunDirectory.open(run.path).rows()) == 4
 
 
 @pytest.mark.parametrize("fails_at", [1, -1])
@@ -124,13 +142,13 @@ def test_tracker_that_fails_during_training_does_not_end_it(tmp_path: Path, wand
         "wandb failed and lacks values from here on (ConnectionError: no route to host); they are in metrics.jsonl"
     ]
     assert len(run.rows()) == len(history.rows) == 2
-    assert len(wandb.logged) == (0 if fails_at == 1 else 3)
+    assert len(wandb.logged) == (0 if fails_at == 1 else 2)
     wandb.finished = len(wandb.started)  # a tracker that fails is not closed
 
 
 def test_log_evaluation_refuses_a_tracker_that_fails(tmp_path: Path, wandb: FakeWandb) -> None:
     run, _ = train({**SMALL, "track": ["wandb"]}, output=tmp_path, name="run")
-    wandb.fails_at = len(run.rows())
+    wandb.fails_at = len(run.rows()) + 1
     with pytest.raises(DeatError, match=r"--track wandb failed .* \(ConnectionError: no route to host\); .* eval.json"):
         log_evaluation(run, {"fgsm": 0.25})
     wandb.finished = len(wandb.started)
