@@ -64,35 +64,31 @@ def configure(
                 f"the attack of the method {canonical} has no norm, so norm = {norm} cannot be used with it"
             )
         attack_options["norm"] = norm
-    attack_keys = {"tau", "omega"} & set(attack_options)
-    shares_pass = getattr(trainer, "shares_forward_pass", False)
-    if not row.shares_passes and not shares_pass:
-        attack_keys |= {"attack_mode"} & accepts
+    refused = dict(getattr(trainer, "refused", {}))
+    attack_keys = {"tau", "omega"} & set(attack_options) | {"attack_mode"} & accepts - set(refused)
     attack_options |= {key: values.pop(key) for key in attack_keys & set(values)}
     alpha, steps = row.alpha * (eps / PAPER_EPS), row.steps
     if steps > 0 or row.guided:
         alpha = values.pop("alpha", alpha) if "alpha" in accepts else alpha
         steps = values.pop("steps", steps) if "steps" in accepts else steps
-    if row.shares_passes and {"awp", "awp_warmup"} & set(values):
-        raise DeatError(
-            f"the method {canonical} cannot use awp, which needs a separate backward pass before the update: each of "
-            "its passes serves both attack and update; choose another method, such as pgd-N, n-fgsm or trades"
-        )
-    if shares_pass and {"awp", "awp_warmup"} & set(values):
-        raise DeatError(
-            f"the method {canonical} cannot use awp: the weights would change between the attack and the loss, which "
-            "share a forward pass; choose another method, such as pgd-N, n-fgsm or trades"
-        )
     accepted = set(inspect.signature(trainer).parameters)
     own_keys = {"carry", "align", "consistency", "prior_reset"} & set(trainer_options)
     trainer_keys = own_keys | ({"lr_per_replay", "awp", "awp_warmup"} & accepted)
-    trainer_keys |= {"eps_warmup"} if steps > 0 or row.guided else set()
+    if steps > 0 or row.guided:
+        trainer_keys |= {"eps_warmup"}
+    else:
+        refused |= dict.fromkeys(("alpha", "steps", "eps_warmup"), "it trains without attack steps")
     trainer_options |= {key: values.pop(key) for key in trainer_keys & set(values)}
     beta = values.pop("beta", row.beta) if row.loss in ("trades", "mart") else row.beta
     smoothing = values.pop("label_smoothing", row.label_smoothing)
     surrogate(row.loss, beta=beta, label_smoothing=smoothing)
     schedule_options = {**row.schedule_options, **_take(resolve(row.schedule), values)}
     stopping_options = {**row.stopping_options, **_take(resolve(row.stopping), values)}
+    if not_usable := sorted(set(values) & set(refused)):
+        raise DeatError(
+            f"the method {canonical} cannot use {not_usable[0]}: {refused[not_usable[0]]}; omit it, or choose another "
+            "method, such as pgd-7, n-fgsm or trades"
+        )
     if values:
         raise DeatError(
             f"the method {canonical} has no parameter {', '.join(sorted(values))}; see deat-rb methods {canonical}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,6 +33,11 @@ class GradAlignTrainer(AttackTrainer):
     """
 
     penalty_passes = (1, 2)
+    refused = MappingProxyType(
+        dict.fromkeys(
+            ("awp", "awp_warmup"), "its penalty compares two gradients, which AWP would take at different weights"
+        )
+    )
     not_compilable = "needs second derivatives, which torch.compile lacks"
 
     def __init__(self, attack: PGD, *, loss: str | SurrogateLoss = "ce", align: float = 0.2, **options: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,7 +34,9 @@ class SharedForwardTrainer(Trainer):
         options: As for `Trainer`.
     """
 
-    shares_forward_pass = True
+    refused = MappingProxyType(
+        dict.fromkeys(("attack_mode", "awp", "awp_warmup"), "attack and loss share a forward pass, in train mode")
+    )
     not_compilable = "takes two gradients from one forward pass, which torch.compile lacks"
     norms = ("Linf",)
 

@@ -207,6 +207,11 @@ class AttackTrainer(Trainer):
             self._averages = state["averages"]
 
 
+SHARED_PASSES = MappingProxyType(
+    dict.fromkeys(("attack_mode", "awp", "awp_warmup"), "each of its passes serves both attack and update")
+)
+
+
 class ReplayTrainer(Trainer):
     """Attack and update from one backward pass: FREE, DEAT and M-DEAT (Algorithm 1, lines 4-10; Algorithm 3).
 
@@ -220,6 +225,7 @@ class ReplayTrainer(Trainer):
         options: As for `Trainer`.
     """
 
+    refused = SHARED_PASSES
     takes_soft_labels = True
 
     def __init__(

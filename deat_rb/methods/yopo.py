@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from deat_rb.attacks.losses import main_class
 from deat_rb.attacks.pgd import PGD
 from deat_rb.methods.losses import surrogate
+from deat_rb.methods.trainers import SHARED_PASSES
 from deat_rb.models.first_layer import find_first_layer, output_gradients, output_of
 from deat_rb.training.engine import Engine
 from deat_rb.training.metrics import BatchStats
@@ -39,6 +40,7 @@ class YopoTrainer(Trainer):
         DeatError: The attack or the loss cannot be used, or m or n is below 1.
     """
 
+    refused = SHARED_PASSES
     takes_soft_labels = True
     not_compilable = "needs the gradient of the first layer's output, which torch.compile hides"
 

@@ -90,8 +90,8 @@ class TrainerBase(StatelessAttack):
     needs_epochs = False
     """Whether `begin_batch` needs the number of epochs, so that training cannot be open-ended."""
 
-    shares_forward_pass = False
-    """Whether attack and loss use the same forward pass, which rules out AWP and an attack in eval mode."""
+    refused: Mapping[str, str] = MappingProxyType({})
+    """Why options of most methods are none of this one, as a clause by option."""
 
     not_compilable: str | None = None
     """Why a training step does not work with torch.compile, as the end of a sentence; None if it does."""

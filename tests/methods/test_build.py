@@ -71,7 +71,7 @@ def test_create_scales_alpha_with_eps_unless_given() -> None:
         ("pgd-7", {"epz": 1}, "the method pgd-7 has no parameter epz"),
         ("pgd-7", {"alpha": -1.0}, "alpha = -1 is not a positive number"),
         ("pgd-7", {"alpha": 2.0}, "alpha = 2 is above 1; images are in"),
-        ("standard", {"steps": 3}, "the method standard has no parameter steps"),
+        ("standard", {"steps": 3}, "the method standard cannot use steps: it trains without attack steps; omit it"),
         ("pgd-7", {"steps": -2}, "steps = -2 is not a non-negative whole number"),
         ("pgd-7", {"eps": 8.0}, r"eps = 8 is outside \(0, 1\]"),
         ("m+pgd", {"steps": 9}, r"max_steps = 7 is below the first epoch's steps \(9\)"),

@@ -29,8 +29,8 @@ EPS = 8 / 255
     ("options", "message"),
     [
         ({"norm": "L2"}, "is defined for Linf only: omit norm = L2"),
-        ({"awp": 0.005}, "cannot use awp: the weights would change between the attack and the loss"),
-        ({"attack_mode": "eval"}, "has no parameter attack_mode"),
+        ({"awp": 0.005}, "cannot use awp: attack and loss share a forward pass, in train mode"),
+        ({"attack_mode": "eval"}, "cannot use attack_mode: attack and loss share a forward pass, in train mode"),
         ({"steps": 2}, "takes one step per batch, not 2: set steps = 1"),
         ({"consistency": -1.0}, "consistency = -1 is not a finite, non-negative number"),
         ({"label_smoothing": 1.0}, r"label_smoothing = 1 is not in \[0, 1\)"),

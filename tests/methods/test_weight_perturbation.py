@@ -135,8 +135,15 @@ def test_the_perturbation_is_removed_if_the_update_fails() -> None:
 
 @pytest.mark.parametrize("name", ["free-8", "deat-3", "m-deat", "yopo-5-3"])
 def test_awp_is_refused_where_a_pass_serves_attack_and_update(name: str) -> None:
-    with pytest.raises(DeatError, match=f"{name} cannot use awp, .* each of its passes serves both attack and update"):
+    with pytest.raises(DeatError, match=f"{name} cannot use awp: each of its passes serves both attack and update"):
         deat_rb.create(name, made(), awp=0.01)
+
+
+@pytest.mark.parametrize("option", [{"awp": 0.01}, {"awp_warmup": 2}])
+def test_gradalign_says_why_it_refuses_awp(option: dict[str, Any]) -> None:
+    reason = "its penalty compares two gradients, which AWP would take at different weights"
+    with pytest.raises(DeatError, match=f"gradalign cannot use {next(iter(option))}: {reason}; omit it, or choose an"):
+        deat_rb.create("gradalign", made(), **option)
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,12 @@ def test_unusable_parts_are_refused(options: dict[str, Any], message: str) -> No
         YopoTrainer(attack, **options)
 
 
-@pytest.mark.parametrize("option", [{"attack_mode": "eval"}, {"lr_per_replay": True}, {"carry": True}, {"tau": 3}])
+def test_the_mode_of_the_attack_is_refused_with_the_reason() -> None:
+    with pytest.raises(DeatError, match="yopo-5-3 cannot use attack_mode: each of its passes serves both attack and"):
+        deat_rb.create("yopo-5-3", made(), attack_mode="eval")
+
+
+@pytest.mark.parametrize("option", [{"lr_per_replay": True}, {"carry": True}, {"tau": 3}])
 def test_options_of_other_methods_are_refused(option: dict[str, Any]) -> None:
     with pytest.raises(DeatError, match=f"the method yopo-5-3 has no parameter {next(iter(option))}"):
         deat_rb.create("yopo-5-3", made(), **option)

@@ -97,7 +97,12 @@ def test_describe_says_how_eps_rises() -> None:
     [
         ("pgd-7", -1, "eps_warmup = -1 is not a non-negative whole number of epochs"),
         ("pgd-7", 1.5, "eps_warmup = 1.5 is not a whole number"),
-        ("standard", 3, "the method standard has no parameter eps_warmup"),
+        (
+            "standard",
+            3,
+            "the method standard cannot use eps_warmup: it trains without attack steps; omit it, or choose another "
+            "method, such as pgd-7, n-fgsm or trades$",
+        ),
     ],
 )
 def test_create_refuses_a_warm_up(name: str, warmup: Any, message: str) -> None:
