@@ -11,7 +11,7 @@ from deat_rb.utils.errors import DeatError
 
 
 class BackgroundWriter:
-    """Context manager that runs functions one after the other in a background thread.
+    """Context manager that runs functions one after the other in a background thread, up to the first that fails.
 
     On exit it waits for them and raises their first error, unless another exception is being raised.
     """
@@ -21,10 +21,15 @@ class BackgroundWriter:
         self._jobs: list[Future[None]] = []
 
     def start(self, action: Callable[[], None]) -> None:
-        """Queue ``action``; the thread runs it after the earlier ones, whether or not they succeed."""
+        """Queue ``action``; the thread runs it after the earlier ones, unless `has_failed`."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="deat-rb-writer")
-        self._jobs.append(self._pool.submit(action))
+        self._jobs.append(self._pool.submit(self._run, action))
+
+    def _run(self, action: Callable[[], None]) -> None:
+        # A checkpoint must never be newer than the weights files that were to be written before it.
+        if not self.has_failed:
+            action()
 
     @property
     def has_failed(self) -> bool:

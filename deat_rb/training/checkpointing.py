@@ -30,8 +30,9 @@ class MetricsWriter(Callback):
 class Checkpointing(Callback):
     """Write a checkpoint after each epoch and every few minutes, and resume from the newest one.
 
-    A checkpoint is copied to host memory and written in the background. Training waits for it before the next
-    checkpoint, after the last batch of an epoch (so that the metrics are at most one epoch ahead) and at the end.
+    A checkpoint is copied to host memory and written in the background, after the weights files of its epoch. Training
+    waits for it before the next checkpoint, before an epoch's metrics are written (so that they are at most one epoch
+    ahead) and at the end.
 
     Args:
         run: Storage of the checkpoints.
@@ -61,12 +62,13 @@ class Checkpointing(Callback):
     def on_action(self, action: Action) -> None:
         """Write a checkpoint on SAVE and STOP."""
         if action in (Action.SAVE, Action.STOP):
+            self._wait()
             self._save()
         if action == Action.STOP:
             self._wait()
 
-    def on_train_epoch_end(self) -> None:
-        """Wait until the last checkpoint is written."""
+    def on_validation_end(self, row: EpochStats) -> None:
+        """Wait until the previous files are complete, before the epoch's metrics and weights are written."""
         self._wait()
 
     def on_epoch_end(self, row: EpochStats) -> None:
@@ -76,13 +78,8 @@ class Checkpointing(Callback):
             self._wait()
 
     def _save(self) -> None:
-        """Start writing a checkpoint once the previous files are complete.
-
-        Raises:
-            UnwritableError: One of the previous files could not be written.
-        """
+        """Start writing a checkpoint."""
         state = self.state
-        self._wait()
         copied = training_state.save(state, self.run.config_json)
         self._saved_at = time.monotonic()
         if state.world.is_main:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import pytest
-from resumed_runs import Stops, outcome, train
+from resumed_runs import EPOCHS, Stops, outcome, train
+from torch import Tensor
 from training_problems import run_config
 
 from deat_rb.runs.directory import RunDirectory
@@ -16,7 +18,7 @@ from deat_rb.training import checkpoint
 from deat_rb.training.background import BackgroundWriter
 from deat_rb.training.callbacks import Callback
 from deat_rb.training.checkpoint import Checkpoint
-from deat_rb.training.metrics import EpochAccumulator
+from deat_rb.training.metrics import EpochAccumulator, EpochStats
 from deat_rb.utils.errors import DeatError, Interrupted, UnwritableError
 
 
@@ -49,12 +51,14 @@ def test_writer_raises_an_error_once() -> None:
     done: list[int] = []
     writer = BackgroundWriter()
     writer.start(fail)
-    writer.start(lambda: done.append(1))
+    writer.start(lambda: done.append(1))  # such as a checkpoint, whose weights files are missing
     with pytest.raises(DeatError, match="the disk is full"):
         writer.wait()
-    assert done == [1]
+    assert done == []
     assert not writer.has_failed
+    writer.start(lambda: done.append(2))
     writer.wait()
+    assert done == [2]
 
 
 def test_writer_raises_on_leaving_unless_another_error_does() -> None:
@@ -74,20 +78,74 @@ class AfterFirstBatch(Callback):
         self.reached.set()
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, callback = checkpoint.write, AfterFirstBatch()
-    in_time: list[bool] = []
+class Goes(Callback):
+    """Sets an event when the validation after an epoch begins, and when the first batch of an epoch is done."""
 
-    def slow(folder: Path, copied: Checkpoint) -> Path:
-        in_time.append(callback.reached.wait(60))
-        return write(folder, copied)
+    def __init__(self) -> None:
+        self.validations, self.batches = ([threading.Event() for _ in range(EPOCHS + 2)] for _ in range(2))
 
-    whole, run = (RunDirectory.create(tmp_path / name, run_config()) for name in ("whole", "run"))
+    def on_validation_start(self) -> None:
+        self.validations[self.state.epoch].set()
+
+    def on_batch_end(self, sums: EpochAccumulator) -> None:
+        self.batches[self.state.epoch].set()
+
+
+def test_training_goes_on_while_weights_and_checkpoints_are_written_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights are written only once a batch of the next epoch is done, and checkpoints once its validation begins."""
+    write, callback = checkpoint.write, Goes()
+    missed: list[str] = []
+    ended: list[str] = []
+
+    def reached(events: list[threading.Event], epoch: int, what: str) -> None:
+        if epoch <= EPOCHS and not events[epoch].wait(20):
+            missed.append(what)
+
+    def slow_checkpoint(folder: Path, copied: Checkpoint) -> Path:
+        epoch = copied.facts["epoch"]
+        reached(callback.validations, epoch, f"checkpoint before epoch {epoch}")
+        path = write(folder, copied)
+        ended.append(f"checkpoint {epoch - 1}")
+        return path
+
+    class Slow(RunDirectory):
+        def save_weights(self, which: str, state: Mapping[str, Tensor], row: EpochStats) -> None:
+            reached(callback.batches, row.epoch + 1, f"{which} of epoch {row.epoch}")
+            super().save_weights(which, state, row)
+            if which == "last":
+                ended.append(f"weights {row.epoch}")
+
+        def append(self, row: EpochStats) -> None:
+            super().append(row)
+            ended.append(f"metrics {row.epoch}")
+
+    whole, run = RunDirectory.create(tmp_path / "whole", run_config()), Slow.create(tmp_path / "run", run_config())
     train("pgd-1", whole)
-    monkeypatch.setattr(checkpoint, "write", slow)
+    monkeypatch.setattr(checkpoint, "write", slow_checkpoint)
     train("pgd-1", run, callback)
-    assert in_time
-    assert all(in_time)
+    assert missed == []
+    assert ended == [
+        "checkpoint 0",
+        *(f"{what} {epoch}" for epoch in range(1, EPOCHS + 1) for what in ("metrics", "weights", "checkpoint")),
+    ]
+    assert outcome(run) == outcome(whole)
+
+
+def test_a_checkpoint_is_not_written_without_the_weights_of_its_epoch(tmp_path: Path) -> None:
+    class Fails(RunDirectory):
+        def save_weights(self, which: str, state: Mapping[str, Tensor], row: EpochStats) -> None:
+            if row.epoch == 2:
+                raise UnwritableError(f"cannot write {which}.safetensors: No space left on device")
+            super().save_weights(which, state, row)
+
+    run = Fails.create(tmp_path / "run", run_config())
+    with pytest.raises(DeatError, match=r"No space left on device; .*run keeps 1 of 3 epochs; deat-rb"):
+        train("pgd-1", run)
+    whole = RunDirectory.create(tmp_path / "whole", run_config())
+    train("pgd-1", whole)
+    train("pgd-1", RunDirectory.open(run.path), resume=True)
     assert outcome(run) == outcome(whole)
 
 

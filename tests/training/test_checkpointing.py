@@ -17,6 +17,7 @@ import deat_rb
 from deat_rb.methods.registry import known_methods
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.training.callbacks import Callback
+from deat_rb.training.metrics import EpochStats
 from deat_rb.utils.errors import DeatError, Interrupted
 from deat_rb.utils.safe_load import load_tensors, sha256_tensors
 
@@ -151,7 +152,7 @@ def test_checkpointing_on_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
 
     class FillsUp(Callback):
-        def on_train_epoch_end(self) -> None:
+        def on_validation_end(self, row: EpochStats) -> None:
             if run.rows():
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
 
