@@ -211,6 +211,7 @@ def pgd_on_batches(
         leave_every = 1 if device.type == "cpu" else 5
     entered = 0  # the first examples of `held` that have entered
     rows = ended = torch.empty(0, dtype=torch.int64)  # examples that take steps, and that have taken all of them
+    stepping, index = rows, rows.to(device)  # the rows of the last step, and the same, filled up, on the device
     for iteration in count():
         checks = iteration % leave_every == 0
         if checks:
@@ -236,10 +237,10 @@ def pgd_on_batches(
         waits = len(rows) == size or (len(rows) > 0 and following is None)
         while len(ended) >= size or (len(ended) and checks and not waits):
             chosen, ended = ended[:size], ended[size:]
-            index = _filled(chosen, size).to(device)
+            last = _filled(chosen, size).to(device)
             with torch.no_grad():
-                wrong = model(held.adv[index]).argmax(dim=1) != held.labels[index]
-            held.misclassified[index[: len(chosen)]] |= wrong[: len(chosen)]
+                wrong = model(held.adv[last]).argmax(dim=1) != held.labels[last]
+            held.misclassified[last[: len(chosen)]] |= wrong[: len(chosen)]
             held.forwards[chosen] += 1
             held.finished[chosen] = True
         while lengths and held.finished[: lengths[0]].all():
@@ -248,14 +249,15 @@ def pgd_on_batches(
             held = held.without(length)
             rows, ended, entered = rows - length, ended - length, entered - length
         if len(rows):
-            index = _filled(rows, size).to(device)
+            if not torch.equal(rows, stepping):  # copying the index synchronizes with the device
+                stepping, index = rows, _filled(rows, size).to(device)
             current, images, labels = held.adv[index], held.images[index], held.labels[index]
             logits, gradient = logits_and_gradient(model, current, labels, loss)
             wrong = held.misclassified[index] | (logits.argmax(dim=1) != labels)
             stepped = threat.ascend(current, images, gradient, alpha)
             moved = torch.where(wrong[:, None, None, None], current, stepped)
-            index = index[: len(rows)]
-            held.misclassified[index], held.adv[index] = wrong[: len(rows)], moved[: len(rows)]
+            own = index[: len(rows)]
+            held.misclassified[own], held.adv[own] = wrong[: len(rows)], moved[: len(rows)]
             held.forwards[rows] += 1
             held.backwards[rows] += 1
         elif not lengths and following is None:

@@ -111,8 +111,9 @@ class StepRunner:
             self._run = self._recorded(graphs, total, rate)
         for fixed, given in zip(self._inputs, (images, labels), strict=True):
             fixed.copy_(given)
-        if rate is not None and self._shares:
-            self._rates.copy_(torch.tensor([float(rate(share)) for share in self._shares]))
+        if rate is not None:
+            for number, share in enumerate(self._shares):
+                self._rates[number].fill_(float(rate(share)))  # copying them from the host would wait for the device
         stats = self._run()
         if rate is not None and self._shares:
             set_rate(self.optimizer, rate(self._shares[-1]))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_problems import Plane, batch_for, plain_pgd, plane_images, small_network
 from torch import Tensor, nn
+from transfers import Transfers
 
 from deat_rb.attacks import losses
 from deat_rb.attacks.functional import CountingModel, admissible, logits_and_gradient, pgd
@@ -53,6 +54,22 @@ def test_pgd_result_does_not_depend_on_leave_every(
         assert counted.forwards >= expected[0], "and some to fill up the smallest batches"
     if every == 100:  # none leaves before the end
         assert crafted.passes == (48 * 11, 48 * 10)
+
+
+def test_pgd_waits_for_the_device_at_checks_only() -> None:
+    """On a GPU the index of the examples that take steps is copied when it changes; copying it waits."""
+    images, labels, _ = (part.to("meta") for part in plane_images())
+    before: list[int] = []
+    with Transfers() as transfers:
+
+        def model(batch: Tensor) -> Tensor:
+            before.append(len(transfers.names))
+            transfers.names.clear()
+            return batch.flatten(1)[:, :2]
+
+        pgd(model, images, labels, start=images, threat=Linf(0.1), alpha=0.02, steps=10, loss=losses.cross_entropy)
+    # Checks are before steps 1 and 6, and after the last step, where the examples end.
+    assert [count > 0 for count in before] == [True] + 4 * [False] + [True] + 4 * [False] + [True]
 
 
 def test_uniform_start_draws_from_the_generator() -> None:

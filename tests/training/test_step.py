@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_problems import begin, images_and_labels, loader, made
+from transfers import Transfers
 
 import deat_rb
 from deat_rb.methods.registry import known_methods
@@ -43,11 +44,12 @@ def test_no_method_looks_at_a_value(method: str) -> None:
     with engine.prepared(model):
         optimizer = build_optimizer(model, OptimConfig(lr=0.1), engine.device)
         for batch in range(2):
-            with engine.training_batch(model, 8):
-                begin(trainer, images, 0, batch, engine)
+            begin(trainer, images, 0, batch, engine)
+            with engine.training_batch(model, 8), Transfers() as transfers:
                 stats = trainer.training_step(images, labels, optimizer, engine)
-            flags.note(stats, model, batch)
-            sums.add(stats)
+                flags.note(stats, model, batch)
+                sums.add(stats)
+            assert transfers.names == [], "copies from and to the host wait, too"
     assert (sums.examples, sums.batches) == (16, 2)
     with pytest.raises(RuntimeError, match="meta tensors"):
         sums.read()

@@ -12,7 +12,9 @@ import torch
 import torchattacks
 from tape import TapeGraphs
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from training_problems import begin, images_and_labels, made
+from transfers import Transfers
 
 import deat_rb
 from deat_rb.methods.losses import weighted
@@ -238,6 +240,45 @@ def test_a_compiled_step_is_recorded_although_compiling_waits_for_the_device() -
         for _ in range(4):
             runner(*images_and_labels(6), 6)
         assert runner.recordings == recordings
+
+
+class Still(Optimizer):
+    """Updates nothing; torch's fused optimizers do not run on the meta device."""
+
+    def step(self, closure: Any = None) -> Any:
+        pass
+
+
+class Unwatched:
+    """Runs what should be recorded each time anew; on the meta device, where there are no addresses to record."""
+
+    any_code = True
+
+    def warm_up(self, function: Callable[[], T]) -> tuple[T, bool]:
+        return function(), True
+
+    def record(self, function: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        result = function()
+        return lambda: None, result
+
+
+@pytest.mark.parametrize(("method", "options"), [("free-3", {"lr_per_replay": True}), ("pgd-2", {}), ("m-deat", {})])
+def test_a_recorded_step_copies_nothing_from_the_host(method: str, options: dict[str, Any]) -> None:
+    model = made().to("meta")
+    trainer, engine = deat_rb.create(method, model, **options), Engine("meta")
+    engine.graphs = Unwatched()
+    optimizer = Still(model.parameters(), {"lr": torch.zeros((), device="meta")})
+    runner = StepRunner(trainer, engine, optimizer, warm_ups=2)
+    images, labels = (part.to("meta") for part in images_and_labels(6))
+    with Transfers() as transfers:
+        for _ in range(5):
+            trainer.set_replay_lr(partial(replay_rate, 0.1))
+            set_rate(optimizer, 0.1)
+            runner(images, labels, 6)
+    assert runner.recordings == 1
+    assert transfers.names == []
+    # The rate of the last of three replays, two thirds into the batch.
+    assert rate_of(optimizer) == pytest.approx(0.1 + 0.02 / 3 if options else 0.1)
 
 
 def own_loss(logits: Tensor, labels: Tensor) -> Tensor:
