@@ -127,8 +127,8 @@ class Step:
         return passes
 
     def side(self) -> Side:
-        """Return the side to time; it always starts from the same weights."""
-        return Side(self.run, lambda: restore(self.trainer.model, self.problem))
+        """Return the side to time; it always starts from the same weights, and settles when the step is recorded."""
+        return Side(self.run, lambda: restore(self.trainer.model, self.problem), lambda: self.runner.settled)
 
 
 def fix_steps(trainer: Trainer) -> None:

@@ -21,10 +21,20 @@ class Side:
     Attributes:
         run: The function to time.
         prepare: Function that restores the state before ``run``; not timed.
+        settled: Function that returns whether further runs are like the last one, which is asked after a run.
     """
 
     run: Callable[[], object]
     prepare: Callable[[], object] = lambda: None
+    settled: Callable[[], bool] = lambda: True
+
+    def warm_up(self) -> None:
+        """Run the side until it has settled, at least once."""
+        done = False
+        while not done:
+            self.prepare()
+            self.run()
+            done = self.settled()
 
 
 def device_clock(device: torch.device) -> Clock:
@@ -55,7 +65,7 @@ def alternate(
     Args:
         sides: The sides by name.
         repeats: Number of rounds.
-        warm_up: Whether to run each side once before, untimed.
+        warm_up: Whether to warm up each side before, untimed.
         clock: Function that returns seconds.
         notify: Called with the name of the next side.
 
@@ -63,16 +73,16 @@ def alternate(
         Seconds, by side and round.
     """
     times: Times = {name: [] for name in sides}
-    first = 0 if warm_up else 1
-    for rounds in range(first, repeats + 1):
-        for name in sides if rounds % 2 else reversed(list(sides)):
+    for name in reversed(list(sides)) if warm_up else ():
+        notify(name)
+        sides[name].warm_up()
+    for rounds in range(repeats):
+        for name in reversed(list(sides)) if rounds % 2 else sides:
             notify(name)
             sides[name].prepare()
             began = clock()
             sides[name].run()
-            seconds = clock() - began
-            if rounds >= 1:
-                times[name].append(seconds)
+            times[name].append(clock() - began)
     return times
 
 

@@ -100,6 +100,11 @@ class StepRunner:
             return stats
         return self._replay(graphs, images, labels, total)
 
+    @property
+    def settled(self) -> bool:
+        """Whether further steps like the last one are run as it was: recorded, or never to be recorded."""
+        return self.engine.graphs is None or not self._can_record or self._run is not None
+
     def _step(self, images: Tensor, labels: Tensor, total: int) -> BatchStats:
         with self.engine.training_batch(self.trainer.model, total):
             return self.trainer.training_step(images, labels, self.optimizer, self.engine)

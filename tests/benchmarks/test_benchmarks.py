@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_problems import batch_for, small_network
+from tape import TapeGraphs
 from torch import nn
 
 from benchmarks import busy, evaluation, fill, problem, speed
@@ -64,6 +65,21 @@ def test_alternate_times_neither_preparation_nor_warm_up() -> None:
     times = alternate({name: side(name) for name in "ab"}, 3, clock=clock)
     assert times == {"a": [1, 2, 30], "b": [2, 8, 10]}
     assert ratio(times["b"], times["a"]) == 2  # the median of 2, 4 and 1/3; the ratio of the medians would be 4
+
+
+@pytest.mark.parametrize("method", ["u-fgsm", "free-2"])
+def test_steps_are_recorded_before_they_are_timed(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock counts the repetitions of recorded steps: each timed round has one, and none is of the warm-up."""
+    tape = TapeGraphs()
+    monkeypatch.setattr(problem, "choose_graphs", lambda *_: tape)
+    small = problem.Problem("wrn-10-1", 2, torch.device("cpu"))
+    with problem.Step(small, method, "fp32") as step:
+        assert alternate({"ours": step.side()}, 2, clock=lambda: tape.repeated) == {"ours": [1, 1]}
+    assert tape.recorded == 1
+    monkeypatch.setattr(problem, "choose_graphs", lambda *_: None)
+    with problem.Step(small, method, "fp32") as step:
+        step.side().warm_up()
+        assert step.sums.batches == 1, "a step that is not recorded is warmed up once"
 
 
 def test_row_properties() -> None:
