@@ -13,6 +13,7 @@ from deat_rb.data.batches import Batches
 from deat_rb.data.datasets import Dataset
 from deat_rb.data.images import ImageSet, subset, train_val_split
 from deat_rb.data.statistics import DatasetStatistics
+from deat_rb.evaluation.report import Report
 from deat_rb.methods.registry import recipe
 from deat_rb.models.spec import model_spec
 from deat_rb.runs.defaults import setting_defaults
@@ -125,8 +126,18 @@ def _evaluate(session: Session, method: str, count: int, stage: str) -> None:
         images=len(images),
         seconds=round(time.monotonic() - began, 1),
         **{name: round(100 * result.accuracy, 2) for name, result in report.results.items()},
-        attack_seconds={name: round(result.seconds, 2) for name, result in report.results.items()},
+        **costs(report),
     )
+
+
+def costs(report: Report) -> dict[str, dict[str, float]]:
+    """Return the seconds, the energy and the peak memory of each attack of a report, as far as they were measured."""
+    results = report.results.items()
+    return {
+        "attack_seconds": {name: round(each.seconds, 2) for name, each in results},
+        "kWh": {name: round(each.energy_kwh, 6) for name, each in results if each.energy_kwh is not None},
+        "peak_MiB": {name: each.peak_memory >> 20 for name, each in results if each.peak_memory is not None},
+    }
 
 
 def full(session: Session) -> None:

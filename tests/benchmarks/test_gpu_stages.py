@@ -6,13 +6,20 @@ import argparse
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
+from small_problems import small_network
 
-from benchmarks.gpu import table1
+from benchmarks.gpu import attacks, table1
 from benchmarks.gpu.session import Session
+from deat_rb.attacks.names import parse_attacks
+from deat_rb.attacks.registry import build_attack
+from deat_rb.attacks.types import AttackContext
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,6 +34,58 @@ def test_decoded_images_are_read_from_their_cache(image_folder: Path, tmp_path: 
         images = getattr(decoded, part).in_memory()
         assert torch.equal(getattr(cached, part).images, images.images)
         assert torch.equal(getattr(cached, part).labels, images.labels)
+
+
+class Result(NamedTuple):
+    """What a GPU's evaluation measures."""
+
+    accuracy: float = 0.5
+    seconds: float = 2.125
+    energy_kwh: float | None = 0.25
+    peak_memory: int | None = 3 * 2**20 + 1
+
+
+def session_with_a_network(folder: Path) -> Session:
+    options = argparse.Namespace(device="cpu", out=folder, test_size=2, autoattack_size=2, graphs_size=2, eval_batch=2,
+                                 attacks="pgd-2")  # fmt: skip
+    return Session(options, trained={"m-deat": small_network()})
+
+
+def test_evaluations_record_time_energy_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = session_with_a_network(tmp_path)
+    report = SimpleNamespace(results={"natural": Result(), "pgd-2": Result(energy_kwh=None, peak_memory=None)})
+    for module in (table1, attacks):
+        monkeypatch.setattr(module, "evaluate", lambda *_, **__: report)
+        monkeypatch.setattr(module, "test_images", lambda *_: (torch.rand(2, 3, 8, 8), torch.tensor([0, 1])))
+    table1._evaluate(session, "m-deat", 2, "table1-eval")
+    attacks.autoattack(session)
+    assert [row["stage"] for row in session.rows] == ["table1-eval", "autoattack"]
+    for row in session.rows:
+        assert row["attack_seconds"] == {"natural": 2.12, "pgd-2": 2.12}
+        assert (row["kWh"], row["peak_MiB"]) == ({"natural": 0.25}, {"natural": 3})
+
+
+def test_graphs_are_compared_where_passes_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, seen = session_with_a_network(tmp_path), list[str]()
+    monkeypatch.setattr(attacks, "test_images", lambda *_: (torch.rand(2, 3, 8, 8), torch.tensor([0, 1])))
+
+    def evaluated(*_: object, attacks: str, **__: object) -> SimpleNamespace:
+        seen.extend(parse_attacks(attacks))
+        return SimpleNamespace(results={"square": Result()})
+
+    monkeypatch.setattr(attacks, "evaluate", evaluated)
+    attacks.graphs(session)
+    assert [row["enabled"] for row in session.rows] == [True, False]
+    context = AttackContext("Linf", 0.1, 0, 5, torch.device("cpu"))
+    stages = [stage for name in seen if name != "natural" for stage in build_attack(name, context).parts]
+    assert stages
+    assert all(stage.recordable for stage in stages)
+
+
+def test_the_packages_for_a_gpu_can_measure_energy() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    packed = (ROOT / "benchmarks/gpu/prepare.sh").read_text(encoding="utf-8")
+    assert [f"{package.partition('>')[0]}==" in packed for package in extras["energy"]] == [True]
 
 
 @pytest.mark.slow
