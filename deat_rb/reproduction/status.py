@@ -24,7 +24,7 @@ class RunState:
         status: Its status.
         epochs: Epochs trained.
         total: Epochs of the whole run; `OPEN` if it is open-ended.
-        seconds: Wall time that training and evaluation took, if done.
+        seconds: Wall time that the epochs and evaluation took, if done.
         trained: Wall time of the epochs trained so far, with validation.
         reason: Why it failed.
     """
@@ -80,7 +80,7 @@ class StudyState:
         Before a run is done and without a prediction, the epochs trained so far are extrapolated; see `is_projected`.
         """
         done = [each for each in self.runs if each.seconds]
-        alike = [each.seconds for each in done if each.run.label == state.run.label and each.seconds]
+        alike = [each.seconds for each in done if each.run.setting == state.run.setting and each.seconds]
         if alike:
             return fmean(alike)
         predicted = self.predicted.get(state.run.name)

@@ -6,6 +6,7 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
@@ -59,7 +60,7 @@ class RunSpec:
     Attributes:
         options: The options of `deat-rb train` that are set, including the seed.
         evaluation: How the run is evaluated.
-        label: Name of its row in tables: the same for runs that differ only in the seed.
+        label: Name of its row in a table: the same for runs that differ only in the seed.
     """
 
     options: TrainOptions
@@ -80,6 +81,11 @@ class RunSpec:
                 decisive[name] = Path(path).name
         digest = sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:8]
         return f"{default_name(self.options)}-{digest}"
+
+    @cached_property
+    def setting(self) -> str:
+        """The options without the seed, as text: equal for runs that differ in nothing else, unlike ``label``."""
+        return json.dumps({**self.options.explicit(), "seed": None}, sort_keys=True)
 
     @property
     def seed(self) -> int:

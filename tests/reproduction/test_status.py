@@ -27,6 +27,17 @@ def test_seconds_left_are_those_of_other_seeds() -> None:
     assert StudyState(runs, {}).seconds_left() == pytest.approx(30 + 20)
 
 
+def test_seconds_left_of_another_network_with_the_same_label_are_not_those_of_its_namesake() -> None:
+    """In `reproduce` a label is only the method; the second network takes twice as long as predicted, as the first."""
+    small, large = small_study(), small_study({"method": "pgd-1", "batch_size": 16}, seeds=(0, 1))
+    (first,), (second, seed) = small.runs, large.runs
+    assert first.label == second.label == seed.label
+    runs = [RunState(first, "done", 2, 2, 60.0), RunState(second, "waiting", 0, 2)]
+    assert StudyState(tuple(runs), {first.name: 30.0, second.name: 100.0}).seconds_left() == pytest.approx(200)
+    runs += [RunState(seed, "done", 2, 2, 300.0)]
+    assert StudyState(tuple(runs), {first.name: 30.0, second.name: 100.0}).seconds_left() == pytest.approx(300)
+
+
 def test_seconds_left_correct_predictions_by_finished_runs() -> None:
     """PGD-1 was predicted to take 30 s and took 60 s, so that FREE-2's 10 s become 20 s each, two at a time."""
     runs = (state(0, "done", 2, 60.0), state(2, "running"), state(3, "running"))
