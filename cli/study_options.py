@@ -82,6 +82,7 @@ def work(
     from deat_rb.reproduction.work import Worker
     from deat_rb.reproduction.workers import environments
     from deat_rb.utils.errors import DeatError
+    from deat_rb.utils.text import counted
 
     gpus = tuple(filter(None, (options.gpus or "").split(",")))
     if options.slurm and gpus:
@@ -117,20 +118,26 @@ def work(
     left = [run for run in (study.runs if only is None else (only,)) if not folder.is_settled(run)]
     if not left:
         click.echo(_nothing_left(study, folder) if only is None else f"{only.name} is {folder.status(only)}", err=True)
+    worker = Worker(study, folder, Listener(folder))
     with _telling_what_is_done(study, folder):
         if not left:
             pass
         elif options.slurm:
             _submit(folder, options, len(workers), arguments)
         elif only is not None:
-            if not Worker(study, folder, Listener(folder)).work_on(only):
+            if not worker.work_on(only):
                 click.echo(f"another process is working on {only.name}")
         elif len(workers) > 1 or gpus:
             _run_workers(study, folder, workers, [*arguments, *(["--no-wait"] if options.no_wait else [])])
         else:
-            Worker(study, folder, Listener(folder)).work(wait=not options.no_wait)
+            worker.work(wait=not options.no_wait)
         if only is None and not options.slurm:
             write()
+    refused = [run for run in left if run.name in worker.refused and not folder.is_settled(run)]
+    if refused:
+        first = refused[0]
+        raise DeatError(f"{counted(len(refused), 'run')} cannot begin on this machine: {first.label}, seed "
+                        f"{first.seed}: {worker.refused[first.name]}")  # fmt: skip
 
 
 def _nothing_left(study: Study, folder: StudyFolder) -> str:
@@ -211,6 +218,10 @@ class Listener:
         values = collect(self._folder, [run])[0].values
         text = ", ".join(f"{column} {value:,.2f}" for column, value in values.items())
         click.echo(f"done: {run.label}, seed {run.seed}: {text}", err=True)
+
+    def on_refused(self, run: RunSpec, reason: str) -> None:
+        """Print why a run cannot begin on this machine."""
+        click.echo(f"cannot begin here: {run.label}, seed {run.seed}: {reason}", err=True)
 
     def on_waiting(self, busy: int) -> None:
         """Print that other processes are working on the remaining runs."""

@@ -11,7 +11,7 @@ from deat_rb.methods.registry import recipe
 from deat_rb.methods.trainers import AttackTrainer, ReplayTrainer
 from deat_rb.methods.yopo import YopoTrainer
 from deat_rb.reproduction.folder import StudyFolder
-from deat_rb.reproduction.planning import Planner
+from deat_rb.reproduction.planning import Planner, check_evaluation
 from deat_rb.reproduction.study import AUTOATTACK, RunSpec
 from deat_rb.runs.estimate import estimated_epochs, time_batches, time_pass, training_seconds
 from deat_rb.runs.plan import TrainingPlan
@@ -160,14 +160,14 @@ def _passes_of_others(folder: StudyFolder, run: RunSpec, runs: Sequence[RunSpec]
 
 def _predict(run: RunSpec, clock: Clock, known: float | None) -> Prediction:
     planned = clock.plan(run.options)
+    check_evaluation(run, planned)
     config, times, epochs = planned.config, clock.times(planned), estimated_epochs(planned)
     is_open = config.optim.epochs == OPEN
     counted = replace(planned, config=config.but(epochs=epochs)) if is_open else planned
     passes, exact = _passes(counted, None if is_open else known)
     training = seconds_of(planned, times, passes)
     per_image = times.evaluation / config.data.batch_size
-    tested = [(attacks, min(asked or len(planned.data.test), len(planned.data.test)))
-              for attacks, asked in run.evaluation.parts()]  # fmt: skip
+    tested = [(attacks, asked or len(planned.data.test)) for attacks, asked in run.evaluation.parts()]
     evaluation = sum(count * sum(map(_attack_passes, attacks)) * per_image for attacks, count in tested)
     return Prediction(run, config.optim.epochs, passes, exact, training, ROBUST * evaluation)
 

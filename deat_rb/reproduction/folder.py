@@ -37,6 +37,7 @@ class Evaluated(BaseModel):
         asked: The requested number of test images; None for all.
         n_examples: The number of test images.
         model_sha256: SHA-256 of the weights, as in the report.
+        seconds: Wall time of the attacks in seconds, also before an interruption.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -45,6 +46,7 @@ class Evaluated(BaseModel):
     asked: int | None
     n_examples: int
     model_sha256: str
+    seconds: float = 0.0
 
 
 class Record(BaseModel):
@@ -59,7 +61,7 @@ class Record(BaseModel):
         hardware: Description of the device.
         started: When training began or was last resumed (ISO 8601, UTC).
         finished: When the record was last written (ISO 8601, UTC).
-        seconds: Wall time in seconds of training, since it was last resumed, and evaluation.
+        seconds: Wall time in seconds of all epochs, with validation, and of the attacks of the evaluations.
     """
 
     model_config = ConfigDict(frozen=True)

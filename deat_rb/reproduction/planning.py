@@ -43,6 +43,45 @@ class Planner:
         return planned
 
 
+def check_evaluation(run: RunSpec, planned: TrainingPlan) -> None:
+    """Check that the dataset has as many test images as a run's evaluation needs.
+
+    Raises:
+        DeatError: It has fewer.
+    """
+    asked = {"n_examples": run.evaluation.n_examples, "autoattack": run.evaluation.autoattack}
+    for name, count in asked.items():
+        if count is not None and count > len(planned.data.test):
+            raise DeatError(f"{name} = {count} is more than the {len(planned.data.test)} test images of "
+                            f"{planned.data.name}: give at most that many")  # fmt: skip
+
+
+def begun_runs(folder: StudyFolder, runs: Iterable[RunSpec]) -> list[tuple[RunSpec, RunConfig]]:
+    """Return the runs that were begun in a folder, with their configurations."""
+    return [(run, RunDirectory.open(folder.run_path(run)).config) for run in runs if folder.run_path(run).is_dir()]
+
+
+def check_one_dataset(folder: StudyFolder, runs: Iterable[tuple[RunSpec, RunConfig]]) -> None:
+    """Check that runs for which the study names the same data have the same images, so that they may be averaged.
+
+    Raises:
+        DeatError: The images were changed between two runs.
+    """
+    seen: dict[tuple[object, ...], tuple[RunSpec, str | None]] = {}
+    for run, config in runs:
+        data = run.options.data
+        for option, source, fingerprint in (("data_dir", data.data_dir or data.dataset, config.data_fingerprint),
+                                            ("extra_data", data.extra_data, config.extra_fingerprint)):  # fmt: skip
+            key = (option, data.dataset, source, config.network.image_size)
+            other, known = seen.setdefault(key, (run, fingerprint))
+            if known != fingerprint:
+                raise DeatError(
+                    f"{folder.run_path(other)} and {folder.run_path(run)} have different images of {source}, which "
+                    "were changed in between: restore them and remove the run with others, and its record in "
+                    f"{folder.path / 'state'}, or choose another --output"
+                )
+
+
 def check_same_data(folder: StudyFolder, runs: Iterable[RunSpec]) -> None:
     """Check that the runs in a folder were trained on the data that the study names.
 

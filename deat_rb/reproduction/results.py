@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 
 from deat_rb.evaluation.report import Report, page_file
 from deat_rb.reproduction.folder import StudyFolder
+from deat_rb.reproduction.planning import begun_runs, check_one_dataset
 from deat_rb.reproduction.provenance import eval_command, train_command
 from deat_rb.reproduction.study import RunSpec
 from deat_rb.runs.directory import CONFIG, RunDirectory
@@ -65,9 +66,12 @@ def collect(folder: StudyFolder, runs: Sequence[RunSpec]) -> list[RunResult]:
     """Return the results of all runs, including unfinished ones.
 
     Raises:
-        DeatError: A file of a run is damaged.
+        DeatError: A file of a run is damaged, or runs that are done were trained on different images of a dataset.
     """
-    return [_result(folder, run) for run in runs]
+    results = [_result(folder, run) for run in runs]
+    done = [run for run, result in zip(runs, results, strict=True) if result.status == "done"]
+    check_one_dataset(folder, begun_runs(folder, done))
+    return results
 
 
 def _result(folder: StudyFolder, run: RunSpec) -> RunResult:

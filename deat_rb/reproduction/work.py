@@ -17,13 +17,15 @@ from deat_rb.evaluation.report import Report
 from deat_rb.evaluation.runner import Progress
 from deat_rb.evaluation.store import store_report
 from deat_rb.reproduction.folder import Evaluated, Record, StudyFolder
-from deat_rb.reproduction.planning import Planner
+from deat_rb.reproduction.planning import Planner, begun_runs, check_evaluation, check_one_dataset
 from deat_rb.reproduction.provenance import eval_command, hardware, now, source_commit
 from deat_rb.reproduction.study import RunSpec, Study
 from deat_rb.runs.directory import RunDirectory
+from deat_rb.runs.options import MAY_CHANGE
 from deat_rb.runs.summary import summary
 from deat_rb.runs.train import resume, train
 from deat_rb.training.callbacks import Callback
+from deat_rb.training.state import TrainingState
 from deat_rb.utils.devices import resolve_device
 from deat_rb.utils.errors import DeatError, UnwritableError
 from deat_rb.utils.locks import BusyError
@@ -47,6 +49,9 @@ class WorkListener(Protocol):
     def on_run_end(self, run: RunSpec, record: Record) -> None:
         """Run when a run is done or has failed."""
 
+    def on_refused(self, run: RunSpec, reason: str) -> None:
+        """Run when a run cannot begin on this machine."""
+
     def on_waiting(self, busy: int) -> None:
         """Run when all remaining runs, ``busy`` of them, are claimed by other processes."""
 
@@ -68,6 +73,9 @@ class Silent:
     def on_run_end(self, run: RunSpec, record: Record) -> None:
         """Do nothing."""
 
+    def on_refused(self, run: RunSpec, reason: str) -> None:
+        """Do nothing."""
+
     def on_waiting(self, busy: int) -> None:
         """Do nothing."""
 
@@ -80,6 +88,19 @@ class Silent:
         return nullcontext(None)
 
 
+class _Begun(Callback):
+    """Notes whether the training or evaluation of a run has begun, so that an error is the run's own.
+
+    Before that, it may be due to this machine, such as a missing folder, device or package.
+    """
+
+    value = False
+
+    def on_fit_start(self, state: TrainingState) -> None:
+        """Note it."""
+        self.value = True
+
+
 class Worker:
     """Trains and evaluates the runs of a study that no other process has claimed.
 
@@ -87,16 +108,20 @@ class Worker:
         study: The study.
         folder: Its folder.
         listener: Shows the progress.
+
+    Attributes:
+        refused: Why runs could not begin on this machine, by name; they are left to other processes.
     """
 
     def __init__(self, study: Study, folder: StudyFolder, listener: WorkListener | None = None) -> None:
         self.study = study
         self.folder = folder
         self.listener = listener or Silent()
+        self.refused: dict[str, str] = {}
         self._planner = Planner()
 
     def work(self, *, wait: bool = True) -> None:
-        """Train and evaluate runs until all are done or have failed.
+        """Train and evaluate runs until all are done, have failed or cannot begin here.
 
         Args:
             wait: Whether to wait for runs that other processes have claimed, and take over those of killed ones.
@@ -118,7 +143,10 @@ class Worker:
                 time.sleep(PAUSE if idle < ATTEMPTS else POLL)
 
     def work_on(self, run: RunSpec) -> bool:
-        """Train and evaluate one run, unless it is done or has failed; return False if another process claims it."""
+        """Train and evaluate one run, unless it is done or has failed; return False if another process claims it.
+
+        It is in `refused` afterwards if it cannot begin here.
+        """
         self.folder.create()
         for _ in range(ATTEMPTS):
             with self.folder.claimed(run) as free:
@@ -132,7 +160,7 @@ class Worker:
         """Try each run once; return whether one was worked on, and how many are claimed by other processes."""
         worked, busy = False, 0
         for number, run in enumerate(self.study.runs, start=1):
-            if self.folder.is_settled(run):
+            if run.name in self.refused or self.folder.is_settled(run):
                 continue
             with self.folder.claimed(run) as free:
                 if not free:
@@ -147,58 +175,63 @@ class Worker:
     def _process(self, run: RunSpec, number: int) -> bool:
         """Train and evaluate a claimed run; return False if a `deat-rb train --resume` is training it."""
         self.listener.on_run_start(run, number, len(self.study.runs))
-        began, started = time.monotonic(), now()
-        record = self.folder.record(run)
-        spent = 0.0 if record is None else record.seconds
-        facts: dict[str, Any] = {
-            "commit": source_commit(),
-            "hardware": hardware(run.options.runtime.device),
-            "started": started,
-        }
+        begun, record = _Begun(), self.folder.record(run)
+        facts: dict[str, Any] = {"commit": source_commit(), "started": now()}
         try:
+            facts["hardware"] = hardware(run.options.runtime.device)
             if record is None:
-                self._train(run)
-                record = Record(status="trained", finished=now(), seconds=time.monotonic() - began, **facts)
+                self._train(run, begun)
+                trained = sum(row.seconds + row.val_seconds for row in self.folder.rows(run))
+                record = Record(status="trained", finished=now(), seconds=trained, **facts)
                 self.folder.write_record(run, record)
             for attacks, asked in record.missing(run.evaluation):
-                made = self._evaluate(run, attacks, asked)
-                record = record.model_copy(update={"evaluations": (*record.evaluations, made)})
+                made = self._evaluate(run, attacks, asked, begun)
+                evaluations, seconds = (*record.evaluations, made), record.seconds + made.seconds
+                record = record.model_copy(update={"evaluations": evaluations, "seconds": seconds})
                 self.folder.write_record(run, record)
-            seconds = spent if record.status == "done" else spent + time.monotonic() - began
-            record = record.model_copy(update={"status": "done", "finished": now(), "seconds": seconds})
+            record = record.model_copy(update={"status": "done", "finished": now()})
         except UnwritableError:
             raise
         except BusyError:
             return False
         except Exception as error:  # an error of one run is recorded in the table and does not stop the others
             reason = str(error) if isinstance(error, DeatError) else f"{type(error).__name__}: {_first_line(error)}"
+            if not begun.value:
+                self.refused[run.name] = reason
+                self.listener.on_refused(run, reason)
+                return True
             past = record.evaluations if record is not None else ()
             record = Record(status="failed", reason=reason, evaluations=past, finished=now(), **facts)
         self.folder.write_record(run, record)
         self.listener.on_run_end(run, record)
         return True
 
-    def _train(self, run: RunSpec) -> None:
-        path = self.folder.run_path(run)
+    def _train(self, run: RunSpec, begun: _Begun) -> None:
+        path, explicit = self.folder.run_path(run), run.options.explicit()
         with self.listener.training() as callback:
             if path.is_dir():
-                moved = {"data_dir": run.options.data.data_dir, "extra_data": run.options.data.extra_data}
-                resume(path, moved, callbacks=[callback], trust_code=self._trusts(run))
+                changes = {name: explicit[name] for name in MAY_CHANGE if name in explicit}
+                resume(path, changes, callbacks=[begun, callback], trust_code=self._trusts(run))
                 return
-            train(self._planner.plan(run.options), output=self.folder.runs, name=run.name, callbacks=[callback])
+            planned = self._planner.plan(run.options)
+            check_evaluation(run, planned)
+            check_one_dataset(self.folder, [*begun_runs(self.folder, self.study.runs), (run, planned.config)])
+            train(planned, output=self.folder.runs, name=run.name, callbacks=[begun, callback])
 
     def _trusts(self, run: RunSpec) -> bool:
         """Return whether a run's files name the network that the study names, whose code is trusted."""
         config = RunDirectory.open(self.folder.run_path(run)).config
         return config.model.arch == config.network.arch == run.options.model.arch
 
-    def _evaluate(self, run: RunSpec, attacks: Sequence[str], asked: int | None) -> Evaluated:
-        path = self.folder.run_path(run)
-        target = open_target(path, data_dir=run.options.data.data_dir, trust_code=self._trusts(run))
+    def _evaluate(self, run: RunSpec, attacks: Sequence[str], asked: int | None, begun: _Begun) -> Evaluated:
+        begun.value = False
+        path, data = self.folder.run_path(run), run.options.data
+        target = open_target(path, data_dir=data.data_dir, memory_limit=data.memory_limit, trust_code=self._trusts(run))
         if target.provenance["data_sha256"] != RunDirectory.open(path).config.data_fingerprint:
             raise DeatError("the images were changed after the run was trained on them; restore them")
         images, labels = target.test_images(asked)
         device = resolve_device(run.options.runtime.device)
+        begun.value = True
 
         def finish(report: Report) -> None:
             store_report(report, model=target.model, images=images, labels=labels, device=device,
@@ -215,7 +248,8 @@ class Worker:
             torch.cuda.empty_cache()
         # natural accuracy is part of every report
         return Evaluated(attacks=("natural", *attacks), asked=asked, n_examples=report.n_examples,
-                         model_sha256=report.model_sha256)  # fmt: skip
+                         model_sha256=report.model_sha256,
+                         seconds=sum(each.seconds for each in report.results.values()))  # fmt: skip
 
 
 def _state(run: Path, attacks: Sequence[str], asked: int | None) -> Path:

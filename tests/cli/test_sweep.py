@@ -68,6 +68,17 @@ def test_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {path.name for path in Path("small").iterdir()} >= {"table.md", "table.tex", "table.csv", "runs", "state"}
 
 
+def test_sweep_leaves_runs_whose_images_are_not_on_this_machine_to_others(tmp_path: Path) -> None:
+    study, out = tmp_path / "small.toml", tmp_path / "out"
+    study.write_text(STUDY.replace("[grid]", f'dataset = "folder"\ndata_dir = "{tmp_path / "nowhere"}"\n[grid]'))
+    result = CliRunner().invoke(main, ["sweep", "--trust-code", str(study), "--output", str(out)])
+    assert result.exit_code == 2
+    assert "cannot begin here: free-2, seed 0: " in result.stderr
+    assert "2 runs cannot begin on this machine: pgd-1, seed 0: " in result.stderr
+    assert not list((out / "state").glob("*.json"))
+    assert "seed 0: not done" in (out / "table.md").read_text()
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, Interrupted])
 def test_sweep_says_what_is_done_after_ctrl_c(
     error: type[KeyboardInterrupt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

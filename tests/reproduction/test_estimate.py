@@ -10,7 +10,9 @@ from small_studies import small_study
 
 from deat_rb.reproduction.estimate import ROBUST, Times, estimate, read_estimate
 from deat_rb.reproduction.folder import StudyFolder
+from deat_rb.reproduction.study import Evaluation
 from deat_rb.runs.estimate import VALIDATION_PASSES
+from deat_rb.utils.errors import DeatError
 
 
 def test_estimate_adds_steps_updates_validation_and_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,6 +41,12 @@ def test_estimate_of_an_open_ended_run_is_an_epoch_with_its_share_of_validation(
     validation = 2 * 16 / 2 * VALIDATION_PASSES * 1.0  # averaged and raw weights, in every other epoch
     assert found.training == 6 * 1.0 + 2 * 2.0 + validation
     assert read_estimate(StudyFolder(tmp_path)) == {}
+
+
+def test_estimate_refuses_more_images_than_the_digits_500(tmp_path: Path) -> None:
+    study = small_study(evaluation=Evaluation(("fgsm",), 16, autoattack=501))
+    with pytest.raises(DeatError, match="autoattack = 501 is more than the 500 test images of digits"):
+        estimate(StudyFolder(tmp_path), study.runs, notify=lambda text: None)
 
 
 @pytest.mark.slow

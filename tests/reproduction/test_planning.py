@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from small_studies import small_study
 
 from deat_rb.reproduction.folder import Evaluated, Record, StudyFolder
 from deat_rb.reproduction.planning import Planner, check_same_data
-from deat_rb.reproduction.study import RunSpec, Study
+from deat_rb.reproduction.results import collect
+from deat_rb.reproduction.study import Evaluation, RunSpec, Study
 from deat_rb.reproduction.work import Worker
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.utils.errors import DeatError
@@ -86,6 +88,40 @@ def test_runs_with_other_extra_images_of_the_same_name_are_refused(tmp_path: Pat
     check_same_data(folder, copy.runs)
     with pytest.raises(DeatError, match=r"was trained with --extra-data .*first/extra.npz, whose images are not those"):
         check_same_data(folder, second.runs)
+
+
+def test_runs_on_images_that_were_changed_in_place_are_not_averaged(tmp_path: Path) -> None:
+    """Neither is a further one begun on the changed images."""
+    images = make_folder(tmp_path / "images")
+    study = small_study({**ROW, "data_dir": str(images)}, seeds=(0, 1), evaluation=Evaluation(()))
+    first, second = study.runs
+    folder = begun(replace(study, runs=(first,)), tmp_path / "study")
+    Image.fromarray(np.zeros((20, 20, 3), dtype=np.uint8)).save(images / "train" / "a" / "1.png")
+    worker = Worker(study, folder)
+    worker.work()
+    assert list(worker.refused) == [first.name, second.name]
+    named = f"{folder.run_path(first)} and {folder.run_path(second)} have different images of {images}, which were"
+    assert worker.refused[second.name].startswith(named)
+    begun(replace(study, runs=(second,)), tmp_path / "study")
+    for run in study.runs:
+        folder.write_record(run, Record(status="done"))
+    with pytest.raises(DeatError, match="have different images") as raised:
+        collect(folder, study.runs)
+    assert str(raised.value).startswith(named)
+
+
+def test_runs_with_extra_images_that_were_changed_in_place_are_not_averaged(tmp_path: Path) -> None:
+    extra = tmp_path / "extra.npz"
+    np.savez(extra, image=np.zeros((90, 32, 32, 3), dtype=np.uint8), label=np.arange(90) % 10)
+    study = small_study({"method": "pgd-1", "extra_data": str(extra)}, seeds=(0, 1), evaluation=Evaluation(()))
+    folder = begun(study, tmp_path / "study")
+    paths = [folder.run_path(run) for run in study.runs]
+    RunDirectory.open(paths[1]).reconfigure(RunDirectory.open(paths[1]).config.but(extra_fingerprint="0" * 64))
+    folder.create()
+    for run in study.runs:
+        folder.write_record(run, Record(status="done"))
+    with pytest.raises(DeatError, match=f"{paths[0].name} and .*{paths[1].name} have different images of {extra}"):
+        collect(folder, study.runs)
 
 
 def test_reports_on_other_images_are_not_those_of_the_study(tmp_path: Path) -> None:

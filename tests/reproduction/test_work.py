@@ -6,21 +6,27 @@ import itertools
 import os
 import signal
 import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from noise_folder import SIZE, make_folder
 from small_runs import identical
 from small_studies import small_study, table_json, work
 from training_problems import ARCH
 
-from deat_rb.reproduction.folder import StudyFolder
+from deat_rb.reproduction.folder import Evaluated, StudyFolder
+from deat_rb.reproduction.planning import Planner
 from deat_rb.reproduction.results import collect
 from deat_rb.reproduction.study import Evaluation
-from deat_rb.reproduction.work import Worker
+from deat_rb.reproduction.work import Silent, Worker
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.runs.train import train
+from deat_rb.training.callbacks import Callback
+from deat_rb.training.metrics import EpochStats
 from deat_rb.utils.errors import UnwritableError
 
 KILLED_AT_WRITE = (1, 2, 5, 8, 3, 6)
@@ -67,25 +73,79 @@ def test_work_runs_no_module_that_a_found_run_names(tmp_path: Path, monkeypatch:
     monkeypatch.syspath_prepend(tmp_path)
     config = folder.run_path(study.runs[0]) / "config.json"
     config.write_text(config.read_text().replace(ARCH, "evil_run:build"))
-    work(study, tmp_path)
-    reason = collect(folder, study.runs)[0].reason
+    worker = Worker(study, folder)
+    worker.work()
+    (reason,) = worker.refused.values()
     assert "builds its network with 'evil_run:build', which runs that module's code" in reason
 
 
-def test_work_counts_the_training_of_an_earlier_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Interrupting(Silent):
+    """Ends the first epoch as if it had taken 1,000 s and were followed by Ctrl-C."""
+
+    def training(self) -> AbstractContextManager[Callback]:
+        class AfterAnEpoch(Callback):
+            def on_validation_end(self, row: EpochStats) -> None:
+                row.seconds = 1000.0
+
+            def on_epoch_end(self, row: EpochStats) -> None:
+                raise KeyboardInterrupt
+
+        return nullcontext(AfterAnEpoch())
+
+
+def test_seconds_include_those_before_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study, folder = small_study(), StudyFolder(tmp_path)
-    monkeypatch.setattr(Worker, "_evaluate", lambda *_: (_ for _ in ()).throw(UnwritableError("full")))
-    with pytest.raises(UnwritableError):
-        Worker(study, folder).work()
-    trained = folder.record(study.runs[0])
-    assert trained is not None
-    folder.write_record(study.runs[0], trained.model_copy(update={"seconds": 1000.0}))
-    monkeypatch.undo()
-    monkeypatch.setattr("deat_rb.runs.train.plot_curves", lambda *_, **__: None)
+    with pytest.raises(KeyboardInterrupt):
+        Worker(study, folder, Interrupting()).work()
+    evaluated = Evaluated(attacks=("natural", "fgsm", "pgd-2"), asked=16, n_examples=16, model_sha256="", seconds=500)
+    monkeypatch.setattr(Worker, "_evaluate", lambda *_: evaluated)
     Worker(study, folder).work()
     record = folder.record(study.runs[0])
     assert record is not None
-    assert record.seconds > 1000
+    assert record.seconds > 1500
+
+
+@pytest.mark.slow
+def test_a_run_that_cannot_begin_here_is_left_to_others_without_a_record(tmp_path: Path) -> None:
+    """One whose images are not mounted, and one for another device; a third is trained."""
+    elsewhere = {"dataset": "folder", "data_dir": str(tmp_path / "images"), "image_size": SIZE, "train_size": None,
+                 "val_size": 3, "batch_size": 9}  # fmt: skip
+    study = small_study(
+        {"method": "free-2", **elsewhere}, {"method": "pgd-2", "device": "cuda:99"}, {"method": "pgd-1"}
+    )
+    folder = StudyFolder(tmp_path / "study")
+    study = replace(study, runs=tuple(replace(run, evaluation=Evaluation(("fgsm",), 6)) for run in study.runs))
+    worker = Worker(study, folder)
+    worker.work()
+    absent, other, here = study.runs
+    assert [folder.status(run) for run in study.runs] == ["waiting", "waiting", "done"]
+    assert not folder.run_path(absent).exists()
+    assert str(tmp_path / "images") in worker.refused[absent.name]
+    assert "there is no device 'cuda:99'" in worker.refused[other.name]
+    make_folder(tmp_path / "images")
+    Worker(study, folder).work()
+    assert [folder.status(run) for run in study.runs] == ["done", "waiting", "done"]
+    assert here.name not in worker.refused
+
+
+@pytest.mark.parametrize("evaluation", [Evaluation(("fgsm",), 501), Evaluation(("fgsm",), 16, autoattack=501)])
+def test_more_images_than_the_digits_500_are_refused_before_training(tmp_path: Path, evaluation: Evaluation) -> None:
+    study, folder = small_study(evaluation=evaluation), StudyFolder(tmp_path)
+    worker = Worker(study, folder)
+    worker.work()
+    (reason,) = worker.refused.values()
+    assert reason.endswith("= 501 is more than the 500 test images of digits: give at most that many")
+    assert not folder.run_path(study.runs[0]).exists()
+
+
+def test_a_begun_run_takes_over_changed_options_that_do_not_affect_the_result(tmp_path: Path) -> None:
+    study, folder = small_study(), StudyFolder(tmp_path)
+    (run,) = study.runs
+    RunDirectory.create(folder.run_path(run), Planner().plan(run.options).config)
+    work(small_study({"method": "pgd-1", "on_nonfinite": "skip", "save_every": 7.0, "threads": 1}), tmp_path)
+    runtime = RunDirectory.open(folder.run_path(run)).config.runtime
+    assert (runtime.on_nonfinite, runtime.save_every, runtime.threads) == ("skip", 7.0, 1)
+    assert folder.status(run) == "done"
 
 
 @pytest.mark.slow
