@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -73,28 +74,38 @@ def nonuniform_cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing:
     return -(target * F.log_softmax(logits, dim=1)).sum(dim=1)
 
 
-def weighted(loss: SurrogateLoss, weights: Tensor) -> SurrogateLoss:
+def weighted(loss: SurrogateLoss, weights: Tensor | Sequence[float]) -> SurrogateLoss:
     """Return a surrogate loss with each example's loss multiplied by the weight of its class.
 
     Args:
         loss: The loss.
-        weights: Weights of the classes, (K,).
+        weights: Weights of the classes, (K,), all positive.
+
+    Raises:
+        DeatError: ``weights`` is not such a list.
     """
-    by_class = ClassWeights(weights)
+    try:
+        checked = torch.as_tensor(weights).detach().float()
+        valid = checked.ndim == 1 and bool((checked > 0).all() & checked.isfinite().all())
+    except (TypeError, ValueError, RuntimeError):
+        valid = False
+    if not valid:
+        raise DeatError(f"class_weights = {weights!r} is not a list of positive numbers: give one for each class")
+    by_class = ClassWeights(checked)
     return replace(loss, function=WeightedLoss(loss.function, by_class), class_weights=by_class)
 
 
 def balanced_weights(counts: Tensor) -> Tensor:
     """Return class weights (K,) that give all classes the same total weight, with a mean weight per example of 1.
 
-    These are scikit-learn's ``balanced`` weights, N / (K * n_k); a class without examples has weight 0.
+    These are scikit-learn's ``balanced`` weights, N / (K * n_k); a class without examples has weight 1.
 
     Args:
         counts: Number of examples of each class, or their shares, (K,).
     """
     present = counts > 0
     weights = counts.sum() / (present.sum() * counts.clamp(min=torch.finfo(torch.float64).tiny).double())
-    return torch.where(present, weights, 0.0).float()
+    return torch.where(present, weights, 1.0).float()
 
 
 def surrogate(name: str | SurrogateLoss, *, beta: float = 6.0, label_smoothing: float = 0.0) -> SurrogateLoss:

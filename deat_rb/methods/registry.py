@@ -136,8 +136,9 @@ def create(name: str, model: nn.Module, *, eps: float | str | None = None, **ove
         overrides: Parameters that replace the method's defaults: ``norm`` (``Linf`` or ``L2``), ``alpha``,
             ``steps`` (of the first epoch, if a schedule raises them), ``max_steps``, ``gamma``, ``beta``,
             ``label_smoothing``, ``awp``, ``awp_warmup``, ``tau``, ``omega``, ``attack_mode``, ``carry``,
-            ``lr_per_replay``, ``consistency``, ``prior_reset``, and the other parameters of its schedule and
-            stopping rule. None keeps the default.
+            ``lr_per_replay``, ``consistency``, ``prior_reset``, ``class_weights`` (a positive number for each class,
+            by which the loss of its examples is multiplied), and the other parameters of its schedule and stopping
+            rule. None keeps the default.
 
     Returns:
         A trainer: a torchattacks attack with the method ``fit``.
@@ -147,5 +148,10 @@ def create(name: str, model: nn.Module, *, eps: float | str | None = None, **ove
             trained.
     """
     from deat_rb.methods.build import build, configure
+    from deat_rb.methods.losses import weighted
 
-    return build(configure(*recipe(name), eps=eps, **overrides), model)
+    class_weights = overrides.pop("class_weights", None)
+    trainer = build(configure(*recipe(name), eps=eps, **overrides), model)
+    if class_weights is not None:
+        trainer.loss = weighted(trainer.loss, class_weights)
+    return trainer

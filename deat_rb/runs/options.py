@@ -317,7 +317,8 @@ def options_markdown() -> str:
         "# Options of `deat-rb train`",
         "",
         "Generated from the option groups by `python -m deat_rb.runs.options > docs/options.md`. In Python they are",
-        "the keys of `deat_rb.train({...})`; those of *Optimization* and *Runtime* are the keywords of `trainer.fit`.",
+        "the keys of `deat_rb.train({...})`. Those of *Method* but `setting` are the keywords of `deat_rb.create`,",
+        "where `class_weights` is a number for each class; those of *Optimization* and *Runtime* are `trainer.fit`'s.",
     ]
     title = ""
     for each in train_options():

@@ -18,7 +18,7 @@ from deat_rb.data.statistics import Progress
 from deat_rb.methods.describe import describe
 from deat_rb.methods.grad_align import GradAlignTrainer
 from deat_rb.methods.label_information import LabelInformationTrainer
-from deat_rb.methods.losses import balanced_weights, weighted
+from deat_rb.methods.losses import balanced_weights
 from deat_rb.methods.prior_guided import PriorGuidedTrainer
 from deat_rb.methods.registry import create
 from deat_rb.methods.schedules import AccuracyThreshold, EveryDEpochs, GradientMagnitude
@@ -360,14 +360,17 @@ def plan(
         model = spec.build()
     notes = () if weights is None else weights.load_into(model, spec.num_classes)
     frozen = None if config.model.freeze is None else freeze_parameters(model, config.model.freeze)
-    trainer = create(config.attack.method, model, eps=config.attack.eps, **config.method_options())
+    weights_by_class = None
     if config.attack.class_weights == "balanced":
         counts = torch.bincount(train.labels, minlength=len(data.classes))
         if extra is not None:
             added = torch.bincount(extra.images.labels, minlength=len(data.classes))
             share = int(config.data.batch_size * (config.data.extra_fraction or 0)) / config.data.batch_size
             counts = (1 - share) * counts / counts.sum() + share * added / added.sum()
-        trainer.loss = weighted(trainer.loss, balanced_weights(counts))
+        weights_by_class = balanced_weights(counts)
+    trainer = create(
+        config.attack.method, model, eps=config.attack.eps, class_weights=weights_by_class, **config.method_options()
+    )
     trainer.check_attack(train.first(min(8, len(train))).tensors()[0])
     return TrainingPlan(config, data, train, val, trainer, ranks.size, notes, extra, frozen)
 

@@ -165,6 +165,10 @@ class BatchChecker:
                 if not train_mode:
                     self._check_gradients(images[:2])
             check_label_values(labels, num_classes)
+            weights = self.trainer.loss.class_weights
+            if weights is not None and len(weights.weights) != num_classes:
+                raise DeatError(f"class_weights has {len(weights.weights)} numbers, but the model {num_classes} "
+                                "classes: give one for each")  # fmt: skip
             if are_soft(labels):
                 self.trainer.check_soft_labels()
             self.trainer.check_attack(images)

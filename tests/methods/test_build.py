@@ -61,6 +61,12 @@ def test_create_scales_alpha_with_eps_unless_given() -> None:
     assert create("pgd-7", Plane(), eps=None).crafter.eps == 8 / 255
 
 
+@pytest.mark.parametrize("weights", ["balanced", [1.0, 0.0, 2.0], [1.0, float("inf")], [[1.0, 2.0]], 2.0, [None]])
+def test_create_refuses_class_weights(weights: Any) -> None:
+    with pytest.raises(DeatError, match=r"class_weights = .* is not a list of positive numbers: give one for each cla"):
+        create("pgd-7", Plane(), class_weights=weights)
+
+
 @pytest.mark.parametrize(
     ("name", "override", "message"),
     [

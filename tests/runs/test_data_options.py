@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from resumed_runs import TIMES, Stops
@@ -13,6 +14,7 @@ from small_image_sets import write_extra
 from small_runs import SMALL, identical
 from small_runs import planned as small_plan
 
+from deat_rb import create
 from deat_rb.leaderboard.training_record import training_command, training_facts
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.runs.options import make_options
@@ -73,6 +75,19 @@ def test_metrics_and_plan_say_what_classes_weigh_and_how_accurate_each_is(tmp_pa
         assert total == pytest.approx(row[f"val_{name}acc"])
     with pytest.raises(DeatError, match="--class-weights = 'some' cannot be used: it should be 'none' or 'balanced'"):
         make_options({"class_weights": "some"})
+
+
+def test_class_weights_in_python_train_the_commands_weights(tmp_path: Path) -> None:
+    from sklearn.utils.class_weight import compute_class_weight
+
+    command, _ = train(small_plan(class_weights="balanced", train_size=75), output=tmp_path, name="command")
+    own = small_plan(train_size=75)
+    weights = compute_class_weight("balanced", classes=np.arange(10), y=own.train.labels.numpy())
+    own.trainer = create("pgd-1", own.trainer.model, eps=0.1, class_weights=weights)
+    python, _ = train(own, output=tmp_path, name="python")
+    assert identical(command, python)
+    plain, _ = train(small_plan(train_size=75), output=tmp_path, name="plain")
+    assert not identical(command, plain)
 
 
 def test_run_records_its_extra_data_and_resumes_with_the_same_only(tmp_path: Path) -> None:

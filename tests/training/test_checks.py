@@ -119,6 +119,12 @@ def test_fit_refuses_a_model(case: str) -> None:
         assert torch.equal(batches[0][0], before)
 
 
+def test_fit_refuses_class_weights_of_other_classes() -> None:
+    trainer = deat_rb.create("pgd-1", made(), class_weights=[1.0, 2.0, 3.0])
+    with pytest.raises(DeatError, match=r"class_weights has 3 numbers, but the model 4 classes: give one for each$"):
+        trainer.fit(loader(), epochs=1)
+
+
 def test_fit_refuses_an_in_place_model_before_validating_with_it() -> None:
     model = InPlace(lambda x: x.mul_(0.9))
     before = IMAGES.clone()
