@@ -88,6 +88,7 @@ class PriorGuidedTrainer(SharedForwardTrainer):
         if self._copies is not None:
             rows = self._rows[: self._size].clone()
             self._copies.append((rows, *self._stored(rows)))
+            self._copies = None
         return 0.0
 
     def _stored(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,16 +169,16 @@ class PriorGuidedTrainer(SharedForwardTrainer):
         self._momentum = None if momentum is None else momentum.to(self.device)
 
     def snapshot(self) -> Callable[[], None]:
-        """Return a function that restores the rows of the batches trained on in the meantime, not copying all images'.
+        """Return a function that restores the rows of the next batch, so that not all images' are copied.
 
-        The copies are made by `begin_batch`, which is not part of a recorded step, as `start` and `keep` are.
+        The copies are made by its `begin_batch`, which is not part of a recorded step, as `start` and `keep` are.
         """
         state = deepcopy(self.state_dict())
         copies = self._copies = []
 
         def restore() -> None:
             super(PriorGuidedTrainer, self).load_state_dict(state)
-            for rows, deltas, momenta in reversed(copies):
+            for rows, deltas, momenta in copies:
                 assert self._prior is not None
                 assert self._momentum is not None
                 self._prior.index_copy_(0, rows, deltas)

@@ -13,7 +13,7 @@ import torchattacks
 from tape import TapeGraphs
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from training_problems import begin, images_and_labels, made
+from training_problems import Positioned, begin, images_and_labels, made
 from transfers import Transfers
 
 import deat_rb
@@ -142,6 +142,28 @@ def test_a_recorded_batch_is_rolled_back() -> None:
             snapshot.restore()
             for name, tensor in before.items():
                 assert torch.equal(trainer.tensors()[name], tensor), name
+
+
+def test_rows_are_copied_for_the_next_batch_of_a_snapshot_only() -> None:
+    """A fit that skips batches, and one that does not: FGSM-PGI copied every batch's rows from then on."""
+    trainer = deat_rb.create("fgsm-pgi", made())
+    data = Positioned([images_and_labels(6, seed=number) for number in range(3)])
+    trainer.fit(data, epochs=1, lr=0.01, on_nonfinite="skip")
+    copies = count_calls(trainer, "_stored")
+    trainer.fit(data, epochs=1, lr=0.01)
+    assert len(copies) == 3, "only those of the steps themselves"
+
+
+def count_calls(trainer: Any, name: str) -> list[Any]:
+    """The arguments of each call of a method from now on."""
+    calls, method = list[Any](), getattr(trainer, name)
+
+    def counted(*args: Any) -> Any:
+        calls.append(args)
+        return method(*args)
+
+    setattr(trainer, name, counted)
+    return calls
 
 
 def runner_of(model: nn.Module, trainer: Trainer) -> StepRunner:
