@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from deat_rb.attacks.base import CraftStats
 from deat_rb.attacks.losses import cross_entropy
-from deat_rb.attacks.pgd import PGD
+from deat_rb.attacks.pgd import PGD, Overflows
 from deat_rb.methods.trainers import AttackTrainer
 from deat_rb.training.engine import Engine
 from deat_rb.training.surrogate_loss import SurrogateLoss
@@ -55,8 +55,13 @@ class GradAlignTrainer(AttackTrainer):
         noise = self.crafter.threat.training_noise(images, self.crafter.eps)
         with engine.autocast():
             point = (images + noise).requires_grad_()
-            loss = cross_entropy(self.model(point), labels).sum() * engine.loss_scale
+            loss = cross_entropy(self.model(point), labels).sum()
+            if isinstance(engine.loss_scale, Tensor):
+                loss = loss * (engine.loss_scale / len(images))  # as in the attack, whose loss is a mean
         (second,) = torch.autograd.grad(loss, point, create_graph=True)
+        overflows = Overflows(engine.loss_scale)
+        second = overflows.masked(second)
+        crafting.overflows = crafting.overflows + overflows.count
         one, two = (gradient.float() if gradient.dtype != torch.float64 else gradient for gradient in (first, second))
         cosines = F.cosine_similarity(_of_length_1(one), _of_length_1(two), dim=1, eps=1e-30)
         defined = (one.detach().flatten(1).any(dim=1)) & (two.detach().flatten(1).any(dim=1))

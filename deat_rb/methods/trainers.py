@@ -283,6 +283,7 @@ class ReplayTrainer(Trainer):
         engine = self.begin_step(images, engine)
         threat = self.crafter.threat
         adv, gradient = self.initialize(images, engine.rank_slice(len(images))), images
+        overflows: float | Tensor = 0.0
         for replay in range(self.steps):
             if self.lr_per_replay and self._rate is not None:
                 set_rate(optimizer, self._rate(replay / self.steps))
@@ -290,7 +291,8 @@ class ReplayTrainer(Trainer):
             with engine.autocast():
                 logits = engine.ddp_model(self.model)(adv)
                 loss = self.loss.function(logits, labels)
-            gradient = engine.backward_and_step(loss, optimizer, adv)
+            gradient, overflowed = engine.backward_and_step(loss, optimizer, adv)
+            overflows = overflows + overflowed
             adv = threat.ascend(adv.detach(), images, gradient, self.crafter.alpha)
         if self.carry:
             self._carry_over(engine.all_gather(adv - images))
@@ -304,6 +306,7 @@ class ReplayTrainer(Trainer):
             backwards=self.steps,
             updates=self.steps,
             image_size=images[0].numel(),
+            overflows=overflows,
         )
 
     def reads_statistics(self) -> bool:

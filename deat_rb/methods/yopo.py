@@ -79,7 +79,7 @@ class YopoTrainer(Trainer):
             with output_gradients(layer) as slopes:
                 loss = self.loss.function(self.crafter.get_logits(adv), labels).sum()
             torch.autograd.grad(loss, adv)
-            adv, _ = self._ascend(layer, self.crafter.get_logits, images, adv, slopes[0], Engine(images.device))
+            adv, *_ = self._ascend(layer, self.crafter.get_logits, images, adv, slopes[0], Engine(images.device))
         return adv
 
     def training_step(
@@ -88,6 +88,7 @@ class YopoTrainer(Trainer):
         """Train on one batch (Algorithm 1)."""
         engine = self.begin_step(images, engine)
         layer, adv, magnitude = self._layer(images), self.crafter.initialize(images), images
+        overflows: float | Tensor = 0.0
         own = [parameter for parameter in layer.parameters() if parameter.requires_grad]
         added = [torch.zeros_like(parameter) for parameter in own]
         optimizer.zero_grad(set_to_none=True)
@@ -97,8 +98,9 @@ class YopoTrainer(Trainer):
                 logits = engine.ddp_model(self.model)(adv if own else adv.detach().requires_grad_())
                 loss = self.loss.function(logits, labels)
             engine.backward(loss)
-            slope = engine.finite(slopes[0])
-            adv, magnitude = self._ascend(layer, self.model, images, adv, slope, engine)
+            slope, of_slope = engine.finite(slopes[0])
+            adv, magnitude, of_steps = self._ascend(layer, self.model, images, adv, slope, engine)
+            overflows = overflows + of_slope + of_steps
             if own:
                 with engine.autocast():
                     output = output_of(layer, self.model, adv)
@@ -106,8 +108,8 @@ class YopoTrainer(Trainer):
         engine.world.average(added)
         for parameter, gradient in zip(own, added, strict=True):
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        magnitude, _ = engine.unscaled(magnitude)
         engine.step(optimizer)
-        magnitude = engine.unscaled(magnitude)
         magnitude = self.loss.without_weights(magnitude, labels)  # l_X is that of each example's own loss
         return BatchStats(
             examples=len(images),
@@ -118,6 +120,7 @@ class YopoTrainer(Trainer):
             backwards=self.steps,
             updates=1,
             image_size=images[0].numel(),
+            overflows=overflows,
         )
 
     def _layer(self, images: Tensor) -> nn.Module:
@@ -135,7 +138,7 @@ class YopoTrainer(Trainer):
         adv: Tensor,
         slope: Tensor,
         engine: Engine,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, float | Tensor]:
         """Take n steps along the gradient of <slope, f_0>.
 
         Args:
@@ -147,18 +150,22 @@ class YopoTrainer(Trainer):
             engine: Device and precision.
 
         Returns:
-            The adversarial examples, and the gradient in the first step, which is that of the full pass: (N, C, H, W).
+            The adversarial examples; the gradient in the first step, which is that of the full pass, (N, C, H, W); and
+            the number of gradients that overflowed.
         """
         first: Tensor | None = None
+        overflows: float | Tensor = 0.0
         for _ in range(self.inner):
             adv = adv.detach()
             point = adv.clamp(0, 1).requires_grad_()
             with engine.autocast():
                 output = output_of(layer, forward, point)
             (gradient,) = torch.autograd.grad(output, point, slope)
+            gradient, overflowed = engine.finite(gradient)
+            overflows = overflows + overflowed
             # As in the public code, pixels of a start outside [0, 1] are only clamped in their first step.
-            gradient = torch.where(point == adv, engine.finite(gradient), 0.0)
+            gradient = torch.where(point == adv, gradient, 0.0)
             first = gradient if first is None else first
             adv = self.crafter.threat.ascend(adv, images, gradient, self.crafter.alpha)
         assert first is not None
-        return adv, first
+        return adv, first, overflows

@@ -212,7 +212,7 @@ class Engine:
         self.backward(losses)
         self.step(optimizer)
 
-    def backward_and_step(self, losses: Tensor, optimizer: Optimizer, images: Tensor) -> Tensor:
+    def backward_and_step(self, losses: Tensor, optimizer: Optimizer, images: Tensor) -> tuple[Tensor, float | Tensor]:
         """Do the same as `update`, and return the gradient of the images from the same backward pass.
 
         Args:
@@ -222,31 +222,33 @@ class Engine:
 
         Returns:
             The gradient with respect to ``images``, unscaled; zeros if ``images`` is not a leaf that requires grad.
-            Multiplied by `loss_divisor`, it is the gradient of each example's loss.
+            Multiplied by `loss_divisor`, it is the gradient of each example's loss. Also returns the number of examples
+            whose gradients overflowed; see `finite`.
         """
         optimizer.zero_grad(set_to_none=True)
         self.backward(losses)
-        gradient = self.unscaled(torch.zeros_like(images) if images.grad is None else images.grad)
+        found = self.unscaled(torch.zeros_like(images) if images.grad is None else images.grad)
         self.step(optimizer)
-        return gradient
+        return found
 
-    def unscaled(self, gradient: Tensor) -> Tensor:
-        """Return a gradient of `backward` divided by fp16's loss scale, and zeros if it overflowed."""
+    def unscaled(self, gradient: Tensor) -> tuple[Tensor, float | Tensor]:
+        """Return what `finite` does, of a gradient of `backward` divided by fp16's loss scale, before its `step`."""
         if not self.scaler.is_enabled():
-            return gradient
+            return gradient, 0.0
         # get_scale() synchronizes with the device; the tensor that it reads does not.
         scale = self.scaler._get_scale_async()
         assert scale is not None
         return self.finite(gradient / scale)
 
-    def finite(self, gradient: Tensor) -> Tensor:
-        """Return a gradient, or in fp16 zeros if it overflowed.
+    def finite(self, gradient: Tensor) -> tuple[Tensor, float | Tensor]:
+        """Return a gradient of N examples and 0, or in fp16 zeros and N if it overflowed.
 
         By design, a growing scale overflows now and then: the optimizer step is then skipped.
         """
         if not self.scaler.is_enabled():
-            return gradient
-        return torch.where(gradient.isfinite().all(), gradient, torch.zeros_like(gradient))
+            return gradient, 0.0
+        finite = gradient.isfinite().all()
+        return torch.where(finite, gradient, 0.0), ~finite * len(gradient)
 
     def backward(self, losses: Tensor) -> None:
         """Add the gradients of the mean loss of the global batch to those of the parameters, scaled in fp16.

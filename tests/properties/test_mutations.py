@@ -130,13 +130,13 @@ def test_mutation_of_the_replay_gradient_is_noticed(name: str, monkeypatch: pyte
         under_way.update(model=self.model, labels=labels)
         return step(self, images, labels, optimizer, engine)
 
-    def late(self: Engine, examples: Tensor, optimizer: Optimizer, images: Tensor) -> Tensor:
-        backward_and_step(self, examples, optimizer, images)
+    def late(self: Engine, examples: Tensor, optimizer: Optimizer, images: Tensor) -> tuple[Tensor, float | Tensor]:
+        _, overflows = backward_and_step(self, examples, optimizer, images)
         again = images.detach().requires_grad_()
         with preserve_state(under_way["model"]):
             loss = losses.cross_entropy(under_way["model"](again), under_way["labels"]).mean()
             (gradient,) = torch.autograd.grad(loss, again)
-        return gradient
+        return gradient, overflows
 
     monkeypatch.setattr(ReplayTrainer, "training_step", remembered)
     monkeypatch.setattr(Engine, "backward_and_step", late)

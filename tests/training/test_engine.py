@@ -70,9 +70,9 @@ def test_backward_and_step_returns_the_gradient_before_the_update() -> None:
     """Of w x^2 at w = 3, x = 2: 2 w x = 12 with respect to x, x^2 = 4 to w, so that w = 3 - 0.5 * 4 = 1."""
     w, x = nn.Parameter(torch.tensor([3.0])), torch.tensor([2.0], requires_grad=True)
     w.grad = torch.tensor([100.0])
-    gradient = Engine().backward_and_step(w * x**2, SGD([w], lr=0.5), x)
-    assert (float(gradient), float(w)) == (12.0, 1.0)
-    assert float(Engine().backward_and_step(w * x.detach() ** 2, SGD([w], lr=0.5), x.detach())) == 0
+    gradient, overflows = Engine().backward_and_step(w * x**2, SGD([w], lr=0.5), x)
+    assert (float(gradient), float(w), overflows) == (12.0, 1.0, 0)
+    assert float(Engine().backward_and_step(w * x.detach() ** 2, SGD([w], lr=0.5), x.detach())[0]) == 0
 
 
 def test_autocast_has_the_precision() -> None:

@@ -185,12 +185,50 @@ def test_overflows_are_recorded_and_their_scale_is_resumed(monkeypatch: pytest.M
     assert Engine().state_dict() == {}
 
 
-@pytest.mark.parametrize("method", ["pgd-2", "free-2", "m+trades", "mart", "f+trades"])
+def test_an_overflow_in_a_penalty_counts_and_ends_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GradAlign differentiates at the image and at a random point, where it halves the scale as the attack does.
+
+    The third image overflows at 1024 in the attack and at 512 in the penalty, then at 256 in the attack.
+    """
+    model, engine = Selective(), Engine("cpu", "fp16")
+    trainer = deat_rb.create("gradalign", model)
+    images, labels = torch.full((4, 1, 2, 2), 0.5), torch.tensor([0, 1, 1, 1])
+    optimizer = SGD(model.parameters(), lr=1e-6)
+    counts = []
+    for _ in range(4):
+        stats = trainer.training_step(images, labels, optimizer, engine)
+        counts.append(float(stats.overflows))
+        assert stats.loss.isfinite()
+    assert counts == [2, 1, 0, 0]
+    assert float(engine.loss_scale) == 128
+    assert model.weight.isfinite().all()
+    monkeypatch.setattr("deat_rb.training.fit.resolve_precision", lambda name, device: "fp16")
+    history = deat_rb.create("gradalign", Selective()).fit([(images, labels)] * 4, epochs=1, lr=1e-6)
+    assert history.rows[0].overflows == 3
+
+
+@pytest.mark.parametrize(("method", "passes"), [("free-2", 2), ("deat-2", 2), ("yopo-3-2", 3)])
+def test_an_overflow_of_a_whole_batch_counts_in_methods_that_share_a_pass(method: str, passes: int) -> None:
+    """At a scale of 2^60 every backward pass overflows, though the scaler halves it after each update."""
+    model, engine = made(), Engine("cpu", "fp16")
+    trainer = deat_rb.create(method, model)
+    trainer.steps = passes
+    engine.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    stats = trainer.training_step(*images_and_labels(16), SGD(model.parameters(), lr=0.1), engine)
+    assert float(stats.overflows) == 16 * passes
+    assert float(stats.l_x) == 0
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("method", ["pgd-2", "free-2", "yopo-2-2", "gradalign", "m+trades", "mart", "f+trades"])
 def test_a_step_in_fp16_is_that_of_fp32_within_rounding(method: str) -> None:
+    """The scale of fp16 grows in the step."""
     found = []
     for precision in ("fp32", "fp16"):
         model = made().eval()
         trainer, engine = taking_steps(method, model), Engine("cpu", precision)
+        engine.scaler.set_growth_interval(1)
         torch.manual_seed(1)
         stats = trainer.training_step(*images_and_labels(16), SGD(model.parameters(), lr=0.01), engine)
         assert float(stats.overflows) == 0
