@@ -172,15 +172,15 @@ class PGD(StatelessAttack):
         self, images: Tensor, labels: Tensor, clean: Tensor | None, adv: Tensor
     ) -> tuple[Tensor, CraftStats]:
         threat = self.threat
-        l_x, overflows = images.new_zeros(()), Overflows(self.loss_scale)
+        overflows = Overflows(self.loss_scale)
         gradient: Tensor | None = None
+        unit: float | Tensor = 1.0
         for step in range(self.steps):
             with self._full_precision(images, step):
                 _, gradient, unit = self._gradient(adv, labels, clean)
             gradient = overflows.masked(gradient)
             adv = threat.ascend(adv, images, gradient, self.alpha, self._step_noise(images))
-            if step == self.steps - 1:
-                l_x = _times(threat.total_dual_norm(gradient), unit)
+        l_x = images.new_zeros(()) if gradient is None else times(threat.total_dual_norm(gradient), unit)
         return adv, CraftStats(l_x, self.steps, self.steps, overflows.count, gradient)
 
     def _early_stopped(
@@ -223,7 +223,7 @@ class PGD(StatelessAttack):
             stepped = threat.ascend(
                 current, chosen(images), gradient, self.alpha, None if noise is None else chosen(noise)
             )
-            norms = _times(threat.dual_norms(gradient), unit)
+            norms = times(threat.dual_norms(gradient), unit)
             adv = replaced(adv, torch.where(go_on[:, None, None, None], stepped, current))
             l_x = replaced(l_x, torch.where(go_on, norms, chosen(l_x)))
             patience = replaced(patience, chosen(patience) - (wrong & go_on).to(patience.dtype))
@@ -265,12 +265,12 @@ class PGD(StatelessAttack):
             else:
                 assert clean is not None
                 objective = losses.kl_divergence(logits, clean).sum()
-            scaled = _times(objective, self.loss_scale)
+            scaled = times(objective, self.loss_scale)
             (gradient,) = torch.autograd.grad(scaled, adv)
         return logits.detach(), gradient, unit / self.loss_scale
 
 
-def _times(values: Tensor, factor: float | Tensor) -> Tensor:
+def times(values: Tensor, factor: float | Tensor) -> Tensor:
     """Return ``values * factor``, without multiplying if the factor is the number 1."""
     return values if isinstance(factor, float) and factor == 1 else values * factor
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deat_rb.attacks.losses import at_least_float32
-from deat_rb.attacks.pgd import PGD, Overflows
+from deat_rb.attacks.pgd import PGD, Overflows, times
 from deat_rb.methods.shared_forward import SharedForwardTrainer
 from deat_rb.training.engine import Engine
 from deat_rb.training.place import Place
@@ -104,7 +104,7 @@ class LabelInformationTrainer(SharedForwardTrainer):
         with preserve_modes(self.model), seeding.same_on_all_ranks(), engine.autocast():
             self.model.eval()
             gray.requires_grad_()
-            objective = self.loss.function(self.model(gray), labels).sum() * engine.loss_scale
+            objective = times(self.loss.function(self.model(gray), labels).sum(), engine.loss_scale)
             (gradient,) = torch.autograd.grad(objective, gray)
         return Overflows(engine.loss_scale).masked(gradient).sign()
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deat_rb.attacks.pgd import PGD, Overflows
+from deat_rb.attacks.pgd import PGD, Overflows, times
 from deat_rb.methods.losses import surrogate
 from deat_rb.training.engine import Engine
 from deat_rb.training.metrics import BatchStats
@@ -95,9 +95,9 @@ class SharedForwardTrainer(Trainer):
         start = self.start(images, labels, engine).requires_grad_()
         with engine.autocast():
             start_logits = model(start)
-            objective = function(start_logits, labels).sum() * engine.loss_scale
+            objective = times(function(start_logits, labels).sum(), engine.loss_scale)
         (gradient,) = torch.autograd.grad(objective, start, retain_graph=True)
-        gradient = overflows.masked(gradient / engine.loss_scale)
+        gradient = overflows.masked(times(gradient, 1 / engine.loss_scale))
         gradient = self.loss.without_weights(gradient, labels)  # attack and l_X are of each example's own loss
         adv = crafter.threat.ascend(start.detach(), images, gradient, crafter.alpha)
         self.keep(images, gradient, engine)

@@ -263,11 +263,12 @@ class ReplayTrainer(Trainer):
         if not self.carry:
             adv: Tensor = self.crafter.initialize(images)
             return adv
-        delta = torch.zeros_like(images)
-        if self._carried is not None and self._carried.shape[1:] == images.shape[1:]:
-            carried = self._carried[part][: len(images)]
-            delta[: len(carried)] = carried
-        return images + delta
+        if self._carried is None or self._carried.shape[1:] != images.shape[1:]:
+            return images
+        carried = self._carried[part][: len(images)]
+        if missing := len(images) - len(carried):
+            carried = torch.cat([carried, torch.zeros_like(images[:missing])])
+        return images + carried
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """Generate adversarial examples with the replays' steps, without updating the weights."""

@@ -63,7 +63,7 @@ class EpochAccumulator:
         self.image_size = stats.image_size
         for name, value in self._sums.items():
             term = getattr(stats, name)
-            if name in ("forwards", "backwards"):
+            if name in ("forwards", "backwards") and share != 1:
                 term = term * share
             self._sums[name] = value + (term.double() if name == "l_x" and term.device.type != "mps" else term)
 
