@@ -12,6 +12,12 @@ from deat_rb.utils.errors import DeatError
 CLUSTER = "cluster"
 """Key of the option that names submitit's executor: ``slurm`` by default, or ``local`` for this machine."""
 
+TIMEOUTS = "slurm_max_num_timeout"
+"""Key of the option that says how often a job is queued again after its time limit."""
+
+OFTEN = 1000
+"""Its default; submitit's own, 3, would end a long study."""
+
 
 class WorkerJob:
     """A worker run by submitit; when a job reaches its time limit, it is queued again.
@@ -43,7 +49,7 @@ def submit(arguments: Sequence[str], count: int, options: Mapping[str, str], log
         arguments: Arguments of `deat-rb`.
         count: Number of workers.
         options: Parameters of submitit's executor, such as ``timeout_min``, ``gpus_per_node`` and
-            ``slurm_partition``, and ``cluster``.
+            ``slurm_partition``, ``cluster``, and ``slurm_max_num_timeout``, 1,000 by default.
         logs: Folder of submitit's files, shared by all machines.
 
     Raises:
@@ -57,8 +63,13 @@ def submit(arguments: Sequence[str], count: int, options: Mapping[str, str], log
         ) from None
 
     parameters = {name: _parsed(value) for name, value in options.items() if name != CLUSTER}
+    timeouts = parameters.pop(TIMEOUTS, OFTEN)  # of the executor itself, not one of its jobs' parameters
+    if not isinstance(timeouts, int):
+        raise DeatError(f"--slurm-option {TIMEOUTS}={timeouts} is not a whole number: give how often a job may be "
+                        "queued again after its time limit")  # fmt: skip
     try:
-        executor = submitit.AutoExecutor(folder=str(logs.absolute()), cluster=options.get(CLUSTER, "slurm"))
+        executor = submitit.AutoExecutor(folder=str(logs.absolute()), cluster=options.get(CLUSTER, "slurm"),
+                                         slurm_max_num_timeout=timeouts)  # fmt: skip
         executor.update_parameters(name="deat-rb", **parameters)
         with executor.batch():
             return [executor.submit(WorkerJob(arguments)) for _ in range(count)]
