@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -107,7 +107,7 @@ def work(
         print_status(study, folder)
         return
     if options.dry_run:
-        print_estimate(study, folder, len(workers))
+        print_estimate(study, folder, workers)
         return
     if options.tables_only:
         write()
@@ -277,17 +277,20 @@ def print_status(study: Study, folder: StudyFolder) -> None:
         click.echo(f"time left: about {duration(left)} with {runs} at a time{without}; ends about {end:%Y-%m-%d %H:%M}")
 
 
-def print_estimate(study: Study, folder: StudyFolder, workers: int) -> None:
-    """Time the networks and print the remaining runs with their cost."""
+def print_estimate(study: Study, folder: StudyFolder, environs: Sequence[Mapping[str, str]]) -> None:
+    """Time the networks as the workers will compute, and print the remaining runs with their cost."""
     from rich.console import Console
     from rich.markup import escape
 
     from deat_rb.reproduction.estimate import estimate
+    from deat_rb.reproduction.workers import at_once
     from deat_rb.utils.options import format_epochs
     from deat_rb.utils.text import counted, duration, new_table
+    from deat_rb.utils.threads import cpu_threads
 
-    left = [run for run in study.runs if not folder.is_settled(run)]
-    predicted = estimate(folder, left, notify=lambda text: click.echo(text, err=True))
+    threads = environs[0].get("OMP_NUM_THREADS")
+    with cpu_threads(None if threads is None else int(threads)):
+        predicted = estimate(folder, study.runs, notify=lambda text: click.echo(text, err=True))
     table = new_table(escape(study.title))
     table.add_column("run", overflow="fold")
     for column in ("seeds", "epochs", "backward passes", "training", "evaluation"):
@@ -301,14 +304,20 @@ def print_estimate(study: Study, folder: StudyFolder, workers: int) -> None:
         name = label if sum(other == label for other, _ in rows) == 1 else f"{label} ({place})"
         table.add_row(escape(name), str(len(seeds)), str(format_epochs(first.epochs)), first.passes_text(),
                       duration(first.training) + (" per epoch" if first.is_open else ""),
-                      duration(first.evaluation))  # fmt: skip
+                      ("over " if first.unknown else "") + duration(first.evaluation))  # fmt: skip
     Console().print(table)
-    endless = sum(each.is_open for each in predicted)
-    total = sum(each.training + each.evaluation for each in predicted if not each.is_open)
-    settled = len(study.runs) - len(left)
-    if len(left) > endless or not left:
-        about = f"about {duration(total / workers)} with {workers} at a time"
-        besides = f", besides {counted(endless, 'open-ended run')}" if endless else ""
+    ending = [each for each in predicted if not each.is_open]
+    endless = len(predicted) - len(ending)
+    if ending or not predicted:
+        shared = sum(each.seconds / at_once(environs, each.threads) for each in ending)
+        total = max([shared, *(each.seconds for each in ending)])
+        about = f"about {duration(total)} with {len(environs)} at a time"
+        besides = [counted(endless, "open-ended run")] if endless else []
     else:
-        about, besides = "open-ended, so that their number of epochs is not known", ""
-    click.echo(f"{counted(len(left), 'run')} left, {settled} done: {about}{besides}")
+        about, besides = "open-ended, so that their number of epochs is not known", []
+    unknown = dict.fromkeys(name for each in predicted for name in each.unknown)
+    besides += [f"{', '.join(unknown)}, whose number of passes is not known"] if unknown else []
+    about += f", besides {' and '.join(besides)}" if besides else ""
+    statuses = [folder.status(run) for run in study.runs]
+    failed = f", {statuses.count('failed')} failed" if "failed" in statuses else ""
+    click.echo(f"{counted(len(predicted), 'run')} left, {statuses.count('done')} done{failed}: {about}")

@@ -12,7 +12,7 @@ from deat_rb.methods.trainers import AttackTrainer, ReplayTrainer
 from deat_rb.methods.yopo import YopoTrainer
 from deat_rb.reproduction.folder import StudyFolder
 from deat_rb.reproduction.planning import Planner, check_evaluation
-from deat_rb.reproduction.study import AUTOATTACK, RunSpec
+from deat_rb.reproduction.study import RunSpec
 from deat_rb.runs.estimate import estimated_epochs, time_batches, time_pass, training_seconds
 from deat_rb.runs.plan import TrainingPlan
 from deat_rb.utils.errors import DeatError
@@ -24,8 +24,18 @@ ESTIMATE = "estimate.json"
 ROBUST = 0.6
 """Fraction of an attack's passes that are actually run, since misclassified images are not attacked further."""
 
-AUTOATTACK_PASSES = 3600
-"""Passes of AutoAttack per robust image: 100 + 2 x 900 with gradients, and 5,000 forward passes."""
+PASSES = {
+    "fgsm": 1,
+    "noise-gaussian": 1,
+    "noise-uniform": 1,
+    "autoattack": 3600,
+    "autoattack-rand": 4000,
+    "square": 1700,
+}
+"""Passes of attacks per robust image; a forward pass alone counts a third.
+
+Square has 5,000 forward passes, AutoAttack besides 100 + 2 x 900 with gradients, and its version rand 2 x 100 x 20.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,9 @@ class Prediction:
         passes: Expected number of backward passes, in mini-batches.
         exact: Whether that number is known in advance.
         training: Seconds of training and validation.
-        evaluation: Seconds of evaluation.
+        evaluation: Seconds of evaluation, without the attacks in ``unknown``.
+        unknown: Attacks whose number of passes is not known.
+        threads: CPU threads; None on a GPU.
     """
 
     run: RunSpec
@@ -47,6 +59,13 @@ class Prediction:
     exact: bool
     training: float
     evaluation: float
+    unknown: tuple[str, ...]
+    threads: int | None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training and evaluation."""
+        return self.training + self.evaluation
 
     @property
     def is_open(self) -> bool:
@@ -70,24 +89,26 @@ def read_estimate(folder: StudyFolder) -> dict[str, float]:
 
 
 def estimate(folder: StudyFolder, runs: Sequence[RunSpec], *, notify: Callable[[str], None]) -> list[Prediction]:
-    """Predict the time of runs on this machine, and store it for `--status`.
+    """Predict the time of the runs that are left on this machine, and store it for `--status`.
 
     The times of an attack step and of an update are measured in ten batches of each network and loss. A number of
-    steps that is not known in advance is taken from finished runs of the same row, or else is the mean of its minimum
+    steps that is not known in advance is taken from finished runs of other seeds, or else is the mean of its minimum
     and maximum. The time of open-ended runs is not stored.
 
     Args:
         folder: The folder of the study.
-        runs: The runs.
+        runs: The runs; those that are done or have failed are only looked at.
         notify: Called with a sentence before each measurement.
 
     Raises:
         DeatError: An option of a run or its data are invalid.
     """
     clock = Clock(notify)
-    predicted = [_predict(run, clock, _passes_of_others(folder, run, runs)) for run in runs]
+    done = [run for run in runs if folder.status(run) == "done"]
+    left = [run for run in runs if not folder.is_settled(run)]
+    predicted = [_predict(run, clock, _passes_of_others(folder, run, done)) for run in left]
     folder.create()
-    seconds = {each.run.name: each.training + each.evaluation for each in predicted if not each.is_open}
+    seconds = {each.run.name: each.seconds for each in predicted if not each.is_open}
     write_json(folder.path / ESTIMATE, {**read_estimate(folder), **seconds})
     return predicted
 
@@ -148,14 +169,10 @@ def _measure(planned: TrainingPlan, kind: str) -> Times:
     return Times(max(times.update, 0.0), max(times.step, 0.0), evaluation)
 
 
-def _passes_of_others(folder: StudyFolder, run: RunSpec, runs: Sequence[RunSpec]) -> float | None:
-    """Return the mean backward passes of finished runs of the same row; None if there are none."""
-    counts = [
-        sum(row.backwards for row in folder.rows(other))
-        for other in runs
-        if other.label == run.label and folder.status(other) == "done"
-    ]
-    return fmean(counts) if counts else None
+def _passes_of_others(folder: StudyFolder, run: RunSpec, done: Sequence[RunSpec]) -> float | None:
+    """Return the mean backward passes of finished runs that differ in the seed only; None if there are none."""
+    alike = [other for other in done if other.setting == run.setting]
+    return fmean(sum(row.backwards for row in folder.rows(other)) for other in alike) if alike else None
 
 
 def _predict(run: RunSpec, clock: Clock, known: float | None) -> Prediction:
@@ -168,8 +185,10 @@ def _predict(run: RunSpec, clock: Clock, known: float | None) -> Prediction:
     training = seconds_of(planned, times, passes)
     per_image = times.evaluation / config.data.batch_size
     tested = [(attacks, asked or len(planned.data.test)) for attacks, asked in run.evaluation.parts()]
-    evaluation = sum(count * sum(map(_attack_passes, attacks)) * per_image for attacks, count in tested)
-    return Prediction(run, config.optim.epochs, passes, exact, training, ROBUST * evaluation)
+    each = {name: (count, _attack_passes(name)) for attacks, count in tested for name in attacks}
+    evaluation = ROBUST * per_image * sum(count * spent for count, spent in each.values() if spent is not None)
+    unknown = tuple(name for name, (_, spent) in each.items() if spent is None)
+    return Prediction(run, config.optim.epochs, passes, exact, training, evaluation, unknown, config.runtime.threads)
 
 
 def _passes(planned: TrainingPlan, known: float | None) -> tuple[float, bool]:
@@ -177,7 +196,7 @@ def _passes(planned: TrainingPlan, known: float | None) -> tuple[float, bool]:
 
     Args:
         planned: The plan, with a number of epochs.
-        known: The mean of finished runs of the same row, if there are any.
+        known: The mean of finished runs of other seeds, if there are any.
     """
     epochs, m, exact = planned.config.optim.epochs, planned.batches, planned.costs()
     most = (planned.most_costs() or {}).get("backward passes")
@@ -205,9 +224,7 @@ def seconds_of(planned: TrainingPlan, times: Times, passes: float) -> float:
     return training_seconds(planned, times.update, times.step, steps, times.evaluation)
 
 
-def _attack_passes(attack: str) -> float:
-    """Return the approximate number of passes that an attack spends on an image it does not fool."""
+def _attack_passes(attack: str) -> int | None:
+    """Return the approximate number of passes that an attack spends on an image it does not fool; None if unknown."""
     number = re.fullmatch(r"(?:pgd|cw)-(\d+)(?:x(\d+))?", attack)
-    if number:
-        return int(number[1]) * int(number[2] or 1)
-    return AUTOATTACK_PASSES if attack.startswith(AUTOATTACK) else 1.0
+    return int(number[1]) * int(number[2] or 1) if number else PASSES.get(attack)

@@ -46,6 +46,18 @@ def environments(jobs: int | None, gpus: Sequence[str], per_gpu: int) -> list[di
     return [threads if count > 1 else {} for _ in range(count)]
 
 
+def at_once(environs: Sequence[Mapping[str, str]], threads: int | None) -> int:
+    """Return how many workers compute at the same time as fast as one alone.
+
+    Args:
+        environs: Their environment variables.
+        threads: CPU threads of each; None if they compute on GPUs, of which several workers may share one.
+    """
+    if threads is None:
+        return max(1, len({each["CUDA_VISIBLE_DEVICES"] for each in environs if "CUDA_VISIBLE_DEVICES" in each}))
+    return min(len(environs), max(1, processors() // threads))
+
+
 def run_workers(
     arguments: Sequence[str],
     environs: Sequence[Mapping[str, str]],

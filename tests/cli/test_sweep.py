@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from training_problems import ARCH
 
 from deat_rb.cli import main
+from deat_rb.reproduction.estimate import Times
 from deat_rb.reproduction.folder import Record
 from deat_rb.reproduction.work import Worker
 from deat_rb.utils.errors import Interrupted
@@ -105,6 +107,37 @@ def test_sweep_of_open_ended_runs(tmp_path: Path) -> None:
     dry = " ".join(CliRunner().invoke(main, [*arguments, "--dry-run"]).stdout.split())
     assert "open about 4 per epoch" in dry
     assert "2 runs left, 0 done: open-ended, so that their number of epochs is not known" in dry
+
+
+def test_dry_run_times_as_the_workers_compute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two batches: PGD-1 with 2 x (2 + 1) s, FREE-2 with 2 x (2 + 2 x 1) s; two workers need as long as the longer."""
+    threads = []
+
+    def measure(planned: object, kind: str) -> Times:
+        threads.append(torch.get_num_threads())
+        return Times(update=2.0, step=1.0, evaluation=0.0)
+
+    monkeypatch.setattr("deat_rb.reproduction.estimate._measure", measure)
+    for module in ("deat_rb.reproduction.workers", "deat_rb.utils.threads"):
+        monkeypatch.setattr(f"{module}.processors", lambda: 2)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    study = tmp_path / "small.toml"
+
+    def last_line(jobs: str, option: str = "") -> str:
+        study.write_text(STUDY.replace("[options]", f"[options]\ndevice = 'cpu'\n{option}"))
+        arguments = ["sweep", "--trust-code", str(study), "--output", str(tmp_path / "out"), "--dry-run"]
+        return CliRunner().invoke(main, [*arguments, "--jobs", jobs], catch_exceptions=False).stdout.splitlines()[-1]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert last_line("2") == "2 runs left, 0 done: about 8 s with 2 at a time"
+        assert threads == [1, 1]
+        assert last_line("1") == "2 runs left, 0 done: about 14 s with 1 at a time"
+        assert threads[2:] == [2, 2]
+        assert last_line("2", "threads = 2") == "2 runs left, 0 done: about 14 s with 2 at a time"
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_reproduce_lists_the_given_targets() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,12 @@ import pytest
 from small_studies import small_study
 
 from deat_rb.reproduction.estimate import ROBUST, Times, estimate, read_estimate
-from deat_rb.reproduction.folder import StudyFolder
+from deat_rb.reproduction.folder import Record, StudyFolder
+from deat_rb.reproduction.planning import Planner
 from deat_rb.reproduction.study import Evaluation
+from deat_rb.runs.directory import METRICS, RunDirectory
 from deat_rb.runs.estimate import VALIDATION_PASSES
+from deat_rb.training.metrics import EpochStats
 from deat_rb.utils.errors import DeatError
 
 
@@ -41,6 +46,34 @@ def test_estimate_of_an_open_ended_run_is_an_epoch_with_its_share_of_validation(
     validation = 2 * 16 / 2 * VALIDATION_PASSES * 1.0  # averaged and raw weights, in every other epoch
     assert found.training == 6 * 1.0 + 2 * 2.0 + validation
     assert read_estimate(StudyFolder(tmp_path)) == {}
+
+
+def test_estimate_takes_unknown_passes_from_other_seeds_that_are_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two seeds with 8 and 10 passes, not of a run with the same label but other batches."""
+    monkeypatch.setattr("deat_rb.reproduction.estimate._measure", lambda planned, kind: Times(2.0, 1.0, 32.0))
+    study = small_study({"method": "m+pgd"}, seeds=(0, 1, 2), evaluation=Evaluation(()))
+    (namesake,) = small_study({"method": "m+pgd", "batch_size": 16}, evaluation=Evaluation(())).runs
+    folder = StudyFolder(tmp_path)
+    folder.create()
+    for run, backwards in zip((*study.runs[:2], namesake), (8, 10, 1000), strict=True):
+        path = RunDirectory.create(folder.run_path(run), Planner().plan(run.options).config).path
+        (path / METRICS).write_text(json.dumps(asdict(EpochStats(epoch=1, backwards=backwards))) + "\n")
+        folder.write_record(run, Record(status="done"))
+    (left,) = estimate(folder, [*study.runs, namesake], notify=lambda text: None)
+    assert (left.run, left.passes, left.exact) == (study.runs[2], 9, False)
+
+
+def test_estimate_counts_squares_queries_and_names_attacks_that_it_does_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5,000 forward passes, each a third of a pass with the gradient, on 16 images."""
+    monkeypatch.setattr("deat_rb.reproduction.estimate._measure", lambda planned, kind: Times(2.0, 1.0, 32.0))
+    study = small_study(evaluation=Evaluation(("square", "torchattacks.PGD(steps=5)"), 16))
+    (found,) = estimate(StudyFolder(tmp_path), study.runs, notify=lambda text: None)
+    assert found.unknown == ("torchattacks.PGD(steps=5)",)
+    assert found.evaluation == pytest.approx(ROBUST * 16 * 5000 / 3, rel=0.03)
 
 
 def test_estimate_refuses_more_images_than_the_digits_500(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from small_studies import small_study
 
 from deat_rb.reproduction.folder import Status
 from deat_rb.reproduction.status import RunState, StudyState
-from deat_rb.reproduction.workers import environments
+from deat_rb.reproduction.workers import at_once, environments
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.options import OPEN
 
@@ -67,3 +67,13 @@ def test_environments(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environments(4, (), 1) == [{}] * 4
     with pytest.raises(DeatError, match="--per-gpu 0 is below 1"):
         environments(None, ("0",), 0)
+
+
+def test_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there are processors for, whatever number of workers was started; one per GPU."""
+    monkeypatch.setattr("deat_rb.reproduction.workers.processors", lambda: 8)
+    assert [at_once([{}] * jobs, threads) for jobs, threads in ((4, 2), (4, 1), (4, 8), (16, 1), (1, 2))] == [
+        4, 4, 1, 8, 1,
+    ]  # fmt: skip
+    assert at_once([{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "0033"], None) == 2
+    assert at_once([{}] * 3, None) == 1
