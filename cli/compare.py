@@ -59,21 +59,32 @@ def compare(runs: tuple[Path, ...], as_json: bool, by: str | None, form: str | N
 
 def _load(run: Path) -> list[tuple[str, Report]]:
     """Load the report of a run, a file or a run on the Hub, with its name."""
-    from deat_rb.evaluation.compare import load_reports
     from deat_rb.runs.hub_run import open_hub
     from deat_rb.utils.errors import DeatError
     from deat_rb.utils.hub import is_hub
 
     if not is_hub(run):
-        return load_reports([run])
+        return _checked(run, f"run deat-rb eval {run} first")
     hub = open_hub(str(run))
     for note in hub.notes:
         click.echo(f"note: {note}", err=True)
+    advice = f"run deat-rb eval {run} --json FILE.json, and compare that file"
     if not (hub.path / "eval.json").is_file():
-        raise DeatError(f"{hub.address} has no evaluation: run deat-rb eval {run} --json FILE.json, and compare that "
-                        "file")  # fmt: skip
+        raise DeatError(f"{hub.address} has no evaluation: {advice}")
     with hub.named():
-        return [(str(run), report) for _, report in load_reports([hub.path])]
+        return [(str(run), report) for _, report in _checked(hub.path, advice)]
+
+
+def _checked(path: Path, advice: str) -> list[tuple[str, Report]]:
+    """Load the report of a path; that of a run must be of the weights that the run now has."""
+    from deat_rb.evaluation.compare import load_reports
+    from deat_rb.runs.directory import CONFIG, RunDirectory
+
+    reports = load_reports([path])
+    if (path / CONFIG).is_file():
+        for _, report in reports:
+            RunDirectory.open(path).check_evaluation(report.provenance, advice)
+    return reports
 
 
 def _print_groups(runs: tuple[Path, ...], by: str, form: str | None) -> None:

@@ -21,7 +21,7 @@ from deat_rb.runs.hub_run import CARD, OPTIONAL_FILES
 from deat_rb.training.metrics import EpochStats
 from deat_rb.utils.downloads import http_status, why_failed
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.files import read_bytes, sha256_file, write_all
+from deat_rb.utils.files import read_bytes, write_all
 from deat_rb.utils.hub import HubAddress, is_hub, refusals
 from deat_rb.utils.text import printable, replace_invisible
 from deat_rb.utils.units import format_fraction
@@ -117,7 +117,7 @@ def shared_files(
         DeatError: The weights are missing, or the evaluation belongs to different weights or data.
     """
     weights = run.selected_weights_path
-    report = _evaluation(run, weights)
+    report = _evaluation(run)
     contents = {weights.name: read_bytes(weights)}
     facts = weights.with_suffix(".json")
     if facts.is_file():
@@ -161,16 +161,12 @@ def _without_folders(config: RunConfig) -> dict[str, Any]:
     return content
 
 
-def _evaluation(run: RunDirectory, weights: Path) -> Report | None:
+def _evaluation(run: RunDirectory) -> Report | None:
     file = run.path / "eval.json"
     if not file.is_file():
         return None
     report = Report.load(file)
-    for what, name, own in (("weights", "weights_sha256", sha256_file(weights)),
-                            ("data", "data_sha256", run.config.data_fingerprint)):  # fmt: skip
-        if report.provenance.get(name) != own:
-            raise DeatError(f"{file} was computed for {what} other than the run's: run deat-rb eval {run.path}, then "
-                            "push again")  # fmt: skip
+    run.check_evaluation(report.provenance, f"run deat-rb eval {run.path}, then push again")
     return report
 
 

@@ -32,14 +32,18 @@ def grouped_table(paths: Sequence[Path], by: str) -> ResultTable:
         by: The option that names a group; options that differ between groups of the same name are appended.
 
     Raises:
-        DeatError: A path is not an evaluated run, the evaluations cannot be compared, or there is no such option.
+        DeatError: A path is not an evaluated run, an evaluation is of other weights than the run now has, the
+            evaluations cannot be compared, or there is no such option.
     """
-    configs = [RunDirectory.open(path).config for path in paths]
+    runs = [RunDirectory.open(path) for path in paths]
+    configs = [run.config for run in runs]
     keys = [group_key(config) for config in configs]
     name = by.removeprefix("--").replace("-", "_")
     if name not in keys[0]:
         raise DeatError(f"--group-by {by} is not an option of runs: {did_you_mean(name, keys[0])}")
     reports = [report for _, report in load_reports(paths)]
+    for run, report in zip(runs, reports, strict=True):
+        run.check_evaluation(report.provenance, f"run deat-rb eval {run.path} first")
     if not are_comparable(reports):
         raise DeatError(
             "the evaluations differ in images, norm, eps or precision; evaluate all runs with the same settings"

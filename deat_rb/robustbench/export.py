@@ -25,7 +25,7 @@ from deat_rb.runs.directory import RunDirectory
 from deat_rb.runs.hub_run import open_hub
 from deat_rb.utils import compat
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.files import sha256_file, write_all
+from deat_rb.utils.files import write_all
 from deat_rb.utils.hub import is_hub
 from deat_rb.utils.safe_load import load_tensors
 from deat_rb.utils.units import format_fraction
@@ -180,13 +180,7 @@ def _evaluation(run: RunDirectory, advice: str) -> Report:
     if not file.exists():
         raise DeatError(f"{run.path} has no evaluation (eval.json), so its accuracies are unknown: {advice}")
     report = Report.load(file)
-    for what, recorded, own in (
-        ("weights", report.provenance.get("weights_sha256"), sha256_file(run.selected_weights_path)),
-        ("data", report.provenance.get("data_sha256"), config.data_fingerprint),
-    ):
-        if recorded != own:
-            raise DeatError(f"{file} was computed for {what} other than the run's (SHA-256 {str(recorded)[:12]} "
-                            f"instead of {own[:12]}): {advice}")  # fmt: skip
+    run.check_evaluation(report.provenance, advice)
     if (report.norm, report.precision) != (config.attack.norm, "fp32"):
         raise DeatError(f"{file} was computed with {report.norm} and {report.precision}, not {config.attack.norm} "
                         f"and fp32: {advice}")  # fmt: skip

@@ -35,7 +35,7 @@ from deat_rb.models.spec import ModelSpec
 from deat_rb.runs.config import RunConfig
 from deat_rb.training.metrics import EpochStats
 from deat_rb.utils.errors import DeatError, UnwritableError
-from deat_rb.utils.files import atomic_write, read_json, write_json
+from deat_rb.utils.files import atomic_write, read_json, sha256_file, write_json
 from deat_rb.utils.locks import exclusive_lock
 from deat_rb.utils.records import describe_validation_error
 from deat_rb.utils.safe_load import save_tensors, sha256_tensors
@@ -193,6 +193,24 @@ class RunDirectory:
         if not isinstance(content, dict):
             raise DeatError(f"{self.path / which}.json is not a JSON object; restore the file or start a new run")
         return content
+
+    def check_evaluation(self, provenance: Mapping[str, str], advice: str) -> None:
+        """Check that ``eval.json`` belongs to the run's selected weights and its data.
+
+        Args:
+            provenance: Provenance in ``eval.json``.
+            advice: End of the error message: what to do.
+
+        Raises:
+            DeatError: It belongs to other weights or data, or the run has no weights.
+        """
+        for what, name, own in (
+            ("weights", "weights_sha256", sha256_file(self.selected_weights_path)),
+            ("data", "data_sha256", self.config.data_fingerprint),
+        ):
+            if (recorded := provenance.get(name)) != own:
+                raise DeatError(f"{self.path / 'eval.json'} was computed for {what} other than the run's (SHA-256 "
+                                f"{str(recorded)[:12]} instead of {own[:12]}): {advice}")  # fmt: skip
 
     @property
     def checkpoints(self) -> Path:

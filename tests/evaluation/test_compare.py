@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from board_problems import make_run
 from click.testing import CliRunner, Result
+from small_problems import small_network
 
 from deat_rb.cli import main
 from deat_rb.evaluation.compare import compare, load_reports
 from deat_rb.evaluation.report import AttackResult, Report
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.safe_load import save_tensors
 
 
 def report_of(fields: dict[str, Any] | None = None, /, **correct: str) -> Report:
@@ -172,6 +175,18 @@ def test_compare_command_refuses_in_one_sentence(runs: list[Path], tmp_path: Pat
         assert (result.exit_code, result.stdout) == (2, "")
         assert message in result.stderr
         assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--group-by", "method"]])
+def test_compare_command_refuses_evaluations_of_other_weights(options: list[str], tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "first"), make_run(tmp_path / "second")
+    assert run(first, second).exit_code == 0
+    save_tensors(second / "last.safetensors", small_network().state_dict())
+    result = run(first, second, *options)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"{second / 'eval.json'} was computed for weights other than the run's (SHA-256 " in result.stderr
+    assert f"): run deat-rb eval {second} first" in result.stderr
+    assert run(first / "eval.json", second / "eval.json").exit_code == 0, "a file is compared as it is"
 
 
 def test_compare_tables_escape_markup(tmp_path: Path) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -45,6 +45,10 @@ class Run:
             self.model(torch.rand(8, 3, 32, 32))  # moves BatchNorm's statistics
         self.model.eval()
         safe_load.save_tensors(self.selected_weights_path, self.model.state_dict())
+
+    def check_evaluation(self, provenance: Mapping[str, str], advice: str) -> None:
+        """Check it as a run directory does."""
+        RunDirectory.check_evaluation(cast(RunDirectory, self), provenance, advice)
 
     def evaluated(self, *, provenance: dict[str, str] | None = None, **options: Any) -> None:
         """Write an evaluation, see `write_evaluation`."""
