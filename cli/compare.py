@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @click.command("compare")
-@click.argument("runs", metavar="RUN RUN ...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("runs", metavar="RUN RUN ...", nargs=-1, required=True)
 @click.option("--json", "as_json", is_flag=True, help="Output as JSON.")
 @click.option(
     "--group-by",
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option("--markdown", "form", flag_value="markdown", help="With --group-by: output as Markdown.")
 @click.option("--latex", "form", flag_value="latex", help="With --group-by: output as LaTeX.")
 @click.option("--csv", "form", flag_value="csv", help="With --group-by: output as CSV.")
-def compare(runs: tuple[Path, ...], as_json: bool, by: str | None, form: str | None) -> None:
+def compare(runs: tuple[str, ...], as_json: bool, by: str | None, form: str | None) -> None:
     """Compare evaluations and test their differences for significance.
 
     Each RUN is an evaluated run directory, hf:OWNER/NAME (a run on the Hugging Face Hub that was uploaded with its
@@ -57,22 +57,22 @@ def compare(runs: tuple[Path, ...], as_json: bool, by: str | None, form: str | N
         console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _load(run: Path) -> list[tuple[str, Report]]:
+def _load(run: str) -> list[tuple[str, Report]]:
     """Load the report of a run, a file or a run on the Hub, with its name."""
     from deat_rb.runs.hub_run import open_hub
     from deat_rb.utils.errors import DeatError
     from deat_rb.utils.hub import is_hub
 
     if not is_hub(run):
-        return _checked(run, f"run deat-rb eval {run} first")
-    hub = open_hub(str(run))
+        return _checked(Path(run), f"run deat-rb eval {run} first")
+    hub = open_hub(run)
     for note in hub.notes:
         click.echo(f"note: {note}", err=True)
     advice = f"run deat-rb eval {run} --json FILE.json, and compare that file"
     if not (hub.path / "eval.json").is_file():
         raise DeatError(f"{hub.address} has no evaluation: {advice}")
     with hub.named():
-        return [(str(run), report) for _, report in _checked(hub.path, advice)]
+        return [(run, report) for _, report in _checked(hub.path, advice)]
 
 
 def _checked(path: Path, advice: str) -> list[tuple[str, Report]]:
@@ -87,7 +87,7 @@ def _checked(path: Path, advice: str) -> list[tuple[str, Report]]:
     return reports
 
 
-def _print_groups(runs: tuple[Path, ...], by: str, form: str | None) -> None:
+def _print_groups(runs: tuple[str, ...], by: str, form: str | None) -> None:
     from rich.console import Console
 
     from deat_rb.reproduction.grouping import grouped_table
@@ -98,7 +98,7 @@ def _print_groups(runs: tuple[Path, ...], by: str, form: str | None) -> None:
     for run in runs:
         if is_hub(run):
             raise DeatError(f"--group-by needs run directories, not {run}: omit it, or copy the run here")
-    table = grouped_table(runs, by)
+    table = grouped_table(list(map(Path, runs)), by)
     if form is None:
         Console().print(as_rich(table))
     elif form == "json":

@@ -11,7 +11,7 @@ from .options import numbers, size, threads_option
 
 
 @click.command("submit")
-@click.argument("target", metavar="RUN|EXPORT|CHECKPOINT|hf:OWNER/NAME", type=click.Path(path_type=Path))
+@click.argument("target", metavar="RUN|EXPORT|CHECKPOINT|hf:OWNER/NAME")
 @click.option("--model-name", required=True, metavar="NAME", help="Name on the board, such as Wang2021Gradient_R18.")
 @click.option("--board", type=click.Path(path_type=Path), default="leaderboard", show_default=True, metavar="DIR",
               help="The leaderboard's folder.")  # fmt: skip
@@ -62,7 +62,7 @@ from .options import numbers, size, threads_option
 )
 @threads_option
 def submit(
-    target: Path,
+    target: str,
     board: Path,
     n_examples: int | None,
     sample: int,

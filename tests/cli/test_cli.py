@@ -57,6 +57,17 @@ def command_that(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], S
     return add
 
 
+@pytest.mark.parametrize("name", ["compare", "eval", "export", "predict", "submit"])
+def test_commands_take_addresses_on_the_hub_as_text(name: str) -> None:
+    """As a path, ``hf:owner/name`` would be ``hf:owner\\name`` on Windows."""
+    context = click.Context(main)
+    command = main.get_command(context, name)
+    assert command is not None
+    target = command.params[0]
+    assert isinstance(target, click.Argument)
+    assert target.type.convert("hf:owner/name", target, context) == "hf:owner/name"
+
+
 # Help
 
 
