@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from deat_rb.utils.errors import DeatError, Interrupted
-from deat_rb.utils.text import counted
+from deat_rb.utils.text import counted, csv_text
 
 from .network_options import description, import_from_current_folder, network_options
 from .options import threads_option
@@ -167,7 +167,7 @@ class _Csv(_Writer):
 
     def __call__(self, prediction: Prediction) -> None:
         """Write a row; missing classes are empty."""
-        cells = [cell for guess in prediction.guesses for cell in (guess.name, f"{guess.confidence:.6f}")]
+        cells = [cell for guess in prediction.guesses for cell in (csv_text(guess.name), f"{guess.confidence:.6f}")]
         cells += [""] * (2 * self.top_k - len(cells))
         self._rows.writerow([prediction.image, *cells, prediction.error or ""])
         self.file.flush()

@@ -12,7 +12,7 @@ from torch import Tensor
 from deat_rb.evaluation.report import Report, worst_of
 from deat_rb.evaluation.statistics import mcnemar
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.text import as_text, counted, new_table, replace_invisible
+from deat_rb.utils.text import as_text, counted, new_table, printable, replace_invisible
 from deat_rb.utils.units import format_fraction
 
 if TYPE_CHECKING:
@@ -146,11 +146,11 @@ def compare(reports: Sequence[tuple[str, Report]]) -> Comparison:
         _check_same(names[0], first, name, report)
     shared = [attack for attack in first.results if all(attack in report.results for _, report in reports)]
     verdicts = {
-        name: _with_worst({attack: report.verdicts[attack] for attack in shared})
+        name: _with_worst({printable(attack): report.verdicts[attack] for attack in shared})
         for name, (_, report) in zip(names, reports, strict=True)
     }
     accuracy = {
-        name: {attack: result.accuracy for attack, result in report.results.items()}
+        name: {printable(attack): result.accuracy for attack, result in report.results.items()}
         | {
             attack: int(correct.sum()) / len(correct)
             for attack, correct in verdicts[name].items()

@@ -14,8 +14,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from deat_rb.leaderboard.ranking import PARTS, RankedEntry
-from deat_rb.leaderboard.untrusted import FORMULA
-from deat_rb.utils.text import printable
+from deat_rb.utils.text import csv_text, printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -119,7 +118,7 @@ def as_csv(ranked: Sequence[RankedEntry]) -> str:
     for each in ranked:
         cells = [each.entry.dataset, each.entry.threat_model, each.entry.eps, each.part]
         cells += [cell(each) for cell in COLUMNS.values()]
-        writer.writerow(re.sub(FORMULA, r"\1\2'", printable(cell, 2000)) for cell in cells)
+        writer.writerow(map(csv_text, cells))
     return file.getvalue()
 
 

@@ -11,16 +11,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.text import is_invisible, printable
+from deat_rb.utils.text import FORMULA, is_invisible, printable
 
 MAX_JSON = 4 * 2**20
 """Largest JSON file in bytes; the metrics of a thousand epochs take half a megabyte."""
 
 _BLANK = set("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
 """Letters, marks and symbols (by their Unicode category) that are rendered as blank space."""
-
-FORMULA = r"(^|[;\t\r\n])(\s*)(?=[=+\-@\uff1d\uff0b\uff0d\uff20])"
-"""Start of a spreadsheet formula; full-width signs count, and many European locales separate cells with ``;``."""
 
 _MATH = {"ell", "infty", "epsilon", "varepsilon", "approx", "times", "leq", "geq", "pm", "alpha", "beta", "gamma",
          "lambda", "mu", "sigma", "tau"}  # fmt: skip

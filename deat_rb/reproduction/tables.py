@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from deat_rb.reproduction.results import EPOCHS, MINUTES, PASSES, Mean, RunResult, by_label, mean_of
-from deat_rb.utils.text import new_table
+from deat_rb.utils.text import csv_text, new_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -221,7 +221,7 @@ def as_csv(table: ResultTable) -> str:
     names = [f"{column}{suffix}" for column in table.columns for suffix in ("", " deviation", " published")]
     writer.writerow(["row", "seeds", *names, "note"])
     for row in table.rows:
-        cells: list[Any] = [_in_csv(row.label), sum(run.status == "done" for run in row.runs)]
+        cells: list[Any] = [csv_text(row.label), sum(run.status == "done" for run in row.runs)]
         for column in table.columns:
             mean, known = row.value(column), row.published.get(column)
             cells += [
@@ -231,11 +231,6 @@ def as_csv(table: ResultTable) -> str:
             ]
         writer.writerow([*cells, " ".join([*table.notes, *row.unfinished])])
     return text.getvalue()
-
-
-def _in_csv(text: str) -> str:
-    """Keep spreadsheets from reading a label as a formula."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
 
 
 def as_json(table: ResultTable) -> dict[str, Any]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import io
+import re
 import unicodedata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jinja2 import Environment
     from rich.table import Table
+
+
+FORMULA = r"(^|[;\t\r\n])(\s*)(?=[=+\-@\uff1d\uff0b\uff0d\uff20])"
+"""Start of a spreadsheet formula; full-width signs count, and many European locales separate cells with ``;``."""
 
 
 def is_invisible(char: str) -> bool:
@@ -27,6 +32,11 @@ def printable(text: str, length: int = 400) -> str:
         char.encode("unicode_escape", "replace").decode() if is_invisible(char) else char for char in text[: length + 1]
     )
     return escaped if len(text) <= length else f"{escaped[:length]}..."
+
+
+def csv_text(text: str) -> str:
+    """Return printable text with an apostrophe where a spreadsheet would read a cell of a CSV file as a formula."""
+    return re.sub(FORMULA, r"\1\2'", printable(text, 2000))
 
 
 def counted(count: float, noun: str, form: str = ",") -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,18 @@ def test_compare_command_refuses_evaluations_of_other_weights(options: list[str]
     assert f"{second / 'eval.json'} was computed for weights other than the run's (SHA-256 " in result.stderr
     assert f"): run deat-rb eval {second} first" in result.stderr
     assert run(first / "eval.json", second / "eval.json").exit_code == 0, "a file is compared as it is"
+
+
+def test_compare_command_prints_no_control_characters(tmp_path: Path) -> None:
+    attack = "\x1b]0;owned\x07\x9b2J\u202egnp"
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        report_of(natural="1110", fgsm="1100", **{attack: "1000"}).save(tmp_path / name)
+    for options in ([], ["--json"]):
+        result = run(tmp_path / "one", tmp_path / "two", *options)
+        assert result.exit_code == 0, result.output
+        assert not re.search("[\x1b\x07\x9b\u202e]", result.output)
+        assert "owned" in result.output
 
 
 def test_compare_tables_escape_markup(tmp_path: Path) -> None:
