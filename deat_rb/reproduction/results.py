@@ -123,9 +123,10 @@ class Mean:
 
 
 def mean_of(results: Sequence[RunResult], column: str) -> Mean | None:
-    """Return the mean of a column over the runs that have it; None if none has."""
-    values = [each.values[column] for each in results if column in each.values]
-    return Mean.of(values) if values else None
+    """Return the mean of a column over runs; None if there are none or one lacks the column."""
+    if not results or any(column not in each.values for each in results):
+        return None
+    return Mean.of([each.values[column] for each in results])
 
 
 def by_label(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:

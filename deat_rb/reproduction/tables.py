@@ -57,7 +57,7 @@ class Row:
     published: Mapping[str, Published] = field(default_factory=dict)
 
     def value(self, column: str) -> Mean | None:
-        """Return the mean of a column over the runs that are done."""
+        """Return the mean of a column over the runs that are done; None if one of them lacks it."""
         return mean_of([run for run in self.runs if run.status == "done"], column)
 
     @property

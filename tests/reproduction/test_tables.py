@@ -14,8 +14,10 @@ from deat_rb.reproduction.tables import (
     as_json,
     as_latex,
     as_markdown,
+    as_rich,
     images_text,
 )
+from deat_rb.utils.text import as_text
 
 
 def run(seed: int, natural: float, status: str = "done", reason: str = "") -> RunResult:
@@ -44,6 +46,23 @@ def test_latex_and_csv() -> None:
     (cells,) = csv.DictReader(as_csv(table()).splitlines())
     assert cells["note"] == "Not the paper's. seed 2 failed: training diverged"
     assert (cells["natural"], cells["natural published"], cells["seeds"]) == ("81.0", "79.88", "2")
+
+
+def test_tables_have_no_mean_over_some_of_the_runs_only() -> None:
+    runs = [run(0, 80.0), run(1, 82.0), run(2, 84.0)]
+    for number, accuracy in ((0, 40.0), (2, 42.0)):
+        runs[number].values["autoattack"] = accuracy
+    some = ResultTable.of(runs, name="t", title="A title")
+    assert some.columns[:2] == ("natural", "autoattack")
+    # the mean of 80, 82 and 84 is 82, their deviation 2
+    assert "| 3 | 82.00 ± 2.00 | - |" in as_markdown(some)
+    assert r"82.00 $\pm$ 2.00 & - &" in as_latex(some)
+    assert as_text(as_rich(some)).splitlines()[-1].split()[:7] == ["m_deat", "&", "co", "3", "82.00", "±2.00", "-"]
+    (cells,) = csv.DictReader(as_csv(some).splitlines())
+    assert (cells["natural"], cells["autoattack"], cells["autoattack deviation"]) == ("82.0", "", "")
+    row = as_json(some)["rows"][0]
+    assert row["means"]["autoattack"] is None
+    assert [each["values"].get("autoattack") for each in row["runs"]] == [40.0, None, 42.0]
 
 
 def test_json_has_every_run() -> None:
