@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -69,11 +70,13 @@ def means(groups: Mapping[str, Sequence[Report]], *, width: int = 80) -> Table:
     """Return mean accuracy and sample standard deviation of each group of reports, one row per group.
 
     Args:
-        groups: Comparable reports, by the name of the group; the attacks may differ between groups.
+        groups: Comparable reports, by the name of the group; the attacks may differ between groups. If norm, eps,
+            precision or images differ between groups, too, each row names its own.
         width: Width of the terminal; if it is too narrow, standard deviations are placed below the means.
     """
     from rich.markup import escape
 
+    groups = _with_settings(groups)
     worst_case = next(iter(groups.values()))[0].worst_case.name
     attacks = [*dict.fromkeys(name for reports in groups.values() for name in reports[0].results), worst_case]
     table = new_table("mean and standard deviation over runs, %")
@@ -90,6 +93,20 @@ def means(groups: Mapping[str, Sequence[Report]], *, width: int = 80) -> Table:
             cells.append(_mean(values, separator) if len(values) == len(reports) else "-")
         table.add_row(escape(title), str(len(reports)), *cells)
     return table
+
+
+def _with_settings(groups: Mapping[str, Sequence[Report]]) -> dict[str, Sequence[Report]]:
+    """Append to the names of groups what differs between their evaluations, such as ``evaluated at eps 8/255``."""
+    settings = {title: _settings(reports[0]) for title, reports in groups.items()}
+    differ = [len(set(values)) > 1 for values in zip(*settings.values(), strict=True)]
+    suffixes = {title: " ".join(compress(values, differ)) for title, values in settings.items()}
+    return {title + (f", evaluated {suffixes[title]}" if suffixes[title] else ""): reports
+            for title, reports in groups.items()}  # fmt: skip
+
+
+def _settings(report: Report) -> tuple[str, str, str, str]:
+    data = f"on {report.provenance.get('dataset', 'images')} (SHA-256 {report.examples_sha256[:8]})"
+    return f"in {report.norm}", f"at eps {format_fraction(report.eps)}", f"with {report.precision}", data
 
 
 def _mean(values: Sequence[float], separator: str) -> str:

@@ -38,6 +38,21 @@ def test_means_over_comparable_reports() -> None:
         assert not are_comparable([one, other.model_copy(update=different)])
 
 
+def test_means_name_the_settings_that_differ_between_groups() -> None:
+    one = report_of(natural=NATURAL, fgsm=FGSM).model_copy(update={"eps": 8 / 255})
+
+    def names(**different: object) -> list[str]:
+        table = means({"trades": [one, one], "mart": [one.model_copy(update=different)]})
+        return list(map(str, table.columns[0].cells))
+
+    assert names() == ["trades", "mart"]
+    assert names(eps=0.5) == ["trades, evaluated at eps 8/255", "mart, evaluated at eps 0.5"]
+    assert names(eps=0.5, norm="L2") == ["trades, evaluated in Linf at eps 8/255", "mart, evaluated in L2 at eps 0.5"]
+    assert names(provenance={"dataset": "digits"}, examples_sha256="0123456789")[1] == (
+        "mart, evaluated on digits (SHA-256 01234567)"
+    )
+
+
 def test_table_folds_long_names() -> None:
     long = "torchattacks." + "x" * 150
     report = report_of(**{"natural": NATURAL, long: FGSM})
