@@ -10,14 +10,30 @@ from deat_rb.utils.text import counted
 
 from .options import size, threads_option
 
-DEFAULT = Path("leaderboard")
-_board = click.option("--board", type=click.Path(path_type=Path), metavar="DIR", help="[default: leaderboard]")
+_board = click.option(
+    "--board", type=click.Path(path_type=Path), default="leaderboard", show_default=True, metavar="DIR"
+)
 
 
-def _chosen(context: click.Context, board: Path | None) -> Path:
-    """Return the board's folder; --board may be given before or after the subcommand."""
-    before = context.parent.params.get("board") if context.parent is not None else None
-    return board or before or DEFAULT
+def _inherit(context: click.Context) -> None:
+    """Pass the options given before the subcommand on to it.
+
+    Raises:
+        DeatError: The subcommand has no such option.
+    """
+    from click.core import ParameterSource
+
+    from deat_rb.utils.errors import DeatError
+
+    name = str(context.invoked_subcommand)
+    known = {each.name for each in leaderboard.commands[name].params}
+    given = {option: value for option, value in context.params.items()
+             if context.get_parameter_source(option) is not ParameterSource.DEFAULT}  # fmt: skip
+    for option, value in given.items():
+        if option not in known:
+            flag = value if option == "form" else option
+            raise DeatError(f"--{flag} is not an option of leaderboard {name}: omit it")
+    context.default_map = {name: given}
 
 
 def _print_left_out(left_out: list[str]) -> None:
@@ -46,19 +62,20 @@ def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> N
 @click.option("--schema", is_flag=True, is_eager=True, expose_value=False, callback=_print_schema,
               help="Print the JSON schema of an entry.")  # fmt: skip
 @click.pass_context
-def leaderboard(context: click.Context, board: Path | None, dataset: str | None, sort: str, form: str | None) -> None:
+def leaderboard(context: click.Context, board: Path, dataset: str | None, sort: str, form: str | None) -> None:
     """Show, build, verify or export a leaderboard.
 
     Entries are ranked by robust accuracy (the best known or, if none is, AutoAttack's) among evaluations on the whole
     test set with the same dataset and eps. Evaluations on a subset of the test set are listed separately, without rank.
     """
     if context.invoked_subcommand is not None:
+        _inherit(context)
         return
     from deat_rb.leaderboard import ranking, tables
     from deat_rb.leaderboard.board import Board
 
     left_out: list[str] = []
-    ranked = ranking.rank(Board(board or DEFAULT).entries(left_out=left_out), dataset=dataset, sort=sort)
+    ranked = ranking.rank(Board(board).entries(left_out=left_out), dataset=dataset, sort=sort)
     _print_left_out(left_out)
     if form is not None:
         click.echo(getattr(tables, f"as_{form}")(ranked).rstrip("\n"))
@@ -72,14 +89,13 @@ def leaderboard(context: click.Context, board: Path | None, dataset: str | None,
 
 @leaderboard.command("build")
 @_board
-@click.pass_context
-def build(context: click.Context, board: Path | None) -> None:
+def build(board: Path) -> None:
     """Write the board's HTML pages, which can be viewed offline."""
     from deat_rb.leaderboard.pages import index as board_page
     from deat_rb.utils.text import printable
 
     left_out: list[str] = []
-    index = board_page.build(_chosen(context, board), left_out=left_out)
+    index = board_page.build(board, left_out=left_out)
     _print_left_out(left_out)
     click.echo(f"written: {printable(str(index))}")
 
@@ -98,10 +114,8 @@ def build(context: click.Context, board: Path | None) -> None:
     "--device", default="auto", show_default=True, metavar="NAME", help="Device: auto, cpu, cuda, cuda:1, mps, ..."
 )
 @threads_option
-@click.pass_context
 def verify(
-    context: click.Context,
-    board: Path | None,
+    board: Path,
     sample: int,
     data_dirs: tuple[str, ...],
     memory_limit: int | None,
@@ -125,7 +139,7 @@ def verify(
         folders[name] = Path(folder)
     where = str(resolve_device(device))
     with EvaluationProgress() as progress:
-        result = verify_board(_chosen(context, board), sample=sample, data_dirs=folders, batch_size=batch_size,
+        result = verify_board(board, sample=sample, data_dirs=folders, batch_size=batch_size,
                              memory_limit=memory_limit, device=where, progress=progress)  # fmt: skip
     for note in result.notes:
         click.echo(f"note: {note}")
@@ -144,14 +158,11 @@ def verify(
 @click.option("--dataset", metavar="NAME", help="Export only entries of this dataset.")
 @click.option("--as-dataset", metavar="NAME",
               help="Export other datasets under this name (cifar10 or cifar100), with a footnote.")  # fmt: skip
-@click.pass_context
-def export(
-    context: click.Context, board: Path | None, output: Path, dataset: str | None, as_dataset: str | None
-) -> None:
+def export(board: Path, output: Path, dataset: str | None, as_dataset: str | None) -> None:
     """Export the board's models in RobustBench's format."""
     from deat_rb.leaderboard.robustbench_export import export_board
 
-    exported = export_board(_chosen(context, board), output, dataset=dataset, as_dataset=as_dataset)
+    exported = export_board(board, output, dataset=dataset, as_dataset=as_dataset)
     for sentence in exported.left_out:
         click.echo(f"left out: {sentence}")
     for name in exported.names:

@@ -107,6 +107,27 @@ def test_leaderboard_export_writes_robustbenchs_files(tmp_path: Path, board: Boa
                "--as-dataset", "cifar10")  # fmt: skip
     assert (done.exit_code, done.output) == (0, f"written: cifar10/{NAME}\n")
     assert (tmp_path / f"out/models/cifar10/Linf/{NAME}.pt").is_file()
+    other = cli("leaderboard", "--board", board.path, "--dataset", "cifar10", "export", "--robustbench",
+                tmp_path / "other", "--as-dataset", "cifar10")  # fmt: skip
+    assert (other.exit_code, "has no dataset 'cifar10'" in other.stderr) == (2, True), other.output
+    own = cli("leaderboard", "--dataset", "cifar10", "export", "--dataset", "digits", "--board", board.path,
+              "--robustbench", tmp_path / "own", "--as-dataset", "cifar10")  # fmt: skip
+    assert own.output == f"written: cifar10/{NAME}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--dataset", "digits", "verify"), "--dataset is not an option of leaderboard verify: omit it"),
+        (("--sort", "rank", "build"), "--sort is not an option of leaderboard build: omit it"),
+        (("--csv", "export", "--robustbench", "out"), "--csv is not an option of leaderboard export: omit it"),
+    ],
+)
+def test_leaderboard_refuses_options_that_a_subcommand_lacks(
+    arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    done = cli("leaderboard", "--board", tmp_path, *arguments)
+    assert (done.exit_code, done.stdout, done.stderr) == (2, "", f"Error: {message}\n")
 
 
 def without_descriptions(schema: object) -> object:
