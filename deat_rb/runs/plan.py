@@ -354,7 +354,7 @@ def plan(
     if continues is not None and config.extra_fingerprint != continues.extra_fingerprint:
         raise DeatError(f"the images of --extra-data {config.data.extra_data} differ from those of the run; restore "
                         "them, or start a new run")  # fmt: skip
-    _check_batches(len(train) if extra is None else config.data.batch_size, config, ranks.size)
+    _check_batches(len(train), config, ranks.size)
     with seeding.preserved():
         seeding.seed_global(seed, "weights")
         model = spec.build()
@@ -402,16 +402,17 @@ def _load(options: DataConfig, ranks: World, dry: bool, progress: Progress | Non
 
 
 def _check_batches(images: int, config: RunConfig, ranks: int) -> None:
-    """Check that every batch has enough images for BatchNorm."""
+    """Check that every batch has enough images for BatchNorm; with extra images, all batches are whole."""
     batch_size = config.data.batch_size
     if images < batch_size:
         raise DeatError(f"{images} training images are fewer than a batch of {batch_size}; reduce --batch-size")
-    if images % batch_size == 1 and ":" in config.model.arch:
+    rest = 0 if config.data.extra_data is not None else images % batch_size
+    if rest == 1 and ":" in config.model.arch:
         raise DeatError(
             f"the last batch would have only 1 of the {images} training images (--batch-size {batch_size}), and "
             "BatchNorm needs 2 or more; change --batch-size or --train-size"
         )
-    for size in {batch_size, images % batch_size or batch_size} if ranks > 1 else ():
+    for size in {batch_size, rest or batch_size} if ranks > 1 else ():
         if size < 2 * ranks:
             raise DeatError(
                 f"a batch would have only {size} of the {images} training images (--batch-size {batch_size}), and "

@@ -125,3 +125,7 @@ def test_plan_refuses_extra_data(tmp_path: Path) -> None:
     few = write_extra(tmp_path / "few.npz", count=31)
     with pytest.raises(DeatError, match="31 extra images are fewer than one batch of --batch-size 32"):
         small_plan(extra_data=str(few))
+    enough = str(write_extra(tmp_path / "enough.npz", count=40))
+    with pytest.raises(DeatError, match=r"^31 training images are fewer than a batch of 32; reduce --batch-size$"):
+        small_plan(extra_data=enough, train_size=31)
+    small_plan(extra_data=enough, train_size=33)  # without a last batch of one image
