@@ -16,9 +16,10 @@ from deat_rb.training.state import EpochWeights
 class BestWeights(Callback):
     """Keep the weights of the epoch with the highest robust validation accuracy and of the newest epochs.
 
-    Ties go to the higher natural accuracy, then to the earlier epoch. When a stopping rule ends training, the epochs
-    after the one that it keeps are dropped. With ``ema`` these are the averaged weights; the raw ones of the same
-    epochs are saved as well.
+    Ties go to the higher natural accuracy, then to the earlier epoch. If ``best`` is selected, the newest epoch counts
+    as the best until one is validated, so that there is a result after every epoch. When a stopping rule ends training,
+    the epochs after the one that it keeps are dropped. With ``ema`` these are the averaged weights; the raw ones of the
+    same epochs are saved as well.
 
     Args:
         select: The weights to load into the model after training: ``best`` or ``last``.
@@ -69,10 +70,10 @@ class BestWeights(Callback):
         self.state.writer.start(write)
 
     def _best(self) -> EpochWeights | None:
-        """Return the best epoch; if a stopping rule ended training before a validation, the epoch that it keeps."""
+        """Return the best epoch; if there was no validation yet and it is the result, the newest one."""
         state = self.state
         best = _most_robust([state.settled, *state.recent])
-        if best is None and self.select == "best" and state.history.stopped is not None and state.recent:
+        if best is None and self.select == "best" and state.recent:
             best = state.recent[-1]
         return best
 

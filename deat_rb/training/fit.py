@@ -68,7 +68,8 @@ def fit(
     Raises:
         DeatError: An option or a batch is invalid, or training diverged to NaN or Inf; in the latter case the model has
             the weights of the last finite epoch.
-        Interrupted: Ctrl-C was pressed; the message says what is saved.
+        Interrupted: Ctrl-C was pressed; the message says what is saved. Without a run the model has the newest weights
+            or, if training is open-ended, the selected ones.
     """
     given = {name: value for name, value in options.items() if value is not None}
     if "device" in given:

@@ -27,6 +27,7 @@ from deat_rb.training.validation import validate_epoch
 from deat_rb.utils import seeding
 from deat_rb.utils.distributed import is_peer_failure
 from deat_rb.utils.errors import DeatError, Interrupted, UnwritableError
+from deat_rb.utils.options import OPEN
 
 AGREE_EVERY = 10
 """Number of batches after which ranks on GPUs agree on an action such as a checkpoint."""
@@ -100,10 +101,15 @@ class Loop:
         except UnwritableError as error:
             raise DeatError(f"{error}; {state.describe_saved()}") from error
         except KeyboardInterrupt:
+            if state.epochs == OPEN and state.run is None and state.recent:
+                self._end()  # no other end comes, and there are no files with the result
             raise Interrupted(state.describe_saved()) from None
+        return self._end()
+
+    def _end(self) -> History:
         for each in self.callbacks:
-            each.on_fit_end(state.history)
-        return state.history
+            each.on_fit_end(self.state.history)
+        return self.state.history
 
     @contextmanager
     def _failing_alone(self) -> Iterator[None]:

@@ -136,7 +136,8 @@ class TrainingState:
     def describe_saved(self) -> str:
         """Describe how much of the run is saved, once the files that are being written are complete."""
         if self.run is None:
-            return f"{self._out_of(len(self.history.rows))} were trained; the model has the newest weights"
+            weights = f"weights of epoch {self.history.selected}" if self.history.selected else "newest weights"
+            return f"{self._out_of(len(self.history.rows))} were trained; the model has the {weights}"
         failed = ""
         try:
             self.writer.wait()

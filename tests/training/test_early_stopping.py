@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 from fits import equal, fitted, weights
 from resumed_runs import Stops, outcome
+from torch import Tensor
 from training_problems import images_and_labels, loader, made, normalized, run_config
 
 import deat_rb
 import deat_rb.methods
 from deat_rb.runs.directory import RunDirectory
+from deat_rb.training.callbacks import Callback
+from deat_rb.training.metrics import EpochAccumulator, EpochStats
 from deat_rb.training.stopping_rule import Stop
 from deat_rb.training.validation import Validation
 from deat_rb.utils.errors import DeatError, Interrupted
@@ -104,3 +107,56 @@ def test_open_ended_run_is_a_result_after_every_epoch_and_resumes(tmp_path: Path
     with pytest.raises(Interrupted, match="keeps 3 epochs and 2 batches of the next;"):
         fit("open", [Stops(3)], epochs="open", resume=True)
     assert outcome(run) == outcome(fit("three", epochs=3))
+
+
+def test_open_ended_run_has_a_result_before_its_first_validation(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", run_config(select="best"))
+
+    def fit(batches: int, resume: bool) -> None:
+        deat_rb.create("pgd-1", normalized()).fit(
+            loader(), [images_and_labels()], epochs="open", lr=0.05, lr_schedule="flat", select="best",
+            validate_every=5, run=run, callbacks=[Stops(batches)], resume=resume,
+        )  # fmt: skip
+
+    with pytest.raises(Interrupted, match=r"keeps 2 epochs and 1 batch of the next; deat-rb eval .* evaluates it"):
+        fit(5, resume=False)
+    assert run.selected_epoch == run.checkpoint("last")["epoch"] == 2
+    model = deat_rb.load_model(run.path, trust_code=True)
+    assert equal(weights(model), load_tensors(run.path / "last.safetensors"))
+    with pytest.raises(Interrupted, match="keeps 7 epochs and 1 batch of the next;"):
+        fit(10, resume=True)
+    assert run.selected_epoch == 5, "the only one that was validated"
+
+
+@pytest.mark.parametrize(("epochs", "keeps"), [("open", "weights of epoch 1"), (9, "newest weights")])
+def test_open_ended_fit_without_a_run_ends_with_its_result(
+    epochs: Any, keeps: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = [0.5, 0.9, 0.2, 0.9]  # of the averaged and of the raw weights after each epoch
+    monkeypatch.setattr(
+        "deat_rb.training.validation.validate", lambda *args, **options: Validation(0.9, script.pop(0), 3, 2)
+    )
+    model = made()
+
+    class Interrupts(Callback):
+        """As Ctrl-C does in the third epoch; keeps the averaged weights of the first."""
+
+        average: dict[str, Tensor]
+
+        def on_epoch_end(self, row: EpochStats) -> None:
+            assert self.state.average is not None
+            if row.epoch == 1:
+                with self.state.averaged():
+                    self.average = weights(model)
+
+        def on_batch_end(self, sums: EpochAccumulator) -> None:
+            if self.state.epoch == 3:
+                raise KeyboardInterrupt
+
+    interrupts = Interrupts()
+    with pytest.raises(Interrupted, match=f"2 (of 9 )?epochs were trained; the model has the {keeps}"):
+        deat_rb.create("pgd-1", model).fit(
+            loader(), [images_and_labels()], epochs=epochs, lr=0.05, lr_schedule="flat", ema=0.5, select="best",
+            callbacks=[interrupts],
+        )  # fmt: skip
+    assert equal(weights(model), interrupts.average) == (epochs == "open")
