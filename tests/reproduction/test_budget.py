@@ -96,7 +96,7 @@ def test_choose_leaves_out_methods_that_refuse_a_given_option() -> None:
     assert (chosen.options["method"], chosen.options["epochs"]) == ("n-fgsm", 13)
     assert "left out free-4, which your options exclude" in chosen.reasons
     assert "measured without your --arch" not in " ".join(chosen.reasons)
-    with pytest.raises(DeatError, match=r"the method free-4 cannot use awp, which needs a separate backward pass"):
+    with pytest.raises(DeatError, match=r"the method free-4 cannot use awp: each of its passes serves both"):
         choose(Budget(40, "passes"), {"awp": 0.005, "method": "free-4"}, table=TABLE)
     with pytest.raises(DeatError, match=r"--eps = '9/5' cannot be used|eps"):
         choose(Budget(40, "passes"), {"eps": "9/5"}, table=TABLE)
