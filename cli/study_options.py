@@ -118,7 +118,7 @@ def work(
     left = [run for run in (study.runs if only is None else (only,)) if not folder.is_settled(run)]
     if not left:
         click.echo(_nothing_left(study, folder) if only is None else f"{only.name} is {folder.status(only)}", err=True)
-    worker = Worker(study, folder, Listener(folder))
+    worker, failures = Worker(study, folder, Listener(folder)), list[str]()
     with _telling_what_is_done(study, folder):
         if not left:
             pass
@@ -128,7 +128,8 @@ def work(
             if not worker.work_on(only):
                 click.echo(f"another process is working on {only.name}")
         elif len(workers) > 1 or gpus:
-            _run_workers(study, folder, workers, [*arguments, *(["--no-wait"] if options.no_wait else [])])
+            more = ["--no-wait"] if options.no_wait else []
+            failures = _run_workers(study, folder, workers, [*arguments, *more])
         else:
             worker.work(wait=not options.no_wait)
         if only is None and not options.slurm:
@@ -138,6 +139,9 @@ def work(
         first = refused[0]
         raise DeatError(f"{counted(len(refused), 'run')} cannot begin on this machine: {first.label}, seed "
                         f"{first.seed}: {worker.refused[first.name]}")  # fmt: skip
+    rest = [run for run in left if not folder.is_settled(run)]
+    if failures and rest:
+        raise DeatError(f"{counted(len(rest), 'run')} not done: {failures[0]}")
 
 
 def _nothing_left(study: Study, folder: StudyFolder) -> str:
@@ -175,7 +179,8 @@ def _submit(folder: StudyFolder, options: WorkOptions, count: int, arguments: Se
     click.echo("repeat the command with --status to see their progress, or with --tables to write the tables")
 
 
-def _run_workers(study: Study, folder: StudyFolder, environs: list[dict[str, str]], arguments: list[str]) -> None:
+def _run_workers(study: Study, folder: StudyFolder, environs: list[dict[str, str]], arguments: list[str]) -> list[str]:
+    """Start workers, print the runs that end, and return a sentence for each worker that ended with an error."""
     from deat_rb.reproduction.workers import run_workers
 
     folder.create()
@@ -194,8 +199,15 @@ def _run_workers(study: Study, folder: StudyFolder, environs: list[dict[str, str
                 click.echo(f"{len(settled)} of {len(study.runs)}: ", nl=False, err=True)
                 listener.on_run_end(run, record)
 
-    run_workers(arguments, environs, folder.logs, on_poll=tell, on_end=lambda text: click.echo(text, err=True))
+    failures: list[str] = []
+
+    def fail(text: str) -> None:
+        failures.append(text)
+        click.echo(text, err=True)
+
+    run_workers(arguments, environs, folder.logs, on_poll=tell, on_end=fail)
     tell()
+    return failures
 
 
 class Listener:

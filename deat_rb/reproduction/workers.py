@@ -93,15 +93,17 @@ def run_workers(
         ]  # fmt: skip
         stack.callback(_stop, workers)
         stack.enter_context(_TermIsInterrupt())
-        told = set()
+        running = dict(enumerate(workers, start=1))
         try:
-            while any(worker.poll() is None for worker in workers):
+            while running:
                 time.sleep(POLL)
                 on_poll()
-                for number, worker in enumerate(workers, start=1):
-                    if worker.returncode not in (None, 0) and number not in told:
-                        told.add(number)
-                        on_end(f"worker {number} {_ending(worker.returncode)}; see {logs / f'worker-{number}.log'}")
+                for number, worker in list(running.items()):
+                    if (status := worker.poll()) is None:
+                        continue
+                    del running[number]
+                    if status:
+                        on_end(f"worker {number} {_ending(status)}; see {logs / f'worker-{number}.log'}")
         except KeyboardInterrupt:
             _stop(workers)
             raise Interrupted("the runs that were begun are saved; repeat the command to resume them") from None

@@ -81,6 +81,16 @@ def test_sweep_leaves_runs_whose_images_are_not_on_this_machine_to_others(tmp_pa
     assert "seed 0: not done" in (out / "table.md").read_text()
 
 
+@pytest.mark.slow
+def test_sweep_fails_if_workers_fail_and_leave_runs(tmp_path: Path) -> None:
+    study, out = tmp_path / "small.toml", tmp_path / "out"
+    study.write_text(STUDY.replace("[grid]", f'dataset = "folder"\ndata_dir = "{tmp_path / "nowhere"}"\n[grid]'))
+    result = CliRunner().invoke(main, ["sweep", "--trust-code", str(study), "--output", str(out), "--jobs", "2"])
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].startswith("Error: 2 runs not done: worker ")
+    assert f"ended with exit status 2; see {out / 'logs' / 'worker-'}" in result.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, Interrupted])
 def test_sweep_says_what_is_done_after_ctrl_c(
     error: type[KeyboardInterrupt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
