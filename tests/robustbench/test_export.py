@@ -11,10 +11,16 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from click.testing import CliRunner
 from export_runs import DATA, Run, files_below, info_of, opened
+from small_runs import SMALL, state
 
+import deat_rb
+from deat_rb.cli import main
 from deat_rb.evaluation.report import Check
 from deat_rb.robustbench.export import export
+from deat_rb.runs.options import make_options
+from deat_rb.runs.train import train
 from deat_rb.utils import compat, files
 from deat_rb.utils.errors import DeatError
 
@@ -65,6 +71,31 @@ def test_export_writes_files_and_fields(run: Run, tmp_path: Path) -> None:
         "autoattack_acc": "48.50",
         "footnote": "Trained with deat-rb, method m+trades. Accuracies on 200 test images.",
     }
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_curves")
+def test_a_run_with_averaged_weights_is_exported_with_them(tmp_path: Path) -> None:
+    import robustbench
+
+    options = {**SMALL, "arch": "wrn-10-1", "epochs": 1, "ema": 0.9}
+    run, _ = train(make_options(options), output=tmp_path)
+    evaluation = ["--attacks", "pgd-2", "--n-examples", "8", "--checks", "none", "--no-page"]
+    result = CliRunner().invoke(main, ["eval", str(run.path), *evaluation])
+    assert result.exit_code == 0, result.output
+    export(run.path, model_name="Wang2021Gradient_EMA", output=tmp_path / "exported", as_dataset="cifar10")
+    (name,) = deat_rb.register(tmp_path / "exported")
+    loaded = robustbench.load_model(name, model_dir=tmp_path / "exported" / "models", threat_model="Linf").eval()
+    images = torch.rand(4, 3, 32, 32)
+    logits = {}
+    with torch.no_grad():
+        for which in ("last", "last-raw"):
+            model = run.config.network.build().eval()
+            model.load_state_dict(state(run, which))
+            logits[which] = model(images)
+        exported = loaded(images)
+    torch.testing.assert_close(exported, logits["last"], rtol=0, atol=1e-5)
+    assert (exported - logits["last-raw"]).abs().max() > 0.01
 
 
 def test_export_names_weights_as_robustbench_does(run: Run, tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from resumed_runs import TIMES, Stops
+from safetensors.torch import save_file
 from small_image_sets import write_extra
 from small_runs import SMALL, identical
 from small_runs import planned as small_plan
 
 from deat_rb import create
 from deat_rb.leaderboard.training_record import training_command, training_facts
+from deat_rb.models.spec import build_model
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.runs.options import make_options
 from deat_rb.runs.plan import plan
@@ -37,16 +39,24 @@ def metrics(run: RunDirectory) -> list[dict[str, Any]]:
         {"augment": "trivialaugment"},
         {"augment": "cutout", "method": "m-deat"},
         {"extra_data": "extra.npz", "extra_fraction": 0.4, "method": "free-2"},
+        {"method": "m+trades", "norm": "L2", "eps": 0.5, "augment": "autoaugment"},
+        {
+            "method": "deat-3", "arch": "timm:mobilenetv3_small_050", "pretrained": True, "weights": "net.safetensors",
+            "freeze": "conv_stem|blocks.0", "augment": "resized-crop",
+        },
         {
             "method": "m+trades", "extra_data": "extra.npz", "class_weights": "balanced", "augment": "randaugment",
             "freeze": "0|1.weight", "ema": 0.9, "awp": 0.01, "label_smoothing": 0.1,
         },
     ],
-    ids=["trivialaugment", "cutout", "extra data", "all together"],
+    ids=["trivialaugment", "cutout", "extra data", "L2, autoaugment", "frozen, resized-crop", "all together"],
 )  # fmt: skip
 def test_resumed_run_equals_the_uninterrupted_one(changes: dict[str, Any], tmp_path: Path) -> None:
     if "extra_data" in changes:
         changes["extra_data"] = str(write_extra(tmp_path / changes["extra_data"]))
+    if "weights" in changes:
+        changes["weights"] = str(tmp_path / changes["weights"])
+        save_file(build_model(changes["arch"], num_classes=1000).net.state_dict(), changes["weights"])
     options = {**SMALL, **changes}
     plain, _ = train({**SMALL, "method": options["method"]}, output=tmp_path, name="plain")
     whole, _ = train(options, output=tmp_path, name="whole")

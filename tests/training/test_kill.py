@@ -14,8 +14,11 @@ from unittest.mock import patch
 import pytest
 from children import run_in_child
 from resumed_runs import outcome, train
+from small_image_sets import write_extra
+from small_runs import SMALL
 from training_problems import run_config
 
+from deat_rb.runs import train as runs
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.training import checkpoint
 from deat_rb.training.checkpoint import Checkpoint
@@ -102,3 +105,29 @@ def test_resume_after_repeated_kills_equals_the_uninterrupted_run(
     record_property("kills inside a checkpoint's writing", inside)
     assert kills == KILLS
     assert 4 * inside >= kills
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_curves")
+def test_resume_after_kills_with_every_option_equals_the_uninterrupted_run(tmp_path: Path) -> None:
+    options = {
+        **SMALL, "method": "m+trades", "epochs": 3, "save_every": 1e-9, "ema": 0.9, "label_smoothing": 0.1, "awp": 0.01,
+        "awp_warmup": 1, "eps_warmup": 2, "grad_clip": 0.5, "optimizer": "adamw", "no_decay": "norm",
+        "lr_schedule": "cosine", "warmup_epochs": 0.5, "augment": "randaugment", "class_weights": "balanced",
+        "train_size": 75, "extra_data": str(write_extra(tmp_path / "extra.npz")), "extra_fraction": 0.4,
+    }  # fmt: skip
+    whole, _ = runs.train(options, output=tmp_path, name="whole")
+    killed = tmp_path / "killed"
+    for moment in MOMENTS:
+
+        def work(moment: str = moment) -> None:
+            kill_within_checkpoint(2, moment)
+            if killed.exists():
+                runs.resume(killed, {}, trust_code=True)
+            else:
+                runs.train(options, output=tmp_path, name="killed")
+
+        assert not run_in_child(work)
+    again, _ = runs.resume(killed, {}, trust_code=True)
+    assert outcome(again) == outcome(whole)
+    assert again.config.flat().items() >= (options | {"no_decay": ("norm",)}).items()
