@@ -52,7 +52,8 @@ def augment(
 
     Each image is augmented by itself; the result depends on the seed, the epoch, the batch and the position of the
     image in the global batch. TrivialAugment, RandAugment, AutoAugment and resized crops are torchvision's v2
-    transforms, on the images' device.
+    transforms, on the images' device, called image by image: few images of a batch draw the same operation and
+    strength, so that calling them by groups takes nearly as long.
 
     Args:
         name: A key of `deat_rb.data.augmentations.AUGMENTATIONS`.
