@@ -38,10 +38,24 @@ def test_pgd_below_fgsm_finds_shattered_gradients() -> None:
     assert "PGD <= FGSM" in flagged(checked(masked.Shattered(plain()), level="full"))
 
 
-def test_noise_below_fgsm_finds_reversed_gradients() -> None:
-    found = checked(masked.Reversed(plain()), count=100)["FGSM <= noise"]
-    assert found.status == "warn"
-    assert found.figure == pytest.approx(4)
+class Rough(nn.Module):
+    """Predicts class 1 if neighboring pixels differ by more than 0.05, and has a gradient that darkens all of them."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        rough = (images[..., 1:] - images[..., :-1]).abs().mean(dim=(1, 2, 3))
+        return torch.stack([0.05 + 0.01 * images.mean(dim=(1, 2, 3)), rough], dim=1)
+
+
+@pytest.mark.parametrize(("correct", "status"), [(4, "warn"), (5, "fail")])
+def test_noise_below_fgsm_finds_gradients_of_little_use(correct: int, status: str) -> None:
+    """Of 100 flat images some have class 0: they stay flat under FGSM, but noise changes all predictions."""
+    images, labels = torch.full((100, 1, 8, 8), 0.5), (torch.arange(100) >= correct).long()
+    report = report_of(natural(Rough(), images, labels))
+    checks = run_checks(Rough(), images, labels, report, level="quick", eps=EPS)
+    found = next(check for check in checks if check.name == "FGSM <= noise")
+    assert found.status == status
+    assert found.figure == pytest.approx(correct)
+    assert "FGSM <= noise" in flagged(checked(masked.Reversed(plain()), count=100))
 
 
 def test_converged_finds_pgd_with_too_few_steps() -> None:
