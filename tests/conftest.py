@@ -36,8 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        # Reason: a CPU has none of what these tests measure, so that there is nothing to run.
-        pytest.skip("CUDA graphs, streams and pinned memory exist on GPUs only; on CPUs, stand-ins test their code")
+        pytest.skip("needs a CUDA device")  # CPUs have no CUDA graphs or streams; there, stand-ins test this code
 
 
 @pytest.fixture
