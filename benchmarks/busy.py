@@ -110,12 +110,14 @@ def _notify(notify: Notify, label: str, side: str) -> None:
 
 @contextmanager
 def _worker(variables: Mapping[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """Start a worker; when it is yielded it waits for its first workload and uses no CPU."""
     kept = {name: value for name, value in os.environ.items() if name not in (*POLICIES, *COUNTS)}
     worker = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.busy_worker"], env={**kept, **variables}, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
+        _answer(worker)
         yield worker
     finally:
         worker.kill()
@@ -125,11 +127,20 @@ def _worker(variables: Mapping[str, str]) -> Iterator[subprocess.Popen[str]]:
 def _ask(worker: subprocess.Popen[str], workload: str) -> None:
     """Run a workload in a worker, and wait until it is done."""
     assert worker.stdin is not None
-    assert worker.stdout is not None
     worker.stdin.write(f"{workload}\n")
     worker.stdin.flush()
+    _answer(worker)
+
+
+def _answer(worker: subprocess.Popen[str]) -> None:
+    """Wait for the worker's next line.
+
+    Raises:
+        RuntimeError: The worker has ended.
+    """
+    assert worker.stdout is not None
     if not worker.stdout.readline():
-        raise RuntimeError(f"the worker for {workload} failed")
+        raise RuntimeError(f"{' '.join(map(str, worker.args))} ended")
 
 
 @contextmanager

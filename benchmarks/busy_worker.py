@@ -1,6 +1,6 @@
 """Process that runs workloads under one setting of the OpenMP runtime, which is read when torch is loaded.
 
-It reads the name of a workload per line from stdin and prints the seconds that it took.
+It prints a line when it is ready, then reads the name of a workload per line from stdin and prints the seconds that it took.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def _training(arch: str) -> Callable[[], object]:
 def main() -> None:
     """Answer requests until stdin ends."""
     workloads: dict[str, Callable[[], object]] = {}
+    print("ready", flush=True)
     for line in sys.stdin:
         name = line.strip()
         kind, arch = name.split()

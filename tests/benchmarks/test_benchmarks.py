@@ -115,6 +115,13 @@ def test_busy_times_a_workload_without_and_with_loops(monkeypatch: pytest.Monkey
     assert all(seconds > 0 for row in rows for times in row.times.values() for seconds in times)
 
 
+def test_busy_waits_until_a_worker_has_loaded_torch(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError", encoding="utf-8")
+    worker = busy._worker({"PYTHONPATH": str(tmp_path)})
+    with pytest.raises(RuntimeError, match=r"-m benchmarks\.busy_worker ended"), worker:
+        pass
+
+
 def test_check_methods_has_a_loop_for_every_method() -> None:
     assert len(speed.check_methods([])) == 18
     assert {family(method) for method in speed.check_methods([])} == set(LOOPS)
