@@ -1,6 +1,6 @@
 """Process that runs workloads under one setting of the OpenMP runtime, which is read when torch is loaded.
 
-It prints a line when it is ready, then reads the name of a workload per line from stdin and prints the seconds that it took.
+It prints a line when it is ready, then reads the name of a workload per line from stdin and prints its seconds.
 """
 
 from __future__ import annotations
