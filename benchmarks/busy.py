@@ -140,7 +140,7 @@ def _answer(worker: subprocess.Popen[str]) -> None:
     """
     assert worker.stdout is not None
     if not worker.stdout.readline():
-        raise RuntimeError(f"{' '.join(map(str, worker.args))} ended")
+        raise RuntimeError("benchmarks.busy_worker ended")
 
 
 @contextmanager
