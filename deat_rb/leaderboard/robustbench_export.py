@@ -11,7 +11,14 @@ from deat_rb.leaderboard.board import Board
 from deat_rb.leaderboard.entry import Entry, RobustBenchInfo, check_board
 from deat_rb.leaderboard.weights import load_network
 from deat_rb.models.spec import ModelSpec, robustbench_class
-from deat_rb.robustbench.format import SPELLED, UNKNOWN_DATA, ExportPaths, model_source, robustbench_weights
+from deat_rb.robustbench.format import (
+    SPELLED,
+    UNKNOWN_DATA,
+    ExportPaths,
+    check_export_dataset,
+    model_source,
+    robustbench_weights,
+)
 from deat_rb.utils import compat
 from deat_rb.utils.errors import DeatError, did_you_mean
 from deat_rb.utils.files import write_all
@@ -48,7 +55,7 @@ def export_board(
         DeatError: There is no board, two entries would get the same name, or nothing can be exported.
     """
     if as_dataset is not None:
-        compat.check_dataset(as_dataset)
+        check_export_dataset(as_dataset)
     board = Board(path)
     contents: dict[Path, bytes] = {}
     names: list[str] = []

@@ -10,8 +10,6 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from deat_rb.leaderboard.entry import MAX_EPOCHS, Row
 from deat_rb.leaderboard.untrusted import parse_json_object
-from deat_rb.methods.paper import PAPER, PAPERS_OWN
-from deat_rb.methods.registry import recipe
 from deat_rb.runs.config import RunConfig
 from deat_rb.runs.defaults import DEFAULT_TEXTS
 from deat_rb.runs.options import TrainOptions, train_options
@@ -51,7 +49,6 @@ def training_facts(config: RunConfig, rows: list[dict[str, int | float | None]])
             "peak_memory": max(row.get("peak_memory") or 0 for row in rows) or None,
         }
     return {
-        **(PAPER if _is_of_the_paper(config.attack.method) else dict.fromkeys(PAPER)),
         "additional_data": config.additional_data,
         "number_forward_passes": 1,
         "method": config.attack.method,
@@ -63,14 +60,6 @@ def training_facts(config: RunConfig, rows: list[dict[str, int | float | None]])
         "metrics": tuple(rows),
         **totals,
     }
-
-
-def _is_of_the_paper(method: str) -> bool:
-    try:
-        recipe(method)
-    except DeatError:
-        return False
-    return PAPERS_OWN.match(method) is not None
 
 
 def training_command(config: RunConfig) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deat_rb.evaluation.report import Report
-from deat_rb.methods.paper import PAPER, PAPERS_OWN
+from deat_rb.methods.paper import publication
 from deat_rb.models.spec import ModelSpec
 from deat_rb.models.weights import load_weights
 from deat_rb.robustbench.format import (
@@ -17,6 +17,7 @@ from deat_rb.robustbench.format import (
     SPELLED,
     UNKNOWN_DATA,
     ExportPaths,
+    check_export_dataset,
     model_source,
     robustbench_weights,
     spelled_architecture,
@@ -59,7 +60,7 @@ def export(
     Accuracies are taken from the run's ``eval.json``, which must have been computed with these weights on the run's
     own test images at the run's eps. RobustBench ranks by AutoAttack accuracy and has no value for an unknown one: if
     AutoAttack was not run, it is written as 0.00, which ranks last, marked as unreliable and explained in the footnote.
-    For methods of the paper, link, name, authors and venue default to the paper's; for others they are empty.
+    If none of link, name, authors and venue is given, they are the paper's for its methods; what is missing is empty.
 
     Args:
         run: The run directory, or a run on the Hugging Face Hub, ``hf:OWNER/NAME``.
@@ -102,10 +103,9 @@ def export(
     unreliable = True if unreliable is None and (failed or unknown) else unreliable
     if additional_data is None:
         additional_data = config.additional_data
-    credit = PAPER if PAPERS_OWN.match(config.attack.method) else dict.fromkeys(PAPER, "")
-    publication = {"link": link, "name": name, "authors": authors, "venue": venue}
+    given = {"link": link, "name": name, "authors": authors, "venue": venue}
     info: dict[str, Any] = {
-        **{field: credit[field] if text is None else text for field, text in publication.items()},
+        **{field: text or "" for field, text in publication(config.attack.method, given).items()},
         "additional_data": additional_data or False,
         "number_forward_passes": 1,
         "dataset": dataset,
@@ -155,11 +155,7 @@ def _dataset(trained_on: str, as_dataset: str | None, spec: ModelSpec) -> str:
     if as_dataset is None and trained_on not in compat.DATASETS:
         raise DeatError(f"RobustBench has no dataset '{trained_on}': give the one to export it under "
                         f"({', '.join(compat.DATASETS)}) with --as-dataset (as_dataset)")  # fmt: skip
-    dataset = as_dataset or trained_on
-    compat.check_dataset(dataset)
-    if dataset == "imagenet":
-        raise DeatError("dataset imagenet has 224x224 images in RobustBench, but exported networks accept 32x32: "
-                        "export as cifar10 or cifar100")  # fmt: skip
+    dataset = check_export_dataset(as_dataset or trained_on)
     if spec.num_classes != compat.DATASETS[dataset]:
         raise DeatError(f"a network with {spec.num_classes} classes cannot be exported as {dataset}, which has "
                         f"{compat.DATASETS[dataset]}: choose another --as-dataset")  # fmt: skip

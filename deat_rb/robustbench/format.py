@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deat_rb.models.names import PREACTRESNET18, PREACTRESNET18_BN, RESNET18, canonical_arch
 from deat_rb.models.spec import ModelSpec, model_spec, robustbench_class
 from deat_rb.models.weights import check_weights, detect_variant, strip_wrappers
-from deat_rb.utils import seeding
+from deat_rb.utils import compat, seeding
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import read_json
 from deat_rb.utils.safe_load import load_tensors
@@ -79,6 +79,19 @@ def spelled_architecture(spec: ModelSpec) -> str:
     """
     robustbench_class(spec)
     return _SPELLED_ARCH.get(spec.arch) or f"WideResNet-{spec.arch.removeprefix('wrn-')}"
+
+
+def check_export_dataset(dataset: str) -> str:
+    """Return a RobustBench dataset under which networks can be exported.
+
+    Raises:
+        DeatError: RobustBench has no such dataset, or its images are larger than those of the networks exported.
+    """
+    compat.check_dataset(dataset)
+    if dataset not in SPELLED:
+        raise DeatError(f"dataset {dataset} has 224x224 images in RobustBench, but exported networks accept 32x32: "
+                        "export as cifar10 or cifar100")  # fmt: skip
+    return dataset
 
 
 def robustbench_weights(model: nn.Module) -> bytes:

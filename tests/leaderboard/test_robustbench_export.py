@@ -55,6 +55,12 @@ def test_export_board_writes_what_robustbench_loads(tmp_path: Path, board: Board
     assert "not on CIFAR-10" in info["footnote"]
 
 
+def test_export_board_refuses_imagenet(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
+    submit(board, make_run(tmp_path / "run"))
+    with pytest.raises(DeatError, match="dataset imagenet has 224x224 images in RobustBench, but exported networks"):
+        export_board(board.path, tmp_path / "out", as_dataset="imagenet")
+
+
 def test_export_board_leaves_out_entries_without_accuracies(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
     """RobustBench would rank the accuracy "nan" among the first."""
     entry = submit(board, make_run(tmp_path / "run"))
