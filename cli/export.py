@@ -31,7 +31,9 @@ robustbench_option = partial(click.option, cls=GroupedOption, group="Only with -
 @robustbench_option(
     "--as-dataset", metavar="NAME", help="Export other data as this RobustBench dataset: cifar10 or cifar100."
 )
-@robustbench_option("--link", metavar="URL", help="URL of the paper; for DEAT's methods by default the DEAT paper's.")
+@robustbench_option(
+    "--link", metavar="URL", help="URL of the paper.  [default: the DEAT paper for its methods, if no detail is given]"
+)
 @robustbench_option("--name", metavar="TITLE", help="Title of the paper.")
 @robustbench_option("--authors", metavar="A, B, ...", help="Authors of the paper.")
 @robustbench_option("--venue", metavar="VENUE", help="Venue and year of the paper.")

@@ -19,6 +19,8 @@ from .options import numbers, size, threads_option
 @click.option("--arch", metavar="NAME", help="Architecture of a checkpoint, if its model_info has no known one.")
 @click.option("--dataset", metavar="NAME", help="Dataset of a checkpoint.  [default: from its model_info]")
 @click.option("--eps", metavar="EPS", help="Perturbation radius for a checkpoint without model_info, such as 8/255.")
+@click.option("--norm", metavar="[Linf|L2]",
+              help="Norm of a checkpoint's attacks.  [default: its folder's in an export, else Linf]")  # fmt: skip
 @click.option("--data-dir", type=click.Path(path_type=Path), metavar="DIR",
               help="Folder of the dataset; the digits need none.")  # fmt: skip
 @click.option("--image-size", type=int, metavar="PIXELS",
@@ -38,7 +40,12 @@ from .options import numbers, size, threads_option
 @click.option(
     "--dataset-note", metavar="TEXT", help="Description of an image folder; the board keeps the first one given."
 )
-@click.option("--paper", "link", metavar="URL", help="Link to the paper.  [default: the DEAT paper for its methods]")
+@click.option(
+    "--paper",
+    "link",
+    metavar="URL",
+    help="Link to the paper.  [default: the DEAT paper for its methods, if no detail is given]",
+)
 @click.option("--title", "name", metavar="TITLE", help="Title of the paper.")
 @click.option("--authors", metavar="A, B, ...", help="Authors of the paper.")
 @click.option("--venue", metavar="VENUE", help="Venue and year of the paper.")

@@ -110,8 +110,7 @@ class Board:
                 else:
                     measured = verify_claim(submission, n_examples, sample, **options)
                 weights = as_safetensors(submission.model)
-                if metadata.external is None:  # it is of the model_info
-                    facts = _without_beaten_external(facts, measured)
+                facts = _without_beaten_external(facts, measured)
                 entry = Entry.create(
                     {**measured, **facts, "eps": measured["eps"], "kind": "measured",
                      "weights_file": draft.weights_place if keep_weights else None,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from deat_rb.attacks.threat_models import THREATS
+from deat_rb.attacks.threat_models import THREATS, check_norm
 from deat_rb.data.datasets import DATASETS, Dataset
 from deat_rb.data.normalization import Normalization
 from deat_rb.evaluation.report import Report
@@ -26,6 +26,7 @@ from deat_rb.leaderboard.entry import (
 from deat_rb.leaderboard.training_record import metrics_rows, training_facts
 from deat_rb.leaderboard.untrusted import MAX_JSON, parse_json_object, read_limited, symlink_in_path
 from deat_rb.leaderboard.untrusted_weights import copy_untrusted_weights, load_checked
+from deat_rb.methods.paper import publication
 from deat_rb.models.class_names import MatchedClasses, match_classes
 from deat_rb.models.names import PRETRAINED
 from deat_rb.models.spec import ModelSpec, NormalizedModel, check_image_size
@@ -60,6 +61,7 @@ class SubmissionMetadata:
         image_size: Height and width of a checkpoint's input, for an image folder.
         arch: Architecture of a checkpoint, if its ``model_info`` names no known one.
         eps: Perturbation radius for a checkpoint without a ``model_info``, in [0, 1] pixel units, such as ``8/255``.
+        norm: Norm of the attacks on a checkpoint; by default that of its folder in an export, else ``Linf``.
         memory_limit: Bytes that the decoded test images may take, as for `load_data`.
         classes: Class names in the order of a checkpoint's logits, for an image folder.
         normalization: Mean and standard deviation for a checkpoint that does not contain them.
@@ -84,6 +86,7 @@ class SubmissionMetadata:
     image_size: int | None = None
     arch: str | None = None
     eps: str | float | None = None
+    norm: str | None = None
     memory_limit: int | None = None
     classes: tuple[str, ...] | None = None
     normalization: Normalization | None = None
@@ -110,6 +113,8 @@ class SubmissionMetadata:
         check_model_name(self.model_name)
         if self.dataset_name is not None:
             check_dataset_name(self.dataset_name)
+        if self.norm is not None:
+            check_norm(self.norm)
         # In L2, where any radius is allowed: the norm is that of the submitted files, in which the entry checks it.
         fields = {"model_name": self.model_name, "kind": "published", "dataset": "digits", "eps": self.eps or "0.1",
                   "threat_model": "L2"}  # fmt: skip
@@ -206,7 +211,7 @@ def _weights_in_export(folder: Path, model_name: str) -> Path:
 
 
 def _open_run(target: Path, metadata: SubmissionMetadata, scratch: Path) -> Submission:
-    for name in ("info", "dataset", "arch", "image_size", "eps", "classes", "normalization", "weights_key"):
+    for name in ("info", "dataset", "arch", "image_size", "eps", "norm", "classes", "normalization", "weights_key"):
         if getattr(metadata, name) is not None:
             flag = "--mean, --std or --normalize" if name == "normalization" else f"--{name.replace('_', '-')}"
             raise DeatError(f"{flag} is only for checkpoints: omit it, since the run {target} specifies it")
@@ -226,6 +231,9 @@ def _open_run(target: Path, metadata: SubmissionMetadata, scratch: Path) -> Subm
         weights = f"{config.optim.select}.safetensors"
         digest = copy_untrusted_weights(target / weights, copied / weights)
         model = load_checked(copied / weights, spec, source=target / weights)
+        if (size := config.data.image_size) != spec.image_size:
+            raise DeatError(f"{target} has images of {size}x{size}, but a network for {spec.image_size}x"
+                            f"{spec.image_size}: submit a run as deat-rb train writes it")  # fmt: skip
         limit = config.data.memory_limit if metadata.memory_limit is None else metadata.memory_limit
         data = load_board_dataset(config.data.dataset, data_dir=metadata.data_dir, image_size=config.data.image_size,
                                   memory_limit=limit)  # fmt: skip
@@ -235,7 +243,9 @@ def _open_run(target: Path, metadata: SubmissionMetadata, scratch: Path) -> Subm
                             "--data-dir")  # fmt: skip
         _check_fits(spec, data, target, num_classes=len(data.classes))
         rows = metrics_rows(copied / METRICS, target / METRICS)
-        facts = {**training_facts(config, rows), "architecture": _architecture(spec), **metadata.declared_fields()}
+        declared = metadata.declared_fields()
+        facts = {**training_facts(config, rows), "architecture": _architecture(spec), **declared,
+                 **publication(config.attack.method, declared)}  # fmt: skip
         claim = _claim(target, copied) if (copied / EVALUATION).exists() else None
     return Submission(target, model, spec, data, dataset_name, config.attack.eps, facts, claim, digest,
                       classes=data.classes, norm=config.attack.norm)  # fmt: skip
@@ -296,7 +306,7 @@ def _open_checkpoint(weights: Path, metadata: SubmissionMetadata, scratch: Path)
     return Submission(
         weights, model, spec, data, dataset_name, parse_fraction(info.eps), facts, None, digest,
         {attack: float(text) for attack, text in claimed.items() if text is not None}, matched.classes,
-        matched.logit_of_class, _norm_of(weights, source),
+        matched.logit_of_class, _norm_of(weights, source, metadata.norm),
     )  # fmt: skip
 
 
@@ -317,18 +327,21 @@ def _checkpoint_info(weights: Path, metadata: SubmissionMetadata) -> tuple[Robus
     return RobustBenchInfo.parse(json.dumps(content).encode(), str(weights)), weights
 
 
-def _norm_of(weights: Path, info: Path) -> str:
-    """Return the norm that the folder of the weights or of the ``model_info`` is named after; Linf if none is.
+def _norm_of(weights: Path, info: Path, given: str | None) -> str:
+    """Return the norm given, or that which the folder of the weights or of the ``model_info`` is named after, or Linf.
 
     Raises:
-        DeatError: The two folders are named after different norms.
+        DeatError: The two folders are named after different norms, or after another one than the norm given.
     """
     folders = [path.absolute().parent.name for path in (info, weights)]
     named = [folder for folder in folders if folder in THREATS]
     if len(set(named)) > 1:
         raise DeatError(f"{info} is in the folder {folders[0]}, but {weights} in {folders[1]}: give the model_info of "
                         "these weights with --info")  # fmt: skip
-    return named[0] if named else "Linf"
+    if named and given not in (None, named[0]):
+        raise DeatError(f"--norm {given} contradicts {weights}, which is in an export's folder {named[0]}: omit "
+                        "--norm, or copy the file elsewhere")  # fmt: skip
+    return given or (named[0] if named else "Linf")
 
 
 def _info_beside(weights: Path) -> Path:

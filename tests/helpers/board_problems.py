@@ -94,10 +94,9 @@ def without_evaluating(monkeypatch: pytest.MonkeyPatch) -> FakeEvaluation:
 def make_run(path: Path, *, n: int = 500, seed: int = 0, evaluated: bool = True, **changes: Any) -> Path:
     """A run directory of two epochs of M-DEAT on the digits."""
     path.mkdir(parents=True)
-    config = run_config(
-        method="m-deat", image_size=32, arch="wrn-10-1", eps=0.1, network=SPEC, data_fingerprint=digits().fingerprint,
-        versions={"torch": "2.14.1"}, **changes,
-    )  # fmt: skip
+    options = {"method": "m-deat", "image_size": 32, "arch": "wrn-10-1", "eps": 0.1, "network": SPEC,
+               "data_fingerprint": digits().fingerprint, "versions": {"torch": "2.14.1"}}  # fmt: skip
+    config = run_config(**{**options, **changes})
     (path / "config.json").write_text(config.model_dump_json())
     rows = [{"epoch": epoch, "steps": epoch, "backwards": 10.0 * epoch, "seconds": 1.5, "peak_memory": 1000 * epoch,
              "lr": 0.1, "val_acc": None, "stopped": None} for epoch in (1, 2)]  # fmt: skip

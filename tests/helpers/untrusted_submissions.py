@@ -131,7 +131,6 @@ REFUSED: dict[tuple[str, str], dict[str, Setup | tuple[Setup, str]]] = {
         "NaN": (raw_info(b'{"dataset": "cifar10", "eps": "8/255", "x": NaN}'), "the number NaN"),
         "1e999": (raw_info(b'{"dataset": "cifar10", "eps": "8/255", "x": 1e999}'), "1e999, which is not finite"),
         **{f"eps {bad}": (info(eps=bad), r"eps: |eps 255 is outside") for bad in ("255", "nan/255", "8/nan", "inf")},
-        "best known": (declared(external=99.0), "external 99.00 is above autoattack"),
         "metrics": (metrics(b'{"epoch": 1, "backwards": -Infinity}\n'), "the number -Infinity"),
         "metrics as text": (metrics(b'{"epoch": "1", "backwards": "0"}\n'), "metrics.jsonl, line 1: epoch"),
     },

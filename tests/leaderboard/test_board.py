@@ -96,6 +96,22 @@ def test_submit_takes_the_norm_of_the_folder_of_an_info_that_is_given(
         submit(board, weights, "Rice2020Both", dataset="digits", info=info)
 
 
+def test_submit_takes_the_norm_that_is_given(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
+    weights = make_checkpoint(tmp_path)
+    plain = Path(shutil.copy(weights, tmp_path / "plain.pt"))
+    described = {"arch": "wrn-10-1", "dataset": "digits", "eps": "0.5"}
+    assert submit(board, plain, "Rice2020L2", norm="L2", **described).threat_model == "L2"
+    assert {call["norm"] for call in fake.calls} == {"L2"}
+    with pytest.raises(
+        DeatError, match=r"--norm L2 contradicts .*Wong2020Fast\.pt, which is in an export's folder Linf"
+    ):
+        submit(board, weights, norm="L2", dataset="digits")
+    with pytest.raises(DeatError, match="norm 'l1'"):
+        submit(board, plain, norm="l1", **described)
+    with pytest.raises(DeatError, match="--norm is only for checkpoints"):
+        submit(board, make_run(tmp_path / "run"), norm="Linf")
+
+
 def test_submit_does_not_take_an_unknown_accuracy_for_a_claim(
     tmp_path: Path, board: Board, fake: FakeEvaluation
 ) -> None:
@@ -116,6 +132,9 @@ def test_submit_leaves_out_an_external_accuracy_above_its_own_autoattack(
     assert entry.footnote == (
         f"Theirs. The external accuracy of 99.00 % is left out, because AutoAttack found {entry.autoattack_acc} %."
     )
+    declared = submit(board, make_run(tmp_path / "run"), external=41.0)
+    assert declared.external is None
+    assert declared.footnote == "The external accuracy of 41.00 % is left out, because AutoAttack found 40.00 %."
 
 
 def test_submit_takes_a_command_with_a_pattern(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:

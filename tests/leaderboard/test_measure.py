@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from board_problems import SHARES, FakeEvaluation, claim, digits, make_run, network, submit
+from board_problems import SHARES, FakeEvaluation, claim, digits, make_checkpoint, make_run, network, submit
 from short_autoattack import shorten
 
+from deat_rb.evaluation.report import Check
 from deat_rb.leaderboard.board import Board
 from deat_rb.utils.errors import DeatError
 
@@ -33,9 +34,19 @@ def test_evaluate_fully_measures_runs_without_an_evaluation(tmp_path: Path, boar
     assert (fake.calls[0]["n"], entry.is_subset, entry.remeasured) == (100, True, {})
     claimed = make_run(tmp_path / "claimed")
     submit(board, claimed, "Wang2021Gradient_2", n_examples=50, evaluate_anew=True)
-    assert fake.calls[1]["n"] == 50
+    assert [call["n"] for call in fake.calls] == [100, 100, 50, 50]
     with pytest.raises(DeatError, match=r"--n-examples 50 differs from the eval.json of .* \(500 examples\)"):
         submit(board, claimed, "Wang2021Gradient_3", n_examples=50)
+
+
+def test_evaluate_fully_refuses_before_the_attacks(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
+    weights = make_checkpoint(tmp_path, clean_acc="95.00")  # measured: 80 %
+    with pytest.raises(DeatError, match=r"claims 95\.00 % under natural"):
+        submit(board, weights, "Wong2020Fast", dataset="digits")
+    fake.checks = (Check(name="normalization inside", status="fail", figure=0.0, sentence="Outside."),)
+    with pytest.raises(DeatError, match=r"fails the check 'normalization inside': Outside\."):
+        submit(board, make_run(tmp_path / "run", evaluated=False))
+    assert [call["attacks"] for call in fake.calls] == [("natural",)] * 2
 
 
 @pytest.mark.slow

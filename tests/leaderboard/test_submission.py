@@ -76,10 +76,10 @@ def test_submit_takes_flags_in_the_norm_of_the_folder(tmp_path: Path, board: Boa
         torch.save(bare_state(), tmp_path / norm / "last.pt")
     entry = submit(board, tmp_path / "L2/last.pt", **flags)
     assert (entry.key, entry.eps) == (f"digits/L2/{NAME}", "1.5")
-    assert len(fake.calls) == 1
+    assert len(fake.calls) == 2
     with pytest.raises(DeatError, match=r"last.pt is not valid: eps 1.5 is outside \(0, 1\], .*; only L2 radii may be"):
         submit(board, tmp_path / "Linf/last.pt", **flags)
-    assert len(fake.calls) == 1
+    assert len(fake.calls) == 2
 
 
 @pytest.mark.parametrize("flags", [{}, {"arch": "wrn-10-1", "dataset": "digits", "eps": "0.1"}])
@@ -233,6 +233,34 @@ def test_submit_validates_a_runs_texts_before_evaluating(tmp_path: Path, board: 
     assert fake.calls == []
 
 
+def test_submit_refuses_a_runs_huge_images_before_loading_any(
+    tmp_path: Path, board: Board, fake: FakeEvaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["image_size"] = 100_000
+    (run / "config.json").write_text(json.dumps(config))
+    loaded: list[str] = []
+    monkeypatch.setattr("deat_rb.leaderboard.submission.load_board_dataset", lambda name, **where: loaded.append(name))
+    with pytest.raises(DeatError, match="has images of 100000x100000, but a network for 32x32"):
+        submit(board, run)
+    assert loaded == []
+
+
+@pytest.mark.parametrize(
+    ("method", "declared", "expected"),
+    [("m+pgd", {}, ("https://arxiv.org/abs/2103.03076", "arXiv, Mar 2021")),
+     ("m+pgd", {"authors": "Jane Doe"}, (None, None)),
+     ("m+pgd", {"link": "https://arxiv.org/abs/2601.00001"}, ("https://arxiv.org/abs/2601.00001", None)),
+     ("pgd-7", {}, (None, None))],
+)  # fmt: skip
+def test_submit_does_not_mix_two_publications(
+    tmp_path: Path, board: Board, fake: FakeEvaluation, method: str, declared: dict[str, Any], expected: tuple[Any, ...]
+) -> None:
+    entry = submit(board, make_run(tmp_path / "run", method=method), **declared)
+    assert (entry.link, entry.venue) == expected
+
+
 # Checkpoints that do not say everything
 
 
@@ -265,7 +293,7 @@ def test_submit_matches_labels_by_class_name(
     assert by_name == [data.classes[label] for label in first_test_examples(data)[1]]
     verified = verify(board.path, data_dirs={"colors": image_folder}, sample=50)
     assert (verified.problems, verified.measured) == ([], 1)
-    by_name = [names[label] for label in really_loaded.calls[1]["labels"]]
+    by_name = [names[label] for label in really_loaded.calls[-1]["labels"]]
     assert sorted(by_name) == sorted(data.classes[label] for label in first_test_examples(data)[1])
 
 
