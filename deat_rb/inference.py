@@ -147,7 +147,7 @@ def _predictions(
             rows: Iterator[Tensor] = iter(())
             if images:
                 with torch.no_grad():
-                    logits = network.model(torch.stack(images).to(device)).double().cpu()
+                    logits = network.model(torch.stack(images).to(device)).cpu().double()
                 if bool(logits.isnan().any()):
                     raise DeatError("the model returns NaN, so its training probably diverged: use an earlier "
                                     "checkpoint or retrain with a smaller --lr")  # fmt: skip

@@ -15,7 +15,9 @@ import torch
 from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 from PIL import Image
+from tiny_networks import Mean
 from training_problems import ARCH, run_config
+from without_float64 import WithoutFloat64
 
 from deat_rb import inference
 from deat_rb.cli import main
@@ -69,6 +71,15 @@ def test_predict_returns_classes_and_confidences(coloured_run: Path, files: list
     assert [each.guesses[0].index for each in found] == [0, 1, 2]
     # Logits 3, 0, 0: e^3 / (e^3 + 2) and 1 / (e^3 + 2).
     assert [guess.confidence for guess in found[0].guesses] == pytest.approx([0.909443, 0.045278], abs=1e-6)
+
+
+def test_predict_on_a_device_without_float64(
+    coloured_run: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = Mean.forward
+    monkeypatch.setattr(Mean, "forward", lambda self, images: forward(self, images.as_subclass(WithoutFloat64)))
+    found = predict(coloured_run, files, trust_code=True)
+    assert [each.guesses[0].name for each in found] == ["0-red", "1-green", "2-blue"]
 
 
 def test_predict_crops_the_centered_square_as_training_does(coloured_run: Path, tmp_path: Path) -> None:

@@ -132,7 +132,8 @@ class L2:
 
     def contains(self, adv: Tensor, images: Tensor) -> Tensor:
         """Return which of ``adv`` are finite, in [0, 1] and within eps of ``images`` up to rounding; (N,) bool."""
-        near = _norms((adv - images).double()).flatten() <= self.eps * (1 + ROUNDING) + ROUNDING
+        lengths = _norms((adv - images).cpu().double()).flatten()  # Apple's GPUs have no float64
+        near = (lengths <= self.eps * (1 + ROUNDING) + ROUNDING).to(adv.device)
         return near & ((adv >= 0) & (adv <= 1)).flatten(1).all(dim=1)
 
     def start(self, images: Tensor, numbers: torch.Generator) -> Tensor:

@@ -117,7 +117,7 @@ def _check_probabilities(labels: Tensor, num_classes: int | None) -> None:
     if num_classes is not None and labels.shape[1] != num_classes:
         raise DeatError(f"labels of {labels.shape[1]} class probabilities do not fit {num_classes} classes: give one "
                         "probability per class")  # fmt: skip
-    sums = labels.double().sum(dim=1)
+    sums = labels.float().sum(dim=1)
     if not (bool((labels >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all())):
         raise DeatError("class probabilities must be 0 or more and add up to 1 for each image: check the labels")
 

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from without_float64 import WithoutFloat64
 
-from deat_rb.data.check import check_batch
+from deat_rb.data.check import check_batch, check_label_values
 from deat_rb.utils.errors import DeatError
 
 IMAGES = torch.linspace(0, 1, 24).view(2, 3, 2, 2)
@@ -18,6 +19,13 @@ def test_check_batch_accepts_images_in_the_unit_range() -> None:
     check_batch(IMAGES.half(), LABELS, 3)
     check_batch(IMAGES.requires_grad_(), LABELS, 3)
     check_batch(IMAGES.detach() + 5e-7, LABELS, 3)
+
+
+def test_check_label_values_of_a_device_without_float64() -> None:
+    probabilities = torch.tensor([[0.25, 0.75], [0.5, 0.51]]).as_subclass(WithoutFloat64)
+    check_label_values(probabilities[:1], 2)
+    with pytest.raises(DeatError, match=r"must be 0 or more and add up to 1 for each image"):
+        check_label_values(probabilities, 2)
 
 
 @pytest.mark.parametrize(

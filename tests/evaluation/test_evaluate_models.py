@@ -9,6 +9,7 @@ import torch
 from short_autoattack import shorten
 from small_problems import batch_for, small_network
 from torch import Tensor, nn
+from without_float64 import WithoutFloat64
 
 from deat_rb.evaluation.evaluate import evaluate
 from deat_rb.utils.errors import DeatError
@@ -139,3 +140,14 @@ def test_evaluate_autoattack_in_l2_on_images_that_are_not_square(
     assert report.results["autoattack"].accuracy < 1
     assert report.results["autoattack"].inadmissible == 0
     assert report.adversarial["square"].shape == images.shape
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_evaluate_on_a_device_without_float64(norm: str) -> None:
+    network = small_network()
+    images, labels = (part[:8] for part in batch_for(network))
+    expected = evaluate(network, images, labels, attacks="fgsm,pgd-2", eps=0.04, norm=norm, checks="quick")
+    report = evaluate(network, images.as_subclass(WithoutFloat64), labels, attacks="fgsm,pgd-2", eps=0.04, norm=norm,
+                      checks="quick")  # fmt: skip
+    assert all(correct.equal(expected.verdicts[name]) for name, correct in report.verdicts.items())
+    assert [check.name for check in report.checks] == [check.name for check in expected.checks]

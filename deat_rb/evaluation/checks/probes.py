@@ -217,7 +217,8 @@ class Probe:
             above, below = (self.logits(images + way * size * signs) for way in (1, -1))
             by_difference.append((difference(above) - difference(below)) / (2 * size))
             by_gradient.append((passed[1] * signs).flatten(1).sum(dim=1))
-        a, b = torch.stack(by_gradient).double(), torch.stack(by_difference).double()
+        # Apple's GPUs have no float64.
+        a, b = (torch.stack(each).cpu().double() for each in (by_gradient, by_difference))
         return (2 * (a * b).sum(dim=0) / (a**2 + b**2).sum(dim=0)).nan_to_num()
 
 
