@@ -102,11 +102,15 @@ def train(
     recorded = read_options(config) if config is not None else {}
     if "arch" not in explicit and "arch" in recorded:
         check_trust(recorded["arch"], trust_code, source=str(config))
-    for option in ("method", "setting", "optimizer", "norm", "dataset"):  # on which the defaults of others depend
+    # The defaults of others depend on these.
+    for option in ("method", "setting", "optimizer", "norm", "dataset", "arch", "pretrained"):
         if option in explicit and recorded.get(option, explicit[option]) != explicit[option]:
+            given, held = f"--{option} {explicit[option]}", recorded[option]
+            if option == "pretrained":
+                given, held = "--pretrained", "a network without it"
             raise DeatError(
-                f"--{option} {explicit[option]} conflicts with --config, as {config} holds the options of "
-                f"{recorded[option]}: omit --config and give the options you want to keep"
+                f"{given} conflicts with --config, as {config} holds the options of {held}: omit --config and give "
+                "the options you want to keep"
             )
     if "arch" in explicit:
         import_from_current_folder(explicit["arch"])

@@ -173,11 +173,11 @@ def _drawn(run: RunSpec, folder: StudyFolder, alpha: str, gamma: float | None) -
         return None
     path = folder.run_path(run)
     directory = RunDirectory.open(path)
-    data = directory.config.data
-    batches = -(-(data.train_size or 1) // data.batch_size)
+    rows = directory.rows()
+    batches = -(-max(row.examples for row in rows) // directory.config.data.batch_size) if rows else 1
     found = folder.report(run, "pgd-20", run.evaluation.n_examples)
     pgd20 = 100 * found[1].results["pgd-20"].accuracy if found is not None else None
-    return Drawn(run.seed, directory.rows(), curve_test(path), batches, pgd20, alpha, gamma)
+    return Drawn(run.seed, rows, curve_test(path), batches, pgd20, alpha, gamma)
 
 
 def write_outcome(done: Outcome, folder: Path) -> list[Path]:

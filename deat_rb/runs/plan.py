@@ -190,7 +190,7 @@ class TrainingPlan:
             ("model", f"{self.config.model.arch}, {parameters:,} parameters, {self.config.network.num_classes} classes"
                       f"{weights}"),
             *([] if self.frozen is None else [("frozen", self.frozen)]),
-            ("data", f"{data.dataset}: {len(self.train):,} training, {len(self.val):,} validation, "
+            ("data", f"{data.dataset}: {self._training_images()} training, {len(self.val):,} validation, "
                      f"{len(self.data.test):,} test images of {data.image_size}x{data.image_size}"),
             *([] if self.extra is None else [("extra data", self._extra_share(self.extra))]),
             *(("files", note) for note in self.data.notes),
@@ -245,6 +245,12 @@ class TrainingPlan:
                 "says little about them"
             )
         return warnings
+
+    def _training_images(self) -> str:
+        """Return the number of training images, with that of all of them if some are not used."""
+        held_out = len(self.val) if self.data.val is None else 0
+        unused = len(self.train) + held_out < len(self.data.train)
+        return f"{len(self.train):,}" + (f" of {len(self.data.train):,}" if unused else "")
 
     def _counts(self) -> list[int]:
         counts: list[int] = torch.bincount(self.train.labels, minlength=len(self.data.classes)).tolist()
@@ -342,8 +348,6 @@ def plan(
     )
     facts = {
         "image_size": size,
-        "train_size": len(train),
-        "val_size": len(val),
         "classes": data.classes,
         "network": spec,
         "data_fingerprint": fingerprint,

@@ -76,8 +76,10 @@ def test_train_refuses(flags: list[str], sentence: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", [["--optimizer", "adamw"], ["--norm", "L2"], ["--dataset", "digits"], ["--setting", "standard"]]
-)
+    "flags",
+    [["--optimizer", "adamw"], ["--norm", "L2"], ["--dataset", "digits"], ["--setting", "standard"],
+     ["--arch", "wrn-34-10"], ["--pretrained"]],
+)  # fmt: skip
 def test_config_refuses_options_on_which_the_defaults_of_others_depend(flags: list[str], tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(run_config(dataset="cifar10", setting="fast").model_dump_json())

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
 from click.testing import CliRunner
-from training_problems import ARCH
+from training_problems import ARCH, run_config
 
 from deat_rb.cli import main
 from deat_rb.reproduction.experiments import FigureKind, experiments
-from deat_rb.reproduction.figures import Drawn, draw
+from deat_rb.reproduction.figures import CURVES, Drawn, draw
+from deat_rb.reproduction.reproduce import _drawn
+from deat_rb.runs.directory import RunDirectory
 from deat_rb.training.metrics import EpochStats
 
 PNG, PDF = b"\x89PNG\r\n\x1a\n", b"%PDF"
@@ -109,6 +112,19 @@ def test_reproduce_lists_and_refuses() -> None:
         result = CliRunner().invoke(main, ["reproduce", *arguments])
         assert result.exit_code == 2
         assert message in result.stderr
+
+
+def test_figures_count_passes_per_batch_of_a_run_with_all_training_images(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path / "run", run_config(train_size=None, batch_size=6))
+    (directory.path / "metrics.jsonl").write_text('{"epoch": 1, "examples": 13, "backwards": 12}\n')
+    folder: Any = SimpleNamespace(
+        record=lambda run: SimpleNamespace(status="done"), run_path=lambda run: directory.path,
+        report=lambda *_: None,
+    )  # fmt: skip
+    run: Any = SimpleNamespace(seed=0, evaluation=SimpleNamespace(n_examples=4))
+    drawn = _drawn(run, folder, "", 1.0)
+    assert drawn is not None
+    assert CURVES["passes"][2](drawn) == [(1, 4)]  # 12 passes; 13 images are 3 batches of 6
 
 
 @pytest.mark.slow

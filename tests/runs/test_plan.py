@@ -28,13 +28,25 @@ from deat_rb.utils.errors import DeatError
 from deat_rb.utils.options import OPEN
 
 
-def test_plan_of_a_config_json_uses_as_many_images(tmp_path: Path) -> None:
+def test_plan_of_a_config_json_uses_the_same_images(tmp_path: Path) -> None:
     first = planned(train_size=None, batch_size=50)
     assert len(first.train) + len(first.val) == len(first.data.train)
     path = tmp_path / "config.json"
     path.write_text(first.config.model_dump_json())
     again = plan(make_options(read_options(path)))
     assert (len(again.train), len(again.val)) == (len(first.train), len(first.val))
+
+
+def test_plan_of_a_config_json_uses_all_images_of_a_folder_that_has_grown(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    first = planned(**{**colours(tmp_path / "small", {"a": 20, "b": 20}), "val_size": None})
+    path.write_text(first.config.model_dump_json())
+    grown = {**read_options(path), "data_dir": colours(tmp_path / "grown", {"a": 100, "b": 100})["data_dir"]}
+    again = plan(make_options(grown))
+    assert (len(again.train), len(again.val)) == (160, 40)  # 20 % are held out
+    assert " 160 training, 40 validation, " in dict(again.lines())["data"]
+    fewer = plan(make_options({**grown, "train_size": 32}))
+    assert " 32 of 200 training, 6 validation, " in dict(fewer.lines())["data"]
 
 
 @pytest.mark.slow
@@ -148,7 +160,7 @@ def test_lines_state_the_plan() -> None:
     assert "eps = 8/255, alpha = 10/255" in lines["attack"]
     assert lines["setting"] == "fast: 24 epochs, cyclic LR up to 0.1"
     assert lines["precision"] == "fp32 on cpu, 1 thread"
-    assert "64 training, 16 validation, 500 test images of 32x32" in lines["data"]
+    assert "64 of 1,297 training, 16 validation, 500 test images of 32x32" in lines["data"]
     assert lines["result"] == "the weights of the last epoch"
     # 3 * (1 + ... + 8) = 108 replays of 2 batches.
     assert lines["cost"] == "216 backward passes, 216 forward passes, 216 updates"
