@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from deat_rb.eval_target import EvalTarget
     from deat_rb.evaluation.report import Report
+    from deat_rb.evaluation.store import StoredReport
 
 
 def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -60,8 +62,8 @@ def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> N
 @click.option("--json", "json_path", type=json_file, metavar="FILE", help="Also write the report to this file.")
 @click.option("--page/--no-page", default=True, help="Write report.html next to the report.")
 @click.option("--track", is_flag=True,
-              help="Also log the accuracies to the experiment trackers to which the run was logged in training."
-              )  # fmt: skip
+              help="Also log the accuracies, if they become the run's eval.json, to the experiment trackers to which "
+              "the run was logged in training.")  # fmt: skip
 @click.option("--overwrite", is_flag=True,
               help="Replace the run's eval.json even if it has more attacks, images or checks than this evaluation."
               )  # fmt: skip
@@ -154,11 +156,17 @@ def evaluate(
     norms = [norm or target.norm for target in opened]
     radii = [None if eps is None else tuple(check_radius(radius, "--eps", norm=each) for radius in eps)
              for each in norms]  # fmt: skip
-    for target in opened:
-        if overwrite and not _has_own_data(target):
+    for target, own_norm, chosen_radii in zip(opened, norms, radii, strict=True):
+        has_own_data = _has_own_data(target)
+        if overwrite and not has_own_data:
             raise DeatError("--overwrite is only for evaluations of a run on its own dataset: omit it")
-        if track and target.run is None:
-            raise DeatError("--track applies only to runs: omit it")
+        has_own_eps = chosen_radii is None or any(
+            math.isclose(radius, target.eps, abs_tol=1e-9) for radius in chosen_radii
+        )
+        if track and not (has_own_data and own_norm == target.norm and has_own_eps):
+            raise DeatError(
+                "--track is only for evaluations of a run on its own dataset, with its norm and eps: omit it"
+            )
         if track and target.run is not None:
             trackers_of(target.run)
     console = Console()
@@ -167,7 +175,7 @@ def evaluate(
     for target, own_norm, chosen_radii in zip(opened, norms, radii, strict=True):
         images, labels = target.test_images(n_examples)
         own = target.radius(own_norm)
-        written: list[str] = []
+        written: list[StoredReport] = []
         finish = partial(_write, target, json_path, page, overwrite, where, written, images=images, labels=labels)
         with EvaluationProgress() if ranks.is_main else nullcontext() as progress:
             report = evaluate(
@@ -180,24 +188,27 @@ def evaluate(
         if not ranks.is_main:
             continue
         _print(report, target, console)
-        for sentence in written:
+        for sentence in written[0].sentences:
             console.print(sentence, highlight=False, soft_wrap=True, markup=False)
         if track:
-            _log(target, report)
+            _log(target, report, written[0])
     if len(reports) > 1 and ranks.is_main:
         _print_means(reports, opened, console)
     if strict and any(check.status != "pass" for report in reports for check in report.checks):
         raise click.exceptions.Exit(1)
 
 
-def _log(target: EvalTarget, report: Report) -> None:
-    """Log the accuracies to the run's trackers."""
+def _log(target: EvalTarget, report: Report, stored: StoredReport) -> None:
+    """Log the accuracies to the run's trackers if they are now those of its eval.json."""
     from deat_rb.runs.directory import RunDirectory
     from deat_rb.runs.trackers import log_evaluation
 
     assert target.run is not None
+    if stored.files[0] != target.run / "eval.json":
+        click.echo("not logged, because it is not the run's eval.json")
+        return
     accuracies = {each.name: each.accuracy for each in (*report.results.values(), report.worst_case)}
-    names = log_evaluation(RunDirectory.open(target.run), accuracies)
+    names = log_evaluation(RunDirectory.open(target.run), accuracies | {"n_examples": report.n_examples})
     click.echo(f"logged to {', '.join(names)}")
 
 
@@ -277,7 +288,7 @@ def _write(
     page: bool,
     overwrite: bool,
     device: torch.device,
-    written: list[str],
+    written: list[StoredReport],
     report: Report,
     **examples: Any,
 ) -> None:
@@ -294,4 +305,4 @@ def _write(
                "training": summary(opened)}  # fmt: skip
     stored = store_report(report, model=target.model, classes=target.classes, device=device, json_path=json_path,
                           page=page, overwrite=overwrite, **run, **examples)  # fmt: skip
-    written += stored.sentences
+    written.append(stored)

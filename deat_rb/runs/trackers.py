@@ -168,12 +168,12 @@ def trackers_of(path: Path) -> tuple[str, ...]:
     return names
 
 
-def log_evaluation(run: RunDirectory, accuracies: Mapping[str, float]) -> tuple[str, ...]:
+def log_evaluation(run: RunDirectory, values: Mapping[str, float]) -> tuple[str, ...]:
     """Log the accuracies of an evaluation to the trackers to which a run was logged during training.
 
     Args:
         run: The run.
-        accuracies: Accuracies in [0, 1] by attack.
+        values: Accuracies in [0, 1] by attack, and ``n_examples``.
 
     Returns:
         Names of the trackers.
@@ -184,7 +184,7 @@ def log_evaluation(run: RunDirectory, accuracies: Mapping[str, float]) -> tuple[
     names = trackers_of(run.path)
     failures: list[str] = []
     trackers = Trackers(names, run, project="", warn=failures.append, kept_in="eval.json")
-    trackers.log({f"eval/{name}": value for name, value in accuracies.items()}, len(run.rows()), of_run=True)
+    trackers.log({f"eval/{name}": value for name, value in values.items()}, len(run.rows()), of_run=True)
     trackers.close()
     if failures:
         raise TrackerError(f"--track {failures[0]}")

@@ -11,10 +11,11 @@ from typing import Any
 
 import accelerate.tracking
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from small_runs import SMALL
 
 from deat_rb.cli import main
+from deat_rb.evaluation.report import Report
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.runs.trackers import log_evaluation
 from deat_rb.runs.train import resume, train
@@ -201,3 +202,24 @@ def test_eval_track_needs_a_tracked_run(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["eval", str(run.path), "--track", "--trust-code"])
     assert done.exit_code == 2
     assert done.stderr.endswith("run was not logged to a tracker during training: omit --track\n")
+
+
+def test_eval_track_logs_the_runs_own_evaluation_only(tmp_path: Path, wandb: FakeWandb) -> None:
+    run, _ = train({**SMALL, "track": ["wandb"]}, output=tmp_path, name="run")
+
+    def evaluate(*options: str) -> Result:
+        fixed = ["--attacks", "fgsm", "--checks", "none", "--no-page", "--device", "cpu", "--trust-code", "--track"]
+        return CliRunner().invoke(main, ["eval", str(run.path), *fixed, *options])
+
+    assert evaluate("--n-examples", "32").stdout.endswith("logged to wandb\n")
+    report = Report.load(run.path)
+    logged = dict(wandb.summary.values)
+    assert logged["eval/fgsm"] == report.results["fgsm"].accuracy
+    assert logged["eval/n_examples"] == 32
+    assert evaluate("--n-examples", "8").stdout.endswith("not logged, because it is not the run's eval.json\n")
+    for options in (["--eps", "0"], ["--norm", "L2"]):
+        refused = evaluate(*options)
+        assert refused.exit_code == 2
+        assert "--track is only for evaluations of a run on its own dataset, with its norm and eps" in refused.stderr
+    assert evaluate("--n-examples", "32", "--eps", "0.05,0.1").stdout.endswith("logged to wandb\n")
+    assert wandb.summary.values == logged
