@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deat_rb.attacks import losses
 from deat_rb.attacks.functional import AttackOutput, CountingModel, fgsm, pgd_on_batches
@@ -104,6 +104,7 @@ def _torchattack(name: str, attack_name: TorchAttack, context: AttackContext) ->
         import torchattacks
 
         key = ("evaluate", name, batch.number)
+        hook = model.register_forward_pre_hook(_make_gradient_contiguous)
         try:
             with _seeded(context.seed, *key), contextlib.redirect_stdout(io.StringIO()):
                 attack: Any = getattr(torchattacks, attack_name.name)(model, **settings)
@@ -113,6 +114,8 @@ def _torchattack(name: str, attack_name: TorchAttack, context: AttackContext) ->
             first = str(error).partition("\n")[0]
             raise DeatError(f"{name} failed ({type(error).__name__}: {first}): change its arguments or "
                             "omit it") from error  # fmt: skip
+        finally:
+            hook.remove()
         with torch.no_grad():
             return AttackOutput(adv, model(adv).argmax(dim=1) != batch.labels[batch.chosen])
 
@@ -120,6 +123,12 @@ def _torchattack(name: str, attack_name: TorchAttack, context: AttackContext) ->
     parameters = {key: value if isinstance(value, bool | int | float | str) else repr(value)
                   for key, value in settings.items()}  # fmt: skip
     return Attack(name, (AttackStage("", craft, calls=steps + 1 if isinstance(steps, int) else 0),), parameters)
+
+
+def _make_gradient_contiguous(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Make the images' gradient contiguous: that of a model in channels_last has strides that PGDL2 cannot flatten."""
+    if inputs[0].requires_grad:
+        inputs[0].register_hook(Tensor.contiguous)
 
 
 @contextmanager

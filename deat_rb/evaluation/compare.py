@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -189,9 +190,13 @@ def load_reports(paths: Sequence[str | Path]) -> list[tuple[str, Report]]:
 
 
 def _names(names: Sequence[str]) -> list[str]:
-    """Make names unique: the second ``a`` becomes ``a (2)``."""
-    return [f"{name} ({names[:place].count(name) + 1})" if name in names[:place] else name
-            for place, name in enumerate(names)]  # fmt: skip
+    """Make names unique: the second ``a`` becomes ``a (2)``, or the next number if a name with it is given, too."""
+    unique: list[str] = []
+    for name in names:
+        numbered = (f"{name} ({number})" for number in count(2))
+        free = (each for each in numbered if each not in (*unique, *names))
+        unique.append(next(free) if name in unique else name)
+    return unique
 
 
 def _check_same(first_name: str, first: Report, name: str, report: Report) -> None:

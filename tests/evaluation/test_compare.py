@@ -76,6 +76,10 @@ def test_compare_makes_names_unique() -> None:
     assert list(compare([("a", report), ("a", report), ("b", report), ("a", report)]).accuracy) == [
         "a", "a (2)", "b", "a (3)",
     ]  # fmt: skip
+    other = report_of(natural="10")
+    found = compare([("a", report), ("a", report), ("a (2)", other)])
+    assert {name: each["natural"] for name, each in found.accuracy.items()} == {"a": 1.0, "a (3)": 1.0, "a (2)": 0.5}
+    assert [(each.second, each.points) for each in found.differences] == [("a (3)", 0.0), ("a (2)", -50.0)]
 
 
 @pytest.mark.parametrize(

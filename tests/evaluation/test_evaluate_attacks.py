@@ -165,6 +165,18 @@ def test_evaluate_torchattacks_other_attacks(
     assert capsys.readouterr().out == ""
 
 
+def test_evaluate_torchattacks_in_l2_of_a_network_in_channels_last(
+    network: nn.Sequential, batch: tuple[Tensor, Tensor]
+) -> None:
+    reports = [
+        evaluate(network, *batch, attacks="torchattacks.PGDL2(steps=3)", eps=0.5, norm="L2", channels_last=wanted)
+        for wanted in (True, False)
+    ]
+    assert [report.layout for report in reports] == ["channels_last", "own"]
+    found = [list(report.results.values())[1].n_correct for report in reports]
+    assert found[0] == found[1] < reports[0].results["natural"].n_correct
+
+
 def test_evaluate_images_outside_the_ball_do_not_count(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
     name = "torchattacks.FGSM(eps=0.5)"
     report = evaluate(network, *batch, attacks=name, eps=0.01)
