@@ -6,8 +6,8 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,6 +126,7 @@ def evaluate(
     from deat_rb.cli.evaluation_progress import EvaluationProgress
     from deat_rb.eval_target import open_target
     from deat_rb.evaluation.evaluate import check_options, evaluate
+    from deat_rb.evaluation.resume import is_unfinished
     from deat_rb.runs.trackers import trackers_of
     from deat_rb.utils.devices import resolve_device
     from deat_rb.utils.distributed import world
@@ -169,15 +170,23 @@ def evaluate(
             )
         if track and target.run is not None:
             trackers_of(target.run)
+    if resume and len(opened) > 1:
+        folders = filter(None, (_state(target, json_path) for target in opened))
+        if not any(map(is_unfinished, folders)):
+            raise DeatError("there is no unfinished evaluation of any of these networks: omit --resume")
+        resume = None  # those that have finished have nothing to resume
     console = Console()
     command = {"command": shlex.join(("deat-rb", *sys.argv[1:]))}
-    reports = []
+    reports: list[Report] = []
     for target, own_norm, chosen_radii in zip(opened, norms, radii, strict=True):
         images, labels = target.test_images(n_examples)
         own = target.radius(own_norm)
         written: list[StoredReport] = []
         finish = partial(_write, target, json_path, page, overwrite, where, written, images=images, labels=labels)
-        with EvaluationProgress() if ranks.is_main else nullcontext() as progress:
+        with (
+            _naming_finished(targets[: len(reports)]),
+            EvaluationProgress() if ranks.is_main else nullcontext() as progress,
+        ):
             report = evaluate(
                 target.model, images, labels, attacks=chosen, eps=chosen_radii or (own,), main_eps=own, norm=own_norm,
                 batch_size=batch_size, seed=seed, device=where, precision=precision, checks=checks,
@@ -196,6 +205,18 @@ def evaluate(
         _print_means(reports, opened, console)
     if strict and any(check.status != "pass" for report in reports for check in report.checks):
         raise click.exceptions.Exit(1)
+
+
+@contextmanager
+def _naming_finished(finished: Sequence[str]) -> Iterator[None]:
+    """Add to the message about an interruption which of several networks need not be evaluated again."""
+    from deat_rb.utils.errors import Interrupted
+
+    try:
+        yield
+    except Interrupted as interrupt:
+        done = f"omit {', '.join(finished)}, done already" if finished else ""
+        raise Interrupted("; ".join(filter(None, (interrupt.kept, done)))) from None
 
 
 def _log(target: EvalTarget, report: Report, stored: StoredReport) -> None:

@@ -90,7 +90,13 @@ class ResumeStore:
         """Message to the user on an interruption; empty if nothing is stored."""
         count = 0 if self.folder is None else _count_batches(self.folder)
         are = "batch is" if count == 1 else "batches are"
-        return f"{count} {are} stored in {self.folder}; repeat the command with --resume to continue" if count else ""
+        kept = f"{count} {are} stored in {self.folder}; repeat the command without --no-resume to continue"
+        return kept if count else ""
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Return whether a folder holds an unfinished evaluation."""
+    return (folder / SETTINGS).is_file()
 
 
 @contextmanager
@@ -126,7 +132,7 @@ def open_store(folder: str | Path | None, settings: Mapping[str, str], resume: b
 @contextmanager
 def _locked(folder: Path, resume: bool | None) -> Iterator[None]:
     """Lock the folder against other processes until the context is left; then remove it if it is empty."""
-    if resume and not (folder / SETTINGS).is_file():
+    if resume and not is_unfinished(folder):
         raise DeatError(f"there is no unfinished evaluation in {folder}: omit --resume")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +153,7 @@ def _locked(folder: Path, resume: bool | None) -> Iterator[None]:
 
 def _prepare(folder: Path, settings: Mapping[str, str], resume: bool | None) -> ResumeStore:
     store, count = ResumeStore(folder), _count_batches(folder)
-    exists = (folder / SETTINGS).is_file()
+    exists = is_unfinished(folder)
     if exists and resume is not False and (count or resume):
         if differing := _differing(folder, settings):
             raise DeatError(f"{folder} holds {counted(count, 'batch')} of a different evaluation ({differing}): finish "

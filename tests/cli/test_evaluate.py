@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 from deat_rb.cli import main
 from deat_rb.eval_target import open_target
 from deat_rb.evaluation.report import Check, Report, json_schema
+from deat_rb.evaluation.resume import ResumeStore
 from deat_rb.loading import load_model
 from deat_rb.models.spec import build_model
 from deat_rb.runs.train import train
@@ -134,6 +136,35 @@ def test_eval_reports_mean_and_deviation_per_group(tmp_path: Path) -> None:
     assert "±" not in checkpoints.stdout, "nothing says that they are of one method"
     single = run("eval", runs[0], runs[2], *QUICK)
     assert "±" not in single.stdout, "two methods have no common mean"
+
+
+@pytest.mark.slow
+def test_eval_of_several_runs_resumes_those_that_have_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [trained(tmp_path, "a"), tmp_path / "b", tmp_path / "c"]
+    for other in runs[1:]:
+        shutil.copytree(runs[0], other)
+    save = ResumeStore.save
+
+    def save_once_in_b(store: ResumeStore, key: str, tensors: dict[str, torch.Tensor]) -> None:
+        save(store, key, tensors)
+        if store.folder == runs[1] / "eval-state":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ResumeStore, "save", save_once_in_b)
+        stopped = run("eval", *runs, *QUICK)
+    assert stopped.exit_code == 130
+    stored = f"1 batch is stored in {runs[1] / 'eval-state'}; repeat the command without --no-resume to continue"
+    assert stopped.stderr.splitlines()[-1] == f"Interrupted: {stored}; omit {runs[0]}, done already"
+    resumed = run("eval", *runs[1:], *QUICK, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert f"resuming from 1 batch in {runs[1] / 'eval-state'}" in resumed.stderr
+    assert all((path / "eval.json").is_file() for path in runs)
+    finished = run("eval", *runs, *QUICK, "--resume")
+    assert finished.exit_code == 2
+    assert "there is no unfinished evaluation of any of these networks: omit --resume" in finished.stderr
 
 
 @pytest.mark.slow
