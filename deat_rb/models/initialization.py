@@ -12,7 +12,7 @@ from deat_rb.models.names import PRETRAINED
 from deat_rb.models.pretrained import library_weights
 from deat_rb.models.weights import load_weights, with_new_head
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.safe_load import load_state_dict
+from deat_rb.utils.safe_load import load_state_dict, sha256_tensors
 from deat_rb.utils.text import counted
 
 
@@ -31,6 +31,10 @@ class InitialWeights:
     source: str
     new_head: bool = False
     notes: tuple[str, ...] = ()
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of the state dict."""
+        return sha256_tensors(self.tensors)
 
     def load_into(self, model: nn.Module, num_classes: int) -> tuple[str, ...]:
         """Load the weights into a model with ``num_classes`` logits, and return the notes for the user.

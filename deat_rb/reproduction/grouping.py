@@ -19,9 +19,13 @@ from deat_rb.utils.units import format_fraction
 
 
 def group_key(config: RunConfig) -> dict[str, Any]:
-    """Return all that defines a run except the seed: the options that affect the result, and hashes of its data."""
+    """Return all that defines a run except the seed: the options that affect the result, and hashes of its data.
+
+    Of runs of earlier versions, the hash of the initial weights is unknown, and not equal to a known one.
+    """
     options = {name: value for name, value in config.flat().items() if name not in ("seed", *MAY_CHANGE)}
-    return options | {"data": config.data_fingerprint, "extra_data": config.extra_fingerprint}
+    return options | {"data": config.data_fingerprint, "extra_data": config.extra_fingerprint,
+                      "initial_weights": config.init_sha256}  # fmt: skip
 
 
 def grouped_table(paths: Sequence[Path], by: str) -> ResultTable:

@@ -61,22 +61,43 @@ def begun_runs(folder: StudyFolder, runs: Iterable[RunSpec]) -> list[tuple[RunSp
     return [(run, RunDirectory.open(folder.run_path(run)).config) for run in runs if folder.run_path(run).is_dir()]
 
 
-def check_one_dataset(folder: StudyFolder, runs: Iterable[tuple[RunSpec, RunConfig]]) -> None:
-    """Check that runs for which the study names the same data have the same images, so that they may be averaged.
+def check_not_extended(folder: StudyFolder, run: RunSpec) -> None:
+    """Check that a run, if it was begun, has the epochs that the study describes.
 
     Raises:
-        DeatError: The images were changed between two runs.
+        DeatError: It was extended, so that its weights are not those of the study, or no longer those evaluated.
+    """
+    path = folder.run_path(run)
+    if path.is_dir() and (there := RunDirectory.open(path)).is_extended:
+        raise DeatError(
+            f"{path} was extended to {there.config.optim.epochs} epochs by --resume, which the study does not "
+            f"describe: move it elsewhere and remove its record in {folder.path / 'state'}, so that it is trained "
+            "again, or choose another --output"
+        )
+
+
+def check_one_dataset(folder: StudyFolder, runs: Iterable[tuple[RunSpec, RunConfig]]) -> None:
+    """Check that runs for which the study names the same data and initial weights had the same ones.
+
+    They may be averaged then.
+
+    Raises:
+        DeatError: The images or weights were changed between two runs.
     """
     seen: dict[tuple[object, ...], tuple[RunSpec, str | None]] = {}
     for run, config in runs:
-        data = run.options.data
-        for option, source, fingerprint in (("data_dir", data.data_dir or data.dataset, config.data_fingerprint),
-                                            ("extra_data", data.extra_data, config.extra_fingerprint)):  # fmt: skip
-            key = (option, data.dataset, source, config.network.image_size)
+        data, model = run.options.data, run.options.model
+        sources = [("images", data.data_dir or data.dataset, config.data_fingerprint),
+                   ("images", data.extra_data, config.extra_fingerprint)]  # fmt: skip
+        if config.init_sha256 is not None:  # unknown of runs of earlier versions
+            named = (model.init_from or model.weights or model.arch, model.weights_key)
+            sources.append(("initial weights", " ".join(filter(None, named)), config.init_sha256))
+        for what, source, fingerprint in sources:
+            key = (what, data.dataset, source, config.network.image_size)
             other, known = seen.setdefault(key, (run, fingerprint))
             if known != fingerprint:
                 raise DeatError(
-                    f"{folder.run_path(other)} and {folder.run_path(run)} have different images of {source}, which "
+                    f"{folder.run_path(other)} and {folder.run_path(run)} have different {what} of {source}, which "
                     "were changed in between: restore them and remove the run with others, and its record in "
                     f"{folder.path / 'state'}, or choose another --output"
                 )

@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 
 from deat_rb.evaluation.report import Report, page_file
 from deat_rb.reproduction.folder import StudyFolder
-from deat_rb.reproduction.planning import begun_runs, check_one_dataset
+from deat_rb.reproduction.planning import begun_runs, check_not_extended, check_one_dataset
 from deat_rb.reproduction.provenance import eval_command, train_command
 from deat_rb.reproduction.study import RunSpec
 from deat_rb.runs.directory import CONFIG, RunDirectory
@@ -66,7 +66,8 @@ def collect(folder: StudyFolder, runs: Sequence[RunSpec]) -> list[RunResult]:
     """Return the results of all runs, including unfinished ones.
 
     Raises:
-        DeatError: A file of a run is damaged, or runs that are done were trained on different images of a dataset.
+        DeatError: A file of a run is damaged, a run was extended, or runs that are done and for which the study names
+            the same data or initial weights had different ones.
     """
     results = [_result(folder, run) for run in runs]
     done = [run for run, result in zip(runs, results, strict=True) if result.status == "done"]
@@ -75,6 +76,7 @@ def collect(folder: StudyFolder, runs: Sequence[RunSpec]) -> list[RunResult]:
 
 
 def _result(folder: StudyFolder, run: RunSpec) -> RunResult:
+    check_not_extended(folder, run)
     status, record = folder.status(run), folder.record(run)
     commands = [train_command(run, folder.runs)]
     commands += [eval_command(run, folder.runs, attacks, asked) for attacks, asked in run.evaluation.parts()]

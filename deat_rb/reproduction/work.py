@@ -17,7 +17,13 @@ from deat_rb.evaluation.report import Report
 from deat_rb.evaluation.runner import Progress
 from deat_rb.evaluation.store import store_report
 from deat_rb.reproduction.folder import Evaluated, Record, StudyFolder
-from deat_rb.reproduction.planning import Planner, begun_runs, check_evaluation, check_one_dataset
+from deat_rb.reproduction.planning import (
+    Planner,
+    begun_runs,
+    check_evaluation,
+    check_not_extended,
+    check_one_dataset,
+)
 from deat_rb.reproduction.provenance import eval_command, hardware, now, source_commit
 from deat_rb.reproduction.study import RunSpec, Study
 from deat_rb.runs.directory import RunDirectory
@@ -178,6 +184,7 @@ class Worker:
         begun, record = _Begun(), self.folder.record(run)
         facts: dict[str, Any] = {"commit": source_commit(), "started": now()}
         try:
+            check_not_extended(self.folder, run)
             facts["hardware"] = hardware(run.options.runtime.device)
             if record is None:
                 self._train(run, begun)

@@ -21,6 +21,7 @@ class RunConfig(TrainOptions):
         classes: Class names, in the order of the network's outputs.
         data_fingerprint: SHA-256 of the dataset.
         extra_fingerprint: SHA-256 of the extra images and labels, if there are any.
+        init_sha256: SHA-256 of the initial weights; None for random ones, and for runs of earlier versions.
         versions: Versions of the packages at the start of the run.
     """
 
@@ -28,6 +29,7 @@ class RunConfig(TrainOptions):
     classes: tuple[str, ...] = ()
     data_fingerprint: str
     extra_fingerprint: str | None = None
+    init_sha256: str | None = None
     versions: dict[str, str]
 
     @property

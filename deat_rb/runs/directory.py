@@ -149,6 +149,11 @@ class RunDirectory:
         return RunDirectory(self.path, config)
 
     @property
+    def is_extended(self) -> bool:
+        """Whether ``--resume`` gave the run more epochs than it began with."""
+        return any(self.path.glob("config-*-epochs.json"))
+
+    @property
     def config_json(self) -> dict[str, Any]:
         """The configuration as JSON values."""
         return self.config.model_dump(mode="json")

@@ -352,6 +352,7 @@ def plan(
         "network": spec,
         "data_fingerprint": fingerprint,
         "extra_fingerprint": None if extra is None or dry else extra.fingerprint(),
+        "init_sha256": None if weights is None else weights.sha256(),
         "versions": versions(),
     }
     config = validate(RunConfig, {**resolved.flat(), **facts})

@@ -16,6 +16,7 @@ from deat_rb.cli import main
 from deat_rb.evaluation.report import Report
 from deat_rb.evaluation.tables import group
 from deat_rb.reproduction.grouping import group_key
+from deat_rb.utils.safe_load import save_tensors
 
 
 @pytest.mark.slow
@@ -55,3 +56,12 @@ def test_runs_with_other_extra_data_are_no_seeds_of_one_setting(tmp_path: Path) 
     assert (first[1], second[1]) == ([0, 2], [1])
     for (label, _), config in zip((first, second), configs, strict=False):
         assert label == f"pgd-1, extra_data {config.extra_fingerprint}"
+
+
+def test_runs_from_other_initial_weights_at_one_path_are_no_seeds_of_one_setting(tmp_path: Path) -> None:
+    weights, initial = tmp_path / "pre.safetensors", planned().trainer.model.state_dict()
+    keys = []
+    for seed, factor in enumerate((1, 1, 2)):
+        save_tensors(weights, {name: factor * tensor for name, tensor in initial.items()})
+        keys.append(group_key(planned(init_from=str(weights), seed=seed).config))
+    assert list(group(keys).values()) == [[0, 1], [2]]

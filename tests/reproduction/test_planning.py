@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from deat_rb.reproduction.study import Evaluation, RunSpec, Study
 from deat_rb.reproduction.work import Worker
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.safe_load import save_tensors
 
 ROW: dict[str, Any] = {"dataset": "folder", "image_size": SIZE, "batch_size": 9, "train_size": 18, "val_size": 3}
 
@@ -122,6 +124,46 @@ def test_runs_with_extra_images_that_were_changed_in_place_are_not_averaged(tmp_
         folder.write_record(run, Record(status="done"))
     with pytest.raises(DeatError, match=f"{paths[0].name} and .*{paths[1].name} have different images of {extra}"):
         collect(folder, study.runs)
+
+
+def test_runs_from_initial_weights_that_were_changed_in_place_are_not_averaged(tmp_path: Path) -> None:
+    """Neither is a further one begun from the changed weights."""
+    weights = tmp_path / "pre.safetensors"
+    initial = Planner().plan(small_study().runs[0].options).trainer.model.state_dict()
+    save_tensors(weights, initial)
+    study = small_study({"method": "pgd-1", "init_from": str(weights)}, seeds=(0, 1), evaluation=Evaluation(()))
+    first, second = study.runs
+    folder = begun(replace(study, runs=(first,)), tmp_path / "study")
+    save_tensors(weights, {name: 2 * tensor for name, tensor in initial.items()})
+    worker = Worker(study, folder)
+    worker.work_on(second)
+    named = f"{folder.run_path(first)} and {folder.run_path(second)} have different initial weights of {weights}, which"
+    assert worker.refused[second.name].startswith(named)
+    begun(replace(study, runs=(second,)), tmp_path / "study")
+    for run in study.runs:
+        folder.write_record(run, Record(status="done"))
+    with pytest.raises(DeatError, match=re.escape(named)):
+        collect(folder, study.runs)
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_a_run_that_was_extended_is_neither_evaluated_nor_averaged(tmp_path: Path, evaluated: bool) -> None:
+    """As by `deat-rb train --resume RUN --epochs 12`, after its evaluation or before it."""
+    study = small_study(
+        {"method": "pgd-1", "lr_schedule": "flat"}, evaluation=Evaluation(() if evaluated else ("fgsm",))
+    )
+    (run,) = study.runs
+    folder = begun(study, tmp_path / "study")
+    own = RunDirectory.open(folder.run_path(run))
+    own.reconfigure(own.config.extended(12))
+    folder.create()
+    folder.write_record(run, Record(status="done" if evaluated else "trained"))
+    named = f"{own.path} was extended to 12 epochs by --resume, which the study does not describe: move it elsewhere"
+    with pytest.raises(DeatError, match=re.escape(named)):
+        collect(folder, study.runs)
+    worker = Worker(study, folder)
+    worker.work()
+    assert [reason.startswith(named) for reason in worker.refused.values()] == ([] if evaluated else [True])
 
 
 def test_reports_on_other_images_are_not_those_of_the_study(tmp_path: Path) -> None:
