@@ -117,7 +117,8 @@ def evaluate(
         The report, with `Report.verdicts` and `Report.adversarial`.
 
     Raises:
-        DeatError: An argument is invalid, or ``state`` holds a different evaluation.
+        UnusableStoreError: ``state`` holds a different evaluation, or a damaged one.
+        DeatError: An argument is invalid.
         Interrupted: Ctrl-C was pressed; the message says what is stored.
     """
     names = parse_attacks(attacks)
@@ -333,4 +334,5 @@ def _digests(model: nn.Module, images: Tensor | LabeledImages, labels: Tensor) -
 
 
 def _device_name(device: torch.device) -> str:
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    """Return a device's type and name, without its index: the GPUs of a machine that have one name are equal."""
+    return f"{device.type} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type

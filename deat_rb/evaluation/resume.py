@@ -37,6 +37,10 @@ _BATCH = re.compile(r"[0-9a-f]{5,16}\.safetensors")
 _OWN = re.compile(rf"{re.escape(SETTINGS)}|{_BATCH.pattern}|{'|'.join(map(re.escape, LOCK_FILES))}|\..*\.tmp")
 
 
+class UnusableStoreError(DeatError):
+    """The stored results are damaged or of a different evaluation; ``resume=False`` discards them."""
+
+
 class ResumeStore:
     """Per-batch results in a folder; without a folder, nothing is stored.
 
@@ -57,14 +61,14 @@ class ResumeStore:
         """Return the stored result of the batch ``key``, or None.
 
         Raises:
-            DeatError: The file is damaged.
+            UnusableStoreError: The file is damaged.
         """
         if self.folder is None or not (file := self._file(key)).exists():
             return None
         try:
             return load_tensors(file)
         except DeatError as error:
-            raise DeatError(
+            raise UnusableStoreError(
                 f"{error}: the stored results of the evaluation are damaged; start over with --no-resume"
             ) from None
 
@@ -109,8 +113,9 @@ def open_store(folder: str | Path | None, settings: Mapping[str, str], resume: b
         resume: True to require stored batches, False to discard them; None to resume if there are any.
 
     Raises:
-        DeatError: There is nothing to resume, the stored batches belong to another evaluation, another process is using
-            the folder, or the folder is not writable or contains other files.
+        UnusableStoreError: The stored batches belong to another evaluation.
+        DeatError: There is nothing to resume, another process is using the folder, or the folder is not writable or
+            contains other files.
     """
     if folder is None:
         if resume:
@@ -156,8 +161,10 @@ def _prepare(folder: Path, settings: Mapping[str, str], resume: bool | None) -> 
     exists = is_unfinished(folder)
     if exists and resume is not False and (count or resume):
         if differing := _differing(folder, settings):
-            raise DeatError(f"{folder} holds {counted(count, 'batch')} of a different evaluation ({differing}): finish "
-                            "that one first, or start over with --no-resume")  # fmt: skip
+            raise UnusableStoreError(
+                f"{folder} holds {counted(count, 'batch')} of a different evaluation ({differing}): finish that one "
+                "first, or start over with --no-resume"
+            )
         store.message = f"resuming from {counted(count, 'batch')} in {folder}" if count else ""
         return store
     if exists and resume is False:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from deat_rb.cli import main
 from deat_rb.data.datasets import load_data
-from deat_rb.evaluation.evaluate import evaluate
+from deat_rb.evaluation.evaluate import _device_name, evaluate
 from deat_rb.evaluation.report import Report
 from deat_rb.evaluation.resume import ResumeStore, open_store
 from deat_rb.models.spec import build_model
@@ -395,3 +395,9 @@ def wait_until(reached: Callable[[], bool], running: subprocess.Popen[bytes]) ->
         assert running.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_the_index_of_a_gpu_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torchrun each process has an index, without it none; and another of several equal GPUs may continue."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert {_device_name(torch.device(name)) for name in ("cuda", "cuda:0", "cuda:1")} == {"cuda (NVIDIA H200)"}

@@ -18,6 +18,7 @@ from small_runs import identical
 from small_studies import small_study, table_json, work
 from training_problems import ARCH
 
+from deat_rb.evaluation.runner import Progress
 from deat_rb.reproduction.folder import Evaluated, StudyFolder
 from deat_rb.reproduction.planning import Planner
 from deat_rb.reproduction.results import collect
@@ -27,7 +28,7 @@ from deat_rb.runs.directory import RunDirectory
 from deat_rb.runs.train import train
 from deat_rb.training.callbacks import Callback
 from deat_rb.training.metrics import EpochStats
-from deat_rb.utils.errors import UnwritableError
+from deat_rb.utils.errors import Interrupted, UnwritableError
 
 KILLED_AT_WRITE = (1, 2, 5, 8, 3, 6)
 """The file at whose writing each worker is killed: fewer than the study writes, so no worker finishes before."""
@@ -136,6 +137,38 @@ def test_more_images_than_the_digits_500_are_refused_before_training(tmp_path: P
     (reason,) = worker.refused.values()
     assert reason.endswith("= 501 is more than the 500 test images of digits: give at most that many")
     assert not folder.run_path(study.runs[0]).exists()
+
+
+class StoppingInPgd(Silent):
+    """Ends an evaluation in its second attack, as by Ctrl-C."""
+
+    def evaluating(self) -> AbstractContextManager[Progress]:
+        def progress(attack: str, done: int, total: int, robust: int) -> None:
+            if attack == "pgd-2":
+                raise KeyboardInterrupt
+
+        return nullcontext(progress)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_an_unfinished_evaluation_that_cannot_be_resumed_here_begins_again(tmp_path: Path, damaged: bool) -> None:
+    """One begun on another device, or whose stored batches are damaged."""
+    study, folder = small_study(), StudyFolder(tmp_path)
+    with pytest.raises(Interrupted):
+        Worker(study, folder, StoppingInPgd()).work()
+    (state,) = folder.run_path(study.runs[0]).glob("eval-state-*")
+    batches = list(state.glob("*.safetensors"))
+    assert len(batches) == 3  # natural, fgsm and pgd-2: 16 images are one batch
+    if damaged:
+        for batch in batches:
+            batch.write_bytes(b"damaged")
+    else:
+        settings = state / "evaluation.json"
+        settings.write_text(settings.read_text().replace('"device": "cpu"', '"device": "cuda (NVIDIA A100)"'))
+        assert "A100" in settings.read_text()
+    Worker(study, folder).work()
+    assert folder.status(study.runs[0]) == "done"
+    assert not state.exists()
 
 
 def test_a_begun_run_takes_over_changed_options_that_do_not_affect_the_result(tmp_path: Path) -> None:
