@@ -17,7 +17,7 @@ from deat_rb.data.image_folder import ImageFolder
 from deat_rb.data.images import LabeledImages
 from deat_rb.data.normalization import Normalization
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.files import read_json, write_json
+from deat_rb.utils.files import cache_folder, read_json, write_json
 
 Progress = Callable[[int, int], None]
 """Callback that receives the number of decoded images and the total number."""
@@ -125,7 +125,7 @@ class StatisticsCache:
         self._parts = train, test, classes
         self._val = val
         parts = [train, test, *([] if val is None else [val])]
-        self._path = _cache_folder() / f"{_state_key(root, parts, classes)}.json"
+        self._path = cache_folder("statistics") / f"{_state_key(root, parts, classes)}.json"
 
     def read(self) -> DatasetStatistics | None:
         """Return the cached statistics, None if there are none."""
@@ -150,12 +150,6 @@ class StatisticsCache:
             statistics = compute_statistics(*self._parts, val=self._val, progress=progress)
             self.write(statistics)
         return statistics
-
-
-def _cache_folder() -> Path:
-    """Return the cache folder according to the XDG base directory specification."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path(os.path.expanduser("~/.cache"))) / "deat-rb" / "statistics"
 
 
 def _state_key(root: Path, parts: Sequence[ImageFolder], classes: tuple[str, ...]) -> str:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
 from torch import Tensor
 
+from deat_rb.evaluation.report import Report
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import read_json, write_json
 from deat_rb.utils.locks import HELD, exclusive_lock
@@ -101,6 +102,14 @@ class ResumeStore:
 def is_unfinished(folder: Path) -> bool:
     """Return whether a folder holds an unfinished evaluation."""
     return (folder / SETTINGS).is_file()
+
+
+def resume_or_restart(measure: Callable[..., Report]) -> Report:
+    """Return the report of ``measure``; where what it has stored cannot be resumed, discard that and start over."""
+    try:
+        return measure()
+    except UnusableStoreError:
+        return measure(resume=False)
 
 
 @contextmanager

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
@@ -12,11 +15,13 @@ from deat_rb.data.datasets import Dataset
 from deat_rb.evaluation.evaluate import evaluate
 from deat_rb.evaluation.frozen_model import sha256_examples
 from deat_rb.evaluation.report import Check, Report
+from deat_rb.evaluation.resume import resume_or_restart
 from deat_rb.evaluation.statistics import wilson
 from deat_rb.leaderboard.datasets import first_test_examples, images_and_logits
 from deat_rb.leaderboard.entry import ATTACKS, Accuracy
 from deat_rb.leaderboard.submission import Submission
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.files import cache_folder
 from deat_rb.utils.safe_load import sha256_tensors
 from deat_rb.utils.text import counted
 from deat_rb.utils.units import format_fraction
@@ -136,7 +141,8 @@ def evaluate_fully(submission: Submission, n_examples: int | None, **options: An
     """Evaluate a submission on the first ``n_examples`` test images, by default on all; return fields of its entry.
 
     Checks that need no attack and the claimed natural accuracy come first, so that a network that is not what its
-    submission says is refused before the attacks, which take hours.
+    submission says is refused before the attacks, which take hours. The attacks' results are kept in the user's cache
+    folder until all have ended: after an interruption, the same submission continues.
 
     Raises:
         DeatError: A check fails, or the measurement contradicts the submission's ``model_info``.
@@ -144,12 +150,20 @@ def evaluate_fully(submission: Submission, n_examples: int | None, **options: An
     images, labels = first_test_examples(submission.data, n_examples, logit_of_class=submission.logit_of_class)
     claimed = submission.claimed
     natural = {attack: accuracy for attack, accuracy in claimed.items() if attack == "natural"}
-    for attacks, claims in (ATTACKS[:1], natural), (ATTACKS[1:], claimed):
-        report = evaluate(submission.model, images, labels, attacks=attacks, eps=submission.eps, norm=submission.norm,
-                          checks="quick", keep_adversarial=False, **options)  # fmt: skip
+    measure = partial(evaluate, submission.model, images, labels, eps=submission.eps, norm=submission.norm,
+                      checks="quick", keep_adversarial=False, **options)  # fmt: skip
+    for attacks, claims, state in (ATTACKS[:1], natural, None), (ATTACKS[1:], claimed, _state(submission)):
+        report = resume_or_restart(partial(measure, attacks=attacks, state=state))
         refuse_failed(report.checks, str(submission.source))
         compare_claim(claims, report, f"the model_info of {submission.source}")
     return _entry_fields(report, report.checks)
+
+
+def _state(submission: Submission) -> Path | None:
+    """Return the folder for the unfinished evaluation of these weights; None if it cannot be written."""
+    folder = cache_folder("submissions") / submission.weights_sha256[:16]
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return folder if os.access(existing, os.W_OK) else None
 
 
 def verify_claim(submission: Submission, n_examples: int | None, sample: int, **options: Any) -> dict[str, Any]:

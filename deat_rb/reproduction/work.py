@@ -15,7 +15,7 @@ import torch
 from deat_rb.eval_target import open_target
 from deat_rb.evaluation.evaluate import evaluate
 from deat_rb.evaluation.report import Report
-from deat_rb.evaluation.resume import UnusableStoreError
+from deat_rb.evaluation.resume import resume_or_restart
 from deat_rb.evaluation.runner import Progress
 from deat_rb.evaluation.store import store_report
 from deat_rb.reproduction.folder import Evaluated, Record, StudyFolder
@@ -248,16 +248,13 @@ class Worker:
                          training=summary(RunDirectory.open(path)))  # fmt: skip
 
         with self.listener.evaluating() as progress:
-            measure = partial(
+            # One begun on another device or with other versions starts over: it is hours, but the run is days.
+            report = resume_or_restart(partial(
                 evaluate,
                 target.model, images, labels, attacks=attacks, eps=target.eps, norm=target.norm, device=device,
                 checks="quick", state=_state(path, attacks, asked), progress=progress, finish=finish,
                 provenance={**target.provenance, "command": eval_command(run, self.folder.runs, attacks, asked)},
-            )  # fmt: skip
-            try:
-                report = measure()
-            except UnusableStoreError:  # begun on another device or with other versions: hours, but the run is days
-                report = measure(resume=False)
+            ))  # fmt: skip
         if device.type == "cuda":
             torch.cuda.empty_cache()
         # natural accuracy is part of every report

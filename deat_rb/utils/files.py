@@ -122,3 +122,9 @@ def read_bytes(path: Path | str) -> bytes:
 def sha256_file(path: Path | str) -> str:
     """Return the SHA-256 of a file as a hexadecimal string."""
     return hashlib.sha256(read_bytes(path)).hexdigest()
+
+
+def cache_folder(name: str) -> Path:
+    """Return the user's cache folder for ``name`` according to the XDG base directory specification."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path(os.path.expanduser("~/.cache"))) / "deat-rb" / name

@@ -10,7 +10,7 @@ from short_autoattack import shorten
 
 from deat_rb.evaluation.report import Check
 from deat_rb.leaderboard.board import Board
-from deat_rb.utils.errors import DeatError
+from deat_rb.utils.errors import DeatError, Interrupted
 
 
 def test_evaluate_sample_draws_new_examples_from_the_claimed_ones(
@@ -56,6 +56,34 @@ def test_evaluate_fully_runs_the_real_attacks(tmp_path: Path, board: Board, monk
     images, labels = digits().test.first(4).tensors()
     assert entry.figures["natural"].n_correct == int((network()(images).argmax(1) == labels).sum())
     assert {check.name for check in entry.checks} >= {"deterministic", "gradients present", "model unchanged"}
+
+
+@pytest.mark.slow
+def test_submit_continues_an_interrupted_evaluation(
+    tmp_path: Path, board: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten(monkeypatch, iterations=2, queries=2)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run = make_run(tmp_path / "run", evaluated=False)
+    said: list[str] = []
+
+    class Listener:
+        def __init__(self, stop_at: str) -> None:
+            self.stop_at = stop_at
+
+        def __call__(self, attack: str, done: int, total: int, correct: int) -> None:
+            if attack == self.stop_at:
+                raise KeyboardInterrupt
+
+        def say(self, sentence: str) -> None:
+            said.append(sentence)
+
+    with pytest.raises(Interrupted, match=r"stored in .*deat-rb.submissions"):
+        submit(board, run, n_examples=4, progress=Listener("cw-20"))
+    assert not board.path.exists()
+    assert submit(board, run, n_examples=4, progress=Listener("")).n_examples == 4
+    assert [sentence.partition(" batch")[0] for sentence in said] == ["resuming from 1"]  # no image is classified right
+    assert list((tmp_path / "cache/deat-rb/submissions").iterdir()) == []
 
 
 @pytest.mark.parametrize("measured", [0.4, 0.41])
