@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 2
 
+TOLERANCE = 1e-9
+"""Rounding that is tolerated in the accuracies of a file."""
+
 CHECK_LEVELS = ("none", "quick", "full")
 
 SKIPPED = "skipped"
@@ -322,10 +325,32 @@ class Report(BaseModel):
             if name != each.name:
                 return f"stores the result of {each.name} under the name {name}"
             possible = 0 <= each.n_correct <= each.n_examples == self.n_examples > 0
-            if not possible or abs(each.accuracy - each.n_correct / each.n_examples) > 1e-9:
+            if not possible or not _close(each.accuracy, each.n_correct / each.n_examples):
                 return (f"claims {100 * each.accuracy:.2f} % under {name} with {each.n_correct} of {each.n_examples} "
                         f"correct on {counted(self.n_examples, 'example', '')}, which is inconsistent")  # fmt: skip
+            low, high = wilson(each.n_correct, each.n_examples)
+            if not (_close(each.low, low) and _close(each.high, high)):
+                return (f"claims the interval {100 * each.low:.2f} to {100 * each.high:.2f} % under {name} instead of "
+                        f"{100 * low:.2f} to {100 * high:.2f} %")  # fmt: skip
+        for point in self.curve:
+            if not self._agrees_with(point):
+                return f"has accuracies at eps {format_fraction(point.eps)} that contradict its counts or results"
         return ""
+
+    def _agrees_with(self, point: CurvePoint) -> bool:
+        """Return whether a point's accuracies follow from its counts, and at the main radius from the results."""
+        correct = {name: each.n_correct for name, each in self.results.items()}
+        if not point.n_correct.keys() == point.accuracy.keys() == correct.keys():
+            return False
+        if point.eps == self.eps and not (
+            point.n_correct == correct and _close(point.worst_case, self.worst_case.accuracy)
+        ):
+            return False
+        shares = {name: count / self.n_examples for name, count in point.n_correct.items()}
+        return (
+            all(0 <= share <= 1 and _close(point.accuracy[name], share) for name, share in shares.items())
+            and 0 <= point.worst_case <= min(shares.values()) + TOLERANCE
+        )
 
     def __str__(self) -> str:
         """Return the table as text."""
@@ -354,6 +379,11 @@ class Report(BaseModel):
                 *(text(result) for text in usage.values()),
             )
         return table
+
+
+def _close(value: float, expected: float) -> bool:
+    """Return whether two values in [0, 1] are equal up to rounding."""
+    return abs(value - expected) <= TOLERANCE
 
 
 def _total(values: Sequence[float | None]) -> float | None:

@@ -72,6 +72,13 @@ def test_report_load_refuses(tmp_path: Path) -> None:
             "claims 90.00 % under natural with 4 of 5 correct on 5",
         ),
         ({"n_examples": 4}, "claims 80.00 % under natural with 4 of 5 correct on 4"),
+        # Wilson's interval with z = 1.96: (4 + z^2 / 2) / (5 + z^2) = 0.6697, and z / (5 + z^2) sqrt(4 / 5 + z^2 / 4)
+        # = 0.2941 on both sides of it.
+        (
+            {"results": {"natural": natural | {"low": 0.7}}},
+            "claims the interval 70.00 to 96.38 % under natural instead of 37.55 to 96.38 %",
+        ),
+        ({"worst_case": content["worst_case"] | {"high": 1.0}}, "claims the interval .* to 100.00 % under worst case"),
     ):
         file.write_text(json.dumps(content | wrong))
         with pytest.raises(DeatError, match=f"eval.json {sentence}.*; evaluate again$"):
@@ -92,7 +99,9 @@ def test_report_load_refuses(tmp_path: Path) -> None:
 def test_report_load_checks_the_worst_case_against_the_verdicts(tmp_path: Path) -> None:
     file = report_of(natural=NATURAL, fgsm=FGSM, cw=CW).save(tmp_path)
     content = json.loads(file.read_text())
-    content["worst_case"] |= {"n_correct": 3, "accuracy": 0.6}
+    content["worst_case"] |= {
+        name: content["results"]["fgsm"][name] for name in ("n_correct", "accuracy", "low", "high")
+    }
     file.write_text(json.dumps(content))
     with pytest.raises(DeatError, match=r"the worst case of .* does not match its verdicts; evaluate again$"):
         Report.load(file)
@@ -118,7 +127,7 @@ def test_curve_point_of_counts_verdicts() -> None:
 
 def test_report_saves_curve_checks_and_notes(tmp_path: Path) -> None:
     added = {
-        "curve": (CurvePoint.of(0.0, {"natural": NATURAL}), CurvePoint.of(0.1, {"natural": NATURAL})),
+        "curve": tuple(CurvePoint.of(eps, {"natural": NATURAL, "fgsm": FGSM}) for eps in (0.0, 0.1)),
         "checks": (Check(name="a", status="warn", figure=None, sentence="b"),),
         "notes": ("a note on all",),
         "norm": "L2",
@@ -128,6 +137,30 @@ def test_report_saves_curve_checks_and_notes(tmp_path: Path) -> None:
     again = Report.load(report.save(tmp_path))
     assert again.model_dump() == report.model_dump()
     assert again.curve[1].eps == 0.1
+
+
+@pytest.mark.parametrize(
+    ("place", "changed"),
+    [
+        (0, {"n_correct": {"natural": 4, "fgsm": 4}}),
+        (0, {"accuracy": {"natural": 0.8, "fgsm": 0.8}}),
+        (0, {"n_correct": {"natural": 4, "fgsm": -1}, "accuracy": {"natural": 0.8, "fgsm": -0.2}}),
+        (0, {"worst_case": 0.8}),
+        (0, {"accuracy": {"natural": 0.8}}),
+        (1, {"n_correct": {"natural": 4, "fgsm": 4}, "accuracy": {"natural": 0.8, "fgsm": 0.8}}),
+        (1, {"worst_case": 0.4}),
+    ],
+)
+def test_report_load_checks_the_curve(place: int, changed: dict[str, Any], tmp_path: Path) -> None:
+    verdicts = {"natural": NATURAL, "fgsm": FGSM}
+    points = tuple(CurvePoint.of(eps, verdicts) for eps in (0.05, 0.1))
+    file = report_of(**verdicts).model_copy(update={"curve": points}).save(tmp_path)
+    assert Report.load(file).curve == points
+    content = json.loads(file.read_text())
+    content["curve"][place] |= changed
+    file.write_text(json.dumps(content))
+    with pytest.raises(DeatError, match=r"eval.json has accuracies at eps .* that contradict its counts or results; "):
+        Report.load(file)
 
 
 def test_json_schema_accepts_a_saved_report(tmp_path: Path) -> None:
