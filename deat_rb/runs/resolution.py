@@ -25,7 +25,13 @@ from deat_rb.runs.trackers import check_trackers
 from deat_rb.training.checks import check_requirements
 from deat_rb.training.options import check_optim, optimizer_defaults
 from deat_rb.utils import seeding
-from deat_rb.utils.devices import check_cuda_graphs, check_sync_bn, resolve_device, resolve_precision
+from deat_rb.utils.devices import (
+    check_cuda_graphs,
+    check_outside_autocast,
+    check_sync_bn,
+    resolve_device,
+    resolve_precision,
+)
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.options import OPEN, validate
 from deat_rb.utils.threads import thread_count
@@ -55,6 +61,7 @@ def resolve(options: TrainOptions) -> TrainOptions:
             f"--device {device_name} is a single device for {ranks} ranks; omit it to use one device per rank"
         )
     device = resolve_device(device_name)
+    check_outside_autocast(device)
     check_sync_bn(options.runtime.sync_bn, device)
     check_cuda_graphs(options.runtime.cuda_graphs, device, ranks)
     network = options.model

@@ -22,6 +22,7 @@ from deat_rb.training.place import Place
 from deat_rb.training.schedule import Constant, Schedule
 from deat_rb.training.stopping_rule import StoppingRule
 from deat_rb.training.surrogate_loss import SurrogateLoss
+from deat_rb.utils.devices import check_outside_autocast
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.module_state import require_autograd
 from deat_rb.utils.units import is_whole_number
@@ -273,8 +274,8 @@ class TrainerBase(StatelessAttack):
         """Check that a training step is possible here; return the engine, by default that of `training_step`.
 
         Raises:
-            DeatError: Gradients are disabled, or `set_normalization_used` was called, so that the model does not take
-                images in [0, 1].
+            DeatError: Gradients are disabled, autocast is enabled outside of the step, or `set_normalization_used` was
+                called, so that the model does not take images in [0, 1].
         """
         if self.normalization_used is not None or self.crafter.normalization_used is not None:
             raise DeatError(
@@ -282,7 +283,9 @@ class TrainerBase(StatelessAttack):
                 "model, as deat_rb.build_model does, instead of calling set_normalization_used"
             )
         require_autograd("training", grad_mode=True)
-        return engine or Engine(images.device)
+        engine = engine or Engine(images.device)
+        check_outside_autocast(engine.device)
+        return engine
 
     def check_attack(self, images: Tensor) -> None:
         """Validate the attack on a few images before training; the model's state is preserved.

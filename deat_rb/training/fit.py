@@ -23,7 +23,7 @@ from deat_rb.training.options import OptimConfig, RuntimeConfig, check_optim, op
 from deat_rb.training.run_store import RunStore
 from deat_rb.training.state import TrainingState
 from deat_rb.utils import seeding
-from deat_rb.utils.devices import resolve_device, resolve_precision
+from deat_rb.utils.devices import check_outside_autocast, resolve_device, resolve_precision
 from deat_rb.utils.distributed import world
 from deat_rb.utils.errors import DeatError, did_you_mean
 from deat_rb.utils.options import OPEN, validate
@@ -85,6 +85,7 @@ def fit(
     check_fit(trainer.model)
     check_requirements(type(trainer), trainer.attack, compiled=runtime.compile, open_ended=optim.epochs == OPEN)
     target = resolve_device(runtime.device if "device" in given else str(next(trainer.model.parameters()).device))
+    check_outside_autocast(target)
     ranks = world(cpu=target.type == "cpu")
     precision = resolve_precision(runtime.precision, target)
     engine = Engine(

@@ -80,6 +80,24 @@ def check_cuda_graphs(setting: str, device: torch.device, ranks: int) -> None:
         raise DeatError(f"--cuda-graphs on needs a single rank, not {ranks}; use --cuda-graphs auto")
 
 
+def check_outside_autocast(device: torch.device) -> None:
+    """Check that training is not called inside `torch.autocast`, which casts each weight only once, until its end.
+
+    Raises:
+        DeatError: Autocast is enabled for the device.
+    """
+    if _in_autocast(device):
+        raise DeatError(
+            "training chooses its precision itself, and torch.autocast would keep copies of the weights from before "
+            "their updates: call it outside autocast, with precision='bf16' for fit and train, or "
+            "engine=Engine(device, 'bf16') for training_step"
+        )
+
+
+def _in_autocast(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def default_batch_size(device: torch.device) -> int:
     """Return the default number of images that are attacked together: 500 on a GPU, otherwise 128."""
     return 500 if device.type == "cuda" else 128
@@ -94,8 +112,8 @@ def uses_tf32(device: torch.device) -> bool:
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
     """Compute in float32: without autocast, and on a GPU without TF32, whose products have 10 bits of precision."""
-    autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    with torch.autocast(device.type, enabled=False) if autocast else nullcontext(), _without_tf32(device):
+    autocast = torch.autocast(device.type, enabled=False) if _in_autocast(device) else nullcontext()
+    with autocast, _without_tf32(device):
         yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from deat_rb.methods import AttackTrainer
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.training import Callback
 from deat_rb.training.checks import InputFlags
+from deat_rb.training.engine import Engine
 from deat_rb.training.state import TrainingState
 from deat_rb.utils.errors import DeatError
 
@@ -163,6 +165,22 @@ def test_fit_refuses_disabled_gradients_by_name(context: Any) -> None:
     trainer = deat_rb.create("pgd-1", made())
     with context(), pytest.raises(DeatError, match=rf"torch\.{context.__name__}\(\) disables: call fit outside of it"):
         trainer.fit(loader(), epochs=1)
+
+
+def test_training_is_refused_inside_autocast(tmp_path: Path) -> None:
+    """Autocast keeps the casts of weights until its outermost region ends, so that updates would have no effect."""
+    trainer = deat_rb.create("free-2", made())
+    optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
+    before = weights(trainer.model)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(DeatError, match="call it outside autocast, with precision='bf16' for fit"):
+            trainer.fit(loader(), epochs=1)
+        with pytest.raises(DeatError, match=r"engine=Engine\(device, 'bf16'\) for training_step"):
+            trainer.training_step(IMAGES, LABELS, optimizer, Engine("cpu", "bf16"))
+        with pytest.raises(DeatError, match="call it outside autocast"):
+            deat_rb.train({"dataset": "digits", "method": "pgd-1"}, output=tmp_path / "runs")
+    assert equal(weights(trainer.model), before)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_fit_takes_images_created_in_inference_mode() -> None:
