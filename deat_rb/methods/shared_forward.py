@@ -82,7 +82,7 @@ class SharedForwardTrainer(Trainer):
         """Generate adversarial examples from a `fresh_start`, without updating the weights."""
         images, labels = self.begin_attack(inputs, labels)
         start = self.fresh_start(images, labels)
-        adv: Tensor = self.crafter.craft(images, labels, adv=start)[0]
+        adv: Tensor = self.crafter.threat.ascend(start, images, self.loss_gradient(start, labels), self.crafter.alpha)
         return adv
 
     def training_step(

@@ -272,9 +272,10 @@ class ReplayTrainer(Trainer):
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """Generate adversarial examples with the replays' steps, without updating the weights."""
-        images = inputs.detach().to(self.device)
-        self.crafter.enter_mode()
-        adv: Tensor = self.crafter.craft(images, labels, adv=self.initialize(images))[0]
+        images, labels = self.begin_attack(inputs, labels)
+        adv = self.initialize(images)
+        for _ in range(self.steps):
+            adv = self.crafter.threat.ascend(adv, images, self.loss_gradient(adv, labels), self.crafter.alpha)
         return adv
 
     def training_step(

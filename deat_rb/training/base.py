@@ -9,6 +9,7 @@ from copy import deepcopy
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torchattacks.attack import Attack
@@ -269,6 +270,12 @@ class TrainerBase(StatelessAttack):
             raise DeatError(NEEDS_LABELS)
         self.crafter.enter_mode()
         return inputs.detach().to(self.device), labels.to(self.device)
+
+    def loss_gradient(self, adv: Tensor, labels: Tensor) -> Tensor:
+        """Return the gradient of the surrogate loss with respect to its input ``adv``, (N, C, H, W)."""
+        adv = adv.detach().requires_grad_()
+        loss = self.loss.function(self.crafter.get_logits(adv), labels).sum()
+        return torch.autograd.grad(loss, adv)[0]
 
     def begin_step(self, images: Tensor, engine: Engine | None) -> Engine:
         """Check that a training step is possible here; return the engine, by default that of `training_step`.

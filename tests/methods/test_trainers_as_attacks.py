@@ -125,6 +125,20 @@ def test_trainer_repr_is_one_line() -> None:
         assert len(text) < 1500
 
 
+@pytest.mark.parametrize("name", ["free-1", "fgsm-pgi"])
+def test_a_call_ascends_the_smoothed_loss_as_training_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step of eps along the sign of torch's own smoothed cross-entropy, from the clean images."""
+    images, labels = images_and_labels(12)
+    model = made().eval()
+    trainer = deat_rb.create(name, model, eps=0.1, alpha=0.1, label_smoothing=0.8)
+    monkeypatch.setattr(trainer, "fresh_start", lambda images, labels: images, raising=False)
+    point = images.clone().requires_grad_()
+    nn.CrossEntropyLoss(label_smoothing=0.8)(model(point), labels).backward()
+    assert point.grad is not None
+    expected = (images + 0.1 * point.grad.sign()).clamp(0, 1)
+    assert torch.allclose(trainer(images, labels), expected, atol=1e-6)
+
+
 class LeavesGraph(torchattacks.FGSM):
     """Returns images with a graph, as torchattacks' APGD does, which the update's backward must not traverse."""
 
