@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from deat_rb.training.metrics import EpochStats
+
 TEXT = (Path(__file__).parents[2] / "docs" / "training_loop.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
@@ -20,6 +22,18 @@ def test_training_step_loop_of_the_docs_raises_the_steps(capsys: pytest.CaptureF
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(",")[0] for line in lines] == ["epoch 1: steps 1", "epoch 2: steps 2", "epoch 3: steps 2"]
     assert names["optimizer"].state
+
+
+@pytest.mark.slow
+def test_training_step_loop_of_the_docs_warms_up() -> None:
+    """Of 256 images in batches of 64, PGD-1 takes 4 * 2 backward passes, and AWP one more in each batch."""
+    method = 'create("pgd-1", model, eps=0.1, awp=0.005, awp_warmup=1)'
+    block = (
+        BLOCKS[0].replace('create("m-deat", model, eps=0.1)', method).replace("    print(", "    rows.append(row)  # ")
+    )
+    rows: list[EpochStats] = []
+    exec(compile(block, "training_loop.md", "exec"), {"rows": rows})
+    assert [row.backwards for row in rows] == [8, 12, 12]
 
 
 def test_fabric_loop_of_the_docs_trains(capsys: pytest.CaptureFixture[str]) -> None:
