@@ -62,6 +62,7 @@ class Loop:
         trainer.set_device(state.engine.device)
         validation = None
         if val_loader is not None:
+            seeding.seed_global(state.seed, "validation")  # for loaders that shuffle or augment
             validation = materialize(BatchChecker(trainer, state.engine, validation=True), val_loader)
         rule = trainer.stopping
         if rule is not None and rule.validation_steps and validation is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torchattacks
 from fits import equal, fitted, weights
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
-from training_problems import images_and_labels, loader, made, used
+from training_problems import Batch, images_and_labels, loader, made, used
 
 import deat_rb
 import deat_rb.methods
@@ -60,6 +61,25 @@ def test_fit_seed_fixes_everything(name: str) -> None:
     torch.manual_seed(2)
     assert equal(fitted(name, data, seed=3), first)
     assert not equal(fitted(name, data, seed=4), first)
+
+
+def test_fit_seed_fixes_the_order_of_shuffled_validation_images() -> None:
+    """Their random starts, and which of them a stopping rule attacks, depend on it."""
+    shuffled, orders = (
+        DataLoader(TensorDataset(*images_and_labels(24)), batch_size=6, shuffle=True),
+        list[list[float]](),
+    )
+
+    def noted() -> Iterator[Batch]:
+        orders.append([])
+        for images, labels in shuffled:
+            orders[-1] += images[:, 0, 0, 0].tolist()
+            yield images, labels
+
+    for state, seed in ((1, 3), (2, 3), (2, 4)):
+        torch.manual_seed(state)
+        fitted("pgd-1", val_loader=noted(), seed=seed)
+    assert orders[0] == orders[1] != orders[2]
 
 
 def test_fit_restores_global_generators() -> None:
