@@ -16,6 +16,7 @@ import torch
 from deat_rb.data.batches import Batches
 from deat_rb.data.datasets import Dataset
 from deat_rb.data.images import interleave_classes
+from deat_rb.data.validation_images import ValidationImages
 from deat_rb.models.names import check_trust
 from deat_rb.runs.config import RunConfig
 from deat_rb.runs.curve_test import CurveTest
@@ -212,7 +213,7 @@ def _fit(planned: TrainingPlan, run: RunDirectory, callbacks: Sequence[Callback]
         return fit(
             planned.trainer,
             batches,
-            Batches(interleave_classes(planned.val).in_memory(), batch_size, device=device),
+            ValidationImages(interleave_classes(planned.val), device),
             run=run,
             resume=resume,
             callbacks=[*curve, *callbacks, *trackers],

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from deat_rb.data.validation_images import ValidationImages
 from deat_rb.training.base import Batch
 from deat_rb.training.checks import BatchChecker
 from deat_rb.utils import seeding
@@ -17,6 +19,9 @@ from deat_rb.utils.errors import DeatError
 from deat_rb.utils.text import counted
 
 Check = Callable[[Any, int], Batch]
+
+HeldOut = tuple[Tensor | ValidationImages, Tensor]
+"""Validation images and their labels."""
 
 
 def check_loader(loader: Iterable[Any], name: str) -> None:
@@ -135,12 +140,15 @@ def _seeded(batches: Iterator[Any], epoch: int, first: int, seed: int) -> Iterat
             yield batch
 
 
-def materialize(checker: BatchChecker, loader: Iterable[Any]) -> Batch:
-    """Return all images and labels of a validation loader as one batch on the device.
+def materialize(checker: BatchChecker, loader: Iterable[Any]) -> HeldOut:
+    """Return all images and labels of a validation loader as one batch on the device; `ValidationImages` as they are.
 
     Raises:
         DeatError: The loader yields no batch, or the batches are invalid.
     """
+    if isinstance(loader, ValidationImages):
+        checker.check_model(loader[:2], loader.labels, "the validation images")
+        return loader, loader.labels
     check_loader(loader, checker.name)
     batches = [
         checker.check_values(batch, f"validation batch {number}") for number, batch in enumerate(loader, start=1)

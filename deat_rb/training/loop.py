@@ -14,7 +14,7 @@ from deat_rb.attacks.gradient_probe import lipschitz_lower_bound
 from deat_rb.training.base import Batch
 from deat_rb.training.callbacks import Action, Callback
 from deat_rb.training.checks import BatchChecker, BatchError, check_positions
-from deat_rb.training.dataloading import Loader, check_loader, count_batches, epoch_batches, materialize, shard
+from deat_rb.training.dataloading import HeldOut, Loader, check_loader, count_batches, epoch_batches, materialize, shard
 from deat_rb.training.engine import explain_nondeterminism
 from deat_rb.training.history import History
 from deat_rb.training.lr import LearningRate, rate_of, set_momentum, set_rate
@@ -123,7 +123,7 @@ class Loop:
             self.state.world.abandon()
             raise
 
-    def _train(self, loader: Loader, validation: Batch | None) -> None:
+    def _train(self, loader: Loader, validation: HeldOut | None) -> None:
         state, trainer = self.state, self.state.trainer
         while state.epoch <= state.epochs and state.history.stopped is None:
             row = self._train_epoch(loader)
@@ -289,7 +289,7 @@ class Loop:
             processes=state.world.size,
         )
 
-    def _validate(self, row: EpochStats, batch: Batch | None) -> EpochStats:
+    def _validate(self, row: EpochStats, batch: HeldOut | None) -> EpochStats:
         state, rule = self.state, self.state.trainer.stopping
         due = row.epoch % self.validate_every == 0 or row.epoch == state.epochs
         if batch is None or not (due or (rule is not None and rule.validation_steps)):

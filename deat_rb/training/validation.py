@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from deat_rb.attacks.functional import pgd
 from deat_rb.attacks.losses import cross_entropy
 from deat_rb.attacks.threat_models import check_norm, threat_model
-from deat_rb.training.base import Batch
+from deat_rb.data.validation_images import ValidationImages
+from deat_rb.training.dataloading import HeldOut
 from deat_rb.training.metrics import EpochStats
 from deat_rb.training.signals import StopRequests
 from deat_rb.training.state import TrainingState
@@ -60,7 +61,7 @@ class Validation(NamedTuple):
 
 def validate(
     model: nn.Module,
-    images: Tensor,
+    images: Tensor | ValidationImages,
     labels: Tensor,
     *,
     eps: float,
@@ -74,7 +75,7 @@ def validate(
 
     Args:
         model: Model for images in [0, 1]; it is run in eval mode on its device and restored afterwards.
-        images: In [0, 1], (N, C, H, W).
+        images: In [0, 1], (N, C, H, W), or `ValidationImages`, which are read in parts.
         labels: (N,).
         eps: Radius, in [0, 1] pixel units.
         norm: ``Linf`` or ``L2``.
@@ -155,7 +156,7 @@ def has_collapsed(predicted: int, labelled: int, count: int) -> bool:
 
 
 def validate_epoch(
-    state: TrainingState, row: EpochStats, batch: Batch, requests: StopRequests, *, only_rule: bool = False
+    state: TrainingState, row: EpochStats, batch: HeldOut, requests: StopRequests, *, only_rule: bool = False
 ) -> EpochStats:
     """Return the metrics of an epoch with the validation accuracies, or with ``only_rule`` those of the stopping rule.
 
@@ -168,8 +169,8 @@ def validate_epoch(
 
     def attacked(count: int | None = None, steps: int = 20) -> Validation:
         with state.engine.autocast():  # of its own, because autocast caches the weights that it has cast
-            return validate(state.model, images[:count], labels[:count], steps=steps, eps=state.trainer.eps,
-                            norm=state.trainer.norm, seed=state.seed)  # fmt: skip
+            return validate(state.model, images if count is None else images[:count], labels[:count], steps=steps,
+                            eps=state.trainer.eps, norm=state.trainer.norm, seed=state.seed)  # fmt: skip
 
     with requests.at_once(), state.engine.eager(state.model):
         if not only_rule:

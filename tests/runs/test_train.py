@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from small_runs import SMALL, identical, planned
 
 import deat_rb
 from deat_rb.data.datasets import Dataset, load_data
+from deat_rb.data.image_folder import ImageFolder
+from deat_rb.data.images import ImageSet
 from deat_rb.runs.options import make_options, read_options
 from deat_rb.runs.plots import plot_curves
 from deat_rb.runs.train import train, train_seeds
@@ -46,6 +49,28 @@ def test_train_repeats_a_config_json_bit_for_bit(tmp_path: Path) -> None:
     assert identical(first, again)
     other, _ = train({**options, "seed": 6}, output=tmp_path / "b")
     assert not identical(first, other)
+
+
+@pytest.mark.usefixtures("without_curves")
+def test_train_leaves_validation_images_in_their_files(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = shutil.copytree(image_folder, tmp_path / "data")
+    shutil.copytree(data / "test", data / "val")
+    options = {**SMALL, "dataset": "folder", "data_dir": str(data), "train_size": None, "val_size": None,
+               "method": "u-fgsm", "batch_size": 24, "epochs": 1}  # fmt: skip
+    _, held = train(options, output=tmp_path, name="held")
+
+    in_memory = ImageFolder.in_memory
+
+    def load(self: ImageFolder) -> ImageSet:
+        assert len(self) <= 8, "only the images of a trial are loaded"
+        return in_memory(self)
+
+    monkeypatch.setattr(ImageFolder, "in_memory", load)
+    _, read = train({**options, "memory_limit": 0}, output=tmp_path, name="read")
+    for name in ("loss", "val_acc", "val_robust_acc", "stop_robust_acc"):
+        assert getattr(read.rows[0], name) == getattr(held.rows[0], name)
 
 
 @pytest.mark.usefixtures("without_curves")
