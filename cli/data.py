@@ -136,6 +136,7 @@ def split(folder: Path, test: float, seed: int, by_group: str | None, output: Pa
     neither moved nor changed.
     """
     from deat_rb.data.folder_split import split_folder
+    from deat_rb.data.image_files import describe_left_out
     from deat_rb.utils.text import as_text, counted, new_table, printable
 
     with ImageProgress("decoded") as progress:
@@ -149,6 +150,8 @@ def split(folder: Path, test: float, seed: int, by_group: str | None, output: Pa
     totals = [sum(numbers) for numbers in zip(*done.counts.values(), strict=True)]
     table.add_row("all", *(f"{total:,}" for total in totals))
     click.echo(as_text(table))
+    if skipped := describe_left_out(done.left_out):
+        click.echo(skipped)
     kept = f"; {counted(done.identical, 'image')} with identical ones, kept in the same part" if done.identical else ""
     grouped = f"; {counted(done.groups, 'group')}" if by_group else ""
     click.echo(f"{done.output}: {100 * totals[1] / sum(totals):.1f} % test images{grouped}{kept}")

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deat_rb.data.folder_layout import FolderLayout, check_classes, folder_layout
+from deat_rb.data.folder_layout import FolderLayout, check_classes, folder_layout, is_split
 from deat_rb.data.image_files import ImageLister
 from deat_rb.data.image_folder import decoding_pool, open_image
 from deat_rb.data.statistics import Progress
@@ -119,7 +119,8 @@ def folder_info(root: str | Path, *, progress: Progress | None = None) -> Folder
         raise DeatError(f"{root} does not exist or is not a folder: give a folder of images")
     problems: list[str] = []
     lister = ImageLister(lambda problem: problems.append(str(problem)))
-    layout = folder_layout(root) if (root / "train").is_dir() else None
+    names = ImageLister().class_names(root)
+    layout = folder_layout(root) if "train" in names and is_split(names) else None
     folders = {"all": root} if layout is None else layout.parts()
     files = {part: lister.classes(folder) for part, folder in folders.items()}
     if not any(files.values()):

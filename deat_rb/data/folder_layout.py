@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import stat
 import unicodedata
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,14 +57,20 @@ def folder_layout(root: Path) -> FolderLayout:
     if len(validation) > 1:
         raise DeatError(f"--data-dir {root} has the folders {' and '.join(validation)}: keep only one of them")
     val = root / validation[0] if validation else None
+    needed = f"it must contain {LAYOUT}; deat-rb data split makes them from <class>/*"
     if not _is_folder(root / "train"):
-        raise DeatError(f"--data-dir {root} has no folder train: it must contain {LAYOUT}; deat-rb data split makes "
-                        "them from <class>/*")  # fmt: skip
+        raise DeatError(f"--data-dir {root} has no folder train: {needed}")
     if _is_folder(root / "test"):
         return FolderLayout(root / "train", root / "test", val)
     if val is None:
-        raise DeatError(f"--data-dir {root} has no folder test: it must contain {LAYOUT}")
+        raise DeatError(f"--data-dir {root} has no folder test: {needed}")
     return FolderLayout(root / "train", val)
+
+
+def is_split(names: Collection[str]) -> bool:
+    """Return whether folders of these names are parts, not classes; a class beside others may be named train."""
+    parts = {"train", "test", *VALIDATION} & {*names}
+    return bool(parts) and (parts != {"train"} or len(names) == 1)
 
 
 def _is_folder(path: Path) -> bool:
@@ -83,9 +90,13 @@ def check_classes(files: Mapping[str, Mapping[str, object]], layout: FolderLayou
         layout: The folders of the parts.
 
     Raises:
-        DeatError: A class is in only one part, or there are fewer than two.
+        DeatError: A class is in only one part or in two folders, or there are fewer than two.
     """
     train, folders = files["train"], layout.parts()
+    for name, count in Counter(unicodedata.normalize("NFC", name) for name in train).items():
+        if count > 1:
+            raise DeatError(f"{folders['train']} has the class '{name}' twice, in different Unicode normalization "
+                            "forms (NFC, NFD): move the images into one folder")  # fmt: skip
     for part in files:
         differing = sorted(train.keys() ^ files[part].keys())
         if differing:

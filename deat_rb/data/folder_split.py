@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from deat_rb.data.folder_info import inspect
-from deat_rb.data.folder_layout import VALIDATION
+from deat_rb.data.folder_layout import VALIDATION, is_split
 from deat_rb.data.image_files import ImageLister
 from deat_rb.data.statistics import Progress
 from deat_rb.utils.errors import DeatError, UnwritableError
@@ -30,12 +30,14 @@ class Split:
         counts: Number of training and of test images of each class.
         groups: Number of groups of images that were kept together.
         identical: Number of images that are identical to another one, and are therefore in the same part.
+        left_out: Number of skipped files by reason, as of `ImageLister`.
     """
 
     output: Path
     counts: dict[str, tuple[int, int]]
     groups: int
     identical: int
+    left_out: Counter[str]
 
 
 def split_folder(
@@ -69,7 +71,7 @@ def split_folder(
     """
     root = Path(root)
     output = Path(f"{os.path.abspath(root)}-split") if output is None else Path(output)
-    files = _files_to_split(root, output, test)
+    files, left_out = _files_to_split(root, output, test)
     named = [(label, path) for label, paths in enumerate(files.values()) for path in paths]
     relative = [Path(path).relative_to(root).as_posix() for _, path in named]
     keys = [relative] if by_group is None else [_group_keys(relative, by_group)]
@@ -94,11 +96,12 @@ def split_folder(
         counts={name: (counted[label, False], counted[label, True]) for label, name in enumerate(files)},
         groups=len(groups),
         identical=sum(count for count in same.values() if count > 1),
+        left_out=left_out,
     )
 
 
-def _files_to_split(root: Path, output: Path, test: float) -> dict[str, list[str]]:
-    """Check the arguments and return the files of each class."""
+def _files_to_split(root: Path, output: Path, test: float) -> tuple[dict[str, list[str]], Counter[str]]:
+    """Check the arguments; return the files of each class, and the number of skipped files by reason."""
     if not 0 < test < 1:
         raise DeatError(f"--test {test:g} is invalid: give a share above 0 and below 1, such as 0.2")
     if not root.is_dir():
@@ -110,14 +113,16 @@ def _files_to_split(root: Path, output: Path, test: float) -> dict[str, list[str
         raise DeatError(f"--output {output} already exists: remove it, or give another folder")
     if not output.absolute().parent.is_dir():
         raise DeatError(f"--output {output} is in a folder that does not exist: create {output.parent}")
-    files = ImageLister().classes(root)
-    parts = [name for name in files if name in ("train", "test", *VALIDATION)]
-    if parts:
-        raise DeatError(f"{root} has the folder {parts[0]}, so it is already split: give a folder with <class>/*, such "
-                        f"as {root / parts[0]}")  # fmt: skip
+    names = ImageLister().class_names(root)
+    if is_split(names):
+        part = next(name for name in ("train", "test", *VALIDATION) if name in names)
+        raise DeatError(f"{root} has the folder {part}, so it is already split: give a folder with <class>/*, such as "
+                        f"{root / part}, or rename {part} if it is a class")  # fmt: skip
+    lister = ImageLister()
+    files = lister.classes(root)
     if len(files) < 2:
         raise DeatError(f"{root} has {len(files)} class folders: at least two are needed")
-    return files
+    return files, lister.left_out
 
 
 def _group_keys(relative: Sequence[str], pattern: str) -> list[str]:

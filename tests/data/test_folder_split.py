@@ -114,7 +114,12 @@ def test_split_keeps_identical_images_together(photos: Path, tmp_path: Path) -> 
         (None, {"output": "no/out"}, r"is in a folder that does not exist: create no$"),
         ("single", {}, r"^the class 'owl' has only one image, which cannot be split"),
         ("damaged", {}, r"bad.png cannot be read as an image: .*; deat-rb data info .* lists all problems$"),
-        ("split", {}, r"^.* has the folder test, so it is already split: give a folder with <class>/\*"),
+        (
+            "split",
+            {},
+            r"^.* has the folder test, so it is already split: give a folder with <class>/\*, "
+            r"such as photos/test, or rename test if it is a class$",
+        ),
         ("exists", {}, r"already exists: remove it, or give another folder$"),
     ],
 )
@@ -189,10 +194,19 @@ def test_info_lists_every_problem(photos: Path) -> None:
     assert "has no class folders" in cli("info", photos / "owl").stderr
 
 
+def test_a_class_may_be_named_train(photos: Path) -> None:
+    (photos / "fox").rename(photos / "train")
+    assert "all: 32 images in 3 classes" in cli("info", photos).output
+    assert split_folder(photos).counts == {"cat": (16, 4), "dog": (8, 2), "train": (1, 1)}
+
+
 def test_split_command_says_how_to_train(photos: Path) -> None:
+    (photos / "notes.txt").touch()
+    (photos / "cat" / "IMG_1.dng").touch()
     result = cli("split", photos, "--test", 0.5)
     assert result.exit_code == 0, result.output
     assert "50.0 % test images" in result.output
+    assert "2 files skipped: outside the class folders (1), .dng (1)\n" in result.output
     assert f"deat-rb train --dataset folder --data-dir {photos}-split" in result.output
 
 

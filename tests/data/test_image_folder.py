@@ -372,6 +372,10 @@ def test_folder_names_classes_that_differ_in_unicode_normalization(folder: Path)
     write_image(folder / "test" / "cafe\u0301" / "0.png", (1, 2, 3))
     with pytest.raises(DeatError, match=r"in only one of .*in different Unicode normalization forms"):
         load(folder)
+    write_image(folder / "train" / "cafe\u0301" / "0.png", (1, 2, 3))
+    write_image(folder / "test" / "caf\u00e9" / "0.png", (1, 2, 3))
+    with pytest.raises(DeatError, match="train has the class 'caf\u00e9' twice, in different Unicode norm"):
+        load(folder)
 
 
 @pytest.mark.parametrize("memory_limit", [None, 0])
