@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from deat_rb.models.names import PRETRAINED
 from deat_rb.models.pretrained import library_weights
+from deat_rb.models.spec import ModelSpec, NormalizedModel, model_spec
 from deat_rb.models.weights import load_weights, with_new_head
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.safe_load import load_state_dict, sha256_tensors
@@ -36,23 +38,41 @@ class InitialWeights:
         """Return the SHA-256 of the state dict."""
         return sha256_tensors(self.tensors)
 
-    def load_into(self, model: nn.Module, num_classes: int) -> tuple[str, ...]:
-        """Load the weights into a model with ``num_classes`` logits, and return the notes for the user.
+    def load_into(
+        self, model: NormalizedModel, spec: ModelSpec, *, is_given: bool = False
+    ) -> tuple[tuple[str, ...], ModelSpec]:
+        """Load the weights and, if the file has one, its normalization into a model.
+
+        Args:
+            model: The model.
+            spec: Its specification.
+            is_given: Whether the user gave the specification's normalization, which must then be the file's.
+
+        Returns:
+            The notes for the user, and the specification with the model's normalization.
 
         Raises:
-            DeatError: The weights are for a different architecture or number of classes.
+            DeatError: The weights are for a different architecture, number of classes or normalization.
         """
         tensors, notes = self.tensors, self.notes
         replaced: tuple[str, ...] = ()
         if self.new_head:
-            tensors, replaced = with_new_head(model, tensors, num_classes)
+            tensors, replaced = with_new_head(model, tensors, spec.num_classes)
+        before = model.mu.clone(), model.sigma.clone()
         load_weights(model, tensors, source=self.source)
+        if not all(map(torch.equal, before, (model.mu, model.sigma))):
+            if is_given:
+                raise DeatError(f"{self.source} already contains a mean and standard deviation: omit --mean and --std")
+            mean, std = (tuple(each.flatten().tolist()) for each in (model.mu, model.sigma))
+            spec = model_spec(**{**spec.model_dump(), "mean": mean, "std": std})
+            numbers = [", ".join(f"{number:.4g}" for number in each) for each in (mean, std)]
+            notes = (*notes, f"the normalization is that of {self.source}: mean {numbers[0]}; std {numbers[1]}")
         if replaced:
             names = ", ".join(name.removeprefix("net.") for name in replaced)
             notes = (*notes, f"the last layer of {self.source} is for other classes; {names} are new")
         elif self.new_head:
-            notes = (*notes, f"the last layer of {self.source} has {num_classes} classes as well and is kept")
-        return notes
+            notes = (*notes, f"the last layer of {self.source} has {spec.num_classes} classes as well and is kept")
+        return notes, spec
 
 
 def initial_weights(

@@ -136,3 +136,8 @@ def setting_defaults(setting: str, row: Recipe, arch: str) -> dict[str, Any]:
     if row.guided:
         defaults["gamma"] = 1.0 if setting == "fast" and arch.lower().startswith("preactresnet") else 1.01
     return defaults
+
+
+def default_val_size(images: int) -> int:
+    """Return the default number of validation images: 2 %, at most 1,000 and at least 100 (or 20 % if that is less)."""
+    return max(min(100, images // 5), min(1000, images // 50))

@@ -27,6 +27,7 @@ from deat_rb.methods.yopo import YopoTrainer
 from deat_rb.models.initialization import InitialWeights, freeze_parameters, initial_weights
 from deat_rb.models.spec import model_spec
 from deat_rb.runs.config import RunConfig
+from deat_rb.runs.defaults import default_val_size
 from deat_rb.runs.hub_run import open_hub
 from deat_rb.runs.options import DataConfig, ModelConfig, TrainOptions
 from deat_rb.runs.resolution import resolve
@@ -363,7 +364,10 @@ def plan(
     with seeding.preserved():
         seeding.seed_global(seed, "weights")
         model = spec.build()
-    notes = () if weights is None else weights.load_into(model, spec.num_classes)
+    notes: tuple[str, ...] = ()
+    if weights is not None:
+        notes, spec = weights.load_into(model, spec, is_given=options.model.mean is not None)
+        config = config.but(network=spec)
     frozen = None if config.model.freeze is None else freeze_parameters(model, config.model.freeze)
     weights_by_class = None
     if config.attack.class_weights == "balanced":
@@ -442,8 +446,3 @@ def _optimizer(optim: OptimConfig) -> str:
     if optim.no_decay:
         text += f" except for {' and '.join(optim.no_decay)}"
     return text + (f", gradient norm clipped to {optim.grad_clip:g}" if optim.grad_clip else "")
-
-
-def default_val_size(images: int) -> int:
-    """Return the default number of validation images: 2 %, at most 1,000 and at least 100 (or 20 % if that is less)."""
-    return max(min(100, images // 5), min(1000, images // 50))

@@ -17,7 +17,7 @@ from deat_rb.models.initialization import check_initialization
 from deat_rb.models.names import canonical_arch
 from deat_rb.models.pretrained import library_input
 from deat_rb.models.spec import DATASETS as SPEC_DATASETS
-from deat_rb.models.spec import model_spec, robustbench_class
+from deat_rb.models.spec import check_image_size, model_spec, robustbench_class
 from deat_rb.runs.defaults import ANYTIME, dataset_defaults, default_arch, setting_defaults
 from deat_rb.runs.hub_run import pinned
 from deat_rb.runs.options import TrainOptions
@@ -99,8 +99,9 @@ def resolve(options: TrainOptions) -> TrainOptions:
     _check_trainer(method, row, resolved)
     if resolved.data.augment in MIXING:
         check_mixed_labels(configured, resolved.data.augment, class_weights=resolved.attack.class_weights)
-    if (resolved.model.mean is None) != (resolved.model.std is None):
-        raise DeatError("--mean and --std must be given together; omit both for those of the dataset")
+    if ("mean" in explicit) != ("std" in explicit):
+        raise DeatError("--mean and --std must be given together; omit both for those of the dataset or, with "
+                        "--pretrained, of the library")  # fmt: skip
     if resolved.data.extra_data is None and resolved.data.extra_fraction is not None:
         raise DeatError(f"--extra-fraction {resolved.data.extra_fraction:g} requires --extra-data: give both")
     _check_arch(resolved)
@@ -137,6 +138,8 @@ def _check_arch(options: TrainOptions) -> None:
         train = Path(options.data.data_dir or "", "train")
         classes = len(ImageLister().class_names(train)) if os.path.isdir(train) else 2
     network = options.model
+    if network.init_from is not None and dataset == "folder":
+        check_image_size(network.arch, options.data.image_size, source=network.init_from, required=True)
     spec = model_spec(network.arch, num_classes=max(classes, 2), image_size=size, mean=network.mean, std=network.std)
     if ":" not in spec.arch:
         robustbench_class(spec)

@@ -278,7 +278,16 @@ def test_lines_count_the_classes_and_warn_of_rare_ones(tmp_path: Path) -> None:
         ({"method": "pgd-1", "beta": 3}, "the method pgd-1 has no parameter beta"),
         ({"lr_schedule": "flat", "lr_epochs": 3}, "--lr-epochs = 3"),
         ({"init_from": "nowhere.pt"}, "nowhere.pt"),
+        (
+            {"init_from": "net.pt", "image_size": None},
+            r"net\.pt accepts images of several sizes .*: give --image-size, the size that it was trained on",
+        ),
+        ({"init_from": "net.pt", "image_size": None, "arch": "wrn-10-1"}, r"net\.pt does not exist"),
         ({"mean": "0.5,0.5,0.5"}, "--mean and --std must be given together"),
+        (
+            {"mean": "0.5,0.5,0.5", "arch": "torchvision:resnet18", "pretrained": True},
+            "--mean and --std must be given together",
+        ),
         ({"mean": "0.5,0.5,0.5", "std": "1,1"}, "must have one number per channel"),
         ({"weights_key": "ema"}, "--weights-key ema requires --init-from: give the checkpoint"),
         ({"track": ["tensorbord"]}, "--track tensorbord is unknown"),
@@ -338,6 +347,7 @@ def test_dry_run_of_a_folder_decodes_few_images_and_writes_nothing(
 def test_plan_takes_the_state_dict_under_weights_key_and_names_the_others(tmp_path: Path) -> None:
     raw = {name: torch.zeros_like(tensor) for name, tensor in planned().trainer.model.state_dict().items()}
     good = planned(seed=3).trainer.model.state_dict()
+    raw |= {name: good[name] for name in ("mu", "sigma")}
     torch.save({"state_dict": raw, "state_dict_ema": good}, tmp_path / "both.pt")
     source = str(tmp_path / "both.pt")
     chosen = planned(init_from=source, weights_key="state_dict_ema")
@@ -348,6 +358,20 @@ def test_plan_takes_the_state_dict_under_weights_key_and_names_the_others(tmp_pa
 def test_plan_normalizes_by_mean_and_std() -> None:
     network = planned(mean="0.1,0.2,0.3", std="0.4,0.5,0.6").config.network
     assert (network.mean, network.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def test_plan_takes_the_normalization_of_the_initial_weights(tmp_path: Path) -> None:
+    source = str(tmp_path / "first.pt")
+    torch.save(planned(mean="0.125,0.25,0.375", std="0.5,0.75,1").trainer.model.state_dict(), source)
+    for setting in ("fast", "fastat"):
+        own = planned(init_from=source, setting=setting, precision=None)
+        assert (own.config.network.mean, own.config.network.std) == ((0.125, 0.25, 0.375), (0.5, 0.75, 1))
+        note = f"the normalization is that of {source}: mean 0.125, 0.25, 0.375; std 0.5, 0.75, 1"
+        assert dict(own.lines())["note"] == note
+    again = planned(init_from=source, mean="0.125,0.25,0.375", std="0.5,0.75,1")
+    assert again.config.network.mean == (0.125, 0.25, 0.375)
+    with pytest.raises(DeatError, match="already contains a mean and standard deviation: omit --mean and --std"):
+        planned(init_from=source, mean="0.5,0.5,0.5", std="0.5,0.5,0.5")
 
 
 def test_plan_of_fastat_does_not_normalize_and_can_be_changed() -> None:
