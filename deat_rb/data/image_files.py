@@ -6,13 +6,15 @@ import glob
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 from deat_rb.utils.errors import DeatError
 
 FORMATS = {"AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP"}
-"""Pillow formats that are read if the installed Pillow supports them."""
+"""Pillow formats that are read if the installed Pillow, or pillow-heif, supports them."""
 
 SYSTEM_FOLDERS = {"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found", "System Volume Information"}
 """Folders created by operating systems and network drives; they are skipped like hidden files."""
@@ -23,14 +25,23 @@ PARTS = {"train": "training", "test": "test", "val": "validation"}
 
 
 @cache
-def image_suffixes() -> frozenset[str]:
-    """Return the file suffixes, such as ``.png``, of those `FORMATS` that the installed Pillow can read."""
+def readable_formats() -> tuple[str, ...]:
+    """Return those `FORMATS` that can be read, in the order in which Pillow tries them."""
     from PIL import Image
 
     Image.init()
-    return frozenset(
-        suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS and name in Image.OPEN
-    )
+    with suppress(ImportError):  # unlike Pillow's own plugins, it must be registered
+        import_module("pillow_heif").register_heif_opener()
+    return tuple(name for name in Image.ID if name in FORMATS and name in Image.OPEN)
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Return the file suffixes, such as ``.png``, of `readable_formats`."""
+    from PIL import Image
+
+    formats = readable_formats()
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
 def _raise(problem: DeatError) -> None:

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from deat_rb.data.image_files import readable_formats
 from deat_rb.data.images import ImageSet, LabeledImages, Reader
 from deat_rb.data.workers import WorkerReader
 from deat_rb.utils.errors import DeatError
@@ -218,7 +219,8 @@ def open_image(path: Path) -> OpenedImage:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as image:
+        # In any other format, such as EPS, Pillow may start another program.
+        with Image.open(path, formats=readable_formats()) as image:
             mode, kind, turned = image.mode, str(image.format), False
             if mode.startswith(("I", "F")):
                 raise DeatError(f"{path} has more than 8 bits per value, which Pillow would clip at 255: "

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from deat_rb.data.image_files import find_images, image_suffixes, readable_formats
 from deat_rb.data.image_folder import read_image
 from deat_rb.utils.errors import DeatError
 
@@ -43,6 +47,39 @@ def test_read_image_follows_the_exif_orientation(
     upright().transpose(stored).save(path, exif=exif, **lossless)
     upright().save(plain, **lossless)
     assert np.array_equal(read_image(path, 16), read_image(plain, 16))
+
+
+def test_heic_files_are_read_with_pillow_heif(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_heif(file: Any, name: Any) -> Any:
+        return Image.open(io.BytesIO(file.read()[12:]))
+
+    def register() -> None:
+        Image.register_open("HEIF", open_heif, lambda prefix: prefix[4:12] == b"ftypheic")
+        Image.register_extension("HEIF", ".heic")
+
+    for name in ("OPEN", "EXTENSION", "ID"):
+        monkeypatch.setattr(Image, name, getattr(Image, name).copy())
+    upright().save(tmp_path / "photo.png")
+    path = tmp_path / "photo.heic"
+    path.write_bytes(b"\0\0\0\x18ftypheic" + (tmp_path / "photo.png").read_bytes())
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
+    for cached in (readable_formats, image_suffixes):
+        cached.cache_clear()
+    try:
+        assert find_images([tmp_path])[0] == [str(path), str(tmp_path / "photo.png")]
+        assert np.array_equal(read_image(path, 16), read_image(tmp_path / "photo.png", 16))
+    finally:
+        for cached in (readable_formats, image_suffixes):
+            cached.cache_clear()
+
+
+def test_read_image_tries_the_formats_of_photos_only(tmp_path: Path) -> None:
+    """An EPS file would be given to Ghostscript."""
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(DeatError, match="cannot be read as an image") as refused:
+        read_image(path, 8)
+    assert isinstance(refused.value.__cause__, UnidentifiedImageError)
 
 
 def test_read_image_ignores_damaged_exif_data(tmp_path: Path) -> None:
