@@ -10,21 +10,23 @@ import click
 
 from deat_rb.utils.errors import DeatError
 
-from .network_options import import_from_current_folder
+from .network_options import NETWORK, description, import_from_current_folder, network_options
 from .options import GroupedCommand, GroupedOption
 
-robustbench_option = partial(click.option, cls=GroupedOption, group="Only with --format robustbench")
+ROBUSTBENCH = "Only with --format robustbench"
+"""Heading of the options in ``--help``."""
+
+robustbench_option = partial(click.option, cls=GroupedOption, group=ROBUSTBENCH)
 
 
 @click.command("export", cls=GroupedCommand)
-@click.argument("target", metavar="RUN")
+@click.argument("target", metavar="RUN|CHECKPOINT|NAME")
 @click.option("--format", "file_format", type=click.Choice(["robustbench", "onnx", "torch-export"]),
               default="robustbench", show_default=True, help="Format of the files.")  # fmt: skip
 @click.option("--output", type=click.Path(path_type=Path), default=".", show_default=True, metavar="PATH",
               help="Folder for the files; for onnx and torch-export also a file name.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an existing export of the same name.")
-@click.option("--trust-code", is_flag=True,
-              help="Allow a run to call the package.module:factory that builds its network.")  # fmt: skip
+@network_options
 @robustbench_option("--model-name", metavar="NAME",
                     help="Name <FirstAuthor><Year><FirstWordOfTitle>, such as Wang2021Gradient_R18; required."
                     )  # fmt: skip
@@ -48,7 +50,8 @@ robustbench_option = partial(click.option, cls=GroupedOption, group="Only with -
                     help="Whether AutoAttack's accuracy is unreliable; by default derived from the evaluation's checks."
                     )  # fmt: skip
 @robustbench_option("--footnote", metavar="TEXT", help="Text appended to the automatic footnote.")
-def export(target: str, file_format: str, output: Path, overwrite: bool, trust_code: bool, **metadata: Any) -> None:
+@click.pass_context
+def export(ctx: click.Context, /, target: str, file_format: str, output: Path, overwrite: bool, **options: Any) -> None:
     """Export a network for RobustBench, ONNX or torch.export.
 
     robustbench: writes the weights to models/, the metadata for RobustBench's table to model_info/, and the source code
@@ -56,19 +59,22 @@ def export(target: str, file_format: str, output: Path, overwrite: bool, trust_c
 
     onnx, torch-export: writes one file RUN.onnx or RUN.pt2, which takes batches of any size of images in [0, 1]; it
     includes the normalization, and its metadata the class names and the origin. Its logits are compared with the
-    network's before it is written. Leaderboard entries and networks given by name, as for eval, can be exported, too.
+    network's before it is written. Leaderboard entries, checkpoints described with --arch, and networks given by name,
+    as for eval, can be exported, too.
     """
-    given = {name: value for name, value in metadata.items() if value is not None}
+    groups = {each.name: getattr(each, "group", "") for each in ctx.command.params}
+    network = {name: value for name, value in options.items() if groups[name] == NETWORK}
+    metadata = {name: value for name, value in options.items() if groups[name] == ROBUSTBENCH and value is not None}
     if file_format == "robustbench":
-        if "model_name" not in given:
+        if "model_name" not in metadata:
             raise DeatError("--model-name is missing: RobustBench needs a name such as Wang2021Gradient_R18")
-        if trust_code:
-            raise DeatError("--trust-code is only for --format onnx and torch-export: omit it")
-        _robustbench(target, output=output, overwrite=overwrite, **given)
+        for name in (name for name, value in network.items() if value):
+            raise DeatError(f"--{name.replace('_', '-')} is only for --format onnx and torch-export: omit it")
+        _robustbench(target, output=output, overwrite=overwrite, **metadata)
         return
-    for name in given:
+    for name in metadata:
         raise DeatError(f"--{name.replace('_', '-')} is only for --format robustbench, not for {file_format}: omit it")
-    _deploy(target, file_format, output, overwrite, trust_code)
+    _deploy(target, format=file_format, output=output, overwrite=overwrite, **description(**network))
 
 
 def _robustbench(run: str, **options: Any) -> None:
@@ -86,15 +92,15 @@ def _robustbench(run: str, **options: Any) -> None:
         )
 
 
-def _deploy(target: str, file_format: Any, output: Path, overwrite: bool, trust_code: bool) -> None:
+def _deploy(target: str, **options: Any) -> None:
     from deat_rb.deployment import CHECKED_BATCHES, deploy
     from deat_rb.utils.text import printable
 
     import_from_current_folder(target)
-    deployed = deploy(target, format=file_format, output=output, overwrite=overwrite, trust_code=trust_code)
+    deployed = deploy(target, **options)
     for note in deployed.notes:
         click.echo(f"note: {note}", err=True)
-    by = "onnxruntime" if file_format == "onnx" else "torch.export.load"
+    by = "onnxruntime" if options["format"] == "onnx" else "torch.export.load"
     classes = printable(", ".join(deployed.classes), 200) if deployed.classes else "unknown"
     click.echo(f"classes    {classes}")
     click.echo(f"check      logits from {by} differ by at most {deployed.difference:.1e} (largest logit "

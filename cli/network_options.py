@@ -1,10 +1,11 @@
-"""Options of eval and predict that describe a network, and imports of modules from the current folder."""
+"""Options of eval, predict and export that describe a network, and imports of modules from the current folder."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,30 +13,35 @@ import click
 
 from deat_rb.utils.errors import DeatError
 
-from .options import numbers
+from .options import GroupedOption, numbers
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 PACKAGES = ("torchvision", "timm", "robustbench", "hf")
 
 
+NETWORK = "Network, if it does not describe itself"
+"""Heading of the options in ``--help``."""
+
+described = partial(click.option, cls=GroupedOption, group=NETWORK)
+
 NETWORK_OPTIONS = (
-    click.option("--arch", metavar="NAME", help="Architecture of a checkpoint, as for train."),
-    click.option("--num-classes", type=int, metavar="N", help="Number of classes (logits) of a checkpoint's network."),
-    click.option("--image-size", type=int, metavar="N",
-                 help="Resize images to N x N pixels, the size used in training."),
-    click.option("--classes", type=click.Path(path_type=Path), metavar="FILE",
-                 help="Class names, one per line in the order of the network's logits; labels are matched by name."),
-    click.option("--mean", type=numbers, metavar="R,G,B",
-                 help="Mean of the network's normalization, for images in [0, 1], if the weights have none."),
-    click.option("--std", type=numbers, metavar="R,G,B", help="Standard deviation of the network's normalization."),
-    click.option("--normalize", metavar="NAME", help="Use --mean and --std of cifar10, cifar100, digits or imagenet."),
-    click.option("--weights-key", metavar="KEY",
-                 help="State dict to load from a checkpoint that has several, such as state_dict_ema."),
-    click.option("--model-dir", type=click.Path(path_type=Path), metavar="DIR",
-                 help="Folder for the weights of RobustBench's model zoo.  [default: models]"),
-    click.option("--trust-code", is_flag=True,
-                 help="Allow a run to call the package.module:factory that builds its network."),
+    described("--arch", metavar="NAME", help="Architecture of a checkpoint, as for train."),
+    described("--num-classes", type=int, metavar="N", help="Number of classes (logits) of a checkpoint's network."),
+    described("--image-size", type=int, metavar="N",
+              help="Resize images to N x N pixels, the size used in training."),
+    described("--classes", type=click.Path(path_type=Path), metavar="FILE",
+              help="Class names, one per line in the order of the network's logits; labels are matched by name."),
+    described("--mean", type=numbers, metavar="R,G,B",
+              help="Mean of the network's normalization, for images in [0, 1], if the weights have none."),
+    described("--std", type=numbers, metavar="R,G,B", help="Standard deviation of the network's normalization."),
+    described("--normalize", metavar="NAME", help="Use --mean and --std of cifar10, cifar100, digits or imagenet."),
+    described("--weights-key", metavar="KEY",
+              help="State dict to load from a checkpoint that has several, such as state_dict_ema."),
+    described("--model-dir", type=click.Path(path_type=Path), metavar="DIR",
+              help="Folder for the weights of RobustBench's model zoo.  [default: models]"),
+    described("--trust-code", is_flag=True,
+              help="Allow a run to call the package.module:factory that builds its network."),
 )  # fmt: skip
 
 

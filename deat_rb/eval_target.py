@@ -13,9 +13,10 @@ from deat_rb.attacks.threat_models import DEFAULT_EPS
 from deat_rb.data.datasets import Dataset, load_data
 from deat_rb.data.images import ImageSet, LabeledImages
 from deat_rb.data.normalization import Normalization
-from deat_rb.loading import Network, NetworkOptions, is_export, open_network
+from deat_rb.loading import Network, NetworkOptions, is_export, network_options, open_network
 from deat_rb.models.check import trial_logits
-from deat_rb.models.class_names import match_classes, read_class_names
+from deat_rb.models.class_names import match_classes
+from deat_rb.models.names import is_name
 from deat_rb.models.spec import check_image_size
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.runs.hub_run import open_hub
@@ -120,9 +121,10 @@ def open_target(
     Raises:
         DeatError: The network or the data cannot be opened, or they do not fit each other.
     """
-    names = read_class_names(classes) if isinstance(classes, str | Path) else tuple(classes or ())
-    options = NetworkOptions(arch, num_classes, image_size, names, normalization, weights_key,
-                             None if model_dir is None else Path(model_dir), norm, trust_code)  # fmt: skip
+    options = network_options(
+        arch=arch, num_classes=num_classes, image_size=image_size, classes=classes, normalization=normalization,
+        weights_key=weights_key, model_dir=model_dir, norm=norm, trust_code=trust_code,
+    )  # fmt: skip
     if not is_hub(target):
         return _open_local_target(target, options, dataset, data_dir, memory_limit)
     hub = open_hub(str(target))
@@ -145,7 +147,7 @@ def _open_local_target(
 ) -> EvalTarget:
     """Open a target on this machine; ``own_paths`` says whether the paths in a run's configuration are the user's."""
     path, arch, image_size = Path(target), options.arch, options.image_size
-    named = ":" in str(target) and not path.exists()
+    named = is_name(str(target)) and not path.exists()
     if not named and (path.is_dir() or path.suffix == ".json"):
         kind = "run" if path.is_dir() else "entry"
         if dataset is not None:

@@ -15,8 +15,7 @@ from torch import Tensor
 from deat_rb.data.image_folder import decoding_pool, read_image
 from deat_rb.data.normalization import Normalization
 from deat_rb.evaluation.frozen_model import prepared_for_eval
-from deat_rb.loading import Network, NetworkOptions, open_network
-from deat_rb.models.class_names import read_class_names
+from deat_rb.loading import Network, network_options, open_network
 from deat_rb.utils.devices import resolve_device
 from deat_rb.utils.errors import DeatError
 
@@ -117,10 +116,9 @@ def iter_predictions(
     if not files or isinstance(files, str | Path):
         raise DeatError("files must be a list with at least one image file")
     where = resolve_device(str(device)) if device is not None else torch.device("cpu")
-    names = read_class_names(classes) if isinstance(classes, str | Path) else tuple(classes or ())
-    network = open_network(path, NetworkOptions(
-        arch, num_classes, image_size, names, normalization, weights_key,
-        None if model_dir is None else Path(model_dir), trust_code=trust_code,
+    network = open_network(path, network_options(
+        arch=arch, num_classes=num_classes, image_size=image_size, classes=classes, normalization=normalization,
+        weights_key=weights_key, model_dir=model_dir, trust_code=trust_code,
     ))  # fmt: skip
     if notify is not None:
         for note in network.notes:

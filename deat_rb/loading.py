@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from deat_rb.data.normalization import Normalization
-from deat_rb.models.names import PRETRAINED, canonical_arch, check_trust
+from deat_rb.models.class_names import read_class_names
+from deat_rb.models.names import PRETRAINED, canonical_arch, check_trust, is_name
 from deat_rb.models.pretrained import load_from_factory, load_pretrained, load_zoo_model, zoo_classes, zoo_file
 from deat_rb.models.spec import NormalizedModel, check_image_size, model_spec
 from deat_rb.models.weights import detect_variant, load_weights, strip_wrappers
@@ -26,7 +29,7 @@ from deat_rb.utils.units import parse_fraction
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """Settings that a target may not specify: options of `deat-rb eval` and `predict` about the network.
+    """Settings that a target may not specify: options of `deat-rb eval`, `predict` and `export` about the network.
 
     Attributes:
         arch: Architecture of a checkpoint, as for `build_model`.
@@ -62,6 +65,21 @@ class NetworkOptions:
                 flag = {"normalization": "--mean, --std, --normalize"}.get(name, f"--{name.replace('_', '-')}")
                 text = f" {value}" if isinstance(value, str | int | Path) else ""
                 raise DeatError(f"{flag}{text} is {reason}")
+
+
+def network_options(
+    *,
+    classes: str | Path | Sequence[str] | None = None,
+    model_dir: str | Path | None = None,
+    **options: Any,
+) -> NetworkOptions:
+    """Return `NetworkOptions`, with class names also from a file with one name per line.
+
+    Raises:
+        DeatError: The file cannot be read, or names a class twice.
+    """
+    names = read_class_names(classes) if isinstance(classes, str | Path) else tuple(classes or ())
+    return NetworkOptions(classes=names, model_dir=None if model_dir is None else Path(model_dir), **options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,10 +176,10 @@ def _open_local(target: str | Path, options: NetworkOptions, dataset: str | None
         if options.classes and network.classes:
             raise DeatError(f"--classes is only for networks without class names: the run {path} has its own")
         return replace(network, classes=network.classes or options.classes)
-    if ":" in str(target) and not path.exists():
+    if is_name(str(target)) and not path.exists():
         options.refuse(f"only for checkpoints: {target} specifies its network", "image_size", "classes",
                        "normalization", *(["model_dir"] if str(target).startswith("robustbench:") else []))  # fmt: skip
-        return _with_classes(_open_named(str(target), options, dataset), options)
+        return _completed(_open_named(str(target), options, dataset), options)
     if options.model_dir is not None:
         raise DeatError(f"--model-dir {options.model_dir} is only for robustbench:NAME, not for {target}: omit it")
     if path.suffix == ".json":
@@ -169,8 +187,8 @@ def _open_local(target: str | Path, options: NetworkOptions, dataset: str | None
         return _open_entry(path)
     if options.arch is None and is_export(path):
         options.refuse(f"only for checkpoints: the export {path} specifies its network", "classes", "image_size")
-        return _with_classes(_open_export(path), options)
-    return _with_classes(_open_checkpoint(path, options, dataset), options)
+        return _completed(_open_export(path), options)
+    return _completed(_open_checkpoint(path, options, dataset), options)
 
 
 def _open_run(path: Path, trust_code: bool) -> Network:
@@ -262,7 +280,11 @@ def _open_named(target: str, options: NetworkOptions, dataset: str | None) -> Ne
     return Network(model, target, provenance, classes, False, options.image_size or height)
 
 
-def _with_classes(network: Network, options: NetworkOptions) -> Network:
+def _completed(network: Network, options: NetworkOptions) -> Network:
+    """Return the network with the user's class names; refuse an image size that is not its own."""
+    if options.image_size not in (None, network.image_size):
+        raise DeatError(f"--image-size {options.image_size} differs from the {network.image_size} pixels of "
+                        f"{network.source}: omit it")  # fmt: skip
     return replace(network, classes=options.classes, all_classes_known=True) if options.classes else network
 
 

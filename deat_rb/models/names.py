@@ -28,6 +28,12 @@ OWN_FACTORIES = ("deat_rb.models.small:narrow", "deat_rb.models.small:wide")
 """Factories of this package, which do not require trust_code."""
 
 
+def is_name(target: str) -> bool:
+    """Return whether a target is ``package:NAME`` or ``package.module:function``, and not a path with a drive."""
+    package, colon, _ = target.partition(":")
+    return bool(colon) and len(package) > 1 and all(part.isidentifier() for part in package.split("."))
+
+
 def canonical_arch(arch: str) -> str:
     """Return the canonical spelling of an architecture: ``WRN34-10`` becomes ``wrn-34-10``.
 
@@ -59,6 +65,12 @@ def canonical_arch(arch: str) -> str:
     return f"wrn-{depth}-{width}"
 
 
+def runs_code(arch: str) -> bool:
+    """Return whether an architecture is a factory of another package, whose code builds the network."""
+    kind, colon, _ = arch.partition(":")
+    return bool(colon) and kind not in PRETRAINED and arch not in OWN_FACTORIES
+
+
 def check_trust(arch: str, trust_code: bool, *, source: str) -> None:
     """Check that an architecture does not run untrusted code.
 
@@ -70,8 +82,7 @@ def check_trust(arch: str, trust_code: bool, *, source: str) -> None:
     Raises:
         DeatError: The architecture is a factory of another package, but running code is not allowed.
     """
-    kind, colon, _ = arch.partition(":")
-    if colon and kind not in PRETRAINED and arch not in OWN_FACTORIES and not trust_code:
+    if runs_code(arch) and not trust_code:
         raise DeatError(
             f"{source} builds its network with '{arch}', which runs that module's code: "
             "if you trust the module, allow it with --trust-code (trust_code=True)"

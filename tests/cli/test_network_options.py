@@ -1,4 +1,4 @@
-"""Options about networks that do not describe themselves: `deat-rb eval` and `predict` of checkpoints."""
+"""Options about networks that do not describe themselves: `deat-rb eval`, `predict` and `export` of checkpoints."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from PIL import Image
 from deat_rb.cli import main
 from deat_rb.cli.network_options import import_from_current_folder
 from deat_rb.models.spec import build_model
+from deat_rb.robustbench.format import robustbench_weights
 from deat_rb.utils.errors import DeatError
 
 COMMAND = str(Path(sys.executable).parent / "deat-rb")
@@ -141,6 +142,7 @@ def test_predict_says_which_state_dict_it_loaded(here: Path) -> None:
         (["net.pt", "--arch", "mynet:build", "--image-size", "8"], "give --classes or --num-classes"),
         (["mynet:trained", "--image-size", "8", "--classes", "two.txt"], "has 3 logits but 2 class names"),
         (["mynet:trained"], "give --image-size"),
+        (["C:\\runs\\typo"], "C:\\runs\\typo does not exist"),
         (["net.pt", "--mean", "1,x"], "'1,x' is not a list of numbers; give numbers such as 0.485"),
     ],
 )
@@ -149,6 +151,32 @@ def test_predict_says_what_is_missing(here: Path, arguments: list[str], message:
     result = run("predict", *arguments[:1], "r.png", *arguments[1:], "--device", "cpu")
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_export_of_an_own_network_and_of_a_checkpoint(here: Path) -> None:
+    program = ("--format", "torch-export", "--image-size", 8)
+    for target, written in ((["mynet:trained"], "mynet-trained.pt2"), (["net.pt", "--arch", "mynet:build"], "net.pt2")):
+        result = run("export", *target, *program, "--classes", "classes.txt")
+        assert result.exit_code == 0, result.output
+        assert "classes    rot, grün, blau" in result.output
+        assert torch.export.load(here / written).module()(torch.ones(3, 3, 8, 8)).shape == (3, 3)
+    refused = run("export", "net.pt", "--model-name", "Me2026Net", "--image-size", 8)
+    assert refused.exit_code == 2
+    assert "--image-size is only for --format onnx and torch-export: omit it" in refused.stderr
+
+
+def test_image_size_of_an_export_cannot_be_changed(here: Path) -> None:
+    folders = [here / kind / "cifar10" / "Linf" for kind in ("models", "model_info")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    model = build_model("wrn-10-1", dataset="cifar10")
+    (folders[0] / "Me2026Net.pt").write_bytes(robustbench_weights(model))
+    (folders[1] / "Me2026Net.json").write_text('{"architecture": "WideResNet-10-1"}')
+    given = ["predict", "models/cifar10/Linf/Me2026Net.pt", "r.png", "--device", "cpu", "--image-size"]
+    refused = run(*given, 64)
+    assert refused.exit_code == 2
+    assert "--image-size 64 differs from the 32 pixels of models/cifar10/Linf/Me2026Net.pt: omit it" in refused.stderr
+    assert run(*given, 32).exit_code == 0
 
 
 def test_eval_with_a_named_normalization(here: Path) -> None:
