@@ -14,6 +14,7 @@ from deat_rb.evaluation.report import Report, verdict_file
 from deat_rb.leaderboard.training_record import training_command
 from deat_rb.methods.describe import describe
 from deat_rb.methods.paper import PAPER, PAPERS_OWN
+from deat_rb.models.names import runs_code
 from deat_rb.robustbench.format import SPELLED
 from deat_rb.runs.config import RunConfig
 from deat_rb.runs.directory import CONFIG, METRICS, RunDirectory
@@ -141,6 +142,9 @@ def shared_files(
         notes.append(f"there is no evaluation, so the card has no accuracies: run deat-rb eval {run.path} first")
     elif "autoattack" not in report.results:
         notes.append("AutoAttack was not run, but readers expect its accuracy: run deat-rb eval RUN --autoattack")
+    if runs_code(run.config.model.arch):
+        notes.append(f"the network is built by {run.config.model.arch}, which is not uploaded: others need that module "
+                     "on Python's path, and --trust-code")  # fmt: skip
     if license is None:
         notes.append("no --license is given, so others may not use the weights; give for instance --license mit")
     return contents, tuple(notes)
@@ -213,6 +217,13 @@ def model_card(run: RunDirectory, report: Report | None, address: HubAddress, li
     side = config.network.image_size
     versions = ", ".join(f"{name} {version}" for name, version in config.versions.items())
     data_dir = " --data-dir FOLDER" if config.data.dataset != "digits" else ""
+    own = runs_code(config.model.arch)
+    call, flag = (", trust_code=True", " --trust-code") if own else ("", "")
+    code = "Weights are stored as safetensors, and loading them runs no code."
+    if own:
+        code = (f"Weights are stored as safetensors. `{_plain(config.model.arch, code=True)}` builds the network: its "
+                "module must be importable\nand is not uploaded here, and `trust_code=True` (`--trust-code`) lets its "
+                "code run.")  # fmt: skip
     return f"""---
 {_metadata(config, report, address, license)}
 ---
@@ -233,16 +244,16 @@ normalization is inside.
 ```python
 import deat_rb
 
-model = deat_rb.load_model("{address}")  # add @REVISION to pin a commit
+model = deat_rb.load_model("{address}"{call})  # add @REVISION to pin a commit
 model.classes
 ```
 
 ```bash
-deat-rb predict {address} photo.jpg
-deat-rb eval {address}{data_dir} --autoattack
+deat-rb predict {address} photo.jpg{flag}
+deat-rb eval {address}{data_dir} --autoattack{flag}
 ```
 
-Weights are stored as safetensors, and loading them runs no code.
+{code}
 
 ## Method
 

@@ -95,6 +95,19 @@ def test_the_data_path_of_a_run_on_the_hub_is_not_read(hub: Hub, run: Path, tmp_
                                                  "--data-dir")  # fmt: skip
 
 
+def test_the_card_of_a_network_of_ones_own_says_that_its_module_is_needed(run: Path, tmp_path: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    config["model"]["arch"] = "tiny_networks:Mean"
+    (run / "config.json").write_text(json.dumps(config))
+    pushed = push(run, "hf:me/net", folder=tmp_path / "hub")
+    card = (tmp_path / "hub" / "README.md").read_text()
+    for text in ('deat_rb.load_model("hf:me/net", trust_code=True)', "deat-rb predict hf:me/net photo.jpg --trust-code",
+                 "`tiny_networks:Mean` builds the network: its module must be importable"):  # fmt: skip
+        assert text in card
+    assert "runs no code" not in card
+    assert any("the network is built by tiny_networks:Mean, which is not uploaded" in note for note in pushed.notes)
+
+
 # Addresses
 
 
