@@ -177,6 +177,8 @@ class _InMemoryReader:
 def train_val_split(train: Images, size: int, *, seed: int) -> tuple[Images, Images]:
     """Split training images into training and validation images, stratified by class.
 
+    Each class keeps a training image, unless there are too few images of other classes.
+
     Args:
         train: The images to split.
         size: The number of validation images.
@@ -192,7 +194,7 @@ def train_val_split(train: Images, size: int, *, seed: int) -> tuple[Images, Ima
         raise DeatError(
             f"--val-size {size} cannot be held out of {len(train)} training images: give 1 to {len(train) - 1}"
         )
-    held_out = _stratified(train.labels, size, generator(seed, "hold-out"))
+    held_out = _stratified(train.labels, size, generator(seed, "hold-out"), keep=1)
     return train.select(torch.nonzero(~held_out)[:, 0]), train.select(torch.nonzero(held_out)[:, 0])
 
 
@@ -213,15 +215,21 @@ def subset(train: Images, size: int, seed: int, flag: str = "--train-size") -> I
     return train.select(torch.nonzero(_stratified(train.labels, size, generator(seed, "subset")))[:, 0])
 
 
-def _stratified(labels: Tensor, size: int, stream: torch.Generator) -> Tensor:
+def _stratified(labels: Tensor, size: int, stream: torch.Generator, keep: int = 0) -> Tensor:
     """Choose ``size`` positions, stratified by class, and return a mask (N,).
 
-    Class counts are rounded down, and the classes with the largest remainders get one more.
+    Class counts are rounded down, and the classes with the largest remainders get one more. Where that would leave
+    fewer than ``keep`` positions of a class, the largest class is drawn from instead.
     """
     counts = torch.bincount(labels)
     shares = size * counts // len(labels)
     remainders = size * counts % len(labels)
     shares[remainders.argsort(descending=True, stable=True)[: size - int(shares.sum())]] += 1
+    most = (counts - keep).clamp(min=0)
+    if size <= most.sum():
+        while (shares > most).any():
+            shares[(shares - most).argmax()] -= 1
+            shares[(most - shares).argmax()] += 1
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label, share in enumerate(shares.tolist()):
         members = torch.nonzero(labels == label)[:, 0]

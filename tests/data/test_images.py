@@ -136,6 +136,16 @@ def test_subset_refuses_other_sizes(size: int) -> None:
         subset(image_set((60, 30, 10)), size, seed=0)
 
 
+def test_train_val_split_leaves_each_class_a_training_image() -> None:
+    """20 % of 200 images are 40: 20 of the large class and, by rounding, 20 of the 100 with a single image."""
+    data = image_set((100, *[1] * 100))
+    train, val = train_val_split(data, 40, seed=0)
+    assert train.labels.bincount().tolist() == [60] + [1] * 100
+    assert val.labels.bincount().tolist() == [40]
+    train, val = train_val_split(image_set((2, 1, 1)), 3, seed=0)  # too few to leave one of each
+    assert (len(train), len(val)) == (1, 3)
+
+
 def labeled(*labels: int) -> ImageSet:
     """Return images whose pixels are their position."""
     images = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1)
