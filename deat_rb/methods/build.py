@@ -67,14 +67,16 @@ def configure(
     refused = dict(getattr(trainer, "refused", {}))
     attack_keys = {"tau", "omega"} & set(attack_options) | {"attack_mode"} & accepts - set(refused)
     attack_options |= {key: values.pop(key) for key in attack_keys & set(values)}
-    alpha, steps = row.alpha * (eps / PAPER_EPS), row.steps
-    if steps > 0 or row.guided:
-        alpha = values.pop("alpha", alpha) if "alpha" in accepts else alpha
-        steps = values.pop("steps", steps) if "steps" in accepts else steps
+    takes_steps = row.steps > 0 or row.guided
+    if takes_steps and "steps" in accepts:
+        row = row.with_steps(values.pop("steps", None))
+    alpha = row.alpha * (eps / PAPER_EPS)
+    if takes_steps and "alpha" in accepts:
+        alpha = values.pop("alpha", alpha)
     accepted = set(inspect.signature(trainer).parameters)
     own_keys = {"carry", "align", "consistency", "prior_reset"} & set(trainer_options)
     trainer_keys = own_keys | ({"lr_per_replay", "awp", "awp_warmup"} & accepted)
-    if steps > 0 or row.guided:
+    if row.steps > 0 or row.guided:
         trainer_keys |= {"eps_warmup"}
     else:
         refused |= dict.fromkeys(("alpha", "steps", "eps_warmup"), "it trains without attack steps")
@@ -94,7 +96,7 @@ def configure(
             f"the method {canonical} has no parameter {', '.join(sorted(values))}; see deat-rb methods {canonical}"
         )
     row = replace(
-        row, steps=steps, alpha=alpha, beta=beta, label_smoothing=smoothing, attack_options=attack_options,
+        row, alpha=alpha, beta=beta, label_smoothing=smoothing, attack_options=attack_options,
         trainer_options=trainer_options,
         schedule_options=schedule_options, stopping_options=stopping_options,
     )  # fmt: skip

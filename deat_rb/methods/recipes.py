@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +97,18 @@ class Recipe:
     cost: str = ""
     paper: str = ""
     notes: tuple[str, ...] = ()
+
+    def with_steps(self, steps: int | None) -> Recipe:
+        """Return the recipe with other steps and with what the method derives from them; None changes nothing.
+
+        The sum of Amata's step sizes stays, and YOPO's learning rate is divided by its number of full passes.
+        """
+        if steps is None:
+            return self
+        share = self.steps / max(steps, 1)
+        alpha = self.alpha * share if path_of(self.schedule) == ANNEALED else self.alpha
+        peak_lr = self.peak_lr * share if path_of(self.trainer) == YOPO_TRAINER else self.peak_lr
+        return replace(self, steps=steps, alpha=alpha, peak_lr=peak_lr)
 
     @property
     def guided(self) -> bool:

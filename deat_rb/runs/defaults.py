@@ -106,7 +106,7 @@ def fastat_epochs(row: Recipe) -> int:
     """Return the epochs of the setting ``fastat``: 200/R for FREE-R, 50 for other replays, as for FREE-4, else 100."""
     if not row.replays:
         return 100
-    return max(FASTAT_REPLAYS // row.steps, 1) if path_of(row.schedule) == CONSTANT else FASTAT_REPLAYS // 4
+    return max(FASTAT_REPLAYS // max(row.steps, 1), 1) if path_of(row.schedule) == CONSTANT else FASTAT_REPLAYS // 4
 
 
 def setting_defaults(setting: str, row: Recipe, arch: str) -> dict[str, Any]:

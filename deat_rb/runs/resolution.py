@@ -51,7 +51,7 @@ def resolve(options: TrainOptions) -> TrainOptions:
     defaults = dataset_defaults(dataset)
     method, row = recipe(_for_dataset(options.attack.method, dataset))
     arch = canonical_arch(explicit.get("arch", default_arch(dataset, options.attack.setting)))
-    setting = setting_defaults(options.attack.setting, row, arch)
+    setting = setting_defaults(options.attack.setting, row.with_steps(options.attack.steps), arch)
     setting["epochs"] *= defaults.epoch_factor
     check_trackers(options.output.track)
     norm = options.attack.norm

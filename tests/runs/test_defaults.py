@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from deat_rb.methods.build import configure
 from deat_rb.methods.registry import recipe
 from deat_rb.runs.defaults import dataset_defaults, default_arch, setting_defaults
+from deat_rb.runs.options import make_options
+from deat_rb.runs.resolution import resolve
 from deat_rb.utils.errors import DeatError
 
 
@@ -51,6 +54,33 @@ def test_setting_defaults_fastat_is_the_benchmarks(method: str, epochs: int) -> 
         "label_smoothing": 0.4,
     }  # fmt: skip
     assert "label_smoothing" not in setting_defaults("fastat", recipe("mart")[1], "resnet18")
+
+
+@pytest.mark.parametrize(
+    ("method", "steps", "same", "values"),
+    [
+        ("yopo-5-3", 2, "yopo-2-3", {"lr": 0.1, "epochs": 100}),
+        ("free-4", 8, "free-8", {"lr": 0.1, "epochs": 25}),
+        ("amata-2-10", 4, "amata-4-10", {"lr": 0.1, "epochs": 100}),
+    ],
+)
+def test_steps_change_the_method_as_the_number_in_its_name(
+    method: str, steps: int, same: str, values: dict[str, float]
+) -> None:
+    """In FastAT Benchmark's setting: FREE-R for 200/R epochs, YOPO with 0.2/m; Amata's steps add up to 20/255."""
+    common = {"dataset": "cifar10", "setting": "fastat", "device": "cpu"}
+    changed, named = (
+        resolve(make_options({**common, **given})) for given in ({"method": method, "steps": steps}, {"method": same})
+    )
+    assert changed.flat() == {**named.flat(), "method": method, "steps": steps}
+    assert {name: changed.flat()[name] for name in values} == values
+    attacks = [
+        configure(*recipe(each.attack.method), eps=8 / 255, **each.method_options()).recipe for each in (changed, named)
+    ]
+    assert attacks[0].steps == attacks[1].steps == steps
+    assert attacks[0].alpha == attacks[1].alpha
+    if "amata" in method:
+        assert attacks[0].alpha * steps == pytest.approx(20 / 255)
 
 
 def test_default_arch_of_fastat_is_resnet18_for_cifar() -> None:
