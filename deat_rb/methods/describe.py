@@ -96,15 +96,18 @@ def _describe(canonical: str, row: Recipe, eps: float, own_values: bool = False)
 def _attack(row: Recipe, eps: float) -> str:
     """Describe the attack of a recipe that uses `deat_rb.PGD`."""
     options = row.attack_options
-    if row.steps == 0 and not row.guided:
-        return "none"
     fixed, inner = path_of(row.schedule) == CONSTANT, row.trainer_options.get("inner")
+    no_step = fixed and row.steps == 0
+    if no_step and options.get("start", "uniform") == "none":
+        return "none"
     size = "alpha = eps" if row.replays and row.alpha == eps else f"{format_fraction(row.alpha)}"
     if inner is not None:
         text = f"{row.steps} times {counted(inner, 'step')} of {size} through the first layer"
     elif row.replays:
         number = counted(row.steps, "replay") if fixed else "replays"
         text = f"{number}, {size}" if size == "alpha = eps" else f"{number} of {size}"
+    elif no_step:
+        text = "no step"
     elif fixed and row.steps == 1:
         text = f"one step of {size}"
     elif path_of(row.schedule) == ANNEALED:
@@ -112,7 +115,7 @@ def _attack(row: Recipe, eps: float) -> str:
         text = f"steps of ({total})/r" if "/" in total else f"steps of {total}/r"
     else:
         text = f"{counted(row.steps, 'step')} of {size}" if fixed else f"steps of {size}"
-    if not row.replays and (row.loss not in ("ce", "nls") or options.get("loss", "ce") != "ce"):
+    if not row.replays and not no_step and (row.loss not in ("ce", "nls") or options.get("loss", "ce") != "ce"):
         text += " on " + {"ce": "CE", "kl": "KL", "margin": "the CW margin"}[options.get("loss", "ce")]
     start = {"uniform": ", uniform start", "normal": ", start 0.001 N(0,1)", "none": ""}[
         options.get("start", "uniform")

@@ -35,7 +35,9 @@ ATTACKS = [
     ("pgd-7",    {}, "7 steps of 2/255, uniform start"),
     ("pgd-7",    {"steps": 10}, "10 steps of 2/255, uniform start"),
     ("pgd-7",    {"steps": 1}, "one step of 2/255, uniform start"),
-    ("pgd-7",    {"steps": 0}, "none"),
+    ("pgd-7",    {"steps": 0}, "no step, uniform start"),
+    ("trades",   {"steps": 0}, "no step, start 0.001 N(0,1)"),
+    ("gradalign", {"steps": 0}, "none"),
     ("pgd-7",    {"eps": 16 / 255}, "7 steps of 4/255, uniform start"),
     ("pgd-7",    {"eps": 16 / 255, "alpha": 1 / 255}, "7 steps of 1/255, uniform start"),
     ("pgd-7",    {"attack_mode": "eval"}, "7 steps of 2/255, uniform start, in eval mode"),
@@ -52,6 +54,8 @@ ATTACKS = [
     ("yopo-5-3", {}, "5 times 3 steps of 2/255 through the first layer, uniform start"),
     ("amata-2-10", {}, "steps of (20/255)/r"),
     ("amata-3-10", {"eps": "4/255"}, "steps of (10/255)/r"),
+    ("amata-2-10", {"steps": 4}, "steps of (20/255)/r"),
+    ("amata-2-10", {"steps": 4, "alpha": "10/255"}, "steps of (40/255)/r"),
     ("amata-2-10", {"eps": 0.1}, "steps of 0.25/r"),
 ]
 OTHERS = [
