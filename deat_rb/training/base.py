@@ -145,6 +145,7 @@ class TrainerBase(StatelessAttack):
         self.progress = 0.0
         self._rate: Callable[[float], float | Tensor] | None = None
         self._first: dict[str, Any] | None = None
+        self._first_parts: dict[str, Schedule | StoppingRule | None] = {}
         self.apply_schedule()
 
     def set_replay_lr(self, rate: Callable[[float], float | Tensor] | None) -> None:
@@ -218,22 +219,39 @@ class TrainerBase(StatelessAttack):
 
     @steps.setter
     def steps(self, steps: int) -> None:
-        self.schedule.steps = steps
+        self.check_steps(steps)
+        self.schedule.steps = int(steps)
         if self._first is not None:
-            self._first["schedule"]["steps"] = steps
+            self._first["schedule"]["steps"] = int(steps)
         self.apply_schedule()
+
+    def check_steps(self, steps: int) -> None:
+        """Check that an epoch may have this number of attack steps.
+
+        Raises:
+            DeatError: It may not.
+        """
+        self.schedule.check_steps(steps)
 
     def keep_first_schedule(self) -> None:
         """Keep the state of schedule and stopping rule before the first `fit`, for `reset_schedule`."""
         if self._first is None:
             self._first = deepcopy(self.state_dict())
+            self._first_parts = self._parts()
 
     def reset_schedule(self) -> None:
-        """Reset schedule and stopping rule to their state before the first `fit`, except for ``steps`` set by hand."""
+        """Reset schedule and stopping rule to before their first `fit`, except for ``steps`` set by hand."""
         if self._first is None:
             self.keep_first_schedule()
-        else:
-            self.load_state_dict(deepcopy(self._first))
+            self.apply_schedule()
+            return
+        state, parts = deepcopy(self.state_dict()), self._parts()
+        self._first |= {name: state[name] for name in parts if parts[name] is not self._first_parts[name]}
+        self._first_parts = parts
+        self.load_state_dict(deepcopy(self._first))
+
+    def _parts(self) -> dict[str, Schedule | StoppingRule | None]:
+        return {"schedule": self.schedule, "stopping": self.stopping}
 
     def apply_schedule(self) -> None:
         """Set the attack's steps and step size as scheduled for the next epoch."""

@@ -32,12 +32,20 @@ class Schedule:
     needs_accuracy = False
 
     def __init__(self, steps: int = 1, max_steps: int | None = None) -> None:
-        if not is_whole_number(steps) or steps < 0:
-            raise DeatError(f"steps = {steps} is not a non-negative whole number")
+        self.check_steps(steps)
         if max_steps is not None and max_steps < max(steps, 1):
             raise DeatError(f"max_steps = {max_steps} is below the first epoch's steps ({max(steps, 1)})")
         self.steps = int(steps)
         self.max_steps = max_steps
+
+    def check_steps(self, steps: int) -> None:
+        """Check that an epoch may have this number of steps.
+
+        Raises:
+            DeatError: It may not.
+        """
+        if not is_whole_number(steps) or steps < 0:
+            raise DeatError(f"steps = {steps} is not a non-negative whole number")
 
     def begin(self, epochs: int) -> None:
         """Prepare for a run of ``epochs`` epochs, `deat_rb.utils.options.OPEN` if open-ended; called by `fit`."""

@@ -15,6 +15,8 @@ from training_problems import Batch, images_and_labels, loader, made, used
 
 import deat_rb
 import deat_rb.methods
+from deat_rb.methods.stopping import RobustnessDrop
+from deat_rb.training.schedule import Constant
 from deat_rb.utils.errors import DeatError
 
 
@@ -112,6 +114,36 @@ def test_fit_again_resets_the_schedule_and_keeps_the_weights() -> None:
     assert carried.tensors()
     carried.reset_schedule()
     assert not carried.tensors()
+
+
+def test_fit_takes_a_schedule_and_a_stopping_rule_set_before_or_between_two_calls() -> None:
+    """Two batches of PGD-3 take 2 * (3 + 1) backward passes."""
+    trainer = deat_rb.create("pgd-2", made())
+    trainer.schedule = Constant(3)
+    assert trainer.fit(loader(), epochs=1).rows[0].backwards == 8
+    trainer.schedule, trainer.stopping = deat_rb.GradientMagnitude(max_steps=4), RobustnessDrop(drop=0.5)
+    for _ in range(2):
+        assert trainer.fit(loader(), [images_and_labels()], epochs=2).steps == [1, 2]
+    trainer.steps = 2
+    assert trainer.fit(loader(), [images_and_labels()], epochs=2).steps == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("method", "steps", "message"),
+    [
+        ("pgd-2", -1, "steps = -1 is not a non-negative whole number"),
+        ("m-deat", 2.5, "steps = 2.5 is not a non-negative whole number"),
+        ("m-deat", 0, "steps = 0 is below 1; a replay trainer needs at least 1 replay"),
+        ("yopo-2-1", 0, "steps = 0 is below 1; YOPO needs at least 1 full pass"),
+        ("amata-2-10", 0, "steps = 0 is below 1; Amata needs at least 1 step"),
+    ],
+)
+def test_steps_set_by_hand_are_checked(method: str, steps: Any, message: str) -> None:
+    trainer = deat_rb.create(method, made())
+    before = trainer.steps
+    with pytest.raises(DeatError, match=message):
+        trainer.steps = steps
+    assert trainer.steps == before
 
 
 def test_fit_again_measures_l_x_of_a_foreign_attack_in_the_same_unit() -> None:
