@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from deat_rb.attacks.losses import at_least_float32
 from deat_rb.attacks.pgd import PGD, Overflows, times
 from deat_rb.methods.losses import surrogate
 from deat_rb.training.engine import Engine
@@ -108,7 +109,7 @@ class SharedForwardTrainer(Trainer):
         engine.update(loss, optimizer)
         return BatchStats(
             examples=len(images),
-            loss=loss.detach().sum(),
+            loss=at_least_float32(loss.detach()).sum(),
             correct=(logits.argmax(dim=1) == labels).sum(),
             l_x=crafter.threat.total_dual_norm(gradient),
             forwards=2,

@@ -20,7 +20,7 @@ from torchattacks.attack import Attack
 
 from deat_rb.attacks.base import CraftStats, StatelessAttack
 from deat_rb.attacks.gradient_probe import GradientProbe, check_every_image_is_attacked, uses_mean_reduction
-from deat_rb.attacks.losses import main_class
+from deat_rb.attacks.losses import at_least_float32, main_class
 from deat_rb.attacks.pgd import PGD
 from deat_rb.methods.losses import surrogate
 from deat_rb.methods.weight_perturbation import WeightPerturbation
@@ -144,7 +144,7 @@ class AttackTrainer(Trainer):
         own = 2 if self.loss.needs_clean else 1
         return BatchStats(
             examples=len(images),
-            loss=loss.detach().sum(),
+            loss=at_least_float32(loss.detach()).sum(),
             correct=(adv_logits.argmax(dim=1) == main_class(labels)).sum(),
             l_x=crafting.l_x,
             forwards=crafting.forwards + own * (1 + extra) + self.penalty_passes[0],
@@ -306,7 +306,7 @@ class ReplayTrainer(Trainer):
         own = self.loss.without_weights(gradient, labels)  # l_X is that of each example's own loss
         return BatchStats(
             examples=len(images),
-            loss=loss.detach().sum(),
+            loss=at_least_float32(loss.detach()).sum(),
             correct=(logits.argmax(dim=1) == main_class(labels)).sum(),
             l_x=threat.total_dual_norm(own) * engine.loss_divisor(len(images)),
             forwards=self.steps,

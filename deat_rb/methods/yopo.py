@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deat_rb.attacks.losses import main_class
+from deat_rb.attacks.losses import at_least_float32, main_class
 from deat_rb.attacks.pgd import PGD
 from deat_rb.methods.losses import surrogate
 from deat_rb.methods.trainers import SHARED_PASSES
@@ -118,7 +118,7 @@ class YopoTrainer(Trainer):
         magnitude = self.loss.without_weights(magnitude, labels)  # l_X is that of each example's own loss
         return BatchStats(
             examples=len(images),
-            loss=loss.detach().sum(),
+            loss=at_least_float32(loss.detach()).sum(),
             correct=(logits.argmax(dim=1) == main_class(labels)).sum(),
             l_x=self.crafter.threat.total_dual_norm(magnitude) * engine.loss_divisor(len(images)),
             forwards=self.steps,

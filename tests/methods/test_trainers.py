@@ -51,6 +51,18 @@ class Waits(TorchDispatchMode):
 # Units
 
 
+def test_the_sum_of_a_loss_in_half_precision_is_in_float32() -> None:
+    """Twelve times 1 + 1/128 is 12.09375; bfloat16 has steps of 1/16 there."""
+
+    def own(logits: Tensor, labels: Tensor) -> Tensor:
+        return (0 * logits.sum(dim=1) + 1 + 1 / 128).bfloat16()
+
+    images, labels = images_and_labels(12)
+    for kind in (deat_rb.AttackTrainer, deat_rb.methods.ReplayTrainer):
+        trainer = kind(deat_rb.PGD(made(), steps=1), loss=SurrogateLoss("own", own))
+        assert float(trainer.training_step(images, labels, still(trainer.model)).loss) == 12.09375
+
+
 def test_eps_and_alpha_are_in_pixel_units() -> None:
     model = normalized()
     images, labels = images_and_labels()
