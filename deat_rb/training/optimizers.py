@@ -55,7 +55,8 @@ def _by_decay(model: nn.Module, no_decay: tuple[str, ...]) -> tuple[list[nn.Para
     exempt: set[nn.Parameter] = set()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            is_norm, is_bias = isinstance(module, NORMS), name == "bias"
+            # Attention has an in_proj_bias, and an LSTM a bias_ih_l0.
+            is_norm, is_bias = isinstance(module, NORMS), name.endswith("bias") or name.startswith("bias_")
             if (is_norm and "norm" in no_decay) or (is_bias and "bias" in no_decay):
                 exempt.add(parameter)
     parameters = list(model.parameters())

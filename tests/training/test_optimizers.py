@@ -100,6 +100,16 @@ def test_no_decay_exempts_norms_and_biases(no_decay: Any, decayed: list[str]) ->
         torch.testing.assert_close(parameter.detach(), factor * before[name])
 
 
+def test_no_decay_exempts_the_biases_of_attention_and_recurrent_layers() -> None:
+    model = nn.ModuleList([nn.MultiheadAttention(4, 2), nn.LSTM(3, 2)])
+    groups = build_optimizer(model, OptimConfig(no_decay=("bias",)), CPU).param_groups
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert [[names[parameter] for parameter in group["params"]] for group in groups] == [
+        ["0.in_proj_weight", "0.out_proj.weight", "1.weight_ih_l0", "1.weight_hh_l0"],
+        ["0.in_proj_bias", "0.out_proj.bias", "1.bias_ih_l0", "1.bias_hh_l0"],
+    ]
+
+
 @pytest.mark.parametrize(("device", "fused"), [("cuda", True), ("cpu", False)])
 def test_optimizer_is_fused_on_a_gpu(device: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one waits for the device at each update under fp16's loss scale."""
