@@ -237,10 +237,12 @@ class Loop:
     def _agreed_action(self) -> Action:
         """Return the highest action that a callback or signal on any rank requests; waits for the other ranks.
 
-        On GPUs, where that takes time in comparison with a batch, the ranks only do so after every tenth batch.
+        On GPUs, where that takes time in comparison with a batch, the ranks only do so after every tenth batch of the
+        run.
         """
         state = self.state
-        if state.world.size > 1 and state.engine.device.type == "cuda" and state.batch % AGREE_EVERY:
+        done = (state.epoch - 1) * state.batches + state.batch
+        if state.world.size > 1 and state.engine.device.type == "cuda" and done % AGREE_EVERY:
             return Action.CONTINUE
         requested = [each.requested_action() for each in self.callbacks]
         requested.append(Action.STOP if self.requests.requested else Action.CONTINUE)
