@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import statistics
 from collections import Counter
@@ -257,12 +258,16 @@ def train_seeds(
         twice = [seed for seed, count in Counter(seeds).items() if count > 1]
         problem = f"has {twice[0]} twice: remove the duplicates" if twice else "is empty: give seeds such as 0,1,2"
         raise DeatError(f"--seeds {','.join(map(str, seeds))} {problem}")
-    first = plan(options.but(seed=seeds[0]), data=data)
-    plans = [first, *(plan(options.but(seed=seed), data=first.data) for seed in seeds[1:])]
+    plans = [plan(options.but(seed=seeds[0]), data=data)]
+    plans += [plan(options.but(seed=seed), data=plans[0].data) for seed in seeds[1:]]
     names = [f"{name}-s{p.config.optim.seed}" if name else default_name(p.config) for p in plans]
     for each in names:
         check_free(Path(output) / each)
-    return [train(p, output=output, name=each, callbacks=callbacks) for p, each in zip(plans, names, strict=True)]
+    results = []
+    for each in names:
+        results.append(train(plans.pop(0), output=output, name=each, callbacks=callbacks))
+        gc.collect()  # frees the network and the method's state on the device, which refer to each other
+    return results
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from deat_rb.data.images import ImageSet
 from deat_rb.runs.options import make_options, read_options
 from deat_rb.runs.plots import plot_curves
 from deat_rb.runs.train import train, train_seeds
+from deat_rb.training.base import TrainerBase
 from deat_rb.training.callbacks import Callback
 from deat_rb.training.metrics import EpochAccumulator, EpochStats
+from deat_rb.training.state import TrainingState
 from deat_rb.utils.errors import DeatError
 
 
@@ -190,6 +193,21 @@ def test_train_seeds_loads_the_data_once(tmp_path: Path, monkeypatch: pytest.Mon
     assert [(run.path.name, run.config.optim.seed) for run, _ in results] == [("runs-s3", 3), ("runs-s4", 4)]
     alone, _ = train({**SMALL, "epochs": 1, "seed": 4}, output=tmp_path, name="alone")
     assert identical(results[1][0], alone)
+
+
+def test_train_seeds_frees_the_network_and_state_of_a_finished_seed(tmp_path: Path) -> None:
+    alive: list[int] = []
+
+    class Counts(Callback):
+        def __init__(self) -> None:
+            self.trainers: list[weakref.ref[TrainerBase]] = []
+
+        def on_fit_start(self, state: TrainingState) -> None:
+            self.trainers.append(weakref.ref(state.trainer))
+            alive.append(sum(trainer() is not None for trainer in self.trainers))
+
+    train_seeds(make_options({**SMALL, "epochs": 1}), [3, 4, 5], output=tmp_path, callbacks=[Counts()])
+    assert alive == [1, 1, 1]
 
 
 def test_train_seeds_refuses_a_seed_twice(tmp_path: Path) -> None:
