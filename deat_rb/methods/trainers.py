@@ -108,8 +108,11 @@ class AttackTrainer(Trainer):
         with preserve_modes(self.model):
             if own is not None:
                 own.loss_scale, own.fixed_size = loss_scale, fixed_size
-                own.enter_mode()
-                return own.craft(images, labels)
+                try:
+                    own.enter_mode()
+                    return own.craft(images, labels)
+                finally:  # so that later calls, perhaps on another device, use no scale
+                    own.loss_scale, own.fixed_size = 1.0, False
             self.check_attack(images)
             # Calling a StatelessAttack would undo the updates of BatchNorm's statistics.
             attack = crafter.forward if isinstance(crafter, StatelessAttack) else crafter

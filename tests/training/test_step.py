@@ -219,6 +219,17 @@ def test_overflows_are_recorded_and_their_scale_is_resumed(monkeypatch: pytest.M
     assert Engine().state_dict() == {}
 
 
+def test_a_call_after_a_step_in_fp16_uses_no_loss_scale() -> None:
+    """It would change the engine's, and fail where the model was moved to another device."""
+    trainer, engine = deat_rb.create("pgd-1", Selective()), Engine("cpu", "fp16")
+    images, labels = torch.full((4, 1, 2, 2), 0.5), torch.tensor([0, 1, 1, 1])
+    trainer.training_step(images, labels, SGD(trainer.model.parameters(), lr=0.0), engine)
+    scale = float(engine.loss_scale)
+    assert scale == ATTACK_SCALE / 2
+    trainer(images, labels)
+    assert float(engine.loss_scale) == scale
+
+
 def test_an_overflow_in_a_penalty_counts_and_ends_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """GradAlign differentiates at the image and at a random point, where it halves the scale as the attack does.
 
