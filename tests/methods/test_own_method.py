@@ -22,6 +22,7 @@ from deat_rb.methods.describe import describe
 from deat_rb.methods.registry import known_methods, recipe
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.training.metrics import EpochStats
+from deat_rb.utils.errors import Interrupted
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "own_method.md"
 
@@ -134,6 +135,16 @@ def test_own_method_doc_entry_points_reach_the_command_line(tmp_path: Path, monk
         assert one.exit_code == 0, one.output
         assert "noise of 2 eps" in one.output
     assert create("MY-N-FGSM", Plane()).attack == "my-n-fgsm"
+
+
+def test_own_method_doc_time_limit_saves_a_checkpoint(
+    documented: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (call,) = re.findall("``(.*)``", documented.TimeLimit.__doc__)
+    with pytest.raises(Interrupted, match="keeps 0 of 20 epochs and 1 batch of the next; deat-rb train --resume"):
+        eval(call.replace("TimeLimit(90)", "TimeLimit(0)"), documented.__dict__)
+    assert list(tmp_path.glob("runs/*/checkpoints/*"))
 
 
 def test_own_method_doc_replays_a_run(
