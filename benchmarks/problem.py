@@ -167,7 +167,18 @@ def limit_side(problem: Problem, passes: list[Pass], precision: str) -> Side:
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:
-    """Return a function that replays ``run``, captured in a CUDA graph after four calls to warm up."""
+    """Return a function that replays ``run``; its first call captures it in a CUDA graph, after four to warm up."""
+    graphs: list[torch.cuda.CUDAGraph] = []
+
+    def replay() -> None:
+        if not graphs:
+            graphs.append(_capture(run))
+        graphs[0].replay()
+
+    return replay
+
+
+def _capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -177,7 +188,7 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=side):
         run()
-    return graph.replay
+    return graph
 
 
 def full_pass_side(problem: Problem) -> Side:

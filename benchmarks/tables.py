@@ -117,6 +117,8 @@ def evaluation_table(found: Sequence[Comparison]) -> Table:
     )  # fmt: skip
     for each in found:
         verdicts = f"{each.differing} differ" if each.differing else "equal"
+        if not each.equal:
+            verdicts += f" (different {'starts' if each.against == 'torchattacks' else 'rounding'})"
         table.add_row(
             each.attack,
             str(each.examples),
@@ -127,7 +129,7 @@ def evaluation_table(found: Sequence[Comparison]) -> Table:
             at_least(each.speedup, each.target),
             f"{each.theirs_accuracy:.1%}",
             f"{each.ours_accuracy:.1%}",
-            verdicts if each.equal else f"{verdicts} (different starts)",
+            verdicts,
         )
     return table
 

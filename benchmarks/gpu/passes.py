@@ -100,15 +100,7 @@ class Passes:
                 torch.compiler.reset()
             self.record(f"{name}: {kind}", batch, run)
             if self.cuda:
-                self._record_graph(f"{name}, CUDA graph: {kind}", batch, run)
-
-    def _record_graph(self, name: str, batch: int, run: Callable[[], object]) -> None:
-        try:
-            replay = captured(run)
-        except Exception as error:  # capturing may fail, but the next measurement must run
-            print(f"{name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
-            return
-        self.record(name, batch, replay)
+                self.record(f"{name}, CUDA graph: {kind}", batch, captured(run))
 
     def method(self, name: str, batch: int) -> None:
         """Time a method's training step in bf16, and on a GPU also recorded as a CUDA graph, as it is in training."""

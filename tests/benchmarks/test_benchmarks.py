@@ -10,6 +10,7 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from benchmarks.published import LOOPS, PublishedLoop, family
 from benchmarks.speed import Row
 from benchmarks.timing import Side, alternate, ratio
 from deat_rb import create
+from deat_rb.data.datasets import load_data
+from deat_rb.eval_target import EvalTarget as OpenedTarget
 from deat_rb.methods.registry import known_methods
 from deat_rb.utils import seeding
 from deat_rb.utils.errors import DeatError
@@ -249,6 +252,48 @@ def test_against_robustbench_has_equal_verdicts() -> None:
     assert (comparison.differing, comparison.equal, comparison.examples) == (0, True, 6)
     assert comparison.ours_accuracy == comparison.theirs_accuracy
     assert len(comparison.ours) == len(comparison.theirs) == 1
+
+
+@pytest.mark.parametrize(("device", "equal"), [("cpu", True), ("meta", False)])
+def test_verdicts_must_equal_robustbenchs_on_a_cpu_only(
+    device: str, equal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = torch.tensor([True, False]), torch.tensor([True, True])
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: SimpleNamespace(verdicts={"autoattack": ours}))
+    monkeypatch.setattr("benchmarks.evaluation.robustbench_benchmark.benchmark", lambda *_, **__: (0.0, 0.0, theirs))
+    monkeypatch.setattr(evaluation, "device_clock", lambda _: ScriptedClock())
+    model = nn.Linear(1, 2, device=device)
+    target = evaluation.EvalTarget(model, torch.zeros(2, 1), torch.tensor([0, 1]), 0.5, "none")
+    found = evaluation.against_robustbench(target, batch_size=2)
+    assert (found.differing, found.equal) == (1, equal)
+
+
+def test_make_target_attacks_a_run_in_l2_at_the_radius_of_linf(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = OpenedTarget(small_network(), load_data("digits"), 0.5, {"run": "runs/a"}, norm="L2")
+    monkeypatch.setattr(evaluation, "open_target", lambda _: opened)
+    assert evaluation.make_target(Path("runs/a"), 2, "cpu").eps == 8 / 255
+
+
+def test_bare_passes_on_a_gpu_run_only_when_their_side_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peak of memory before them is read in between."""
+    calls: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            calls.append("replay")
+
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    for name, stand_in in {"CUDAGraph": Graph, "Stream": lambda: stream, "current_stream": lambda: stream,
+                           "graph": lambda *_, **__: nullcontext(), "stream": nullcontext}.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(problem, "Limit", lambda *_: lambda images: calls.append("passes"))
+    small = problem.Problem("wrn-10-1", 2, torch.device("cpu"))
+    small.device = torch.device("cuda")
+    side = problem.limit_side(small, [], "fp32")
+    assert not calls
+    side.run()
+    side.run()
+    assert calls == ["passes"] * 5 + ["replay"] * 2
 
 
 def test_fill_counts_passes_of_batches_one_by_one_and_together() -> None:
