@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import time
 import traceback
 from collections.abc import Iterator
@@ -15,6 +16,10 @@ from typing import Any
 
 import torch
 from torch import nn
+
+
+class _BudgetSpent(BaseException):
+    """The time budget is over; no Exception, which `Session.recording_failure` would record as that of a method."""
 
 
 @dataclass
@@ -69,6 +74,23 @@ class Session:
             file.flush()
             os.fsync(file.fileno())
         print(text[:600], flush=True)
+
+    @contextmanager
+    def within_budget(self, stage: str) -> Iterator[None]:
+        """End a stage that is not done when the time budget is over, and record that."""
+
+        def end(*_: object) -> None:
+            raise _BudgetSpent
+
+        before = signal.signal(signal.SIGALRM, end)
+        signal.setitimer(signal.ITIMER_REAL, max(self.seconds_left(), 0.01))
+        try:
+            yield
+        except _BudgetSpent:
+            self.record(stage, left_out=f"not done after {self.options.budget:.0f} s")
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
     @contextmanager
     def recording_failure(self, stage: str, **values: Any) -> Iterator[None]:

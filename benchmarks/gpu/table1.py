@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,14 +24,13 @@ ENTRY = "leaderboard/entries/cifar10-jpeg/Linf/Wang2021Gradient_M-DEAT_WRN-10-1.
 
 
 def decode(session: Session) -> None:
-    """Decode the images and cache them as tensors for later stages."""
+    """Decode the images and cache them as tensors for later stages of the same folder."""
     _data(session)
 
 
 def _data(session: Session) -> Dataset:
-    cache = session.options.cache
-    if cache.exists():
-        saved = torch.load(cache, weights_only=True)
+    cache, folder = session.options.cache, str(Path(session.options.data).resolve())
+    if cache.exists() and (saved := torch.load(cache, weights_only=True)).get("folder") == folder:
         train, test = (ImageSet(saved[f"{part}_images"], saved[f"{part}_labels"]) for part in ("train", "test"))
         statistics = DatasetStatistics(saved["fingerprint"], saved["mean"], saved["std"])
         return Dataset("folder", train, test, saved["classes"], statistics)
@@ -39,7 +39,7 @@ def _data(session: Session) -> Dataset:
     parts = {f"{part}_{name}": getattr(getattr(data, part).in_memory(), name)
              for part in ("train", "test") for name in ("images", "labels")}  # fmt: skip
     rest = {name: getattr(data, name) for name in ("classes", "mean", "std", "fingerprint")}
-    torch.save({**parts, **rest}, cache)
+    torch.save({"folder": folder, **parts, **rest}, cache)
     seconds = round(time.monotonic() - began, 1)
     session.record("decode", seconds=seconds, train=len(data.train), test=len(data.test), sha256=data.fingerprint)
     return data
@@ -143,9 +143,6 @@ def costs(report: Report) -> dict[str, dict[str, float]]:
 def full(session: Session) -> None:
     """Evaluate the networks of ``table1`` on all test images."""
     for method in session.trained:
-        if session.seconds_left() < 35:
-            session.record("full-eval", method=method, left_out=f"{session.seconds_left():.0f} s left")
-            return
         _evaluate(session, method, session.options.full_size, "full-eval")
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -15,6 +18,7 @@ import pytest
 import torch
 from small_problems import small_network
 
+from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import attacks, table1
 from benchmarks.gpu.session import Session
 from deat_rb.attacks.names import parse_attacks
@@ -34,6 +38,43 @@ def test_decoded_images_are_read_from_their_cache(image_folder: Path, tmp_path: 
         images = getattr(decoded, part).in_memory()
         assert torch.equal(getattr(cached, part).images, images.images)
         assert torch.equal(getattr(cached, part).labels, images.labels)
+
+
+def test_the_cache_of_another_folder_is_not_read(image_folder: Path, tmp_path: Path) -> None:
+    options = argparse.Namespace(data=str(image_folder), cache=tmp_path / "images.pt", out=tmp_path)
+    table1._data(Session(options))
+    other = tmp_path / "other"
+    for part in ("train", "test"):
+        shutil.copytree(image_folder / part, other / part, ignore=shutil.ignore_patterns("green"))
+    decoded = table1._data(Session(argparse.Namespace(**{**vars(options), "data": str(other)})))
+    assert decoded.classes == ("blue", "grey", "red")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends a signal that Windows does not have")
+def test_a_stage_is_ended_when_the_budget_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The timer's signal comes while the stage measures its first method; the next stage finds no time left."""
+    timers: list[float] = []
+    ended: list[str] = []
+    monkeypatch.setattr(signal, "setitimer", lambda _, seconds: timers.append(seconds))
+
+    def measure(session: Session) -> None:
+        for method in ("pgd-7", "trades"):
+            with session.recording_failure("speed", method=method):
+                session.options.budget = 0
+                signal.raise_signal(signal.SIGALRM)
+            ended.append(method)
+
+    command = ["benchmarks.gpu", "speed,bench", "--out", str(tmp_path), "--budget", "1e6"]
+    monkeypatch.setattr(sys, "argv", command)
+    for stage in ("speed", "bench"):
+        monkeypatch.setitem(gpu.STAGES, stage, measure)
+    gpu.main()
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(row["stage"], "left_out" in row, "failed" in row) for row in rows] == [
+        ("speed", True, False), ("bench", True, False),
+    ]  # fmt: skip
+    assert not ended
+    assert [round(seconds, -3) for seconds in timers] == [1e6, 0], "the time that is left, then none"
 
 
 class Result(NamedTuple):
@@ -66,16 +107,19 @@ def test_evaluations_record_time_energy_and_memory(tmp_path: Path, monkeypatch: 
 
 
 def test_graphs_are_compared_where_passes_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    session, seen = session_with_a_network(tmp_path), list[str]()
+    session, seen, sizes = session_with_a_network(tmp_path), list[str](), list[int]()
+    monkeypatch.setattr(attacks, "GRAPHS_WARM_UP", 1)
     monkeypatch.setattr(attacks, "test_images", lambda *_: (torch.rand(2, 3, 8, 8), torch.tensor([0, 1])))
 
-    def evaluated(*_: object, attacks: str, **__: object) -> SimpleNamespace:
+    def evaluated(_: object, images: torch.Tensor, *__: object, attacks: str, **___: object) -> SimpleNamespace:
         seen.extend(parse_attacks(attacks))
+        sizes.append(len(images))
         return SimpleNamespace(results={"square": Result()})
 
     monkeypatch.setattr(attacks, "evaluate", evaluated)
     attacks.graphs(session)
     assert [row["enabled"] for row in session.rows] == [True, False]
+    assert sizes == [1, 2, 2], "the first is to warm up"
     context = AttackContext("Linf", 0.1, 0, 5, torch.device("cpu"))
     stages = [stage for name in seen if name != "natural" for stage in build_attack(name, context).parts]
     assert stages
