@@ -50,6 +50,7 @@ class ResumeStore:
         message: Message to the user about what was resumed or discarded; empty if nothing was.
         is_new: Whether the store started empty.
         has_attacks: Whether it has results other than those on clean images.
+        advice: What the user does to continue.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -57,6 +58,7 @@ class ResumeStore:
         self.message = ""
         self.is_new = False
         self.has_attacks = False
+        self.advice = "repeat the command"
 
     def load(self, key: str) -> dict[str, Tensor] | None:
         """Return the stored result of the batch ``key``, or None.
@@ -95,8 +97,7 @@ class ResumeStore:
         """Message to the user on an interruption; empty if nothing is stored."""
         count = 0 if self.folder is None else _count_batches(self.folder)
         are = "batch is" if count == 1 else "batches are"
-        kept = f"{count} {are} stored in {self.folder}; repeat the command without --no-resume to continue"
-        return kept if count else ""
+        return f"{count} {are} stored in {self.folder}; {self.advice} to continue" if count else ""
 
 
 def is_unfinished(folder: Path) -> bool:
@@ -167,6 +168,8 @@ def _locked(folder: Path, resume: bool | None) -> Iterator[None]:
 
 def _prepare(folder: Path, settings: Mapping[str, str], resume: bool | None) -> ResumeStore:
     store, count = ResumeStore(folder), _count_batches(folder)
+    if resume is False:
+        store.advice += " without --no-resume"
     exists = is_unfinished(folder)
     if exists and resume is not False and (count or resume):
         if differing := _differing(folder, settings):

@@ -156,7 +156,7 @@ def test_eval_of_several_runs_resumes_those_that_have_not_finished(
         patched.setattr(ResumeStore, "save", save_once_in_b)
         stopped = run("eval", *runs, *QUICK)
     assert stopped.exit_code == 130
-    stored = f"1 batch is stored in {runs[1] / 'eval-state'}; repeat the command without --no-resume to continue"
+    stored = f"1 batch is stored in {runs[1] / 'eval-state'}; repeat the command to continue"
     assert stopped.stderr.splitlines()[-1] == f"Interrupted: {stored}; omit {runs[0]}, done already"
     resumed = run("eval", *runs[1:], *QUICK, "--resume")
     assert resumed.exit_code == 0, resumed.output

@@ -147,10 +147,9 @@ def test_evaluate_ctrl_c_says_what_is_stored(
     kept = interrupted(network, batch, tmp_path / "state")
     count = len(list((tmp_path / "state").glob("*.safetensors")))
     assert count > 3
-    assert (
-        kept
-        == f"{count} batches are stored in {tmp_path / 'state'}; repeat the command without --no-resume to continue"
-    )
+    assert kept == f"{count} batches are stored in {tmp_path / 'state'}; repeat the command to continue"
+    with pytest.raises(Interrupted, match="repeat the command without --no-resume to continue"):
+        run(Stops(network, 60), batch, state=tmp_path / "state", resume=False)
     with pytest.raises(Interrupted) as interrupt:
         run(Stops(network, 20), batch)
     assert interrupt.value.kept == ""
@@ -229,7 +228,7 @@ def test_evaluate_keeps_batches_when_finish_fails(
 
     options: dict[str, Any] = {"state": tmp_path / "state", "provenance": {"run": "a"}, "eps": 0.04}
     with pytest.raises(
-        (DeatError, Interrupted), match=r"[0-9]+ batches are stored in .*; repeat the command without --no-resume"
+        (DeatError, Interrupted), match=r"[0-9]+ batches are stored in .*; repeat the command to continue"
     ):
         run(network, batch, finish=fail, **options)
     counted, reports = Forwards(network), list[Report]()
@@ -249,7 +248,7 @@ def test_evaluate_keeps_batches_when_checks_are_interrupted(
     monkeypatch.setattr("deat_rb.evaluation.checks.registry.run_checks", interrupt)
     with pytest.raises(Interrupted) as interrupted:
         run(network, batch, checks="quick", state=tmp_path / "state")
-    assert "repeat the command without --no-resume to continue" in interrupted.value.kept
+    assert "repeat the command to continue" in interrupted.value.kept
 
 
 def test_evaluate_removes_the_store_when_no_attack_ran(
