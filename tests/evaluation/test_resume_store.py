@@ -298,7 +298,7 @@ def test_resume_store_says_what_is_stored_when_the_disk_is_full(
     store, result = ResumeStore(tmp_path), {"misclassified": torch.tensor([True])}
     store.save("a", result)
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DeatError, match=r"No space left on device; 1 batch is stored in .*--no-resume to continue$"):
+    with pytest.raises(DeatError, match=r"No space left on device; 1 batch is .*repeat the command to continue$"):
         store.save("b", result)
 
 
