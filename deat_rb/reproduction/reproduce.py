@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from deat_rb.reproduction.experiments import (
 from deat_rb.reproduction.figures import Drawn, draw
 from deat_rb.reproduction.folder import StudyFolder
 from deat_rb.reproduction.outputs import write_table
+from deat_rb.reproduction.planning import check_same_data
 from deat_rb.reproduction.results import RunResult, collect
 from deat_rb.reproduction.study import RunSpec, Study, merge
 from deat_rb.reproduction.tables import ResultTable, Row
@@ -36,7 +37,7 @@ SETUP = "reproduction.json"
 """File with the setup of each target that was written."""
 
 FIXED = ("scale", "dataset", "data_dir", "arch")
-"""Parts of the setup that all targets of a folder share."""
+"""Parts of the setup that all targets of a folder share; of ``data_dir`` only the last part, as in the runs' names."""
 
 _SETUPS = TypeAdapter(dict[str, Setup])
 
@@ -78,10 +79,11 @@ def check_setup(folder: StudyFolder, setup: Setup) -> dict[str, Setup]:
     """Check that a folder has no reproduction with a different setup, and return the targets written so far.
 
     Returns:
-        The setup of each target, in the paper's order: they may differ in seeds and numbers of test images.
+        The setup of each target, with the data where they are now, in the paper's order: they may differ in seeds and
+        numbers of test images.
 
     Raises:
-        DeatError: The folder holds a reproduction at a different scale or with different data or networks.
+        DeatError: The folder holds a reproduction at a different scale or with different data, images or networks.
     """
     path = folder.path / SETUP
     if not path.is_file():
@@ -92,11 +94,15 @@ def check_setup(folder: StudyFolder, setup: Setup) -> dict[str, Setup]:
         raise DeatError(f"{path} is damaged or of an earlier version; remove it") from None
     for own in known.values():
         for name in FIXED:
-            if getattr(own, name) != getattr(setup, name):
+            before, now = getattr(own, name), getattr(setup, name)
+            parts = [Path(each or "").name if name == "data_dir" else each for each in (before, now)]
+            if parts[0] != parts[1]:
                 raise DeatError(
-                    f"{folder.path} holds a reproduction with {name.replace('_', '-')} {getattr(own, name)}, not "
-                    f"{getattr(setup, name)}; choose another --output"
+                    f"{folder.path} holds a reproduction with {name.replace('_', '-')} {before}, not {now}; choose "
+                    "another --output"
                 )
+    known = {name: replace(own, data_dir=setup.data_dir) for name, own in known.items()}
+    check_same_data(folder, [run for name, own in known.items() for run in target_study(name, own).runs])
     return _in_order(known)
 
 

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from noise_folder import SIZE, make_folder
+from PIL import Image
 from training_problems import ARCH, run_config
 
 from deat_rb.cli import main
-from deat_rb.reproduction.experiments import FigureKind, experiments
+from deat_rb.reproduction.experiments import FigureKind, Setup, experiments
 from deat_rb.reproduction.figures import CURVES, Drawn, draw
-from deat_rb.reproduction.reproduce import _drawn
+from deat_rb.reproduction.folder import StudyFolder
+from deat_rb.reproduction.planning import Planner
+from deat_rb.reproduction.reproduce import _drawn, check_setup, record_targets, study_of
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.training.metrics import EpochStats
+from deat_rb.utils.errors import DeatError
 
 PNG, PDF = b"\x89PNG\r\n\x1a\n", b"%PDF"
 
@@ -98,6 +105,26 @@ def test_reproduce_rewrites_earlier_targets_with_their_own_seeds_and_images(tmp_
     (out / "reproduction.json").write_text('{"scale": "digits", "targets": ["table6"]}')
     refused = CliRunner().invoke(main, ["reproduce", "table6", "--tables", "--output", str(out)])
     assert (refused.exit_code, "is damaged or of an earlier version; remove it" in refused.stderr) == (2, True)
+
+
+def test_a_reproduction_goes_on_with_the_same_images_under_another_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other images of the same name are refused, also for targets that have no run yet."""
+    monkeypatch.chdir(tmp_path)
+    images, others = make_folder(tmp_path / "images"), make_folder(tmp_path / "others" / "images")
+    Image.fromarray(np.zeros((20, 20, 3), dtype=np.uint8)).save(others / "train" / "a" / "1.png")
+    folder, setup = StudyFolder(tmp_path / "out"), Setup("digits", (0,), "folder", "images")
+    record_targets(folder, setup, ["table6"])
+    run = study_of(["table6"], setup).runs[0]
+    own = run.options.but(train_size=18, val_size=3, batch_size=9, image_size=SIZE)
+    RunDirectory.create(folder.run_path(run), Planner().plan(own).config)
+    moved = replace(setup, data_dir=str(images))
+    assert record_targets(folder, moved, ["table1"]) == {"table1": moved, "table6": moved}
+    with pytest.raises(DeatError, match=r"whose images are not those of .*others/images; choose another --output"):
+        check_setup(folder, replace(setup, data_dir=str(others)))
+    with pytest.raises(DeatError, match=r"with data-dir .*images, not pictures; choose another --output"):
+        check_setup(folder, replace(setup, data_dir="pictures"))
 
 
 def test_reproduce_lists_and_refuses() -> None:
