@@ -47,7 +47,9 @@ def sweep(study: Path, output: Path | None, trust_code: bool, **options: Any) ->
     def write() -> None:
         results = collect(folder, described.runs)
         measured = images_text(results)
-        table = ResultTable.of(results, name="table", title=described.title, notes=[measured] if measured else [])
+        table = ResultTable.of(
+            results, name=described.name, title=described.title, notes=[measured] if measured else []
+        )
         written = write_table(table, folder.path)
         Console().print(as_rich(table))
         for line in (*table.notes, *unfinished_lines(table)):

@@ -54,7 +54,7 @@ def test_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = run()
     assert "free-2" in shown
     assert "Test images: 16." in shown
-    assert "Test images: 16." in Path("small/table.md").read_text()
+    assert "Test images: 16." in Path("small/small.md").read_text()
     for arguments in (["--print"], ["--gpus", "0"], ["--jobs", "2"], [], ["--slurm"]):
         result = CliRunner().invoke(main, ["sweep", "--trust-code", "small.toml", *arguments], catch_exceptions=False)
         assert (result.exit_code, result.stderr) == (0, "nothing is left: 2 runs done\n")
@@ -64,10 +64,20 @@ def test_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         main, ["sweep", "--trust-code", "small.toml", *commands[0].split()[3:]], catch_exceptions=False
     )
     assert only.stderr == f"{commands[0].split()[-1]} is done\n"
-    table = json.loads(Path("small/table.json").read_text())
+    table = json.loads(Path("small/small.json").read_text())
     # 2 batches; PGD-1 has an attack step and an update, FREE-2 two replays
     assert [row["means"]["backward passes"]["mean"] for row in table["rows"]] == [4, 4]
-    assert {path.name for path in Path("small").iterdir()} >= {"table.md", "table.tex", "table.csv", "runs", "state"}
+    assert {path.name for path in Path("small").iterdir()} >= {"small.md", "small.tex", "small.csv", "runs", "state"}
+
+
+def test_studies_with_one_output_keep_their_tables(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.toml").write_text(f'title = "The {name}"\n{STUDY}')
+        arguments = ["sweep", "--trust-code", str(tmp_path / f"{name}.toml"), "--output", str(tmp_path), "--tables"]
+        assert CliRunner().invoke(main, arguments).exit_code == 0
+    assert [(tmp_path / f"{name}.md").read_text().splitlines()[0] for name in ("first", "second")] == [
+        "## The first", "## The second",
+    ]  # fmt: skip
 
 
 def test_sweep_leaves_runs_whose_images_are_not_on_this_machine_to_others(tmp_path: Path) -> None:
@@ -78,7 +88,7 @@ def test_sweep_leaves_runs_whose_images_are_not_on_this_machine_to_others(tmp_pa
     assert "cannot begin here: free-2, seed 0: " in result.stderr
     assert "2 runs cannot begin on this machine: pgd-1, seed 0: " in result.stderr
     assert not list((out / "state").glob("*.json"))
-    assert "seed 0: not done" in (out / "table.md").read_text()
+    assert "seed 0: not done" in (out / "small.md").read_text()
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ def test_a_submitted_worker_trains_and_writes_the_table(tmp_path: Path, monkeypa
         out / "logs",
     )
     assert job.result() == 0
-    row = json.loads((out / "table.json").read_text())["rows"][0]
+    row = json.loads((out / "small.json").read_text())["rows"][0]
     assert row["runs"][0]["status"] == "done"
     assert row["means"]["backward passes"]["mean"] == 4  # 2 batches with an attack step and an update
 
