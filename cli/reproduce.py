@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .network_options import import_from_current_folder
 from .options import seed_list
 from .study_options import WorkOptions, study_options, work
 
@@ -65,6 +66,7 @@ def reproduce(
     if not targets:
         raise DeatError("no target is given: name table1 to table7, figure2 to figure8 or all; --list describes them")
     chosen = chosen_targets(targets)
+    import_from_current_folder(arch or "")
     setup = Setup(
         scale, seeds or (), dataset, None if data_dir is None else str(data_dir), arch, autoattack, n_examples
     )

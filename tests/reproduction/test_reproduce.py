@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -125,6 +126,15 @@ def test_a_reproduction_goes_on_with_the_same_images_under_another_path(
         check_setup(folder, replace(setup, data_dir=str(others)))
     with pytest.raises(DeatError, match=r"with data-dir .*images, not pictures; choose another --output"):
         check_setup(folder, replace(setup, data_dir="pictures"))
+
+
+def test_reproduce_finds_a_network_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "own_reproduced_network.py").write_text("from training_problems import *\n")
+    command = ["reproduce", "table6", "--seeds", "0", "--arch", f"own_reproduced_network:{ARCH.partition(':')[2]}"]
+    result = CliRunner().invoke(main, [*command, "--only", "nothing", "--output", "out"])
+    assert "own_reproduced_network" in sys.modules, result.output
 
 
 def test_reproduce_lists_and_refuses() -> None:
