@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 @click.option("--arch", metavar="NAME", help="Architecture in place of the scale's.")
 @click.option("--n-examples", type=click.IntRange(min=1), metavar="N",
               help="Number of test images to evaluate.  [default: the scale's]")  # fmt: skip
+@click.option("--train-size", type=click.IntRange(min=1), metavar="N",
+              help="Number of training images.  [default: the scale's]")  # fmt: skip
+@click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Batch size.  [default: the scale's]")
+@click.option("--curve-test", type=click.IntRange(min=1), metavar="N",
+              help="Number of test images of Figure 7's curves.  [default: the scale's]")  # fmt: skip
 @click.option("--autoattack", type=click.IntRange(min=0), metavar="N",
               help="Also run AutoAttack on the first N test images of each table's runs; 0 for all.")  # fmt: skip
 @click.option("--output", type=click.Path(path_type=Path), default="reproduction", show_default=True, metavar="PATH",
@@ -45,6 +50,9 @@ def reproduce(
     data_dir: Path | None,
     arch: str | None,
     n_examples: int | None,
+    train_size: int | None,
+    batch_size: int | None,
+    curve_test: int | None,
     autoattack: int | None,
     output: Path,
     **options: Any,
@@ -67,14 +75,14 @@ def reproduce(
         raise DeatError("no target is given: name table1 to table7, figure2 to figure8 or all; --list describes them")
     chosen = chosen_targets(targets)
     import_from_current_folder(arch or "")
-    setup = Setup(
-        scale, seeds or (), dataset, None if data_dir is None else str(data_dir), arch, autoattack, n_examples
-    )
+    setup = Setup(scale, seeds or (), dataset, None if data_dir is None else str(data_dir), arch, autoattack,
+                  n_examples, train_size, batch_size, curve_test)  # fmt: skip
     study = study_of(chosen, setup)
     folder = StudyFolder(output)
     check_setup(folder, setup)
     given = _given(scale=scale, seeds=seeds, dataset=dataset, data_dir=data_dir, arch=arch, n_examples=n_examples,
-                   autoattack=autoattack, output=output)  # fmt: skip
+                   train_size=train_size, batch_size=batch_size, curve_test=curve_test, autoattack=autoattack,
+                   output=output)  # fmt: skip
     arguments = ["reproduce", *targets, *given]
 
     def write() -> None:

@@ -163,6 +163,9 @@ class Setup:
         arch: Architecture used instead of the scale's.
         autoattack: Number of test images for AutoAttack; 0 for all, None for no AutoAttack.
         n_examples: Number of test images used instead of the scale's.
+        train_size: Number of training images used instead of the scale's.
+        batch_size: Batch size used instead of the scale's.
+        curve_test: Number of test images for Figure 7 used instead of the scale's.
     """
 
     scale: str = "digits"
@@ -172,6 +175,9 @@ class Setup:
     arch: str | None = None
     autoattack: int | None = None
     n_examples: int | None = None
+    train_size: int | None = None
+    batch_size: int | None = None
+    curve_test: int | None = None
 
     def __post_init__(self) -> None:
         scales = experiments().scales
@@ -196,15 +202,21 @@ class Setup:
         own = target.seeds if target.seeds and self.scale == "paper" else self.own.seeds
         return self.seeds or tuple(own)
 
+    def changes_of(self, part: Part) -> dict[str, Any]:
+        """Return the options of a part's runs that differ from the paper's, besides dataset and network."""
+        given = {"train_size": self.train_size, "batch_size": self.batch_size}
+        changes = {**self.own.options, **self.own.settings.get(part.environment, {})}
+        return changes | {name: value for name, value in given.items() if value is not None}
+
     def settings_of(self, part: Part) -> dict[str, Any]:
         """Return the options of a part's runs, except the method and its own parameters."""
         environment = experiments().environments[part.environment]
-        options = {**environment.options, **self.own.options, **self.own.settings.get(part.environment, {})}
+        options = {**environment.options, **self.changes_of(part)}
         options |= {"dataset": self.dataset_of(environment), "arch": self.arch_of(environment), **part.options}
         if self.data_dir is not None:
             options["data_dir"] = self.data_dir
         if environment.curve_test:
-            options["curve_test"] = self.own.curve_test
+            options["curve_test"] = self.curve_test or self.own.curve_test
         return options
 
 
@@ -254,8 +266,7 @@ def differences(setup: Setup, name: str) -> str:
             said[f"{where} in place of {PAPER_DATASETS[environment.dataset]}"] = None
         if arch != experiments().scales["paper"].networks[environment.network]:
             said[f"{arch} in place of {PAPER_NETWORKS[environment.network]}"] = None
-        changed = {**scale.options, **scale.settings.get(part.environment, {})}
-        if changed:
+        if changed := setup.changes_of(part):
             options = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in changed.items())
             said[f"{options} ({part.environment.removesuffix('-100').removesuffix('-wide')} setting)"] = None
     seeds, own = setup.seeds_of(target), target.seeds or experiments().scales["paper"].seeds

@@ -36,7 +36,7 @@ from deat_rb.utils.files import read_json, write_json
 SETUP = "reproduction.json"
 """File with the setup of each target that was written."""
 
-FIXED = ("scale", "dataset", "data_dir", "arch")
+FIXED = ("scale", "dataset", "data_dir", "arch", "train_size", "batch_size", "curve_test")
 """Parts of the setup that all targets of a folder share; of ``data_dir`` only the last part, as in the runs' names."""
 
 _SETUPS = TypeAdapter(dict[str, Setup])

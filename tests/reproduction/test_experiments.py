@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from noise_folder import make_folder
 
 from deat_rb.reproduction.experiments import (
     Setup,
@@ -13,6 +16,7 @@ from deat_rb.reproduction.experiments import (
     published,
     target_study,
 )
+from deat_rb.reproduction.planning import Planner, check_evaluation
 from deat_rb.reproduction.results import MINUTES, PASSES
 from deat_rb.reproduction.study import merge
 from deat_rb.runs.resolution import resolve
@@ -89,6 +93,17 @@ def test_differences_name_what_a_scale_changes() -> None:
     some = Setup("paper", autoattack=1000)
     assert differences(some, "table4") == "Not the paper's setting: AutoAttack on 1,000 test images instead of all."
     assert [differences(Setup("paper", autoattack=0), "table4"), differences(some, "figure2")] == ["", ""]
+
+
+def test_the_scale_small_takes_few_images_of_ones_own(tmp_path: Path) -> None:
+    """A folder of 27 training and 6 test images, of which 18 and 6 are used."""
+    images = make_folder(tmp_path / "images")
+    setup = Setup("small", (0,), "folder", str(images), n_examples=6, train_size=18, batch_size=9, curve_test=6)
+    run = target_study("table4", setup).runs[0]
+    planned = Planner(dry=True).plan(run.options)
+    check_evaluation(run, planned)
+    assert (len(planned.train), planned.batches, planned.config.output.curve_test) == (18, 2, 6)
+    assert "train size 18, epochs 20, batch size 9 (standard setting)" in differences(setup, "table4")
 
 
 def test_runs_that_several_targets_need_are_trained_once() -> None:
