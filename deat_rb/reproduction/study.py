@@ -265,10 +265,10 @@ def expand(
                 raise DeatError(f"runs are named by the last part of a path, which {namesake} and {path} share; "
                                 "rename one of them")  # fmt: skip
         raise DeatError(f"two runs have the same options ({run.label}, seed {run.seed}); remove one of them")
-    for own in own_labels:
-        if own and labels.count(own) > 1:
-            raise DeatError(f"two rows have the label '{own}', but runs of one label are averaged, as those of several "
-                            "seeds; give each row a label of its own")  # fmt: skip
+    for label in labels:
+        if labels.count(label) > 1:
+            raise DeatError(f"two rows have the label '{label}', but runs of one label are averaged, as those of "
+                            "several seeds; give each row a label of its own")  # fmt: skip
     return tuple(runs)
 
 

@@ -98,6 +98,7 @@ def test_read_study_expands_grid_list_and_seeds(tmp_path: Path) -> None:
             "[grid]\nmethod = ['standard']\n[[runs]]\nmethod = 'pgd-7'\nlabel = 'standard'",
             "two rows have the label 'standard', but runs of one label are averaged",
         ),
+        ("[grid]\nmethod = ['pgd-7', 'PGD-7']", "two rows have the label 'pgd-7', but runs of one label are averaged"),
         (
             "[options]\ndataset = 'folder'\n[grid]\nmethod = ['pgd-7']\ndata_dir = ['a/images', 'b/images']",
             "runs are named by the last part of a path, which a/images and b/images share; rename one of them$",
