@@ -55,6 +55,7 @@ class Record(BaseModel):
     Attributes:
         status: ``trained``, ``failed``, or ``done`` if it is trained and evaluated.
         reason: Why it failed, in one sentence.
+        trained: Whether it was trained before it failed.
         evaluations: Its evaluations.
         commit: Git commit of deat-rb at the end of training; empty if unknown.
         host: Name of the machine.
@@ -68,6 +69,7 @@ class Record(BaseModel):
 
     status: Literal["trained", "done", "failed"]
     reason: str = ""
+    trained: bool = False
     evaluations: tuple[Evaluated, ...] = ()
     commit: str = ""
     host: str = ""
@@ -166,9 +168,13 @@ class StudyFolder:
         write_json(self._record_path(run), record.model_dump(mode="json"))
 
     def forget_failure(self, run: RunSpec) -> None:
-        """Remove the record of a failed run, so that it is tried again."""
+        """Let a failed run be tried again; one that was trained keeps its evaluations."""
         record = self.record(run)
-        if record is not None and record.status == "failed":
+        if record is None or record.status != "failed":
+            return
+        if record.trained:
+            self.write_record(run, record.model_copy(update={"status": "trained", "reason": ""}))
+        else:
             self._record_path(run).unlink(missing_ok=True)
 
     def is_settled(self, run: RunSpec) -> bool:

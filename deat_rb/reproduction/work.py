@@ -209,8 +209,8 @@ class Worker:
                 self.refused[run.name] = reason
                 self.listener.on_refused(run, reason)
                 return True
-            past = record.evaluations if record is not None else ()
-            record = Record(status="failed", reason=reason, evaluations=past, finished=now(), **facts)
+            failure = {"status": "failed", "reason": reason, "trained": record is not None, "finished": now()}
+            record = (record or Record(status="failed", **facts)).model_copy(update=failure)
         self.folder.write_record(run, record)
         self.listener.on_run_end(run, record)
         return True

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,13 +24,13 @@ from deat_rb.evaluation.runner import Progress
 from deat_rb.reproduction.folder import Evaluated, StudyFolder
 from deat_rb.reproduction.planning import Planner
 from deat_rb.reproduction.results import collect
-from deat_rb.reproduction.study import Evaluation
+from deat_rb.reproduction.study import Evaluation, RunSpec
 from deat_rb.reproduction.work import Silent, Worker
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.runs.train import train
 from deat_rb.training.callbacks import Callback
 from deat_rb.training.metrics import EpochStats
-from deat_rb.utils.errors import Interrupted, UnwritableError
+from deat_rb.utils.errors import DeatError, Interrupted, UnwritableError
 
 KILLED_AT_WRITE = (1, 2, 5, 8, 3, 6)
 """The file at whose writing each worker is killed: fewer than the study writes, so no worker finishes before."""
@@ -204,6 +206,30 @@ def test_a_failed_run_stops_no_other_and_is_tried_again_on_request(tmp_path: Pat
     assert folder.record(study.runs[0]) == before
     folder.forget_failure(study.runs[0])
     assert folder.status(study.runs[0]) == "begun"
+
+
+def test_a_retry_after_a_failed_evaluation_neither_trains_nor_repeats_the_finished_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, folder = small_study(evaluation=Evaluation(("fgsm",), 16, autoattack=8)), StudyFolder(tmp_path)
+    (run,) = study.runs
+    evaluated: list[Sequence[str]] = []
+
+    def evaluate(worker: Worker, run: RunSpec, attacks: Sequence[str], asked: int | None, begun: Any) -> Evaluated:
+        evaluated.append(attacks)
+        begun.value = True
+        if "autoattack" in attacks and len(evaluated) == 2:
+            raise DeatError("out of memory")
+        return Evaluated(attacks=("natural", *attacks), asked=asked, n_examples=16, model_sha256="")
+
+    monkeypatch.setattr(Worker, "_evaluate", evaluate)
+    Worker(study, folder).work()
+    assert folder.status(run) == "failed"
+    shutil.rmtree(folder.run_path(run) / "checkpoints")  # as of a run that is finished
+    folder.forget_failure(run)
+    Worker(study, folder).work()
+    assert folder.status(run) == "done"
+    assert evaluated == [("fgsm",), ("autoattack",), ("autoattack",)]
 
 
 @pytest.mark.slow
