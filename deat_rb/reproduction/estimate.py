@@ -19,7 +19,7 @@ from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import read_json, write_json
 from deat_rb.utils.options import OPEN
 
-ESTIMATE = "estimate.json"
+ESTIMATE = "state/estimate.json"
 
 ROBUST = 0.6
 """Fraction of an attack's passes that are actually run, since misclassified images are not attacked further."""

@@ -3,6 +3,7 @@
 runs/NAME            the run directories, as written by `deat-rb train`
 state/NAME.lock      held by the process that trains or evaluates the run
 state/NAME.json      `Record`, written when the run was trained, is done or has failed
+state/estimate.json  predicted seconds of each run
 logs/                output of the workers that `--jobs` starts
 """
 

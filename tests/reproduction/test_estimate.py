@@ -34,6 +34,7 @@ def test_estimate_adds_steps_updates_validation_and_evaluation(tmp_path: Path, m
     assert (guided.passes, guided.exact) == (9, False)
     assert pgd.evaluation == pytest.approx(ROBUST * 16 * (1 + 2))  # FGSM and PGD-2 on 16 images
     assert read_estimate(folder)[study.runs[0].name] == pytest.approx(pgd.training + pgd.evaluation)
+    assert not list(tmp_path.glob("*.json")), "a study of that name would write its table there"
 
 
 def test_estimate_of_an_open_ended_run_is_an_epoch_with_its_share_of_validation(
