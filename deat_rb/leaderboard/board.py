@@ -105,23 +105,27 @@ class Board:
                 source = f"the entry of {submission.source}"
                 draft = Entry.create({**facts, "kind": "published"}, source)
                 self._check_free(draft.key, replace)
-                if evaluate_anew or submission.claim is None:
-                    measured = evaluate_fully(submission, n_examples, **options)
-                else:
-                    measured = verify_claim(submission, n_examples, sample, **options)
                 weights = as_safetensors(submission.model)
-                facts = _without_beaten_external(facts, measured)
-                entry = Entry.create(
-                    {**measured, **facts, "eps": measured["eps"], "kind": "measured",
-                     "weights_file": draft.weights_place if keep_weights else None,
-                     "weights_sha256": hashlib.sha256(weights).hexdigest()},
-                    source,
-                )  # fmt: skip
-                self.commit(entry, weights if keep_weights else None, replace=replace)
+                accepted: list[Entry] = []
+
+                def accept(measured: dict[str, Any]) -> None:
+                    entry = Entry.create(
+                        {**measured, **_without_beaten_external(facts, measured), "eps": measured["eps"],
+                         "kind": "measured", "weights_file": draft.weights_place if keep_weights else None,
+                         "weights_sha256": hashlib.sha256(weights).hexdigest()},
+                        source,
+                    )  # fmt: skip
+                    self.commit(entry, weights if keep_weights else None, replace=replace)
+                    accepted.append(entry)
+
+                if evaluate_anew or submission.claim is None:
+                    evaluate_fully(submission, n_examples, accept, **options)
+                else:
+                    accept(verify_claim(submission, n_examples, sample, **options))
         except DeatError as error:
             message = str(error) if hub is None else str(error).replace(str(given), hub.address)
             raise DeatError(printable(message, 1000)) from error
-        return entry
+        return accepted[0]
 
     def _facts(self, submission: Submission, metadata: SubmissionMetadata) -> dict[str, Any]:
         """Return all fields of the entry except the measured ones."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -137,32 +138,56 @@ def compare_verdicts(claim: Report, measured: Report, rows: Sequence[int], sourc
             )
 
 
-def evaluate_fully(submission: Submission, n_examples: int | None, **options: Any) -> dict[str, Any]:
-    """Evaluate a submission on the first ``n_examples`` test images, by default on all; return fields of its entry.
+def evaluate_fully(
+    submission: Submission, n_examples: int | None, accept: Callable[[dict[str, Any]], None], **options: Any
+) -> None:
+    """Evaluate a submission on the first ``n_examples`` test images, by default on all.
 
     Checks that need no attack and the claimed natural accuracy come first, so that a network that is not what its
     submission says is refused before the attacks, which take hours. The attacks' results are kept in the user's cache
-    folder until all have ended: after an interruption, the same submission continues.
+    folder until ``accept`` has returned: after an interruption or a full disk, the same submission continues.
+
+    Args:
+        submission: The submission.
+        n_examples: Number of test images.
+        accept: Called with the measured fields of the entry, unless the submission is refused.
+        options: Further arguments of `deat_rb.evaluation.evaluate.evaluate`.
 
     Raises:
-        DeatError: A check fails, or the measurement contradicts the submission's ``model_info``.
+        DeatError: A check fails, the measurement contradicts the submission's ``model_info``, or ``accept`` fails.
     """
     images, labels = first_test_examples(submission.data, n_examples, logit_of_class=submission.logit_of_class)
-    claimed = submission.claimed
-    natural = {attack: accuracy for attack, accuracy in claimed.items() if attack == "natural"}
     measure = partial(evaluate, submission.model, images, labels, eps=submission.eps, norm=submission.norm,
                       checks="quick", keep_adversarial=False, **options)  # fmt: skip
-    for attacks, claims, state in (ATTACKS[:1], natural, None), (ATTACKS[1:], claimed, _state(submission)):
-        report = resume_or_restart(partial(measure, attacks=attacks, state=state))
+
+    def judge(report: Report) -> None:
+        claimed = {attack: claim for attack, claim in submission.claimed.items() if attack in report.results}
         refuse_failed(report.checks, str(submission.source))
-        compare_claim(claims, report, f"the model_info of {submission.source}")
-    return _entry_fields(report, report.checks)
+        compare_claim(claimed, report, f"the model_info of {submission.source}")
+
+    refusals: list[DeatError] = []
+
+    def finish(report: Report) -> None:
+        try:
+            judge(report)
+        except DeatError as error:  # raised below, when the stored results, of no further use, have been removed
+            refusals.append(error)
+        else:
+            accept(_entry_fields(report, report.checks))
+
+    judge(measure(attacks=ATTACKS[:1]))
+    state = _state(submission, n_examples, options.get("batch_size"), options.get("device"))
+    resume_or_restart(partial(measure, attacks=ATTACKS[1:], state=state, finish=finish))
+    if refusals:
+        raise refusals[0]
 
 
-def _state(submission: Submission) -> Path | None:
-    """Return the folder for the unfinished evaluation of these weights; None if it cannot be written."""
-    folder = cache_folder("submissions") / submission.weights_sha256[:16]
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+def _state(submission: Submission, *options: object) -> Path | None:
+    """Return the folder for an unfinished evaluation with these options; None if it cannot be written."""
+    identity = (submission.weights_sha256, submission.spec, submission.data.fingerprint, submission.logit_of_class,
+                submission.norm, submission.eps, *options)  # fmt: skip
+    folder = cache_folder("submissions") / sha256(repr(identity).encode()).hexdigest()[:16]
+    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     return folder if os.access(existing, os.W_OK) else None
 
 

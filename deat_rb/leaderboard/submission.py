@@ -50,6 +50,10 @@ MAX_WRN = 2 * 94 * 16**2
 """Limit on a WRN's depth times squared width, proportional to its size; RobustBench's largest is a WRN-94-16."""
 
 
+MAX_IMAGE_SIZE = 1024
+"""Largest height and width of a submitted run's images, to which the board's own are resized."""
+
+
 @dataclass(frozen=True)
 class SubmissionMetadata:
     """Metadata declared by the submitter; values that are None are taken from the submitted files.
@@ -231,9 +235,9 @@ def _open_run(target: Path, metadata: SubmissionMetadata, scratch: Path) -> Subm
         weights = f"{config.optim.select}.safetensors"
         digest = copy_untrusted_weights(target / weights, copied / weights)
         model = load_checked(copied / weights, spec, source=target / weights)
-        if (size := config.data.image_size) != spec.image_size:
-            raise DeatError(f"{target} has images of {size}x{size}, but a network for {spec.image_size}x"
-                            f"{spec.image_size}: submit a run as deat-rb train writes it")  # fmt: skip
+        if (size := config.data.image_size) != spec.image_size or size > MAX_IMAGE_SIZE:
+            raise DeatError(f"{target} has images of {size}x{size} and a network for {spec.image_size}x"
+                            f"{spec.image_size}: they must be equal and at most {MAX_IMAGE_SIZE}")  # fmt: skip
         limit = config.data.memory_limit if metadata.memory_limit is None else metadata.memory_limit
         data = load_board_dataset(config.data.dataset, data_dir=metadata.data_dir, image_size=config.data.image_size,
                                   memory_limit=limit)  # fmt: skip
@@ -333,15 +337,17 @@ def _norm_of(weights: Path, info: Path, given: str | None) -> str:
     Raises:
         DeatError: The two folders are named after different norms, or after another one than the norm given.
     """
-    folders = [path.absolute().parent.name for path in (info, weights)]
-    named = [folder for folder in folders if folder in THREATS]
-    if len(set(named)) > 1:
-        raise DeatError(f"{info} is in the folder {folders[0]}, but {weights} in {folders[1]}: give the model_info of "
-                        "these weights with --info")  # fmt: skip
-    if named and given not in (None, named[0]):
-        raise DeatError(f"--norm {given} contradicts {weights}, which is in an export's folder {named[0]}: omit "
-                        "--norm, or copy the file elsewhere")  # fmt: skip
-    return given or (named[0] if named else "Linf")
+    norms = {path: path.absolute().parent.name for path in (info, weights)}
+    named = {path: norm for path, norm in norms.items() if norm in THREATS}
+    if len(set(named.values())) > 1:
+        raise DeatError(f"{info} is in the folder {norms[info]}, but {weights} in {norms[weights]}: give the "
+                        "model_info of these weights with --info")  # fmt: skip
+    norm = None if given is None else check_norm(given)
+    for path, folder in named.items():
+        if norm not in (None, folder):
+            raise DeatError(f"--norm {norm} contradicts {path}, which is in an export's folder {folder}: omit --norm, "
+                            "or copy the file elsewhere")  # fmt: skip
+    return norm or next(iter(named.values()), "Linf")
 
 
 def _info_beside(weights: Path) -> Path:

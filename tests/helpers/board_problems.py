@@ -78,7 +78,12 @@ class FakeEvaluation:
         self.calls.append({"n": len(images), "images": images, "labels": labels, **options})
         places = torch.tensor([places_of_digits()[image.numpy().tobytes()] for image in images])
         of = len(images) if torch.equal(places, torch.arange(len(images))) else 500
-        return report_of(len(images), shares=self.shares, checks=self.checks, eps=options["eps"], places=places, of=of)
+        report = report_of(
+            len(images), shares=self.shares, checks=self.checks, eps=options["eps"], places=places, of=of
+        )
+        if "finish" in options:
+            options["finish"](report)
+        return report
 
 
 def without_evaluating(monkeypatch: pytest.MonkeyPatch) -> FakeEvaluation:

@@ -103,9 +103,10 @@ def test_submit_takes_the_norm_that_is_given(tmp_path: Path, board: Board, fake:
     assert submit(board, plain, "Rice2020L2", norm="L2", **described).threat_model == "L2"
     assert {call["norm"] for call in fake.calls} == {"L2"}
     with pytest.raises(
-        DeatError, match=r"--norm L2 contradicts .*Wong2020Fast\.pt, which is in an export's folder Linf"
+        DeatError, match=r"--norm L2 contradicts .*Wong2020Fast\.json, which is in an export's folder Linf"
     ):
         submit(board, weights, norm="L2", dataset="digits")
+    assert submit(board, plain, "Rice2020Lower", norm="l2", **described).threat_model == "L2"
     with pytest.raises(DeatError, match="norm 'l1'"):
         submit(board, plain, norm="l1", **described)
     with pytest.raises(DeatError, match="--norm is only for checkpoints"):

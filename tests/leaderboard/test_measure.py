@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from board_problems import SHARES, FakeEvaluation, claim, digits, make_checkpoint, make_run, network, submit
 from short_autoattack import shorten
 
 from deat_rb.evaluation.report import Check
+from deat_rb.leaderboard import measure
 from deat_rb.leaderboard.board import Board
 from deat_rb.utils.errors import DeatError, Interrupted
 
@@ -52,6 +54,7 @@ def test_evaluate_fully_refuses_before_the_attacks(tmp_path: Path, board: Board,
 @pytest.mark.slow
 def test_evaluate_fully_runs_the_real_attacks(tmp_path: Path, board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     shorten(monkeypatch, iterations=2, queries=2)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     entry = submit(board, make_run(tmp_path / "run", evaluated=False), n_examples=4)
     images, labels = digits().test.first(4).tensors()
     assert entry.figures["natural"].n_correct == int((network()(images).argmax(1) == labels).sum())
@@ -64,7 +67,10 @@ def test_submit_continues_an_interrupted_evaluation(
 ) -> None:
     shorten(monkeypatch, iterations=2, queries=2)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    run = make_run(tmp_path / "run", evaluated=False)
+    images = digits().test.first(4).tensors()[0]
+    labels = network()(images).argmax(dim=1)  # all are correct, and remain so under attacks of this radius
+    monkeypatch.setattr(measure, "first_test_examples", lambda *_, **__: (images, labels))
+    run = make_run(tmp_path / "run", evaluated=False, eps=1e-6)
     said: list[str] = []
 
     class Listener:
@@ -81,8 +87,15 @@ def test_submit_continues_an_interrupted_evaluation(
     with pytest.raises(Interrupted, match=r"stored in .*deat-rb.submissions"):
         submit(board, run, n_examples=4, progress=Listener("cw-20"))
     assert not board.path.exists()
-    assert submit(board, run, n_examples=4, progress=Listener("")).n_examples == 4
-    assert [sentence.partition(" batch")[0] for sentence in said] == ["resuming from 1"]  # no image is classified right
+    full = mock.patch.object(Board, "commit", side_effect=DeatError("no space left"))
+    with full, pytest.raises(DeatError, match=r"no space left; \d+ batches are stored in "):
+        submit(board, run, n_examples=4, progress=Listener(""))
+    submit(board, run, n_examples=2, progress=Listener(""))
+    entry = submit(board, run, "Wang2021Gradient_2", n_examples=4, progress=Listener(""))
+    assert entry.figures["autoattack"].n_correct == 4
+    first, second = (int(sentence.split()[2]) for sentence in said)  # that of 2 images is another evaluation
+    assert first == 4  # natural, FGSM, PGD-100 and CW-20, whose batch is stored before progress tells of it
+    assert second > first
     assert list((tmp_path / "cache/deat-rb/submissions").iterdir()) == []
 
 

@@ -233,16 +233,19 @@ def test_submit_validates_a_runs_texts_before_evaluating(tmp_path: Path, board: 
     assert fake.calls == []
 
 
+@pytest.mark.parametrize(("size", "network_size"), [(100_000, 32), (10_000, 10_000)])
 def test_submit_refuses_a_runs_huge_images_before_loading_any(
-    tmp_path: Path, board: Board, fake: FakeEvaluation, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, board: Board, fake: FakeEvaluation, monkeypatch: pytest.MonkeyPatch, size: int, network_size: int
 ) -> None:
     run = make_run(tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
-    config["data"]["image_size"] = 100_000
+    config["data"]["image_size"] = size
+    config["network"]["image_size"] = network_size
     (run / "config.json").write_text(json.dumps(config))
     loaded: list[str] = []
     monkeypatch.setattr("deat_rb.leaderboard.submission.load_board_dataset", lambda name, **where: loaded.append(name))
-    with pytest.raises(DeatError, match="has images of 100000x100000, but a network for 32x32"):
+    monkeypatch.setattr("deat_rb.leaderboard.submission.load_checked", lambda *_, **__: network())
+    with pytest.raises(DeatError, match=f"has images of {size}x{size} and a network for {network_size}x{network_size}"):
         submit(board, run)
     assert loaded == []
 
