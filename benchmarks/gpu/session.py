@@ -85,11 +85,13 @@ class Session:
         before = signal.signal(signal.SIGALRM, end)
         signal.setitimer(signal.ITIMER_REAL, max(self.seconds_left(), 0.01))
         try:
-            yield
+            try:
+                yield
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
         except _BudgetSpent:
             self.record(stage, left_out=f"not done after {self.options.budget:.0f} s")
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
 
     @contextmanager

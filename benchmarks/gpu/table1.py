@@ -39,7 +39,9 @@ def _data(session: Session) -> Dataset:
     parts = {f"{part}_{name}": getattr(getattr(data, part).in_memory(), name)
              for part in ("train", "test") for name in ("images", "labels")}  # fmt: skip
     rest = {name: getattr(data, name) for name in ("classes", "mean", "std", "fingerprint")}
-    torch.save({"folder": folder, **parts, **rest}, cache)
+    partial = cache.with_suffix(".tmp")
+    torch.save({"folder": folder, **parts, **rest}, partial)
+    partial.replace(cache)  # so that a stage that is ended leaves no damaged file
     seconds = round(time.monotonic() - began, 1)
     session.record("decode", seconds=seconds, train=len(data.train), test=len(data.test), sha256=data.fingerprint)
     return data
