@@ -317,7 +317,7 @@ def _explained(store: ResumeStore, prepared: PreparedModel) -> Iterator[None]:
     except KeyboardInterrupt:
         raise Interrupted(store.status) from None
     except torch.OutOfMemoryError as error:
-        restart = " and start over with --no-resume" if store.status else ""
+        restart = ", with deat-rb eval also --no-resume" if store.status else ""
         raise DeatError(f"{_device_name(prepared.device)} has too little memory for batches of {prepared.batch_size} "
                         f"images: use a smaller --batch-size{restart}") from error  # fmt: skip
 

@@ -173,7 +173,7 @@ class StudyFolder:
         record = self.record(run)
         if record is None or record.status != "failed":
             return
-        if record.trained:
+        if record.trained or record.evaluations:
             self.write_record(run, record.model_copy(update={"status": "trained", "reason": ""}))
         else:
             self._record_path(run).unlink(missing_ok=True)

@@ -180,7 +180,7 @@ def _drawn(run: RunSpec, folder: StudyFolder, alpha: str, gamma: float | None) -
     path = folder.run_path(run)
     directory = RunDirectory.open(path)
     rows = directory.rows()
-    batches = -(-max(row.examples for row in rows) // directory.config.data.batch_size) if rows else 1
+    batches = max([1, *(-(-row.examples // directory.config.data.batch_size) for row in rows)])
     found = folder.report(run, "pgd-20", run.evaluation.n_examples)
     pgd20 = 100 * found[1].results["pgd-20"].accuracy if found is not None else None
     return Drawn(run.seed, rows, curve_test(path), batches, pgd20, alpha, gamma)

@@ -268,7 +268,7 @@ def expand(
     for label in labels:
         if labels.count(label) > 1:
             raise DeatError(f"two rows have the label '{label}', but runs of one label are averaged, as those of "
-                            "several seeds; give each row a label of its own")  # fmt: skip
+                            "several seeds; give each row a label of its own, or remove one")  # fmt: skip
     return tuple(runs)
 
 
