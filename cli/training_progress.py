@@ -63,7 +63,6 @@ class TrainingProgress(Callback, AbstractContextManager["TrainingProgress"]):
         self._validated = ""
         self._started = self._epoch_started = self._shown = monotonic()
         self._epoch = self._epochs = self._batches = self._done = 0
-        self._state: TrainingState | None = None
         self._resumed_from: int | None = None
 
     def __enter__(self) -> Self:
@@ -79,7 +78,7 @@ class TrainingProgress(Callback, AbstractContextManager["TrainingProgress"]):
 
     def on_fit_start(self, state: TrainingState) -> None:
         """Start showing the next run."""
-        self._state = state
+        super().on_fit_start(state)
         self._run += 1
         self._validated = ""
         self._label = f"seed {state.seed}, " if self._seeds else ""
@@ -88,7 +87,7 @@ class TrainingProgress(Callback, AbstractContextManager["TrainingProgress"]):
         """Show the epoch; the bar counts the batches of all epochs."""
         self._epoch_started = monotonic()
         self._epoch, self._epochs, self._batches = epoch, epochs, batches
-        self._done = (epoch - 1) * batches + (self._state.batch if self._state else 0)
+        self._done = (epoch - 1) * batches + self.state.batch
         if self._resumed_from is None:
             self._resumed_from, self._started = self._done, self._epoch_started
         self._update(f"{self._where(epoch)}, steps {steps}", [])

@@ -266,6 +266,8 @@ def train_seeds(
     results = []
     for each in names:
         results.append(train(plans.pop(0), output=output, name=each, callbacks=callbacks))
+        for callback in callbacks:
+            vars(callback).pop("state", None)
         gc.collect()  # frees the network and the method's state on the device, which refer to each other
     return results
 

@@ -12,6 +12,7 @@ import torch
 from small_runs import SMALL, identical, planned
 
 import deat_rb
+from deat_rb.cli.training_progress import TrainingProgress
 from deat_rb.data.datasets import Dataset, load_data
 from deat_rb.data.image_folder import ImageFolder
 from deat_rb.data.images import ImageSet
@@ -195,19 +196,28 @@ def test_train_seeds_loads_the_data_once(tmp_path: Path, monkeypatch: pytest.Mon
     assert identical(results[1][0], alone)
 
 
-def test_train_seeds_frees_the_network_and_state_of_a_finished_seed(tmp_path: Path) -> None:
+def test_train_seeds_frees_the_network_and_state_of_a_finished_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the next seed's optimizer and averaged weights are built; the progress is the command line's callback."""
+    trainers: list[weakref.ref[TrainerBase]] = []
     alive: list[int] = []
 
-    class Counts(Callback):
-        def __init__(self) -> None:
-            self.trainers: list[weakref.ref[TrainerBase]] = []
-
+    class Keeps(Callback):
         def on_fit_start(self, state: TrainingState) -> None:
-            self.trainers.append(weakref.ref(state.trainer))
-            alive.append(sum(trainer() is not None for trainer in self.trainers))
+            super().on_fit_start(state)
+            trainers.append(weakref.ref(state.trainer))
 
-    train_seeds(make_options({**SMALL, "epochs": 1}), [3, 4, 5], output=tmp_path, callbacks=[Counts()])
-    assert alive == [1, 1, 1]
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        alive.append(sum(trainer() is not None for trainer in trainers))
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr("deat_rb.runs.train.train", counted)
+    options = make_options({**SMALL, "epochs": 1})
+    with TrainingProgress(seeds=(3, 4, 5)) as progress:
+        train_seeds(options, [3, 4, 5], output=tmp_path, callbacks=[Keeps(), progress])
+    assert len(trainers) == 3
+    assert alive == [0, 0, 0]
 
 
 def test_train_seeds_refuses_a_seed_twice(tmp_path: Path) -> None:
