@@ -139,6 +139,19 @@ def test_a_call_ascends_the_smoothed_loss_as_training_does(name: str, monkeypatc
     assert torch.allclose(trainer(images, labels), expected, atol=1e-6)
 
 
+def test_a_call_takes_the_steps_of_a_replayed_batch() -> None:
+    """At a rate of 0 the weights stay, so that both replays attack one network; a second step of 0.06 is cut at 0.1."""
+    images, labels = images_and_labels(12)
+    model = made()
+    model[8] = nn.Identity()  # its dropout would differ between the two
+    trainer = deat_rb.create("free-2", model, eps=0.1, alpha=0.06, label_smoothing=0.8)
+    called = trainer(images, labels)
+    trainer.training_step(images, labels, torch.optim.SGD(model.parameters(), lr=0.0))
+    carried = trainer.tensors()["carried"]  # by the second replay's gradient, too
+    assert torch.allclose(called - images, carried, atol=1e-6)
+    assert float((carried.abs() > 0.09).float().mean()) > 0.1
+
+
 class LeavesGraph(torchattacks.FGSM):
     """Returns images with a graph, as torchattacks' APGD does, which the update's backward must not traverse."""
 
