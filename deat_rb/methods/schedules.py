@@ -136,17 +136,12 @@ class Annealed(Schedule):
     """
 
     needs_epochs = True
+    fewest_steps = 1
 
     def __init__(self, start: int = 2, *, max_steps: int = 10) -> None:
         super().__init__(start, max_steps)
         self.start, self.last = start, max_steps
         self.epochs: int | None = None
-
-    def check_steps(self, steps: int) -> None:
-        """Check that an epoch may have this number of steps: at least 1."""
-        super().check_steps(steps)
-        if steps < 1:
-            raise DeatError(f"steps = {steps} is below 1; Amata needs at least 1 step in the first epoch")
 
     def begin(self, epochs: int) -> None:
         """Set T.

@@ -40,6 +40,7 @@ class SharedForwardTrainer(Trainer):
     )
     not_compilable = "takes two gradients from one forward pass, which torch.compile lacks"
     norms = ("Linf",)
+    fewest_steps = most_steps = 1
 
     def __init__(
         self, attack: PGD, *, loss: str | SurrogateLoss = "ce", consistency: float = 10.0, **options: Any
@@ -55,7 +56,7 @@ class SharedForwardTrainer(Trainer):
             raise DeatError(f"consistency = {consistency:g} is not a finite, non-negative number")
         super().__init__(attack, loss=surrogate(loss), **options)
         if self.schedule.total_steps(2) != 2:
-            raise DeatError(f"{name} takes one step per batch, not {self.steps}: set steps = 1")
+            raise DeatError(f"{name} takes one step per batch in every epoch: use deat_rb.training.Constant(1)")
         if self.loss.needs_clean:
             raise DeatError(f"{name} cannot use the loss {self.loss.name}, which needs the clean images' logits")
         self.consistency = consistency

@@ -228,6 +228,7 @@ class ReplayTrainer(Trainer):
         options: As for `Trainer`.
     """
 
+    fewest_steps = 1
     refused = SHARED_PASSES
     takes_soft_labels = True
 
@@ -246,7 +247,6 @@ class ReplayTrainer(Trainer):
                 "one gradient"
             )
         super().__init__(attack, loss=surrogate(loss), **options)
-        self.check_steps(self.steps)
         if self.loss.needs_clean:
             raise DeatError(
                 f"the loss {self.loss.name} needs two forward passes, but a replay runs only one: use AttackTrainer"
@@ -254,12 +254,6 @@ class ReplayTrainer(Trainer):
         self.carry = carry
         self.lr_per_replay = lr_per_replay
         self._carried: Tensor | None = None
-
-    def check_steps(self, steps: int) -> None:
-        """Check that an epoch may have this number of replays: at least 1."""
-        super().check_steps(steps)
-        if steps < 1:
-            raise DeatError(f"steps = {steps} is below 1; a replay trainer needs at least 1 replay")
 
     def initialize(self, images: Tensor, part: slice = slice(None)) -> Tensor:
         """Return the first iterate of ``images`` (N, C, H, W) (Algorithm 1, line 4).

@@ -40,6 +40,7 @@ class YopoTrainer(Trainer):
         DeatError: The attack or the loss cannot be used, or m or n is below 1.
     """
 
+    fewest_steps = 1
     refused = SHARED_PASSES
     takes_soft_labels = True
     not_compilable = "needs the gradient of the first layer's output, which torch.compile hides"
@@ -50,17 +51,10 @@ class YopoTrainer(Trainer):
         if not is_whole_number(inner) or inner < 1:
             raise DeatError(f"inner = {inner} is not a positive whole number of steps; YOPO-5-3 has 3")
         super().__init__(attack, loss=surrogate(loss), **options)
-        self.check_steps(self.steps)
         if self.loss.needs_clean:
             raise DeatError(f"the loss {self.loss.name} needs the clean images, which YOPO does not pass: use ce")
         self.inner = int(inner)
         self._first_layer: str | None = None
-
-    def check_steps(self, steps: int) -> None:
-        """Check that an epoch may have this number of full passes: at least 1."""
-        super().check_steps(steps)
-        if steps < 1:
-            raise DeatError(f"steps = {steps} is below 1; YOPO needs at least 1 full pass")
 
     def check_attack(self, images: Tensor) -> None:
         """Find the network's first layer.

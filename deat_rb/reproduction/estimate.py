@@ -165,7 +165,7 @@ def _measure(planned: TrainingPlan, kind: str) -> Times:
     evaluation = time_pass(planned)
     if kind == "free-2":  # a replay is both step and update
         return Times(0.0, time_batches(planned, [2], kind).seconds[2] / 2, evaluation)
-    times = time_batches(planned, [1, 3], kind)
+    times = time_batches(planned, [1, 3] if planned.trainer.most_steps is None else [1], kind)
     return Times(max(times.update, 0.0), max(times.step, 0.0), evaluation)
 
 

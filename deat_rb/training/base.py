@@ -26,6 +26,7 @@ from deat_rb.training.surrogate_loss import SurrogateLoss
 from deat_rb.utils.devices import check_outside_autocast
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.module_state import require_autograd
+from deat_rb.utils.text import counted
 from deat_rb.utils.units import is_whole_number
 
 L2_ATTACKS = ("PGDL2", "PGDRSL2")
@@ -106,6 +107,12 @@ class TrainerBase(StatelessAttack):
 
     norms: tuple[str, ...] = tuple(THREATS)
     """The norms in which the method is defined."""
+
+    fewest_steps = 0
+    """Lower bound of the attack steps of an epoch."""
+
+    most_steps: int | None = None
+    """Upper bound of the attack steps of an epoch; None for no bound."""
 
     def __init__(
         self,
@@ -232,6 +239,13 @@ class TrainerBase(StatelessAttack):
             DeatError: It may not.
         """
         self.schedule.check_steps(steps)
+        fewest, most = self.fewest_steps, self.most_steps
+        if steps < fewest:
+            raise DeatError(
+                f"steps = {steps} is below {fewest}; {self.attack} needs at least {counted(fewest, 'step')}"
+            )
+        if most is not None and steps > most:
+            raise DeatError(f"steps = {steps} is above {most}; {self.attack} takes at most {counted(most, 'step')}")
 
     def keep_first_schedule(self) -> None:
         """Keep the state of schedule and stopping rule before the first `fit`, for `reset_schedule`."""
@@ -254,7 +268,12 @@ class TrainerBase(StatelessAttack):
         return {"schedule": self.schedule, "stopping": self.stopping}
 
     def apply_schedule(self) -> None:
-        """Set the attack's steps and step size as scheduled for the next epoch."""
+        """Set the attack's steps and step size as scheduled for the next epoch.
+
+        Raises:
+            DeatError: The method cannot take the schedule's number of steps.
+        """
+        self.check_steps(self.schedule.steps)
         if hasattr(self.crafter, "steps"):
             self.crafter.steps = self.schedule.steps
         if self.base_alpha is not None:

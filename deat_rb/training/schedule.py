@@ -7,6 +7,7 @@ from typing import Any
 
 from deat_rb.training.metrics import EpochStats
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.text import counted
 from deat_rb.utils.units import is_whole_number
 
 
@@ -22,6 +23,7 @@ class Schedule:
         needs_epochs: Whether the steps depend on the run's number of epochs. If so, the run cannot be open-ended, and
             its number of epochs cannot be increased later.
         needs_accuracy: Whether the steps depend on training accuracy.
+        fewest_steps: Lower bound of the steps of an epoch.
 
     Raises:
         DeatError: ``steps`` is negative or not a whole number, or ``max_steps`` is below the steps of the first epoch.
@@ -30,6 +32,7 @@ class Schedule:
     guided = False
     needs_epochs = False
     needs_accuracy = False
+    fewest_steps = 0
 
     def __init__(self, steps: int = 1, max_steps: int | None = None) -> None:
         self.check_steps(steps)
@@ -46,6 +49,11 @@ class Schedule:
         """
         if not is_whole_number(steps) or steps < 0:
             raise DeatError(f"steps = {steps} is not a non-negative whole number")
+        if steps < self.fewest_steps:
+            raise DeatError(
+                f"steps = {steps} is below {self.fewest_steps}; the schedule {type(self).__name__} needs at least "
+                f"{counted(self.fewest_steps, 'step')}"
+            )
 
     def begin(self, epochs: int) -> None:
         """Prepare for a run of ``epochs`` epochs, `deat_rb.utils.options.OPEN` if open-ended; called by `fit`."""

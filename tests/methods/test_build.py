@@ -83,7 +83,7 @@ def test_create_refuses_class_weights(weights: Any) -> None:
         ("m+pgd", {"steps": 9}, r"max_steps = 7 is below the first epoch's steps \(9\)"),
         ("m+pgd", {"gamma": 0.0}, "gamma = 0 is not a positive number"),
         ("deat-40%", {"threshold": 40}, r"threshold = 40 is outside \(0, 1\)"),
-        ("free-8", {"steps": 0}, "steps = 0 is below 1; a replay trainer needs at least 1 replay"),
+        ("free-8", {"steps": 0}, "steps = 0 is below 1; free-8 needs at least 1 step"),
         ("fat-5", {"tau": -1}, "tau = -1 is not a non-negative whole number"),
         ("pgd-7", {"eps": "8/0"}, "'8/0' divides by zero"),
         ("pgd-7", {"eps": "eight"}, "'eight' is not a number; give a fraction such as 8/255"),

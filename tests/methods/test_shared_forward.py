@@ -13,6 +13,7 @@ import deat_rb
 from deat_rb.data.batches import Batches
 from deat_rb.data.images import ImageSet
 from deat_rb.methods.losses import surrogate
+from deat_rb.methods.prior_guided import PriorGuidedTrainer
 from deat_rb.runs.options import make_options
 from deat_rb.runs.plan import plan
 from deat_rb.runs.resolution import resolve
@@ -31,7 +32,7 @@ EPS = 8 / 255
         ({"norm": "L2"}, "is defined for Linf only: omit norm = L2"),
         ({"awp": 0.005}, "cannot use awp: attack and loss share a forward pass, in train mode"),
         ({"attack_mode": "eval"}, "cannot use attack_mode: attack and loss share a forward pass, in train mode"),
-        ({"steps": 2}, "takes one step per batch, not 2: set steps = 1"),
+        ({"steps": 2}, "steps = 2 is above 1; .* takes at most 1 step"),
         ({"consistency": -1.0}, "consistency = -1 is not a finite, non-negative number"),
         ({"label_smoothing": 1.0}, r"label_smoothing = 1 is not in \[0, 1\)"),
     ],
@@ -39,6 +40,12 @@ EPS = 8 / 255
 def test_create_refuses_what_the_method_is_not_defined_for(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(DeatError, match=message):
         deat_rb.create(name, made(), **options)
+
+
+def test_a_schedule_that_raises_the_steps_is_refused() -> None:
+    attack = deat_rb.create("fgsm-pgi", made()).crafter
+    with pytest.raises(DeatError, match=r"PriorGuidedTrainer takes one step per batch in every epoch: use .*Constant"):
+        PriorGuidedTrainer(attack, schedule=deat_rb.GradientMagnitude(max_steps=4))
 
 
 def test_create_refuses_a_reset_of_no_epochs_and_one_of_another_method() -> None:

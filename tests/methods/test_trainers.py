@@ -229,7 +229,7 @@ def test_replay_trainer_refuses_other_attacks_and_losses() -> None:
         deat_rb.methods.ReplayTrainer(deat_rb.PGD(model, loss="kl"))
     with pytest.raises(DeatError, match=r"deat_rb\.PGD on cross-entropy"):
         deat_rb.methods.ReplayTrainer(deat_rb.PGD(model, tau=2))
-    with pytest.raises(DeatError, match="steps = 0 is below 1; a replay trainer needs at least 1 replay"):
+    with pytest.raises(DeatError, match="steps = 0 is below 1; ReplayTrainer needs at least 1 step"):
         deat_rb.methods.ReplayTrainer(deat_rb.PGD(model, steps=0))
     with pytest.raises(DeatError, match="the loss trades needs two"):
         deat_rb.methods.ReplayTrainer(deat_rb.PGD(model), loss="trades")

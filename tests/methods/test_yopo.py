@@ -118,7 +118,7 @@ def test_the_learning_rate_counts_the_sum_of_the_full_passes() -> None:
         ({"loss": "trades"}, "the loss trades needs the clean images, which YOPO does not pass: use ce"),
         ({"attack": {"loss": "kl"}}, "YOPO needs a deat_rb.PGD on cross-entropy without tau"),
         ({"attack": {"tau": 3}}, "YOPO needs a deat_rb.PGD on cross-entropy without tau"),
-        ({"attack": {"steps": 0}}, "steps = 0 is below 1; YOPO needs at least 1 full pass"),
+        ({"attack": {"steps": 0}}, "steps = 0 is below 1; YopoTrainer needs at least 1 step"),
     ],
 )
 def test_unusable_parts_are_refused(options: dict[str, Any], message: str) -> None:

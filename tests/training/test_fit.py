@@ -133,9 +133,11 @@ def test_fit_takes_a_schedule_and_a_stopping_rule_set_before_or_between_two_call
     [
         ("pgd-2", -1, "steps = -1 is not a non-negative whole number"),
         ("m-deat", 2.5, "steps = 2.5 is not a non-negative whole number"),
-        ("m-deat", 0, "steps = 0 is below 1; a replay trainer needs at least 1 replay"),
-        ("yopo-2-1", 0, "steps = 0 is below 1; YOPO needs at least 1 full pass"),
-        ("amata-2-10", 0, "steps = 0 is below 1; Amata needs at least 1 step"),
+        ("m-deat", 0, "steps = 0 is below 1; m-deat needs at least 1 step"),
+        ("yopo-2-1", 0, "steps = 0 is below 1; yopo-2-1 needs at least 1 step"),
+        ("amata-2-10", 0, "steps = 0 is below 1; the schedule Annealed needs at least 1 step"),
+        ("fgsm-pgi", 3, "steps = 3 is above 1; fgsm-pgi takes at most 1 step"),
+        ("liet", 0, "steps = 0 is below 1; liet needs at least 1 step"),
     ],
 )
 def test_steps_set_by_hand_are_checked(method: str, steps: Any, message: str) -> None:
@@ -144,6 +146,18 @@ def test_steps_set_by_hand_are_checked(method: str, steps: Any, message: str) ->
     with pytest.raises(DeatError, match=message):
         trainer.steps = steps
     assert trainer.steps == before
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_steps_of_a_schedule_set_by_hand_are_checked(fitted: bool) -> None:
+    trainer = deat_rb.create("m-deat", made())
+    if fitted:
+        trainer.fit(loader(), epochs=1)
+    trainer.schedule = Constant(0)
+    with pytest.raises(DeatError, match="steps = 0 is below 1; m-deat needs at least 1 step"):
+        trainer.fit(loader(), epochs=1)
+    trainer.schedule = Constant(2)
+    assert trainer.fit(loader(), epochs=1).steps == [2]
 
 
 def test_fit_again_measures_l_x_of_a_foreign_attack_in_the_same_unit() -> None:
