@@ -21,10 +21,13 @@ from deat_rb.utils.units import format_fraction
 def group_key(config: RunConfig) -> dict[str, Any]:
     """Return all that defines a run except the seed: the options that affect the result, and hashes of its data.
 
-    Of runs of earlier versions, the hash of the initial weights is unknown, and not equal to a known one.
+    Of runs of earlier versions, the hash of the initial weights is unknown, and not equal to a known one; their options
+    `train_size` and `val_size` are the numbers of images used.
     """
     options = {name: value for name, value in config.flat().items() if name not in ("seed", *MAY_CHANGE)}
-    return options | {"data": config.data_fingerprint, "extra_data": config.extra_fingerprint,
+    sizes = {"train_size": config.train_images or config.data.train_size,
+             "val_size": config.val_images or config.data.val_size}  # fmt: skip
+    return options | sizes | {"data": config.data_fingerprint, "extra_data": config.extra_fingerprint,
                       "initial_weights": config.init_sha256}  # fmt: skip
 
 

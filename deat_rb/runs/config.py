@@ -22,6 +22,8 @@ class RunConfig(TrainOptions):
         data_fingerprint: SHA-256 of the dataset.
         extra_fingerprint: SHA-256 of the extra images and labels, if there are any.
         init_sha256: SHA-256 of the initial weights; None for random ones, and for runs of earlier versions.
+        train_images: Number of training images; None for runs of earlier versions.
+        val_images: Number of validation images; None for runs of earlier versions.
         versions: Versions of the packages at the start of the run.
     """
 
@@ -30,6 +32,8 @@ class RunConfig(TrainOptions):
     data_fingerprint: str
     extra_fingerprint: str | None = None
     init_sha256: str | None = None
+    train_images: int | None = None
+    val_images: int | None = None
     versions: dict[str, str]
 
     @property

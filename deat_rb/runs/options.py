@@ -294,7 +294,8 @@ def read_options(path: str | Path) -> dict[str, Any]:
     content = read_json(Path(path))
     if not isinstance(content, dict):
         raise DeatError(f"{path} does not contain a JSON object of training options; give a run's config.json")
-    facts = {"network", "classes", "data_fingerprint", "extra_fingerprint", "init_sha256", "versions"}
+    facts = {"network", "classes", "data_fingerprint", "extra_fingerprint", "init_sha256", "train_images", "val_images",
+             "versions"}  # fmt: skip
     return make_options({key: value for key, value in nest(content).items() if key not in facts}).explicit()
 
 

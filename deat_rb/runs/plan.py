@@ -26,6 +26,7 @@ from deat_rb.methods.trainers import AttackTrainer, ReplayTrainer
 from deat_rb.methods.yopo import YopoTrainer
 from deat_rb.models.initialization import InitialWeights, freeze_parameters, initial_weights
 from deat_rb.models.spec import model_spec
+from deat_rb.runs.batch_sizes import check_batches
 from deat_rb.runs.config import RunConfig
 from deat_rb.runs.defaults import default_val_size
 from deat_rb.runs.hub_run import open_hub
@@ -354,19 +355,26 @@ def plan(
         "data_fingerprint": fingerprint,
         "extra_fingerprint": None if extra is None or dry else extra.fingerprint(),
         "init_sha256": None if weights is None else weights.sha256(),
+        "train_images": len(train),
+        "val_images": len(val),
         "versions": versions(),
     }
     config = validate(RunConfig, {**resolved.flat(), **facts})
     if continues is not None and config.extra_fingerprint != continues.extra_fingerprint:
         raise DeatError(f"the images of --extra-data {config.data.extra_data} differ from those of the run; restore "
                         "them, or start a new run")  # fmt: skip
-    _check_batches(len(train), config, ranks.size)
+    if continues is not None and weights is not None and continues.init_sha256 not in (None, config.init_sha256):
+        raise DeatError(f"the initial weights of {weights.source} differ from those of the run; restore them, or start "
+                        "a new run")  # fmt: skip
+    check_batches(len(train), config, ranks.size)
     with seeding.preserved():
         seeding.seed_global(seed, "weights")
         model = spec.build()
     notes: tuple[str, ...] = ()
     if weights is not None:
-        notes, spec = weights.load_into(model, spec, is_given=options.model.mean is not None)
+        # A run with --pretrained records the library's normalization as its options.
+        is_given = options.model.mean is not None and not options.model.pretrained
+        notes, spec = weights.load_into(model, spec, is_given=is_given)
         config = config.but(network=spec)
     frozen = None if config.model.freeze is None else freeze_parameters(model, config.model.freeze)
     weights_by_class = None
@@ -408,25 +416,6 @@ def _load(options: DataConfig, ranks: World, dry: bool, progress: Progress | Non
             progress=progress,
         )
     )
-
-
-def _check_batches(images: int, config: RunConfig, ranks: int) -> None:
-    """Check that every batch has enough images for BatchNorm; with extra images, all batches are whole."""
-    batch_size = config.data.batch_size
-    if images < batch_size:
-        raise DeatError(f"{images} training images are fewer than a batch of {batch_size}; reduce --batch-size")
-    rest = 0 if config.data.extra_data is not None else images % batch_size
-    if rest == 1 and ":" in config.model.arch:
-        raise DeatError(
-            f"the last batch would have only 1 of the {images} training images (--batch-size {batch_size}), and "
-            "BatchNorm needs 2 or more; change --batch-size or --train-size"
-        )
-    for size in {batch_size, rest or batch_size} if ranks > 1 else ():
-        if size < 2 * ranks:
-            raise DeatError(
-                f"a batch would have only {size} of the {images} training images (--batch-size {batch_size}), and "
-                f"{ranks} ranks need {2 * ranks} or more, 2 for each; change --batch-size or --train-size"
-            )
 
 
 def _gigabytes(size: int) -> str:

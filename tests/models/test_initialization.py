@@ -15,7 +15,7 @@ from deat_rb.models.initialization import freeze_parameters, initial_weights
 from deat_rb.models.pretrained import library_input
 from deat_rb.models.spec import build_model
 from deat_rb.models.weights import with_new_head
-from deat_rb.runs.options import make_options
+from deat_rb.runs.options import make_options, read_options
 from deat_rb.runs.plan import plan
 from deat_rb.runs.train import train
 from deat_rb.training.callbacks import Callback
@@ -83,6 +83,15 @@ def test_pretrained_file_initializes_a_run(file: Path, library: dict[str, Tensor
     assert own.config.network.mean == (0.5, 0.5, 0.5)
 
 
+def test_config_of_a_run_from_a_pretrained_file_with_a_normalization_repeats_it(tmp_path: Path) -> None:
+    weights, config = tmp_path / "own.pt", tmp_path / "config.json"
+    torch.save(build_model(NET, num_classes=4, mean=(0.25,) * 3, std=(0.5,) * 3).state_dict(), weights)
+    first = plan(make_options({**SMALL, "weights": str(weights)})).config
+    config.write_text(first.model_dump_json())
+    assert first.network.mean == (0.25, 0.25, 0.25)
+    assert plan(make_options(read_options(config))).config.network == first.network
+
+
 def test_pretrained_folder_takes_the_librarys_image_size(file: Path, image_folder: Path) -> None:
     options = {**SMALL, "weights": str(file), "dataset": "folder", "data_dir": str(image_folder), "train_size": None,
                "batch_size": 2, "val_size": 2}  # fmt: skip
@@ -139,11 +148,11 @@ def test_checkpoint_of_other_classes_is_refused_unless_a_new_head_is_asked_for(t
     with pytest.raises(DeatError, match="has a different architecture or number of classes: shapes differ"):
         plan(make_options(options))
     planned = plan(make_options({**options, "new_head": True}))
-    (note,) = planned.notes
+    *_, note = planned.notes  # after that on the checkpoint's normalization
     assert note == f"the last layer of {tmp_path / 'four.pt'} is for other classes; fc.weight, fc.bias are new"
     torch.save(build_model("wrn-10-1", num_classes=10).state_dict(), tmp_path / "ten.pt")
     kept = plan(make_options({**options, "init_from": str(tmp_path / "ten.pt"), "new_head": True}))
-    assert kept.notes == (f"the last layer of {tmp_path / 'ten.pt'} has 10 classes as well and is kept",)
+    assert kept.notes[-1] == f"the last layer of {tmp_path / 'ten.pt'} has 10 classes as well and is kept"
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_a_flat_config_json_is_written_again_in_groups(old: Path) -> None:
     written = config.model_dump(mode="json")
     assert list(written) == [
         "data", "model", "attack", "optim", "runtime", "output", "network", "classes", "data_fingerprint",
-        "extra_fingerprint", "init_sha256", "versions"
+        "extra_fingerprint", "init_sha256", "train_images", "val_images", "versions"
     ]  # fmt: skip
     assert (written["model"]["arch"], written["model"]["init_from"]) == ("wrn-10-1", None)
     assert RunConfig.model_validate(written) == config

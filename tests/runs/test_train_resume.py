@@ -12,6 +12,7 @@ import torch
 from children import run_in_child
 from resumed_runs import Stops
 from small_runs import SMALL, identical
+from small_runs import planned as small_plan
 
 from deat_rb.data.datasets import load_data
 from deat_rb.methods.stopping import RobustnessDrop
@@ -212,6 +213,22 @@ def test_resume_does_not_need_the_initial_weights(tmp_path: Path) -> None:
     weights.unlink()
     run, _ = resume(tmp_path / "run", {}, trust_code=True)
     assert identical(run, whole)
+
+
+def test_resume_refuses_changed_initial_weights_if_there_is_no_checkpoint(tmp_path: Path) -> None:
+    weights = tmp_path / "first.pt"
+    begun = {**SMALL, "init_from": str(weights)}
+    torch.save(small_plan(seed=3).trainer.model.state_dict(), weights)
+    with pytest.raises(Interrupted):
+        train(begun, output=tmp_path, name="run", callbacks=[Stops(1)])
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    kept = weights.read_bytes()
+    torch.save(small_plan(seed=4).trainer.model.state_dict(), weights)
+    with pytest.raises(DeatError, match=r"^the initial weights of .*first\.pt differ from those of the run; restore"):
+        resume(tmp_path / "run", {}, trust_code=True)
+    weights.write_bytes(kept)
+    _, history = resume(tmp_path / "run", {}, trust_code=True)
+    assert len(history.rows) == 2
 
 
 def test_train_writes_a_checkpoint_before_the_first_batch(tmp_path: Path) -> None:
