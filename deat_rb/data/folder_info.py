@@ -119,8 +119,8 @@ def folder_info(root: str | Path, *, progress: Progress | None = None) -> Folder
         raise DeatError(f"{root} does not exist or is not a folder: give a folder of images")
     problems: list[str] = []
     lister = ImageLister(lambda problem: problems.append(str(problem)))
-    names = ImageLister().class_names(root)
-    layout = folder_layout(root) if "train" in names and is_split(names) else None
+    names = ImageLister(lambda problem: None).class_names(root)  # beside train and test, a broken link does no harm
+    layout = folder_layout(root) if "train" in names and is_split(root, names) else None
     folders = {"all": root} if layout is None else layout.parts()
     files = {part: lister.classes(folder) for part, folder in folders.items()}
     if not any(files.values()):

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from deat_rb.data.image_files import ImageLister, image_suffixes
 from deat_rb.utils.errors import DeatError
 
 VALIDATION = ("val", "valid", "validation")
@@ -67,10 +68,17 @@ def folder_layout(root: Path) -> FolderLayout:
     return FolderLayout(root / "train", val)
 
 
-def is_split(names: Collection[str]) -> bool:
-    """Return whether folders of these names are parts, not classes; a class beside others may be named train."""
+def is_split(root: Path, names: Collection[str]) -> bool:
+    """Return whether the folders of these names in a folder are parts, not classes.
+
+    A class beside others may be named train: it then has images of its own, not only folders.
+    """
     parts = {"train", "test", *VALIDATION} & {*names}
-    return bool(parts) and (parts != {"train"} or len(names) == 1)
+    if parts != {"train"} or len(names) == 1:
+        return bool(parts)
+    train, suffixes = root / "train", image_suffixes()
+    folders = ImageLister(lambda problem: None).class_names(train)
+    return bool(folders) and not any(Path(name).suffix.lower() in suffixes for name in os.listdir(train))
 
 
 def _is_folder(path: Path) -> bool:

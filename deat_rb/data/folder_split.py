@@ -114,7 +114,7 @@ def _files_to_split(root: Path, output: Path, test: float) -> tuple[dict[str, li
     if not output.absolute().parent.is_dir():
         raise DeatError(f"--output {output} is in a folder that does not exist: create {output.parent}")
     names = ImageLister().class_names(root)
-    if is_split(names):
+    if is_split(root, names):
         part = next(name for name in ("train", "test", *VALIDATION) if name in names)
         raise DeatError(f"{root} has the folder {part}, so it is already split: give a folder with <class>/*, such as "
                         f"{root / part}, or rename {part} if it is a class")  # fmt: skip

@@ -200,6 +200,23 @@ def test_a_class_may_be_named_train(photos: Path) -> None:
     assert split_folder(photos).counts == {"cat": (16, 4), "dog": (8, 2), "train": (1, 1)}
 
 
+def test_a_train_folder_of_classes_is_a_part_also_beside_other_folders(photos: Path, tmp_path: Path) -> None:
+    write(tmp_path / "root" / "extra" / "0.png", 999)
+    photos.rename(tmp_path / "root" / "train")
+    (tmp_path / "root" / "train" / "notes.txt").touch()
+    with pytest.raises(DeatError, match="has the folder train, so it is already split: give a folder with"):
+        split_folder(tmp_path / "root", tmp_path / "out")
+    with pytest.raises(DeatError, match="has no folder test: it must contain train"):
+        folder_info(tmp_path / "root")
+
+
+def test_info_of_a_split_folder_with_a_broken_link_beside_its_parts(photos: Path) -> None:
+    root = split_folder(photos).output
+    (root / "latest").symlink_to("nowhere")
+    info = folder_info(root)
+    assert (list(info.parts), info.problems) == (["train", "test"], [])
+
+
 def test_split_command_says_how_to_train(photos: Path) -> None:
     (photos / "notes.txt").touch()
     (photos / "cat" / "IMG_1.dng").touch()

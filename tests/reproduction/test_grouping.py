@@ -69,8 +69,8 @@ def test_runs_from_other_initial_weights_at_one_path_are_no_seeds_of_one_setting
 
 def test_runs_of_earlier_versions_which_record_their_sizes_as_options_are_seeds_of_one_setting() -> None:
     config = planned(dataset="digits", train_size=None, val_size=None, seed=1).config
-    # The digits are 1,438 training images, of which 100 are held out.
-    assert (config.train_images, config.val_images) == (1338, 100)
-    before = config.but(seed=2, train_size=1338, val_size=100, train_images=None, val_images=None)
+    # Of the 1,797 digits, 500 are test images and 100 are held out.
+    assert (config.train_images, config.val_images) == (1197, 100)
+    before = config.but(seed=2, train_size=1197, val_size=100, train_images=None, val_images=None)
     fewer = config.but(seed=3, train_size=500, train_images=500)
     assert list(group([group_key(each) for each in (config, before, fewer)]).values()) == [[0, 1], [2]]
