@@ -147,7 +147,7 @@ def materialize(checker: BatchChecker, loader: Iterable[Any]) -> HeldOut:
         DeatError: The loader yields no batch, or the batches are invalid.
     """
     if isinstance(loader, ValidationImages):
-        checker.check_model(loader[:2], loader.labels, "the validation images")
+        checker.check_model(loader.first(2), loader.labels, "the validation images")
         return loader, loader.labels
     check_loader(loader, checker.name)
     batches = [
