@@ -25,8 +25,9 @@ output_option = partial(click.option, cls=GroupedOption, group="Output")
     "--output", default="runs", show_default=True, metavar="PATH", help="Parent folder of the run directory."
 )
 @output_option(
-    "--config", type=click.Path(path_type=Path), help="Read options from a run's config.json; flags override them."
-)
+    "--config", type=click.Path(path_type=Path), help="Read options from a run's config.json; flags override them, "
+    "except those on which the defaults of others depend, such as --method.",
+)  # fmt: skip
 @output_option("--seeds", type=seed_list, metavar="0,1,2",
                help="Train one run per seed and report mean and standard deviation.")  # fmt: skip
 @output_option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Resume an interrupted run.")
@@ -63,7 +64,7 @@ def train(
         print_result,
         print_seeds,
     )
-    from deat_rb.models.names import check_trust
+    from deat_rb.models.names import canonical_arch, check_trust
     from deat_rb.runs.directory import check_free, check_name
     from deat_rb.runs.options import make_options, read_options
     from deat_rb.runs.plan import plan
@@ -104,7 +105,10 @@ def train(
         check_trust(recorded["arch"], trust_code, source=str(config))
     # The defaults of others depend on these.
     for option in ("method", "setting", "optimizer", "norm", "dataset", "arch", "pretrained"):
-        if option in explicit and recorded.get(option, explicit[option]) != explicit[option]:
+        if option not in explicit or option not in recorded:
+            continue
+        both = explicit[option], recorded[option]
+        if len({*map(canonical_arch, both)} if option == "arch" else {*both}) == 2:
             given, held = f"--{option} {explicit[option]}", recorded[option]
             if option == "pretrained":
                 given, held = "--pretrained", "a network without it"
