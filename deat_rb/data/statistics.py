@@ -18,6 +18,7 @@ from deat_rb.data.images import LabeledImages
 from deat_rb.data.normalization import Normalization
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import cache_folder, read_json, write_json
+from deat_rb.utils.versions import version
 
 Progress = Callable[[int, int], None]
 """Callback that receives the number of decoded images and the total number."""
@@ -153,10 +154,11 @@ class StatisticsCache:
 
 
 def _state_key(root: Path, parts: Sequence[ImageFolder], classes: tuple[str, ...]) -> str:
-    """Return a key that depends on the state of every file, the class names and the decoder."""
+    """Return a key that depends on the state of every file, the class names and the decoders."""
     import PIL
 
-    digest = hashlib.sha256(repr((CACHE_VERSION, PIL.__version__, parts[0].size, classes)).encode())
+    decoders = PIL.__version__, version("pillow-heif")
+    digest = hashlib.sha256(repr((CACHE_VERSION, decoders, parts[0].size, classes)).encode())
     for part in parts:
         for path in part.files():
             try:

@@ -8,12 +8,14 @@ from importlib import metadata
 DISTRIBUTIONS = ("deat-rb", "torch", "torchvision", "torchattacks", "robustbench", "pyautoattack")
 
 
+def version(distribution: str) -> str:
+    """Return the version of a distribution; "not installed" if it is missing."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and of each distribution by name; "not installed" for missing ones."""
-    by_name = {"python": platform.python_version()}
-    for distribution in DISTRIBUTIONS:
-        try:
-            by_name[distribution] = metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            by_name[distribution] = "not installed"
-    return by_name
+    return {"python": platform.python_version(), **{name: version(name) for name in DISTRIBUTIONS}}

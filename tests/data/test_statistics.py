@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,15 @@ def test_cache_is_not_used_for_changed_files(folder: Path) -> None:
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert path.stat().st_mtime_ns == times.st_mtime_ns
     assert load(folder).fingerprint == load(folder, None).fingerprint != first.fingerprint
+
+
+def test_cache_is_not_used_after_an_update_of_pillow_heif(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fingerprint, real = load(folder).fingerprint, metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "99.1" if name == "pillow-heif" else real(name))
+    assert load(folder).fingerprint == fingerprint
+    assert len(list(cache.rglob("*.json"))) == 2
 
 
 @pytest.mark.slow
