@@ -68,12 +68,14 @@ def export(ctx: click.Context, /, target: str, file_format: str, output: Path, o
     if file_format == "robustbench":
         if "model_name" not in metadata:
             raise DeatError("--model-name is missing: RobustBench needs a name such as Wang2021Gradient_R18")
-        for name in (name for name, value in network.items() if value):
-            raise DeatError(f"--{name.replace('_', '-')} is only for --format onnx and torch-export: omit it")
+        other = next((name for name, value in network.items() if value), None)
+        if other is not None:
+            raise DeatError(f"--{other.replace('_', '-')} is only for --format onnx and torch-export: omit it")
         _robustbench(target, output=output, overwrite=overwrite, **metadata)
         return
-    for name in metadata:
-        raise DeatError(f"--{name.replace('_', '-')} is only for --format robustbench, not for {file_format}: omit it")
+    other = next(iter(metadata), None)
+    if other is not None:
+        raise DeatError(f"--{other.replace('_', '-')} is only for --format robustbench, not for {file_format}: omit it")
     _deploy(target, format=file_format, output=output, overwrite=overwrite, **description(**network))
 
 
