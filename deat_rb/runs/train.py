@@ -263,12 +263,13 @@ def train_seeds(
     names = [f"{name}-s{p.config.optim.seed}" if name else default_name(p.config) for p in plans]
     for each in names:
         check_free(Path(output) / each)
-    results = []
+    results: list[tuple[RunDirectory, History]] = []
     for each in names:
+        if results:  # free the network and the method's state on the device, which refer to each other
+            for callback in callbacks:
+                vars(callback).pop("state", None)
+            gc.collect()
         results.append(train(plans.pop(0), output=output, name=each, callbacks=callbacks))
-        for callback in callbacks:
-            vars(callback).pop("state", None)
-        gc.collect()  # frees the network and the method's state on the device, which refer to each other
     return results
 
 
