@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")  # CPUs have no CUDA graphs or streams; there, stand-ins test this code
+        pytest.skip("needs a CUDA device: a CPU has no CUDA graphs or streams, and stand-ins test this code there")
 
 
 @pytest.fixture

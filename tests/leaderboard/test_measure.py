@@ -92,7 +92,7 @@ def test_submit_continues_an_interrupted_evaluation(
         submit(board, run, n_examples=4, progress=Listener(""))
     submit(board, run, n_examples=2, progress=Listener(""))
     entry = submit(board, run, "Wang2021Gradient_2", n_examples=4, progress=Listener(""))
-    assert entry.figures["autoattack"].n_correct == 4
+    assert entry.autoattack_acc == "100.00"
     first, second = (int(sentence.split()[2]) for sentence in said)  # that of 2 images is another evaluation
     assert first == 4  # natural, FGSM, PGD-100 and CW-20, whose batch is stored before progress tells of it
     assert second > first

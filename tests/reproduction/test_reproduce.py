@@ -151,7 +151,7 @@ def test_reproduce_lists_and_refuses() -> None:
         assert message in result.stderr
 
 
-def test_figures_count_passes_per_batch_of_a_run_with_all_training_images(tmp_path: Path) -> None:
+def test_drawn_counts_passes_per_batch_of_a_run_with_all_training_images(tmp_path: Path) -> None:
     directory = RunDirectory.create(tmp_path / "run", run_config(train_size=None, batch_size=6))
     (directory.path / "metrics.jsonl").write_text('{"epoch": 1, "examples": 13, "backwards": 12}\n')
     folder: Any = SimpleNamespace(
