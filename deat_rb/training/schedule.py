@@ -51,7 +51,7 @@ class Schedule:
             raise DeatError(f"steps = {steps} is not a non-negative whole number")
         if steps < self.fewest_steps:
             raise DeatError(
-                f"steps = {steps} is below {self.fewest_steps}; the schedule {type(self).__name__} needs at least "
+                f"steps = {steps} is below {self.fewest_steps}; the method's schedule needs at least "
                 f"{counted(self.fewest_steps, 'step')}"
             )
 

@@ -184,7 +184,7 @@ def test_annealed_needs_the_number_of_epochs() -> None:
         Annealed().update(EpochStats(epoch=1))
     with pytest.raises(DeatError, match="over the epochs of the run, so their number must be known: give epochs = 50"):
         Annealed().begin(OPEN)
-    with pytest.raises(DeatError, match="steps = 0 is below 1; the schedule Annealed needs at least 1 step"):
+    with pytest.raises(DeatError, match="steps = 0 is below 1; the method's schedule needs at least 1 step"):
         Annealed(0)
     with pytest.raises(DeatError, match=r"max_steps = 2 is below the first epoch's steps \(4\)"):
         Annealed(4, max_steps=2)

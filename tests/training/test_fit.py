@@ -135,7 +135,7 @@ def test_fit_takes_a_schedule_and_a_stopping_rule_set_before_or_between_two_call
         ("m-deat", 2.5, "steps = 2.5 is not a non-negative whole number"),
         ("m-deat", 0, "steps = 0 is below 1; m-deat needs at least 1 step"),
         ("yopo-2-1", 0, "steps = 0 is below 1; yopo-2-1 needs at least 1 step"),
-        ("amata-2-10", 0, "steps = 0 is below 1; the schedule Annealed needs at least 1 step"),
+        ("amata-2-10", 0, "steps = 0 is below 1; the method's schedule needs at least 1 step"),
         ("fgsm-pgi", 3, "steps = 3 is above 1; fgsm-pgi takes at most 1 step"),
         ("liet", 0, "steps = 0 is below 1; liet needs at least 1 step"),
     ],
