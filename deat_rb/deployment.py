@@ -8,7 +8,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deat_rb.data.normalization import Normalization
 from deat_rb.loading import Network, network_options, open_network
 from deat_rb.models.check import first_line, trial_logits
 from deat_rb.utils import seeding
@@ -77,14 +76,7 @@ def deploy(
     format: Literal["onnx", "torch-export"],
     output: str | Path = ".",
     overwrite: bool = False,
-    arch: str | None = None,
-    num_classes: int | None = None,
-    image_size: int | None = None,
-    classes: str | Path | Sequence[str] | None = None,
-    normalization: Normalization | None = None,
-    weights_key: str | None = None,
-    model_dir: str | Path | None = None,
-    trust_code: bool = False,
+    **options: Any,
 ) -> Deployed:
     """Write a trained network as one file that serves batches of any size without deat_rb.
 
@@ -98,14 +90,8 @@ def deploy(
         format: ``onnx``, checked with onnxruntime, or ``torch-export``.
         output: The file, or the folder for it.
         overwrite: Whether to replace an existing file.
-        arch: Architecture of a checkpoint; as the following arguments, see `deat_rb.inference.iter_predictions`.
-        num_classes: Number of logits of a checkpoint; by default the number of ``classes``.
-        image_size: Height and width of the images, if the network does not specify them.
-        classes: Class names in the order of the logits, or a file with one name per line.
-        normalization: Mean and standard deviation, if neither the weights nor the network contain them.
-        weights_key: Key of the state dict in a checkpoint.
-        model_dir: Folder of RobustBench's weights.
-        trust_code: See `deat_rb.load_model`.
+        options: Arguments of `deat_rb.inference.iter_predictions` that describe the network: ``arch``, ``num_classes``,
+            ``image_size``, ``classes``, ``normalization``, ``weights_key``, ``model_dir`` and ``trust_code``.
 
     Raises:
         DeatError: The network cannot be opened or converted, a package is missing, the file exists or cannot be
@@ -120,10 +106,7 @@ def deploy(
         raise DeatError(f"{path} exists: choose another --output, or use --overwrite (overwrite=True)")
     if not path.parent.is_dir():
         raise DeatError(f"the folder {path.parent} for {path.name} does not exist: create it")
-    network = open_network(target, network_options(
-        arch=arch, num_classes=num_classes, image_size=image_size, classes=classes, normalization=normalization,
-        weights_key=weights_key, model_dir=model_dir, trust_code=trust_code,
-    ))  # fmt: skip
+    network = open_network(target, network_options(**options))
     size = network.image_size or 32
     batches = _random_batches(network.channels, size)
     with torch.no_grad(), _quiet(), seeding.preserved():
