@@ -93,10 +93,13 @@ class PreparedModel:
         return all(map(torch.equal, before, after))
 
     def predict(self, images: Tensor | LabeledImages | None = None, *, count: int | None = None) -> Tensor:
-        """Return the predicted classes of images on the CPU: of the first ``count``, by default of all examples."""
+        """Return the classes of the first ``count`` images, by default of all examples, predicted in float32.
+
+        They are on the CPU.
+        """
         source = self.images if images is None else images
         count = len(source) if count is None else count
-        with torch.no_grad():
+        with torch.no_grad(), full_float32(self.device):
             parts = [
                 self.model(select_images(source, rows).to(self.device)).argmax(dim=1).cpu()
                 for rows in self.batches(torch.arange(count))

@@ -15,7 +15,9 @@ from small_problems import Plane, batch_for, small_network
 from torch import Tensor, nn
 
 from deat_rb.evaluation import frozen_model, runner
+from deat_rb.evaluation.checks import registry
 from deat_rb.evaluation.evaluate import evaluate
+from deat_rb.evaluation.html_report import predictions_of
 from deat_rb.evaluation.plots import draw_sweep
 from deat_rb.evaluation.report import Check, CurvePoint, Report
 from deat_rb.utils import seeding
@@ -215,24 +217,39 @@ class Rounds(nn.Module):
         return torch.stack([torch.zeros_like(brightness), brightness - (0.4 if self.exact else 0.5)], dim=1)
 
 
-@pytest.mark.parametrize("tf32", [True, False])
-def test_evaluate_confirms_examples_found_in_tf32(tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def rounds(tf32: bool, monkeypatch: pytest.MonkeyPatch) -> Rounds:
+    """Return a network that is exact in `full_float32` if convolutions are in TF32 elsewhere."""
     network = Rounds()
 
     @contextmanager
     def full_float32(device: torch.device) -> Iterator[None]:
-        network.exact = tf32
+        before, network.exact = network.exact, tf32
         yield
-        network.exact = False
+        network.exact = before
 
-    for module in (runner, frozen_model):
+    for module in (runner, frozen_model, registry):
         monkeypatch.setattr(module, "full_float32", full_float32)
     monkeypatch.setattr("deat_rb.evaluation.evaluate.uses_tf32", lambda device: tf32)
+    return network
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_evaluate_confirms_examples_found_in_tf32(tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = rounds(tf32, monkeypatch)
     images, labels = torch.full((3, 1, 4, 4), 0.55), torch.ones(3, dtype=torch.int64)
     report = evaluate(network, images, labels, attacks="fgsm", eps=0.1)
     assert report.tf32 is tf32
     assert report.results["natural"].n_correct == 3
     assert report.results["fgsm"].n_correct == (3 if tf32 else 0)
+
+
+def test_checks_and_page_classify_in_float32_as_the_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In TF32 the adversarial images, of brightness 0.45, would be in class 0."""
+    network = rounds(True, monkeypatch)
+    images, labels = torch.full((3, 1, 4, 4), 0.55), torch.ones(3, dtype=torch.int64)
+    report = evaluate(network, images, labels, attacks="fgsm", eps=0.1, checks="quick")
+    assert [check.status for check in report.checks if check.name == "verdicts reproduced"] == ["pass"]
+    assert predictions_of(network, report, images)["fgsm"].tolist() == [1, 1, 1]
 
 
 def test_evaluate_reports_energy_and_memory(

@@ -19,6 +19,7 @@ from deat_rb.evaluation.checks.probes import Probe
 from deat_rb.evaluation.frozen_model import prepared_for_eval
 from deat_rb.evaluation.report import CHECK_LEVELS, SKIPPED, Check, Report
 from deat_rb.utils import seeding
+from deat_rb.utils.devices import full_float32
 from deat_rb.utils.errors import DeatError, did_you_mean
 
 Progress = Callable[[str, int, int], None]
@@ -71,7 +72,7 @@ def run_checks(
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> tuple[Check, ...]:
-    """Run the sanity checks on an evaluation.
+    """Run the sanity checks on an evaluation, in float32 as its verdicts.
 
     The model, its mode and torch's random state are left unchanged.
 
@@ -103,6 +104,7 @@ def run_checks(
     checks, skipped = [], []
     with (
         prepared_for_eval(model, images, labels, batch_size=batch_size, device=device) as prepared,
+        full_float32(prepared.device),
         seeding.preserved(),
     ):
         few, few_labels = prepared.take(torch.arange(min(EXAMPLES[level], len(images))))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from training_problems import Snapshot, used
 from training_problems import images_and_labels as coloured
 
+from deat_rb.evaluation.checks.context import CheckContext
 from deat_rb.evaluation.checks.probes import Probe
 from deat_rb.evaluation.checks.registry import CHECKS, run_checks
 from deat_rb.evaluation.evaluate import evaluate
@@ -159,3 +160,17 @@ def test_run_checks_accepts_wide_images_in_l2() -> None:
     report = evaluate(network, images, labels, attacks="square", eps=0.1, norm="L2", checks="full")
     names = [check.name for check in report.checks]
     assert "PGD near AutoAttack" in names
+
+
+@pytest.mark.gpu
+def test_run_checks_on_a_gpu_computes_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    tf32: list[bool] = []
+
+    def note(context: CheckContext) -> None:
+        tf32.append(torch.backends.cudnn.allow_tf32)
+
+    monkeypatch.setitem(CHECKS, "eval mode", note)
+    images, labels = held_out(16)
+    report = evaluate(plain(), images, labels, attacks="pgd-20", eps=EPS, device="cuda", checks="quick")
+    assert tf32 == [False]
+    assert {check.status for check in report.checks if check.name == "verdicts reproduced"} == {"pass"}
