@@ -80,7 +80,7 @@ def work(
 
     from deat_rb.reproduction.planning import check_same_data
     from deat_rb.reproduction.work import Worker
-    from deat_rb.reproduction.workers import environments
+    from deat_rb.reproduction.workers import check_gpus, environments
     from deat_rb.utils.errors import DeatError
     from deat_rb.utils.text import counted
 
@@ -112,9 +112,11 @@ def work(
     if options.tables_only:
         write()
         return
+    only = None if options.only is None else study.run(options.only)
+    if gpus and only is None and (options.retry or not all(map(folder.is_settled, study.runs))):
+        check_gpus(gpus)
     for run in study.runs if options.retry else ():
         folder.forget_failure(run)
-    only = None if options.only is None else study.run(options.only)
     left = [run for run in (study.runs if only is None else (only,)) if not folder.is_settled(run)]
     if not left:
         click.echo(_nothing_left(study, folder) if only is None else f"{only.name} is {folder.status(only)}", err=True)

@@ -46,6 +46,28 @@ def environments(jobs: int | None, gpus: Sequence[str], per_gpu: int) -> list[di
     return [threads if count > 1 else {} for _ in range(count)]
 
 
+def check_gpus(gpus: Sequence[str]) -> None:
+    """Check that each GPU exists, since a worker without one would train on the CPU.
+
+    Args:
+        gpus: Indices or UUIDs, as for `environments`.
+
+    Raises:
+        DeatError: One does not exist.
+    """
+    command = [sys.executable, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"]
+    asked = {
+        gpu: subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu}, stderr=subprocess.DEVNULL)
+        for gpu in gpus
+    }
+    missing = [gpu for gpu, process in asked.items() if process.wait()]
+    if missing:
+        raise DeatError(
+            f"--gpus {','.join(gpus)}: torch finds no GPU {missing[0]} on this machine; name those that nvidia-smi "
+            "lists, or use --jobs to train on the CPU"
+        )
+
+
 def at_once(environs: Sequence[Mapping[str, str]], threads: int | None) -> int:
     """Return how many workers compute at the same time as fast as one alone.
 

@@ -203,3 +203,14 @@ def test_sweep_refuses(tmp_path: Path) -> None:
         )
         assert result.exit_code == 2
         assert message in result.stderr
+
+
+@pytest.mark.slow
+def test_sweep_refuses_a_gpu_that_does_not_exist(tmp_path: Path) -> None:
+    """Its worker would train on the CPU."""
+    study, output = tmp_path / "small.toml", tmp_path / "out"
+    study.write_text(STUDY)
+    result = CliRunner().invoke(main, ["sweep", "--trust-code", str(study), "--output", str(output), "--gpus", "99"])
+    assert result.exit_code == 2
+    assert "--gpus 99: torch finds no GPU 99 on this machine" in result.stderr
+    assert not output.exists()

@@ -10,7 +10,7 @@ from small_studies import small_study
 
 from deat_rb.reproduction.folder import Status
 from deat_rb.reproduction.status import RunState, StudyState
-from deat_rb.reproduction.workers import at_once, environments
+from deat_rb.reproduction.workers import at_once, check_gpus, environments
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.options import OPEN
 
@@ -77,3 +77,10 @@ def test_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ]  # fmt: skip
     assert at_once([{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "0033"], None) == 2
     assert at_once([{}] * 3, None) == 1
+
+
+@pytest.mark.gpu
+def test_check_gpus_finds_the_first_one() -> None:
+    check_gpus(["0", "0"])
+    with pytest.raises(DeatError, match="--gpus 0,99: torch finds no GPU 99"):
+        check_gpus(["0", "99"])
