@@ -31,8 +31,11 @@ class DeviceCopier:
             self._reached.synchronize()  # the batch before the current one is done; otherwise copies would pile up
         self._reached = current.record_event()
         with torch.cuda.stream(self._stream):
-            copies = [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors]
+            copies = [
+                tensor.pin_memory().to(self.device, non_blocking=True) if tensor.device.type == "cpu" else tensor
+                for tensor in tensors
+            ]
         current.wait_stream(self._stream)
         for copy in copies:
             copy.record_stream(current)
-        return copies
+        return [copy.to(self.device, non_blocking=True) for copy in copies]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -69,3 +70,23 @@ def test_copies_run_on_a_stream_of_their_own_and_at_most_one_batch_ahead(monkeyp
         assert torch.equal(copy, images)
         waits = [f"host waits for the work queued before batch {batch - 1}"] if batch > 1 else []
         assert log == waits + one
+
+
+def test_only_tensors_on_the_cpu_are_pinned_and_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device stands for a GPU, on which the loader's labels already are."""
+    pinned: list[Tensor] = []
+
+    def pin_memory(tensor: Tensor) -> Tensor:
+        pinned.append(tensor)
+        return tensor
+
+    for name in ("current_stream", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, used_on: None)
+    images, labels = torch.rand(2, 3), torch.empty(2, dtype=torch.int64, device="meta")
+    copies = DeviceCopier("meta", beside=True)(images, labels)
+    assert [each is images for each in pinned] == [True]
+    assert copies[0].device.type == "meta"
+    assert copies[1] is labels
