@@ -25,6 +25,7 @@ from deat_rb.training.state import TrainingState
 from deat_rb.training.step_runner import StepRunner
 from deat_rb.training.validation import validate_epoch
 from deat_rb.utils import seeding
+from deat_rb.utils.devices import wait_for
 from deat_rb.utils.distributed import is_peer_failure
 from deat_rb.utils.errors import DeatError, Interrupted, UnwritableError
 from deat_rb.utils.options import OPEN
@@ -171,6 +172,7 @@ class Loop:
                 each.on_batch_end(state.sums)
             self._act(self._agreed_action())
         engine.sync_buffers(state.model, state.average)
+        wait_for(engine.device)  # the clock includes the batches that are queued; reading the metrics would wait next
         state.stop_clock()
         if state.batch == 0:
             if state.batches == 0:

@@ -98,6 +98,12 @@ def _in_autocast(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done the work that is queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def default_batch_size(device: torch.device) -> int:
     """Return the default number of images that are attacked together: 500 on a GPU, otherwise 128."""
     return 500 if device.type == "cuda" else 128

@@ -15,6 +15,7 @@ import deat_rb
 import deat_rb.methods
 from deat_rb.training.engine import Engine
 from deat_rb.training.metrics import BatchStats, EpochStats
+from deat_rb.training.state import TrainingState
 
 
 class Scripted(deat_rb.AttackTrainer):
@@ -118,3 +119,17 @@ def test_training_step_counts_the_moving_share_of_friendly_crafting() -> None:
     stats = trainer.training_step(images, labels, torch.optim.SGD(model.parameters(), lr=0.0))
     assert float(stats.backwards) == pytest.approx((5 * 1 + 3 * 3) / 8 + 1)
     assert float(stats.forwards) == pytest.approx((5 * 1 + 3 * 3) / 8 + 1)
+
+
+def test_the_clock_of_an_epoch_stops_when_the_device_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    stop = TrainingState.stop_clock
+
+    def noting(state: TrainingState) -> None:
+        events.append("stop")
+        stop(state)
+
+    monkeypatch.setattr("deat_rb.training.loop.wait_for", lambda device: events.append("wait"))
+    monkeypatch.setattr(TrainingState, "stop_clock", noting)
+    deat_rb.create("standard", made()).fit([images_and_labels()], epochs=2)
+    assert events == ["wait", "stop"] * 2
