@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,11 +23,12 @@ from deat_rb.training.engine import Engine
 from deat_rb.training.fit import fit
 from deat_rb.training.metrics import EpochAccumulator
 from deat_rb.training.schedule import Schedule
-from deat_rb.utils.devices import resolve_device
+from deat_rb.utils.cuda_graphs import WARM_UPS
+from deat_rb.utils.devices import resolve_device, wait_for
 from deat_rb.utils.options import OPEN
 
 BATCHES = 10
-"""Number of timed batches, after one warm-up batch."""
+"""Number of timed batches, after those of the warm-up."""
 
 LIMIT = 20.0
 """Time limit in seconds, after which no further batch is timed."""
@@ -171,7 +173,11 @@ def time_batches(planned: TrainingPlan, counts: Sequence[int], method: str | Non
         method: Another method to time, with its defaults.
     """
     device = resolve_device(planned.config.runtime.device)
-    watches = {steps: _timed(planned, steps, method, Stopwatch(device)) for steps in counts}
+    watches = {}
+    for steps in counts:
+        watches[steps] = _timed(planned, steps, method, Stopwatch(device))
+        vars(watches[steps]).pop("state", None)
+        gc.collect()  # frees the network and the recorded step on the device, which refer to each other
     return BatchTimes(
         {steps: watch.mean for steps, watch in watches.items()},
         passes=watches[counts[-1]].passes,
@@ -217,7 +223,7 @@ class _SameBatch(list[tuple[Tensor, Tensor]]):
     """Loader that repeats a batch of some of the training images."""
 
     def __init__(self, images: Tensor, labels: Tensor, number_of_images: int) -> None:
-        super().__init__([(images, labels)] * (BATCHES + 1))
+        super().__init__([(images, labels)] * (WARM_UPS + 1 + BATCHES))
         self.number_of_images = number_of_images
 
     def positions(self, epoch: int, batch: int) -> Tensor:
@@ -231,7 +237,7 @@ class _EnoughError(Exception):
 
 @dataclass
 class Stopwatch(Callback):
-    """Times batches or passes, and ends training when there are enough; the first one is a warm-up.
+    """Times batches or passes after a warm-up, and ends training when there are enough.
 
     Attributes:
         device: The device, with which the clock synchronizes.
@@ -245,9 +251,14 @@ class Stopwatch(Callback):
     _began: float = 0.0
 
     @property
+    def warm_ups(self) -> int:
+        """Number of batches that do not count: the first, and on a GPU all before and with the recorded one."""
+        return WARM_UPS + 1 if self.device.type == "cuda" else 1
+
+    @property
     def count(self) -> int:
-        """Number of batches that count: without the first one, unless it is the only one."""
-        return max(len(self.seconds) - 1, 1)
+        """Number of batches that count: without the warm-up, but at least the last one."""
+        return max(len(self.seconds) - self.warm_ups, 1)
 
     @property
     def mean(self) -> float:
@@ -257,16 +268,16 @@ class Stopwatch(Callback):
     @property
     def has_enough(self) -> bool:
         """Whether `BATCHES` are timed or the time limit is over."""
-        return sum(self.seconds) > LIMIT or len(self.seconds) > BATCHES
+        return sum(self.seconds) > LIMIT or len(self.seconds) >= self.warm_ups + BATCHES
 
     def start(self) -> None:
         """Start the clock."""
-        self._synchronize()
+        wait_for(self.device)
         self._began = time.perf_counter()
 
     def stop(self) -> None:
         """Stop the clock."""
-        self._synchronize()
+        wait_for(self.device)
         self.seconds.append(time.perf_counter() - self._began)
 
     def on_batch_start(self) -> None:
@@ -279,7 +290,3 @@ class Stopwatch(Callback):
         self.passes = max(sums.read()["backwards"] / sums.batches, 1.0)
         if self.has_enough:
             raise _EnoughError
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 from small_runs import planned
+from tape import TapeGraphs
 
 from deat_rb.cli import main
+from deat_rb.methods.registry import create
 from deat_rb.runs import estimate as module
 from deat_rb.runs.estimate import BatchTimes, Stopwatch, estimate, time_batches, time_pass
 from deat_rb.runs.plan import TrainingPlan
+from deat_rb.training.base import TrainerBase
 from deat_rb.training.engine import Engine
 
 
@@ -107,6 +112,31 @@ def test_batch_times_are_those_of_a_step_and_of_the_rest() -> None:
     times = BatchTimes({1: 5.0, 3: 9.0}, passes=4, batches=10, memory=0)
     assert (times.step, times.update) == (2, 3)
     assert (replace(times, seconds={2: 8.0}).step, replace(times, seconds={2: 8.0}).update) == (0, 8)
+
+
+def test_steps_are_timed_after_they_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two batches are warm-ups, the third is recorded and repeated, and ten more repetitions count."""
+    tape = TapeGraphs()
+    monkeypatch.setattr("deat_rb.training.fit.choose_graphs", lambda *args: tape)
+    monkeypatch.setattr(module, "wait_for", lambda device: None)
+    watch = module._timed(planned(), 1, None, Stopwatch(torch.device("cuda")))
+    assert (tape.recorded, tape.repeated, len(watch.seconds), watch.count) == (1, 11, 13, 10)
+
+
+def test_a_timed_network_is_freed_before_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainers: list[weakref.ref[TrainerBase]] = []
+    alive: list[int] = []
+
+    def noting(*args: Any, **options: Any) -> TrainerBase:
+        alive.append(sum(trainer() is not None for trainer in trainers))
+        trainer = create(*args, **options)
+        trainers.append(weakref.ref(trainer))
+        return trainer
+
+    monkeypatch.setattr(module, "BATCHES", 1)
+    monkeypatch.setattr(module, "create", noting)
+    time_batches(planned(), [1, 2, 3])
+    assert alive == [0, 0, 0]
 
 
 def test_timing_ends_after_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
