@@ -162,11 +162,13 @@ def _kind(planned: TrainingPlan) -> str:
 
 
 def _measure(planned: TrainingPlan, kind: str) -> Times:
-    evaluation = time_pass(planned)
+    # Batches first: `fit` prepares cuBLAS for deterministic training, which older versions of torch ask only once.
     if kind == "free-2":  # a replay is both step and update
-        return Times(0.0, time_batches(planned, [2], kind).seconds[2] / 2, evaluation)
-    times = time_batches(planned, [1, 3] if planned.trainer.most_steps is None else [1], kind)
-    return Times(max(times.update, 0.0), max(times.step, 0.0), evaluation)
+        update, step = 0.0, time_batches(planned, [2], kind).seconds[2] / 2
+    else:
+        times = time_batches(planned, [1, 3] if planned.trainer.most_steps is None else [1], kind)
+        update, step = max(times.update, 0.0), max(times.step, 0.0)
+    return Times(update, step, time_pass(planned))
 
 
 def _passes_of_others(folder: StudyFolder, run: RunSpec, done: Sequence[RunSpec]) -> float | None:

@@ -347,7 +347,12 @@ def deterministic_algorithms() -> Iterator[None]:
 
 
 def explain_nondeterminism(error: Exception) -> str | None:
-    """Return the message for an operation without a deterministic algorithm; None for other errors."""
+    """Return the message for an error of torch's deterministic mode; None for other errors."""
+    if "CUBLAS_WORKSPACE_CONFIG" in str(error):  # in older versions of torch
+        return (
+            "--deterministic needs the environment variable CUBLAS_WORKSPACE_CONFIG=:4096:8, which this version of "
+            "torch reads in a process's first matrix product on a GPU: set it before Python starts"
+        )
     found = re.search(r"(\S+) does not have a deterministic implementation", str(error))
     if found is None:
         return None

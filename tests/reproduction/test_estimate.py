@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_runs import planned as small_planned
 from small_studies import small_study
 
-from deat_rb.reproduction.estimate import ROBUST, Times, estimate, read_estimate
+from deat_rb.reproduction.estimate import ROBUST, Times, _measure, estimate, read_estimate
 from deat_rb.reproduction.folder import Record, StudyFolder
 from deat_rb.reproduction.planning import Planner
 from deat_rb.reproduction.study import Evaluation
 from deat_rb.runs.directory import METRICS, RunDirectory
-from deat_rb.runs.estimate import VALIDATION_PASSES
+from deat_rb.runs.estimate import VALIDATION_PASSES, BatchTimes
+from deat_rb.runs.plan import TrainingPlan
 from deat_rb.training.metrics import EpochStats
 from deat_rb.utils.errors import DeatError
 
@@ -92,3 +94,23 @@ def test_estimate_measures(tmp_path: Path, options: dict[str, Any]) -> None:
     predicted = estimate(StudyFolder(tmp_path), small_study(options).runs, notify=told.append)
     assert len(told) == 1
     assert 0 < predicted[0].training < 60
+
+
+@pytest.mark.parametrize("kind", ["pgd-1", "free-2"])
+def test_batches_are_timed_before_a_pass(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older versions of torch ask only once, in the first matrix product on a GPU, whether cuBLAS is deterministic."""
+    timed: list[str] = []
+
+    def batches(planned: TrainingPlan, counts: list[int], method: str) -> BatchTimes:
+        timed.append("batches")
+        return BatchTimes({steps: 3.0 + steps for steps in counts}, passes=1, batches=10, memory=0)
+
+    def evaluation(planned: TrainingPlan) -> float:
+        timed.append("pass")
+        return 7.0
+
+    monkeypatch.setattr("deat_rb.reproduction.estimate.time_batches", batches)
+    monkeypatch.setattr("deat_rb.reproduction.estimate.time_pass", evaluation)
+    times = _measure(small_planned(method=kind), kind)
+    assert timed == ["batches", "pass"]
+    assert times == (Times(0.0, 2.5, 7.0) if kind == "free-2" else Times(3.0, 1.0, 7.0))

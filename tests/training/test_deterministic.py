@@ -55,3 +55,29 @@ class Scattered(nn.Module):
 def test_an_operation_without_a_deterministic_form_is_named() -> None:
     with pytest.raises(DeatError, match=r"--deterministic is impossible: put_ has no deterministic implementation .*"):
         deat_rb.create("pgd-1", Scattered()).fit([images_and_labels()], epochs=1, deterministic=True)
+
+
+class Multiplies(nn.Module):
+    """A network whose matrix product fails as on a GPU in torch 2.6 (aten/src/ATen/Context.cpp)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = made()
+
+    def forward(self, images: Tensor) -> Tensor:
+        if torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError(
+                "Deterministic behavior was enabled with either `torch.use_deterministic_algorithms(True)` or "
+                "`at::Context::setDeterministicAlgorithms(true)`, but this operation is not deterministic because it "
+                "uses CuBLAS and you have CUDA >= 10.2. To enable deterministic behavior in this case, you must set an "
+                "environment variable before running your PyTorch application: CUBLAS_WORKSPACE_CONFIG=:4096:8 or "
+                "CUBLAS_WORKSPACE_CONFIG=:16:8. For more information, go to "
+                "https://docs.nvidia.com/cuda/cublas/index.html#results-reproducibility"
+            )
+        logits: Tensor = self.inner(images)
+        return logits
+
+
+def test_a_matrix_product_before_the_workspace_was_fixed_is_explained() -> None:
+    with pytest.raises(DeatError, match=r"^--deterministic needs the environment variable CUBLAS_WORKSPACE_CONFIG=.*"):
+        deat_rb.create("pgd-1", Multiplies()).fit([images_and_labels()], epochs=1, deterministic=True)
