@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -107,13 +108,17 @@ class Engine:
 
     @contextmanager
     def prepared(self, model: nn.Module) -> Iterator[None]:
-        """Prepare a model for training: device, DistributedDataParallel and torch.compile."""
-        self.prepare(model)
-        if self.world.size > 1:
-            # Attacks call the model itself, because DDP expects a backward pass after each forward pass.
-            self._replica = DistributedDataParallel(model, **_OWN_BUFFERS)
+        """Prepare a model for training: device, memory format, DistributedDataParallel and torch.compile.
+
+        It stays on the device, but gets its own memory format back.
+        """
         with ExitStack() as contexts:
+            contexts.enter_context(_restored_memory_format(model))
+            self.prepare(model)
             contexts.callback(setattr, self, "_replica", None)
+            if self.world.size > 1:
+                # Attacks call the model itself, because DDP expects a backward pass after each forward pass.
+                self._replica = DistributedDataParallel(model, **_OWN_BUFFERS)
             contexts.enter_context(fast_gpu_math(self.device, autotune=not self.deterministic))
             if self.deterministic:
                 contexts.enter_context(deterministic_algorithms())
@@ -360,6 +365,25 @@ def explain_nondeterminism(error: Exception) -> str | None:
         f"--deterministic is impossible: {found[1]} has no deterministic implementation on this device; omit it, or "
         "use another model"
     )
+
+
+@contextmanager
+def _restored_memory_format(model: nn.Module) -> Iterator[None]:
+    """Restore a model's memory format on exit: torchattacks' L2 attacks use `view`, which fails in channels_last."""
+    own = {name: tensor.stride() for name, tensor in _four_dimensional(model) if tensor.is_contiguous()}
+    try:
+        yield
+    finally:
+        for name, tensor in _four_dimensional(model):
+            if tensor.stride() != own.get(name, tensor.stride()):
+                tensor.data = tensor.new_empty_strided(tensor.shape, own[name]).copy_(tensor.data)
+
+
+def _four_dimensional(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and buffers of four dimensions, which have a memory format, with their names."""
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.ndim == 4:
+            yield name, tensor
 
 
 @contextmanager

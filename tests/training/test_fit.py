@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torchattacks
-from fits import equal, fitted, weights
+from fits import EPS, equal, fitted, weights
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 from training_problems import Batch, images_and_labels, loader, made, used
@@ -185,3 +185,15 @@ def test_training_step_drops_the_carried_perturbation_at_another_image_size() ->
     assert carried(smaller, labels).shape == smaller.shape
     carried.training_step(smaller, labels, optimizer)
     assert carried.tensors()["carried"].shape == smaller.shape
+
+
+def test_fit_leaves_the_memory_format_of_the_weights_as_it_was() -> None:
+    """In channels_last, torchattacks' L2 attack cannot flatten the images' gradient."""
+    images, labels = images_and_labels(4, size=32)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        model = deat_rb.build_model("wrn-10-1", dataset="digits")
+        model.to(memory_format=layout)
+        strides = [parameter.stride() for parameter in model.parameters()]
+        deat_rb.create("pgd-1", model, eps=EPS).fit([(images, labels)], epochs=1)
+        assert [parameter.stride() for parameter in model.parameters()] == strides
+    assert torchattacks.PGDL2(model.eval(), eps=0.5, alpha=0.1, steps=2)(images, labels).shape == images.shape

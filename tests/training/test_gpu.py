@@ -105,8 +105,8 @@ def test_weights_and_gradients_are_in_channels_last_and_fit_the_fused_optimizer(
         trainer.set_device(engine.device)
         optimizer = build_optimizer(model, OptimConfig(lr=0.01), engine.device)
         trainer.training_step(*engine.to_device(*images_and_labels(16, size=32)), optimizer, engine)
-    assert all(p.grad is not None and p.grad.stride() == p.stride() for p in model.parameters())
-    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.dim() == 4)
+        assert all(p.grad is not None and p.grad.stride() == p.stride() for p in model.parameters())
+        assert all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.dim() == 4)
 
 
 def test_the_fused_optimizer_takes_a_vision_transformer() -> None:
@@ -163,3 +163,10 @@ def test_deterministic_algorithms_are_used() -> None:
         index = torch.zeros(1000, dtype=torch.long, device="cuda")
         sums = {float(torch.zeros(1, device="cuda").index_add_(0, index, values)) for _ in range(5)}
     assert len(sums) == 1
+
+
+def test_a_loader_may_yield_images_and_labels_on_different_devices() -> None:
+    images, labels = images_and_labels(16, size=32)
+    for batch in ((images.cuda(), labels), (images, labels.cuda())):
+        history = deat_rb.create("pgd-1", network("wrn-10-1")).fit([batch] * 2, [batch], **OPTIONS)
+        assert [row.updates for row in history.rows] == [2, 2]
