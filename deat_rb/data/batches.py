@@ -22,8 +22,9 @@ from deat_rb.utils.text import counted
 class Batches:
     """Iterable over the batches of an epoch, on a device.
 
-    Order and augmentation depend only on the seed and the epoch (see `set_epoch`), not on the device, the number of
-    ranks, or whether the images are in memory or in files. Iterating twice over the same epoch yields the same batches.
+    The order and what an augmentation draws depend only on the seed and the epoch (see `set_epoch`), not on the device,
+    the number of ranks, or whether the images are in memory or in files; pixels that torchvision resizes, as with
+    ``resized-crop``, are rounded differently on a GPU. Iterating twice over an epoch yields the same batches.
     """
 
     def __init__(
