@@ -23,6 +23,9 @@ KNOWN = (*PLAIN, "pgd-100", "pgd-50x5", "cw-20", *AUTOATTACK, "square", "torchat
 
 PREFIX = "torchattacks."
 
+L2_ATTACKS = ("PGDL2", "PGDRSL2")
+"""Attacks of torchattacks with an eps in L2 and no argument that says so."""
+
 LEAST = {"eps": 0, "alpha": 0, "steps": 1}
 """Smallest sensible values: below them torchattacks' attacks do nothing or reduce the loss."""
 
@@ -105,9 +108,32 @@ class TorchAttack:
         return f"{PREFIX}{self.name}({', '.join(f'{name}={_spelled(value)}' for name, value in self.arguments)})"
 
     def settings(self, **known: Value) -> dict[str, Value]:
-        """Return all arguments: defaults, overridden by those in ``known`` that the attack has, then by `arguments`."""
-        defaults = {name: parameter.default for name, parameter in _parameters(self.name).items()}
-        return defaults | {name: known[name] for name in defaults if name in known} | dict(self.arguments)
+        """Return all arguments: defaults, overridden by those in ``known`` that the attack has, then by `arguments`.
+
+        Unless `arguments` has ``alpha``, it is as large relative to eps as in the class's defaults.
+        """
+        defaults: dict[str, Any] = {name: each.default for name, each in _parameters(self.name).items()}
+        written = dict(self.arguments)
+        settings = defaults | {name: known[name] for name in defaults if name in known} | written
+        if "alpha" in defaults and "alpha" not in written and isinstance(settings["eps"], int | float):
+            settings["alpha"] = settings["eps"] * (defaults["alpha"] / defaults["eps"])
+        return settings
+
+    def check_norm(self, norm: str) -> None:
+        """Check that the attack, if it has a radius, takes it in ``norm``.
+
+        Raises:
+            DeatError: It takes it in another norm.
+        """
+        settings = self.settings(norm=norm)
+        if not {"eps", "max_epsilon"} & settings.keys():
+            return
+        own = "L2" if self.name in L2_ATTACKS else settings.get("norm", "Linf")
+        if own != norm:
+            raise DeatError(
+                f"{self} attacks in {own}, but the evaluation is in {norm}: use an attack in {norm}, such as "
+                f"torchattacks.{'PGDL2' if norm == 'L2' else 'PGD'}, or evaluate in the attack's norm"
+            )
 
 
 def parse_torchattack(text: str) -> TorchAttack:

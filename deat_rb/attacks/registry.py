@@ -96,6 +96,7 @@ def _white_box_parameters(context: AttackContext, alpha: float, steps: int, loss
 
 def _torchattack(name: str, attack_name: TorchAttack, context: AttackContext) -> Attack:
     """Build an attack of torchattacks; it receives whole batches, with the global generators seeded."""
+    attack_name.check_norm(context.norm)
     settings = attack_name.settings(
         eps=context.eps, max_epsilon=context.eps, norm=context.norm, seed=context.seed, n_classes=context.num_classes
     )

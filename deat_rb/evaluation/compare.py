@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from deat_rb.attacks.types import Parameters
 from deat_rb.evaluation.report import Report, worst_of
 from deat_rb.evaluation.statistics import mcnemar
 from deat_rb.utils.errors import DeatError
@@ -170,6 +171,12 @@ def compare(reports: Sequence[tuple[str, Report]]) -> Comparison:
         for name, (_, report) in zip(names, reports, strict=True)
         if report.precision != "fp32"
     ]
+    notes += [
+        f"{attack} has other settings in {name} than in {names[0]} ({differing}): evaluate one of them again"
+        for name, (_, report) in zip(names[1:], reports[1:], strict=True)
+        for attack in shared
+        if (differing := _differing(first.results[attack].parameters, report.results[attack].parameters))
+    ]
     return Comparison(norm=first.norm, eps=first.eps, n_examples=first.n_examples, accuracy=accuracy,
                       differences=tuple(differences), notes=tuple(notes))  # fmt: skip
 
@@ -216,6 +223,12 @@ def _check_same(first_name: str, first: Report, name: str, report: Report) -> No
                 )
             return
     raise DeatError(f"{first_name} and {name} do not both record a hash of their test images; evaluate them again")
+
+
+def _differing(first: Parameters, other: Parameters) -> str:
+    """Describe the settings that differ between two evaluations under one attack; empty if none does."""
+    names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+    return ", ".join(f"{name} {other.get(name)}, not {first.get(name)}" for name in names)
 
 
 def _with_worst(verdicts: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deat_rb.attacks.captured import captures_for
-from deat_rb.attacks.names import SQUARE_TILES, parse_attacks
+from deat_rb.attacks.names import PREFIX, SQUARE_TILES, parse_attacks
 from deat_rb.attacks.registry import build_attack
 from deat_rb.attacks.threat_models import check_norm, check_radius
 from deat_rb.attacks.types import Attack, AttackContext
@@ -86,7 +86,8 @@ def evaluate(
             from a uniform random start, ``cw-N`` on the margin max_{k != y} z_k - z_y, and ``pgd-NxR`` has R restarts;
             ``autoattack`` is AutoAttack's standard version, ``autoattack-plus`` and ``autoattack-rand`` are the other
             two, and ``square`` is its black-box attack alone; ``torchattacks.NAME(...)`` is an attack of torchattacks,
-            with ``eps`` unless its arguments set another.
+            with ``eps`` unless its arguments set another, and with ``alpha`` in its default proportion to eps unless
+            they set one; it must take eps in ``norm``.
         eps: Radius, in [0, 1] pixel units, as a number or a string such as ``8/255``; several make a sweep.
         main_eps: The radius of a sweep for which accuracies are reported; the last if None or not part of the sweep.
         norm: ``Linf`` or ``L2``.
@@ -152,6 +153,8 @@ def evaluate(
                 "device": _device_name(prepared.device),
                 "adversarial images": "kept" if keep else "not kept",
             }
+            # The step size is no part of an attack's name; earlier versions did not scale it with eps.
+            settings |= {name: repr(each.parameters) for name, each in plans[main].items() if name.startswith(PREFIX)}
             tf32 = precision == "fp32" and uses_tf32(prepared.device)
             if tf32:
                 settings["convolutions"] = "TF32"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from deat_rb.attacks.names import PREFIX, parse_torchattack
 from deat_rb.data.datasets import Dataset, load_data
 from deat_rb.data.extra_data import load_extra_data
 from deat_rb.reproduction.folder import StudyFolder
@@ -44,11 +45,14 @@ class Planner:
 
 
 def check_evaluation(run: RunSpec, planned: TrainingPlan) -> None:
-    """Check that the dataset has as many test images as a run's evaluation needs.
+    """Check that a run's evaluation is in the run's norm, and that the dataset has as many test images as it needs.
 
     Raises:
-        DeatError: It has fewer.
+        DeatError: An attack is in another norm, or there are fewer images.
     """
+    for attack in run.evaluation.attacks:
+        if attack.startswith(PREFIX):
+            parse_torchattack(attack).check_norm(planned.config.attack.norm)
     asked = {"n_examples": run.evaluation.n_examples, "autoattack": run.evaluation.autoattack}
     for name, count in asked.items():
         if count is not None and count > len(planned.data.test):

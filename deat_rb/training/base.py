@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torchattacks.attack import Attack
 
 from deat_rb.attacks.base import NEEDS_LABELS, StatelessAttack
+from deat_rb.attacks.names import L2_ATTACKS
 from deat_rb.attacks.pgd import PGD
 from deat_rb.attacks.threat_models import THREATS
 from deat_rb.training.engine import Engine
@@ -28,9 +29,6 @@ from deat_rb.utils.errors import DeatError
 from deat_rb.utils.module_state import require_autograd
 from deat_rb.utils.text import counted
 from deat_rb.utils.units import is_whole_number
-
-L2_ATTACKS = ("PGDL2", "PGDRSL2")
-"""Attacks of torchattacks with an eps in L2 and no attribute that says so."""
 
 Batch = tuple[Tensor, Tensor]
 

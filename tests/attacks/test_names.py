@@ -51,10 +51,55 @@ def test_steps_and_restarts_splits_a_name() -> None:
 
 
 def test_settings_prefers_written_arguments_then_known_then_defaults() -> None:
-    settings = parse_torchattack("torchattacks.PGD(steps=3)").settings(eps=0.1, seed=7)
+    settings = parse_torchattack("torchattacks.PGD(steps=3, alpha=2/255)").settings(eps=0.1, seed=7)
     assert settings == {"eps": 0.1, "alpha": 2 / 255, "steps": 3, "random_start": True}
     assert parse_torchattack("torchattacks.PGD(eps=4/255)").settings(eps=0.1)["eps"] == 4 / 255
     assert parse_torchattack("torchattacks.APGDT").settings(n_classes=4, norm="L2")["n_classes"] == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "alpha"),
+    [
+        ("torchattacks.PGD()", 0.025),  # 2/255 of 8/255
+        ("torchattacks.MIFGSM(steps=20)", 0.025),
+        ("torchattacks.FFGSM()", 0.125),  # 10/255 of 8/255
+        ("torchattacks.PGDL2()", 0.02),  # 0.2 of 1
+        ("torchattacks.PGD(eps=0.2)", 0.05),
+        ("torchattacks.PGD(alpha=0.01)", 0.01),
+    ],
+)
+def test_settings_scale_the_step_with_eps(text: str, alpha: float) -> None:
+    assert parse_torchattack(text).settings(eps=0.1)["alpha"] == pytest.approx(alpha, rel=1e-12)
+
+
+def test_settings_at_the_default_eps_are_the_defaults() -> None:
+    for text in ("torchattacks.PGD", "torchattacks.DIFGSM", "torchattacks.Jitter"):
+        assert parse_torchattack(text).settings(eps=8 / 255)["alpha"] == 2 / 255
+    assert "alpha" not in parse_torchattack("torchattacks.APGD").settings(eps=0.1)
+
+
+@pytest.mark.parametrize(
+    ("text", "norm", "wanted"),
+    [
+        ("torchattacks.PGDL2(steps=10)", "Linf", r"PGDL2\(steps=10\) attacks in L2, but the evaluation is in Linf: use "
+         r"an attack in Linf, such as torchattacks\.PGD, or"),
+        ("torchattacks.PGDRSL2", "Linf", "attacks in L2, but"),
+        ("torchattacks.PGD", "L2", r"attacks in Linf, but the evaluation is in L2: .* such as torchattacks\.PGDL2, or"),
+        ("torchattacks.PIFGSM", "L2", "attacks in Linf, but"),
+        ("torchattacks.APGD(norm='L2')", "Linf", "attacks in L2, but"),
+        ("torchattacks.FAB(norm='L1')", "L2", "attacks in L1, but"),
+    ],
+)  # fmt: skip
+def test_check_norm_refuses_an_attack_in_another_norm(text: str, norm: str, wanted: str) -> None:
+    with pytest.raises(DeatError, match=wanted):
+        parse_torchattack(text).check_norm(norm)
+
+
+def test_check_norm_accepts_the_norm_of_the_evaluation_and_attacks_without_a_radius() -> None:
+    for text in ("torchattacks.PGD", "torchattacks.Square", "torchattacks.DeepFool"):
+        parse_torchattack(text).check_norm("Linf")
+    for text in ("torchattacks.PGDL2", "torchattacks.APGD", "torchattacks.DeepFool"):
+        parse_torchattack(text).check_norm("L2")
 
 
 @pytest.mark.parametrize(

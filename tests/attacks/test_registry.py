@@ -46,6 +46,11 @@ def test_build_attack_stages_attack_the_chosen_examples_only(name: str) -> None:
         assert torch.equal(model(output.images).argmax(dim=1) != labels[chosen], output.misclassified)
 
 
+def test_build_attack_refuses_torchattacks_in_another_norm() -> None:
+    with pytest.raises(DeatError, match=r"torchattacks.PGDL2\(\) attacks in L2, but the evaluation is in Linf"):
+        build_attack("torchattacks.PGDL2()", CONTEXT)
+
+
 def test_build_attack_refuses_torchattacks_arguments_that_fail() -> None:
     stage = build_attack("torchattacks.PGD(steps='many')", CONTEXT).parts[0]
     model = CountingModel(small_network())

@@ -120,6 +120,19 @@ def test_compare_notes_bf16_upper_bounds(tmp_path: Path) -> None:
     assert "note: [b] was attacked in bf16: its robust accuracies are upper bounds" in result.stdout
 
 
+def test_compare_notes_attacks_with_other_settings() -> None:
+    reports = []
+    for alpha in (2 / 255, 0.025):
+        report = report_of(natural="1111", pgd="1100")
+        result = report.results["pgd"].model_copy(update={"parameters": {"eps": 0.1, "alpha": alpha}})
+        reports.append(report.model_copy(update={"results": {**report.results, "pgd": result}}))
+    one, two = reports
+    assert compare([("one", one), ("other", one)]).notes == ()
+    assert compare([("one", one), ("two", two)]).notes == (
+        "pgd has other settings in two than in one (alpha 0.025, not 0.00784313725490196): evaluate one of them again",
+    )
+
+
 def test_compare_needs_two_reports() -> None:
     with pytest.raises(DeatError, match=r"^a comparison needs two or more evaluations, not 1$"):
         compare([("a", report_of(natural="11"))])

@@ -160,7 +160,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "eps": ({"eps": (0.0, 0.02, 0.05)}, "eps: 0, 0.02, 0.04, now 0, 0.02, 0.05; main eps: 0.04, now 0.05"),
     "seed": ({"seed": 3}, "seed: 2, now 3"),
     "batch size": ({"batch_size": 7}, "batch size: 8, now 7"),
-    "norm": ({"norm": "L2"}, "norm: Linf, now L2"),
+    "norm": ({"norm": "L2", "attacks": "fgsm"}, "norm: Linf, now L2"),
     "attacks": ({"attacks": "fgsm"}, "attacks: natural, fgsm, pgd-6x2, autoattack,"),
     "precision": ({"precision": "bf16"}, "precision: fp32, now bf16"),
 }
@@ -197,6 +197,19 @@ def test_evaluate_refuses_to_resume_other_weights_or_examples(
     images, labels = batch
     with pytest.raises(DeatError, match=r"a different evaluation \(examples: "):
         run(network, (images, labels.roll(1)), state=tmp_path / "state", resume=True)
+
+
+def test_evaluate_refuses_to_resume_torchattacks_with_another_step_size(
+    network: nn.Sequential, batch: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    """As of a version that did not record it, whose step size was 2/255 at every eps."""
+    interrupted(network, batch, tmp_path / "state")
+    settings = tmp_path / "state" / "evaluation.json"
+    stored = json.loads(settings.read_text())
+    assert "'alpha': 0.01," in stored.pop("torchattacks.PGD(steps=2)")
+    settings.write_text(json.dumps(stored))
+    with pytest.raises(DeatError, match=r"a different evaluation \(torchattacks.PGD\(steps=2\): None, now "):
+        run(network, batch, state=tmp_path / "state")
 
 
 def test_open_store_refuses_other_versions(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from small_reports import FGSM, NATURAL, report_of
 from small_studies import small_study
 
 from deat_rb.reproduction.folder import Evaluated, Record, StudyFolder
-from deat_rb.reproduction.planning import Planner, check_same_data
+from deat_rb.reproduction.planning import Planner, check_evaluation, check_same_data
 from deat_rb.reproduction.results import collect
 from deat_rb.reproduction.study import Evaluation, RunSpec, Study
 from deat_rb.reproduction.work import Worker
@@ -62,6 +62,18 @@ def test_planner_loads_images_once_and_in_the_size_of_each_plan(tmp_path: Path) 
     planned = Planner(dry=True).plan(pretrained.options.but(train_size=18, val_size=3))
     assert planned.train.shape == (3, 224, 224)
     assert planned.config.network.image_size == 224
+
+
+def test_check_evaluation_refuses_attacks_in_another_norm_than_the_run() -> None:
+    attacks = Evaluation(("fgsm", "torchattacks.PGDL2()"), 16)
+    for norm in ("L2", "Linf"):
+        (run,) = small_study({"method": "pgd-1", "norm": norm}, evaluation=attacks).runs
+        planned = Planner(dry=True).plan(run.options)
+        if norm == "L2":
+            check_evaluation(run, planned)
+            continue
+        with pytest.raises(DeatError, match=r"PGDL2\(\) attacks in L2, but the evaluation is in Linf"):
+            check_evaluation(run, planned)
 
 
 def test_runs_on_other_images_in_a_folder_of_the_same_name_are_refused(tmp_path: Path) -> None:
