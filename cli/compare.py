@@ -64,7 +64,7 @@ def _load(run: str) -> list[tuple[str, Report]]:
     from deat_rb.utils.hub import is_hub
 
     if not is_hub(run):
-        return _checked(Path(run), f"run deat-rb eval {run} first")
+        return _checked(Path(run))
     hub = open_hub(run)
     for note in hub.notes:
         click.echo(f"note: {note}", err=True)
@@ -75,15 +75,16 @@ def _load(run: str) -> list[tuple[str, Report]]:
         return [(run, report) for _, report in _checked(hub.path, advice)]
 
 
-def _checked(path: Path, advice: str) -> list[tuple[str, Report]]:
+def _checked(path: Path, advice: str = "") -> list[tuple[str, Report]]:
     """Load the report of a path; that of a run must be of the weights that the run now has."""
     from deat_rb.evaluation.compare import load_reports
     from deat_rb.runs.directory import CONFIG, RunDirectory
 
     reports = load_reports([path])
     if (path / CONFIG).is_file():
+        run = RunDirectory.open(path)
         for _, report in reports:
-            RunDirectory.open(path).check_evaluation(report.provenance, advice)
+            run.check_evaluation(report.provenance, advice or f"run {run.command('eval')} first")
     return reports
 
 

@@ -27,6 +27,8 @@ def push(run: Path, target: str, private: bool, license_name: str | None, dry_ru
     Others can then pass hf:OWNER/NAME, or hf:OWNER/NAME@REVISION for a fixed commit, to eval, predict, submit, export,
     train --init-from and deat_rb.load_model.
     """
+    from deat_rb.models.names import trust_flag
+    from deat_rb.runs.directory import RunDirectory
     from deat_rb.sharing import push
 
     if output is not None and not dry_run:
@@ -39,4 +41,5 @@ def push(run: Path, target: str, private: bool, license_name: str | None, dry_ru
         click.echo(f"note: {note}")
     click.echo(f"written: {pushed.address}")
     if not dry_run:
-        click.echo(f"next     deat-rb eval {pushed.address}")
+        words = [pushed.address, *trust_flag(RunDirectory.open(run).config.model.arch)]
+        click.echo(f"next     deat-rb eval {' '.join(words)}")

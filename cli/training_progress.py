@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from deat_rb.models.names import trust_flag
 from deat_rb.training.callbacks import Callback
 from deat_rb.training.history import History
 from deat_rb.training.metrics import EpochAccumulator, EpochStats
@@ -227,7 +229,9 @@ def print_seeds(results: Sequence[tuple[RunDirectory, History]]) -> None:
         if values:
             mean, std = mean_and_std(values)
             print(f"  {name:<22} {mean:,.2f} ± {std:,.2f}")
-    print("next       deat-rb eval " + " ".join(str(run.path) for run, _ in results))
+    runs = [run for run, _ in results]
+    words = [*(str(run.path) for run in runs), *trust_flag(runs[0].config.model.arch)]
+    print(f"next       deat-rb eval {shlex.join(words)}")
 
 
 def print_result(run: RunDirectory, history: History) -> None:
@@ -238,7 +242,7 @@ def print_result(run: RunDirectory, history: History) -> None:
         print(f"validation natural {selected.val_acc:.2%}, PGD-20 {selected.val_robust_acc:.2%}")
     seconds = sum(row.seconds for row in history.rows)
     print(f"cost       {history.backwards:,.0f} backward passes, {seconds:.0f} s of training")
-    print(f"next       deat-rb eval {run.path}")
+    print(f"next       {run.command('eval')}")
 
 
 def _selected(history: History) -> EpochStats:

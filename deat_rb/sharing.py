@@ -14,7 +14,7 @@ from deat_rb.evaluation.report import Report, verdict_file
 from deat_rb.leaderboard.training_record import training_command
 from deat_rb.methods.describe import describe
 from deat_rb.methods.paper import PAPER, PAPERS_OWN
-from deat_rb.models.names import runs_code
+from deat_rb.models.names import runs_code, trust_flag
 from deat_rb.robustbench.format import SPELLED
 from deat_rb.runs.config import RunConfig
 from deat_rb.runs.directory import CONFIG, METRICS, RunDirectory
@@ -139,9 +139,9 @@ def shared_files(
     contents[CARD] = model_card(run, report, address, license).encode()
     notes = []
     if report is None:
-        notes.append(f"there is no evaluation, so the card has no accuracies: run deat-rb eval {run.path} first")
+        notes.append(f"there is no evaluation, so the card has no accuracies: run {run.command('eval')} first")
     elif "autoattack" not in report.results:
-        notes.append("AutoAttack was not run, but readers expect its accuracy: run deat-rb eval RUN --autoattack")
+        notes.append(f"AutoAttack was not run, but readers expect its accuracy: run {run.command('eval --autoattack')}")
     if runs_code(run.config.model.arch):
         notes.append(f"the network is built by {run.config.model.arch}, which is not uploaded: others need that module "
                      "on Python's path, and --trust-code")  # fmt: skip
@@ -170,7 +170,7 @@ def _evaluation(run: RunDirectory) -> Report | None:
     if not file.is_file():
         return None
     report = Report.load(file)
-    run.check_evaluation(report.provenance, f"run deat-rb eval {run.path}, then push again")
+    run.check_evaluation(report.provenance, f"run {run.command('eval')}, then push again")
     return report
 
 
@@ -218,7 +218,8 @@ def model_card(run: RunDirectory, report: Report | None, address: HubAddress, li
     versions = ", ".join(f"{name} {version}" for name, version in config.versions.items())
     data_dir = " --data-dir FOLDER" if config.data.dataset != "digits" else ""
     own = runs_code(config.model.arch)
-    call, flag = (", trust_code=True", " --trust-code") if own else ("", "")
+    call = ", trust_code=True" if own else ""
+    flag = "".join(f" {each}" for each in trust_flag(config.model.arch))
     code = "Weights are stored as safetensors, and loading them runs no code."
     if own:
         code = (f"Weights are stored as safetensors. `{_plain(config.model.arch, code=True)}` builds the network: its "

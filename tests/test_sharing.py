@@ -95,7 +95,7 @@ def test_the_data_path_of_a_run_on_the_hub_is_not_read(hub: Hub, run: Path, tmp_
                                                  "--data-dir")  # fmt: skip
 
 
-def test_the_card_of_a_network_of_ones_own_says_that_its_module_is_needed(run: Path, tmp_path: Path) -> None:
+def test_the_card_of_a_network_of_ones_own_says_that_its_module_is_needed(hub: Hub, run: Path, tmp_path: Path) -> None:
     config = json.loads((run / "config.json").read_text())
     config["model"]["arch"] = "tiny_networks:Mean"
     (run / "config.json").write_text(json.dumps(config))
@@ -106,6 +106,7 @@ def test_the_card_of_a_network_of_ones_own_says_that_its_module_is_needed(run: P
         assert text in card
     assert "runs no code" not in card
     assert any("the network is built by tiny_networks:Mean, which is not uploaded" in note for note in pushed.notes)
+    assert cli("push", run, "hf:me/net").stdout.endswith(f"@{hub.repositories['me/net'].head} --trust-code\n")
 
 
 # Addresses

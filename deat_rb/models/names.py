@@ -71,6 +71,11 @@ def runs_code(arch: str) -> bool:
     return bool(colon) and kind not in PRETRAINED and arch not in OWN_FACTORIES
 
 
+def trust_flag(arch: str) -> tuple[str, ...]:
+    """Return ``--trust-code`` if the command line needs it for a network of this architecture; else nothing."""
+    return ("--trust-code",) if runs_code(arch) else ()
+
+
 def check_trust(arch: str, trust_code: bool, *, source: str) -> None:
     """Check that an architecture does not run untrusted code.
 

@@ -50,7 +50,7 @@ def grouped_table(paths: Sequence[Path], by: str) -> ResultTable:
         raise DeatError(f"--group-by {by} is not an option of runs: {did_you_mean(name, keys[0])}")
     reports = [report for _, report in load_reports(paths)]
     for run, report in zip(runs, reports, strict=True):
-        run.check_evaluation(report.provenance, f"run deat-rb eval {run.path} first")
+        run.check_evaluation(report.provenance, f"run {run.command('eval')} first")
     if not are_comparable(reports):
         raise DeatError(
             "the evaluations differ in images, norm, eps or precision; evaluate all runs with the same settings"

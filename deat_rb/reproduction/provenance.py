@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import deat_rb
+from deat_rb.models.names import trust_flag
 from deat_rb.reproduction.study import RunSpec
 from deat_rb.runs.options import train_options
 from deat_rb.utils.devices import resolve_device
@@ -63,7 +64,8 @@ def train_command(run: RunSpec, runs: Path) -> str:
 def eval_command(run: RunSpec, runs: Path, attacks: Sequence[str], asked: int | None) -> str:
     """Return the command that evaluates a run."""
     words = ["deat-rb", "eval", str(runs / run.name), "--attacks", ",".join(attacks)]
-    return shlex.join(words + ([] if asked is None else ["--n-examples", str(asked)]))
+    images = [] if asked is None else ["--n-examples", str(asked)]
+    return shlex.join([*words, *images, *trust_flag(run.options.model.arch)])
 
 
 @cache

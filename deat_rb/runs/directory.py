@@ -21,6 +21,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -31,6 +32,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from deat_rb.models.names import trust_flag
 from deat_rb.models.spec import ModelSpec
 from deat_rb.runs.config import RunConfig
 from deat_rb.training.metrics import EpochStats
@@ -191,6 +193,10 @@ class RunDirectory:
             return None
         epoch = self.checkpoint(which).get("epoch")
         return epoch if isinstance(epoch, int) else None
+
+    def command(self, name: str) -> str:
+        """Return the command ``deat-rb NAME`` for this run, to be shown to the user."""
+        return " ".join(["deat-rb", name, shlex.quote(str(self.path)), *trust_flag(self.config.model.arch)])
 
     def checkpoint(self, which: str) -> dict[str, Any]:
         """Return the epoch, metrics and SHA-256 of the ``best`` or ``last`` weights."""

@@ -179,7 +179,7 @@ def _exclusive(run: RunDirectory, ranks: World) -> Iterator[None]:
         except Interrupted:
             raise
         except KeyboardInterrupt:
-            kept = f"{run.path} is kept; continue with deat-rb train --resume {run.path}"
+            kept = f"{run.path} is kept; continue with {run.command('train --resume')}"
             raise Interrupted(kept) from None
 
 

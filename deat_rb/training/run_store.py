@@ -26,6 +26,10 @@ class RunStore(Protocol):
         """The configuration as JSON values."""
         ...
 
+    def command(self, name: str) -> str:
+        """Return the command ``deat-rb NAME`` for the run, to be shown to the user."""
+        ...
+
     def rows(self) -> list[EpochStats]:
         """Return the metrics of the epochs so far."""
         ...

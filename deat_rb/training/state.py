@@ -145,8 +145,8 @@ class TrainingState:
             failed = f"; {error}"
         epochs, batches = (self.saved.epoch - 1, self.saved.batch) if self.saved else (0, 0)
         done = self._out_of(epochs) + (f" and {counted(batches, 'batch')} of the next" if batches else "")
-        result = f"deat-rb eval {self.run.path} evaluates it, " if self.epochs == OPEN and epochs else ""
-        return f"{self.run.path} keeps {done}; {result}deat-rb train --resume {self.run.path} resumes it{failed}"
+        result = f"{self.run.command('eval')} evaluates it, " if self.epochs == OPEN and epochs else ""
+        return f"{self.run.path} keeps {done}; {result}{self.run.command('train --resume')} resumes it{failed}"
 
     def _out_of(self, epochs: int) -> str:
         if self.epochs == OPEN:

@@ -16,7 +16,7 @@ from training_problems import images_and_labels, loader, normalized, run_config
 
 import deat_rb
 from deat_rb.cli import training_progress
-from deat_rb.cli.training_progress import TrainingProgress, duration, print_result
+from deat_rb.cli.training_progress import TrainingProgress, duration, print_result, print_seeds
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.training.metrics import BatchStats, EpochAccumulator, EpochStats
 from deat_rb.training.trainer import Trainer
@@ -153,4 +153,6 @@ def test_print_result_says_where_the_run_is_and_how_to_evaluate_it(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"result     epoch 2 of {run.path}"
     assert lines[2].startswith("cost       8 backward passes")
-    assert lines[3] == f"next       deat-rb eval {run.path}"
+    assert lines[3] == f"next       deat-rb eval {run.path} --trust-code"  # the network is a factory of the tests
+    print_seeds([(run, history), (run, history)])
+    assert capsys.readouterr().out.endswith(f"next       deat-rb eval {run.path} {run.path} --trust-code\n")

@@ -67,7 +67,9 @@ def test_callbacks_keyboard_interrupt_reports_what_was_saved(tmp_path: Path) -> 
     run = RunDirectory.create(tmp_path / "second", run_config())
     with pytest.raises(Interrupted) as caught:
         deat_rb.create("pgd-1", normalized()).fit(loader(), epochs=3, run=run, callbacks=[Interrupts(2)])
-    assert caught.value.kept == f"{run.path} keeps 1 of 3 epochs; deat-rb train --resume {run.path} resumes it"
+    assert caught.value.kept == (
+        f"{run.path} keeps 1 of 3 epochs; deat-rb train --resume {run.path} --trust-code resumes it"
+    )
     assert run.checkpoint("last")["epoch"] == 1
     deat_rb.load_model(run.path, trust_code=True)
 

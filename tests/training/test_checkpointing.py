@@ -159,7 +159,7 @@ def test_checkpointing_on_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     run, whole = (RunDirectory.create(tmp_path / name, run_config()) for name in ("run", "whole"))
 
     def work() -> None:
-        kept = f"{run.path} keeps 1 of 3 epochs; deat-rb train --resume {run.path} resumes it"
+        kept = f"{run.path} keeps 1 of 3 epochs; deat-rb train --resume {run.path} --trust-code resumes it"
         with pytest.raises(DeatError, match=f"metrics.jsonl cannot be written .No space left on device.; {kept}"):
             train("m-deat", run, FillsUp())
 
