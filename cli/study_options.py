@@ -309,15 +309,17 @@ def print_estimate(study: Study, folder: StudyFolder, environs: Sequence[Mapping
     table.add_column("run", overflow="fold")
     for column in ("seeds", "epochs", "backward passes", "training", "evaluation"):
         table.add_column(column, justify="right")
-    rows: dict[tuple[str, str], list[Prediction]] = {}
+    rows: dict[tuple[str, str, bool], list[Prediction]] = {}
     for each in predicted:
         place = f"{each.run.options.attack.setting}, {each.run.options.model.arch}"
-        rows.setdefault((each.run.label, place), []).append(each)
-    for (label, place), seeds in rows.items():
+        rows.setdefault((each.run.label, place, each.is_trained), []).append(each)
+    for (label, place, is_trained), seeds in rows.items():
         first = seeds[0]
-        name = label if sum(other == label for other, _ in rows) == 1 else f"{label} ({place})"
-        table.add_row(escape(name), str(len(seeds)), str(format_epochs(first.epochs)), first.passes_text(),
-                      duration(first.training) + (" per epoch" if first.is_open else ""),
+        name = label if len({other for same, other, _ in rows if same == label}) == 1 else f"{label} ({place})"
+        passes, training = ("0", "done") if is_trained else (
+            first.passes_text(), duration(first.training) + (" per epoch" if first.is_open else "")
+        )  # fmt: skip
+        table.add_row(escape(name), str(len(seeds)), str(format_epochs(first.epochs)), passes, training,
                       ("over " if first.unknown else "") + duration(first.evaluation))  # fmt: skip
     Console().print(table)
     ending = [each for each in predicted if not each.is_open]

@@ -10,7 +10,7 @@ from statistics import fmean
 from deat_rb.methods.registry import recipe
 from deat_rb.methods.trainers import AttackTrainer, ReplayTrainer
 from deat_rb.methods.yopo import YopoTrainer
-from deat_rb.reproduction.folder import StudyFolder
+from deat_rb.reproduction.folder import Record, StudyFolder
 from deat_rb.reproduction.planning import Planner, check_evaluation
 from deat_rb.reproduction.study import RunSpec
 from deat_rb.runs.estimate import estimated_epochs, time_batches, time_pass, training_seconds
@@ -45,9 +45,9 @@ class Prediction:
     Attributes:
         run: The run.
         epochs: Its epochs.
-        passes: Expected number of backward passes, in mini-batches.
+        passes: Expected number of backward passes, in mini-batches; 0 if it is trained.
         exact: Whether that number is known in advance.
-        training: Seconds of training and validation.
+        training: Seconds of training and validation; 0 if it is trained.
         evaluation: Seconds of evaluation, without the attacks in ``unknown``.
         unknown: Attacks whose number of passes is not known.
         threads: CPU threads; None on a GPU.
@@ -68,9 +68,14 @@ class Prediction:
         return self.training + self.evaluation
 
     @property
+    def is_trained(self) -> bool:
+        """Whether only evaluation is left."""
+        return self.passes == 0
+
+    @property
     def is_open(self) -> bool:
-        """Whether the run is open-ended."""
-        return self.epochs >= OPEN
+        """Whether the run is open-ended and not trained yet."""
+        return self.epochs >= OPEN and not self.is_trained
 
     def passes_text(self) -> str:
         """Return the number of backward passes as text."""
@@ -93,7 +98,7 @@ def estimate(folder: StudyFolder, runs: Sequence[RunSpec], *, notify: Callable[[
 
     The times of an attack step and of an update are measured in ten batches of each network and loss. A number of
     steps that is not known in advance is taken from finished runs of other seeds, or else is the mean of its minimum
-    and maximum. The time of open-ended runs is not stored.
+    and maximum. The time of open-ended runs, and of those that are trained, is not stored.
 
     Args:
         folder: The folder of the study.
@@ -106,9 +111,9 @@ def estimate(folder: StudyFolder, runs: Sequence[RunSpec], *, notify: Callable[[
     clock = Clock(notify)
     done = [run for run in runs if folder.status(run) == "done"]
     left = [run for run in runs if not folder.is_settled(run)]
-    predicted = [_predict(run, clock, _passes_of_others(folder, run, done)) for run in left]
+    predicted = [_predict(run, clock, folder.record(run), _passes_of_others(folder, run, done)) for run in left]
     folder.create()
-    seconds = {each.run.name: each.seconds for each in predicted if not each.is_open}
+    seconds = {each.run.name: each.seconds for each in predicted if not (each.is_open or each.is_trained)}
     write_json(folder.path / ESTIMATE, {**read_estimate(folder), **seconds})
     return predicted
 
@@ -177,7 +182,7 @@ def _passes_of_others(folder: StudyFolder, run: RunSpec, done: Sequence[RunSpec]
     return fmean(sum(row.backwards for row in folder.rows(other)) for other in alike) if alike else None
 
 
-def _predict(run: RunSpec, clock: Clock, known: float | None) -> Prediction:
+def _predict(run: RunSpec, clock: Clock, record: Record | None, known: float | None) -> Prediction:
     planned = clock.plan(run.options)
     check_evaluation(run, planned)
     config, times, epochs = planned.config, clock.times(planned), estimated_epochs(planned)
@@ -185,8 +190,11 @@ def _predict(run: RunSpec, clock: Clock, known: float | None) -> Prediction:
     counted = replace(planned, config=config.but(epochs=epochs)) if is_open else planned
     passes, exact = _passes(counted, None if is_open else known)
     training = seconds_of(planned, times, passes)
+    if record is not None:
+        passes, exact, training = 0, True, 0.0
     per_image = times.evaluation / config.data.batch_size
-    tested = [(attacks, asked or len(planned.data.test)) for attacks, asked in run.evaluation.parts()]
+    parts = run.evaluation.parts() if record is None else record.missing(run.evaluation)
+    tested = [(attacks, asked or len(planned.data.test)) for attacks, asked in parts]
     each = {name: (count, _attack_passes(name)) for attacks, count in tested for name in attacks}
     evaluation = ROBUST * per_image * sum(count * spent for count, spent in each.values() if spent is not None)
     unknown = tuple(name for name, (_, spent) in each.items() if spent is None)

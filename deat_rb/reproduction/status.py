@@ -71,7 +71,11 @@ class StudyState:
         """
         left = [each for each in self.runs if each.status not in ("done", "failed")]
         times = [self._expected(each) for each in left]
-        known = [seconds * (1 - each.share) for seconds, each in zip(times, left, strict=True) if seconds is not None]
+        known = [
+            max(seconds * (1 - each.share), seconds - each.trained)  # the evaluation is left when training has ended
+            for seconds, each in zip(times, left, strict=True)
+            if seconds is not None
+        ]
         return sum(known) / max(1, self.counts()["running"]) if len(known) == len(left) else None
 
     def _expected(self, state: RunState) -> float | None:

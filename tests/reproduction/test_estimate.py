@@ -12,7 +12,7 @@ from small_runs import planned as small_planned
 from small_studies import small_study
 
 from deat_rb.reproduction.estimate import ROBUST, Times, _measure, estimate, read_estimate
-from deat_rb.reproduction.folder import Record, StudyFolder
+from deat_rb.reproduction.folder import Evaluated, Record, StudyFolder
 from deat_rb.reproduction.planning import Planner
 from deat_rb.reproduction.study import Evaluation
 from deat_rb.runs.directory import METRICS, RunDirectory
@@ -26,14 +26,15 @@ def test_estimate_adds_steps_updates_validation_and_evaluation(tmp_path: Path, m
     """Seconds by hand, for 2 epochs of 2 batches of 32 images, and 16 validation images."""
     times = {"pgd-1": Times(update=2.0, step=1.0, evaluation=32.0), "free-2": Times(0.0, 3.0, 32.0)}
     monkeypatch.setattr("deat_rb.reproduction.estimate._measure", lambda planned, kind: times[kind])
-    study = small_study({"method": "pgd-3"}, {"method": "free-2"}, {"method": "m+pgd"})
+    study = small_study({"method": "pgd-3"}, {"method": "free-2"}, {"method": "deat-40%"}, {"method": "m+pgd"})
     folder = StudyFolder(tmp_path)
-    pgd, free, guided = estimate(folder, study.runs, notify=lambda text: None)
+    pgd, free, deat, guided = estimate(folder, study.runs, notify=lambda text: None)
     validation = 2 * 16 * VALIDATION_PASSES * 1.0  # epochs, images, passes per image, seconds per image
     assert (pgd.passes, pgd.exact, pgd.training) == (16, True, 12 * 1.0 + 4 * 2.0 + validation)
     assert (free.passes, free.exact, free.training) == (8, True, 8 * 3.0 + validation)
-    # one step in the first epoch and one or two in the second: 8 or 10 passes
-    assert (guided.passes, guided.exact) == (9, False)
+    # One replay in the first epoch and one or two in the second: 4 or 6 passes.
+    assert (deat.passes, deat.exact) == (5, False)
+    assert (guided.passes, guided.exact) == (10, True)  # a step, then two, and 4 updates
     assert pgd.evaluation == pytest.approx(ROBUST * 16 * (1 + 2))  # FGSM and PGD-2 on 16 images
     assert read_estimate(folder)[study.runs[0].name] == pytest.approx(pgd.training + pgd.evaluation)
     assert not list(tmp_path.glob("*.json")), "a study of that name would write its table there"
@@ -56,8 +57,8 @@ def test_estimate_takes_unknown_passes_from_other_seeds_that_are_done(
 ) -> None:
     """Of two seeds with 8 and 10 passes, not of a run with the same label but other batches."""
     monkeypatch.setattr("deat_rb.reproduction.estimate._measure", lambda planned, kind: Times(2.0, 1.0, 32.0))
-    study = small_study({"method": "m+pgd"}, seeds=(0, 1, 2), evaluation=Evaluation(()))
-    (namesake,) = small_study({"method": "m+pgd", "batch_size": 16}, evaluation=Evaluation(())).runs
+    study = small_study({"method": "deat-40%"}, seeds=(0, 1, 2), evaluation=Evaluation(()))
+    (namesake,) = small_study({"method": "deat-40%", "batch_size": 16}, evaluation=Evaluation(())).runs
     folder = StudyFolder(tmp_path)
     folder.create()
     for run, backwards in zip((*study.runs[:2], namesake), (8, 10, 1000), strict=True):
@@ -66,6 +67,20 @@ def test_estimate_takes_unknown_passes_from_other_seeds_that_are_done(
         folder.write_record(run, Record(status="done"))
     (left,) = estimate(folder, [*study.runs, namesake], notify=lambda text: None)
     assert (left.run, left.passes, left.exact) == (study.runs[2], 9, False)
+
+
+def test_estimate_of_a_trained_run_is_its_missing_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deat_rb.reproduction.estimate._measure", lambda planned, kind: Times(2.0, 1.0, 32.0))
+    evaluated, begun = small_study({"method": "pgd-3"}, seeds=(0, 1)).runs  # each with FGSM and PGD-2 on 16 images
+    folder = StudyFolder(tmp_path)
+    folder.create()
+    made = Evaluated(asked=16, attacks=("natural", "fgsm"), n_examples=16, model_sha256="0" * 64)
+    folder.write_record(evaluated, Record(status="done", trained=True, evaluations=(made,)))
+    folder.write_record(begun, Record(status="trained"))
+    found = estimate(folder, (evaluated, begun), notify=lambda text: None)
+    assert [(each.training, each.passes) for each in found] == [(0, 0), (0, 0)]
+    assert [each.evaluation for each in found] == pytest.approx([ROBUST * 16 * 2, ROBUST * 16 * 3])
+    assert read_estimate(folder) == {}, "status would take them for the seconds of whole runs"
 
 
 def test_estimate_counts_squares_queries_and_names_attacks_that_it_does_not_know(

@@ -22,9 +22,15 @@ def state(number: int, status: Status, epochs: int = 0, seconds: float | None = 
 
 
 def test_seconds_left_are_those_of_other_seeds() -> None:
-    """Half of a run like the one of 60 s, and two like the one of 20 s, with one at a time."""
-    runs = (state(0, "done", 2, 60.0), state(1, "running", 1), state(2, "done", 2, 20.0), state(3, "waiting"))
-    assert StudyState(runs, {}).seconds_left() == pytest.approx(30 + 20)
+    """Half of a run like the one of 60 s, of which 25 s were spent, and all of one like that of 20 s, one at a time."""
+    half = replace(state(1, "running", 1), trained=25.0)
+    runs = (state(0, "done", 2, 60.0), half, state(2, "done", 2, 20.0), state(3, "waiting"))
+    assert StudyState(runs, {}).seconds_left() == pytest.approx(35 + 20)
+
+
+def test_seconds_left_of_a_trained_run_are_those_of_its_evaluation() -> None:
+    trained = replace(state(1, "begun", 2), trained=25.0)
+    assert StudyState((state(0, "done", 2, 60.0), trained), {}).seconds_left() == pytest.approx(35)
 
 
 def test_seconds_left_of_another_network_with_the_same_label_are_not_those_of_its_namesake() -> None:
