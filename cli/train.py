@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def train(
         print_result,
         print_seeds,
     )
+    from deat_rb.methods.registry import recipe
     from deat_rb.models.names import canonical_arch, check_trust
     from deat_rb.runs.directory import check_free, check_name
     from deat_rb.runs.options import make_options, read_options
@@ -103,12 +105,13 @@ def train(
     recorded = read_options(config) if config is not None else {}
     if "arch" not in explicit and "arch" in recorded:
         check_trust(recorded["arch"], trust_code, source=str(config))
+    canonical: dict[str, Callable[[str], str]] = {"arch": canonical_arch, "method": lambda method: recipe(method)[0]}
     # The defaults of others depend on these.
     for option in ("method", "setting", "optimizer", "norm", "dataset", "arch", "pretrained"):
         if option not in explicit or option not in recorded:
             continue
         both = explicit[option], recorded[option]
-        if len({*map(canonical_arch, both)} if option == "arch" else {*both}) == 2:
+        if len({*map(canonical.get(option, str), both)}) == 2:
             given, held = f"--{option} {explicit[option]}", recorded[option]
             if option == "pretrained":
                 given, held = "--pretrained", "a network without it"

@@ -87,11 +87,12 @@ def test_config_refuses_options_on_which_the_defaults_of_others_depend(flags: li
     assert f"{' '.join(flags)} conflicts with --config, as {config} holds the options of" in said
 
 
-def test_config_takes_its_architecture_in_another_spelling(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [["--arch", "WRN10-1"], ["--method", "M+TRADE"]])
+def test_config_takes_its_architecture_and_method_in_another_spelling(flags: list[str], tmp_path: Path) -> None:
     config = tmp_path / "config.json"
-    config.write_text(run_config(arch="wrn-10-1").model_dump_json())
-    said = refusal("--config", config, "--arch", "WRN10-1", "--eps", "5", "--dry-run")
-    assert said.startswith("--eps"), "the architecture is accepted, and the next option is refused"
+    config.write_text(run_config(arch="wrn-10-1", method="m+trades").model_dump_json())
+    said = refusal("--config", config, *flags, "--eps", "5", "--dry-run")
+    assert said.startswith("--eps"), "the other spelling is accepted, and the next option is refused"
 
 
 def test_resume_refuses_flags_of_a_new_run(tmp_path: Path) -> None:
