@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deat_rb.attacks import losses
 from deat_rb.attacks.base import NEEDS_LABELS, AttackMode, CraftStats, StatelessAttack
-from deat_rb.attacks.threat_models import L2, Linf, check_norm, threat_model
+from deat_rb.attacks.threat_models import DEFAULT_EPS, L2, Linf, check_norm, threat_model
 from deat_rb.utils import seeding
 from deat_rb.utils.devices import full_float32
 from deat_rb.utils.errors import DeatError, did_you_mean
@@ -32,8 +32,8 @@ class PGD(StatelessAttack):
 
     Args:
         model: Takes images in [0, 1], shape (N, C, H, W), and returns logits (N, K).
-        eps: Radius, in [0, 1] pixel units.
-        alpha: Step size, in the same unit.
+        eps: Radius, in [0, 1] pixel units; by default 8/255, in L2 0.5.
+        alpha: Step size, in the same unit; by default 2/255, in L2 eps/4.
         steps: Number of steps; 0 returns the start.
         loss: The loss to maximize: ``ce``, ``kl`` (TRADES: the KL divergence from the clean images' prediction, which
             is computed once) or ``margin`` (Carlini and Wagner).
@@ -60,8 +60,8 @@ class PGD(StatelessAttack):
         self,
         model: nn.Module,
         *,
-        eps: float | str = 8 / 255,
-        alpha: float | str = 2 / 255,
+        eps: float | str | None = None,
+        alpha: float | str | None = None,
         steps: int = 10,
         loss: str = "ce",
         norm: str = "Linf",
@@ -80,10 +80,13 @@ class PGD(StatelessAttack):
             raise DeatError(f"there is no start '{start}': {did_you_mean(str(start), STARTS)}")
         if not is_whole_number(steps) or steps < 0:
             raise DeatError(f"steps = {steps} is not a non-negative whole number")
+        self.norm = check_norm(norm)
+        self.eps = check_eps(parse_scalar(DEFAULT_EPS[self.norm] if eps is None else eps), norm=self.norm)
+        if alpha is None:
+            alpha = 2 / 255 if self.norm == "Linf" else self.eps / 4
         alpha = parse_scalar(alpha)
         if not (math.isfinite(alpha) and alpha > 0):
             raise DeatError(f"alpha = {alpha:g} is not a positive number; give a step size such as 2/255")
-        self.norm = check_norm(norm)
         if alpha > 1 and self.norm == "Linf":
             raise DeatError(f"alpha = {alpha:.10g} is above 1; images are in [0, 1], so give a step size such as 2/255")
         if not (isinstance(start_scale, int | float) and math.isfinite(start_scale) and start_scale > 0):
@@ -94,7 +97,6 @@ class PGD(StatelessAttack):
             )
         if not (isinstance(omega, int | float) and math.isfinite(omega) and omega >= 0):
             raise DeatError(f"omega = {omega} is not a finite, non-negative number; FAT uses 0.001")
-        self.eps = check_eps(parse_scalar(eps), norm=self.norm)
         self.alpha = alpha
         self.steps = int(steps)
         self.loss = loss

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from deat_rb.attacks.captured import captures_for
 from deat_rb.attacks.names import PREFIX, SQUARE_TILES, parse_attacks
 from deat_rb.attacks.registry import build_attack
-from deat_rb.attacks.threat_models import check_norm, check_radius
+from deat_rb.attacks.threat_models import DEFAULT_EPS, check_norm, check_radius
 from deat_rb.attacks.types import Attack, AttackContext
 from deat_rb.data.images import LabeledImages
 from deat_rb.evaluation.frozen_model import PreparedModel, prepared_for_eval, sha256_examples
@@ -53,7 +53,7 @@ def evaluate(
     labels: Tensor,
     *,
     attacks: str | Sequence[str] = ("fgsm", "pgd-100", "cw-20"),
-    eps: Eps = 8 / 255,
+    eps: Eps | None = None,
     main_eps: str | float | None = None,
     norm: str = "Linf",
     batch_size: int | None = None,
@@ -88,7 +88,8 @@ def evaluate(
             two, and ``square`` is its black-box attack alone; ``torchattacks.NAME(...)`` is an attack of torchattacks,
             with ``eps`` unless its arguments set another, and with ``alpha`` in its default proportion to eps unless
             they set one; it must take eps in ``norm``.
-        eps: Radius, in [0, 1] pixel units, as a number or a string such as ``8/255``; several make a sweep.
+        eps: Radius, in [0, 1] pixel units, as a number or a string such as ``8/255``; several make a sweep. By default
+            8/255, in L2 0.5.
         main_eps: The radius of a sweep for which accuracies are reported; the last if None or not part of the sweep.
         norm: ``Linf`` or ``L2``.
         batch_size: Number of examples attacked together; by default 500 on a GPU, otherwise 128.
@@ -125,7 +126,7 @@ def evaluate(
     names = parse_attacks(attacks)
     norm = check_norm(norm)
     check_options(precision=precision, checks=checks)
-    radii, main = _radii(eps, main_eps, norm)
+    radii, main = _radii(DEFAULT_EPS[norm] if eps is None else eps, main_eps, norm)
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**63:
         raise DeatError(f"seed = {seed!r} is invalid; give a whole number from 0 to 2^63 - 1")
     seed = int(seed)

@@ -110,6 +110,14 @@ def test_pgd_without_steps_returns_the_start(loss: str) -> None:
     assert (float(stats.l_x), stats.forwards, stats.backwards) == (0.0, 0, 0)
 
 
+def test_pgd_in_l2_has_its_own_radius_and_step() -> None:
+    """RobustBench's radius, and a quarter of it, as 2/255 is of 8/255."""
+    assert [(attack.eps, attack.alpha) for attack in (PGD(Plane(), norm="L2"), PGD(Plane(), norm="L2", eps=2))] == [
+        (0.5, 0.125), (2, 0.5),
+    ]  # fmt: skip
+    assert (PGD(Plane()).eps, PGD(Plane(), eps="4/255").alpha) == (8 / 255, 2 / 255)
+
+
 # ------------------------------------------------------------------------------------------------ torchattacks
 
 

@@ -117,9 +117,16 @@ def test_evaluate_report_counts_examples_and_passes(network: nn.Sequential, batc
 def test_evaluate_step_size_is_2_255_at_eps_8_255() -> None:
     images, labels, _ = plane_images()
     report = evaluate(Plane(), images, labels, attacks=("pgd-1", "cw-1"))
+    assert report.eps == 8 / 255
     assert report.results["pgd-1"].parameters["alpha"] == 2 / 255
     assert report.results["cw-1"].parameters["alpha"] == 2 / 255
     assert report.results["cw-1"].parameters["loss"] == "margin"
+
+
+def test_evaluate_in_l2_has_the_radius_that_methods_train_for() -> None:
+    images, labels, _ = plane_images()
+    report = evaluate(Plane(), images, labels, attacks="pgd-1", norm="L2")
+    assert (report.eps, report.results["pgd-1"].parameters["alpha"]) == (0.5, 0.125)
 
 
 def test_validate_equals_evaluate(network: nn.Sequential, batch: tuple[Tensor, Tensor]) -> None:
