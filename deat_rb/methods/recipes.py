@@ -155,6 +155,7 @@ STARTS_WITH_ONE = (
 )
 
 BOUND = "The upper bound of 8 replays is from the public code; no algorithm has one."
+NO_BOUND = "The replays have no upper bound, as in the text; the public code has {} (max_steps)."
 
 UNCLAMPED = "The start may leave [0, 1], as in the public code; the adversarial examples do not."
 
@@ -200,12 +201,14 @@ def _deat(schedule: str, options: Mapping[str, Any], epochs: int, paper: str, *n
 
 
 def _deat_every(d: int) -> Recipe:
-    return _deat(EVERY_D_EPOCHS, {"every": d}, 12, "section 4.1, Algorithm 1")
+    return _deat(EVERY_D_EPOCHS, {"every": d}, 12, "section 4.1, Algorithm 1", NO_BOUND.format(5))
 
 
 def _deat_accuracy(percent: int) -> Recipe:
     note = "The training accuracy is computed from the last replay's predictions."
-    return _deat(ACCURACY_THRESHOLD, {"threshold": percent / 100}, 11, "section 4.1, Algorithm 1", note)
+    return _deat(
+        ACCURACY_THRESHOLD, {"threshold": percent / 100}, 11, "section 4.1, Algorithm 1", NO_BOUND.format(4), note
+    )
 
 
 def _m_deat() -> Recipe:
