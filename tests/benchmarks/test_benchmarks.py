@@ -5,20 +5,22 @@ from __future__ import annotations
 import copy
 import json
 import math
-import subprocess
-import sys
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 from small_problems import batch_for, small_network
 from tape import TapeGraphs
 from torch import nn
 
-from benchmarks import busy, evaluation, fill, problem, speed
+from benchmarks import busy, busy_worker, evaluation, fill, memory, problem, speed
+from benchmarks.__main__ import main
 from benchmarks.limit import Limit, Pass, observed
 from benchmarks.published import LOOPS, PublishedLoop, family
 from benchmarks.speed import Row
@@ -31,7 +33,6 @@ from deat_rb.utils import seeding
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.threads import BUSY
 
-ROOT = Path(__file__).parents[2]
 LR = 0.05
 
 
@@ -102,8 +103,12 @@ def test_busy_row_compares_with_the_default_or_with_the_best_setting() -> None:
     assert (beside.quotient, beside.target) == (2.5, 1.2)
 
 
-@pytest.mark.slow
-def test_busy_times_a_workload_without_and_with_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_busy_times_a_workload_without_and_with_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With workers that need no torch: the module of the working directory comes first."""
+    (tmp_path / "benchmarks").mkdir()
+    program = "import sys\nprint('ready', flush=True)\nfor line in sys.stdin:\n    print(0.1, flush=True)\n"
+    (tmp_path / "benchmarks" / "busy_worker.py").write_text(program, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
     loops: list[int] = []
 
     def busy_loops(count: int) -> AbstractContextManager[None]:
@@ -116,6 +121,17 @@ def test_busy_times_a_workload_without_and_with_loops(monkeypatch: pytest.Monkey
     rows = list(busy.measure(1, settings=settings, workloads=[("training", "wrn-10-1")]))
     assert [row.loops for row in rows] == loops == [0, 6]
     assert all(seconds > 0 for row in rows for times in row.times.values() for seconds in times)
+
+
+def test_busy_worker_prints_the_seconds_of_each_workload(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(busy_worker.SIZES, "wrn-10-1", (2, 1, 2))
+    monkeypatch.setattr("sys.stdin", ["training wrn-10-1\n", "evaluation wrn-10-1\n"])
+    busy_worker.main()
+    ready, *seconds = capsys.readouterr().out.splitlines()
+    assert (ready, len(seconds)) == ("ready", 2)
+    assert min(map(float, seconds)) > 0
 
 
 def test_busy_waits_until_a_worker_has_loaded_torch(tmp_path: Path) -> None:
@@ -309,28 +325,35 @@ def test_fill_counts_passes_of_batches_one_by_one_and_together() -> None:
     assert len(alone.seconds) == len(together.seconds) == 1
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=900
-    )
+def peaks_around_64_mebibytes() -> tuple[int, int]:
+    return memory._around(Side(lambda: torch.ones(16 * 2**20)), torch.device("cpu"))
+
+
+def test_memory_before_and_after_a_side_is_the_peak_of_its_process() -> None:
+    """A fork's peak begins with its present memory; 64 MiB are added."""
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        before, after = pool.submit(peaks_around_64_mebibytes).result()
+    assert after - before == pytest.approx(64 * 2**20, rel=0.1)
 
 
 @pytest.mark.slow
-def test_main_quick(tmp_path: Path) -> None:
+def test_main_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_alone", memory._peak)  # in this process
     file = tmp_path / "figures.json"
-    done = run(
+    command = [
         "--quick", "--threads", "1", "--device", "cpu", "--methods", "f+trades", "--precision", "fp32", "--memory",
         "--overhead", "--eval", "--no-autoattack", "--json", str(file),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    ]  # fmt: skip
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
     figures = json.loads(file.read_text(encoding="utf-8"))
     [row] = figures["speed"]
     assert (row["method"], row["precision"], row["steps"], row["batch_size"]) == ("f+trades", "fp32", 10, 8)
     assert len(row["published"]) == len(row["ours"]) == len(row["limit"]) == 1
     assert figures["options"]["arch"] == "wrn-10-1"
     assert figures["environment"]["threads"] == 1
-    [memory], [overhead] = figures["memory"], figures["overhead"]
-    assert memory["ours"] > memory["ours_before"] > 0
+    [peak], [overhead] = figures["memory"], figures["overhead"]
+    assert peak["ours"] >= peak["ours_before"] > 0
     assert 0 < overhead["share"] < 1
     [pgd] = figures["evaluation"]
     assert (pgd["attack"], pgd["examples"], pgd["against"]) == ("pgd-100", 8, "torchattacks")
