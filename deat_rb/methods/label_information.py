@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from types import MappingProxyType
 from typing import Any
@@ -96,6 +96,10 @@ class LabelInformationTrainer(SharedForwardTrainer):
                 f"call begin_batch for that batch before batch {place.batch + 1}"
             )
         return 0.0
+
+    def extra_passes(self, sizes: Sequence[int], num_classes: int) -> float:
+        """Return the passes of an epoch for the signs of the classes, in mini-batches."""
+        return sum(num_classes / size for size in sizes[:: self.refresh])
 
     def _signs_of_classes(self, images: Tensor, classes: int, engine: Engine) -> Tensor:
         """Return the sign of the loss's gradient at a gray image for each class, (K, C, H, W)."""

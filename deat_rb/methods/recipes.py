@@ -123,11 +123,6 @@ class Recipe:
         return path_of(self.trainer) == REPLAY_TRAINER
 
     @property
-    def shares_passes(self) -> bool:
-        """Whether the attack uses the backward passes of the update: replays and YOPO."""
-        return path_of(self.trainer) in (REPLAY_TRAINER, YOPO_TRAINER)
-
-    @property
     def uses_pgd(self) -> bool:
         """Whether the attack is `deat_rb.PGD`."""
         return path_of(self.attack) == PGD

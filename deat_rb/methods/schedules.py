@@ -36,14 +36,11 @@ class EveryDEpochs(Schedule):
         if stats.epoch % self.every == 0:
             self._rise()
 
-    def total_steps(self, epochs: int) -> int:
-        """Return the total steps over T epochs: T (T + D) / 2D rounded up, unless ``max_steps`` is reached."""
+    def step_bounds(self, epochs: int) -> list[tuple[int, int]]:
+        """Return the steps of each epoch; in all T (T + D) / 2D rounded up, unless ``max_steps`` is reached."""
         copy = EveryDEpochs(self.every, start=self.steps, max_steps=self.max_steps)
-        total = 0
-        for epoch in range(1, epochs + 1):
-            total += copy.steps
-            copy.update(EpochStats(epoch=epoch))
-        return total
+        steps = replay(copy, [EpochStats(epoch=epoch) for epoch in range(1, epochs + 1)])
+        return [(each, each) for each in steps]
 
 
 class AccuracyThreshold(Schedule):
@@ -67,6 +64,10 @@ class AccuracyThreshold(Schedule):
         """Add a step if the epoch's training accuracy is above the threshold."""
         if stats.train_acc > self.threshold:
             self._rise()
+
+    def step_bounds(self, epochs: int) -> list[tuple[int, int]]:
+        """Return the bounds of the steps: each epoch may have one more than the last."""
+        return self._rising_bounds(self.steps, epochs)
 
 
 class GradientMagnitude(Schedule):
@@ -108,6 +109,10 @@ class GradientMagnitude(Schedule):
         elif stats.l_x > self.threshold:
             self.threshold = self.gamma * stats.l_x
             self._rise()
+
+    def step_bounds(self, epochs: int) -> list[tuple[int, int]]:
+        """Return the bounds of the steps: the second epoch has one more, later ones may have one more than the last."""
+        return self._rising_bounds(self.steps + 1, epochs)
 
     def alpha(self, alpha: float, eps: float) -> float:
         """Return alpha* = max(alpha, eps / steps)."""
@@ -170,9 +175,9 @@ class Annealed(Schedule):
         """Return tau / steps, where tau = alpha * start."""
         return alpha * self.start / max(self.steps, 1)
 
-    def total_steps(self, epochs: int) -> int:
-        """Return the total steps over T epochs."""
-        return sum(self._steps(epoch, epochs) for epoch in range(epochs))
+    def step_bounds(self, epochs: int) -> list[tuple[int, int]]:
+        """Return the steps of each of T epochs."""
+        return [(self._steps(epoch, epochs),) * 2 for epoch in range(epochs)]
 
     def _steps(self, epoch: int, epochs: int) -> int:
         return self.start + (self.last - self.start) * min(epoch, epochs) // epochs

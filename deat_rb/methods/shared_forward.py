@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from deat_rb.attacks.losses import at_least_float32
 from deat_rb.attacks.pgd import PGD, Overflows, times
 from deat_rb.methods.losses import surrogate
+from deat_rb.training.costs import Costs
 from deat_rb.training.engine import Engine
 from deat_rb.training.metrics import BatchStats
 from deat_rb.training.surrogate_loss import SurrogateLoss
@@ -55,7 +57,7 @@ class SharedForwardTrainer(Trainer):
         if not (math.isfinite(consistency) and consistency >= 0):
             raise DeatError(f"consistency = {consistency:g} is not a finite, non-negative number")
         super().__init__(attack, loss=surrogate(loss), **options)
-        if self.schedule.total_steps(2) != 2:
+        if self.schedule.step_bounds(2) != [(1, 1), (1, 1)]:
             raise DeatError(f"{name} takes one step per batch in every epoch: use deat_rb.training.Constant(1)")
         if self.loss.needs_clean:
             raise DeatError(f"{name} cannot use the loss {self.loss.name}, which needs the clean images' logits")
@@ -75,6 +77,17 @@ class SharedForwardTrainer(Trainer):
 
     def keep(self, images: Tensor, gradient: Tensor, engine: Engine) -> None:
         """Store what later batches need; called after the attack."""
+
+    def costs(self, steps: int, epochs: int, sizes: Sequence[int], num_classes: int) -> Costs | None:
+        """Return the passes of the attack and of the update, and `extra_passes`."""
+        if type(self).training_step is not SharedForwardTrainer.training_step or type(self.crafter) is not PGD:
+            return None
+        passes = 2 * epochs * len(sizes) + epochs * self.extra_passes(sizes, num_classes)
+        return Costs(passes, passes, epochs * len(sizes))
+
+    def extra_passes(self, sizes: Sequence[int], num_classes: int) -> float:
+        """Return the passes of an epoch that `start` takes, in mini-batches; arguments as for `costs`."""
+        return 0
 
     def reads_statistics(self) -> bool:
         """Return False: both forward passes are in train mode."""

@@ -8,7 +8,7 @@ without updating the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from types import MappingProxyType
 from typing import Any
@@ -24,6 +24,7 @@ from deat_rb.attacks.losses import at_least_float32, main_class
 from deat_rb.attacks.pgd import PGD
 from deat_rb.methods.losses import surrogate
 from deat_rb.methods.weight_perturbation import WeightPerturbation
+from deat_rb.training.costs import Costs
 from deat_rb.training.engine import Engine
 from deat_rb.training.lr import set_rate
 from deat_rb.training.metrics import BatchStats
@@ -77,6 +78,20 @@ class AttackTrainer(Trainer):
     def reads_statistics(self) -> bool:
         """Return whether the attack may run in eval mode."""
         return self._own is None or not self._own.in_train_mode
+
+    def costs(self, steps: int, epochs: int, sizes: Sequence[int], num_classes: int) -> Costs | None:
+        """Return the passes of a `deat_rb.PGD`, of the update, of AWP and of the penalty."""
+        if type(self).training_step is not AttackTrainer.training_step or type(self.crafter) is not PGD:
+            return None
+        perturbed = 0 if self.awp is None else max(epochs - self.awp.warmup, 0)
+        of_attack = steps + (epochs if steps and self.crafter.loss == "kl" else 0)
+        of_loss = (epochs + perturbed) * (2 if self.loss.needs_clean else 1)
+        forwards, backwards = self.penalty_passes
+        return Costs(
+            backwards=(steps + perturbed + epochs * (1 + backwards)) * len(sizes),
+            forwards=(of_attack + of_loss + epochs * forwards) * len(sizes),
+            updates=epochs * len(sizes),
+        )
 
     def check_attack(self, images: Tensor) -> None:
         """Check that the attack computes gradients and perturbs every image; detect whether it averages its loss.
@@ -230,6 +245,7 @@ class ReplayTrainer(Trainer):
 
     fewest_steps = 1
     refused = SHARED_PASSES
+    shares_passes = True
     takes_soft_labels = True
 
     def __init__(
@@ -254,6 +270,13 @@ class ReplayTrainer(Trainer):
         self.carry = carry
         self.lr_per_replay = lr_per_replay
         self._carried: Tensor | None = None
+
+    def costs(self, steps: int, epochs: int, sizes: Sequence[int], num_classes: int) -> Costs | None:
+        """Return one pass and one update per step."""
+        if type(self).training_step is not ReplayTrainer.training_step or type(self.crafter) is not PGD:
+            return None
+        passes = steps * len(sizes)
+        return Costs(passes, passes, passes)
 
     def initialize(self, images: Tensor, part: slice = slice(None)) -> Tensor:
         """Return the first iterate of ``images`` (N, C, H, W) (Algorithm 1, line 4).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from deat_rb.attacks.pgd import PGD
 from deat_rb.methods.losses import surrogate
 from deat_rb.methods.trainers import SHARED_PASSES
 from deat_rb.models.first_layer import find_first_layer, output_gradients, output_of
+from deat_rb.training.costs import Costs
 from deat_rb.training.engine import Engine
 from deat_rb.training.metrics import BatchStats
 from deat_rb.training.surrogate_loss import SurrogateLoss
@@ -42,6 +43,7 @@ class YopoTrainer(Trainer):
 
     fewest_steps = 1
     refused = SHARED_PASSES
+    shares_passes = True
     takes_soft_labels = True
     not_compilable = "needs the gradient of the first layer's output, which torch.compile hides"
 
@@ -55,6 +57,13 @@ class YopoTrainer(Trainer):
             raise DeatError(f"the loss {self.loss.name} needs the clean images, which YOPO does not pass: use ce")
         self.inner = int(inner)
         self._first_layer: str | None = None
+
+    def costs(self, steps: int, epochs: int, sizes: Sequence[int], num_classes: int) -> Costs | None:
+        """Return the full passes, one per step."""
+        if type(self).training_step is not YopoTrainer.training_step or type(self.crafter) is not PGD:
+            return None
+        passes = steps * len(sizes)
+        return Costs(passes, passes, epochs * len(sizes))
 
     def check_attack(self, images: Tensor) -> None:
         """Find the network's first layer.

@@ -284,11 +284,11 @@ class _Costs:
             return passes
         planned = self._clock.plan(make_options(options))
         if passes is None:
-            known = planned.costs() or planned.most_costs()
-            if known is None:
+            bounds = planned.cost_bounds()
+            if bounds is None:
                 method = planned.config.attack.method
                 raise DeatError(f"the cost of {method} is not known in advance: give --epochs instead of --budget")
-            passes = known["backward passes"] / planned.batches
+            passes = bounds[1].backwards / planned.batches
         if self._budget.unit == "passes":
             return passes
         return seconds_of(planned, self._clock.times(planned), passes * planned.batches)

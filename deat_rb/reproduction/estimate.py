@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from deat_rb.methods.registry import recipe
-from deat_rb.methods.trainers import AttackTrainer, ReplayTrainer
-from deat_rb.methods.yopo import YopoTrainer
+from deat_rb.methods.trainers import AttackTrainer
 from deat_rb.reproduction.folder import Record, StudyFolder
 from deat_rb.reproduction.planning import Planner, check_evaluation
 from deat_rb.reproduction.study import RunSpec
@@ -208,16 +207,13 @@ def _passes(planned: TrainingPlan, known: float | None) -> tuple[float, bool]:
         planned: The plan, with a number of epochs.
         known: The mean of finished runs of other seeds, if there are any.
     """
-    epochs, m, exact = planned.config.optim.epochs, planned.batches, planned.costs()
-    most = (planned.most_costs() or {}).get("backward passes")
-    if exact is not None:
-        return float(exact["backward passes"]), True
+    if (costs := planned.costs()) is not None:
+        return costs.backwards, True
     if known is not None:
         return known, False
-    if planned.trainer.schedule.total_steps(epochs) is None and most is not None:
-        least = epochs * m * (1 if type(planned.trainer) is ReplayTrainer else 2)
-        return (least + most) / 2, False
-    return float(most or epochs * m * (1 + planned.trainer.steps)), False
+    if (bounds := planned.cost_bounds()) is not None:
+        return fmean(each.backwards for each in bounds), False
+    return float(planned.config.optim.epochs * planned.batches * (1 + planned.trainer.steps)), False
 
 
 def seconds_of(planned: TrainingPlan, times: Times, passes: float) -> float:
@@ -228,8 +224,7 @@ def seconds_of(planned: TrainingPlan, times: Times, passes: float) -> float:
         times: Seconds per mini-batch.
         passes: Backward passes of these epochs, in mini-batches.
     """
-    shared = type(planned.trainer) in (ReplayTrainer, YopoTrainer)  # no pass is for the update alone
-    of_update = 0 if shared else 1 + planned.trainer.penalty_passes[1]
+    of_update = 0 if planned.trainer.shares_passes else 1 + planned.trainer.penalty_passes[1]
     steps = passes / planned.batches - of_update * estimated_epochs(planned)
     return training_seconds(planned, times.update, times.step, steps, times.evaluation)
 

@@ -16,13 +16,11 @@ from torch import Tensor
 from deat_rb.attacks.functional import logits_and_gradient
 from deat_rb.attacks.losses import cross_entropy
 from deat_rb.methods.registry import create
-from deat_rb.methods.schedules import AccuracyThreshold, GradientMagnitude
 from deat_rb.runs.plan import TrainingPlan
 from deat_rb.training.callbacks import Callback
 from deat_rb.training.engine import Engine
 from deat_rb.training.fit import fit
 from deat_rb.training.metrics import EpochAccumulator
-from deat_rb.training.schedule import Schedule
 from deat_rb.utils.cuda_graphs import WARM_UPS
 from deat_rb.utils.devices import resolve_device, wait_for
 from deat_rb.utils.options import OPEN
@@ -76,20 +74,18 @@ def estimate(planned: TrainingPlan) -> Estimate:
     Raises:
         DeatError: Training cannot be started with these options.
     """
-    config, trainer = planned.config, planned.trainer
-    optim = config.optim
-    epochs = estimated_epochs(planned)
-    low, high = _total_steps(trainer.schedule, epochs)
-    first, last = trainer.schedule.steps, _last_steps(trainer.schedule, epochs)
-    times = time_batches(planned, sorted({first, last}))
-    validation_pass = times.seconds[last] / times.passes
+    config, trainer, epochs = planned.config, planned.trainer, estimated_epochs(planned)
+    bounds = trainer.schedule.step_bounds(epochs) or [(trainer.steps, trainer.steps)] * epochs
+    low, high = (sum(each) for each in zip(*bounds, strict=True))
+    first, most = trainer.steps, max(most for _, most in bounds)
+    times = time_batches(planned, sorted({first, most}))
+    validation_pass = times.seconds[most] / times.passes
     shortest, longest = (
         training_seconds(planned, times.update, times.step, total, validation_pass) for total in (low, high)
     )
-    early = optim.patience is not None or (trainer.stopping is not None and optim.early_stopping)
     return Estimate(
         shortest, longest, times.seconds, times.batches, times.memory, str(resolve_device(config.runtime.device)),
-        may_end_earlier=early or getattr(trainer.crafter, "tau", None) is not None,
+        may_end_earlier=planned.may_end_early,
     )  # fmt: skip
 
 
@@ -115,24 +111,6 @@ def training_seconds(
     images = validations * len(planned.val) * (2 if optim.ema else 1)  # averaged and raw weights
     validation = images * VALIDATION_PASSES * validation_pass / planned.config.data.batch_size
     return planned.batches * (update * epochs + step * total_steps) + validation
-
-
-def _total_steps(schedule: Schedule, epochs: int) -> tuple[int, int]:
-    """Return the minimum and maximum of the attack's total steps over all epochs."""
-    known = schedule.total_steps(epochs)
-    if known is not None:
-        return known, known
-    most = schedule.steps + epochs if schedule.max_steps is None else schedule.max_steps
-    after = min(schedule.steps + (1 if type(schedule) is GradientMagnitude else 0), most)
-    low = schedule.steps + after * (epochs - 1)
-    rises = type(schedule) in (GradientMagnitude, AccuracyThreshold)
-    return low, sum(min(schedule.steps + epoch, most) for epoch in range(epochs)) if rises else low
-
-
-def _last_steps(schedule: Schedule, epochs: int) -> int:
-    """Return the maximum number of steps that a schedule can reach."""
-    totals = [_total_steps(schedule, count)[1] for count in (epochs - 1, epochs)] if epochs > 1 else [0, schedule.steps]
-    return totals[1] - totals[0]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from deat_rb.attacks.pgd import PGD
 from deat_rb.data.augmentations import AUGMENTATIONS
 from deat_rb.data.datasets import Dataset, load_data
 from deat_rb.data.extra_data import ExtraData, check_share, load_extra_data
@@ -16,14 +15,9 @@ from deat_rb.data.image_files import check_utf8
 from deat_rb.data.images import LabeledImages, subset, train_val_split
 from deat_rb.data.statistics import Progress
 from deat_rb.methods.describe import describe
-from deat_rb.methods.grad_align import GradAlignTrainer
-from deat_rb.methods.label_information import LabelInformationTrainer
 from deat_rb.methods.losses import balanced_weights
-from deat_rb.methods.prior_guided import PriorGuidedTrainer
 from deat_rb.methods.registry import create
-from deat_rb.methods.schedules import AccuracyThreshold, EveryDEpochs, GradientMagnitude
-from deat_rb.methods.trainers import AttackTrainer, ReplayTrainer
-from deat_rb.methods.yopo import YopoTrainer
+from deat_rb.methods.schedules import EveryDEpochs
 from deat_rb.models.initialization import InitialWeights, freeze_parameters, initial_weights
 from deat_rb.models.spec import model_spec
 from deat_rb.runs.batch_sizes import check_batches
@@ -32,6 +26,7 @@ from deat_rb.runs.defaults import default_val_size
 from deat_rb.runs.hub_run import open_hub
 from deat_rb.runs.options import DataConfig, ModelConfig, TrainOptions
 from deat_rb.runs.resolution import resolve
+from deat_rb.training.costs import Costs
 from deat_rb.training.lr import MOMENTUM_RANGE
 from deat_rb.training.options import OptimConfig
 from deat_rb.training.schedule import Schedule
@@ -78,79 +73,50 @@ class TrainingPlan:
         """M, the number of mini-batches per epoch."""
         return -(-len(self.train) // self.config.data.batch_size)
 
-    def costs(self) -> dict[str, float] | None:
-        """Return the number of passes and updates of the whole run, in mini-batches.
+    @property
+    def may_end_early(self) -> bool:
+        """Whether a stopping rule may end training before its last epoch, or the attack may stop early at examples."""
+        trainer, optim = self.trainer, self.config.optim
+        return (
+            optim.patience is not None
+            or (trainer.stopping is not None and optim.early_stopping)
+            or getattr(trainer.crafter, "tau", None) is not None
+        )
+
+    def costs(self) -> Costs | None:
+        """Return the passes and updates of the whole run.
 
         None if they are not known in advance (schedules guided by gradient magnitude or accuracy, friendly attacks,
-        stopping rules) or if the attack or trainer is not built in.
+        stopping rules) or if the attack, schedule or trainer is not built in.
         """
-        trainer, optim = self.trainer, self.config.optim
-        if optim.epochs == OPEN:
-            return None
-        steps = trainer.schedule.total_steps(optim.epochs)
-        may_stop = optim.patience or (trainer.stopping is not None and optim.early_stopping)
-        if steps is None or may_stop or getattr(trainer.crafter, "tau", None) is not None:
-            return None
-        return self._passes(steps)
+        bounds = self.cost_bounds()
+        return bounds[0] if bounds is not None and bounds[0] == bounds[1] and not self.may_end_early else None
 
-    def most_costs(self) -> dict[str, float] | None:
-        """Return upper bounds of `costs`; None if the attack, schedule or trainer is not built in."""
-        schedule, epochs = self.trainer.schedule, self.config.optim.epochs
-        if epochs == OPEN:
-            return None
-        steps = schedule.total_steps(epochs)
-        if steps is None and type(schedule) in (
-            GradientMagnitude,
-            AccuracyThreshold,
-        ):  # at most one more step per epoch
-            most = math.inf if schedule.max_steps is None else schedule.max_steps
-            steps = int(sum(min(schedule.steps + epoch, most) for epoch in range(epochs)))
-        return None if steps is None else self._passes(steps)
+    def cost_bounds(self) -> tuple[Costs, Costs] | None:
+        """Return the `costs` with the fewest and with the most attack steps that the schedule may take.
 
-    def _passes(self, steps: int) -> dict[str, float] | None:
-        """Return the number of passes and updates of a run with ``steps`` attack steps, summed over its epochs."""
-        trainer, crafter, epochs, m = self.trainer, self.trainer.crafter, self.config.optim.epochs, self.batches
-        if type(crafter) is not PGD:
+        They are those of all epochs; None for an open-ended run and where the attack, schedule or trainer has none.
+        """
+        config, epochs, last = self.config, self.config.optim.epochs, self.batches - 1
+        steps = None if epochs == OPEN else self.trainer.schedule.step_bounds(epochs)
+        if steps is None:
             return None
-        if type(trainer) is ReplayTrainer:
-            return {"backward passes": steps * m, "forward passes": steps * m, "updates": steps * m}
-        if type(trainer) is YopoTrainer:  # full passes only
-            return {"backward passes": steps * m, "forward passes": steps * m, "updates": epochs * m}
-        if type(trainer) in (PriorGuidedTrainer, LabelInformationTrainer):
-            passes = 2 * epochs * m + epochs * self._refreshes(trainer)
-            return {"backward passes": passes, "forward passes": passes, "updates": epochs * m}
-        if type(trainer) not in (AttackTrainer, GradAlignTrainer) or not isinstance(trainer, AttackTrainer):
-            return None
-        perturbed = 0 if trainer.awp is None else max(epochs - trainer.awp.warmup, 0)
-        forwards = steps + (epochs + perturbed) * (2 if trainer.loss.needs_clean else 1)
-        if steps and crafter.loss == "kl":
-            forwards += epochs
-        of_penalty = trainer.penalty_passes
-        return {
-            "backward passes": (steps + epochs * (1 + of_penalty[1]) + perturbed) * m,
-            "forward passes": (forwards + epochs * of_penalty[0]) * m,
-            "updates": epochs * m,
-        }
-
-    def _refreshes(self, trainer: Trainer) -> float:
-        """Return the passes per epoch for the classes' perturbations of LIET, in mini-batches; 0 for other methods."""
-        if not isinstance(trainer, LabelInformationTrainer):
-            return 0
-        size, last = self.config.data.batch_size, self.batches - 1
-        sizes = [len(self.train) - size * last if batch == last else size
-                 for batch in range(0, self.batches, trainer.refresh)]  # fmt: skip
-        return sum(self.config.network.num_classes / each for each in sizes)
+        sizes = [config.data.batch_size] * last + [len(self.train) - last * config.data.batch_size]
+        fewest, most = (
+            self.trainer.costs(sum(each), epochs, sizes, config.network.num_classes)
+            for each in zip(*steps, strict=True)
+        )
+        return None if fewest is None or most is None else (fewest, most)
 
     def lines(self) -> list[tuple[str, str]]:
         """Return the plan as pairs of a heading and a text, as printed by ``--dry-run``; warnings come last."""
         data, attack, optim, runtime = self.config.data, self.config.attack, self.config.optim, self.config.runtime
         text = describe(attack.method, eps=attack.eps, **self.config.method_options())
-        costs, most = self.costs(), self.most_costs()
-        passes = ", ".join(f"{count:,.0f} {name}" for name, count in (costs or most or {}).items())
-        if costs:
-            cost = passes
-        elif most:
-            cost = f"at most {passes} ({text.cost}; M = {self.batches})"
+        bounds = self.cost_bounds()
+        if costs := self.costs():
+            cost = str(costs)
+        elif bounds:
+            cost = f"at most {bounds[1]} ({text.cost}; M = {self.batches})"
         else:
             cost = f"counted during training ({text.cost}; M = {self.batches})"
         stored = self.trainer.stored_bytes(len(self.train), math.prod(self.train.shape))

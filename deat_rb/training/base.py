@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from types import MappingProxyType
@@ -18,6 +18,7 @@ from deat_rb.attacks.base import NEEDS_LABELS, StatelessAttack
 from deat_rb.attacks.names import L2_ATTACKS
 from deat_rb.attacks.pgd import PGD
 from deat_rb.attacks.threat_models import THREATS
+from deat_rb.training.costs import Costs
 from deat_rb.training.engine import Engine
 from deat_rb.training.metrics import BatchStats
 from deat_rb.training.place import Place
@@ -103,6 +104,9 @@ class TrainerBase(StatelessAttack):
     penalty_passes = (0, 0)
     """Forward and backward passes per batch of a penalty and its derivative, beside those of attack and loss."""
 
+    shares_passes = False
+    """Whether each pass serves both the attack and the update."""
+
     norms: tuple[str, ...] = tuple(THREATS)
     """The norms in which the method is defined."""
 
@@ -165,6 +169,17 @@ class TrainerBase(StatelessAttack):
     def reads_statistics(self) -> bool:
         """Return whether a training step may read BatchNorm's running statistics, as an attack in eval mode does."""
         return True
+
+    def costs(self, steps: int, epochs: int, sizes: Sequence[int], num_classes: int) -> Costs | None:
+        """Return the passes and updates of a run; None if they are not known, as of the base class.
+
+        Args:
+            steps: Attack steps, summed over the epochs.
+            epochs: Number of epochs.
+            sizes: Number of examples of each mini-batch of an epoch.
+            num_classes: Number of classes.
+        """
+        return None
 
     @contextmanager
     def warmed_up(self, progress: float) -> Iterator[float]:

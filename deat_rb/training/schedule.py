@@ -65,8 +65,11 @@ class Schedule:
         """Return the step size for the next epoch, given the method's base step size."""
         return alpha
 
-    def total_steps(self, epochs: int) -> int | None:
-        """Return the total steps over ``epochs`` epochs, or None if they depend on the training metrics."""
+    def step_bounds(self, epochs: int) -> list[tuple[int, int]] | None:
+        """Return the fewest and the most steps of each of the first ``epochs`` epochs; None if they are not known.
+
+        They are equal where the steps do not depend on the training metrics.
+        """
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -83,6 +86,12 @@ class Schedule:
             raise ValueError(f"steps = {state['steps']!r} is not a non-negative whole number")
         self.steps = state["steps"]
 
+    def _rising_bounds(self, fewest: int, epochs: int) -> list[tuple[int, int]]:
+        """Return the bounds if an epoch may have one step more than the last, and all but the first have ``fewest``."""
+        limit = self.steps + epochs if self.max_steps is None else max(self.max_steps, self.steps)
+        fewest = min(fewest, limit)
+        return [(fewest if epoch else self.steps, min(self.steps + epoch, limit)) for epoch in range(epochs)]
+
     def _rise(self) -> None:
         if self.max_steps is None or self.steps < self.max_steps:
             self.steps += 1
@@ -94,6 +103,6 @@ class Constant(Schedule):
     def __init__(self, steps: int = 1) -> None:
         super().__init__(steps)
 
-    def total_steps(self, epochs: int) -> int:
-        """Return ``steps`` times ``epochs``."""
-        return self.steps * epochs
+    def step_bounds(self, epochs: int) -> list[tuple[int, int]]:
+        """Return ``steps`` for each epoch."""
+        return [(self.steps, self.steps)] * epochs

@@ -130,20 +130,20 @@ def test_gradient_magnitude_does_not_depend_on_the_scale_of_l_x(
 def test_every_d_epochs_adds_a_step_every_d_epochs(every: int, epochs: int, steps: list[int], total: int) -> None:
     assert replay(EveryDEpochs(every), rows([0.0] * epochs)) == steps
     schedule = EveryDEpochs(every)
-    assert schedule.total_steps(epochs) == total == sum(steps)
+    assert schedule.step_bounds(epochs) == [(step, step) for step in steps]
+    assert sum(steps) == total
     assert schedule.steps == 1  # unchanged by the call
 
 
 def test_every_d_epochs_with_max_steps_and_start() -> None:
     schedule = EveryDEpochs(2, start=2, max_steps=3)
-    assert schedule.total_steps(7) == 2 + 2 + 3 + 3 + 3 + 3 + 3
+    assert schedule.step_bounds(7) == [(2, 2)] * 2 + [(3, 3)] * 5
     assert replay(schedule, rows([0.0] * 7)) == [2, 2, 3, 3, 3, 3, 3]
 
 
 def test_constant_keeps_its_steps() -> None:
     assert replay(Constant(7), rows([1.0, 100.0, 1.0])) == [7, 7, 7]
-    assert Constant(7).total_steps(10) == 70
-    assert Constant(0).total_steps(10) == 0
+    assert Constant(7).step_bounds(3) == [(7, 7)] * 3
 
 
 def test_accuracy_threshold_adds_a_step_above_the_threshold() -> None:
@@ -166,7 +166,8 @@ def test_annealed_has_the_steps_that_the_public_code_ran() -> None:
     counts = {2: 7, 3: 6, 4: 6, 5: 6, 6: 7, 7: 6, 8: 6, 9: 6}
     steps = replay(annealed(50), [{}] * 50)
     assert steps == [step for step, count in counts.items() for _ in range(count)]
-    assert Annealed().total_steps(50) == sum(steps) == 272
+    assert Annealed().step_bounds(50) == [(step, step) for step in steps]
+    assert sum(steps) == 272
 
 
 def test_annealed_step_sizes_sum_to_tau() -> None:
@@ -190,9 +191,13 @@ def test_annealed_needs_the_number_of_epochs() -> None:
         Annealed(4, max_steps=2)
 
 
-def test_total_steps_is_none_for_schedules_that_depend_on_statistics() -> None:
-    assert magnitude().total_steps(10) is None
-    assert AccuracyThreshold().total_steps(10) is None
+def test_step_bounds_of_schedules_that_depend_on_statistics() -> None:
+    """l_X always adds a step after the first epoch, accuracy may not."""
+    assert GradientMagnitude().step_bounds(4) == [(1, 1), (2, 2), (2, 3), (2, 4)]
+    assert GradientMagnitude(max_steps=3).step_bounds(5)[2:] == [(2, 3)] * 3
+    assert GradientMagnitude(max_steps=1).step_bounds(3) == [(1, 1)] * 3
+    assert AccuracyThreshold(start=2).step_bounds(3) == [(2, 2), (2, 3), (2, 4)]
+    assert Schedule().step_bounds(3) is None
 
 
 @pytest.mark.parametrize("schedule", [Constant(3), EveryDEpochs(), AccuracyThreshold()])

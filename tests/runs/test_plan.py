@@ -24,6 +24,7 @@ from deat_rb.runs.options import make_options, read_options
 from deat_rb.runs.plan import plan
 from deat_rb.runs.resolution import default_name
 from deat_rb.runs.train import train
+from deat_rb.training.costs import Costs
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.options import OPEN
 
@@ -74,32 +75,31 @@ def test_plan_validation_images_are_not_trained_on() -> None:
 @pytest.mark.parametrize(
     ("method", "costs"),
     [  # M = 2 mini-batches, T = 2 epochs
-        ("standard", {"backward passes": 4, "forward passes": 4, "updates": 4}),
-        ("free-3", {"backward passes": 12, "forward passes": 12, "updates": 12}),
-        ("deat-1", {"backward passes": 6, "forward passes": 6, "updates": 6}),
-        ("pgd-2", {"backward passes": 12, "forward passes": 12, "updates": 4}),
-        ("trades", {"backward passes": 44, "forward passes": 52, "updates": 4}),
-        ("yopo-3-2", {"backward passes": 12, "forward passes": 12, "updates": 4}),
-        ("amata-2-6", {"backward passes": 16, "forward passes": 16, "updates": 4}),  # 2 and 4 steps
-        ("gradalign", {"backward passes": 16, "forward passes": 12, "updates": 4}),  # a penalty of 1 and 2 passes
+        ("standard", Costs(4, 4, 4)),
+        ("free-3", Costs(12, 12, 12)),
+        ("deat-1", Costs(6, 6, 6)),
+        ("pgd-2", Costs(12, 12, 4)),
+        ("trades", Costs(44, 52, 4)),
+        ("yopo-3-2", Costs(12, 12, 4)),
+        ("amata-2-6", Costs(16, 16, 4)),  # 2 and 4 steps
+        ("gradalign", Costs(16, 12, 4)),  # a penalty of 1 and 2 passes
         # In each epoch's first batch, of 32 images, a pass over 10 gray images.
-        ("liet", {"backward passes": 8.625, "forward passes": 8.625, "updates": 4}),
-        ("mart", {"backward passes": 44, "forward passes": 48, "updates": 4}),
+        ("liet", Costs(8.625, 8.625, 4)),
+        ("mart", Costs(44, 48, 4)),
     ],
 )
 @pytest.mark.usefixtures("without_curves")
-def test_costs_are_what_a_run_counts(method: str, costs: dict[str, float], tmp_path: Path) -> None:
+def test_costs_are_what_a_run_counts(method: str, costs: Costs, tmp_path: Path) -> None:
     ready = planned(method=method)
     assert ready.batches == 2
     assert ready.costs() == costs
     _, history = train(ready, output=tmp_path)
-    counted = {name: sum(getattr(row, name.replace(" passes", "s")) for row in history.rows) for name in costs}
-    assert counted == costs
+    assert Costs(*(sum(getattr(row, name) for row in history.rows) for name in vars(costs))) == costs
 
 
 @pytest.mark.parametrize("method", ["m-deat", "deat-40%", "m+pgd", "u-fgsm", "m+u-fgsm", "fat-2", "f+mart"])
 def test_costs_are_none_where_they_depend_on_the_run(method: str) -> None:
-    ready = planned(method=method)
+    ready = planned(method=method, epochs=3)
     assert ready.costs() is None
     assert dict(ready.lines())["cost"].startswith("at most ")
 
@@ -115,14 +115,16 @@ def test_costs_are_none_where_they_depend_on_the_run(method: str) -> None:
         ("fat-3", {}, 32),
     ],
 )
-def test_most_costs_bound_what_a_run_counts(method: str, options: dict[str, int], passes: int, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("without_curves")
+def test_cost_bounds_of_what_a_run_counts(method: str, options: dict[str, int], passes: int, tmp_path: Path) -> None:
     ready = planned(method=method, epochs=4, **options)
-    most = ready.most_costs()
-    assert most is not None
-    assert most["backward passes"] == passes
+    bounds = ready.cost_bounds()
+    assert bounds is not None
+    most = bounds[1]
+    assert most.backwards == passes
     _, history = train(ready, output=tmp_path)
-    for name, bound in most.items():
-        assert sum(getattr(row, name.replace(" passes", "s")) for row in history.rows) <= bound
+    for name, bound in vars(most).items():
+        assert sum(getattr(row, name) for row in history.rows) <= bound
 
 
 class Idle(deat_rb.PGD):
@@ -147,7 +149,7 @@ def test_plan_of_own_attacks_has_no_costs_and_refuses_one_without_gradient(
 ) -> None:
     monkeypatch.setattr(registry, "_registered", {name: Recipe(attack=attack) for name, attack in OWN.items()})
     own = planned(method="own")
-    assert (own.costs(), own.most_costs()) == (None, None)
+    assert (own.costs(), own.cost_bounds()) == (None, None)
     assert dict(own.lines())["cost"].startswith("counted during training")
     with pytest.raises(DeatError, match="computes no gradient at its inputs"):
         train({**SMALL, "method": "idle"}, output=tmp_path / "runs")
@@ -314,12 +316,12 @@ def test_dry_run_neither_downloads_nor_writes(dataset: str, tmp_path: Path, monk
     monkeypatch.setattr("socket.socket.connect", connect)
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(main, ["train", "--dry-run", "--dataset", dataset, "--method", "pgd-7",
-                                       "--arch", "wrn-10-1", "--device", "cpu"])  # fmt: skip
+                                       "--batch-size", "2", "--arch", "wrn-10-1", "--device", "cpu"])  # fmt: skip
     assert result.exit_code == 0, result.output
     assert re.search(rf"data +{dataset}: 49,000 training, 1,000 validation, 10,000 test images of 32x32", result.stdout)
     assert f"files      {dataset} has not been downloaded yet" in result.stdout
-    # 383 batches of 128, 10 epochs of 7 steps and an update.
-    assert "30,640 backward passes" in result.stdout
+    # 24,500 batches of 2, 10 epochs of 7 steps and an update.
+    assert "1,960,000 backward passes" in result.stdout
     assert not list(tmp_path.iterdir())
 
 
@@ -405,7 +407,7 @@ def test_plan_of_an_open_ended_run_has_a_flat_rate_and_averaged_weights() -> Non
     own = planned(epochs="open", patience=5, method="deat-3")
     optim = own.config.optim
     assert (optim.epochs, optim.lr_schedule, optim.lr, optim.ema, optim.select) == (OPEN, "flat", 0.05, 0.999, "best")
-    assert own.costs() is own.most_costs() is None
+    assert own.costs() is own.cost_bounds() is None
     assert own.warnings() == []
     lines = dict(own.lines())
     assert lines["setting"] == "fast: open-ended, flat LR up to 0.05"
