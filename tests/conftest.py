@@ -74,8 +74,9 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs of `deat_rb.runs.train` that draw no curves, which would take longer than the rest of a small run."""
+    """Training and evaluation that draw no curves, which would take longer than the rest of a small run."""
     monkeypatch.setattr("deat_rb.runs.train.plot_curves", lambda *_, **__: None)
+    monkeypatch.setattr("deat_rb.runs.summary.draw_curves", lambda *_, **__: b"")
 
 
 @pytest.fixture

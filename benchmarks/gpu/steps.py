@@ -29,6 +29,9 @@ GPU_TESTS = ("tests/training", "tests/attacks", "tests/evaluation")
 FIRST = ("pgd-7", "trades")
 """Methods of the stage ``bench`` whose speedup has a target."""
 
+PROFILED = (("pgd-7", "bf16"), ("m-deat", "bf16"), ("u-fgsm", "bf16"), ("pgd-7", "fp32"))
+"""Methods and precisions of the stage ``profile``."""
+
 METHODS = ("standard", "u-fgsm", "m-deat", "free-4", "pgd-7", "trades", "mart", "fat-5", "f+trades", "f+mart")
 
 
@@ -127,7 +130,7 @@ def smoke(session: Session) -> None:
 def speed(
     session: Session,
     stage: str = "speed",
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] | None = None,
     precisions: Sequence[str] = ("bf16", "fp32"),
     *,
     compiled: bool = False,
@@ -139,7 +142,7 @@ def speed(
     """
     repeats = session.options.repeats
     settings = ("off",) if not session.cuda else ("auto",) if compiled else ("auto", "off")
-    for precision, method, graphs in product(precisions, methods, settings):
+    for precision, method, graphs in product(precisions, methods or METHODS, settings):
         with session.recording_failure(stage, method=method, precision=precision, cuda_graphs=graphs):
             began = time.monotonic()
             with _step(session, method, precision, compiled=compiled, cuda_graphs=graphs) as step:
@@ -197,7 +200,7 @@ def profile(session: Session) -> None:
     from torch.profiler import profile as profiler
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if session.cuda else [])]
-    for method, precision in (("pgd-7", "bf16"), ("m-deat", "bf16"), ("u-fgsm", "bf16"), ("pgd-7", "fp32")):
+    for method, precision in PROFILED:
         with _step(session, method, precision) as step:
             for _ in range(3):
                 step.run()

@@ -107,8 +107,7 @@ def test_l_x_of_torchattacks_pgd_equals_ours(ours: dict[str, Any], theirs: Calla
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*AVERAGED, *SUMMED])
-@pytest.mark.parametrize("steps", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("name", "steps"), [*((name, 1) for name in (*AVERAGED, *SUMMED)), ("PGD", 3), ("TPGD", 3)])
 def test_uses_mean_reduction_tells_mean_from_sum(name: str, steps: int) -> None:
     """TPGD's first gradient is that of its random start: 0.001 N(0,1) decides whether it is large or small."""
     wrong = []

@@ -23,6 +23,8 @@ from deat_rb.models.spec import build_model
 from deat_rb.runs.train import train
 from deat_rb.utils.errors import DeatError
 
+pytestmark = pytest.mark.usefixtures("without_curves")
+
 DOCUMENTED = Path(__file__).parents[2] / "docs" / "schema" / "eval.schema.json"
 
 
@@ -116,7 +118,7 @@ QUICK = ["--attacks", "fgsm", "--n-examples", 5, "--checks", "none", "--no-page"
 
 
 def trained(folder: Path, name: str, **changes: Any) -> Path:
-    options = {"method": "standard", "arch": "wrn-10-1", "train_size": 20, "val_size": 10, "batch_size": 10,
+    options = {"method": "standard", "arch": "wrn-10-1", "train_size": 20, "val_size": 2, "batch_size": 10,
                "epochs": 1, "device": "cpu", "precision": "fp32"}  # fmt: skip
     return train(options | changes, output=folder, name=name)[0].path
 
@@ -136,6 +138,15 @@ def test_eval_reports_mean_and_deviation_per_group(tmp_path: Path) -> None:
     assert "±" not in checkpoints.stdout, "nothing says that they are of one method"
     single = run("eval", runs[0], runs[2], *QUICK)
     assert "±" not in single.stdout, "two methods have no common mean"
+
+
+def test_eval_without_a_page_draws_no_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, drawn = trained(tmp_path, "run"), list[object]()
+    monkeypatch.setattr("deat_rb.runs.summary.draw_curves", lambda *_, **__: drawn.append(1) or b"")
+    assert run("eval", path, *QUICK).exit_code == 0
+    assert not drawn
+    assert run("eval", path, *(flag for flag in QUICK if flag != "--no-page")).exit_code == 0
+    assert drawn
 
 
 @pytest.mark.slow
@@ -333,7 +344,6 @@ def test_open_target_refuses_names(target: str, options: dict[str, Any], sentenc
         open_target(target, **options)
 
 
-@pytest.mark.usefixtures("without_curves")
 def test_eval_runs_no_code_without_trust_code(foreign: str, tmp_path: Path) -> None:
     options = {"method": "standard", "arch": f"{foreign}:build", "train_size": 20, "val_size": 10, "batch_size": 10,
                "epochs": 1, "device": "cpu", "precision": "fp32"}  # fmt: skip

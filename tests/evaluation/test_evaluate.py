@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from short_autoattack import shorten
 from small_problems import Plane, batch_for, plain_pgd, plane_images, small_network
 from torch import Tensor, nn
 
@@ -299,7 +300,8 @@ def test_evaluate_converts_provenance_to_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_evaluate_ignores_requires_grad_of_images() -> None:
+def test_evaluate_ignores_requires_grad_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten(monkeypatch, iterations=2, queries=8)
     images, labels, robust = plane_images()
     report = evaluate(Plane(), images.requires_grad_(), labels, attacks="fgsm,pgd-2,square", eps=0.1)
     assert report.verdicts["fgsm"].tolist() == robust.tolist()

@@ -7,10 +7,7 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,10 +15,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from children import run_in_child
 from click.testing import CliRunner
 from short_autoattack import shorten
 from small_problems import batch_for, small_network
 from torch import Tensor, nn
+from training_problems import ARCH
 
 from deat_rb.cli import main
 from deat_rb.data.datasets import load_data
@@ -367,26 +366,31 @@ def test_open_store_removes_a_lock_file_that_cannot_be_removed_while_it_is_held(
 
 
 def command(folder: Path, attacks: str) -> list[str]:
-    return ["eval", str(folder / "weights.pt"), "--arch", "wrn-10-1", "--dataset", "digits", "--attacks", attacks,
-            "--eps", "1e-4", "--n-examples", "60", "--batch-size", "1", "--checks", "none", "--no-page", "--device",
+    return ["eval", str(folder / "weights.pt"), "--arch", ARCH, "--dataset", "digits", "--attacks", attacks,
+            "--eps", "1e-4", "--n-examples", "20", "--batch-size", "1", "--checks", "none", "--no-page", "--device",
             "cpu", "--json", str(folder / "report.json")]  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="sends a signal that Windows does not have")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its evaluations")
 def test_eval_command_resumes_after_sigkill(tmp_path: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = build_model("wrn-10-1", num_classes=10).eval()
+        model = build_model(ARCH, num_classes=10).eval()
     torch.save(model.state_dict(), tmp_path / "weights.pt")
-    state = tmp_path / "report-state"
-    program = [sys.executable, "-m", "deat_rb"]
-    running = subprocess.Popen([*program, *command(tmp_path, "pgd-60")], stdout=subprocess.DEVNULL)
-    wait_until(lambda: len(list(state.glob("*.safetensors"))) >= 61, running)
-    running.kill()
-    running.wait()
+    state, kept, save = tmp_path / "report-state", 23, ResumeStore.save
+
+    def save_or_die(store: ResumeStore, key: str, tensors: Mapping[str, Tensor]) -> None:
+        if len(list(state.glob("*.safetensors"))) == kept:  # 20 batches without an attack, and three with
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(store, key, tensors)
+
+    def work() -> None:
+        with patch.object(ResumeStore, "save", save_or_die):
+            main(command(tmp_path, "pgd-60"))
+
+    assert not run_in_child(work), "it is to be killed before it ends"
     assert not (tmp_path / "report.json").exists()
-    kept = len(list(state.glob("*.safetensors")))
     refused = CliRunner().invoke(main, [*command(tmp_path, "pgd-61"), "--resume"])
     assert refused.exit_code == 2
     assert "a different evaluation (attacks: natural, pgd-60, now natural, pgd-61)" in refused.output
@@ -395,18 +399,10 @@ def test_eval_command_resumes_after_sigkill(tmp_path: Path) -> None:
     assert f"resuming from {kept} batches in {state}" in again.stderr
     assert not state.exists()
     report = Report.load(tmp_path / "report.json")
-    images, labels = load_data("digits").test.first(60).tensors()
+    images, labels = load_data("digits").test.first(20).tensors()
     expected = evaluate(model, images, labels, attacks="pgd-60", eps=1e-4, batch_size=1)
     assert all(torch.equal(report.verdicts[name], expected.verdicts[name]) for name in expected.verdicts)
     assert report.results["pgd-60"].forwards == expected.results["pgd-60"].forwards > 60
-
-
-def wait_until(reached: Callable[[], bool], running: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 900
-    while not reached():
-        assert running.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_the_index_of_a_gpu_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:

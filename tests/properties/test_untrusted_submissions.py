@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import re
+import shutil
 import unicodedata
 from collections.abc import Callable
 from functools import partial
@@ -27,11 +28,22 @@ from deat_rb.leaderboard.untrusted_weights import as_safetensors
 from deat_rb.utils.errors import DeatError
 
 
+@pytest.fixture(scope="module")
+def board(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A board with an entry, to be copied."""
+    folder = tmp_path_factory.mktemp("submissions")
+    with pytest.MonkeyPatch.context() as patches:
+        without_evaluating(patches)
+        run = make_run(folder / "first")
+        Board(folder / "board").submit(run, SubmissionMetadata(model_name="Wang2021Gradient"))
+    return folder / "board"
+
+
 @pytest.fixture
-def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Attempt:
+def attempt(board: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Attempt:
     """A board with an entry, and a folder for a submission."""
     fake = without_evaluating(monkeypatch)
-    Board(tmp_path / "board").submit(make_run(tmp_path / "first"), SubmissionMetadata(model_name="Wang2021Gradient"))
+    shutil.copytree(board, tmp_path / "board")
     (tmp_path / "work").mkdir()
     limit = partial(monkeypatch.setattr, untrusted_weights, "MAX_WEIGHTS")
     return Attempt(tmp_path / "work", tmp_path / "board", fake, limit)

@@ -101,12 +101,14 @@ import json, sys
 from pathlib import Path
 import torch
 from click.testing import CliRunner
+import deat_rb.runs.train
 from deat_rb import create
 from deat_rb.cli import main
 from deat_rb.runs.options import options_markdown
 from deat_rb.runs.train import train
 from training_problems import loader, made
 
+deat_rb.runs.train.plot_curves = lambda *_, **__: None
 lines = CliRunner().invoke(main, ["train", "--help"]).output.splitlines()
 mixup = next(number for number, line in enumerate(lines) if "--mixup NUMBER" in line)
 assert lines.index("Data:") < mixup < lines.index("Model:")

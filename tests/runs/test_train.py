@@ -44,6 +44,7 @@ def test_train_writes_all_files_of_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_curves")
 def test_train_repeats_a_config_json_bit_for_bit(tmp_path: Path) -> None:
     """A part of the training images, the part held out and their order come from the seed and the sizes."""
     first, _ = train({**SMALL, "method": "m-deat", "seed": 5}, output=tmp_path / "a")

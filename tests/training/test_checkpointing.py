@@ -45,14 +45,15 @@ def test_resume_covers_all_methods() -> None:
      *(pytest.param(method, (6,), marks=pytest.mark.slow) for method in WITHIN_AN_EPOCH)],
 )  # fmt: skip
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(method: str, moments: tuple[int, ...], tmp_path: Path) -> None:
+    options = {"validate_every": 1 if method in EVERYWHERE else EPOCHS}
     whole = RunDirectory.create(tmp_path / "whole", run_config())
-    train(method, whole)
+    train(method, whole, **options)
     expected = outcome(whole)
     for after in moments:
         run = RunDirectory.create(tmp_path / f"after-{after}", run_config())
         with pytest.raises(Interrupted, match="--resume"):
-            train(method, run, Stops(after))
-        history = train(method, run, resume=True)
+            train(method, run, Stops(after), **options)
+        history = train(method, run, resume=True, **options)
         assert outcome(run) == expected
         assert len(history.rows) == EPOCHS
 

@@ -25,9 +25,9 @@ from deat_rb.utils.devices import full_float32
 
 
 def taking_steps(method: str, model: nn.Module) -> Trainer:
-    """A trainer in whose first epoch the attack takes two steps, where the number of steps is free."""
+    """A trainer in whose first epoch the attack takes at most two steps, and two where the number of steps is free."""
     trainer = deat_rb.create(method, model)
-    if trainer.steps == 1 and trainer.schedule.guided:
+    if trainer.steps > 2 or (trainer.steps == 1 and trainer.schedule.guided):
         trainer.steps = 2
     return trainer
 

@@ -57,18 +57,6 @@ print("tests" in sys.modules, find_spec("autoattack") is None)
 
 
 @pytest.mark.slow
-def test_import_of_an_installed_autoattack_is_preferred(tmp_path: Path) -> None:
-    (tmp_path / "autoattack.py").write_text("class AutoAttack: pass\n")
-    result = python(f"""
-import sys; sys.path.insert(0, {str(tmp_path)!r})
-from deat_rb.utils import compat
-from autoattack import AutoAttack
-print(AutoAttack is not compat.AutoAttack)
-""")
-    assert result.stdout.strip() == "True", result.stderr
-
-
-@pytest.mark.slow
 def test_robustbench_names_a_file_that_hides_autoattack(tmp_path: Path) -> None:
     (tmp_path / "autoattack.py").write_text("")
     result = python(f"""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given
@@ -30,17 +27,6 @@ def test_derive_returns_seeds_that_torch_accepts(seed: int, epoch: int) -> None:
 def test_derive_separates_the_parts_of_a_key() -> None:
     keys: list[tuple[str | int, ...]] = [(), ("a",), ("a", 1), ("a", 1, 2), ("a", 12), ("a", 2, 1), ("b", 1, 2), (1, 2)]
     assert len({derive(0, *key) for key in keys} | {derive(1, *key) for key in keys}) == 2 * len(keys)
-
-
-@pytest.mark.slow
-def test_derive_is_the_same_in_another_process() -> None:
-    code = (
-        "import torch; from deat_rb.utils.seeding import generator; "
-        "print(torch.rand(3, generator=generator(3, 'x', 2)).tolist())"
-    )
-    here = torch.rand(3, generator=generator(3, "x", 2)).tolist()
-    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert there.stdout.strip() == str(here)
 
 
 def test_generator_streams_are_independent() -> None:

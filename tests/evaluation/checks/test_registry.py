@@ -12,6 +12,7 @@ import torch
 from check_reports import checked, flagged, report_of
 from masked_cases import HIDING
 from masked_models import EPS, held_out, plain, robust
+from short_autoattack import shorten
 from small_problems import Plane, batch_for, plane_images, small_network
 from torch import Tensor, nn
 from training_problems import Snapshot, used
@@ -152,8 +153,9 @@ def test_run_checks_refuses_images_outside_the_range() -> None:
 
 
 @pytest.mark.slow
-def test_run_checks_accepts_wide_images_in_l2() -> None:
+def test_run_checks_accepts_wide_images_in_l2(monkeypatch: pytest.MonkeyPatch) -> None:
     """Square's tiles are square, and pyautoattack's search in L2 fails on images wider than high."""
+    shorten(monkeypatch, iterations=5, queries=40)
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 16, 3)).eval()
     images = torch.rand(6, 3, 8, 16, generator=torch.Generator().manual_seed(0))
     labels = network(images).argmax(dim=1)
