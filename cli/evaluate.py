@@ -322,8 +322,9 @@ def _write(
     if target.run is not None:
         opened = RunDirectory.open(target.run)
         own = opened.config.attack
-        run = {"run": target.run, "own_data": _has_own_data(target), "own_eps": own.eps, "own_norm": own.norm,
-               "training": summary(opened)}  # fmt: skip
+        run = {"run": target.run, "own_data": _has_own_data(target), "own_eps": own.eps, "own_norm": own.norm}
+        if page:
+            run["training"] = summary(opened)
     stored = store_report(report, model=target.model, classes=target.classes, device=device, json_path=json_path,
                           page=page, overwrite=overwrite, **run, **examples)  # fmt: skip
     written.append(stored)
