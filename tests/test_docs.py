@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from docs_examples import replaced
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -21,6 +22,7 @@ from deat_rb.methods.describe import markdown_table
 from deat_rb.training.engine import Engine
 
 ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "docs" / "notebooks" / "from_torchattacks.ipynb"
 
 
 def test_the_reference_has_every_public_name() -> None:
@@ -29,11 +31,25 @@ def test_the_reference_has_every_public_name() -> None:
 
 
 @pytest.mark.slow
-def test_the_notebook_runs(tmp_path: Path) -> None:
+def test_the_notebook_runs_on_few_images(capsys: pytest.CaptureFixture[str]) -> None:
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    program = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    small = {"data.train.tensors()": "data.train.first(64).tensors()", "first(200)": "first(4)",
+             "epochs=6": "epochs=1", "epochs=12": "epochs=2", "epochs=4": "epochs=2", "[::3]": "",
+             "pgd-50": "pgd-5", "cw-20": "cw-5"}  # fmt: skip
+    names: dict[str, Any] = {}
+    exec(compile(replaced(program, small), NOTEBOOK, "exec"), names)
+    assert set(names["report"].results) == {"natural", "fgsm", "pgd-5", "cw-5"}
+    printed = capsys.readouterr().out
+    assert re.findall(r"^epoch \d: steps \d", printed, re.MULTILINE) == ["epoch 1: steps 1", "epoch 2: steps 2"] * 2
+    assert len(re.findall(r"^PGD-20 [\d.]+%", printed, re.MULTILINE)) == 2
+
+
+@pytest.mark.nightly
+def test_the_notebook_runs_in_jupyter(tmp_path: Path) -> None:
     # In a process of its own: other tests of this worker may have replaced the event loop or closed its sockets.
-    source = ROOT / "docs" / "notebooks" / "from_torchattacks.ipynb"
     program = "from nbclient.cli import main; main()"
-    command = [sys.executable, "-c", program, "--timeout=600", f"--output={tmp_path / 'out.ipynb'}", str(source)]
+    command = [sys.executable, "-c", program, "--timeout=600", f"--output={tmp_path / 'out.ipynb'}", str(NOTEBOOK)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     cells = json.loads((tmp_path / "out.ipynb").read_text(encoding="utf-8"))["cells"]
@@ -43,15 +59,24 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
     assert robust > 40
 
 
-@pytest.mark.slow
-def test_readme_example_runs() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 1
+def readme_example(changes: dict[str, str]) -> dict[str, Any]:
+    """Run README's example with other words; return its names."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     names: dict[str, Any] = {}
-    exec(compile(blocks[0], "README.md", "exec"), names)
+    exec(compile(replaced(block, changes), "README.md", "exec"), names)
+    return names
+
+
+@pytest.mark.slow
+def test_readme_example_runs_on_few_images() -> None:
+    names = readme_example({"data.train.tensors()": "data.train.first(64).tensors()", "first(100)": "first(4)"})
     assert len(names["history"].rows) == 4
-    assert names["report"].results["pgd-20"].accuracy > 0.3
     assert set(names["report"].results) == {"natural", "fgsm", "pgd-20"}
+
+
+@pytest.mark.nightly
+def test_readme_example_trains_a_robust_network() -> None:
+    assert readme_example({})["report"].results["pgd-20"].accuracy > 0.3
 
 
 def saved_per_image(precision: Literal["bf16", "fp32"]) -> float:
