@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import shared_evaluation
 import torch
+from ranks import on_two_ranks
 
 from deat_rb.evaluation.report import Report
 from deat_rb.utils.distributed import World
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.mark.slow
 def test_two_ranks_report_what_one_does(tmp_path: Path) -> None:
     alone = shared_evaluation.shared(World(), tmp_path / "alone")
     (tmp_path / "shared").mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*TORCHRUN, shared_evaluation.__file__, str(tmp_path / "shared")]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert ran.returncode == 0, ran.stderr
+    on_two_ranks(lambda: shared_evaluation.resume_on_ranks(tmp_path / "shared"), tmp_path / "log")
     report = Report.load(tmp_path / "shared")
     assert report.verdicts.keys() == alone.verdicts.keys()
     for name, verdict in alone.verdicts.items():

@@ -1,8 +1,7 @@
-"""Script for tests/evaluation/test_shared_evaluation.py to start with torchrun: an evaluation that the ranks share."""
+"""An evaluation that ranks share."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from small_problems import batch_for, small_network
@@ -29,9 +28,9 @@ def shared(ranks: World | None, folder: Path, *, fails: bool = False, resume: bo
     )  # fmt: skip
 
 
-def main() -> None:
+def resume_on_ranks(folder: Path) -> None:
     """Fail to save a first report, resume, and write the second one on rank 0."""
-    folder, ranks = Path(sys.argv[1]), world(cpu=True)
+    ranks = world(cpu=True)
     try:
         shared(ranks, folder, fails=True)
     except DeatError as error:
@@ -41,7 +40,3 @@ def main() -> None:
     (folder / f"robust-{ranks.rank}").write_text(str(report.worst_case.n_correct))
     if ranks.is_main:
         report.save(folder)
-
-
-if __name__ == "__main__":
-    main()

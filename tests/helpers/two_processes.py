@@ -1,11 +1,11 @@
-"""Script for tests/utils/test_distributed.py to start with torchrun: a small float64 run; rank 0 writes the weights."""
+"""A small float64 run for ranks; rank 0 writes the weights."""
 
 from __future__ import annotations
 
 import atexit
 import os
-import sys
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -55,14 +55,13 @@ def train(method: str) -> tuple[dict[str, Tensor], list[float]]:
     return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, metrics
 
 
-def write_freed(folder: str, groups: list[weakref.ref[object]]) -> None:
+def write_freed(folder: Path, groups: list[weakref.ref[object]]) -> None:
     """Write whether the process group was freed; its threads would abort a process that exits."""
-    Path(folder, f"left-{os.environ['RANK']}").write_text(str([group() is None for group in groups]))
+    (folder / f"left-{os.environ['RANK']}").write_text(str([group() is None for group in groups]))
 
 
-def main() -> None:
+def train_on_ranks(folder: Path, methods: Iterable[str]) -> None:
     """Train with each method and write weights and metrics to ``<folder>/<method>.safetensors``."""
-    folder, methods = sys.argv[1], sys.argv[2:]
     groups: list[weakref.ref[object]] = []
     atexit.register(write_freed, folder, groups)  # registered first, so that it runs after what `world` registers
     distributed.world(cpu=True)
@@ -71,9 +70,5 @@ def main() -> None:
         weights, metrics = train(method)
         if distributed.is_main():
             save_file(
-                {**weights, "metrics": torch.tensor(metrics, dtype=torch.float64)}, f"{folder}/{method}.safetensors"
+                {**weights, "metrics": torch.tensor(metrics, dtype=torch.float64)}, folder / f"{method}.safetensors"
             )
-
-
-if __name__ == "__main__":
-    main()

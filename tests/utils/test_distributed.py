@@ -16,18 +16,19 @@ import pytest
 import torch
 import torch.distributed as dist
 import two_processes
+from children import exit_status, run_in_child
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import on_two_ranks, start_two_ranks
 from safetensors.torch import load_file
 
+from deat_rb.cli import main
 from deat_rb.utils import seeding
 from deat_rb.utils.distributed import World, is_peer_failure, share
 from deat_rb.utils.errors import DeatError
 
 METHODS = ("standard", "pgd-2", "trades", "mart", "fat-5", "free-3", "m-deat", "m+trades", "free-3 ema", "trades awp",
            "yopo-2-2", "fgsm-pgi", "liet")  # fmt: skip
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
 
 
 @given(st.integers(0, 300), st.integers(1, 9))
@@ -123,11 +124,9 @@ def test_is_peer_failure_only_for_communication_errors() -> None:
 @pytest.mark.slow
 def test_fit_on_two_ranks_equals_one_rank(tmp_path: Path) -> None:
     """In float64 with BatchNorm in eval, after five batches, the last of them short."""
-    methods = list(METHODS)
-    script = Path(two_processes.__file__)
-    subprocess.run([*TORCHRUN, str(script), str(tmp_path), *methods], env=ENVIRONMENT, check=True, timeout=900)
+    on_two_ranks(lambda: two_processes.train_on_ranks(tmp_path, METHODS), tmp_path / "log")
     assert [(tmp_path / f"left-{rank}").read_text() for rank in (0, 1)] == ["[True]"] * 2
-    for method in methods:
+    for method in METHODS:
         weights, metrics = two_processes.train(method)
         stored = load_file(tmp_path / f"{method}.safetensors")
         for name, tensor in weights.items():
@@ -135,33 +134,33 @@ def test_fit_on_two_ranks_equals_one_rank(tmp_path: Path) -> None:
         torch.testing.assert_close(stored["metrics"], torch.tensor(metrics, dtype=torch.float64), rtol=1e-6, atol=1e-9)
 
 
-def deat(*arguments: str, processes: int, folder: Path) -> subprocess.CompletedProcess[str]:
-    start = [*TORCHRUN, "-m", "deat_rb"] if processes == 2 else [sys.executable, "-m", "deat_rb"]
-    done = subprocess.run(
-        [*start, *arguments], env=ENVIRONMENT, cwd=folder, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
+def train(*arguments: str) -> None:
+    main(["train", *arguments])
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-SMALL = ("--train-size", "170", "--batch-size", "32", "--val-size", "20", "--lr-schedule", "flat", "--lr", "0.05")
+SMALL = ("--arch", "tiny_networks:Strided", "--train-size", "170", "--batch-size", "32", "--val-size", "20",
+         "--lr-schedule", "flat", "--lr", "0.05")  # fmt: skip
 
 
 @pytest.mark.slow
-def test_train_resumes_with_another_number_of_ranks(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("without_curves")
+def test_train_resumes_with_another_number_of_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """2 ranks for two epochs, 1 for the third, 2 for the fourth; beside 1 for four."""
-    run, alone = tmp_path / "runs" / "two", tmp_path / "runs" / "one"
-    out = deat("train", "--method", "m+pgd", *SMALL, "--epochs", "2", "--name", "two", processes=2, folder=tmp_path)
-    assert out.stdout.count("result     epoch 2") == 1  # rank 0 alone prints
-    deat("train", "--method", "m+pgd", *SMALL, "--epochs", "4", "--name", "one", processes=1, folder=tmp_path)
-    deat("train", "--resume", str(run), "--epochs", "3", processes=1, folder=tmp_path)
-    deat("train", "--resume", str(run), "--epochs", "4", processes=2, folder=tmp_path)
-    assert [row["processes"] for row in rows(run)] == [2, 2, 1, 2]
-    for ours, theirs in zip(rows(run), rows(alone), strict=True):
+    monkeypatch.chdir(tmp_path)
+    log = tmp_path / "log"
+    on_two_ranks(lambda: train("--method", "m+pgd", *SMALL, "--epochs", "2", "--name", "two"), log)
+    assert log.read_text().count("result     epoch 2") == 1  # rank 0 alone prints
+    resume = ("--resume", "runs/two", "--trust-code", "--epochs")
+    assert run_in_child(lambda: train(*resume, "3"))
+    on_two_ranks(lambda: train(*resume, "4"), log)
+    assert run_in_child(lambda: train("--method", "m+pgd", *SMALL, "--epochs", "4", "--name", "one"))
+    two, one = (rows(tmp_path / "runs" / name) for name in ("two", "one"))
+    assert [row["processes"] for row in two] == [2, 2, 1, 2]
+    for ours, theirs in zip(two, one, strict=True):
         for name in ("epoch", "steps", "alpha", "examples", "backwards", "forwards", "updates", "lr"):
             assert ours[name] == pytest.approx(theirs[name]), name
         # BatchNorm's statistics are per rank, so the weights differ slightly.
@@ -169,38 +168,40 @@ def test_train_resumes_with_another_number_of_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_train_on_two_ranks_survives_sigterm_and_a_killed_rank(tmp_path: Path) -> None:
-    command = [*TORCHRUN, "-m", "deat_rb", "train", "--method", "pgd-3", *SMALL, "--epochs", "60", "--name", "run"]
-    run = tmp_path / "runs" / "run"
-    with open(tmp_path / "log", "w") as log:
-        first = subprocess.Popen(command, env=ENVIRONMENT, cwd=tmp_path, stdout=log, stderr=log)
-        wait_for(run, 1, first)
+@pytest.mark.usefixtures("without_curves")
+def test_train_on_two_ranks_survives_sigterm_and_a_killed_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first time by torchrun itself."""
+    monkeypatch.chdir(tmp_path)
+    run, log = tmp_path / "runs" / "run", tmp_path / "log"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "deat_rb",
+               "train", "--method", "pgd-3", *SMALL, "--epochs", "9999", "--name", "run"]  # fmt: skip
+    helpers = str(Path(two_processes.__file__).parent)
+    with open(log, "w") as file:
+        first = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": helpers}, stdout=file, stderr=file)
+        wait_for(run, 1, first.pid)
         first.send_signal(signal.SIGTERM)
         first.wait(timeout=900)
-    assert "deat-rb train --resume runs/run resumes it" in (tmp_path / "log").read_text()
+    assert "deat-rb train --resume runs/run resumes it" in log.read_text()
     before = len(rows(run))
-    assert 1 <= before < 60
+    assert 1 <= before < 9999
 
-    with open(tmp_path / "log", "w") as log:
-        again = [*TORCHRUN, "-m", "deat_rb", "train", "--resume", "runs/run"]
-        second = subprocess.Popen(again, env=ENVIRONMENT, cwd=tmp_path, stdout=log, stderr=log)
-        wait_for(run, before + 1, second)
-        os.kill(rank_1_of(second.pid), signal.SIGKILL)
-        second.wait(timeout=600)
-    text = (tmp_path / "log").read_text()
+    def resume() -> None:
+        Path(os.environ["RANK"]).write_text(str(os.getpid()))
+        train("--resume", "runs/run", "--trust-code")
+
+    second = start_two_ranks(resume, log)
+    wait_for(run, before + 1, second)
+    os.kill(int(Path("1").read_text()), signal.SIGKILL)
+    assert exit_status(second) == 1
+    text = log.read_text()
     assert "lost contact with another of the 2 ranks, so this one stops too; runs/run keeps" in text
     assert "loop.py" not in text  # the one traceback is torchrun's
     assert len(rows(run)) > before
 
 
-def wait_for(run: Path, epochs: int, process: subprocess.Popen[bytes]) -> None:
+def wait_for(run: Path, epochs: int, process: int) -> None:
     until = time.monotonic() + 600
     while not (run / "metrics.jsonl").is_file() or len(rows(run)) < epochs:
-        assert process.poll() is None
+        assert os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
         assert time.monotonic() < until
         time.sleep(0.05)
-
-
-def rank_1_of(launcher: int) -> int:
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    return next(int(pid) for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
