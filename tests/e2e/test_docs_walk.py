@@ -11,21 +11,26 @@ import csv
 import re
 import shlex
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 from docs_commands import commands_of
+from docs_examples import replaced
 from PIL import Image
 
 from deat_rb.cli import main
+from deat_rb.runs.plots import draw_curves
+from deat_rb.training.metrics import EpochStats
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 CHEAP = {
-    "train": ["--epochs", "1", "--train-size", "60", "--val-size", "20", "--batch-size", "20"],
+    "train": ["--epochs", "1", "--train-size", "40", "--val-size", "4", "--batch-size", "20"],
     "eval": ["--n-examples", "8"],
     "reproduce": ["--dry-run"],
 }
@@ -46,6 +51,22 @@ def execute(arguments: list[str], folder: Path, *options: str) -> str:
 
 def page(name: str) -> list[list[str]]:
     return list(commands_of((ROOT / name).read_text(encoding="utf-8")))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_picture() -> Iterator[None]:
+    """Draw the curves of the first run only, for all: drawing takes longer than most commands here."""
+    pictures: list[bytes] = []
+
+    def draw(rows: Sequence[EpochStats], **options: Any) -> bytes:
+        if not pictures:
+            pictures.append(draw_curves(rows, **options))
+        return pictures[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("plots", "summary"):
+            patch.setattr(f"deat_rb.runs.{module}.draw_curves", draw)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -119,17 +140,15 @@ def test_long_runs(folder: Path) -> None:
 def test_study(folder: Path) -> None:
     text = (ROOT / "docs/studies.md").read_text(encoding="utf-8")
     (study,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
-    for shown, cheap in {
+    cheap = {
         "seeds = [0, 1, 2]": "seeds = [0]",
         'dataset = "folder"': 'dataset = "digits"',
-        'data_dir = "cifar10-jpeg"': "epochs = 1\ntrain_size = 60\nval_size = 20\nbatch_size = 20",
+        'data_dir = "cifar10-jpeg"': "epochs = 1\ntrain_size = 40\nval_size = 4\nbatch_size = 20",
         '"fgsm,pgd-100,cw-20"': '"fgsm,pgd-2,cw-2"',
         "n_examples = 1000": "n_examples = 8",
         "autoattack = 200": "autoattack = 4",
-    }.items():
-        assert study.count(shown) == 1
-        study = study.replace(shown, cheap)
-    (folder / "study.toml").write_text(study, encoding="utf-8")
+    }
+    (folder / "study.toml").write_text(replaced(study, cheap), encoding="utf-8")
     commands = [["sweep", "study.toml", *flags] for flags in (["--dry-run"], ["--print"], [], ["--status"])]
     assert all(each in page("docs/studies.md") for each in commands)
     printed = [execute(each, folder) for each in commands]
@@ -212,7 +231,8 @@ def test_most_commands_are_executed() -> None:
 
 
 def test_board(folder: Path) -> None:
-    execute(["train", "--method", "standard", "--name", "board"], folder, "--epochs", "6")
+    small = ["--epochs", "6", "--train-size", "400", "--batch-size", "32", "--val-size", "10", "--validate-every", "6"]
+    execute(["train", "--method", "standard", "--name", "board"], folder, *small)
 
     def run(part: str, *added: str, **places: str) -> str:
         """Execute the command of the page that has this part."""
