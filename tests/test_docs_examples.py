@@ -15,12 +15,13 @@ from typing import Any
 import hub_server
 import pytest
 import torch
-from board_problems import make_run
+from board_problems import FakeEvaluation, make_run, network, submit
 from export_runs import Run, opened
 from PIL import Image
 from training_problems import run_config
 
 import deat_rb
+from deat_rb.leaderboard.board import Board
 from deat_rb.leaderboard.entry import RobustBenchInfo
 from deat_rb.leaderboard.robustbench_export import export_board
 from deat_rb.models.spec import model_spec
@@ -31,7 +32,6 @@ ROOT = Path(__file__).parents[1]
 
 RUN_ELSEWHERE = {
     "README.md": {1: "tests/test_docs.py"},
-    "docs/leaderboard.md": {2: "tests/leaderboard/test_robustbench_export.py"},
     "docs/own_method.md": dict.fromkeys((1, 2, 3, 4), "tests/methods/test_own_method.py"),
     "docs/training_loop.md": dict.fromkeys((1, 2), "tests/training/test_own_loop.py"),
 }
@@ -201,6 +201,16 @@ def test_leaderboard_loads_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     example = EXAMPLES["docs/leaderboard.md", 1].replace("NAME", "Wang2021Gradient_DEAT-3_WRN-10-1")
     names = run_example(example, monkeypatch, ROOT)
     assert names["model"](IMAGES).shape == (2, 10)
+
+
+@runs("docs/leaderboard.md", 2)
+def test_leaderboard_loads_an_entry_of_ones_own_through_robustbench(
+    tmp_path: Path, board: Board, fake: FakeEvaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(board, make_run(tmp_path / "run"), "Wang2021Gradient_R18")
+    export_board(board.path, tmp_path / "DIR", as_dataset="cifar10")
+    names = run_example(EXAMPLES["docs/leaderboard.md", 2], monkeypatch, tmp_path)
+    torch.testing.assert_close(names["model"].eval()(IMAGES), network()(IMAGES))
 
 
 @runs("docs/shared_cpu.md", 1)

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +15,6 @@ from deat_rb.leaderboard.robustbench_export import export_board
 from deat_rb.robustbench.register import register
 from deat_rb.utils import compat, safe_load
 from deat_rb.utils.errors import DeatError
-
-DOCS = Path(__file__).parents[2] / "docs" / "leaderboard.md"
 
 
 def test_export_board_refuses_other_weights(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
@@ -74,19 +68,3 @@ def test_export_board_refuses_an_empty_export(tmp_path: Path, board: Board, fake
     submit(board, make_run(tmp_path / "run"), keep_weights=False)
     with pytest.raises(DeatError, match=r"nothing on the board .*: .* does not store its weights"):
         export_board(board.path, tmp_path / "none", as_dataset="cifar10")
-
-
-@pytest.mark.slow
-def test_the_documented_lines_load_an_entry_through_robustbench(
-    tmp_path: Path, board: Board, fake: FakeEvaluation
-) -> None:
-    """In an interpreter of its own, as a reader of the docs runs them."""
-    submit(board, make_run(tmp_path / "run"), "Wang2021Gradient_R18")
-    export_board(board.path, tmp_path / "DIR", as_dataset="cifar10")
-    (block,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
-    shown = "import torch; print(model.eval()(torch.full((1, 3, 32, 32), 0.25)).tolist()[0])"
-    done = subprocess.run([sys.executable, "-c", f"{block}\n{shown}"], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(DOCS.parents[1])}, timeout=900)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    expected = network()(torch.full((1, 3, 32, 32), 0.25))[0]
-    assert torch.allclose(torch.tensor(json.loads(done.stdout.splitlines()[-1])), expected, atol=1e-5)
