@@ -141,8 +141,13 @@ def test_eval_reports_mean_and_deviation_per_group(tmp_path: Path) -> None:
 
 
 def test_eval_without_a_page_draws_no_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, drawn = trained(tmp_path, "run"), list[object]()
-    monkeypatch.setattr("deat_rb.runs.summary.draw_curves", lambda *_, **__: drawn.append(1) or b"")
+    path, drawn = trained(tmp_path, "run"), list[str]()
+
+    def draw_curves(*_: object, title: str, **__: object) -> bytes:
+        drawn.append(title)
+        return b""
+
+    monkeypatch.setattr("deat_rb.runs.summary.draw_curves", draw_curves)
     assert run("eval", path, *QUICK).exit_code == 0
     assert not drawn
     assert run("eval", path, *(flag for flag in QUICK if flag != "--no-page")).exit_code == 0

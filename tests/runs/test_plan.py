@@ -407,7 +407,7 @@ def test_plan_of_an_open_ended_run_has_a_flat_rate_and_averaged_weights() -> Non
     own = planned(epochs="open", patience=5, method="deat-3")
     optim = own.config.optim
     assert (optim.epochs, optim.lr_schedule, optim.lr, optim.ema, optim.select) == (OPEN, "flat", 0.05, 0.999, "best")
-    assert own.costs() is own.cost_bounds() is None
+    assert (own.costs(), own.cost_bounds()) == (None, None)
     assert own.warnings() == []
     lines = dict(own.lines())
     assert lines["setting"] == "fast: open-ended, flat LR up to 0.05"

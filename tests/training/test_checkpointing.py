@@ -6,6 +6,7 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torchattacks
@@ -45,7 +46,7 @@ def test_resume_covers_all_methods() -> None:
      *(pytest.param(method, (6,), marks=pytest.mark.slow) for method in WITHIN_AN_EPOCH)],
 )  # fmt: skip
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(method: str, moments: tuple[int, ...], tmp_path: Path) -> None:
-    options = {"validate_every": 1 if method in EVERYWHERE else EPOCHS}
+    options: dict[str, Any] = {"validate_every": 1 if method in EVERYWHERE else EPOCHS}
     whole = RunDirectory.create(tmp_path / "whole", run_config())
     train(method, whole, **options)
     expected = outcome(whole)
