@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deat_rb.attacks.threat_models import L2, Linf, threat_model
+from deat_rb.attacks.threat_models import L2, Linf
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.module_state import require_autograd
 
@@ -303,8 +303,3 @@ class _Held:
 def _filled(rows: Tensor, size: int) -> Tensor:
     """Return the indices (n,), with the first one repeated up to `SMALLEST_BATCH` or ``size`` of them."""
     return torch.cat([rows, rows[:1].expand(max(0, min(SMALLEST_BATCH, size) - len(rows)))])
-
-
-def admissible(adv: Tensor, images: Tensor, eps: float, norm: str = "Linf") -> Tensor:
-    """Return which adversarial examples are finite, in [0, 1] and within eps + 1e-6 of the images; (N,) bool."""
-    return threat_model(norm, eps).contains(adv, images)

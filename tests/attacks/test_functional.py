@@ -1,4 +1,4 @@
-"""FGSM and PGD for evaluation: iterates, early removal from the batch, starts, and `admissible`."""
+"""FGSM and PGD for evaluation: iterates, early removal from the batch, starts, and the eps-ball."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transfers import Transfers
 
 from deat_rb.attacks import losses
-from deat_rb.attacks.functional import CountingModel, admissible, logits_and_gradient, pgd
+from deat_rb.attacks.functional import CountingModel, logits_and_gradient, pgd
 from deat_rb.attacks.threat_models import Linf
 from deat_rb.utils import seeding
 
@@ -47,7 +47,7 @@ def test_pgd_result_does_not_depend_on_leave_every(
     with torch.no_grad():
         assert ((network(crafted.images).argmax(1) != labels) == crafted.misclassified).all()
     assert (crafted.images[first == 0] == start[first == 0]).all()
-    assert admissible(crafted.images, images, 0.04).all()
+    assert Linf(0.04).contains(crafted.images, images).all()
     if every == 1:  # each example is forwarded up to its first misclassified iterate
         expected = (int((first.clamp(max=10) + 1).sum()), int((first + 1).clamp(max=10).sum()))
         assert crafted.passes == expected
@@ -81,7 +81,7 @@ def test_uniform_start_draws_from_the_generator() -> None:
     assert torch.equal(start, torch.clamp(images + noise, 0, 1))
 
 
-def test_admissible_checks_ball_bounds_and_finiteness() -> None:
+def test_contains_checks_ball_bounds_and_finiteness() -> None:
     image = torch.full((6, 1, 1, 2), 0.95)
     adv = image.clone()
     adv[1] += 0.03
@@ -89,7 +89,7 @@ def test_admissible_checks_ball_bounds_and_finiteness() -> None:
     adv[3, 0, 0, 1] = float("nan")
     adv[4] = 1.0 + 1e-3
     adv[5] -= 0.04
-    assert admissible(adv, image, 0.03).tolist() == [True, True, False, False, False, False]
+    assert Linf(0.03).contains(adv, image).tolist() == [True, True, False, False, False, False]
 
 
 def test_logits_and_gradient_works_under_no_grad() -> None:

@@ -161,7 +161,7 @@ def snapshot(folder: Path) -> dict[str, bytes | str]:
 
 
 def submit(board: Board, target: Path, name: str = NAME, **options: Any) -> Entry:
-    """Hands something in; of the options, those that `AttackContext` has are its."""
+    """Submit ``target``; options that `SubmissionMetadata` has are metadata, the others those of `Board.submit`."""
     metadata = {key: options.pop(key) for key in list(options) if key in SubmissionMetadata.__dataclass_fields__}
     return board.submit(target, SubmissionMetadata(model_name=name, **metadata), **options)
 
