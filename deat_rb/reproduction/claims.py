@@ -8,13 +8,22 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal
 
-from deat_rb.reproduction.results import RunResult
+from deat_rb.reproduction.results import EPOCHS, PASSES, RunResult
 from deat_rb.reproduction.tables import spelled
 
 Outcome = Literal["holds", "does not hold", "undecided"]
 
 FEWEST_SEEDS = 3
-"""Fewest seeds that decide: two differences of accuracies are often equal by chance, with an interval of width 0."""
+"""Fewest seeds that decide."""
+
+COUNTS = (PASSES, EPOCHS)
+"""Columns that many methods repeat exactly, so that an equal difference with every seed is no coincidence."""
+
+EQUAL = 1e-9
+"""Standard deviation below which differences are equal but for rounding."""
+
+LEVEL = 0.05
+"""Level of the two-sided tests."""
 
 MOST_SEEDS = 1000
 """Largest reported number of seeds needed."""
@@ -26,9 +35,9 @@ class Paired:
 
     Attributes:
         differences: Value of the row that is claimed to be higher minus the other's, by seed.
-        outcome: Whether the ordering holds, by the 95 % interval of the mean difference (Student's t).
+        outcome: Whether the ordering holds, see `compare_paired`.
         needed: Number of seeds at which a test has power 0.8 for a difference of this size; None if the outcome is
-            decided, or if there are fewer than `FEWEST_SEEDS`.
+            decided, if there are fewer than `FEWEST_SEEDS`, or if the differences are equal.
     """
 
     differences: tuple[float, ...]
@@ -51,12 +60,18 @@ class Verdict:
     detail: str
 
 
-def compare_paired(differences: Sequence[float]) -> Paired:
+def compare_paired(differences: Sequence[float], *, counts: bool = False, pairs: int = 1) -> Paired:
     """Decide whether a mean difference is above 0.
 
     The two-sided 95 % confidence interval of the mean of paired differences decides, so three seeds suffice only for
-    differences that are large compared to their standard deviation, and fewer never do. If the values are equal for
-    all seeds, the outcome is ``does not hold``.
+    differences that are large compared to their standard deviation, and fewer never do. A claim of several pairs holds
+    if each pair does, but one reversed pair refutes it: a pair is reversed at a level of 5 % / ``pairs`` (Bonferroni).
+
+    Args:
+        differences: Paired differences, one per seed.
+        counts: Whether differences that are equal with every seed decide; those of accuracies, which come in steps of
+            one image, are often equal by chance. A difference of 0 is then ``does not hold``.
+        pairs: Number of pairs of the claim.
     """
     from scipy.stats import t
 
@@ -64,21 +79,20 @@ def compare_paired(differences: Sequence[float]) -> Paired:
     if count < FEWEST_SEEDS:
         return Paired(values, "undecided")
     mean, deviation = fmean(values), stdev(values)
-    if deviation == 0:
+    if deviation < EQUAL:
+        return Paired(values, "undecided" if not counts else "holds" if mean > EQUAL else "does not hold")
+    level = LEVEL if mean > 0 else LEVEL / pairs
+    if abs(mean) > float(t.ppf(1 - level / 2, count - 1)) * deviation / math.sqrt(count):
         return Paired(values, "holds" if mean > 0 else "does not hold")
-    margin = float(t.ppf(0.975, count - 1)) * deviation / math.sqrt(count)
-    if mean - margin > 0:
-        return Paired(values, "holds")
-    if mean + margin < 0:
-        return Paired(values, "does not hold")
-    return Paired(values, "undecided", seeds_needed(abs(mean) / deviation, beyond=count))
+    return Paired(values, "undecided", seeds_needed(abs(mean) / deviation, level=level, beyond=count))
 
 
-def seeds_needed(effect: float, *, beyond: int = 1) -> int:
-    """Return the number of seeds at which a paired t-test at level 5 % has power 0.8 for an effect.
+def seeds_needed(effect: float, *, level: float = LEVEL, beyond: int = 1) -> int:
+    """Return the number of seeds at which a two-sided paired t-test has power 0.8 for an effect.
 
     Args:
         effect: Mean difference divided by the standard deviation of the differences.
+        level: Level of the test.
         beyond: A number of seeds known to be too few.
 
     Returns:
@@ -87,7 +101,7 @@ def seeds_needed(effect: float, *, beyond: int = 1) -> int:
     from scipy.stats import t
 
     for count in range(max(beyond + 1, 2), MOST_SEEDS + 1):
-        quantiles = float(t.ppf(0.975, count - 1) + t.ppf(0.8, count - 1))
+        quantiles = float(t.ppf(1 - level / 2, count - 1) + t.ppf(0.8, count - 1))
         if effect * math.sqrt(count) >= quantiles:
             return count
     return MOST_SEEDS + 1
@@ -106,7 +120,12 @@ def judge(
         rows: Runs by label.
     """
     pairs = [(high, low) for high in more for low in less]
-    compared = [compare_paired(_differences(rows.get(high, ()), rows.get(low, ()), column)) for high, low in pairs]
+    compared = [
+        compare_paired(
+            _differences(rows.get(high, ()), rows.get(low, ()), column), counts=column in COUNTS, pairs=len(pairs)
+        )
+        for high, low in pairs
+    ]
     outcomes = [each.outcome for each in compared]
     outcome: Outcome = "undecided"
     if all(each == "holds" for each in outcomes):

@@ -211,7 +211,8 @@ def _verdicts_markdown(done: Outcome) -> str:
         ]
     if done.verdicts:
         lines += [
-            "What the paper states, and whether it holds here (95 % interval of paired differences over seeds):",
+            "What the paper states, and whether it holds here (95 % interval of paired differences over seeds; "
+            "of k pairs, one is reversed at a level of 5 % / k):",
             "",
         ]
         lines += ["| statement | here | differences |", "|---|---|---|"]
