@@ -197,15 +197,16 @@ def _in_markdown(text: str) -> str:
 def as_latex(table: ResultTable) -> str:
     """Return a table as LaTeX, for the package booktabs."""
     lines = [f"% {note}" for note in (table.title, *table.notes, *unfinished_lines(table))]
-    lines += [rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}", r"\toprule"]
-    lines += [" & ".join(["", *(_in_latex(heading(column)) for column in table.columns)]) + r" \\", r"\midrule"]
+    lines += [rf"\begin{{tabular}}{{lr{'r' * len(table.columns)}}}", r"\toprule"]
+    headings = ["", "seeds", *(_in_latex(heading(column)) for column in table.columns)]
+    lines += [" & ".join(headings) + r" \\", r"\midrule"]
     for row in table.rows:
         cells = [mean_text(row.value(column), column, r" $\pm$ ") for column in table.columns]
-        lines.append(" & ".join([_in_latex(row.label), *cells]) + r" \\")
+        lines.append(" & ".join([_in_latex(row.label), seeds_text(row), *cells]) + r" \\")
         if row.published:
             published = [published_text(row, column, r" $\pm$ ") for column in table.columns]
             small = [rf"{{\footnotesize {cell}}}" if cell else "" for cell in published]
-            lines.append(" & ".join([r"{\footnotesize paper}", *small]) + r" \\")
+            lines.append(" & ".join([r"{\footnotesize paper}", "", *small]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 

@@ -41,8 +41,10 @@ def test_markdown() -> None:
 
 def test_latex_and_csv() -> None:
     latex = as_latex(table())
-    assert r"m\_deat \& co & 81.00 $\pm$ 1.41" in latex
-    assert r"{\footnotesize 79.88 $\pm$ 0.5 (+1.12)}" in latex
+    assert r"\begin{tabular}{lrrrr}" in latex
+    assert r" & seeds & natural, \% & " in latex
+    assert r"m\_deat \& co & 2 of 3 & 81.00 $\pm$ 1.41 & 1,234 $\pm$ 0 & " in latex
+    assert r"{\footnotesize paper} &  & {\footnotesize 79.88 $\pm$ 0.5 (+1.12)} & " in latex
     (cells,) = csv.DictReader(as_csv(table()).splitlines())
     assert cells["note"] == "Not the paper's. seed 2 failed: training diverged"
     assert (cells["natural"], cells["natural published"], cells["seeds"]) == ("81.0", "79.88", "2")
@@ -56,7 +58,7 @@ def test_tables_have_no_mean_over_some_of_the_runs_only() -> None:
     assert some.columns[:2] == ("natural", "autoattack")
     # the mean of 80, 82 and 84 is 82, their deviation 2
     assert "| 3 | 82.00 ± 2.00 | - |" in as_markdown(some)
-    assert r"82.00 $\pm$ 2.00 & - &" in as_latex(some)
+    assert r"co & 3 & 82.00 $\pm$ 2.00 & - &" in as_latex(some)
     assert as_text(as_rich(some)).splitlines()[-1].split()[:7] == ["m_deat", "&", "co", "3", "82.00", "±2.00", "-"]
     (cells,) = csv.DictReader(as_csv(some).splitlines())
     assert (cells["natural"], cells["autoattack"], cells["autoattack deviation"]) == ("82.0", "", "")
