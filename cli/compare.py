@@ -29,10 +29,11 @@ def compare(runs: tuple[str, ...], as_json: bool, by: str | None, form: str | No
 
     Each RUN is an evaluated run directory, hf:OWNER/NAME (a run on the Hugging Face Hub that was uploaded with its
     evaluation) or the eval.json of an evaluation; all must use the same images and eps. Each
-    is compared with the first by McNemar's exact test on paired examples; p-values are not corrected for multiple
-    comparisons.
+    is compared with the first by McNemar's exact test on paired examples, which compares two networks, not the methods
+    they were trained with; p-values are not corrected for multiple comparisons.
 
-    With --group-by, runs that differ only in the seed form one row, with mean and standard deviation.
+    With --group-by, runs that differ only in the seed form one row, with mean and standard deviation, and nothing is
+    tested.
     """
     from rich.console import Console
 

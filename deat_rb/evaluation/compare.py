@@ -26,6 +26,11 @@ WORST_CASE = "worst case"
 LONGEST_NAME = 24
 """Length of names beyond which tables use short ones; three columns of this length fit into 80 columns."""
 
+METHODS = (
+    "the test compares these networks, not their methods, which takes several seeds of each: deat-rb compare RUN... "
+    "--group-by method"
+)
+
 SAME = {"norm": "norm", "eps": "eps", "n_examples": "number of examples", "num_classes": "number of classes"}
 
 
@@ -177,6 +182,8 @@ def compare(reports: Sequence[tuple[str, Report]]) -> Comparison:
         for attack in shared
         if (differing := _differing(first.results[attack].parameters, report.results[attack].parameters))
     ]
+    if len({method for _, report in reports if (method := report.provenance.get("method"))}) > 1:
+        notes.append(METHODS)
     return Comparison(norm=first.norm, eps=first.eps, n_examples=first.n_examples, accuracy=accuracy,
                       differences=tuple(differences), notes=tuple(notes))  # fmt: skip
 

@@ -34,6 +34,8 @@ def group_key(config: RunConfig) -> dict[str, Any]:
 def grouped_table(paths: Sequence[Path], by: str) -> ResultTable:
     """Return mean accuracies and costs over runs that differ only in the seed.
 
+    The worst case is among them if all runs have the same attacks, natural accuracy and two or more.
+
     Args:
         paths: Evaluated run directories.
         by: The option that names a group; options that differ between groups of the same name are appended.
@@ -62,8 +64,9 @@ def grouped_table(paths: Sequence[Path], by: str) -> ResultTable:
             if twin is not paths[position]:
                 raise DeatError(f"{twin} and {paths[position]} have the same options and the same seed ({label}, seed "
                                 f"{configs[position].optim.seed}): give one of them")  # fmt: skip
+    worst_case = len(reports[0].results) > 2 and len({frozenset(report.results) for report in reports}) == 1
     results = [
-        of_run(paths[position], reports[position], label)
+        of_run(paths[position], reports[position], label, worst_case=worst_case)
         for label, positions in group(keys, name=name).items()
         for position in positions
     ]

@@ -95,10 +95,11 @@ def _result(folder: StudyFolder, run: RunSpec) -> RunResult:
                      record.hardware, record.finished, tuple(commands))  # fmt: skip
 
 
-def of_run(path: Path, report: Report, label: str) -> RunResult:
-    """Return the result of a run directory with its evaluation."""
+def of_run(path: Path, report: Report, label: str, *, worst_case: bool) -> RunResult:
+    """Return the result of a run directory with its evaluation, and with its worst case if wanted."""
     run = RunDirectory.open(path)
-    values = {name: 100 * each.accuracy for name, each in report.results.items()}
+    shown = [*report.results.values(), *([report.worst_case] if worst_case else [])]
+    values = {each.name: 100 * each.accuracy for each in shown}
     return RunResult(path.absolute().name, label, run.config.optim.seed, "done",
                      values={**values, **cost(run.rows())},
                      commands=(shlex.join(["deat-rb", "train", "--config", str(path / CONFIG)]),))  # fmt: skip

@@ -120,6 +120,15 @@ def test_compare_notes_bf16_upper_bounds(tmp_path: Path) -> None:
     assert "note: [b] was attacked in bf16: its robust accuracies are upper bounds" in result.stdout
 
 
+def test_compare_notes_that_methods_are_not_tested() -> None:
+    made = [report_of({"provenance": {"data_sha256": "abc", "method": name}}, natural="1111", pgd="1100")
+            for name in ("trades", "trades", "mart")]  # fmt: skip
+    named = list(zip("abc", made, strict=True))
+    assert compare(named[:2]).notes == ()
+    (note,) = compare(named).notes
+    assert note.startswith("the test compares these networks, not their methods, which takes several seeds of each")
+
+
 def test_compare_notes_attacks_with_other_settings() -> None:
     reports = []
     for alpha in (2 / 255, 0.025):

@@ -37,6 +37,9 @@ def test_compare_group_by_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert table["rows"][0]["means"]["natural"] == {
         "mean": pytest.approx(mean(values)), "deviation": pytest.approx(stdev(values)), "count": 2,
     }  # fmt: skip
+    assert table["columns"] == ["natural", "fgsm", "pgd-2", "worst case", "backward passes", "minutes", "epochs"]
+    worst = [100 * Report.load(path).worst_case.accuracy for path in paths[2:]]
+    assert table["rows"][1]["means"]["worst case"]["mean"] == pytest.approx(mean(worst))
     assert table["rows"][0]["means"]["backward passes"]["mean"] == 8  # 2 epochs, 2 batches, a step and an update
     assert "| pgd-1 | 2 |" in run("--group-by", "method", "--markdown")
     assert r"\begin{tabular}" in run("--group-by", "method", "--latex")
