@@ -56,15 +56,8 @@ def refused(*arguments: str | Path, cwd: Path) -> str:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("work")
-    command = [
-        str(Path(sys.executable).with_name("deat-rb")),
-        "train",
-        "--method",
-        "M+TRADES",
-        *TINY,
-        "--name",
-        "first",
-    ]
+    program = str(Path(sys.executable).with_name("deat-rb"))
+    command = [program, "train", "--method", "M+TRADES", *TINY, "--name", "first"]
     result = subprocess.run(command, cwd=where, capture_output=True, text=True, timeout=900, check=False)
     assert result.returncode == 0, result.stderr
     assert "deat-rb eval runs/first" in result.stdout

@@ -251,7 +251,7 @@ def bad_input() -> Iterator[tuple[str, dict[str, object], str]]:
     yield "batch of text", {"batch_size": "8"}, "batch_size = '8' is not positive"
     yield "batch yes", {"batch_size": True}, "batch_size = True is not positive"
     yield "eps that no float holds", {"eps": 10**400}, "eps = inf is outside"
-    yield "no radius", {"eps": None}, "None is not a number; give a fraction such as 8/255"
+    yield "no radius", {"eps": [None]}, "None is not a number; give a fraction such as 8/255"
     yield "eps yes", {"eps": True}, "True is not a number"
     yield "eps of tensors", {"eps": [torch.zeros(2)]}, r"tensor\(\[0., 0.\]\) is not a number"
     yield "no precision", {"precision": None}, "unknown evaluation precision 'None'"

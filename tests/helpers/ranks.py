@@ -26,7 +26,7 @@ def start_two_ranks(work: Callable[[], None], output: Path) -> int:
             atexit._run_exitfuncs()  # a fork of multiprocessing does not
 
     def launch() -> None:
-        config = LaunchConfig(1, 1, 2, run_id="test", rdzv_endpoint="localhost:0", rdzv_backend="c10d",
+        config = LaunchConfig(1, 1, 2, run_id="test", rdzv_endpoint="localhost:0", rdzv_backend="c10d", max_restarts=0,
                               start_method="fork")  # fmt: skip
         elastic_launch(config, rank)()
 

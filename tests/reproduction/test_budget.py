@@ -166,8 +166,7 @@ def test_choose_refuses(amount: float, given: dict[str, Any], message: str) -> N
 
 
 def test_choose_refuses_a_method_of_unknown_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TrainingPlan, "costs", lambda self: None)
-    monkeypatch.setattr(TrainingPlan, "most_costs", lambda self: None)
+    monkeypatch.setattr(TrainingPlan, "cost_bounds", lambda self: None)
     with pytest.raises(DeatError, match="the cost of mart is not known in advance: give --epochs instead of --budget"):
         choose(Budget(90, "passes"), {"method": "mart", "arch": ARCH}, table=TABLE)
 

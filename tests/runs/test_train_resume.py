@@ -331,7 +331,7 @@ def test_resume_interrupted_outside_an_epoch_says_what_is_kept(
     monkeypatch.setattr("deat_rb.runs.train.plot_curves" if begun else "deat_rb.runs.plan.load_data", interrupt)
     with pytest.raises(Interrupted) as interrupted:
         resume(stopped, {}, trust_code=True)
-    assert interrupted.value.kept == (f"{stopped} is kept; continue with deat-rb train --resume {stopped}")
+    assert interrupted.value.kept == f"{stopped} is kept; continue with deat-rb train --resume {stopped} --trust-code"
 
 
 def test_resume_on_a_full_disk_reports_the_disk(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
