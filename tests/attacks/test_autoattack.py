@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from short_autoattack import shorten
 from torch import Tensor, nn
 
 from deat_rb.attacks.autoattack import _Leaving, _Suite, build, parts_for
@@ -124,7 +125,8 @@ def test_leaving_forwards_at_least_the_smallest_batch() -> None:
 
 
 @pytest.mark.slow
-def test_square_in_l2_attacks_wide_images_as_it_does_high_ones() -> None:
+def test_square_in_l2_attacks_wide_images_as_it_does_high_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten(monkeypatch, iterations=2, queries=500)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         high = nn.Sequential(nn.Flatten(), nn.Linear(60, 3))
@@ -148,18 +150,19 @@ SIZES = ((19, 19), (14, 14), (24, 24), (12, 10), (10, 12), (8, 12), (28, 20), (9
 
 
 @pytest.mark.parametrize("size", [(12, 12), *(pytest.param(size, marks=pytest.mark.slow) for size in SIZES)])
-def test_square_in_l2_attacks_every_size(size: tuple[int, int]) -> None:
+def test_square_in_l2_attacks_every_size(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten(monkeypatch, iterations=2, queries=500)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(3 * size[0] * size[1], 3)).eval()
         images = torch.rand(4, 3, *size)
     with torch.no_grad():
         labels = model(images).argmax(dim=1)
-    stage = build("square", AttackContext("L2", 0.5, 0, 3, torch.device("cpu"))).parts[0]
+    stage = build("square", AttackContext("L2", 1.0, 0, 3, torch.device("cpu"))).parts[0]
     batch = Batch(images, labels, torch.ones(4, dtype=torch.bool), 0, torch.arange(4))
     result = stage.craft(CountingModel(model), batch)
     assert result.images.shape == images.shape
-    assert ((result.images - images).flatten(1).norm(dim=1) <= 0.5 + 1e-5).all()
+    assert ((result.images - images).flatten(1).norm(dim=1) <= 1 + 1e-5).all()
     assert result.misclassified.any()
 
 
