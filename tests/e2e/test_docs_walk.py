@@ -168,6 +168,9 @@ ELSEWHERE = {"submit", "leaderboard", "sweep", "push", "export"}
 MENTIONED = [["data", "info"], ["eval", "--track"]]
 """Commands that a sentence names, without their argument."""
 
+EXPANDED = {"runs/*": ["runs/digits", "runs/averaged"]}
+"""What a shell makes of an argument: without ``plain``, which differs from ``digits`` in its name only."""
+
 PLACES = {
     "runs/A": "runs/digits",
     "runs/B": "runs/plain",
@@ -216,7 +219,7 @@ def test_other_pages(name: str, runs: Path, tmp_path: Path) -> None:
     trained_last = "digits"
     for number, shown in enumerate(others(name)):
         places = PLACES | {"runs/NAME": f"runs/{trained_last}"}
-        arguments = [places.get(each, each) for each in shown]
+        arguments = [path for each in shown for path in EXPANDED.get(each, [places.get(each, each)])]
         if shown[0] == "train" and not {"--resume", "--dry-run", "--seeds"} & set(shown):
             if "--name" not in arguments:
                 arguments += ["--name", f"command-{number}"]

@@ -38,9 +38,9 @@ def test_evaluate_at_eps_0_changes_nothing(
     network: nn.Sequential, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shorten(monkeypatch, iterations=2, queries=2)
-    names = "noise-gaussian,fgsm,pgd-2,cw-2,autoattack,square,torchattacks.PGD(steps=2)"
-    for norm in ("Linf", "L2"):
-        report = evaluate(network, *batch, attacks=names, eps=0, norm=norm)
+    names = "noise-gaussian,fgsm,pgd-2,cw-2,autoattack,square,torchattacks."
+    for norm, theirs in {"Linf": "PGD(steps=2)", "L2": "PGDL2(steps=2)"}.items():
+        report = evaluate(network, *batch, attacks=names + theirs, eps=0, norm=norm)
         for name, verdict in report.verdicts.items():
             assert torch.equal(verdict, report.verdicts["natural"]), name
         assert "eps is 0: nothing to attack" in report.results["autoattack"].notes

@@ -161,4 +161,4 @@ def test_a_network_without_a_first_layer_is_refused_before_training() -> None:
 
 def test_shares_passes_of_replays_and_yopo_only() -> None:
     shared = [name for name in known_methods() if deat_rb.create(name, made()).shares_passes]
-    assert {family(name) for name in shared} == {"free-R", "deat-D", "deat-P%", "m-deat", "yopo-M-N"}
+    assert {family(name) for name in shared} == {"free-R", "deat-D", "deat-P%", "m-deat", "yopo-m-n"}

@@ -181,7 +181,7 @@ def test_train_on_two_ranks_survives_sigterm_and_a_killed_rank(tmp_path: Path, m
         wait_for(run, 1, first.pid)
         first.send_signal(signal.SIGTERM)
         first.wait(timeout=900)
-    assert "deat-rb train --resume runs/run resumes it" in log.read_text()
+    assert "deat-rb train --resume runs/run --trust-code resumes it" in log.read_text()
     before = len(rows(run))
     assert 1 <= before < 9999
 
