@@ -36,8 +36,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        # What these tests run records CUDA graphs or uses streams, which no CPU has.
         pytest.skip("needs a CUDA device: a CPU has no CUDA graphs or streams, and stand-ins test this code there")
     if item.get_closest_marker("nightly") and "nightly" not in item.config.option.markexpr:
+        # These check on all images what other tests of the suite check on few.
         pytest.skip("takes minutes: the nightly workflow runs it, by `pytest -m nightly`")
 
 

@@ -339,23 +339,23 @@ def test_memory_before_and_after_a_side_is_the_peak_of_its_process() -> None:
 @pytest.mark.slow
 def test_main_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_alone", memory._peak)  # in this process
-    file = tmp_path / "figures.json"
+    file = tmp_path / "results.json"
     command = [
         "--quick", "--threads", "1", "--device", "cpu", "--methods", "f+trades", "--precision", "fp32", "--memory",
         "--overhead", "--eval", "--no-autoattack", "--json", str(file),
     ]  # fmt: skip
     done = CliRunner().invoke(main, command)
     assert done.exit_code == 0, done.output
-    figures = json.loads(file.read_text(encoding="utf-8"))
-    [row] = figures["speed"]
+    results = json.loads(file.read_text(encoding="utf-8"))
+    [row] = results["speed"]
     assert (row["method"], row["precision"], row["steps"], row["batch_size"]) == ("f+trades", "fp32", 10, 8)
     assert len(row["published"]) == len(row["ours"]) == len(row["limit"]) == 1
-    assert figures["options"]["arch"] == "wrn-10-1"
-    assert figures["environment"]["threads"] == 1
-    [peak], [overhead] = figures["memory"], figures["overhead"]
+    assert results["options"]["arch"] == "wrn-10-1"
+    assert results["environment"]["threads"] == 1
+    [peak], [overhead] = results["memory"], results["overhead"]
     assert peak["ours"] >= peak["ours_before"] > 0
     assert 0 < overhead["share"] < 1
-    [pgd] = figures["evaluation"]
+    [pgd] = results["evaluation"]
     assert (pgd["attack"], pgd["examples"], pgd["against"]) == ("pgd-100", 8, "torchattacks")
     for title in ("Training steps in fp32", "Peak memory", "augmentation", "Evaluation"):
         assert title in done.stdout
