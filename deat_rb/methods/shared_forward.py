@@ -80,7 +80,7 @@ class SharedForwardTrainer(Trainer):
 
     def costs(self, steps: int, epochs: int, sizes: Sequence[int], num_classes: int) -> Costs | None:
         """Return the passes of the attack and of the update, and `extra_passes`."""
-        if type(self).training_step is not SharedForwardTrainer.training_step or type(self.crafter) is not PGD:
+        if not self.has_known_passes(SharedForwardTrainer):
             return None
         passes = 2 * epochs * len(sizes) + epochs * self.extra_passes(sizes, num_classes)
         return Costs(passes, passes, epochs * len(sizes))

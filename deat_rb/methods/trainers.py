@@ -81,7 +81,7 @@ class AttackTrainer(Trainer):
 
     def costs(self, steps: int, epochs: int, sizes: Sequence[int], num_classes: int) -> Costs | None:
         """Return the passes of a `deat_rb.PGD`, of the update, of AWP and of the penalty."""
-        if type(self).training_step is not AttackTrainer.training_step or type(self.crafter) is not PGD:
+        if not self.has_known_passes(AttackTrainer):
             return None
         perturbed = 0 if self.awp is None else max(epochs - self.awp.warmup, 0)
         of_attack = steps + (epochs if steps and self.crafter.loss == "kl" else 0)
@@ -273,7 +273,7 @@ class ReplayTrainer(Trainer):
 
     def costs(self, steps: int, epochs: int, sizes: Sequence[int], num_classes: int) -> Costs | None:
         """Return one pass and one update per step."""
-        if type(self).training_step is not ReplayTrainer.training_step or type(self.crafter) is not PGD:
+        if not self.has_known_passes(ReplayTrainer):
             return None
         passes = steps * len(sizes)
         return Costs(passes, passes, passes)

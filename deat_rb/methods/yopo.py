@@ -60,7 +60,7 @@ class YopoTrainer(Trainer):
 
     def costs(self, steps: int, epochs: int, sizes: Sequence[int], num_classes: int) -> Costs | None:
         """Return the full passes, one per step."""
-        if type(self).training_step is not YopoTrainer.training_step or type(self.crafter) is not PGD:
+        if not self.has_known_passes(YopoTrainer):
             return None
         passes = steps * len(sizes)
         return Costs(passes, passes, epochs * len(sizes))

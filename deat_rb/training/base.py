@@ -181,6 +181,10 @@ class TrainerBase(StatelessAttack):
         """
         return None
 
+    def has_known_passes(self, own: Any) -> bool:
+        """Return whether this takes the training step of the class ``own`` with a `deat_rb.PGD` itself."""
+        return type(self).training_step is own.training_step and type(self.crafter) is PGD
+
     @contextmanager
     def warmed_up(self, progress: float) -> Iterator[float]:
         """Set the `progress`, and within the context the attack's eps and alpha to those of the warm-up.
