@@ -1,6 +1,6 @@
 """Choice of a method, its epochs and options for a budget of passes or of time, from measured results.
 
-The results are in budget.json; `Table` describes its form.
+The results are in budget.json; `Table` describes the form of each of its tables.
 """
 
 from __future__ import annotations
@@ -74,10 +74,9 @@ class Measured(BaseModel):
 
 
 class Table(BaseModel):
-    """Measured runs, from which a budget's method is chosen.
+    """Measured runs that can be compared with each other, from which a budget's method is chosen.
 
     Attributes:
-        schema_version: Version of the table's schema.
         data: Data and network of the runs.
         attack: The attack that ranks them.
         rows: The runs.
@@ -85,10 +84,23 @@ class Table(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[1]
     data: str
     attack: str
     rows: tuple[Measured, ...] = Field(min_length=1)
+
+
+class Tables(BaseModel):
+    """Tables of measured runs.
+
+    Attributes:
+        schema_version: Version of the schema.
+        tables: The tables, the most trustworthy one first.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[2]
+    tables: tuple[Table, ...] = Field(min_length=1)
 
 
 CHANGE_COST = frozenset({"steps", "max_steps", "gamma", "awp", "awp_warmup", "tau"})
@@ -123,9 +135,9 @@ class Choice:
     reasons: tuple[str, ...]
 
 
-def read_table() -> Table:
-    """Return the table that comes with deat-rb."""
-    return Table.model_validate_json(files("deat_rb.reproduction").joinpath("budget.json").read_bytes())
+def read_tables() -> tuple[Table, ...]:
+    """Return the tables that come with deat-rb, the most trustworthy one first."""
+    return Tables.model_validate_json(files("deat_rb.reproduction").joinpath("budget.json").read_bytes()).tables
 
 
 def parse_budget(text: str) -> Budget:
@@ -144,19 +156,23 @@ def parse_budget(text: str) -> Budget:
 
 
 def choose(
-    budget: Budget, given: Mapping[str, Any], *, table: Table | None = None, notify: Callable[[str], None] = print
+    budget: Budget,
+    given: Mapping[str, Any],
+    *,
+    tables: Sequence[Table] | None = None,
+    notify: Callable[[str], None] = print,
 ) -> Choice:
     """Choose options for a budget.
 
-    Of the measured runs that the budget allows, and that have the given method and setting, the most robust is taken,
-    and its epochs are raised to the budget, at most twofold. If the budget is smaller than all of them, the epochs of
-    the cheapest are reduced. Runs of methods that refuse a given option are left out. A given method that was not
-    measured gets as many epochs as it can.
+    The first table that has runs of the given method and setting decides. Of these runs the most robust is taken that
+    the budget allows, and its epochs are raised to the budget, at most twofold. If the budget is smaller than all of
+    them, the epochs of the cheapest are reduced. Runs of methods that refuse a given option are left out. A given
+    method that was not measured gets as many epochs as it can.
 
     Args:
         budget: The budget. A budget of time is converted by timing ten batches of each network and loss.
         given: Options of `deat-rb train`, which override the chosen ones; ``epochs`` must not be among them.
-        table: The measured runs; by default those that come with deat-rb.
+        tables: The measured runs; by default those that come with deat-rb.
         notify: Called with a sentence before each measurement.
 
     Raises:
@@ -165,11 +181,17 @@ def choose(
     """
     if given.get("epochs") is not None:
         raise DeatError(f"--epochs {given['epochs']} and --budget exclude each other; give only one")
-    table = table or read_table()
     costs = _Costs(budget, Clock(notify))
-    rows = [row for row in table.rows if _agrees(row, given)]
-    if not rows:
-        return _unmeasured(budget, given, costs)
+    for table in read_tables() if tables is None else tables:
+        if rows := [row for row in table.rows if _agrees(row, given)]:
+            return _measured(budget, given, table, rows, costs)
+    return _unmeasured(budget, given, costs)
+
+
+def _measured(
+    budget: Budget, given: Mapping[str, Any], table: Table, rows: Sequence[Measured], costs: _Costs
+) -> Choice:
+    """Choose from measured runs of one table."""
     candidates, refused = _candidates(rows, given, costs)
     allowed = [each for each in candidates if each.cost <= budget.amount]
     if allowed:
@@ -207,6 +229,11 @@ def choose(
     if others := sorted(chosen.changed & CHANGE_ACCURACY):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
         reasons.append(f"measured without your {flags}, which may change these accuracies")
+    if allowed and (other := max(allowed, key=lambda each: each.row.natural).row).method != row.method:
+        reasons.append(
+            f"more accurate on clean images and less robust: --method {other.method} "
+            f"(natural {other.natural:g} %, {table.attack} {other.robust:g} % with {other.passes:.3g} passes)"
+        )
     return Choice({**chosen.options, "epochs": epochs}, tuple(reasons))
 
 
