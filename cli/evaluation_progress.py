@@ -7,6 +7,7 @@ from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from deat_rb.evaluation.runner import EvaluationCallback
 from deat_rb.utils.text import counted, duration
 
 if TYPE_CHECKING:
@@ -16,10 +17,8 @@ LINE_EVERY = 30.0
 """Minimum interval between two plain lines of an attack, in seconds."""
 
 
-class EvaluationProgress(AbstractContextManager["EvaluationProgress"]):
+class EvaluationProgress(EvaluationCallback, AbstractContextManager["EvaluationProgress"]):
     """Progress of an evaluation on stderr: attack, images done, accuracy so far and time left.
-
-    It can be passed to `deat_rb.evaluate` as ``progress``.
 
     Args:
         console: Where to print; by default stderr.
@@ -29,6 +28,7 @@ class EvaluationProgress(AbstractContextManager["EvaluationProgress"]):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+        super().__init__()
         self._n_examples = 0
         self.console = console or Console(stderr=True)
         self._bar = Progress(
@@ -58,20 +58,13 @@ class EvaluationProgress(AbstractContextManager["EvaluationProgress"]):
         if self.console.is_interactive:
             self._bar.stop()
 
-    def __call__(self, attack: str, done: int, total: int, correct: int) -> None:
-        """Show a finished batch.
-
-        Args:
-            attack: Name of the attack.
-            done: Number of examples attacked so far.
-            total: Number of examples to attack.
-            correct: Number of correctly classified examples among those attacked; for a stage of an attack, among all.
-        """
+    def __call__(self, attack: str, done: int, total: int, robust: int) -> None:
+        """Show a finished batch."""
         self._switch_to(attack, total)
         self._last = monotonic()
         if attack == "natural":  # the first, and on all examples
             self._n_examples = total
-        share = correct / (self._n_examples if "/" in attack.partition("(")[0] else done)
+        share = robust / (self._n_examples if "/" in attack.partition("(")[0] else done)
         self._accuracy = f"{100 * share:.2f} % correct"
         if self.console.is_interactive:
             self._bar.update(self._task, completed=done, total=total, accuracy=self._accuracy)
@@ -82,14 +75,7 @@ class EvaluationProgress(AbstractContextManager["EvaluationProgress"]):
             self._print(f"{attack}: {images}, {self._accuracy} so far, {self._left(done / total)}")
 
     def within(self, attack: str, batch: int, batches: int, share: float) -> None:
-        """Show progress within a batch.
-
-        Args:
-            attack: Name of the attack.
-            batch: Number of the batch (1-based).
-            batches: Number of batches.
-            share: Fraction of the batch's forward passes that are done, in [0, 1].
-        """
+        """Show progress within a batch."""
         self._switch_to(attack, None, (batch - 1) / batches)
         self._last = monotonic()
         so_far = f"{self._accuracy} so far, " if self._accuracy else ""

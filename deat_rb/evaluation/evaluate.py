@@ -23,9 +23,9 @@ from deat_rb.attacks.threat_models import DEFAULT_EPS, check_norm, check_radius
 from deat_rb.attacks.types import Attack, AttackContext
 from deat_rb.data.images import LabeledImages
 from deat_rb.evaluation.frozen_model import PreparedModel, prepared_for_eval, sha256_examples
-from deat_rb.evaluation.report import CHECK_LEVELS, Check, CurvePoint, Norm, Report
+from deat_rb.evaluation.report import CHECK_LEVELS, CurvePoint, Norm, Report
 from deat_rb.evaluation.resume import ResumeStore, open_store
-from deat_rb.evaluation.runner import NATURAL, AttackOutcome, AttackRunner, Progress
+from deat_rb.evaluation.runner import NATURAL, AttackOutcome, AttackRunner, EvaluationCallback, Progress
 from deat_rb.utils.devices import uses_tf32
 from deat_rb.utils.distributed import World
 from deat_rb.utils.errors import DeatError, Interrupted, did_you_mean
@@ -108,8 +108,7 @@ def evaluate(
         progress: Called as ``(attack, done, total, robust)`` after each batch, first of ``natural``, where ``robust``
             is the number of examples classified correctly so far. Stages of an attack have names such as
             ``autoattack/square``, and their ``robust`` counts all examples; attacks of a sweep have names such as
-            ``fgsm (eps 4/255)``. Its method ``within``, if any, is called as ``(attack, batch, batches, fraction)``
-            during a batch.
+            ``fgsm (eps 4/255)``. An `EvaluationCallback` has more hooks.
         provenance: Source of the model and the data, for the report; invisible characters are replaced with U+FFFD.
         finish: Function that saves the report; called before ``state`` is removed, so that nothing is lost if it fails.
         ranks: The ranks that share the evaluation, from `deat_rb.utils.distributed.world`; all must call this with the
@@ -130,6 +129,7 @@ def evaluate(
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**63:
         raise DeatError(f"seed = {seed!r} is invalid; give a whole number from 0 to 2^63 - 1")
     seed = int(seed)
+    hooks = progress if isinstance(progress, EvaluationCallback) else EvaluationCallback(progress)
     with ExitStack() as stack:
         with prepared_for_eval(
             model, images, labels, batch_size=batch_size, device=device, channels_last=channels_last
@@ -161,11 +161,10 @@ def evaluate(
                 settings["convolutions"] = "TF32"
             store = _shared_store(stack, state, {**digests, **settings, **versions()}, resume, ranks)
             stack.enter_context(_explained(store, prepared))
-            if hasattr(progress, "say"):
-                for sentence in filter(None, (store.message, _sweep_cost(plans, len(images)))):
-                    cast(Any, progress).say(sentence)
+            for sentence in filter(None, (store.message, _sweep_cost(plans, len(images)))):
+                hooks.say(sentence)
             runner = AttackRunner(
-                prepared, context, store, keep, PRECISIONS[precision], progress, sweeping=len(plans) > 1,
+                prepared, context, store, keep, PRECISIONS[precision], hooks, sweeping=len(plans) > 1,
                 confirm=tf32 or precision != "fp32", ranks=ranks,
                 captures=captures_for(model, prepared.device, prepared.batch_size),
             )  # fmt: skip
@@ -193,8 +192,13 @@ def evaluate(
             {attack.name: each.adversarial for attack, each in outcomes.items() if each.adversarial is not None}
         )
         if checks != "none":
-            run_checks = partial(_run_checks, model, images, labels, report, checks, device, progress)
-            report = report.model_copy(update={"checks": ranks.on_main(run_checks)})
+            from deat_rb.evaluation.checks.registry import run_checks
+
+            checking = partial(
+                run_checks, model, images, labels, report, level=checks, eps=main, norm=norm,
+                batch_size=report.batch_size, seed=seed, device=device, progress=hooks.checking,
+            )  # fmt: skip
+            report = report.model_copy(update={"checks": ranks.on_main(checking)})
         if finish is not None:
             ranks.on_main(partial(_finish, finish, report, store))
     return report
@@ -285,32 +289,6 @@ def check_options(*, precision: str, checks: str) -> None:
         raise DeatError(f"unknown evaluation precision '{precision}': {did_you_mean(str(precision), PRECISIONS)}")
     if str(checks) not in CHECK_LEVELS:
         raise DeatError(f"unknown level of checks '{checks}': {did_you_mean(str(checks), CHECK_LEVELS)}")
-
-
-def _run_checks(
-    model: nn.Module,
-    images: Tensor | LabeledImages,
-    labels: Tensor,
-    report: Report,
-    level: str,
-    device: torch.device | str | None,
-    progress: Progress | None,
-) -> tuple[Check, ...]:
-    from deat_rb.evaluation.checks.registry import run_checks
-
-    return run_checks(
-        model,
-        images,
-        labels,
-        report,
-        level=level,
-        eps=report.eps,
-        norm=report.norm,
-        batch_size=report.batch_size,
-        seed=report.seed,
-        device=device,
-        progress=getattr(progress, "checking", None),
-    )
 
 
 @contextmanager

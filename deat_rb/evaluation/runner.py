@@ -31,6 +31,34 @@ WITHIN_EVERY = 0.5
 """Seconds between progress updates within a batch."""
 
 
+class EvaluationCallback:
+    """Hooks of an evaluation, which do nothing by default.
+
+    Args:
+        on_batch: A function to call after each batch.
+    """
+
+    def __init__(self, on_batch: Progress | None = None) -> None:
+        self._on_batch = on_batch
+
+    def __call__(self, attack: str, done: int, total: int, robust: int) -> None:
+        """Run after a batch of an attack, of whose ``total`` examples ``done`` are attacked and ``robust`` correct.
+
+        For a named stage of an attack, such as ``autoattack/square``, ``robust`` is counted among all examples.
+        """
+        if self._on_batch is not None:
+            self._on_batch(attack, done, total, robust)
+
+    def within(self, attack: str, batch: int, batches: int, share: float) -> None:
+        """Run during batch ``batch`` of ``batches`` (1-based), when ``share`` of its forward passes is done."""
+
+    def checking(self, check: str, done: int, total: int) -> None:
+        """Run before a sanity check, when ``done`` of ``total`` are done."""
+
+    def say(self, sentence: str) -> None:
+        """Run before the attacks, for each sentence about what is resumed and what the evaluation costs."""
+
+
 @dataclass
 class AttackOutcome:
     """Verdicts and cost of an attack, summed over its batches.
@@ -103,7 +131,7 @@ class AttackRunner:
         store: Store of the results of batches.
         keep: Whether adversarial images are kept.
         dtype: Precision of the attacks; their images are classified in the model's own precision.
-        progress: Progress callback, see `deat_rb.evaluation.evaluate.evaluate`.
+        progress: The hooks for showing progress.
         sweeping: Whether to show eps in progress, because there are several.
         confirm: Whether to classify the adversarial images again, in float32, because the attacks run in lower
             precision.
@@ -116,7 +144,7 @@ class AttackRunner:
     store: ResumeStore
     keep: bool = False
     dtype: torch.dtype | None = None
-    progress: Progress | None = None
+    progress: EvaluationCallback = field(default_factory=EvaluationCallback)
     sweeping: bool = False
     confirm: bool = False
     ranks: World = field(default_factory=World)
@@ -276,7 +304,7 @@ def _add(batch: dict[str, Tensor], rows: Tensor, outcome: AttackOutcome, attack:
 class _Display:
     """Reporter of finished batches, and of progress within a batch, to the caller's progress object."""
 
-    def __init__(self, name: str, stage: AttackStage, batches: int, total: int, progress: Progress | None) -> None:
+    def __init__(self, name: str, stage: AttackStage, batches: int, total: int, progress: EvaluationCallback) -> None:
         self.name = name
         self.counts_all = bool(stage.name)
         self.calls = stage.calls
@@ -291,17 +319,14 @@ class _Display:
         With ``quietly``, as for batches loaded from the store, only the last batch is reported.
         """
         self.finished = torch.cat([self.finished, rows])
-        if self.progress is not None and (len(self.finished) == self.total or not quietly):
+        if len(self.finished) == self.total or not quietly:
             among = correct if self.counts_all else correct[self.finished]
             self.progress(self.name, len(self.finished), self.total, int(among.sum()))
 
     @contextmanager
     def within(self, number: int, model: CountingModel) -> Iterator[None]:
         """Count the forward passes within a batch and report the fraction done every `WITHIN_EVERY` seconds."""
-        update = getattr(self.progress, "within", None)
-        if update is None:
-            yield
-            return
+        update = self.progress.within
         first_call, last_update = model.calls, time.monotonic()
 
         def on_call() -> None:

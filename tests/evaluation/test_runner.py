@@ -20,6 +20,7 @@ from deat_rb.evaluation.evaluate import evaluate
 from deat_rb.evaluation.html_report import predictions_of
 from deat_rb.evaluation.plots import draw_sweep
 from deat_rb.evaluation.report import Check, CurvePoint, Report
+from deat_rb.evaluation.runner import EvaluationCallback
 from deat_rb.utils import seeding
 from deat_rb.utils.metering import Meter, Usage
 
@@ -151,14 +152,12 @@ def test_evaluate_checks_are_in_the_report(
     assert {key: asked[key] for key in given} == given
 
 
-class Watching:
+class Watching(EvaluationCallback):
     """A caller's progress that wants to know what goes on within a batch."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.shares: list[tuple[str, int, int, float]] = []
-
-    def __call__(self, attack: str, done: int, total: int, robust: int) -> None:
-        pass
 
     def within(self, attack: str, batch: int, batches: int, share: float) -> None:
         self.shares.append((attack, batch, batches, share))

@@ -10,6 +10,7 @@ from board_problems import SHARES, FakeEvaluation, claim, digits, make_checkpoin
 from short_autoattack import shorten
 
 from deat_rb.evaluation.report import Check
+from deat_rb.evaluation.runner import EvaluationCallback
 from deat_rb.leaderboard import measure
 from deat_rb.leaderboard.board import Board
 from deat_rb.utils.errors import DeatError, Interrupted
@@ -73,11 +74,12 @@ def test_submit_continues_an_interrupted_evaluation(
     run = make_run(tmp_path / "run", evaluated=False, eps=1e-6)
     said: list[str] = []
 
-    class Listener:
+    class Listener(EvaluationCallback):
         def __init__(self, stop_at: str) -> None:
+            super().__init__()
             self.stop_at = stop_at
 
-        def __call__(self, attack: str, done: int, total: int, correct: int) -> None:
+        def __call__(self, attack: str, done: int, total: int, robust: int) -> None:
             if attack == self.stop_at:
                 raise KeyboardInterrupt
 
