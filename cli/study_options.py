@@ -85,6 +85,8 @@ def work(
     from deat_rb.utils.text import counted
 
     gpus = tuple(filter(None, (options.gpus or "").split(",")))
+    if options.gpus is not None and not gpus:
+        raise DeatError(f"--gpus '{options.gpus}' names no GPU; give indices or UUIDs, such as 0,1")
     if options.slurm and gpus:
         raise DeatError("--slurm cannot be combined with --gpus: give --slurm-option gpus_per_node=1 instead")
     if options.slurm_options and not options.slurm:

@@ -195,6 +195,7 @@ def test_sweep_refuses(tmp_path: Path) -> None:
     for arguments, message in (
         (["--jobs", "0"], "--jobs 0 is below 1"),
         (["--jobs", "2", "--gpus", "0"], "are mutually exclusive"),
+        (["--gpus", ","], "--gpus ',' names no GPU; give indices or UUIDs, such as 0,1"),
         (["--only", "nothing"], "has no run named nothing"),
         (["--status", "--dry-run"], "--status and --dry-run are mutually exclusive: give only one"),
     ):
