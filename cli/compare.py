@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from deat_rb.utils.errors import DeatError
+
 if TYPE_CHECKING:
     from deat_rb.evaluation.report import Report
 
@@ -38,7 +40,6 @@ def compare(runs: tuple[str, ...], as_json: bool, by: str | None, form: str | No
     from rich.console import Console
 
     from deat_rb.evaluation.compare import compare
-    from deat_rb.utils.errors import DeatError
 
     if form is not None and (by is None or as_json):
         raise DeatError(f"--{form} is a format of --group-by's table: give --group-by method, and no --json")
@@ -61,7 +62,6 @@ def compare(runs: tuple[str, ...], as_json: bool, by: str | None, form: str | No
 def _load(run: str) -> list[tuple[str, Report]]:
     """Load the report of a run, a file or a run on the Hub, with its name."""
     from deat_rb.runs.hub_run import open_hub
-    from deat_rb.utils.errors import DeatError
     from deat_rb.utils.hub import is_hub
 
     if not is_hub(run):
@@ -94,7 +94,6 @@ def _print_groups(runs: tuple[str, ...], by: str, form: str | None) -> None:
 
     from deat_rb.reproduction.grouping import grouped_table
     from deat_rb.reproduction.tables import as_csv, as_json, as_latex, as_markdown, as_rich
-    from deat_rb.utils.errors import DeatError
     from deat_rb.utils.hub import is_hub
 
     for run in runs:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from deat_rb.utils.errors import DeatError, Interrupted
+
 from .network_options import description, import_from_current_folder, network_options
 from .options import attack_names, fraction_list, json_file, size, threads_option
 
@@ -130,7 +132,6 @@ def evaluate(
     from deat_rb.runs.trackers import trackers_of
     from deat_rb.utils.devices import resolve_device
     from deat_rb.utils.distributed import world
-    from deat_rb.utils.errors import DeatError
 
     chosen = parse_attacks((*attacks, "autoattack") if autoattack else attacks)
     norm = None if norm is None else check_norm(norm)
@@ -210,8 +211,6 @@ def evaluate(
 @contextmanager
 def _naming_finished(finished: Sequence[str]) -> Iterator[None]:
     """Add to the message about an interruption which of several networks need not be evaluated again."""
-    from deat_rb.utils.errors import Interrupted
-
     try:
         yield
     except Interrupted as interrupt:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from deat_rb.utils.errors import DeatError
 from deat_rb.utils.text import counted
 
 from .options import size, threads_option
@@ -22,8 +23,6 @@ def _inherit(context: click.Context) -> None:
         DeatError: The subcommand has no such option.
     """
     from click.core import ParameterSource
-
-    from deat_rb.utils.errors import DeatError
 
     name = str(context.invoked_subcommand)
     known = {each.name for each in leaderboard.commands[name].params}
@@ -129,7 +128,6 @@ def verify(
     from deat_rb.cli.evaluation_progress import EvaluationProgress
     from deat_rb.leaderboard.verify import verify as verify_board
     from deat_rb.utils.devices import resolve_device
-    from deat_rb.utils.errors import DeatError
 
     folders = {}
     for text in data_dirs:

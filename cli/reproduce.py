@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from deat_rb.utils.errors import DeatError
+
 from .network_options import import_from_current_folder
 from .options import seed_list
 from .study_options import WorkOptions, study_options, work
@@ -66,7 +68,6 @@ def reproduce(
     from deat_rb.reproduction.experiments import Setup, chosen_targets
     from deat_rb.reproduction.folder import StudyFolder
     from deat_rb.reproduction.reproduce import check_setup, record_targets, study_of
-    from deat_rb.utils.errors import DeatError
 
     if list_targets:
         _list(chosen_targets(targets) if targets else ())

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from deat_rb.utils.errors import DeatError, Interrupted
+from deat_rb.utils.text import counted
+
 if TYPE_CHECKING:
     from deat_rb.evaluation.runner import Progress
     from deat_rb.reproduction.estimate import Prediction
@@ -60,6 +63,33 @@ class WorkOptions:
     tables_only: bool
     dry_run: bool
 
+    def gpu_names(self) -> tuple[str, ...]:
+        """Return the indices or UUIDs of ``--gpus``.
+
+        Raises:
+            DeatError: There are none.
+        """
+        names = tuple(filter(None, (self.gpus or "").split(",")))
+        if self.gpus is not None and not names:
+            raise DeatError(f"--gpus '{self.gpus}' names no GPU; give indices or UUIDs, such as 0,1")
+        return names
+
+    def check_modes(self) -> None:
+        """Check that the options select one action.
+
+        Raises:
+            DeatError: Two of them exclude each other, or one needs another.
+        """
+        if self.slurm and self.gpus is not None:
+            raise DeatError("--slurm cannot be combined with --gpus: give --slurm-option gpus_per_node=1 instead")
+        if self.slurm_options and not self.slurm:
+            raise DeatError(f"--slurm-option {self.slurm_options[0]} needs --slurm")
+        modes = {"--status": self.status, "--print": self.print_commands, "--tables": self.tables_only,
+                 "--dry-run": self.dry_run, "--only": self.only is not None, "--slurm": self.slurm}  # fmt: skip
+        chosen = [flag for flag, given in modes.items() if given]
+        if len(chosen) > 1:
+            raise DeatError(f"{chosen[0]} and {chosen[1]} are mutually exclusive: give only one")
+
 
 def work(
     study: Study, folder: StudyFolder, options: WorkOptions, arguments: Sequence[str], write: Callable[[], None]
@@ -76,44 +106,49 @@ def work(
     Raises:
         DeatError: An option is invalid, or the folder cannot be used.
     """
-    import shlex
-
     from deat_rb.reproduction.planning import check_same_data
-    from deat_rb.reproduction.work import Worker
-    from deat_rb.reproduction.workers import check_gpus, environments
-    from deat_rb.utils.errors import DeatError
-    from deat_rb.utils.text import counted
+    from deat_rb.reproduction.workers import environments
 
-    gpus = tuple(filter(None, (options.gpus or "").split(",")))
-    if options.gpus is not None and not gpus:
-        raise DeatError(f"--gpus '{options.gpus}' names no GPU; give indices or UUIDs, such as 0,1")
-    if options.slurm and gpus:
-        raise DeatError("--slurm cannot be combined with --gpus: give --slurm-option gpus_per_node=1 instead")
-    if options.slurm_options and not options.slurm:
-        raise DeatError(f"--slurm-option {options.slurm_options[0]} needs --slurm")
-    modes = {"--status": options.status, "--print": options.print_commands, "--tables": options.tables_only,
-             "--dry-run": options.dry_run, "--only": options.only is not None, "--slurm": options.slurm}  # fmt: skip
-    chosen = [flag for flag, given in modes.items() if given]
-    if len(chosen) > 1:
-        raise DeatError(f"{chosen[0]} and {chosen[1]} are mutually exclusive: give only one")
+    gpus = options.gpu_names()
+    options.check_modes()
     workers = environments(options.jobs, gpus, options.per_gpu)
     check_same_data(folder, study.runs)
     if options.print_commands:
-        left = [run for run in study.runs if not folder.is_settled(run)]
-        for run in left:
-            click.echo(shlex.join(["deat-rb", *arguments, "--only", run.name]))
-        if not left:
-            click.echo(_nothing_left(study, folder), err=True)
-        return
-    if options.status:
+        _print_commands(study, folder, arguments)
+    elif options.status:
         print_status(study, folder)
-        return
-    if options.dry_run:
+    elif options.dry_run:
         print_estimate(study, folder, workers)
-        return
-    if options.tables_only:
+    elif options.tables_only:
         write()
-        return
+    else:
+        _train_and_evaluate(study, folder, options, gpus, workers, arguments, write)
+
+
+def _print_commands(study: Study, folder: StudyFolder, arguments: Sequence[str]) -> None:
+    """Print one command for each remaining run."""
+    import shlex
+
+    left = [run for run in study.runs if not folder.is_settled(run)]
+    for run in left:
+        click.echo(shlex.join(["deat-rb", *arguments, "--only", run.name]))
+    if not left:
+        click.echo(_nothing_left(study, folder), err=True)
+
+
+def _train_and_evaluate(
+    study: Study,
+    folder: StudyFolder,
+    options: WorkOptions,
+    gpus: Sequence[str],
+    workers: list[dict[str, str]],
+    arguments: Sequence[str],
+    write: Callable[[], None],
+) -> None:
+    """Train and evaluate the remaining runs here, by worker processes, or by jobs of a cluster."""
+    from deat_rb.reproduction.work import Worker
+    from deat_rb.reproduction.workers import check_gpus
+
     only = None if options.only is None else study.run(options.only)
     if gpus and only is None and (options.retry or not all(map(folder.is_settled, study.runs))):
         check_gpus(gpus)
@@ -150,8 +185,6 @@ def work(
 
 def _nothing_left(study: Study, folder: StudyFolder) -> str:
     """Return the sentence that all runs are done or have failed."""
-    from deat_rb.utils.text import counted
-
     statuses = [folder.status(run) for run in study.runs]
     failed = statuses.count("failed")
     text = f"nothing is left: {counted(statuses.count('done'), 'run')} done"
@@ -161,9 +194,6 @@ def _nothing_left(study: Study, folder: StudyFolder) -> str:
 @contextmanager
 def _telling_what_is_done(study: Study, folder: StudyFolder) -> Iterator[None]:
     """Let the message after Ctrl-C say how many runs are done, whichever step it interrupts."""
-    from deat_rb.utils.errors import Interrupted
-    from deat_rb.utils.text import counted
-
     try:
         yield
     except KeyboardInterrupt:

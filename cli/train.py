@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from deat_rb.runs.options import train_options
+from deat_rb.utils.errors import DeatError
 
 from .network_options import import_from_current_folder
 from .options import GroupedCommand, GroupedOption, config_options, seed_list
@@ -65,17 +66,14 @@ def train(
         print_result,
         print_seeds,
     )
-    from deat_rb.methods.registry import recipe
-    from deat_rb.models.names import canonical_arch, check_trust
     from deat_rb.runs.directory import check_free, check_name
-    from deat_rb.runs.options import make_options, read_options
+    from deat_rb.runs.options import make_options
     from deat_rb.runs.plan import plan
     from deat_rb.runs.resolution import default_name
     from deat_rb.runs.train import resume as resume_training
     from deat_rb.runs.train import train as run_training
     from deat_rb.runs.train import train_seeds
     from deat_rb.utils.distributed import is_main
-    from deat_rb.utils.errors import DeatError
 
     if name is not None:
         check_name(name)
@@ -102,38 +100,11 @@ def train(
         if is_main():
             print_result(run, history)
         return
-    recorded = read_options(config) if config is not None else {}
-    if "arch" not in explicit and "arch" in recorded:
-        check_trust(recorded["arch"], trust_code, source=str(config))
-    canonical: dict[str, Callable[[str], str]] = {"arch": canonical_arch, "method": lambda method: recipe(method)[0]}
-    # The defaults of others depend on these.
-    for option in ("method", "setting", "optimizer", "norm", "dataset", "arch", "pretrained"):
-        if option not in explicit or option not in recorded:
-            continue
-        both = explicit[option], recorded[option]
-        if len({*map(canonical.get(option, str), both)}) == 2:
-            given, held = f"--{option} {explicit[option]}", recorded[option]
-            if option == "pretrained":
-                given, held = "--pretrained", "a network without it"
-            raise DeatError(
-                f"{given} conflicts with --config, as {config} holds the options of {held}: omit --config and give "
-                "the options you want to keep"
-            )
+    recorded = _recorded(config, explicit, trust_code) if config is not None else {}
     if "arch" in explicit:
         import_from_current_folder(explicit["arch"])
     if budget is not None:
-        from deat_rb.reproduction.budget import choose, parse_budget
-
-        limit = parse_budget(budget)
-        if limit.unit == "seconds" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise DeatError(
-                f"--budget {budget} measures the time of a single rank; for several, give passes such as 40"
-            )
-        choice = choose(limit, explicit, notify=partial(click.echo, err=True))
-        explicit = choice.options
-        if is_main():
-            for reason in choice.reasons:
-                click.echo(f"{'budget':<10} {reason}")
+        explicit = _chosen(budget, explicit)
     options = make_options({**recorded, **explicit})
     if not (dry_run or seeds or "WORLD_SIZE" in os.environ):
         check_free(Path(output) / (name or default_name(options)))
@@ -154,3 +125,52 @@ def train(
         print_result(run, history)
     if seeds:
         print_seeds(results)
+
+
+def _recorded(config: Path, explicit: dict[str, Any], trust_code: bool) -> dict[str, Any]:
+    """Return the options of a run's config.json.
+
+    Raises:
+        DeatError: The file is damaged or names a network of its own that is not trusted, or a given option, on which
+            the defaults of others depend, is another one.
+    """
+    from deat_rb.methods.registry import recipe
+    from deat_rb.models.names import canonical_arch, check_trust
+    from deat_rb.runs.options import read_options
+
+    recorded = read_options(config)
+    if "arch" not in explicit and "arch" in recorded:
+        check_trust(recorded["arch"], trust_code, source=str(config))
+    canonical: dict[str, Callable[[str], str]] = {"arch": canonical_arch, "method": lambda method: recipe(method)[0]}
+    for option in ("method", "setting", "optimizer", "norm", "dataset", "arch", "pretrained"):
+        if option not in explicit or option not in recorded:
+            continue
+        both = explicit[option], recorded[option]
+        if len({*map(canonical.get(option, str), both)}) == 2:
+            given, held = f"--{option} {explicit[option]}", recorded[option]
+            if option == "pretrained":
+                given, held = "--pretrained", "a network without it"
+            raise DeatError(
+                f"{given} conflicts with --config, as {config} holds the options of {held}: omit --config and give "
+                "the options you want to keep"
+            )
+    return recorded
+
+
+def _chosen(budget: str, explicit: dict[str, Any]) -> dict[str, Any]:
+    """Return the options chosen for a budget, with the given ones, and print why.
+
+    Raises:
+        DeatError: The budget is invalid or too small.
+    """
+    from deat_rb.reproduction.budget import choose, parse_budget
+    from deat_rb.utils.distributed import is_main
+
+    limit = parse_budget(budget)
+    if limit.unit == "seconds" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise DeatError(f"--budget {budget} measures the time of a single rank; for several, give passes such as 40")
+    choice = choose(limit, explicit, notify=partial(click.echo, err=True))
+    if is_main():
+        for reason in choice.reasons:
+            click.echo(f"{'budget':<10} {reason}")
+    return choice.options

@@ -289,36 +289,21 @@ def plan(
         raise DeatError(
             f"--curve-test {resolved.output.curve_test} is more than the {len(data.test)} test images; give fewer"
         )
-    train_size, val_size, seed = resolved.data.train_size, resolved.data.val_size, resolved.optim.seed
-    if data.val is not None:
-        train, val = data.train, data.val if val_size is None else subset(data.val, val_size, seed, "--val-size")
-    else:
-        if val_size is None:
-            val_size = default_val_size(min(train_size or len(data.train), len(data.train)))
-        train, val = train_val_split(data.train, val_size, seed=seed)
-    if train_size is not None:
-        train = subset(train, train_size, seed)
+    train, val = _split(data, resolved.data, resolved.optim.seed)
     extra = None
     if resolved.data.extra_data is not None:
         extra = load_extra_data(resolved.data.extra_data, shape=train.shape, num_classes=len(data.classes),
                                 memory_limit=resolved.data.memory_limit)  # fmt: skip
         check_share(extra.images, train.shape, resolved.data.extra_fraction or 0.0, resolved.data.batch_size)
-    channels, size = train.shape[0], train.shape[-1]
-    mean, std, fingerprint = resolved.model.mean, resolved.model.std, ""
-    if mean is None and resolved.attack.setting == "fastat":
-        mean, std = (0.0,) * channels, (1.0,) * channels
-    if dry and data.known_fingerprint is None:  # not known without decoding all images
-        mean, std = mean or (0.0,) * channels, std or (1.0,) * channels
-    else:
-        mean, std, fingerprint = mean or data.mean, std or data.std, data.fingerprint
-    spec = model_spec(
-        resolved.model.arch, num_classes=len(data.classes), image_size=size, channels=channels, mean=mean, std=std
-    )
+    decoded = not dry or data.known_fingerprint is not None  # normalization and fingerprint take all images
+    mean, std = _normalization(data, resolved, decoded)
+    spec = model_spec(resolved.model.arch, num_classes=len(data.classes), image_size=train.shape[-1],
+                      channels=train.shape[0], mean=mean, std=std)  # fmt: skip
     facts = {
-        "image_size": size,
+        "image_size": train.shape[-1],
         "classes": data.classes,
         "network": spec,
-        "data_fingerprint": fingerprint,
+        "data_fingerprint": data.fingerprint if decoded else "",
         "extra_fingerprint": None if extra is None or dry else extra.fingerprint(),
         "init_sha256": None if weights is None else weights.sha256(),
         "train_images": len(train),
@@ -326,15 +311,11 @@ def plan(
         "versions": versions(),
     }
     config = validate(RunConfig, {**resolved.flat(), **facts})
-    if continues is not None and config.extra_fingerprint != continues.extra_fingerprint:
-        raise DeatError(f"the images of --extra-data {config.data.extra_data} differ from those of the run; restore "
-                        "them, or start a new run")  # fmt: skip
-    if continues is not None and weights is not None and continues.init_sha256 not in (None, config.init_sha256):
-        raise DeatError(f"the initial weights of {weights.source} differ from those of the run; restore them, or start "
-                        "a new run")  # fmt: skip
+    if continues is not None:
+        _check_files(continues, config, weights)
     check_batches(len(train), config, ranks.size)
     with seeding.preserved():
-        seeding.seed_global(seed, "weights")
+        seeding.seed_global(config.optim.seed, "weights")
         model = spec.build()
     notes: tuple[str, ...] = ()
     if weights is not None:
@@ -343,16 +324,9 @@ def plan(
         notes, spec = weights.load_into(model, spec, is_given=is_given)
         config = config.but(network=spec)
     frozen = None if config.model.freeze is None else freeze_parameters(model, config.model.freeze)
-    weights_by_class = None
-    if config.attack.class_weights == "balanced":
-        counts = torch.bincount(train.labels, minlength=len(data.classes))
-        if extra is not None:
-            added = torch.bincount(extra.images.labels, minlength=len(data.classes))
-            share = int(config.data.batch_size * (config.data.extra_fraction or 0)) / config.data.batch_size
-            counts = (1 - share) * counts / counts.sum() + share * added / added.sum()
-        weights_by_class = balanced_weights(counts)
+    class_weights = _class_weights(config, train, extra) if config.attack.class_weights == "balanced" else None
     trainer = create(
-        config.attack.method, model, eps=config.attack.eps, class_weights=weights_by_class, **config.method_options()
+        config.attack.method, model, eps=config.attack.eps, class_weights=class_weights, **config.method_options()
     )
     trainer.check_attack(train.first(min(8, len(train))).tensors()[0])
     return TrainingPlan(config, data, train, val, trainer, ranks.size, notes, extra, frozen)
@@ -382,6 +356,49 @@ def _load(options: DataConfig, ranks: World, dry: bool, progress: Progress | Non
             progress=progress,
         )
     )
+
+
+def _split(data: Dataset, options: DataConfig, seed: int) -> tuple[LabeledImages, LabeledImages]:
+    """Return the training and the validation images: the dataset's own ones, or some of the training images."""
+    if data.val is not None:
+        train = data.train
+        val = data.val if options.val_size is None else subset(data.val, options.val_size, seed, "--val-size")
+    else:
+        val_size = options.val_size
+        if val_size is None:
+            val_size = default_val_size(min(options.train_size or len(data.train), len(data.train)))
+        train, val = train_val_split(data.train, val_size, seed=seed)
+    return train if options.train_size is None else subset(train, options.train_size, seed), val
+
+
+def _normalization(data: Dataset, options: TrainOptions, decoded: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel: the given ones, those of the images, or 0 and 1."""
+    channels = data.train.shape[0]
+    none = (0.0,) * channels, (1.0,) * channels
+    mean, std = options.model.mean, options.model.std
+    if mean is None and options.attack.setting == "fastat":
+        mean, std = none
+    return (mean or data.mean, std or data.std) if decoded else (mean or none[0], std or none[1])
+
+
+def _check_files(continues: RunConfig, config: RunConfig, weights: InitialWeights | None) -> None:
+    """Check that a run continues with the extra images and the initial weights that it began with."""
+    if config.extra_fingerprint != continues.extra_fingerprint:
+        raise DeatError(f"the images of --extra-data {config.data.extra_data} differ from those of the run; restore "
+                        "them, or start a new run")  # fmt: skip
+    if weights is not None and continues.init_sha256 not in (None, config.init_sha256):
+        raise DeatError(f"the initial weights of {weights.source} differ from those of the run; restore them, or start "
+                        "a new run")  # fmt: skip
+
+
+def _class_weights(config: RunConfig, train: LabeledImages, extra: ExtraData | None) -> torch.Tensor:
+    """Return weights of the classes by their shares of the images that a batch has."""
+    counts = torch.bincount(train.labels, minlength=len(config.classes))
+    if extra is not None:
+        added = torch.bincount(extra.images.labels, minlength=len(config.classes))
+        share = int(config.data.batch_size * (config.data.extra_fraction or 0)) / config.data.batch_size
+        counts = (1 - share) * counts / counts.sum() + share * added / added.sum()
+    return balanced_weights(counts)
 
 
 def _gigabytes(size: int) -> str:
