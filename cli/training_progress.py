@@ -214,7 +214,7 @@ def print_estimate(planned: TrainingPlan, seeds: Sequence[int] = ()) -> None:
 
 def print_seeds(results: Sequence[tuple[RunDirectory, History]]) -> None:
     """Print mean and standard deviation over the runs of several seeds."""
-    from deat_rb.runs.train import mean_and_std
+    from deat_rb.evaluation.statistics import mean_and_deviation
 
     selected = [_selected(history) for _, history in results]
     columns = {
@@ -227,8 +227,8 @@ def print_seeds(results: Sequence[tuple[RunDirectory, History]]) -> None:
     print(f"{counted(len(results), 'seed')}, mean and standard deviation:")
     for name, values in columns.items():
         if values:
-            mean, std = mean_and_std(values)
-            print(f"  {name:<22} {mean:,.2f} ± {std:,.2f}")
+            mean, deviation = mean_and_deviation(values)
+            print(f"  {name:<22} {mean:,.2f} ± {deviation or 0:,.2f}")
     runs = [run for run, _ in results]
     words = [*(str(run.path) for run in runs), *trust_flag(runs[0].config.model.arch)]
     print(f"next       deat-rb eval {shlex.join(words)}")

@@ -1,6 +1,14 @@
-"""Wilson's interval and McNemar's test; scipy is imported on first use because importing it takes seconds."""
+"""Mean and deviation, Wilson's interval and McNemar's test; scipy is imported on first use because that takes long."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean, stdev
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean and the sample standard deviation of one or more values; None instead of that of a single one."""
+    return fmean(values), stdev(values) if len(values) > 1 else None
 
 
 def wilson(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import compress
-from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from deat_rb.evaluation.report import Report
+from deat_rb.evaluation.statistics import mean_and_deviation
 from deat_rb.utils.text import new_table
 from deat_rb.utils.units import format_fraction
 
@@ -110,4 +110,5 @@ def _settings(report: Report) -> tuple[str, str, str, str]:
 
 
 def _mean(values: Sequence[float], separator: str) -> str:
-    return f"{fmean(values):.2f}" + (f"{separator}± {stdev(values):.2f}" if len(values) > 1 else "")
+    mean, deviation = mean_and_deviation(values)
+    return f"{mean:.2f}" + ("" if deviation is None else f"{separator}± {deviation:.2f}")

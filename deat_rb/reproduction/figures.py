@@ -6,10 +6,11 @@ import io
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from deat_rb.evaluation.plots import BLUE, COLOURS, GREY, MARKERS, ORANGE
+from deat_rb.evaluation.statistics import mean_and_deviation
 from deat_rb.reproduction.experiments import FigureKind
 from deat_rb.training.metrics import EpochStats
 from deat_rb.utils.text import replace_invisible
@@ -149,8 +150,8 @@ def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[f
     """Return mean x, mean y and the deviation of y of each epoch that all curves have."""
     points = []
     for step in zip(*curves, strict=False):
-        y = [each[1] for each in step]
-        points.append((fmean(each[0] for each in step), fmean(y), stdev(y) if len(y) > 1 else 0.0))
+        mean, deviation = mean_and_deviation([each[1] for each in step])
+        points.append((fmean(each[0] for each in step), mean, deviation or 0.0))
     return points
 
 
@@ -184,21 +185,17 @@ def _trade_off(axes: Axes, runs: Mapping[str, Sequence[Drawn]]) -> None:
     for number, gamma in enumerate(gammas):
         points = []
         for members in (each for each in rows if each[0].gamma == gamma):
-            passes = [sum(row.backwards for row in run.rows) for run in members]
-            errors = [100 - run.pgd20 for run in members if run.pgd20 is not None]
-            points.append((fmean(passes), fmean(errors), _spread(passes), _spread(errors), members[0].alpha))
-        x, y, dx, dy, alphas = zip(*points, strict=True)
+            passes, dx = mean_and_deviation([sum(row.backwards for row in run.rows) for run in members])
+            error, dy = mean_and_deviation([100 - run.pgd20 for run in members if run.pgd20 is not None])
+            points.append((passes, error, dx or 0.0, dy or 0.0, members[0].alpha))
+        x, y, x_deviations, y_deviations, alphas = zip(*points, strict=True)
         color, marker = (BLUE, ORANGE, GREY)[number % 3], MARKERS[number % len(MARKERS)]
-        axes.errorbar(x, y, xerr=dx, yerr=dy, fmt=marker, color=color, label=f"gamma {gamma:g}", capsize=2,
-                      markersize=5, linewidth=1)  # fmt: skip
+        axes.errorbar(x, y, xerr=x_deviations, yerr=y_deviations, fmt=marker, color=color, label=f"gamma {gamma:g}",
+                      capsize=2, markersize=5, linewidth=1)  # fmt: skip
         for place, other, alpha in zip(x, y, alphas, strict=True):
             axes.annotate(alpha, (place, other), xytext=(4, 4), textcoords="offset points", fontsize="x-small")
     axes.set(xlabel="backward passes", ylabel="PGD-20 error, %")
     _finish(axes)
-
-
-def _spread(values: Sequence[float]) -> float:
-    return stdev(values) if len(values) > 1 else 0.0
 
 
 def _whole_epochs(axes: Axes) -> None:

@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
 
 from deat_rb.evaluation.report import Report, page_file
+from deat_rb.evaluation.statistics import mean_and_deviation
 from deat_rb.reproduction.folder import StudyFolder
 from deat_rb.reproduction.planning import begun_runs, check_not_extended, check_one_dataset
 from deat_rb.reproduction.provenance import eval_command, train_command
@@ -119,17 +119,12 @@ class Mean:
     deviation: float | None
     count: int
 
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Mean:
-        """Return the mean of one or more values."""
-        return cls(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
-
 
 def mean_of(results: Sequence[RunResult], column: str) -> Mean | None:
     """Return the mean of a column over runs; None if there are none or one lacks the column."""
     if not results or any(column not in each.values for each in results):
         return None
-    return Mean.of([each.values[column] for each in results])
+    return Mean(*mean_and_deviation([each.values[column] for each in results]), len(results))
 
 
 def by_label(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import shutil
-import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -271,8 +270,3 @@ def train_seeds(
             gc.collect()
         results.append(train(plans.pop(0), output=output, name=each, callbacks=callbacks))
     return results
-
-
-def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and the sample standard deviation (0 for a single value), as in the paper's Tables 6 and 7."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0

@@ -1,10 +1,15 @@
-"""Wilson's interval against published values, McNemar's test by hand."""
+"""Mean and deviation and McNemar's test by hand, Wilson's interval against published values."""
 
 from __future__ import annotations
 
 import pytest
 
-from deat_rb.evaluation.statistics import mcnemar, wilson
+from deat_rb.evaluation.statistics import mcnemar, mean_and_deviation, wilson
+
+
+def test_mean_and_deviation_by_hand() -> None:
+    assert mean_and_deviation([1, 2, 6]) == pytest.approx((3, 7**0.5))  # (4 + 1 + 9) / 2
+    assert mean_and_deviation([4.5]) == (4.5, None)
 
 
 @pytest.mark.parametrize(
