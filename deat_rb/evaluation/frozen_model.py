@@ -180,8 +180,13 @@ def prepared_for_eval(
 def _check_examples(images: Tensor | LabeledImages, labels: Tensor, num_classes: int | None = None) -> None:
     if isinstance(images, LabeledImages):
         _check_labels(labels, len(images), num_classes)  # decoded images are in [0, 1]
-    else:
-        check_batch(images, labels, num_classes)
+        return
+    check_batch(images, labels, num_classes)
+    if images.dtype in (torch.float16, torch.bfloat16):
+        raise DeatError(
+            f"the images are {images.dtype}, in which a perturbation of eps is rounded to more than eps: give float32 "
+            "images to a float32 model (precision='bf16' runs the attacks in bfloat16)"
+        )
 
 
 def select_images(images: Tensor | LabeledImages, rows: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from deat_rb.training.callbacks import Callback
 from deat_rb.training.metrics import EpochStats
 from deat_rb.training.stopping_rule import Stop, StoppingRule
+from deat_rb.utils.errors import DeatError
 from deat_rb.utils.text import counted
 
 
@@ -21,12 +22,22 @@ class EarlyStopping(Callback):
         self.enabled = enabled
 
     def on_validation_end(self, row: EpochStats) -> None:
-        """Update the rule, and record and carry out its decision."""
+        """Update the rule, and record and carry out its decision.
+
+        Raises:
+            DeatError: The rule keeps an epoch whose weights are no longer there.
+        """
         stop = self.rule.update(row)
         if stop is None:
             return
         row.stopped = stop.reason
         if self.enabled:
+            lookback = self.rule.lookback
+            if not max(0, row.epoch - lookback) < stop.keep <= row.epoch:
+                raise DeatError(
+                    f"the stopping rule {type(self.rule).__name__} keeps epoch {stop.keep} in epoch {row.epoch}, but "
+                    f"only the weights of the last {counted(lookback, 'epoch')} are there; raise its lookback"
+                )
             self.state.stop, self.state.history.stopped = stop, stop.reason
 
 

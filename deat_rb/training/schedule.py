@@ -14,6 +14,9 @@ from deat_rb.utils.units import is_whole_number
 class Schedule:
     """Number of attack steps per epoch; the base class keeps it constant.
 
+    What `update` remembers from epoch to epoch, other than ``steps``, belongs into `state_dict` and `load_state_dict`:
+    a run that is resumed and a second `fit` restore nothing else.
+
     Args:
         steps: Attack steps in the first epoch.
         max_steps: Upper bound; None for no bound.

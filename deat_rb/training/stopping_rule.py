@@ -25,6 +25,9 @@ class Stop:
 class StoppingRule:
     """Base class of rules that decide after each epoch whether to end training; the base class never does.
 
+    What `update` remembers from epoch to epoch belongs into `state_dict` and `load_state_dict`: a run that is resumed
+    and a second `fit` restore nothing else.
+
     Attributes:
         lookback: Number of newest epochs whose weights are kept; `Stop.keep` must be one of them.
         validation_steps: Steps of the PGD attack that measures ``stop_robust_acc`` on a fixed batch after each epoch; 0

@@ -8,6 +8,7 @@ from small_problems import Plane, batch_for, plane_images, small_network
 from torch import Tensor, nn
 
 from deat_rb.evaluation.evaluate import evaluate
+from deat_rb.utils.errors import DeatError
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +88,13 @@ def test_evaluate_clamps_pixels_that_are_outside_by_rounding() -> None:
     assert adversarial.min() >= 0
     assert adversarial.max() <= 1
     assert torch.equal(outside, given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_evaluate_refuses_images_of_half_precision(
+    dtype: torch.dtype, network: nn.Sequential, batch: tuple[Tensor, Tensor]
+) -> None:
+    """Half a unit of the last place below 1 is 2e-4 in float16 and 2e-3 in bfloat16, more than the ball's tolerance."""
+    images, labels = batch
+    with pytest.raises(DeatError, match=rf"the images are {dtype}, in which a perturbation .* give float32 images"):
+        evaluate(network, images.to(dtype), labels, attacks=("fgsm",))

@@ -16,7 +16,7 @@ import deat_rb.methods
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.training.callbacks import Callback
 from deat_rb.training.metrics import EpochAccumulator, EpochStats
-from deat_rb.training.stopping_rule import Stop
+from deat_rb.training.stopping_rule import Stop, StoppingRule
 from deat_rb.training.validation import Validation
 from deat_rb.utils.errors import DeatError, Interrupted
 from deat_rb.utils.safe_load import load_tensors
@@ -43,6 +43,20 @@ def test_early_stopping_disabled_only_records_the_reason() -> None:
     assert (len(stopped.rows), stopped.stopped, stopped.selected) == (2, "because", 1)
     assert (len(recorded.rows), recorded.stopped, recorded.selected) == (4, None, 4)
     assert [row.stopped for row in recorded.rows] == [None, "because", None, None]
+
+
+@pytest.mark.parametrize(("keep", "lookback"), [(1, 2), (4, 2), (0, 9)])
+def test_fit_refuses_a_rule_that_keeps_weights_that_are_gone(keep: int, lookback: int) -> None:
+    class Late(StoppingRule):
+        def update(self, stats: EpochStats) -> Stop | None:
+            return Stop("because", keep=keep) if stats.epoch == 3 else None
+
+    rule = Late()
+    rule.lookback = lookback
+    trainer = deat_rb.AttackTrainer(deat_rb.PGD(made(), steps=1), stopping=rule)
+    said = rf"Late keeps epoch {keep} in epoch 3, but only the weights of the last {lookback} epochs are there"
+    with pytest.raises(DeatError, match=said):
+        trainer.fit(loader(2), epochs=4)
 
 
 @pytest.mark.parametrize(
