@@ -15,7 +15,7 @@ from deat_rb.attacks.threat_models import DEFAULT_EPS, L2, Linf, check_norm, thr
 from deat_rb.utils import seeding
 from deat_rb.utils.devices import full_float32
 from deat_rb.utils.errors import DeatError, did_you_mean
-from deat_rb.utils.units import check_eps, is_whole_number, parse_scalar
+from deat_rb.utils.units import check_eps, check_weight, is_whole_number, parse_scalar
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 
@@ -95,8 +95,7 @@ class PGD(StatelessAttack):
             raise DeatError(
                 f"tau = {tau} is not a non-negative whole number; it limits the steps after a misclassification"
             )
-        if not (isinstance(omega, int | float) and math.isfinite(omega) and omega >= 0):
-            raise DeatError(f"omega = {omega} is not a finite, non-negative number; FAT uses 0.001")
+        check_weight("omega", omega, "FAT uses 0.001")
         self.alpha = alpha
         self.steps = int(steps)
         self.loss = loss

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from types import MappingProxyType
 from typing import Any
 
@@ -13,10 +12,11 @@ from torch.nn import functional as F
 from deat_rb.attacks.base import CraftStats
 from deat_rb.attacks.losses import cross_entropy
 from deat_rb.attacks.pgd import PGD, Overflows
-from deat_rb.methods.trainers import AttackTrainer
+from deat_rb.methods.trainers import AttackTrainer, check_plain
 from deat_rb.training.engine import Engine
 from deat_rb.training.surrogate_loss import SurrogateLoss
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.units import check_weight
 
 
 class GradAlignTrainer(AttackTrainer):
@@ -41,10 +41,8 @@ class GradAlignTrainer(AttackTrainer):
     not_compilable = "needs second derivatives, which torch.compile lacks"
 
     def __init__(self, attack: PGD, *, loss: str | SurrogateLoss = "ce", align: float = 0.2, **options: Any) -> None:
-        if not isinstance(attack, PGD) or attack.loss != "ce" or attack.tau is not None:
-            raise DeatError("gradient alignment needs a deat_rb.PGD on cross-entropy without tau")
-        if not (math.isfinite(align) and align >= 0):
-            raise DeatError(f"align = {align:g} is not a finite, non-negative number; the paper uses 0.2 at eps 8/255")
+        check_plain(attack, type(self).__name__)
+        check_weight("align", align, "the paper uses 0.2 at eps 8/255")
         super().__init__(attack, loss=loss, **options)
         self.align = align
 

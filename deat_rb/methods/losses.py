@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,6 +15,7 @@ from deat_rb.attacks.losses import at_least_float32, cross_entropy, kl_divergenc
 from deat_rb.training.surrogate_loss import ClassWeights, SurrogateLoss, WeightedLoss
 from deat_rb.utils import seeding
 from deat_rb.utils.errors import DeatError, did_you_mean
+from deat_rb.utils.units import check_weight
 
 
 def boosted_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -128,8 +128,7 @@ def surrogate(name: str | SurrogateLoss, *, beta: float = 6.0, label_smoothing: 
         )
     if isinstance(name, SurrogateLoss):
         return name
-    if not (math.isfinite(beta) and beta >= 0):
-        raise DeatError(f"beta = {beta:g} is not a finite, non-negative number; TRADES and MART use 6")
+    check_weight("beta", beta, "TRADES and MART use 6")
     if name == "ce":
         function = partial(cross_entropy, **smoothed) if smoothed else cross_entropy
         return SurrogateLoss("ce", function, soft_labels=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from types import MappingProxyType
@@ -14,16 +13,16 @@ from torch.optim import Optimizer
 
 from deat_rb.attacks.losses import at_least_float32
 from deat_rb.attacks.pgd import PGD, Overflows, times
-from deat_rb.methods.losses import surrogate
+from deat_rb.methods.trainers import SharedPassTrainer
 from deat_rb.training.costs import Costs
 from deat_rb.training.engine import Engine
 from deat_rb.training.metrics import BatchStats
 from deat_rb.training.surrogate_loss import SurrogateLoss
-from deat_rb.training.trainer import Trainer
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.units import check_weight
 
 
-class SharedForwardTrainer(Trainer):
+class SharedForwardTrainer(SharedPassTrainer):
     """Attack with one step and penalize the change of the prediction that it causes.
 
     The forward pass at the start of the step serves both the attack and the penalty, so that a batch takes two forward
@@ -31,12 +30,13 @@ class SharedForwardTrainer(Trainer):
     through both forward passes.
 
     Args:
-        attack: A `PGD` on cross-entropy with one step, without tau and omega, in train mode.
+        attack: An attack with one step, in train mode.
         loss: The surrogate loss.
         consistency: Weight of the penalty.
-        options: As for `Trainer`.
+        options: As for `SharedPassTrainer`.
     """
 
+    shares_passes = False  # the update has passes of its own
     refused = MappingProxyType(
         dict.fromkeys(("attack_mode", "awp", "awp_warmup"), "attack and loss share a forward pass, in train mode")
     )
@@ -48,19 +48,14 @@ class SharedForwardTrainer(Trainer):
         self, attack: PGD, *, loss: str | SurrogateLoss = "ce", consistency: float = 10.0, **options: Any
     ) -> None:
         name = type(self).__name__
-        if not isinstance(attack, PGD) or attack.loss != "ce" or attack.tau is not None or attack.omega:
-            raise DeatError(f"{name} needs a deat_rb.PGD on cross-entropy without tau and omega")
+        check_weight("consistency", consistency)
+        super().__init__(attack, loss=loss, **options)
         if attack.norm != "Linf":
             raise DeatError(f"{name} is defined for Linf only, not for {attack.norm}")
         if not attack.in_train_mode:
             raise DeatError(f"{name} uses one forward pass for attack and update, so it cannot attack in eval mode")
-        if not (math.isfinite(consistency) and consistency >= 0):
-            raise DeatError(f"consistency = {consistency:g} is not a finite, non-negative number")
-        super().__init__(attack, loss=surrogate(loss), **options)
         if self.schedule.step_bounds(2) != [(1, 1), (1, 1)]:
             raise DeatError(f"{name} takes one step per batch in every epoch: use deat_rb.training.Constant(1)")
-        if self.loss.needs_clean:
-            raise DeatError(f"{name} cannot use the loss {self.loss.name}, which needs the clean images' logits")
         self.consistency = consistency
 
     @abstractmethod
@@ -88,10 +83,6 @@ class SharedForwardTrainer(Trainer):
     def extra_passes(self, sizes: Sequence[int], num_classes: int) -> float:
         """Return the passes of an epoch that `start` takes, in mini-batches; arguments as for `costs`."""
         return 0
-
-    def reads_statistics(self) -> bool:
-        """Return False: both forward passes are in train mode."""
-        return False
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """Generate adversarial examples from a `fresh_start`, without updating the weights."""

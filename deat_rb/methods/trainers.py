@@ -1,6 +1,7 @@
 """`AttackTrainer` (attack, then update) and `ReplayTrainer` (both from one backward pass).
 
-Trainers of methods with steps of another kind, such as YOPO, are in modules of their own.
+Trainers of methods with steps of another kind, such as YOPO, are in modules of their own; those whose passes serve both
+attack and update are `SharedPassTrainer`.
 
 A trainer is a `torchattacks.attack.Attack`: calling it generates adversarial examples with the current epoch's attack,
 without updating the model.
@@ -225,27 +226,53 @@ class AttackTrainer(Trainer):
             self._averages = state["averages"]
 
 
-SHARED_PASSES = MappingProxyType(
-    dict.fromkeys(("attack_mode", "awp", "awp_warmup"), "each of its passes serves both attack and update")
-)
+def check_plain(attack: Attack, trainer: str) -> None:
+    """Refuse an attack other than a `PGD` on cross-entropy without tau and omega, for a trainer that needs that."""
+    if not isinstance(attack, PGD) or attack.loss != "ce" or attack.tau is not None or attack.omega:
+        raise DeatError(f"{trainer} needs a deat_rb.PGD on cross-entropy without tau and omega")
 
 
-class ReplayTrainer(Trainer):
+class SharedPassTrainer(Trainer):
+    """A method that takes the steps of the attack itself, because its passes serve both the attack and the update.
+
+    Args:
+        attack: A `PGD` on cross-entropy without tau and omega, whose start, eps and alpha are used.
+        loss: The surrogate loss, which the attack maximizes, too; one that needs no logits of the clean images.
+        options: As for `Trainer`.
+    """
+
+    shares_passes = True
+    refused = MappingProxyType(
+        dict.fromkeys(("attack_mode", "awp", "awp_warmup"), "each of its passes serves both attack and update")
+    )
+
+    def __init__(self, attack: PGD, *, loss: str | SurrogateLoss = "ce", **options: Any) -> None:
+        name = type(self).__name__
+        check_plain(attack, name)
+        super().__init__(attack, loss=surrogate(loss), **options)
+        if self.loss.needs_clean:
+            raise DeatError(f"{name} cannot use the loss {self.loss.name}, which needs the clean images' logits")
+
+    def reads_statistics(self) -> bool:
+        """Return False: all passes are in train mode."""
+        return False
+
+
+class ReplayTrainer(SharedPassTrainer):
     """Attack and update from one backward pass: FREE, DEAT and M-DEAT (Algorithm 1, lines 4-10; Algorithm 3).
 
     Args:
-        attack: A `PGD` on cross-entropy, whose start, eps and alpha the replays use.
+        attack: The attack.
+        loss: The surrogate loss.
         carry: Whether the perturbation is carried from batch to batch, starting at zero (FREE, Shafahi et al. 2019),
             instead of being initialized by the attack in every batch. As in fast_adversarial's code it is clipped to
             the bounds of the images that it was computed for, not of the next ones.
         lr_per_replay: Whether the learning rate is updated with each replay, as in FREE's public code, instead of once
             per batch.
-        options: As for `Trainer`.
+        options: As for `SharedPassTrainer`.
     """
 
     fewest_steps = 1
-    refused = SHARED_PASSES
-    shares_passes = True
     takes_soft_labels = True
 
     def __init__(
@@ -257,16 +284,7 @@ class ReplayTrainer(Trainer):
         lr_per_replay: bool = False,
         **options: Any,
     ) -> None:
-        if not isinstance(attack, PGD) or attack.loss != "ce" or attack.tau is not None:
-            raise DeatError(
-                "a replay trainer needs a deat_rb.PGD on cross-entropy without tau: the attack and the update share "
-                "one gradient"
-            )
-        super().__init__(attack, loss=surrogate(loss), **options)
-        if self.loss.needs_clean:
-            raise DeatError(
-                f"the loss {self.loss.name} needs two forward passes, but a replay runs only one: use AttackTrainer"
-            )
+        super().__init__(attack, loss=loss, **options)
         self.carry = carry
         self.lr_per_replay = lr_per_replay
         self._carried: Tensor | None = None
@@ -335,10 +353,6 @@ class ReplayTrainer(Trainer):
             image_size=images[0].numel(),
             overflows=overflows,
         )
-
-    def reads_statistics(self) -> bool:
-        """Return False: all replays are in train mode."""
-        return False
 
     def _carry_over(self, delta: Tensor) -> None:
         """Store the global batch's perturbation, in place if it fits; a short batch replaces only the first rows."""

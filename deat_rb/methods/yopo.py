@@ -11,19 +11,17 @@ from torch.optim import Optimizer
 
 from deat_rb.attacks.losses import at_least_float32, main_class
 from deat_rb.attacks.pgd import PGD
-from deat_rb.methods.losses import surrogate
-from deat_rb.methods.trainers import SHARED_PASSES
+from deat_rb.methods.trainers import SharedPassTrainer
 from deat_rb.models.first_layer import find_first_layer, output_gradients, output_of
 from deat_rb.training.costs import Costs
 from deat_rb.training.engine import Engine
 from deat_rb.training.metrics import BatchStats
 from deat_rb.training.surrogate_loss import SurrogateLoss
-from deat_rb.training.trainer import Trainer
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.units import is_whole_number
 
 
-class YopoTrainer(Trainer):
+class YopoTrainer(SharedPassTrainer):
     """YOPO-m-n: m full passes per batch, each followed by n steps of the attack through the first layer.
 
     A full pass gives the gradients of the weights, which are summed over the m passes, and the gradient p of the first
@@ -32,29 +30,23 @@ class YopoTrainer(Trainer):
     first layer's weights, and the optimizer takes one step along the sum.
 
     Args:
-        attack: A `PGD` on cross-entropy, whose start, eps and alpha are used; its steps are m.
-        loss: The surrogate loss; the attack ascends it, too.
+        attack: The attack; its steps are m.
+        loss: The surrogate loss.
         inner: n.
-        options: As for `Trainer`.
+        options: As for `SharedPassTrainer`.
 
     Raises:
         DeatError: The attack or the loss cannot be used, or m or n is below 1.
     """
 
     fewest_steps = 1
-    refused = SHARED_PASSES
-    shares_passes = True
     takes_soft_labels = True
     not_compilable = "needs the gradient of the first layer's output, which torch.compile hides"
 
     def __init__(self, attack: PGD, *, loss: str | SurrogateLoss = "ce", inner: int = 3, **options: Any) -> None:
-        if not isinstance(attack, PGD) or attack.loss != "ce" or attack.tau is not None:
-            raise DeatError("YOPO needs a deat_rb.PGD on cross-entropy without tau")
         if not is_whole_number(inner) or inner < 1:
             raise DeatError(f"inner = {inner} is not a positive whole number of steps; YOPO-5-3 has 3")
-        super().__init__(attack, loss=surrogate(loss), **options)
-        if self.loss.needs_clean:
-            raise DeatError(f"the loss {self.loss.name} needs the clean images, which YOPO does not pass: use ce")
+        super().__init__(attack, loss=loss, **options)
         self.inner = int(inner)
         self._first_layer: str | None = None
 
@@ -72,10 +64,6 @@ class YopoTrainer(Trainer):
             DeatError: There is none that could be separated from the others.
         """
         self._first_layer = find_first_layer(self.model, images[:2])
-
-    def reads_statistics(self) -> bool:
-        """Return False: all passes are in train mode."""
-        return False
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """Generate adversarial examples with the steps of a training step, without updating the weights."""

@@ -45,6 +45,16 @@ def parse_scalar(value: Any) -> float:
     return parse_fraction(value)
 
 
+def check_weight(name: str, value: Any, usual: str = "") -> None:
+    """Check that the value of the parameter ``name`` is a finite number of at least 0; ``usual`` is a hint.
+
+    Raises:
+        DeatError: It is not.
+    """
+    if not (isinstance(value, Real) and math.isfinite(value) and float(value) >= 0):
+        raise DeatError(f"{name} = {value} is not a finite, non-negative number{'; ' * bool(usual)}{usual}")
+
+
 def is_whole_number(value: object) -> bool:
     """Return whether a value is a Python or NumPy integer; a bool is not."""
     return isinstance(value, Integral) and not isinstance(value, bool)

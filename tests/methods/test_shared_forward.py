@@ -33,7 +33,7 @@ EPS = 8 / 255
         ({"awp": 0.005}, "cannot use awp: attack and loss share a forward pass, in train mode"),
         ({"attack_mode": "eval"}, "cannot use attack_mode: attack and loss share a forward pass, in train mode"),
         ({"steps": 2}, "steps = 2 is above 1; .* takes at most 1 step"),
-        ({"consistency": -1.0}, "consistency = -1 is not a finite, non-negative number"),
+        ({"consistency": -1.0}, "consistency = -1.0 is not a finite, non-negative number"),
         ({"label_smoothing": 1.0}, r"label_smoothing = 1 is not in \[0, 1\)"),
     ],
 )

@@ -114,9 +114,9 @@ def test_the_learning_rate_counts_the_sum_of_the_full_passes() -> None:
     ("options", "message"),
     [
         ({"inner": 0}, "inner = 0 is not a positive whole number of steps; YOPO-5-3 has 3"),
-        ({"loss": "trades"}, "the loss trades needs the clean images, which YOPO does not pass: use ce"),
-        ({"attack": {"loss": "kl"}}, "YOPO needs a deat_rb.PGD on cross-entropy without tau"),
-        ({"attack": {"tau": 3}}, "YOPO needs a deat_rb.PGD on cross-entropy without tau"),
+        ({"loss": "trades"}, "cannot use the loss trades, which needs the clean images' logits"),
+        ({"attack": {"loss": "kl"}}, "YopoTrainer needs a deat_rb.PGD on cross-entropy without tau and omega"),
+        ({"attack": {"tau": 3}}, "YopoTrainer needs a deat_rb.PGD on cross-entropy without tau and omega"),
         ({"attack": {"steps": 0}}, "steps = 0 is below 1; YopoTrainer needs at least 1 step"),
     ],
 )
