@@ -110,7 +110,8 @@ def make_target(
     where = resolve_device(device)
     if run is not None:
         opened = open_target(run)
-        images, labels = opened.examples(min(count, len(opened.data.test)))
+        images, labels = opened.test_images(min(count, len(opened.data.test)))
+        images = images if isinstance(images, Tensor) else images.tensors()[0]
         return EvalTarget(opened.model.to(where), images, labels, opened.radius("Linf"), opened.provenance["run"])
     notify("training a network to evaluate")
     data = load_data("digits")

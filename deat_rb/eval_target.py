@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deat_rb.attacks.threat_models import DEFAULT_EPS
 from deat_rb.data.datasets import Dataset, load_data
-from deat_rb.data.images import ImageSet, LabeledImages
+from deat_rb.data.images import LabeledImages, first_test_examples
 from deat_rb.data.normalization import Normalization
 from deat_rb.loading import Network, NetworkOptions, is_export, network_options, open_network
 from deat_rb.models.check import trial_logits
@@ -53,32 +53,15 @@ class EvalTarget:
         """Return the radius to evaluate at in a norm: the network's own, or else 8/255 in Linf and 0.5 in L2."""
         return self.eps if norm == self.norm else DEFAULT_EPS[norm]
 
-    def examples(self, count: int | None = None) -> tuple[Tensor, Tensor]:
+    def test_images(self, count: int | None = None) -> tuple[Tensor | LabeledImages, Tensor]:
         """Return test images, float32 (N, C, H, W) in [0, 1], and their labels as logit indices (N,).
 
-        A smaller ``count`` gives the first examples of a larger one.
+        Images above the memory limit stay in their files. A smaller ``count`` gives the first images of a larger one.
 
         Raises:
             DeatError: ``count`` is less than 1 or more than the number of test images.
         """
-        images, labels = self.test_images(count)
-        return (images if isinstance(images, Tensor) else images.tensors()[0]), labels
-
-    def test_images(self, count: int | None = None) -> tuple[Tensor | LabeledImages, Tensor]:
-        """Return the same as `examples`, but leave images in their files if they exceed the memory limit.
-
-        Raises:
-            DeatError: ``count`` is less than 1 or more than the number of test images.
-        """
-        test = self.data.test
-        if count is not None and not 1 <= count <= len(test):
-            raise DeatError(f"--n-examples {count} is out of range for {len(test)} test images: "
-                            f"give a number from 1 to {len(test)}")  # fmt: skip
-        test = test if count is None else test.first(count)
-        labels = test.labels
-        if self.logit_of_class:
-            labels = torch.tensor(self.logit_of_class)[labels]
-        return (test.tensors()[0] if isinstance(test, ImageSet) else test), labels
+        return first_test_examples(self.data.test, count, self.logit_of_class)
 
 
 def open_target(

@@ -35,13 +35,19 @@ def target(image_folder: Path, tmp_path: Path) -> EvalTarget:
     return open_target(path, arch="WRN10-1", dataset="folder", data_dir=image_folder)
 
 
+def examples(target: EvalTarget, count: int | None = None) -> tuple[Tensor, Tensor]:
+    images, labels = target.test_images(count)
+    assert isinstance(images, Tensor)
+    return images, labels
+
+
 def test_examples_take_the_classes_in_turn(target: EvalTarget) -> None:
-    images, labels = target.examples(6)
+    images, labels = examples(target, 6)
     assert labels.tolist() == [0, 1, 2, 3, 0, 1]
     assert images.shape == (6, 3, 32, 32)
     assert 0 <= images.min() < images.max() <= 1
-    assert torch.equal(target.examples()[0][:6], images)
-    assert len(target.examples()[0]) == 16
+    assert torch.equal(examples(target)[0][:6], images)
+    assert len(examples(target)[0]) == 16
 
 
 def test_open_checkpoint_without_mean_takes_images_as_they_are(target: EvalTarget) -> None:
@@ -51,7 +57,7 @@ def test_open_checkpoint_without_mean_takes_images_as_they_are(target: EvalTarge
     buffers = dict(target.model.named_buffers())
     assert buffers["mu"].unique().tolist() == [0]
     assert buffers["sigma"].unique().tolist() == [1]
-    assert target.model(target.examples(2)[0]).shape == (2, 4)
+    assert target.model(examples(target, 2)[0]).shape == (2, 4)
 
 
 @pytest.fixture
@@ -121,7 +127,7 @@ def colour_folder(root: Path, source: Path, names: Mapping[str, str]) -> Path:
 
 
 def accuracy(target: EvalTarget) -> float:
-    images, labels = target.examples()
+    images, labels = examples(target)
     return float((target.model(images).argmax(dim=1) == labels).float().mean())
 
 
@@ -191,7 +197,7 @@ def test_open_target_of_a_run_matches_labels_of_other_data_by_name(
     some = colour_folder(tmp_path / "some", image_folder, {"green": "green", "red": "red"})
     target = open_target(colour_run, data_dir=some, trust_code=True)
     assert accuracy(target) == 1
-    assert set(target.examples()[1].tolist()) == {1, 3}
+    assert set(examples(target)[1].tolist()) == {1, 3}
     assert target.provenance["note"] == (
         "the data differ from those that the run was trained on; labels were matched to logits by class name (2 of 4 "
         "classes)"
@@ -206,8 +212,8 @@ def test_open_target_keeps_large_test_sets_in_their_files(colour_run: Path) -> N
     streamed = open_target(colour_run, trust_code=True, memory_limit=0)
     images, labels = streamed.test_images(6)
     assert isinstance(images, ImageFolder)
-    assert torch.equal(images.tensors()[0], in_memory.examples(6)[0])
-    assert torch.equal(labels, in_memory.examples(6)[1])
+    assert torch.equal(images.tensors()[0], examples(in_memory, 6)[0])
+    assert torch.equal(labels, examples(in_memory, 6)[1])
     assert not isinstance(in_memory.test_images()[0], ImageFolder)
 
 
@@ -232,7 +238,7 @@ def test_open_target_with_a_normalization(checkpoint: Path, image_folder: Path) 
     mean, std = NORMALIZATION["cifar10"]
     plain = open_target(checkpoint, **given)
     target = open_target(checkpoint, normalization=(mean, std), **given)
-    images = target.examples()[0]
+    images = examples(target)[0]
     standardized = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     assert torch.allclose(target.model(images), plain.model(standardized), atol=1e-5)
     assert target.provenance["normalization"] == "mean 0.4914, 0.4822, 0.4465; std 0.2471, 0.2435, 0.2616"

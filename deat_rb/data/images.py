@@ -151,6 +151,32 @@ class ImageSet(LabeledImages):
         return _InMemoryReader(self.images.to(place), self.labels.to(place), device)
 
 
+def first_test_examples(
+    test: LabeledImages, count: int | None = None, logit_of_class: Sequence[int] = ()
+) -> tuple[Tensor | LabeledImages, Tensor]:
+    """Return the first test images, by default all, and their labels, as `images_and_logits` does.
+
+    Raises:
+        DeatError: ``count`` is less than 1 or more than the number of test images.
+    """
+    count = len(test) if count is None else count
+    if not 1 <= count <= len(test):
+        raise DeatError(f"--n-examples {count} is out of range for {len(test)} test images: "
+                        f"give a number from 1 to {len(test)}")  # fmt: skip
+    return images_and_logits(test.first(count), logit_of_class)
+
+
+def images_and_logits(images: LabeledImages, logit_of_class: Sequence[int]) -> tuple[Tensor | LabeledImages, Tensor]:
+    """Return images as float32 (N, C, H, W), or unchanged if stored in files, and labels as logit indices (N,).
+
+    Args:
+        images: The images.
+        logit_of_class: Index of the logit of each class of the data; empty if labels are logit indices.
+    """
+    labels = torch.tensor(logit_of_class)[images.labels] if logit_of_class else images.labels
+    return images.tensors()[0] if isinstance(images, ImageSet) else images, labels
+
+
 def fits_on_device(size: int, device: torch.device) -> bool:
     """Return whether ``size`` bytes of images may be kept on a device: at most a quarter of a GPU's free memory."""
     return device.type != "cuda" or size <= torch.cuda.mem_get_info(device)[0] // 4

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from deat_rb.data.datasets import DATASETS, Dataset, load_data
-from deat_rb.data.images import ImageSet, LabeledImages
 from deat_rb.leaderboard.entry import Entry
 from deat_rb.utils.errors import DeatError
 
@@ -21,32 +16,6 @@ EMBEDDED = "digits"
 def dataset_loader(entry: Entry) -> str:
     """Return the `load_data` name of an entry's dataset: ``folder`` if its name is the board's own."""
     return entry.dataset if entry.dataset in DATASETS else "folder"
-
-
-def first_test_examples(
-    data: Dataset, count: int | None = None, *, logit_of_class: Sequence[int] = ()
-) -> tuple[Tensor | LabeledImages, Tensor]:
-    """Return the first test images and labels (N,), as `EvalTarget.test_images` does.
-
-    Args:
-        data: The dataset.
-        count: Number of images; by default all.
-        logit_of_class: See `deat_rb.models.class_names.match_classes`.
-
-    Raises:
-        DeatError: ``count`` is less than 1 or more than the number of test images.
-    """
-    test = data.test
-    count = len(test) if count is None else count
-    if not 1 <= count <= len(test):
-        raise DeatError(f"--n-examples {count} is out of range: give 1 to {len(test)}")
-    return images_and_logits(test.first(count), logit_of_class)
-
-
-def images_and_logits(images: LabeledImages, logit_of_class: Sequence[int]) -> tuple[Tensor | LabeledImages, Tensor]:
-    """Return images as float32 (N, C, H, W), or unchanged if stored in files, and labels as logit indices (N,)."""
-    labels = torch.tensor(logit_of_class)[images.labels] if logit_of_class else images.labels
-    return images.tensors()[0] if isinstance(images, ImageSet) else images, labels
 
 
 def load_board_dataset(

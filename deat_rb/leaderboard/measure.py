@@ -13,12 +13,12 @@ from typing import Any, cast
 from torch import nn
 
 from deat_rb.data.datasets import Dataset
+from deat_rb.data.images import first_test_examples, images_and_logits
 from deat_rb.evaluation.evaluate import evaluate
 from deat_rb.evaluation.frozen_model import sha256_examples
 from deat_rb.evaluation.report import Check, Report
 from deat_rb.evaluation.resume import resume_or_restart
 from deat_rb.evaluation.statistics import wilson
-from deat_rb.leaderboard.datasets import first_test_examples, images_and_logits
 from deat_rb.leaderboard.entry import ATTACKS, Accuracy
 from deat_rb.leaderboard.submission import Submission
 from deat_rb.utils.errors import DeatError
@@ -69,7 +69,7 @@ def check_claim(claim: Report, submission: Submission) -> None:
     missing = [attack for attack in ATTACKS if attack not in claim.results]
     if missing:
         raise DeatError(f"{evaluation} has no results for {', '.join(missing)}: {again}")
-    examples = first_test_examples(submission.data, min(claim.n_examples, len(submission.data.test)))
+    examples = first_test_examples(submission.data.test, min(claim.n_examples, len(submission.data.test)))
     hashes = {
         "weights": (claim.provenance.get("weights_sha256"), submission.weights_sha256),
         "data": (claim.provenance.get("data_sha256"), submission.data.fingerprint),
@@ -156,7 +156,7 @@ def evaluate_fully(
     Raises:
         DeatError: A check fails, the measurement contradicts the submission's ``model_info``, or ``accept`` fails.
     """
-    images, labels = first_test_examples(submission.data, n_examples, logit_of_class=submission.logit_of_class)
+    images, labels = first_test_examples(submission.data.test, n_examples, submission.logit_of_class)
     measure = partial(evaluate, submission.model, images, labels, eps=submission.eps, norm=submission.norm,
                       checks="quick", keep_adversarial=False, **options)  # fmt: skip
 

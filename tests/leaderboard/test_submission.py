@@ -14,9 +14,10 @@ from torch import Tensor
 
 from deat_rb.data.datasets import Dataset, load_data
 from deat_rb.data.image_folder import ImageFolder
+from deat_rb.data.images import first_test_examples
 from deat_rb.eval_target import open_target
 from deat_rb.leaderboard.board import Board
-from deat_rb.leaderboard.datasets import first_test_examples, load_board_dataset
+from deat_rb.leaderboard.datasets import load_board_dataset
 from deat_rb.leaderboard.submission import SubmissionMetadata
 from deat_rb.leaderboard.untrusted_weights import as_safetensors
 from deat_rb.leaderboard.verify import verify
@@ -293,11 +294,11 @@ def test_submit_matches_labels_by_class_name(
     assert entry.classes == names
     data = load_board_dataset("folder", data_dir=image_folder, image_size=32)
     by_name = [names[label] for label in really_loaded.calls[0]["labels"]]
-    assert by_name == [data.classes[label] for label in first_test_examples(data)[1]]
+    assert by_name == [data.classes[label] for label in first_test_examples(data.test)[1]]
     verified = verify(board.path, data_dirs={"colors": image_folder}, sample=50)
     assert (verified.problems, verified.measured) == ([], 1)
     by_name = [names[label] for label in really_loaded.calls[-1]["labels"]]
-    assert sorted(by_name) == sorted(data.classes[label] for label in first_test_examples(data)[1])
+    assert sorted(by_name) == sorted(data.classes[label] for label in first_test_examples(data.test)[1])
 
 
 def test_open_target_of_an_entry_keeps_large_test_sets_in_their_files(
