@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from deat_rb.methods.recipes import ANNEALED, GRADIENT_RATIO, UNIFORM, YOPO_TRAINER, Recipe
+from deat_rb.methods.recipes import ANNEALED, GRADIENT_RATIO, UNIFORM, Recipe
 from deat_rb.utils.errors import DeatError
 
 N_FGSM_SOURCE = "de Jorge et al. 2022, arXiv:2202.01181"
@@ -66,6 +66,7 @@ def _amata(first: int, last: int) -> Recipe:
         attack_options={"start": "none"},
         schedule=ANNEALED,
         schedule_options={"max_steps": last},
+        per_step=("alpha",),
         paper="Ye et al. 2021, arXiv:2012.08112; a baseline of the later version of arXiv:2103.03076",
         notes=(
             f"Epoch t of T, from 0, has {first} + {last - first} t/T steps, rounded down, so never quite {last}.",
@@ -79,8 +80,9 @@ def _yopo(m: int, n: int) -> Recipe:
     return Recipe(
         steps=m,
         attack_options={**UNIFORM, "clamp_start": False},
-        trainer=YOPO_TRAINER,
+        trainer="deat_rb.methods.yopo:YopoTrainer",
         trainer_options={"inner": n},
+        per_step=("peak_lr",),
         peak_lr=0.2 / m,
         paper="Zhang et al. 2019, arXiv:1905.00877; a baseline of the later version of arXiv:2103.03076",
         notes=(

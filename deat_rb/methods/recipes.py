@@ -27,7 +27,6 @@ ROBUSTNESS_DROP = "deat_rb.methods.stopping:RobustnessDrop"
 GRADIENT_RATIO = "deat_rb.methods.stopping:GradientRatio"
 ATTACK_TRAINER = "deat_rb.methods.trainers:AttackTrainer"
 REPLAY_TRAINER = "deat_rb.methods.trainers:ReplayTrainer"
-YOPO_TRAINER = "deat_rb.methods.yopo:YopoTrainer"
 
 
 def resolve(reference: Any) -> Any:
@@ -65,6 +64,7 @@ class Recipe:
         stopping_options: Its keyword arguments.
         trainer: The class of the trainer.
         trainer_options: Its keyword arguments.
+        per_step: The fields, ``alpha`` or ``peak_lr``, whose product with ``steps`` stays if ``steps`` is changed.
         fast_epochs: Epochs of the fast setting.
         peak_lr: Peak learning rate of the settings fast and fastat.
         summary: The attack in words; needed only for an attack other than `deat_rb.PGD`.
@@ -89,6 +89,7 @@ class Recipe:
     stopping_options: Mapping[str, Any] = field(default_factory=dict)
     trainer: type[Trainer] | str = ATTACK_TRAINER
     trainer_options: Mapping[str, Any] = field(default_factory=dict)
+    per_step: tuple[str, ...] = ()
     fast_epochs: int = 10
     peak_lr: float = 0.1
     summary: str = ""
@@ -99,23 +100,17 @@ class Recipe:
     notes: tuple[str, ...] = ()
 
     def with_steps(self, steps: int | None) -> Recipe:
-        """Return the recipe with other steps and with what the method derives from them; None changes nothing.
-
-        The sum of Amata's step sizes stays, and YOPO's learning rate is divided by its number of full passes.
-        """
+        """Return the recipe with other steps and with what the method derives from them; None changes nothing."""
         if steps is None:
             return self
         share = self.steps / max(steps, 1)
-        alpha = self.alpha * share if path_of(self.schedule) == ANNEALED else self.alpha
-        peak_lr = self.peak_lr * share if path_of(self.trainer) == YOPO_TRAINER else self.peak_lr
-        return replace(self, steps=steps, alpha=alpha, peak_lr=peak_lr)
+        derived: dict[str, Any] = {name: getattr(self, name) * share for name in self.per_step}
+        return replace(self, steps=steps, **derived)
 
     @property
     def guided(self) -> bool:
         """Whether the gradient magnitude determines the steps."""
-        if self.schedule in (CONSTANT, EVERY_D_EPOCHS, ACCURACY_THRESHOLD, ANNEALED):
-            return False
-        return self.schedule == GRADIENT_MAGNITUDE or bool(resolve(self.schedule).guided)
+        return bool(resolve(self.schedule).guided)
 
     @property
     def replays(self) -> bool:

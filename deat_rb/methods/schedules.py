@@ -13,7 +13,6 @@ from typing import Any
 from deat_rb.training.metrics import EpochStats
 from deat_rb.training.schedule import Schedule
 from deat_rb.utils.errors import DeatError
-from deat_rb.utils.options import OPEN
 
 
 class EveryDEpochs(Schedule):
@@ -154,6 +153,8 @@ class Annealed(Schedule):
         Raises:
             DeatError: The run is open-ended.
         """
+        from deat_rb.utils.options import OPEN  # imports pydantic, which listing the methods does not need
+
         if epochs == OPEN:
             raise DeatError(
                 "Amata raises the attack's steps over the epochs of the run, so their number must be known: give "

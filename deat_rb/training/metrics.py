@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from deat_rb.utils.distributed import World
 
 SUMMED = ("loss", "correct", "l_x", "forwards", "backwards", "overflows")
