@@ -52,11 +52,11 @@ def compare(runs: tuple[str, ...], as_json: bool, by: str | None, form: str | No
         return
     console = Console()
     for line in comparison.legend:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        click.echo(line)
     console.print(comparison.table())
     console.print(comparison.difference_table())
     for note in comparison.notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
+        click.echo(f"note: {note}")
 
 
 def _load(run: str) -> list[tuple[str, Report]]:

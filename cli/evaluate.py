@@ -197,9 +197,9 @@ def evaluate(
         reports.append(report)
         if not ranks.is_main:
             continue
-        _print(report, target, console)
+        _print(report, console)
         for sentence in written[0].sentences:
-            console.print(sentence, highlight=False, soft_wrap=True, markup=False)
+            click.echo(sentence)
         if track:
             _log(target, report, written[0])
     if len(reports) > 1 and ranks.is_main:
@@ -239,7 +239,7 @@ def _state(target: EvalTarget, json_path: Path | None) -> Path | None:
     return None if json_path is None else json_path.with_name(f"{json_path.stem}-state")
 
 
-def _print(report: Report, target: EvalTarget, console: Console) -> None:
+def _print(report: Report, console: Console) -> None:
     from deat_rb.evaluation.report import SKIPPED
     from deat_rb.evaluation.tables import sweep_table
 
@@ -247,23 +247,20 @@ def _print(report: Report, target: EvalTarget, console: Console) -> None:
     if report.curve:
         console.print(sweep_table(report))
 
-    def say(sentence: str) -> None:
-        console.print(sentence, highlight=False, soft_wrap=True, markup=False)
-
-    if "note" in target.provenance:
-        say(f"note: {target.provenance['note']}")
+    if "note" in report.provenance:
+        click.echo(f"note: {report.provenance['note']}")
     for note in report.notes:
-        say(f"note: {note}")
+        click.echo(f"note: {note}")
     for result in report.results.values():
         for note in result.notes:
-            say(f"{result.name}: {note}")
+            click.echo(f"{result.name}: {note}")
     for check in report.checks:
         if check.status != "pass":
-            say(f"{check.status}: {check.name}: {check.sentence}")
+            click.echo(f"{check.status}: {check.name}: {check.sentence}")
     done = [check for check in report.checks if check.name != SKIPPED]
     if done:
         skipped = "".join(f", {check.figure:.0f} skipped" for check in report.checks if check.name == SKIPPED)
-        say(f"checks: {sum(check.status == 'pass' for check in done)} of {len(done)} pass{skipped}")
+        click.echo(f"checks: {sum(check.status == 'pass' for check in done)} of {len(done)} pass{skipped}")
 
 
 def _print_means(reports: Sequence[Report], targets: Sequence[EvalTarget], console: Console) -> None:
@@ -274,8 +271,8 @@ def _print_means(reports: Sequence[Report], targets: Sequence[EvalTarget], conso
               for title, positions in group([_options(target) for target in targets]).items()}  # fmt: skip
     unlike = [title for title, members in groups.items() if not are_comparable(members)]
     for title in unlike:
-        note = f"no mean is reported for {title}, because the evaluations differ in images, norm, eps or precision"
-        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
+        differ = "because the evaluations differ in images, norm, eps or precision"
+        click.echo(f"note: no mean is reported for {title}, {differ}")
     groups = {title: members for title, members in groups.items() if title not in unlike}
     if any(len(members) > 1 for members in groups.values()):
         console.print(means(groups, width=console.width))

@@ -119,5 +119,4 @@ def submit(
     own = [each for each in rank(Board(board).entries(left_out=[])) if each.entry.key == entry.key]
     for table in as_tables(own, console.width):
         console.print(table)
-    written = printable(str(board / "entries" / entry.key))
-    console.print(f"written: {written}.json", highlight=False, soft_wrap=True, markup=False)
+    click.echo(f"written: {printable(str(board / 'entries' / entry.key))}.json")
