@@ -39,7 +39,6 @@ class StepRunner:
         trainer: The method and its model.
         engine: Device, precision and ranks.
         optimizer: Optimizer of the model's parameters.
-        warm_ups: Number of unrecorded steps before recording; by default `WARM_UPS`.
         warn: Called with a sentence if steps that should be recorded cannot be.
     """
 
@@ -49,13 +48,12 @@ class StepRunner:
         engine: Engine,
         optimizer: Optimizer,
         *,
-        warm_ups: int | None = None,
         warn: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         self.trainer = trainer
         self.engine = engine
         self.optimizer = optimizer
-        self.warm_ups = WARM_UPS if warm_ups is None else warm_ups
+        self.warm_ups = WARM_UPS
         self.warn = warn
         self.recordings = 0
         self._key: tuple[Any, ...] | None = None

@@ -54,7 +54,8 @@ def trained(
     engine.prepare(model)
     optimizer = build_optimizer(model, optim or OptimConfig(lr=0.1), engine.device, recorded=True)
     optimizer.register_step_post_hook(trainer.after_step)
-    runner = StepRunner(trainer, engine, optimizer, warm_ups=2 if recorded else NEVER)
+    runner = StepRunner(trainer, engine, optimizer)
+    runner.warm_ups = 2 if recorded else NEVER
     seen = []
     for epoch in range(2):
         sums = EpochAccumulator()
@@ -125,7 +126,7 @@ def test_a_recorded_batch_is_rolled_back() -> None:
     engine.graphs, engine.full_batch = tape, 6
     optimizer = build_optimizer(model, OptimConfig(lr=0.01), engine.device, recorded=True)
     state: Any = SimpleNamespace(trainer=trainer, optimizer=optimizer, engine=engine, average=None)
-    runner = StepRunner(trainer, engine, optimizer, warm_ups=2)
+    runner = StepRunner(trainer, engine, optimizer)
     for number in range(7):  # four full batches and a short one, then a full one and a bad one
         positions = torch.arange(images_per_epoch)[6 * (number % 5) :][:6]
         images, labels = images_and_labels(len(positions), seed=number)
@@ -291,7 +292,7 @@ def test_a_recorded_step_copies_nothing_from_the_host(method: str, options: dict
     trainer, engine = deat_rb.create(method, model, **options), Engine("meta")
     engine.graphs = Unwatched()
     optimizer = Still(model.parameters(), {"lr": torch.zeros((), device="meta")})
-    runner = StepRunner(trainer, engine, optimizer, warm_ups=2)
+    runner = StepRunner(trainer, engine, optimizer)
     images, labels = (part.to("meta") for part in images_and_labels(6))
     with Transfers() as transfers:
         for _ in range(5):
