@@ -14,7 +14,10 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from board_problems import FakeEvaluation
+    from fresh_interpreters import Fresh
 
     from deat_rb.leaderboard.board import Board
 
@@ -74,6 +77,17 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 image = Image.fromarray(pixels.clamp(0, 255).to(torch.uint8).numpy())
                 image.save(folder / f"{index:04}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def fresh() -> Iterator[Fresh]:
+    """Run code in an interpreter without deat_rb and robustbench; see `fresh_interpreters`."""
+    from fresh_interpreters import started
+
+    if not hasattr(os, "fork"):
+        pytest.skip("forks an interpreter")
+    with started() as run:
+        yield run
 
 
 @pytest.fixture

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fresh_interpreters import Fresh
 
 from deat_rb.runs.options import make_options, options_markdown, train_options
 from deat_rb.utils.errors import DeatError
@@ -84,7 +82,7 @@ def test_options_markdown_is_in_the_docs() -> None:
 
 
 @pytest.mark.slow
-def test_an_option_is_added_by_one_line(tmp_path: Path) -> None:
+def test_an_option_is_added_by_one_line(fresh: Fresh, tmp_path: Path) -> None:
     """In a copy of the package one line is added to a group; nothing else changes."""
     package = tmp_path / "deat_rb"
     shutil.copytree(ROOT / "deat_rb", package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -124,11 +122,7 @@ assert again.exit_code == 0, again.output
 assert json.loads(Path("runs/again/config.json").read_text()) == config
 create("standard", made()).fit(loader(), epochs=1, warmup=1)
 """
-    search = os.pathsep.join([str(tmp_path), str(ROOT / "tests" / "helpers")])
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env={**os.environ, "PYTHONPATH": search},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = fresh(program, tmp_path, str(tmp_path), str(ROOT / "tests" / "helpers"))
     assert done.returncode == 0, done.stderr
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
-import sys
 from importlib import metadata, util
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from fresh_interpreters import Fresh
 from torch import nn
 
 from deat_rb.models.spec import build_model
@@ -25,23 +24,16 @@ UPSTREAM_AUTOATTACK = "autoattack" in metadata.packages_distributions()
 without_upstream_autoattack = pytest.mark.skipif(UPSTREAM_AUTOATTACK, reason="upstream's autoattack is installed")
 
 
-def python(code: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh interpreter without the current folder on its path."""
-    return subprocess.run(
-        [sys.executable, "-P", "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=900
-    )
-
-
 @pytest.mark.slow
 @without_upstream_autoattack
-def test_robustbench_alone_does_not_import_upstream() -> None:
-    result = python("import robustbench")
+def test_robustbench_alone_does_not_import_upstream(fresh: Fresh, tmp_path: Path) -> None:
+    result = fresh("import robustbench", tmp_path)
     assert "ModuleNotFoundError: No module named 'autoattack'" in result.stderr
 
 
 @pytest.mark.slow
-def test_robustbench_imports_and_knows_the_architectures() -> None:
-    result = python("""
+def test_robustbench_imports_and_knows_the_architectures(fresh: Fresh, tmp_path: Path) -> None:
+    code = """
 import sys
 from deat_rb.utils import compat
 from robustbench.model_zoo.architectures.resnet import PreActResNet
@@ -51,22 +43,23 @@ zoo = robustbench.model_zoo.architectures
 print(compat.robustbench() is robustbench, compat.architectures() == (zoo.wide_resnet, zoo.resnet))
 from importlib.util import find_spec
 print("tests" in sys.modules, find_spec("autoattack") is None)
-""")
+"""
+    result = fresh(code, tmp_path)
     assert result.stderr == ""
     assert result.stdout.splitlines() == [str([True] * 3), "True True", "False False"]
 
 
 @pytest.mark.slow
-def test_robustbench_names_a_file_that_hides_autoattack(tmp_path: Path) -> None:
+def test_robustbench_names_a_file_that_hides_autoattack(fresh: Fresh, tmp_path: Path) -> None:
     (tmp_path / "autoattack.py").write_text("")
-    result = python(f"""
-import sys; sys.path.insert(0, {str(tmp_path)!r})
+    code = """
 from deat_rb.utils import compat
 try:
     compat.robustbench()
 except Exception as error:
     print(error)
-""")
+"""
+    result = fresh(code, tmp_path, str(tmp_path))
     hidden = f"{tmp_path}/autoattack.py shadows the package autoattack, which robustbench imports: rename it"
     assert result.stdout.strip() == hidden, result.stderr
 
@@ -77,8 +70,8 @@ def test_torchattacks_wheel_contains_another_robustbench_upstream() -> None:
 
 
 @pytest.mark.slow
-def test_pkg_resources_is_needed_upstream() -> None:
-    result = python("""
+def test_pkg_resources_is_needed_upstream(fresh: Fresh, tmp_path: Path) -> None:
+    code = """
 import sys; sys.modules["pkg_resources"] = None
 from deat_rb.utils import compat
 from deat_rb.utils.errors import DeatError
@@ -86,7 +79,8 @@ try:
     compat.robustbench()
 except DeatError as error:
     print(error)
-""")
+"""
+    result = fresh(code, tmp_path)
     assert "robustbench cannot be imported" in result.stdout, result.stderr
     assert "'setuptools<82' (robustbench needs its pkg_resources)" in result.stdout
 
@@ -97,8 +91,8 @@ def test_pkg_resources_is_installed() -> None:
 
 
 @pytest.mark.slow
-def test_architectures_loads_the_zoos_classes_without_the_zoo() -> None:
-    result = python("""
+def test_architectures_loads_the_zoos_classes_without_the_zoo(fresh: Fresh, tmp_path: Path) -> None:
+    code = """
 import pickle, sys
 from deat_rb.models.spec import build_model
 from deat_rb.utils import compat
@@ -109,24 +103,26 @@ import robustbench.model_zoo.cifar10 as zoo
 architectures = robustbench.model_zoo.architectures
 print(architectures.resnet.PreActResNet is type(model.net), zoo.PreActResNet is type(model.net))
 print(isinstance(zoo.Wong2020FastNet(), type(model.net)), architectures.wide_resnet is compat.architectures()[0])
-""")
+"""
+    result = fresh(code, tmp_path)
     assert result.stdout.splitlines() == [str([False] * 5), "True True", "True True"], result.stderr
 
 
 @pytest.mark.slow
-def test_architectures_of_a_pickled_model_are_found_by_another_process(tmp_path: Path) -> None:
+def test_architectures_of_a_pickled_model_are_found_by_another_process(fresh: Fresh, tmp_path: Path) -> None:
     model = build_model("wrn-10-1", dataset="cifar10").eval()
     torch.save({"model": model, "images": IMAGES, "logits": model(IMAGES)}, tmp_path / "whole.pt")
-    result = python(f"""
+    code = """
 import torch
-saved = torch.load({str(tmp_path / "whole.pt")!r}, weights_only=False)
+saved = torch.load("whole.pt", weights_only=False)
 print(torch.equal(saved["model"](saved["images"]), saved["logits"]))
-""")
+"""
+    result = fresh(code, tmp_path)
     assert result.stdout.strip() == "True", result.stderr
 
 
-def test_robustbench_installs_a_package_named_tests_upstream() -> None:
-    result = python("import tests; print(tests.__file__)")
+def test_robustbench_installs_a_package_named_tests_upstream(fresh: Fresh, tmp_path: Path) -> None:
+    result = fresh("import tests; print(tests.__file__)", tmp_path)
     distribution = metadata.distribution("robustbench")
     assert Path(result.stdout.strip()) == Path(str(distribution.locate_file("tests/__init__.py")))
 

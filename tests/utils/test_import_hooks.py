@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from fresh_interpreters import Fresh
 
 from deat_rb.utils import import_hooks
 
@@ -17,41 +18,46 @@ without_upstream = pytest.mark.skipif(
 )
 
 
-def python(code: str, folder: Path, *flags: str) -> str:
-    """Run code in a fresh interpreter in a folder; return what it prints."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *flags, "-c", code], cwd=folder, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+@pytest.fixture
+def python(fresh: Fresh, tmp_path: Path) -> Callable[[str], str]:
+    """Run code in a fresh interpreter in the temporary folder, which is on its path; return what it prints."""
+
+    def run(code: str) -> str:
+        done = fresh(code, tmp_path, "")
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    return run
 
 
 @pytest.mark.slow
 @without_upstream
-def test_robustbench_imports_after_deat_rb(tmp_path: Path) -> None:
+def test_robustbench_imports_after_deat_rb(python: Callable[[str], str]) -> None:
     code = (
         "import deat_rb, robustbench; print(robustbench.eval.AutoAttack.__module__, callable(robustbench.load_model))"
     )
-    assert python(code, tmp_path) == "deat_rb.utils.compat True"
+    assert python(code) == "deat_rb.utils.compat True"
 
 
 @pytest.mark.slow
 @without_upstream
-def test_a_folder_named_autoattack_is_not_taken_for_the_package(tmp_path: Path) -> None:
+def test_a_folder_named_autoattack_is_not_taken_for_the_package(python: Callable[[str], str], tmp_path: Path) -> None:
     (tmp_path / "autoattack").mkdir()
     code = "import deat_rb, robustbench; print(robustbench.eval.AutoAttack.__module__)"
-    assert python(code, tmp_path) == "deat_rb.utils.compat"
+    assert python(code) == "deat_rb.utils.compat"
     code = "import deat_rb, autoattack, autoattack.state; print(autoattack.state.__name__)"
-    assert python(code, tmp_path) == "pyautoattack.state"
+    assert python(code) == "pyautoattack.state"
 
 
-def test_an_installed_autoattack_is_preferred(tmp_path: Path) -> None:
+def test_an_installed_autoattack_is_preferred(python: Callable[[str], str], tmp_path: Path) -> None:
     (tmp_path / "autoattack").mkdir()
     (tmp_path / "autoattack" / "__init__.py").write_text("mine = 1")
-    assert python("import deat_rb, autoattack; print(autoattack.mine)", tmp_path) == "1"
+    assert python("import deat_rb, autoattack; print(autoattack.mine)") == "1"
 
 
-def test_the_command_runs_in_a_checkout_whose_package_is_not_installed_editable(tmp_path: Path) -> None:
+def test_the_command_runs_in_a_checkout_whose_package_is_not_installed_editable(
+    python: Callable[[str], str], tmp_path: Path
+) -> None:
     """As after ``pip install .``: ``python -m deat_rb`` imports the folder deat_rb/ of the current directory."""
     for name in ("deat_rb", "cli"):
         (tmp_path / name).symlink_to(ROOT / name, target_is_directory=True)
@@ -63,7 +69,7 @@ from deat_rb.cli import main
 from deat_rb.cli.methods import methods
 print(deat_rb.__file__, main.name)
 """
-    assert python(code, tmp_path).endswith("deat_rb/__init__.py main")
+    assert python(code).endswith("deat_rb/__init__.py main")
 
 
 def test_command_finder_answers_for_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
