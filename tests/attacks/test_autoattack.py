@@ -49,8 +49,13 @@ def _trained(classes: int) -> tuple[nn.Module, Tensor, Tensor]:
     [(2, "apgd-ce, fab-t, square", 1), (3, "apgd-ce, fab-t, square", 2), (4, "apgd-ce, apgd-t, fab-t, square", 3)],
 )
 def test_autoattack_with_few_classes(
-    blobs: dict[int, tuple[nn.Module, Tensor, Tensor]], classes: int, parts: str, targets: int
+    blobs: dict[int, tuple[nn.Module, Tensor, Tensor]],
+    classes: int,
+    parts: str,
+    targets: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    shorten(monkeypatch, iterations=20, queries=200)
     model, images, labels = blobs[classes]
     told: list[str] = []
     report = evaluate(

@@ -7,6 +7,7 @@ import json
 import math
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -339,6 +340,8 @@ def test_memory_before_and_after_a_side_is_the_peak_of_its_process() -> None:
 @pytest.mark.slow
 def test_main_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_alone", memory._peak)  # in this process
+    digits = load_data("digits")
+    monkeypatch.setattr(evaluation, "load_data", lambda _: replace(digits, train=digits.train.first(64)))
     file = tmp_path / "results.json"
     command = [
         "--quick", "--threads", "1", "--device", "cpu", "--methods", "f+trades", "--precision", "fp32", "--memory",

@@ -139,7 +139,7 @@ def test_stages_run_on_a_cpu(image_folder: Path, tmp_path: Path, monkeypatch: py
     stages = "env,smoke,speed,profile,throughput,decode,table1,full"
     sizes = ["--val-size", "8", "--test-size", "4", "--full-size", "8", "--epochs", "1", "--batch-size", "4",
              "--eval-batch", "4", "--eval-batches", "4", "--repeats", "1"]  # fmt: skip
-    command = ["benchmarks.gpu", stages, "--device", "cpu", "--arch", "wrn-10-1", *sizes,
+    command = ["benchmarks.gpu", stages, "--device", "cpu", "--arch", "tiny_networks:Strided", *sizes,
                "--attacks", "fgsm,pgd-2", "--methods", "m-deat,u-fgsm", "--data", str(image_folder),
                "--cache", str(tmp_path / "images.pt"), "--out", str(tmp_path), "--budget", "100000"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", command)

@@ -21,8 +21,11 @@ from click.testing import CliRunner
 from docs_commands import commands_of
 from docs_examples import replaced
 from PIL import Image
+from short_autoattack import shorten
 
 from deat_rb.cli import main
+from deat_rb.reproduction import estimate
+from deat_rb.reproduction.estimate import Times
 from deat_rb.runs.plots import draw_curves
 from deat_rb.training.metrics import EpochStats
 
@@ -66,6 +69,20 @@ def one_picture() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in ("plots", "summary"):
             patch.setattr(f"deat_rb.runs.{module}.draw_curves", draw)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_passes() -> Iterator[None]:
+    """Let AutoAttack take few iterations, and an estimate time one batch, and each kind of method only once."""
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch, iterations=5, queries=50)
+        patch.setattr("deat_rb.runs.estimate.BATCHES", 1)
+        times: dict[str, Times] = {}
+        measure = estimate._measure
+        patch.setattr(
+            estimate, "_measure", lambda plan, kind: times.get(kind) or times.setdefault(kind, measure(plan, kind))
+        )
         yield
 
 
@@ -142,6 +159,7 @@ def test_study(folder: Path) -> None:
     (study,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
     cheap = {
         "seeds = [0, 1, 2]": "seeds = [0]",
+        'alpha = ["12/255", "16/255"]': 'alpha = ["12/255"]',
         'dataset = "folder"': 'dataset = "digits"',
         'data_dir = "cifar10-jpeg"': "epochs = 1\ntrain_size = 40\nval_size = 4\nbatch_size = 20",
         '"fgsm,pgd-100,cw-20"': '"fgsm,pgd-2,cw-2"',
@@ -234,7 +252,7 @@ def test_most_commands_are_executed() -> None:
 
 
 def test_board(folder: Path) -> None:
-    small = ["--epochs", "6", "--train-size", "400", "--batch-size", "32", "--val-size", "10", "--validate-every", "6"]
+    small = ["--epochs", "3", "--train-size", "400", "--batch-size", "32", "--val-size", "10", "--validate-every", "3"]
     execute(["train", "--method", "standard", "--name", "board"], folder, *small)
 
     def run(part: str, *added: str, **places: str) -> str:
@@ -246,7 +264,7 @@ def test_board(folder: Path) -> None:
     places = {"runs/NAME": "runs/board"}
     entry = "leaderboard/entries/digits/Linf/Wang2021Gradient_R18.json"
     evaluation, *_ = page("docs/leaderboard.md")
-    execute([places.get(each, each) for each in evaluation], folder, "--n-examples", "60")
+    execute([places.get(each, each) for each in evaluation], folder, "--n-examples", "50")
     run("--board leaderboard", "--sample", "50", **places)
     assert (folder / entry).is_file()
     run("leaderboard build")

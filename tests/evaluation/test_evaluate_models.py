@@ -115,7 +115,8 @@ def test_evaluate_refuses_models_without_weights_and_those_created_in_inference_
 
 
 @pytest.mark.slow
-def test_evaluate_in_no_grad_and_with_inference_tensors() -> None:
+def test_evaluate_in_no_grad_and_with_inference_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten(monkeypatch, iterations=3, queries=20)
     network = small_network()
     images, labels = (part[:12] for part in batch_for(network))
     expected = evaluate(network, images, labels, attacks=ATTACKS, eps=0.04, checks="full")
