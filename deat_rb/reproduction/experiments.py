@@ -25,6 +25,11 @@ PAPER_NETWORKS = {"small": "PreActResNet-18", "wide": "WRN-34-10"}
 PAPER_DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 PAPER_EPS = 8 / 255
 
+EVERYWHERE = (
+    "At every scale, validation images are held out of the training images, and evaluations count any misclassified "
+    "iterate of an attack; docs/methods.md lists more."
+)
+
 FigureKind = Literal["accuracy", "collapse", "l_x", "trade-off", "passes", "robustness", "loss"]
 
 
@@ -120,6 +125,11 @@ class Target(_Table):
     figure: FigureKind | None = None
     panels: list[list[str]] = []
     note: str = ""
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether it shows results of the evaluation, not only metrics of the training."""
+        return bool(self.columns) or self.figure == "trade-off"
 
 
 class Experiments(_Table):
@@ -255,8 +265,8 @@ def target_study(name: str, setup: Setup) -> Study:
 
 
 def differences(setup: Setup, name: str) -> str:
-    """Return a sentence on how a target's runs differ from the paper's; empty if they do not."""
-    target, scale = experiments().targets[name], setup.own
+    """Return sentences on how a target's runs differ from the paper's."""
+    target, paper = experiments().targets[name], experiments().scales["paper"]
     said: dict[str, None] = {}
     for part in target.parts:
         environment = experiments().environments[part.environment]
@@ -264,20 +274,23 @@ def differences(setup: Setup, name: str) -> str:
         if dataset != environment.dataset:
             where = "your images" if dataset == "folder" else dataset
             said[f"{where} in place of {PAPER_DATASETS[environment.dataset]}"] = None
-        if arch != experiments().scales["paper"].networks[environment.network]:
+        if arch != paper.networks[environment.network]:
             said[f"{arch} in place of {PAPER_NETWORKS[environment.network]}"] = None
         if changed := setup.changes_of(part):
             options = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in changed.items())
             said[f"{options} ({part.environment.removesuffix('-100').removesuffix('-wide')} setting)"] = None
-    seeds, own = setup.seeds_of(target), target.seeds or experiments().scales["paper"].seeds
+    seeds, own = setup.seeds_of(target), target.seeds or paper.seeds
     if len(seeds) != len(own):
         said[f"{counted(len(seeds), 'seed')} instead of {len(own)}"] = None
-    count = setup.n_examples or scale.n_examples
-    if count is not None:
+    if target.figure == "robustness":
+        drawn, usual = setup.curve_test or setup.own.curve_test, paper.curve_test
+        if drawn != usual:
+            said[f"the first {counted(drawn, 'test image')} instead of {usual:,}"] = None
+    elif target.evaluated and (count := setup.n_examples or setup.own.n_examples):
         said[f"{counted(count, 'test image')} instead of all"] = None
     if setup.autoattack and target.columns:
         said[f"AutoAttack on {counted(setup.autoattack, 'test image')} instead of all"] = None
-    return f"Not the paper's setting: {'; '.join(said)}." if said else ""
+    return " ".join([*([f"Not the paper's setting: {'; '.join(said)}."] if said else []), EVERYWHERE])
 
 
 def published(name: str, number: int) -> dict[str, dict[str, Published]]:

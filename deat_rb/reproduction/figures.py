@@ -60,7 +60,7 @@ def draw(
         title: Title.
         runs: Runs with at least one epoch, by label.
         panels: Labels of each panel; by default one panel with all.
-        footer: Sentence below the figure.
+        footer: Sentence below the figure, before the one that says what means and deviations are of.
 
     Returns:
         The picture by format: ``png`` and ``pdf``.
@@ -72,7 +72,7 @@ def draw(
     height = -(-len(chosen) // columns)
     figure = Figure(figsize=(max(6.4, 4.6 * columns), 0.5 + 3.7 * height), layout="constrained")
     figure.suptitle(replace_invisible(title), parse_math=False, fontsize="medium")
-    if footer:
+    if footer := f"{footer} {_seeds_caption(kind, runs)}".strip():
         lines = textwrap.fill(replace_invisible(footer), int(18 * figure.get_figwidth()))
         figure.supxlabel(lines, parse_math=False, fontsize="x-small", color=GREY)
     grid = figure.subplots(height, columns, squeeze=False)
@@ -87,6 +87,16 @@ def draw(
         else:
             _curves(axes, kind, {label: runs[label] for label in labels})
     return _saved(figure)
+
+
+def _seeds_caption(kind: FigureKind, runs: Mapping[str, Sequence[Drawn]]) -> str:
+    """Return what means and deviations are of; empty if every run is drawn by itself."""
+    counts = {len(members) for members in (_evaluated(runs) if kind == "trade-off" else [*runs.values()])}
+    if kind == "collapse" or max(counts, default=1) == 1:
+        return ""
+    seeds = f"{min(counts)} to {max(counts)} seeds" if len(counts) > 1 else f"{max(counts)} seeds"
+    where = "" if kind == "trade-off" else ", over the epochs that all seeds of a curve have"
+    return f"Mean and one standard deviation of {seeds}{where}."
 
 
 def _saved(figure: Figure) -> dict[str, bytes]:
@@ -180,7 +190,7 @@ def _collapse(axes: Axes, runs: Mapping[str, Sequence[Drawn]]) -> None:
 
 def _trade_off(axes: Axes, runs: Mapping[str, Sequence[Drawn]]) -> None:
     """Draw backward passes against PGD-20 error: one point per step size and gamma, with deviations over seeds."""
-    rows = [members for members in runs.values() if members and all(run.pgd20 is not None for run in members)]
+    rows = _evaluated(runs)
     gammas = list(dict.fromkeys(members[0].gamma for members in rows))
     for number, gamma in enumerate(gammas):
         points = []
@@ -196,6 +206,11 @@ def _trade_off(axes: Axes, runs: Mapping[str, Sequence[Drawn]]) -> None:
             axes.annotate(alpha, (place, other), xytext=(4, 4), textcoords="offset points", fontsize="x-small")
     axes.set(xlabel="backward passes", ylabel="PGD-20 error, %")
     _finish(axes)
+
+
+def _evaluated(runs: Mapping[str, Sequence[Drawn]]) -> list[Sequence[Drawn]]:
+    """Return the rows whose runs all have a PGD-20 accuracy."""
+    return [members for members in runs.values() if all(run.pgd20 is not None for run in members)]
 
 
 def _whole_epochs(axes: Axes) -> None:

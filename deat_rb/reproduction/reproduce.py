@@ -49,7 +49,7 @@ class Outcome:
     Attributes:
         name: The target.
         title: Its title.
-        differences: How the runs differ from the paper's, in one sentence; empty if they do not.
+        differences: How the runs differ from the paper's, in sentences.
         note: A remark.
         table: The table; for a figure its runs and costs.
         verdicts: Whether the paper's orderings hold.
@@ -146,7 +146,7 @@ def outcome(name: str, setup: Setup, folder: StudyFolder) -> Outcome:
         by_part.append(results)
     columns = columns_of(target, setup.autoattack is not None and bool(target.columns))
     said = differences(setup, name)
-    table = ResultTable(name, target.title, columns, tuple(rows), (said,) if said else ())
+    table = ResultTable(name, target.title, columns, tuple(rows), (said,))
     verdicts = tuple(judge(claim.text, claim.column, claim.more, claim.less, by_part[claim.part])
                      for claim in target.claims)  # fmt: skip
     pictures = _pictures(target, specs, folder, said) if target.figure else {}

@@ -8,6 +8,7 @@ import pytest
 from noise_folder import make_folder
 
 from deat_rb.reproduction.experiments import (
+    EVERYWHERE,
     Setup,
     chosen_targets,
     differences,
@@ -75,7 +76,7 @@ def test_paper_scale_is_the_papers_setting() -> None:
     assert (flat.optim.epochs, flat.optim.lr, flat.optim.lr_schedule) == (30, 0.05, "flat")
     assert flat.attack.alpha == pytest.approx(18 / 255)
     assert [run.seed for run in target_study("table6", Setup("paper")).runs] == [0, 1, 2, 3, 4] * 2
-    assert [differences(Setup("paper"), name) for name in experiments().targets if name[-1] in "124"] == [""] * 5
+    assert {differences(Setup("paper"), name) for name in experiments().targets} == {EVERYWHERE}
 
 
 def test_step_sizes_scale_with_eps() -> None:
@@ -89,10 +90,26 @@ def test_differences_name_what_a_scale_changes() -> None:
     assert said.startswith("Not the paper's setting: digits in place of CIFAR-10; deat_rb.models.small:narrow in place")
     assert "1 seed instead of 3" in said
     folder = differences(Setup("paper", dataset="folder", data_dir="x"), "table1")
-    assert folder == "Not the paper's setting: your images in place of CIFAR-10."
+    assert folder == f"Not the paper's setting: your images in place of CIFAR-10. {EVERYWHERE}"
     some = Setup("paper", autoattack=1000)
-    assert differences(some, "table4") == "Not the paper's setting: AutoAttack on 1,000 test images instead of all."
-    assert [differences(Setup("paper", autoattack=0), "table4"), differences(some, "figure2")] == ["", ""]
+    assert "setting: AutoAttack on 1,000 test images instead of all." in differences(some, "table4")
+    assert [differences(Setup("paper", autoattack=0), "table4"), differences(some, "figure2")] == [EVERYWHERE] * 2
+
+
+def test_differences_name_the_test_images_that_a_target_shows() -> None:
+    """Figure 7's caption in the paper: "the first 1280 examples of the CIFAR-10 test set"."""
+    assert "the first 256 test images instead of 1,280." in differences(Setup("small"), "figure7")
+    few = Setup("paper", n_examples=500, curve_test=50)
+    assert "setting: the first 50 test images instead of 1,280." in differences(few, "figure7")
+    shown = [name for name in experiments().targets if "500 test images instead of all" in differences(few, name)]
+    assert shown == [*TABLES, "figure5"]
+
+
+def test_every_output_says_what_differs_at_all_scales() -> None:
+    """Typed from docs/methods.md: validation is not test, and how PGD-100 and CW-20 count."""
+    said = differences(Setup("paper"), "table1")
+    assert "held out of the training images" in said
+    assert "any misclassified iterate" in said
 
 
 def test_the_scale_small_takes_few_images_of_ones_own(tmp_path: Path) -> None:

@@ -177,3 +177,26 @@ def test_draw(kind: FigureKind) -> None:
     pictures = draw(kind, "A title with $ and _", runs, [], "Not the paper's setting")
     assert pictures["png"].startswith(PNG)
     assert pictures["pdf"].startswith(PDF)
+
+
+def test_draw_says_what_means_and_deviations_are_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds with 3 and 2 epochs have a mean curve of 2 points."""
+    figures: list[Any] = []
+    monkeypatch.setattr("deat_rb.reproduction.figures._saved", figures.append)
+    rows = [EpochStats(epoch=epoch, l_x=10.0 * epoch, loss=1 / epoch) for epoch in (1, 2, 3)]
+    two = [Drawn(0, rows, {}, 10, 40.0, "", 1.0), Drawn(1, rows[:2], {}, 10, 50.0, "", 1.0)]
+    one, unevaluated = [Drawn(2, rows, {}, 10)], [Drawn(3, rows, {}, 10)] * 3
+    cases: list[tuple[FigureKind, dict[str, list[Drawn]]]] = [
+        ("loss", {"a": two}), ("loss", {"a": two, "b": one}), ("loss", {"b": one}), ("collapse", {"a": two}),
+        ("trade-off", {"a": two, "b": unevaluated}),
+    ]  # fmt: skip
+    for kind, runs in cases:
+        draw(kind, "A title", runs, [], "Not the paper's.")
+    assert len(figures[0].axes[0].lines[0].get_xdata()) == 2
+    of, over = (
+        "Not the paper's. Mean and one standard deviation of",
+        ", over the epochs that all seeds of a curve have.",
+    )
+    assert [" ".join(each.get_supxlabel().split()) for each in figures] == [
+        f"{of} 2 seeds{over}", f"{of} 1 to 2 seeds{over}", *["Not the paper's."] * 2, f"{of} 2 seeds.",
+    ]  # fmt: skip
