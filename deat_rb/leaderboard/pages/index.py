@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import itertools
+import shlex
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from deat_rb.data.datasets import CIFAR_SIZES
 from deat_rb.leaderboard.entry import AttackName, Entry, check_board, read_entries
 from deat_rb.leaderboard.pages.charts import Point, scatter
 from deat_rb.leaderboard.pages.format import (
@@ -33,8 +35,12 @@ from deat_rb.leaderboard.pages.published import (
     PaperTable,
 )
 from deat_rb.leaderboard.ranking import RankedEntry, is_baseline, rank
+from deat_rb.runs.defaults import default_val_size
+from deat_rb.runs.options import GROUP_OF, TrainOptions, train_options
+from deat_rb.runs.resolution import resolve
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import write_all
+from deat_rb.utils.options import validate
 from deat_rb.utils.text import counted, new_environment
 
 if TYPE_CHECKING:
@@ -90,6 +96,11 @@ EMPTY = Cell(MISSING)
 
 AFTER_RANKED = 10**6
 """Sort key of the rank of a baseline."""
+
+MAY_DIFFER = {"--epochs", "--name", "--output", "--data-dir", "--seed"} | {
+    each.flag for each in train_options() if GROUP_OF[each.name] in ("runtime", "output")
+}
+"""Options of a training command with which it is still the paper's training, and the epochs, which are counted."""
 
 ATTACKED: tuple[AttackName, ...] = ("fgsm", "pgd-100", "cw-20")
 
@@ -321,6 +332,8 @@ def _paper_table(table: PaperTable, entries: Sequence[Entry]) -> dict[str, Any]:
 def _reproduces(entry: Entry, table: PaperTable, method: str) -> bool:
     if entry.kind != "measured" or entry.model is None or entry.threat_model != "Linf":
         return False
+    if entry.additional_data is not False:
+        return False
     trained = (entry.dataset, entry.model.arch, entry.setting, entry.eps, entry.method)
     return trained == (table.dataset, table.arch, table.setting, PAPER_EPS, method.lower())
 
@@ -329,7 +342,8 @@ def _measured_row(entry: Entry, with_fgsm: bool) -> dict[str, Any]:
     accuracies = (entry.clean_acc, *(entry.percent(name) for name in ATTACKED if with_fgsm or name != "fgsm"))
     minutes = MISSING if entry.train_seconds is None else f"{entry.train_seconds / 60:.1f}"
     subset = f"on {counted(entry.n_examples or 0, 'image')}" if entry.is_subset else None
-    notes = (entry.dataset_note, subset, entry.hardware)
+    doubt = "potentially unreliable" if entry.unreliable else None
+    notes = (entry.dataset_note, subset, *_otherwise_trained(entry), doubt, entry.footnote, entry.hardware)
     return {
         "kind": "measured",
         "name": entry.model_name,
@@ -339,3 +353,26 @@ def _measured_row(entry: Entry, with_fgsm: bool) -> dict[str, Any]:
         "note": ", ".join(note.rstrip(".") for note in notes if note),
         "figures": [*map(percent, accuracies), minutes],
     }
+
+
+def _otherwise_trained(entry: Entry) -> list[str]:
+    """Return the epochs and the options of the training command that are not those of the method and setting."""
+    assert entry.model is not None
+    problem = {"dataset": entry.dataset, "arch": entry.model.arch, "method": entry.method, "setting": entry.setting}
+    images, validation = CIFAR_SIZES[0], default_val_size(CIFAR_SIZES[0])
+    split = {"train_size": images - validation, "val_size": validation}
+    options = resolve(validate(TrainOptions, {**problem, **split, "device": "cpu"}))
+    usual = {tuple(each.words(value)) for each in train_options() if (value := options.flat()[each.name]) is not None}
+    try:
+        words = shlex.split(entry.command or "")
+    except ValueError:  # a claim that is no command line
+        words = (entry.command or "").split()
+    given: list[tuple[str, ...]] = []
+    for word in words[2:]:  # after deat-rb train
+        if word.startswith("--") or not given:
+            given.append((word,))
+        else:
+            given[-1] += (word,)
+    others = [" ".join(option) for option in given if option not in usual and option[0] not in MAY_DIFFER]
+    epochs = entry.epochs or options.optim.epochs
+    return [*([] if epochs == options.optim.epochs else [counted(epochs, "epoch")]), *others]

@@ -153,11 +153,35 @@ def test_build_matches_the_papers_setting_and_architecture(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "other",
-    [{"eps": "0.01"}, {"setting": None}, {"dataset": "cifar10-jpeg", "weights_file": None},
+    [{"eps": "0.01"}, {"setting": None}, {"additional_data": True}, {"additional_data": None},
+     {"dataset": "cifar10-jpeg", "weights_file": None},
      {"model": made_up_board.model_spec("wrn-10-1")}, {"method": "m+mart"}],
 )  # fmt: skip
 def test_build_matches_only_the_papers_problem(tmp_path: Path, other: dict[str, Any]) -> None:
     assert beside_the_paper(tmp_path, **other) == []
+
+
+AS_IN_TABLE_1 = (
+    "deat-rb train --method m-deat --dataset cifar10 --train-size 49000 --val-size 1000 --arch preactresnet18 "
+    "--epochs 11 --lr 0.1 --lr-schedule cyclic --batch-size 128 --augment crop-flip --eps 8/255 --gamma 1.0 "
+    "--precision bf16 --seed 3 --select last --data-dir cifar10"
+)
+
+
+@pytest.mark.parametrize(
+    ("fields", "note"),
+    [({}, ""), ({"command": None}, ""), ({"command": "deat-rb train '"}, ", '"),
+     ({"epochs": 200, "command": f"{AS_IN_TABLE_1} --ema 0.999 --no-early-stopping"},
+      ", 200 epochs, --ema 0.999, --no-early-stopping"),
+     ({"command": AS_IN_TABLE_1.replace("49000", "10000")}, ", --train-size 10000"),
+     ({"unreliable": True, "footnote": "Stopped by hand."}, ", potentially unreliable, Stopped by hand")],
+)  # fmt: skip
+def test_build_says_how_a_model_beside_the_paper_differs(tmp_path: Path, fields: dict[str, Any], note: str) -> None:
+    """M-DEAT has 11 epochs in the fast setting."""
+    known = {"epochs": 11, "command": AS_IN_TABLE_1, "hardware": None, "dataset_note": "Made up.", **fields}
+    page = index_of(tmp_path, [made_up_board.cifar("Roe2022Made_A", "m-deat", (7990,) * 5, 12903.0, **known)])
+    row = next(row for row in page.tables[-len(PAPER_TABLES)] if "Roe2022Made_A" in row[0])
+    assert " ".join(row[0].split()) == f"Roe2022Made_A measured Made up{note}"
 
 
 # Untrusted text
