@@ -24,13 +24,23 @@ KNOWN = (*PLAIN, "pgd-100", "pgd-50x5", "cw-20", *AUTOATTACK, "square", "torchat
 PREFIX = "torchattacks."
 
 L2_ATTACKS = ("PGDL2", "PGDRSL2")
-"""Attacks of torchattacks with an eps in L2 and no argument that says so."""
+"""Attacks of torchattacks with an eps in L2 and no argument that says so; see `norm_of`."""
 
 LEAST = {"eps": 0, "alpha": 0, "steps": 1}
 """Smallest sensible values: below them torchattacks' attacks do nothing or reduce the loss."""
 
 SQUARE_TILES = 5
 """Square in L2 starts from this many tiles per side, so images must have at least this height and width."""
+
+
+def norm_of(attack: Any, norm: str = "Linf") -> str:
+    """Return the norm of an attack's eps.
+
+    Args:
+        attack: The attack's class, or a function that creates it.
+        norm: The norm that it is given, if its class does not determine it.
+    """
+    return "L2" if any(each.__name__ in L2_ATTACKS for each in getattr(attack, "__mro__", ())) else norm
 
 
 def split_names(text: str) -> tuple[str, ...]:
@@ -128,7 +138,9 @@ class TorchAttack:
         settings = self.settings(norm=norm)
         if not {"eps", "max_epsilon"} & settings.keys():
             return
-        own = "L2" if self.name in L2_ATTACKS else settings.get("norm", "Linf")
+        import torchattacks
+
+        own = norm_of(getattr(torchattacks, self.name), str(settings.get("norm", "Linf")))
         if own != norm:
             raise DeatError(
                 f"{self} attacks in {own}, but the evaluation is in {norm}: use an attack in {norm}, such as "

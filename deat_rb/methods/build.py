@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from deat_rb.attacks.names import norm_of
 from deat_rb.attacks.threat_models import DEFAULT_EPS, check_norm
 from deat_rb.methods.losses import surrogate
 from deat_rb.methods.recipes import CONSTANT, PAPER_EPS, Recipe, path_of, resolve
@@ -39,11 +40,25 @@ class ConfiguredMethod:
         name: The canonical name.
         recipe: The recipe with the overrides applied; ``alpha`` is the step size at ``eps``.
         eps: The radius, in [0, 1] pixel units.
+        norm: Its norm, ``Linf`` or ``L2``.
     """
 
     name: str
     recipe: Recipe
     eps: float
+    norm: str
+
+
+def own_norm(row: Recipe) -> str:
+    """Return the norm of a recipe's attack if no other is asked for.
+
+    Raises:
+        DeatError: It is neither ``Linf`` nor ``L2``.
+    """
+    attack = resolve(row.attack)
+    parameter = inspect.signature(attack).parameters.get("norm")
+    default = getattr(attack, "norm", "Linf") if parameter is None else parameter.default
+    return check_norm(norm_of(attack, row.attack_options.get("norm", default)))
 
 
 def configure(
@@ -53,16 +68,15 @@ def configure(
     values = {key: _number(key, value) for key, value in overrides.items() if value is not None}
     attack_options, trainer_options = dict(row.attack_options), dict(row.trainer_options)
     accepts = _parameters(row)
-    norm = check_norm("Linf" if norm is None else norm)
+    own = own_norm(row)
+    norm = own if norm is None else check_norm(norm)
     eps = check_eps(parse_scalar(DEFAULT_EPS[norm] if eps is None else eps), norm=norm)
     trainer = resolve(row.trainer)
-    if norm != "Linf":
-        if norm not in getattr(trainer, "norms", (norm,)):
-            raise DeatError(f"the method {canonical} is defined for {trainer.norms[0]} only: omit norm = {norm}")
+    if norm not in getattr(trainer, "norms", (norm,)):
+        raise DeatError(f"the method {canonical} is defined for {trainer.norms[0]} only: omit norm = {norm}")
+    if norm != own:
         if "norm" not in accepts:
-            raise DeatError(
-                f"the attack of the method {canonical} has no norm, so norm = {norm} cannot be used with it"
-            )
+            raise DeatError(f"the attack of the method {canonical} is in {own} only: omit norm = {norm}")
         attack_options["norm"] = norm
     refused = dict(getattr(trainer, "refused", {}))
     attack_keys = {"tau", "omega"} & set(attack_options) | {"attack_mode"} & accepts - set(refused)
@@ -100,7 +114,7 @@ def configure(
         trainer_options=trainer_options,
         schedule_options=schedule_options, stopping_options=stopping_options,
     )  # fmt: skip
-    return ConfiguredMethod(canonical, row, eps)
+    return ConfiguredMethod(canonical, row, eps, norm)
 
 
 def check_mixed_labels(method: ConfiguredMethod, augmentation: str, *, class_weights: str = "none") -> None:
@@ -153,6 +167,11 @@ def build(method: ConfiguredMethod, model: nn.Module) -> Trainer:
     trainer: Trainer = resolve(row.trainer)(
         attack, loss=loss, schedule=build_schedule(row), stopping=stopping, name=method.name, **row.trainer_options
     )
+    if trainer.norm != method.norm:
+        raise DeatError(
+            f"the attack of the method {method.name} is in {trainer.norm}, not in {method.norm}: give its class the "
+            f"attribute norm = {trainer.norm!r}"
+        )
     return trainer
 
 

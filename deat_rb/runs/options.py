@@ -97,7 +97,7 @@ class AttackConfig(OptionGroup):
         "fast", "Training setting: the paper's fast (cyclic LR, few epochs) or standard (50 epochs), or fastat, the "
         "protocol of FastAT Benchmark.", choices=SETTINGS,
     )  # fmt: skip
-    norm: Literal["Linf", "L2"] = option("Linf", "Norm of the perturbation.")
+    norm: Literal["Linf", "L2"] = option("Linf", "Norm of the perturbation.", default_text="method's: Linf")
     eps: Fraction = option(8 / 255, "Perturbation radius, such as 8/255, or 0.5 in L2.")
     alpha: Fraction | None = option(
         None, "Step size of the attack, such as 2/255.", default_text="method's", gt=0, allow_inf_nan=False

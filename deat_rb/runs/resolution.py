@@ -9,7 +9,7 @@ from typing import Any
 from deat_rb.attacks.threat_models import DEFAULT_EPS
 from deat_rb.data.augmentations import MIXING
 from deat_rb.data.image_files import ImageLister
-from deat_rb.methods.build import build_schedule, check_mixed_labels, configure
+from deat_rb.methods.build import build_schedule, check_mixed_labels, configure, own_norm
 from deat_rb.methods.recipes import Recipe
 from deat_rb.methods.recipes import resolve as load
 from deat_rb.methods.registry import recipe
@@ -54,7 +54,7 @@ def resolve(options: TrainOptions) -> TrainOptions:
     setting = setting_defaults(options.attack.setting, row.with_steps(options.attack.steps), arch)
     setting["epochs"] *= defaults.epoch_factor
     check_trackers(options.output.track)
-    norm = options.attack.norm
+    norm = explicit.get("norm", own_norm(row))
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1 and ":" in device_name:
         raise DeatError(
@@ -84,6 +84,7 @@ def resolve(options: TrainOptions) -> TrainOptions:
         "weights": _absolute(options.model.weights),
         "extra_data": _absolute(options.data.extra_data),
         "extra_fraction": explicit.get("extra_fraction", EXTRA_FRACTION if options.data.extra_data else None),
+        "norm": norm,
         "eps": check_eps(
             explicit.get("eps", defaults.eps if norm == "Linf" else DEFAULT_EPS[norm]), "--eps", norm=norm
         ),

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torchattacks.attack import Attack
 
 from deat_rb.attacks.base import NEEDS_LABELS, StatelessAttack
-from deat_rb.attacks.names import L2_ATTACKS
+from deat_rb.attacks.names import norm_of
 from deat_rb.attacks.pgd import PGD
 from deat_rb.attacks.threat_models import THREATS
 from deat_rb.training.costs import Costs
@@ -228,7 +228,7 @@ class TrainerBase(StatelessAttack):
     @property
     def norm(self) -> str:
         """The norm of the attack's eps-ball, ``Linf`` or ``L2``."""
-        own = "L2" if type(self.crafter).__name__ in L2_ATTACKS else getattr(self.crafter, "norm", "Linf")
+        own = norm_of(type(self.crafter), getattr(self.crafter, "norm", "Linf"))
         return own if own in THREATS else "Linf"
 
     @property

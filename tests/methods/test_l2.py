@@ -26,6 +26,7 @@ from deat_rb.methods.describe import describe
 from deat_rb.methods.recipes import Recipe
 from deat_rb.robustbench.export import export
 from deat_rb.runs.options import make_options
+from deat_rb.runs.resolution import resolve
 from deat_rb.runs.train import train
 from deat_rb.training.validation import validate
 from deat_rb.utils.errors import DeatError
@@ -137,8 +138,48 @@ def test_create_refuses_what_is_out_of_range(options: dict[str, Any], message: s
 def test_create_refuses_an_attack_without_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_registered", {"mine": Recipe(attack=torchattacks.FGSM, steps=0)})
     assert deat_rb.create("mine", made(), norm="Linf").norm == "Linf"
-    with pytest.raises(DeatError, match="the attack of the method mine has no norm, so norm = L2 cannot be used"):
+    with pytest.raises(DeatError, match="the attack of the method mine is in Linf only: omit norm = L2"):
         deat_rb.create("mine", made(), norm="L2")
+
+
+class OwnL2(torchattacks.PGDL2):
+    """Derived from an attack in L2."""
+
+
+@pytest.mark.parametrize("attack", [torchattacks.PGDL2, torchattacks.PGDRSL2, OwnL2])
+def test_methods_with_an_attack_in_l2_are_in_l2(attack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_registered", {"mine": Recipe(attack=attack, steps=3, alpha=2 / 255)})
+    trainer = deat_rb.create("mine", made())
+    assert (trainer.norm, trainer.eps) == ("L2", 0.5)
+    assert trainer.alpha == pytest.approx(0.125)
+    resolved = resolve(make_options({"method": "mine"})).attack
+    assert (resolved.norm, resolved.eps) == ("L2", 0.5)
+    assert deat_rb.create("mine", made(), norm="L2", eps=1).eps == 1
+    with pytest.raises(DeatError, match="the attack of the method mine is in L2 only: omit norm = Linf"):
+        deat_rb.create("mine", made(), norm="Linf")
+    with pytest.raises(DeatError, match="the attack of the method mine is in L2 only: omit norm = Linf"):
+        resolve(make_options({"method": "mine", "norm": "Linf"}))
+
+
+def test_methods_take_the_norm_of_their_attack_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_registered", {"mine": Recipe(steps=3, attack_options={"norm": "L2"})})
+    trainer, linf = deat_rb.create("mine", made()), deat_rb.create("mine", made(), norm="Linf")
+    assert (trainer.norm, trainer.eps) == ("L2", 0.5)
+    assert (linf.norm, linf.eps) == ("Linf", 8 / 255)
+    assert resolve(make_options({"method": "mine", "norm": "Linf"})).attack.norm == "Linf"
+
+
+def test_methods_refuse_an_attack_whose_norm_only_its_instances_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attack(model: nn.Module, eps: float, alpha: float, steps: int) -> Any:
+        return torchattacks.PGDL2(model, eps=eps, alpha=alpha, steps=steps)
+
+    monkeypatch.setattr(registry, "_registered", {"mine": Recipe(attack=attack)})
+    with pytest.raises(
+        DeatError, match="attack of the method mine is in L2, not in Linf: give its class the attribute"
+    ):
+        deat_rb.create("mine", made())
+    monkeypatch.setattr(attack, "norm", "L2", raising=False)
+    assert deat_rb.create("mine", made()).eps == 0.5
 
 
 @pytest.mark.slow
