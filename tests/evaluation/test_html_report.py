@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from html_documents import Document, read
 from PIL import Image
 from torch import Tensor, nn
 from training_problems import Snapshot, images_and_labels, used
@@ -23,47 +23,11 @@ from deat_rb.utils.errors import DeatError
 
 EPS = 0.25
 NASTY = "</title><script>alert('x')</script><img src=x onerror=alert(1)>&\"'"
-VOID = {"meta", "img"}
 
 
 def write_page(report: Report, path: Path, **content: Any) -> Path:
     path.write_bytes(render_page(report, **content))
     return path
-
-
-class Document(HTMLParser):
-    """What a browser would see: elements, their attributes and the text, with every element closed in its turn."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.open: list[str] = []
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def example_report(**fields: Any) -> tuple[Report, Tensor, Tensor, dict[str, Tensor]]:
@@ -90,7 +54,7 @@ def page(path: Path, classes: tuple[str, ...] = ("ant", "bee", "cat"), **fields:
     written = write_page(report, path / "report.html", images=images, labels=labels, classes=classes,
                          predictions=predictions)  # fmt: skip
     assert written == path / "report.html"
-    return Document(written.read_text(encoding="utf-8"))
+    return read(written)
 
 
 def picture(source: str | None) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -101,7 +65,7 @@ def picture(source: str | None) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def test_render_page_shows_accuracies(tmp_path: Path) -> None:
-    text = page(tmp_path).text
+    text = page(tmp_path).spaced
     assert "natural 83.33 % 43.65 to 96.99 5 / 6 1,234 7 1.5" in text
     assert "fgsm 50.00 % 18.76 to 81.24 3 / 6" in text
     assert "worst case 33.33 %" in text
@@ -110,7 +74,7 @@ def test_render_page_shows_accuracies(tmp_path: Path) -> None:
 
 
 def test_render_page_sorts_classes_by_robustness(tmp_path: Path) -> None:
-    text = page(tmp_path).text
+    text = page(tmp_path).spaced
     # ant: 2 of 2 clean, none robust; bee: 1 of 2 robust; cat: one is misclassified clean and one is robust.
     assert "ant 100.00 % 0.00 % 2 bee 100.00 % 50.00 % 2 cat 50.00 % 50.00 % 2" in text
     assert "(balanced accuracy): clean 83.33 %, worst case 33.33 %." in text
@@ -126,11 +90,11 @@ def test_render_page_balanced_accuracy_weighs_classes_equally(tmp_path: Path) ->
     report = Report.of(results, correct, eps=0.1, num_classes=2, seed=0, batch_size=4, device="cpu", versions={})
     write_page(report, tmp_path / "a.html", images=images, labels=labels, classes=("a", "b"))
     # Of a 4 of 4 and 2 of 4, of b none: the averages are 50 and 25 %.
-    assert "clean 50.00 %, worst case 25.00 %." in Document((tmp_path / "a.html").read_text()).text
+    assert "clean 50.00 %, worst case 25.00 %." in read(tmp_path / "a.html").spaced
 
 
 def test_render_page_counts_confusions_under_the_first_successful_attack(tmp_path: Path) -> None:
-    text = page(tmp_path).text
+    text = page(tmp_path).spaced
     assert (
         "true class predicted count under attack % of class count on clean images "
         "ant cat 2 100.00 % 0 bee cat 1 50.00 % 0 cat ant 1 50.00 % 1" in text
@@ -144,10 +108,10 @@ def test_render_page_shows_example_images(tmp_path: Path) -> None:
     first = [np.unique(each).tolist() for each in pictures[:3]]
     # Image 0 is 0.3; fgsm added eps = 0.25: amplified the perturbation is white.
     assert first == [[76], [255], [140]]
-    assert "ant : predicted ant, under attack cat (fgsm, image 0)" in document.text
+    assert "ant : predicted ant, under attack cat (fgsm, image 0)" in document.spaced
     # Image 1 is 0.36, and pgd took eps / 2 away: amplified that is half of the way from grey to black.
     assert [np.unique(each).tolist() for each in pictures[3:6]] == [[92], [64], [60]]
-    assert "bee : predicted bee, under attack cat (pgd, image 1)" in document.text
+    assert "bee : predicted bee, under attack cat (pgd, image 1)" in document.spaced
     # Image 2 is robust; the strongest attack's attempt is shown.
     assert [np.unique(each).tolist() for each in pictures[-3:]] == [[107], [255], [171]]
 
@@ -155,26 +119,26 @@ def test_render_page_shows_example_images(tmp_path: Path) -> None:
 def test_render_page_without_predictions(tmp_path: Path) -> None:
     report, images, labels, _ = example_report()
     write_page(report, tmp_path / "a.html", images=images, labels=labels, classes=())
-    document = Document((tmp_path / "a.html").read_text())
-    assert "0 : misclassified (fgsm, image 0)" in document.text
-    assert "Most frequent confusions" not in document.text
+    document = read(tmp_path / "a.html")
+    assert "0 : misclassified (fgsm, image 0)" in document.spaced
+    assert "Most frequent confusions" not in document.spaced
 
 
 def test_render_page_of_a_loaded_report_has_no_examples(tmp_path: Path) -> None:
     report, images, labels, _ = example_report()
     loaded = Report.load(report.save(tmp_path))
     write_page(loaded, tmp_path / "a.html", images=images, labels=labels, classes=("a", "b", "c"))
-    document = Document((tmp_path / "a.html").read_text())
+    document = read(tmp_path / "a.html")
     assert document.all("img") == []
-    assert "the adversarial images were not kept" in document.text
-    assert "Accuracy per class" in document.text
+    assert "the adversarial images were not kept" in document.spaced
+    assert "Accuracy per class" in document.spaced
 
 
 def test_render_page_of_natural_accuracy_only(tmp_path: Path) -> None:
     images, labels = images_and_labels(4)
     report = evaluate(used(), images, labels, attacks="natural", eps=0.1)
     write_page(report, tmp_path / "a.html", images=images, labels=labels, classes=())
-    assert "without an attack" in Document((tmp_path / "a.html").read_text()).text
+    assert "without an attack" in read(tmp_path / "a.html").spaced
 
 
 def test_render_page_shows_failed_checks_first(tmp_path: Path) -> None:
@@ -184,7 +148,7 @@ def test_render_page_shows_failed_checks_first(tmp_path: Path) -> None:
         Check(name="bad", status="fail", figure=None, sentence="It is bad."),
         Check(name="skipped", status="pass", figure=2.0, sentence="Two were not made."),
     )
-    text = page(tmp_path, checks=checks).text
+    text = page(tmp_path, checks=checks).spaced
     assert "1 of 3 1 fail, 1 warn, 2 skipped" in text
     assert "✕ fail bad It is bad. ! warn so so It is not quite so. 1 check without warnings" in text
     assert "✓ pass fine All is well." in text
@@ -210,7 +174,7 @@ def test_render_page_says_which_attacks_are_not_drawn(tmp_path: Path) -> None:
     curve = tuple(CurvePoint(eps=eps, n_correct={}, accuracy=accuracy, worst_case=0.5) for eps in (0.0, 0.1))
     document = page(tmp_path, curve=curve)
     assert len(document.all("polyline")) == 7, "six and the worst case"
-    assert "2 more attacks are not drawn; the worst case covers all of them." in document.text
+    assert "2 more attacks are not drawn; the worst case covers all of them." in document.spaced
 
 
 def test_render_page_has_no_scripts_or_external_resources(tmp_path: Path) -> None:
@@ -239,7 +203,7 @@ def test_render_page_escapes_names(tmp_path: Path) -> None:
     )
     assert document.all("script") == []
     assert all((each["src"] or "").startswith("data:image/png;base64,") for each in document.all("img"))
-    assert document.text.count(NASTY) > 20
+    assert document.spaced.count(NASTY) > 20
 
 
 def test_render_page_has_dark_mobile_and_print_styles(tmp_path: Path) -> None:
@@ -258,7 +222,7 @@ def test_render_page_shows_images_of_any_number_of_channels(channels: int, tmp_p
         labels = model(images).argmax(dim=1)
     report = evaluate(model, images, labels, attacks="fgsm", eps=0.5, norm="L2")
     write_page(report, tmp_path / "a.html", images=images, labels=labels, classes=("a", "b"))
-    pictures = [picture(each["src"]) for each in Document((tmp_path / "a.html").read_text()).all("img")]
+    pictures = [picture(each["src"]) for each in read(tmp_path / "a.html").all("img")]
     assert {each.shape for each in pictures} == {(160, 3, 3)}, "a large one is made smaller"
 
 
@@ -285,6 +249,6 @@ def test_render_page_shows_the_training() -> None:
     plain = Document(render_page(report, **given).decode())
     assert "Training" not in plain.words
     shown = Document(render_page(report, **given, training={"backward passes": "1,234"}, curves=b"PNG").decode())
-    assert "backward passes 1,234" in shown.text
+    assert "backward passes 1,234" in shown.spaced
     (curves,) = (each for each in shown.all("img") if each.get("class") == "curves")
     assert curves["src"] == "data:image/png;base64," + base64.b64encode(b"PNG").decode()

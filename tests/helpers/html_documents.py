@@ -54,6 +54,11 @@ class Document(HTMLParser):
         return " ".join("".join(self.words).split())
 
     @property
+    def spaced(self) -> str:
+        """The text with a space wherever an element begins or ends."""
+        return " ".join(" ".join(self.words).split())
+
+    @property
     def structure(self) -> list[tuple[str, list[str]]]:
         return [(tag, sorted(attributes)) for tag, attributes in self.tags]
 
