@@ -221,14 +221,32 @@ def _describe(batch: Any) -> str:
     return f"a {type(batch).__name__}"
 
 
-class InputFlags:
-    """On-device record of the first batch in an epoch with an image value outside [0, 1] or a label out of range."""
+class BatchFlags:
+    """On-device record of the first batch in an epoch with each of the faults `WATCHED`."""
 
-    WATCHED = ("an image has values outside [0, 1]", "a label is negative or not below the number of classes")
-    """What is recorded; class probabilities are below 1, and so pass the second check unless they are negative."""
+    WATCHED: tuple[str, ...]
 
     def __init__(self) -> None:
         self._first: Tensor | None = None
+
+    def record(self, bad: Tensor, batch: int) -> None:
+        """Record which faults a batch, numbered from 0, has: a mask on the device."""
+        if self._first is None:
+            self._first = torch.full_like(bad, -1, dtype=torch.long)
+        self._first = torch.where(bad & (self._first < 0), batch, self._first)
+
+    def found(self) -> tuple[int, str] | None:
+        """Return the first bad batch, numbered from 1, and its first fault; synchronizes with the device."""
+        first = [] if self._first is None else self._first.tolist()
+        bad = [(batch + 1, what) for batch, what in zip(first, self.WATCHED, strict=False) if batch >= 0]
+        return min(bad, key=lambda each: each[0]) if bad else None
+
+
+class InputFlags(BatchFlags):
+    """Record of the first batch with an image value outside [0, 1] or a label out of range."""
+
+    WATCHED = ("an image has values outside [0, 1]", "a label is negative or not below the number of classes")
+    """What is recorded; class probabilities are below 1, and so pass the second check unless they are negative."""
 
     def note(self, images: Tensor, labels: Tensor, num_classes: int | None, batch: int) -> Tensor:
         """Record whether a batch, numbered from 0, is invalid.
@@ -239,13 +257,5 @@ class InputFlags:
         low, high = images.detach().aminmax()
         clamped = labels.clamp(0, None if num_classes is None else num_classes - 1)
         bad = torch.stack([(low < -ROUNDING) | (high > 1 + ROUNDING), (clamped != labels).any()])
-        if self._first is None:
-            self._first = torch.full_like(bad, -1, dtype=torch.long)
-        self._first = torch.where(bad & (self._first < 0), batch, self._first)
+        self.record(bad, batch)
         return clamped
-
-    def found(self) -> tuple[int, str] | None:
-        """Return the first invalid batch, numbered from 1, and the reason; synchronizes with the device."""
-        first = [] if self._first is None else self._first.tolist()
-        bad = [(batch + 1, what) for batch, what in zip(first, self.WATCHED, strict=False) if batch >= 0]
-        return min(bad) if bad else None

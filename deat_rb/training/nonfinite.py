@@ -12,23 +12,20 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from deat_rb.training.callbacks import Action, Callback
-from deat_rb.training.checks import InputFlags
+from deat_rb.training.checks import BatchFlags, InputFlags
 from deat_rb.training.metrics import BatchStats, EpochStats
 from deat_rb.training.optimizers import optimizer_tensors
 from deat_rb.training.state import TrainingState
 from deat_rb.utils.errors import DeatError
 
-WATCHED = ("the loss", "l_X", "a gradient")
-
 CHECK_EVERY = 10.0
 """Seconds between checks within an epoch; each check synchronizes with the device."""
 
 
-class NonFiniteFlags:
-    """On-device record of the first batch in an epoch with a non-finite loss, l_X or gradient."""
+class NonFiniteFlags(BatchFlags):
+    """Record of the first batch with a non-finite loss, l_X or gradient."""
 
-    def __init__(self) -> None:
-        self._first: Tensor | None = None
+    WATCHED = ("the loss", "l_X", "a gradient")
 
     def note(self, stats: BatchStats, model: nn.Module, batch: int) -> Tensor:
         """Record a batch, numbered from 0; a non-finite gradient is detected from the resulting weights.
@@ -38,16 +35,8 @@ class NonFiniteFlags:
         """
         norm = get_total_norm([parameter.detach() for parameter in model.parameters()])
         finite = torch.stack([stats.loss.isfinite(), stats.l_x.isfinite().to(stats.loss.device), norm.isfinite()])
-        if self._first is None:
-            self._first = torch.full_like(finite, -1, dtype=torch.long)
-        self._first = torch.where(finite | (self._first >= 0), self._first, batch)
+        self.record(~finite, batch)
         return finite
-
-    def found(self) -> tuple[int, str] | None:
-        """Return the first non-finite batch, numbered from 1, and what is non-finite; syncs with the device."""
-        first = [] if self._first is None else self._first.tolist()
-        bad = [(batch + 1, what) for batch, what in zip(first, WATCHED, strict=False) if batch >= 0]
-        return min(bad, key=lambda each: each[0]) if bad else None
 
 
 class NonFiniteMonitor(Callback):
