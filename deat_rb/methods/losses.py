@@ -1,4 +1,4 @@
-"""Surrogate losses of TRADES and MART, per example."""
+"""Surrogate losses, per example, and weights of classes."""
 
 from __future__ import annotations
 

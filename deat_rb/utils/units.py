@@ -1,4 +1,4 @@
-"""Parsing and formatting of pixel-space radii such as 8/255."""
+"""Parsing, formatting and checks of numbers, such as radii in pixel space."""
 
 from __future__ import annotations
 
