@@ -138,7 +138,7 @@ def _eps_below_half(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def against_torchattacks(
-    target: EvalTarget, *, batch_size: int, repeats: int, steps: int = PGD_STEPS, notify: Notify = lambda side: None
+    target: EvalTarget, *, batch_size: int, repeats: int, notify: Notify = lambda side: None
 ) -> Comparison:
     """Time our PGD and torchattacks' PGD, both with step size eps / 4.
 
@@ -146,18 +146,16 @@ def against_torchattacks(
         target: The model and the images.
         batch_size: Images per batch.
         repeats: Number of rounds.
-        steps: Number of PGD steps.
         notify: Called with the name of the next side.
     """
-    verdicts: dict[str, Tensor] = {}
-    attack = torchattacks.PGD(target.model, eps=target.eps, alpha=target.eps / 4, steps=steps, random_start=True)
+    name, verdicts = f"pgd-{PGD_STEPS}", dict[str, Tensor]()
+    attack = torchattacks.PGD(target.model, eps=target.eps, alpha=target.eps / 4, steps=PGD_STEPS, random_start=True)
 
     def ours() -> None:
-        name = f"pgd-{steps}"
-        options: dict[str, Any] = {"eps": target.eps, "batch_size": batch_size}
-        verdicts["ours"] = evaluate(target.model, target.images, target.labels, attacks=[name], **options).verdicts[
-            name
-        ]
+        report = evaluate(
+            target.model, target.images, target.labels, attacks=[name], eps=target.eps, batch_size=batch_size
+        )
+        verdicts["ours"] = report.verdicts[name]
 
     def theirs() -> None:
         seeding.seed_global(0, "benchmark")
@@ -173,7 +171,7 @@ def against_torchattacks(
     with seeding.preserved():
         sides = {"torchattacks": Side(theirs), "ours": Side(ours)}
         times = alternate(sides, repeats, clock=device_clock(target.device), notify=notify)
-    return _compared(f"pgd-{steps}", "torchattacks", target, times, verdicts, equal=False, speedup=PGD_TARGET)
+    return _compared(name, "torchattacks", target, times, verdicts, equal=False, speedup=PGD_TARGET)
 
 
 def against_robustbench(target: EvalTarget, *, batch_size: int, notify: Notify = lambda side: None) -> Comparison:

@@ -135,9 +135,9 @@ INFO: dict[str, Any] = {
 }  # fmt: skip
 
 
-def bare_state(seed: int = 0) -> dict[str, Tensor]:
+def bare_state() -> dict[str, Tensor]:
     """As RobustBench's classes name it."""
-    return {name.removeprefix("net."): tensor.clone() for name, tensor in network(seed).state_dict().items()}
+    return {name.removeprefix("net."): tensor.clone() for name, tensor in network().state_dict().items()}
 
 
 def make_checkpoint(folder: Path, model_name: str = "Wong2020Fast", state: Any = None, **changes: Any) -> Path:

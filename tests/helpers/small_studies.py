@@ -31,10 +31,10 @@ def work(study: Study, path: Path) -> StudyFolder:
     return folder
 
 
-def table_json(study: Study, folder: StudyFolder, name: str = "table1") -> bytes:
+def table_json(study: Study, folder: StudyFolder) -> bytes:
     """Write the table and return the bytes of its JSON file, without times."""
-    write_table(ResultTable.of(collect(folder, study.runs), name=name, title=study.title), folder.path)
-    content = json.loads((folder.path / f"{name}.json").read_bytes())
+    write_table(ResultTable.of(collect(folder, study.runs), name="table1", title=study.title), folder.path)
+    content = json.loads((folder.path / "table1.json").read_bytes())
     return json.dumps(without_times(content)).encode()
 
 

@@ -38,10 +38,10 @@ def made(seed: int = 0) -> nn.Sequential:
     return model
 
 
-def used(seed: int = 0) -> nn.Sequential:
+def used() -> nn.Sequential:
     """A network in the middle of somebody's work: one BatchNorm and the dropout frozen in eval inside a training
     model, one parameter frozen, gradients on some of the others."""
-    model = made(seed)
+    model = made()
     model[4].eval()
     model[8].eval()
     model[0].weight.requires_grad_(False)
@@ -87,9 +87,9 @@ def images_and_labels(count: int = 6, size: int = 8, seed: int = 5) -> Batch:
     return images.clamp(0, 1), labels
 
 
-def loader(batches: int = 2, count: int = 6) -> list[Batch]:
+def loader(batches: int = 2) -> list[Batch]:
     """A list of batches, which is the simplest of loaders."""
-    return [images_and_labels(count, seed=20 + number) for number in range(batches)]
+    return [images_and_labels(seed=20 + number) for number in range(batches)]
 
 
 class Positioned(list[Batch]):
