@@ -84,6 +84,8 @@ def _checked(path: Path, advice: str = "") -> list[tuple[str, Report]]:
     reports = load_reports([path])
     if (path / CONFIG).is_file():
         run = RunDirectory.open(path)
+        if run.unfinished:
+            click.echo(f"note: training of {path} has not ended: it has {run.unfinished}", err=True)
         for _, report in reports:
             run.check_evaluation(report.provenance, advice or f"run {run.command('eval')} first")
     return reports

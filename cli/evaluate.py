@@ -280,14 +280,14 @@ def _print_means(reports: Sequence[Report], targets: Sequence[EvalTarget], conso
 
 def _options(target: EvalTarget) -> dict[str, Any]:
     """Return the keys for grouping evaluations: a run's options without the seed, or source and hash of weights."""
-    from deat_rb.reproduction.grouping import group_key
+    from deat_rb.reproduction.grouping import key_of_run
     from deat_rb.runs.directory import RunDirectory
 
     if target.run is None:
         facts = target.provenance
         source = next((facts[name] for name in ("model", "entry", "weights") if name in facts), "network")
         return {"method": source, "SHA-256": facts.get("weights_sha256", "")[:8]}
-    return group_key(RunDirectory.open(target.run).config)
+    return key_of_run(RunDirectory.open(target.run))
 
 
 def _has_own_data(target: EvalTarget) -> bool:

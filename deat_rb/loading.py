@@ -204,8 +204,9 @@ def _open_run(path: Path, trust_code: bool) -> Network:
         "weights_sha256": sha256_file(weights),
         "arch": spec.arch,
     }
+    notes = (f"training has not ended: the run has {run.unfinished}",) if run.unfinished else ()
     return Network(model.eval(), f"the run {path}", provenance, config.classes, True, spec.image_size, spec.channels,
-                   config.attack.eps, config.attack.norm)  # fmt: skip
+                   config.attack.eps, config.attack.norm, notes)  # fmt: skip
 
 
 def _open_export(path: Path) -> Network:

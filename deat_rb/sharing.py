@@ -80,8 +80,8 @@ def push(
         folder: Write the files to this folder instead of uploading them.
 
     Raises:
-        DeatError: The run is unfinished, its evaluation belongs to different weights, the address is malformed, the
-            repository contains other files, or the upload fails.
+        DeatError: The run has no weights yet, its evaluation belongs to different weights, the address is malformed,
+            the repository contains other files, or the upload fails.
     """
     address = HubAddress.parse(target)
     if address.file or address.revision != "main":
@@ -142,6 +142,8 @@ def shared_files(
         notes.append(f"there is no evaluation, so the card has no accuracies: run {run.command('eval')} first")
     elif "autoattack" not in report.results:
         notes.append(f"AutoAttack was not run, but readers expect its accuracy: run {run.command('eval --autoattack')}")
+    if run.unfinished:
+        notes.append(f"training has not ended, and the card says so: the run has {run.unfinished}")
     if runs_code(run.config.model.arch):
         notes.append(f"the network is built by {run.config.model.arch}, which is not uploaded: others need that module "
                      "on Python's path, and --trust-code")  # fmt: skip
@@ -211,7 +213,7 @@ def model_card(run: RunDirectory, report: Report | None, address: HubAddress, li
     config, rows = run.config, run.rows()
     row = describe(config.attack.method, eps=config.attack.eps, **config.method_options())
     dataset = SPELLED.get(config.data.dataset, config.data.dataset)
-    columns = _columns(config, report, rows)
+    columns = _columns(run, report, rows)
     accuracy = "No evaluation was uploaded.\n" if report is None else _measured(report)
     cite = f"Method: {PAPER['authors']}, *{PAPER['name']}*, {PAPER['link']}.\n" if PAPERS_OWN.match(row.name) else ""
     side = config.network.image_size
@@ -287,14 +289,15 @@ def _adversary(config: RunConfig) -> str:
     return f"{config.attack.norm} perturbations of eps = {format_fraction(config.attack.eps)}"
 
 
-def _columns(config: RunConfig, report: Report | None, rows: list[EpochStats]) -> dict[str, str]:
+def _columns(run: RunDirectory, report: Report | None, rows: list[EpochStats]) -> dict[str, str]:
+    config, unfinished = run.config, run.unfinished
     columns = {"method": config.attack.method, "architecture": _plain(config.model.arch)}
     if report is not None:
         shown = [*report.results.values(), *([report.worst_case] if len(report.results) > 2 else [])]
         columns |= {_plain(each.name): f"{100 * each.accuracy:.2f} %" for each in shown}
     if rows:
         columns |= {
-            "epochs": str(len(rows)),
+            "epochs": unfinished or str(len(rows)),
             "backward passes": f"{sum(each.backwards for each in rows):,.0f}",
             "minutes": f"{sum(each.seconds for each in rows) / 60:,.1f}",
         }

@@ -31,8 +31,15 @@ def group_key(config: RunConfig) -> dict[str, Any]:
                       "initial_weights": config.init_sha256}  # fmt: skip
 
 
+def key_of_run(run: RunDirectory) -> dict[str, Any]:
+    """Return the key for grouping a run: `group_key`, and how far it is trained."""
+    return group_key(run.config) | {"trained": run.unfinished or "all epochs"}
+
+
 def grouped_table(paths: Sequence[Path], by: str) -> ResultTable:
     """Return mean accuracies and costs over runs that differ only in the seed.
+
+    A run whose training has not ended is not averaged with others that have more epochs.
 
     The worst case is among them if all runs have the same attacks, natural accuracy and two or more.
 
@@ -46,7 +53,7 @@ def grouped_table(paths: Sequence[Path], by: str) -> ResultTable:
     """
     runs = [RunDirectory.open(path) for path in paths]
     configs = [run.config for run in runs]
-    keys = [group_key(config) for config in configs]
+    keys = [key_of_run(run) for run in runs]
     name = by.removeprefix("--").replace("-", "_")
     if name not in keys[0]:
         raise DeatError(f"--group-by {by} is not an option of runs: {did_you_mean(name, keys[0])}")

@@ -118,6 +118,7 @@ def export(
     }
     notes = (
         f"Trained with deat-rb, method {config.attack.method}.",
+        f"Training had not ended: {opened.unfinished}." if opened.unfinished else "",
         _stand_in_note(config, dataset),
         f"Accuracies on {report.n_examples} test images." if report.n_examples < FULL_TEST_SET else "",
         f"AutoAttack was not run: its accuracy of {UNKNOWN_ACCURACY} stands for unknown." if unknown else "",

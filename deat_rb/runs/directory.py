@@ -39,6 +39,7 @@ from deat_rb.training.metrics import EpochStats
 from deat_rb.utils.errors import DeatError, UnwritableError
 from deat_rb.utils.files import atomic_write, read_json, sha256_file, write_json
 from deat_rb.utils.locks import exclusive_lock
+from deat_rb.utils.options import OPEN
 from deat_rb.utils.records import describe_validation_error
 from deat_rb.utils.safe_load import save_tensors, sha256_tensors
 from deat_rb.utils.text import counted
@@ -177,6 +178,24 @@ class RunDirectory:
             done = "validated" if (self.path / "last.safetensors").is_file() else "finished"
             raise DeatError(f"{path} is missing, as the run has not {done} an epoch; continue it with --resume")
         return path
+
+    @property
+    def unfinished(self) -> str | None:
+        """How many epochs a run has whose training has not ended, such as ``1 of 6 epochs``; None if it has ended.
+
+        Open-ended runs have ended after every epoch; runs without valid metrics count as ended.
+        """
+        optim = self.config.optim
+        try:
+            rows = self.rows()
+        except DeatError:
+            return None
+        if optim.epochs == OPEN or not rows or len(rows) >= optim.epochs:
+            return None
+        may_stop = optim.early_stopping or optim.patience is not None
+        if may_stop and rows[-1].stopped is not None:
+            return None
+        return f"{len(rows)} of {counted(optim.epochs, 'epoch')}"
 
     @property
     def title(self) -> str:

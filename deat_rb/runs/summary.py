@@ -12,7 +12,7 @@ def summary(run: RunDirectory) -> tuple[dict[str, str], bytes]:
     """Return key values of a run's training by name, and a PNG of its curves; both are empty without valid metrics."""
     config = run.config
     try:
-        rows, chosen = run.rows(), run.selected_epoch
+        rows, chosen, trained = run.rows(), run.selected_epoch, run.unfinished
     except DeatError:  # damaged metrics must not prevent a report
         return {}, b""
     if not rows:
@@ -21,7 +21,8 @@ def summary(run: RunDirectory) -> tuple[dict[str, str], bytes]:
     steps = [row.steps for row in rows]
     facts = {
         "method": f"{method}, setting {setting}, seed {config.optim.seed}",
-        "epochs": f"{len(rows)}" + ("" if chosen is None else f"; the weights of epoch {chosen} are evaluated"),
+        "epochs": (trained or f"{len(rows)}")
+        + ("" if chosen is None else f"; the weights of epoch {chosen} are evaluated"),
         "attack steps": ", ".join(map(str, steps)) if len(set(steps)) > 1 else f"{steps[0]} in every epoch",
         "backward passes": f"{sum(row.backwards for row in rows):,.0f} (mini-batches of {config.data.batch_size})",
         "forward passes": f"{sum(row.forwards for row in rows):,.0f}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -16,6 +17,9 @@ from deat_rb.cli import main
 from deat_rb.evaluation.report import Report
 from deat_rb.evaluation.tables import group
 from deat_rb.reproduction.grouping import group_key
+from deat_rb.runs.directory import RunDirectory
+from deat_rb.sharing import shared_files
+from deat_rb.utils.hub import HubAddress
 from deat_rb.utils.safe_load import save_tensors
 
 
@@ -49,6 +53,32 @@ def test_compare_group_by_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     said = run(paths[0], "--group-by", "method", status=2)
     assert "have the same options and the same seed (pgd-1, seed 0): give one of them" in said
     assert "--latex is a format of --group-by" in run("--latex", status=2)
+
+
+@pytest.mark.slow
+def test_a_run_whose_training_has_not_ended_is_no_seed_of_one_that_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three seeds, one has the first of its two epochs only."""
+    monkeypatch.setattr("deat_rb.runs.train.plot_curves", lambda *_, **__: None)
+    study = small_study({"method": "pgd-1"}, seeds=(0, 1, 2))
+    folder = work(study, tmp_path)
+    paths = [folder.run_path(run) for run in study.runs]
+    metrics = paths[1] / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
+    result = CliRunner().invoke(main, ["compare", *map(str, paths), "--group-by", "method", "--json"])
+    rows = {row["label"]: row["means"]["natural"]["count"] for row in json.loads(result.stdout)["rows"]}
+    assert rows == {"pgd-1, trained all epochs": 2, "pgd-1, trained 1 of 2 epochs": 1}
+    result = CliRunner().invoke(main, ["compare", *map(str, paths[:2])])
+    assert f"note: training of {paths[1]} has not ended: it has 1 of 2 epochs" in result.stderr
+    result = CliRunner().invoke(
+        main, ["eval", *map(str, paths), "--attacks", "natural", "--checks", "none", "--trust-code"]
+    )
+    assert "note: training has not ended: the run has 1 of 2 epochs" in result.stdout
+    assert re.search(r"pgd-1, trained all\s", result.stdout), result.stdout
+    pushed = shared_files(RunDirectory.open(paths[1]), HubAddress.parse("hf:me/x"), "mit")
+    assert "training has not ended, and the card says so: the run has 1 of 2 epochs" in pushed[1]
+    assert "1 of 2 epochs" in pushed[0]["README.md"].decode()
 
 
 def test_runs_with_other_extra_data_are_no_seeds_of_one_setting(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,24 @@ ROW = EpochStats(epoch=1, steps=2, alpha=2 / 255, l_x=1 / 3, loss=0.1, examples=
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
     return RunDirectory.create(tmp_path / "runs" / "first", run_config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "stopped", "said"),
+    [
+        ({"epochs": 6}, None, "1 of 6 epochs"),
+        ({"epochs": 1}, None, None),
+        ({"epochs": 6}, "l_X rose", None),
+        ({"epochs": 6, "early_stopping": False}, "l_X rose", "1 of 6 epochs"),
+        ({"epochs": 6, "early_stopping": False, "patience": 1}, "accuracy has not risen", None),
+        ({"epochs": "open", "lr_schedule": "flat", "ema": 0.9}, None, None),
+    ],
+)
+def test_unfinished(changes: dict[str, Any], stopped: str | None, said: str | None, tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", run_config(**changes))
+    assert run.unfinished is None
+    run.append(replace(ROW, stopped=stopped))
+    assert run.unfinished == said
 
 
 @pytest.mark.parametrize("name", ["a", "deat-40%", "m+trades-digits-wrn-10-2-s0", "v1.2_b"])
