@@ -169,7 +169,7 @@ class _Csv(_Writer):
         """Write a row; missing classes are empty."""
         cells = [cell for guess in prediction.guesses for cell in (csv_text(guess.name), f"{guess.confidence:.6f}")]
         cells += [""] * (2 * self.top_k - len(cells))
-        self._rows.writerow([prediction.image, *cells, prediction.error or ""])
+        self._rows.writerow([csv_text(prediction.image), *cells, csv_text(prediction.error or "")])
         self.file.flush()
 
 

@@ -148,6 +148,11 @@ def test_deployment_classifies_a_photo_with_onnxruntime(
     capsys.readouterr()
     run_example(EXAMPLES["docs/deployment.md", 1], monkeypatch, served)
     assert capsys.readouterr().out == "red\n"
+    (served / "dark").mkdir(exist_ok=True)
+    (served / "dark" / "NAME.onnx").write_bytes((served / "NAME.onnx").read_bytes())
+    Image.new("I;16", (20, 12), 700).save(served / "dark" / "photo.jpg", format="PNG")
+    with pytest.raises(ValueError, match="more than 8 bits per value"):
+        run_example(EXAMPLES["docs/deployment.md", 1], monkeypatch, served / "dark")
 
 
 @pytest.mark.slow  # torch.export takes seconds

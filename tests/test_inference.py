@@ -159,11 +159,12 @@ def test_predict_writes_a_name_that_is_not_text_to_a_strict_stdout(monkeypatch: 
 
 def test_predict_writes_no_formulas_of_class_names_into_a_csv_file(tmp_path: Path) -> None:
     names = ('=HYPERLINK("https://example.org")', "x;@SUM(1)", "\x1b[2J", "a-b")
-    with _writer(tmp_path / "out.csv", _Csv, ["a.png"], 4) as write:
-        write(Prediction(image="a.png", guesses=tuple(ClassScore(index=index, name=name, confidence=0.25)
+    with _writer(tmp_path / "out.csv", _Csv, ["=a.png"], 4) as write:
+        write(Prediction(image="=a.png", guesses=tuple(ClassScore(index=index, name=name, confidence=0.25)
                                                       for index, name in enumerate(names))))  # fmt: skip
     with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
         row = list(csv.reader(file))[1]
+    assert row[0] == "'=a.png"
     assert row[1:9:2] == ['\'=HYPERLINK("https://example.org")', "x;'@SUM(1)", r"\x1b[2J", "a-b"]
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from board_problems import make_run, network, without_evaluating
 from click.testing import CliRunner, Result
+from training_problems import run_config
 
 import deat_rb
 from deat_rb.cli import main
@@ -17,20 +17,18 @@ from deat_rb.leaderboard.board import Board
 from deat_rb.leaderboard.submission import SubmissionMetadata
 from deat_rb.loading import load_model
 from deat_rb.models.spec import build_model, model_spec
+from deat_rb.runs.directory import RunDirectory
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.safe_load import save_tensors
 
 
-def test_load_model_takes_the_selected_weights_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deat_rb.runs.directory import RunDirectory
-
+def test_load_model_takes_the_selected_weights_of_a_run(tmp_path: Path) -> None:
     trained, images = build_model("wrn-10-1", dataset="cifar10").eval(), torch.rand(2, 3, 32, 32)
-    save_tensors(tmp_path / "best.safetensors", trained.state_dict())
-    config = SimpleNamespace(attack=SimpleNamespace(method="pgd-7", eps=8 / 255, norm="Linf"), classes=())
-    run = SimpleNamespace(model_spec=model_spec("wrn-10-1", dataset="cifar10"), path=tmp_path, config=config,
-                          selected_weights_path=tmp_path / "best.safetensors")  # fmt: skip
-    monkeypatch.setattr(RunDirectory, "open", lambda path: run)
-    loaded = load_model(tmp_path)
+    network = model_spec("wrn-10-1", dataset="cifar10")
+    run = RunDirectory.create(tmp_path / "run", run_config(arch="wrn-10-1", network=network, select="best"))
+    save_tensors(run.path / "best.safetensors", trained.state_dict())
+    save_tensors(run.path / "last.safetensors", build_model("wrn-10-1", dataset="cifar10").state_dict())
+    loaded = load_model(run.path)
     assert not loaded.training
     assert torch.equal(loaded(images), trained(images))
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from deat_rb.attacks.types import Parameters
+from deat_rb.evaluation.records import FOLDER
 from deat_rb.evaluation.report import Report, worst_of
 from deat_rb.evaluation.statistics import mcnemar
 from deat_rb.utils.errors import DeatError
@@ -197,6 +198,11 @@ def load_reports(paths: Sequence[str | Path]) -> list[tuple[str, Report]]:
     reports = []
     for path in map(Path, paths):
         if path.is_dir() and not (path / "eval.json").is_file():
+            if other := next(iter(sorted(path.glob(f"{FOLDER}/*.json"))), None):
+                raise DeatError(
+                    f"{path} has no evaluation on the data that it was trained on, but has others: give such a file, "
+                    f"as {other}, or restore the data and run deat-rb eval {path}"
+                )
             raise DeatError(f"{path} has no evaluation: run deat-rb eval {path} first")
         report = Report.load(path)
         reports.append((replace_invisible(str(path) if path.suffix == ".json" else path.absolute().name), report))

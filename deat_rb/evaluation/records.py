@@ -57,7 +57,7 @@ def place(
     beside = run / FOLDER / f"{record_name(report)}.json"
     if not own_data:
         _create(beside.parent)
-        return Placement(beside, "the data are not the run's own, so eval.json is not replaced")
+        return Placement(beside, "the data are not the run's own, so it is not its eval.json: compare the file itself")
     present = _present(run)
     if present is None:
         return Placement(run / "eval.json")

@@ -60,7 +60,7 @@ class ModelConfig(OptionGroup):
         "package.module:factory.", metavar="NAME",
     )  # fmt: skip
     init_from: str | None = option(
-        None, "Initialize the weights from this checkpoint, or from hf:owner/name.", metavar="PATH"
+        None, "Initialize the weights from this checkpoint or run, or from hf:owner/name.", metavar="PATH"
     )
     new_head: bool = option(False, "Replace the last layer of that checkpoint if it has a different number of classes.")
     pretrained: bool = option(

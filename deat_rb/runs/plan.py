@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -23,6 +24,7 @@ from deat_rb.models.spec import model_spec
 from deat_rb.runs.batch_sizes import check_batches
 from deat_rb.runs.config import RunConfig
 from deat_rb.runs.defaults import default_val_size
+from deat_rb.runs.directory import CONFIG, RunDirectory
 from deat_rb.runs.hub_run import open_hub
 from deat_rb.runs.options import DataConfig, ModelConfig, TrainOptions
 from deat_rb.runs.resolution import resolve
@@ -336,9 +338,12 @@ def _initial_weights(options: ModelConfig, dry: bool) -> InitialWeights | None:
     if dry and options.pretrained and options.weights is None:
         return None  # a dry run downloads nothing
     source = options.init_from
-    file = str(open_hub(source).weights) if source is not None and is_hub(source) else source
+    if source is not None and is_hub(source):
+        source = str(open_hub(source).weights)
+    elif source is not None and Path(source, CONFIG).is_file():
+        source = str(RunDirectory.open(source).selected_weights_path)
     return initial_weights(
-        options.arch, init_from=file, new_head=options.new_head, pretrained=options.pretrained,
+        options.arch, init_from=source, new_head=options.new_head, pretrained=options.pretrained,
         file=options.weights, weights_key=options.weights_key,
     )  # fmt: skip
 

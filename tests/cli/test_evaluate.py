@@ -243,7 +243,11 @@ def test_eval_of_other_data_is_not_the_runs_evaluation(tmp_path: Path, image_fol
     assert result.exit_code == 0, result.output
     assert not (path / "eval.json").exists()
     assert len(list((path / "evaluations").glob("*.json"))) == 1
-    assert "note: the data are not the run's own, so eval.json is not replaced" in result.stdout
+    assert "note: the data are not the run's own, so it is not its eval.json: compare the file itself" in result.stdout
+    (file,) = (path / "evaluations").glob("*.json")
+    compared = run("compare", path, path)
+    assert compared.exit_code == 2
+    assert f"on the data that it was trained on, but has others: give such a file, as {file}, or" in compared.stderr
     refused = run("eval", path, "--data-dir", other, *flags, "--overwrite")
     assert refused.exit_code == 2
     assert "--overwrite is only for evaluations of a run on its own dataset" in refused.stderr

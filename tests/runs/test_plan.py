@@ -53,9 +53,9 @@ def test_plan_of_a_config_json_uses_all_images_of_a_folder_that_has_grown(tmp_pa
 @pytest.mark.slow
 def test_plan_initializes_from_given_weights(tmp_path: Path) -> None:
     first, _ = train(SMALL, output=tmp_path, name="first")
-    weights = first.path / "last.safetensors"
-    begun = planned(init_from=str(weights), seed=9).trainer.model.state_dict()
-    assert all(torch.equal(begun[name], tensor) for name, tensor in state(first).items())
+    for source in (first.path / "last.safetensors", first.path):
+        begun = planned(init_from=str(source), seed=9).trainer.model.state_dict()
+        assert all(torch.equal(begun[name], tensor) for name, tensor in state(first).items())
     with pytest.raises(DeatError, match=r"nowhere\.pt"):
         planned(init_from="nowhere.pt")
 
