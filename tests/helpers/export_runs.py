@@ -26,6 +26,8 @@ DATA = "d" * 64
 class Run:
     """As much of a run directory as an export takes, with weights that are no longer the initial ones."""
 
+    unfinished: str | None = None
+
     def __init__(self, path: Path, arch: str = "wrn-10-1", dataset: str = "cifar10", num_classes: int = 10) -> None:
         path.mkdir()
         self.path = path

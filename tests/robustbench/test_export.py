@@ -283,6 +283,12 @@ def test_export_is_unreliable_where_a_check_failed(
     assert info_of(overruled)["unreliable"] is False
 
 
+def test_export_says_that_training_had_not_ended(run: Run, tmp_path: Path) -> None:
+    run.unfinished = "1 of 6 epochs"
+    info = info_of(export(run.path, model_name="Wang2021Gradient", output=tmp_path / "out"))
+    assert "Training had not ended: 1 of 6 epochs." in info["footnote"]
+
+
 def test_export_of_other_methods_does_not_credit_the_paper(run: Run, tmp_path: Path) -> None:
     run.config.attack.method = "pgd-7"
     info = info_of(export(run.path, model_name="Madry2017Towards", output=tmp_path, venue="ICLR 2018", reported=47.04))
