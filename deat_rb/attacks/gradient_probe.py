@@ -6,6 +6,10 @@ hook on the tensor records their gradient, which gives l_X of any attack without
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -81,31 +85,58 @@ class GradientProbe:
         )
 
 
+@contextmanager
+def _trial_logits(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Let a model predict class 0, with logits that are the same for all images but have the model's gradients.
+
+    They differ between calls, so that an attack on the divergence from another output has a gradient.
+
+    Yields:
+        The L1 norm of the gradient with respect to the logits of each backward pass so far.
+    """
+    norms: list[Tensor] = []
+    calls = itertools.count()
+
+    def replace(module: nn.Module, inputs: tuple[Any, ...], logits: Tensor) -> Tensor:
+        values = torch.empty(logits.shape[1]).uniform_(0.8, 0.99, generator=torch.Generator().manual_seed(next(calls)))
+        values[0] = 1.0
+        replaced = logits - logits.detach() + values.to(logits)
+        if replaced.requires_grad:
+            replaced.register_hook(lambda gradient: norms.append(gradient.abs().sum()))
+        return replaced
+
+    handle = model.register_forward_hook(replace)
+    try:
+        yield norms
+    finally:
+        handle.remove()
+
+
 def uses_mean_reduction(attack: Attack, images: Tensor) -> bool:
     """Return whether an attack's loss is averaged over the batch (torchattacks' PGD) or summed (its TPGD).
 
-    The attack is called on a few images and on a batch that has each of them twice, with the model's predictions as
-    labels; if the loss is averaged, each gradient is halved. The model's state and torch's generators are preserved.
+    The attack is called on two images and on a batch that has each of them eight times, with the same logits for all:
+    the L1 norm of the gradient with respect to the logits remains if the loss is averaged, and is eightfold if it is
+    summed, whatever noise the attack draws. The model's state and torch's generators are preserved.
 
     Raises:
         DeatError: If the attack computes no gradient at its inputs, so that l_X is undefined.
     """
-    few = images[:8]
-    with preserve_state(attack.model):
-        labels = attack.get_output_with_eval_nograd(few).argmax(dim=1)
-    norms = []
-    for copies in (1, 2):
-        with preserve_state(attack.model), preserved(), GradientProbe(attack.model) as probe:
+    few = images[:2]
+    labels = torch.zeros(len(few), dtype=torch.long, device=few.device)
+    totals = []
+    for copies in (1, 8):
+        with preserve_state(attack.model), preserved(), _trial_logits(attack.model) as norms:
             torch.manual_seed(0)
-            with explained_failures(attack, few, labels):
+            with explained_failures(attack, few, labels), GradientProbe(attack.model) as probe:
                 attack(torch.cat([few] * copies), torch.cat([labels] * copies))
         if probe.gradient is None:
             raise DeatError(
                 f"{attack.attack} computes no gradient at its inputs, so l_X is undefined; "
                 "use a gradient attack such as torchattacks.PGD"
             )
-        norms.append(float(probe.gradient[: len(few)].abs().sum()))
-    return norms[1] < 0.7 * norms[0]
+        totals.append(sum(map(float, norms)))
+    return totals[1] < math.sqrt(8) * totals[0]
 
 
 SUCCESSFUL_ONLY = ("APGD", "APGDT", "FAB", "AutoAttack", "CW", "DeepFool", "SparseFool", "JSMA", "EADL1", "EADEN")
@@ -125,20 +156,12 @@ def check_every_image_is_attacked(attack: Attack, images: Tensor) -> None:
     kind = type(attack)
     if not (kind.__module__.startswith("torchattacks.") and kind.__name__ in SUCCESSFUL_ONLY):
         few = images[:8] / 2 + 0.25  # away from 0 and 1, so that clamping cannot undo the perturbation
-
-        def always_class_0(module: nn.Module, inputs: tuple[Any, ...], logits: Tensor) -> Tensor:
-            fixed = torch.zeros_like(logits)
-            fixed[:, 0] = 5.0
-            return logits - logits.detach() + fixed
-
         labels = torch.zeros(len(few), dtype=torch.long, device=few.device)
-        with explained_failures(attack, few, labels), preserve_state(attack.model), preserved():
-            handle = attack.model.register_forward_hook(always_class_0)
-            try:
-                with GradientProbe(attack.model) as probe:
-                    adv = attack(few, labels)
-            finally:
-                handle.remove()
+        with (
+            explained_failures(attack, few, labels), preserve_state(attack.model), preserved(),
+            _trial_logits(attack.model), GradientProbe(attack.model) as probe,
+        ):  # fmt: skip
+            adv = attack(few, labels)
         if not attack.eps or probe.gradient is None:
             return
         # Without a gradient, as in a saturated network, FGSM does not change an image either.

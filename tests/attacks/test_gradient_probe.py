@@ -106,6 +106,27 @@ def test_l_x_of_torchattacks_pgd_equals_ours(ours: dict[str, Any], theirs: Calla
     assert seen[0] > 0
 
 
+RANDOM: dict[str, Callable[[nn.Module], Any]] = {
+    "PGDRS": lambda model: torchattacks.PGDRS(model, steps=2),
+    "PGDRSL2": lambda model: torchattacks.PGDRSL2(model, steps=2),
+    "Jitter": lambda model: torchattacks.Jitter(model, steps=2),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_uses_mean_reduction_despite_noise(name: str) -> None:
+    """Confident networks, whose gradients differ by orders of magnitude between two draws of noise."""
+    wrong = []
+    for seed in range(25):
+        model = made(seed)
+        with torch.no_grad():
+            next(model[9].parameters()).mul_(50)
+        images = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        if not uses_mean_reduction(RANDOM[name](model), images):
+            wrong.append(seed)
+    assert wrong == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "steps"), [*((name, 1) for name in (*AVERAGED, *SUMMED)), ("PGD", 3), ("TPGD", 3)])
 def test_uses_mean_reduction_tells_mean_from_sum(name: str, steps: int) -> None:
