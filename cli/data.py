@@ -61,6 +61,8 @@ def _spread(values: Sequence[int]) -> dict[str, float] | None:
 
 
 def _print_info(found: FolderInfo, folder: Path) -> None:
+    from rich.markup import escape
+
     from deat_rb.data.image_files import describe_left_out
     from deat_rb.utils.text import as_text, counted, new_table, printable
 
@@ -76,7 +78,7 @@ def _print_info(found: FolderInfo, folder: Path) -> None:
     table.add_column("")
     for label in sorted({label for part in found.parts.values() for label in part.classes}):
         counts = (f"{part.classes.get(label, 0):,}" for part in found.parts.values())
-        table.add_row(printable(label), *counts, "rare" if label in found.rare else "")
+        table.add_row(escape(printable(label)), *counts, "rare" if label in found.rare else "")
     click.echo(as_text(table))
     if skipped := describe_left_out(Counter(found.skipped)):
         click.echo(f"\n{skipped}")
@@ -135,6 +137,8 @@ def split(folder: Path, test: float, seed: int, by_group: str | None, output: Pa
     The split is stratified by class. Images with identical pixels are put into the same part. The original files are
     neither moved nor changed.
     """
+    from rich.markup import escape
+
     from deat_rb.data.folder_split import split_folder
     from deat_rb.data.image_files import describe_left_out
     from deat_rb.utils.text import as_text, counted, new_table, printable
@@ -146,7 +150,7 @@ def split(folder: Path, test: float, seed: int, by_group: str | None, output: Pa
     for name in ("train", "test"):
         table.add_column(name, justify="right")
     for label, (train, tested) in done.counts.items():
-        table.add_row(printable(label), f"{train:,}", f"{tested:,}")
+        table.add_row(escape(printable(label)), f"{train:,}", f"{tested:,}")
     totals = [sum(numbers) for numbers in zip(*done.counts.values(), strict=True)]
     table.add_row("all", *(f"{total:,}" for total in totals))
     click.echo(as_text(table))

@@ -258,3 +258,12 @@ def test_val_is_the_test_set_without_test_and_the_validation_set_with_it(photos:
     (root / "valid").mkdir()
     with pytest.raises(DeatError, match="has the folders val and valid: keep only one of them"):
         load_data("folder", data_dir=root)
+
+
+def test_data_shows_brackets_of_class_names(tmp_path: Path) -> None:
+    for number in range(10):
+        write(tmp_path / "photos" / "[bold]x" / f"{number}.png", number)
+        write(tmp_path / "photos" / "[a]" / f"{number}.png", 10 + number)
+    for command in ("info", "split"):
+        shown = CliRunner().invoke(main, ["data", command, str(tmp_path / "photos")]).stdout
+        assert {"[a]", "[bold]x"} <= set(shown.split())
