@@ -28,6 +28,7 @@ from deat_rb.runs.resolution import default_name, resolve
 from deat_rb.runs.trackers import TrackerError, Trackers
 from deat_rb.training import checkpoint
 from deat_rb.training.callbacks import Callback
+from deat_rb.training.early_stopping import NOT_RISEN
 from deat_rb.training.fit import fit
 from deat_rb.training.history import History
 from deat_rb.training.state import read
@@ -115,9 +116,10 @@ def resume(
         _refuse_changes(changes, resolve(options), config)
         longer = config.extended(options.optim.epochs)
         if longer.optim.epochs > config.optim.epochs and state is not None and state.stopped is not None:
+            how = "without --patience" if state.stopped.startswith(NOT_RISEN) else "with --no-early-stopping"
             raise DeatError(
                 f"--epochs = {format_epochs(longer.optim.epochs)} cannot extend a run that was ended by its stopping "
-                f"rule ({state.stopped}); start a new run, with --no-early-stopping to train all epochs"
+                f"rule ({state.stopped}); start a new run, {how} to train all epochs"
             )
         planned = plan(options, continues=config, started=newest is not None)
         if longer.optim.epochs > config.optim.epochs and planned.trainer.schedule.needs_epochs:

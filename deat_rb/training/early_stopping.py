@@ -41,6 +41,10 @@ class EarlyStopping(Callback):
             self.state.stop, self.state.history.stopped = stop, stop.reason
 
 
+NOT_RISEN = "robust validation accuracy has not risen"
+"""Beginning of the reason of `Patience`."""
+
+
 class Patience(Callback):
     """End training when the robust validation accuracy has not risen for some epochs.
 
@@ -64,6 +68,6 @@ class Patience(Callback):
         best = max(validated, key=lambda each: (each.val_robust_acc or 0.0, -each.epoch))
         if row.epoch - best.epoch >= self.epochs:
             count = row.epoch - best.epoch
-            reason = f"robust validation accuracy has not risen for {counted(count, 'epoch')}"
+            reason = f"{NOT_RISEN} for {counted(count, 'epoch')}"
             row.stopped = history.stopped = reason
             self.state.stop = Stop(reason, keep=row.epoch)

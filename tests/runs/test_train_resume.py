@@ -255,6 +255,11 @@ def test_resume_does_not_extend_a_run_ended_by_a_rule(tmp_path: Path, monkeypatc
     ):
         resume(run.path, {"epochs": 3}, trust_code=True)
     assert len(resume(run.path, {}, trust_code=True)[1].rows) == 1
+    without = {**SMALL, "lr_schedule": "flat", "lr": 1e-9, "patience": 1}  # the weights stay: nothing rises
+    run, history = train(without, output=tmp_path, name="patience")
+    assert len(history.rows) == 2
+    with pytest.raises(DeatError, match="start a new run, without --patience to train all epochs"):
+        resume(run.path, {"epochs": 3}, trust_code=True)
 
 
 def test_resume_does_not_extend_steps_laid_out_over_the_epochs(tmp_path: Path) -> None:
