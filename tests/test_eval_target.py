@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from training_problems import run_config
@@ -315,6 +316,16 @@ def test_open_target_refuses_options_that_do_not_apply(
     path = colour_run if target == "run" else checkpoint if target == "weights.pt" else target
     with pytest.raises(DeatError, match=f"^{message}"):
         open_target(path, trust_code=True, **data, **options)
+
+
+@pytest.mark.usefixtures("colours")
+def test_open_target_does_not_note_transparent_training_images(image_folder: Path, tmp_path: Path) -> None:
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    Image.new("RGBA", (32, 32), (200, 60, 40, 0)).save(images / "train" / "red" / "clear.png")
+    data = load_data("folder", data_dir=images)
+    assert data.transparency == "1 image has transparency and was composited on white"
+    target = combine(Network(ByColour(("blue", "green", "grey", "red")), "net", {}), data)
+    assert "transparency" not in target.provenance.get("note", "")
 
 
 @pytest.mark.usefixtures("colours")

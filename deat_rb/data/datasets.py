@@ -111,19 +111,21 @@ class Dataset:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes for the user on the folders, skipped, repeated or transparent images and a missing download."""
-        known = self._statistics.transparent if self.known_fingerprint is not None else 0
-        transparency = (
-            f"{known} {'image has' if known == 1 else 'images have'} transparency and were composited on white"
-        )
+        """Notes for the user on the folders, skipped or repeated images and a missing download."""
         repeated = (
             f"{self.repeated} {'image is a link' if self.repeated == 1 else 'images are links'} to another image of "
             "the same class, which counts again"
         )
         missing = f"{self.name} has not been downloaded yet" if self.is_placeholder else ""
         skipped = describe_left_out(self.left_out)
-        repeated, transparency = repeated * bool(self.repeated), transparency * bool(known)
-        return tuple(filter(None, (self.layout_note, skipped, repeated, transparency, missing)))
+        return tuple(filter(None, (self.layout_note, skipped, repeated * bool(self.repeated), missing)))
+
+    @property
+    def transparency(self) -> str:
+        """Note on the transparent images of all parts; empty if there are none or they have not been counted."""
+        known = self._statistics.transparent if self.known_fingerprint is not None else 0
+        have, were = ("image has", "was") if known == 1 else ("images have", "were")
+        return f"{known} {have} transparency and {were} composited on white" * bool(known)
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ class TrainingPlan:
             ("data", f"{data.dataset}: {self._training_images()} training, {len(self.val):,} validation, "
                      f"{len(self.data.test):,} test images of {data.image_size}x{data.image_size}"),
             *([] if self.extra is None else [("extra data", self._extra_share(self.extra))]),
-            *(("files", note) for note in self.data.notes),
+            *(("files", note) for note in (*self.data.notes, self.data.transparency) if note),
             *([] if self.data.is_placeholder else [("classes", self._class_counts())]),
             ("augment", AUGMENTATIONS[data.augment or "none"]),
             *([] if optim.validate_every == 1 else [

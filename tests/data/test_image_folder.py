@@ -387,7 +387,7 @@ def test_folder_counts_images_with_transparency(
     Image.new("LA", (32, 32), (0, 0)).save(folder / "test" / "red" / "a.png")
     Image.new("RGBA", (32, 32), (255, 0, 0, 255)).save(folder / "train" / "red" / "opaque.png")
     data = load_data("folder", data_dir=folder, memory_limit=memory_limit)
-    assert data.notes == ("2 images have transparency and were composited on white",)
+    assert data.transparency == "2 images have transparency and were composited on white"
 
 
 def test_paths_returns_paths_of_any_name() -> None:
