@@ -5,10 +5,23 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import no_info_after_validator_function
 
 from deat_rb.evaluation.report import Check
 from deat_rb.evaluation.statistics import wilson
@@ -26,9 +39,11 @@ AttackName = Literal["natural", "fgsm", "pgd-100", "cw-20", "autoattack"]
 ATTACKS: tuple[AttackName, ...] = ("natural", "fgsm", "pgd-100", "cw-20", "autoattack")
 """Attacks that an entry may have accuracies for; ``natural`` means no attack."""
 
+DATASET_NAME = "[a-z0-9]+(-[a-z0-9]+)*"
+
 MAX_EPOCHS = 10**4
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION = 1
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
@@ -53,19 +68,34 @@ def check_dataset_name(name: str) -> str:
     Raises:
         DeatError: The name is invalid.
     """
-    if len(name) > 40 or re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name, re.ASCII) is None:
+    if len(name) > 40 or re.fullmatch(DATASET_NAME, name) is None:
         raise DeatError(f"dataset name '{printable(name, 40)}' is not valid: use lowercase letters, digits and "
                         "hyphens, such as cifar10-jpeg")  # fmt: skip
     return name
 
 
-def _matches(pattern: str, problem: str) -> AfterValidator:
-    def check(text: str) -> str:
-        if re.fullmatch(pattern, text, re.ASCII) is None:
-            raise ValueError(problem)
-        return text
+def _pattern(pattern: str) -> dict[str, Any]:
+    """Return what a text's JSON schema says of its pattern."""
+    return {"pattern": f"^({pattern})$"}
 
-    return AfterValidator(check)
+
+@dataclass(frozen=True)
+class _Matches:
+    """Validator of a text by a pattern, which also stands in the JSON schema."""
+
+    pattern: str
+    problem: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(schema), **_pattern(self.pattern)}
+
+    def _check(self, text: str) -> str:
+        if re.fullmatch(self.pattern, text) is None:
+            raise ValueError(self.problem)
+        return text
 
 
 def _web_link(text: str) -> str:
@@ -94,11 +124,13 @@ def _check_size(check: Check) -> Check:
 ShortText = Annotated[str, Field(max_length=80), AfterValidator(plain)]
 LineText = Annotated[str, Field(max_length=400), AfterValidator(plain)]
 Text = Annotated[str, Field(max_length=2000), AfterValidator(plain)]
-Percent = Annotated[str, _matches(r"(100|\d{1,2})(\.\d{1,4})?", "is not an accuracy in percent, such as '43.21'")]
+Percent = Annotated[str, _Matches(r"100(\.0{1,4})?|[0-9]{1,2}(\.[0-9]{1,4})?",
+                                  "is not an accuracy in percent, such as '43.21'")]  # fmt: skip
 Link = Annotated[str, Field(max_length=400), AfterValidator(_web_link)]
-Eps = Annotated[str, BeforeValidator(_canonical_eps)]
-Sha256 = Annotated[str, _matches("[0-9a-f]{64}", "is not a SHA-256 of 64 hexadecimal digits")]
-Day = Annotated[str, _matches(r"\d{4}-\d{2}-\d{2}", "is not a date such as 2026-01-31")]
+Eps = Annotated[str, BeforeValidator(_canonical_eps),
+                Field(json_schema_extra=_pattern(r"[0-9.]+(e[+-]?[0-9]+)?(/[0-9.]+)?"))]  # fmt: skip
+Sha256 = Annotated[str, _Matches("[0-9a-f]{64}", "is not a SHA-256 of 64 hexadecimal digits")]
+Day = Annotated[str, _Matches("[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])", "is not a date such as 2026-01-31")]
 Amount = Annotated[float, Field(ge=0, le=1e15)]
 Examples = Annotated[int, Field(ge=1, le=10**9)]
 Versions = Annotated[dict[ShortText, ShortText], Field(max_length=64)]
@@ -116,9 +148,9 @@ class RobustBenchInfo(BaseModel):
     authors: Text | None = None
     additional_data: bool | None = None
     number_forward_passes: Annotated[int, Field(ge=1, le=10**6)] | None = None
-    dataset: Annotated[str, AfterValidator(check_dataset_name)]
+    dataset: Annotated[str, AfterValidator(check_dataset_name), Field(json_schema_extra=_pattern(DATASET_NAME))]
     venue: LineText | None = None
-    architecture: Annotated[LineText, _matches(r"((?u:\D)|[0-9])*", "has digits other than 0 to 9")] | None = None
+    architecture: Annotated[LineText, _Matches(r"[\D0-9]*", "has digits other than 0 to 9")] | None = None
     eps: Eps
     clean_acc: Percent | None = None
     reported: Percent | None = None
@@ -220,8 +252,8 @@ class Entry(RobustBenchInfo):
         submitted: Date of submission.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
-    model_name: Annotated[str, AfterValidator(check_model_name)]
+    schema_version: Annotated[int, Field(ge=1, le=SCHEMA_VERSION)] = SCHEMA_VERSION
+    model_name: Annotated[str, AfterValidator(check_model_name), Field(json_schema_extra=_pattern(NAME.pattern))]
     threat_model: Literal["Linf", "L2"] = "Linf"
     kind: Literal["measured", "published"]
     dataset_note: LineText | None = None
@@ -281,8 +313,10 @@ class Entry(RobustBenchInfo):
     @property
     def robust(self) -> float | None:
         """Robust accuracy used for ranking, in percent: the best known, or else AutoAttack's."""
-        text = self.external if self.external is not None else self.autoattack_acc
-        return None if text is None else float(text)
+        if self.external is not None:
+            return float(self.external)
+        measured = self.percent("autoattack")
+        return float(self.autoattack_acc) if measured is None and self.autoattack_acc is not None else measured
 
     def percent(self, attack: AttackName) -> float | None:
         """Return a measured accuracy in percent, or None."""
@@ -322,10 +356,11 @@ class Entry(RobustBenchInfo):
                 yield f"figures.{attack} has {of_attack}, but the entry has {self.n_examples}"
             if accuracy.n_correct > self.figures.get("natural", accuracy).n_correct:
                 yield f"figures.{attack} is above the natural accuracy"
-        if float(self.reported or 0) > float(self.clean_acc or 100):
-            yield f"reported {self.reported} is above clean_acc {self.clean_acc}"
-        if float(self.external or 0) > float(self.autoattack_acc or 100):
-            yield f"external {self.external} is above autoattack_acc {self.autoattack_acc}"
+        if self.kind == "measured" and self.external is not None and self.autoattack_acc is None:
+            yield f"external {self.external} needs figures.autoattack, which bounds it"
+        for field, bound in (("reported", "clean_acc"), ("external", "clean_acc"), ("external", "autoattack_acc")):
+            if float(getattr(self, field) or 0) > float(getattr(self, bound) or 100):
+                yield f"{field} {getattr(self, field)} is above {bound} {getattr(self, bound)}"
         if self.weights_file not in (None, self.weights_place):
             yield f"weights_file is not {self.weights_place}"
         kind, colon, _ = self.model.arch.partition(":") if self.model is not None else ("", "", "")
