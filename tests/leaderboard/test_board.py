@@ -27,7 +27,7 @@ from board_problems import (
 )
 
 from deat_rb.leaderboard.board import Board
-from deat_rb.leaderboard.entry import Entry, parse_entry, read_entry
+from deat_rb.leaderboard.entry import Entry, read_entry
 from deat_rb.leaderboard.pages.index import build
 from deat_rb.leaderboard.ranking import rank
 from deat_rb.leaderboard.untrusted import MAX_JSON
@@ -354,11 +354,3 @@ def test_files_have_the_permissions_of_the_board(
             os.umask(before)
         for path in board.path.rglob("*"):
             assert stat.S_IMODE(path.stat().st_mode) == (mode if path.is_dir() else files), path
-
-
-def test_entries_read_an_entry_of_an_older_board(board: Board) -> None:
-    """Entries of the first format stored percents and intervals, too."""
-    old = Path(__file__).parents[2] / "leaderboard/entries/cifar10-jpeg/Linf/Madry2018Towards_PGD-7_WRN-10-1.json"
-    entry = parse_entry(old.read_bytes(), "old")
-    assert b'"accuracy"' in old.read_bytes()
-    assert (entry.clean_acc, entry.autoattack_acc) == ("40.00", "20.33")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import made_up_board
 import pytest
@@ -42,7 +43,7 @@ def test_rank_orders_by_robust_accuracy_within_a_group(tmp_path: Path, board: Bo
 
 def test_rank_counts_instead_of_rounding() -> None:
     """54.002 % and 54.004 % are both 54.00 %."""
-    size: dict[str, int] = {"n_examples": 50_000, "n_test": 50_000}
+    size: dict[str, Any] = {"n_examples": 50_000, "n_test": 50_000}
     entries = [made_up_board.entry(f"Doe2021Made_{name}", correct=(27_001,) * 4 + (count,), **size)
                for name, count in (("A", 27_000), ("B", 27_001))]  # fmt: skip
     assert [(each.rank, each.entry.model_name[-1]) for each in rank(entries)] == [(1, "B"), (2, "A")]

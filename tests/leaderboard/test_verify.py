@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import made_up_board
 import pytest
 from board_problems import NAME, FakeEvaluation, make_run, snapshot, submit
+from jsonschema import Draft202012Validator
 
 from deat_rb.evaluation.report import Check
 from deat_rb.leaderboard.board import Board
@@ -24,6 +26,12 @@ def put(path: Path, text: str = "") -> int:
     return path.write_text(text)
 
 
+def natural_only(path: Path, **changes: Any) -> dict[str, Any]:
+    """The content of an entry's file, changed and with no accuracy under attack."""
+    content = json.loads(path.read_text())
+    return {**content, "figures": {"natural": content["figures"]["natural"]}, "reported": None, **changes}
+
+
 @pytest.mark.parametrize(("spoil", "message"), [
     (lambda entry, weights: weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1"),           "restore the file"),
     (lambda entry, weights: weights.unlink(),                                                          "cannot read"),
@@ -31,6 +39,8 @@ def put(path: Path, text: str = "") -> int:
     (lambda entry, weights: entry.write_text(entry.read_text()[:100]),                             "is not valid JSON"),
     (lambda entry, weights: entry.write_text(entry.read_text().replace('"n_correct": 400', '"n_correct": 501')),
      "figures.natural: n_correct 501 is greater than n_examples 500"),
+    (lambda entry, weights: entry.write_text(json.dumps(natural_only(entry, external="80.00"))),
+     "external 80.00 needs figures.autoattack"),
     (lambda entry, weights: entry.rename(entry.with_stem("Wang2021Other")),                            "is misplaced"),
     (lambda entry, weights: entry.with_suffix(".txt").write_text("?"),                       "txt belongs to no entry"),
     (lambda entry, weights: entry.with_name("Wang2022Link.json").symlink_to(entry),                     "is a symlink"),
@@ -115,8 +125,22 @@ def test_verify_reads_a_read_only_board(tmp_path: Path, monkeypatch: pytest.Monk
     assert snapshot(path) == before
 
 
+OWN = Path(__file__).parents[2]
+
+
+def test_the_projects_own_entries_fit_the_documented_schema() -> None:
+    schema = Draft202012Validator(json.loads((OWN / "docs/schema/entry.schema.json").read_text(encoding="utf-8")))
+    entries = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(OWN.glob("leaderboard/entries/*/*/*"))]
+    assert len(entries) == 9
+    assert [error.message for entry in entries for error in schema.iter_errors(entry)] == []
+    nonsense = {"eps": "banana", "weights_sha256": "x", "submitted": "2026-99-99", "model_name": "x", "dataset": "X",
+                "external": "100.99", "schema_version": True}  # fmt: skip
+    refused = {error.path[0] for error in schema.iter_errors(entries[0] | nonsense)}
+    assert refused == set(nonsense)
+
+
 def test_the_projects_own_board_is_valid_and_its_pages_are_built(tmp_path: Path) -> None:
-    own = {path: data for path, data in snapshot(Path(__file__).parents[2] / "leaderboard").items() if path != ".lock"}
+    own = {path: data for path, data in snapshot(OWN / "leaderboard").items() if path != ".lock"}
     for path, data in own.items():
         assert isinstance(data, bytes)
         put(tmp_path / path)
