@@ -12,10 +12,12 @@ from deat_rb.leaderboard.entry import Entry, RobustBenchInfo, check_board
 from deat_rb.leaderboard.weights import load_network
 from deat_rb.models.spec import ModelSpec, robustbench_class
 from deat_rb.robustbench.format import (
+    NOTES,
     SPELLED,
     UNKNOWN_DATA,
     ExportPaths,
     check_export_dataset,
+    eps_note,
     model_source,
     robustbench_weights,
 )
@@ -123,9 +125,10 @@ def robustbench_info(entry: Entry, dataset: str) -> dict[str, Any]:
     notes = [entry.footnote or ""]
     if dataset != entry.dataset:
         own = entry.dataset_note or SPELLED.get(entry.dataset, entry.dataset)
-        notes.append(f"Trained and evaluated on {entry.dataset} ({own}), not on {SPELLED[dataset]}.")
+        notes.append(NOTES["data"].format(own=f"{entry.dataset} ({own})", dataset=SPELLED[dataset]))
     if entry.is_subset:
-        notes.append(f"Accuracies on {entry.n_examples} of {entry.n_test} test images.")
+        notes.append(NOTES["subset"].format(count=f"{entry.n_examples} of {entry.n_test}"))
+    notes.append(eps_note(entry.eps, entry.threat_model))
     if entry.additional_data is None:
         notes.append(UNKNOWN_DATA)
     fields |= {"dataset": dataset, "footnote": " ".join(note for note in notes if note) or None}

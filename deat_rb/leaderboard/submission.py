@@ -31,7 +31,14 @@ from deat_rb.models.class_names import MatchedClasses, match_classes
 from deat_rb.models.names import PRETRAINED
 from deat_rb.models.spec import ModelSpec, NormalizedModel, check_image_size
 from deat_rb.models.weights import strip_wrappers
-from deat_rb.robustbench.format import ExportPaths, exported_spec, known_architecture, spelled_architecture
+from deat_rb.robustbench.format import (
+    UNKNOWN_DATA,
+    ExportPaths,
+    exported_spec,
+    known_architecture,
+    spelled_architecture,
+    split_footnote,
+)
 from deat_rb.runs.directory import CONFIG, METRICS, RunDirectory
 from deat_rb.utils import compat
 from deat_rb.utils.errors import DeatError
@@ -303,10 +310,16 @@ def _open_checkpoint(weights: Path, metadata: SubmissionMetadata, scratch: Path)
                                     dataset=data.name)  # fmt: skip
         _check_fits(spec, data, source, num_classes=len(matched.classes))
     claimed = {"natural": info.clean_acc, "autoattack": info.autoattack_acc}
-    if info.unreliable and float(info.autoattack_acc or 0) == 0:  # unknown, as deat-rb export writes it
+    unknown = {"dataset", "eps", "clean_acc", "autoattack_acc"}  # until the board has measured them
+    if info.unreliable and float(info.autoattack_acc or 0) == 0:  # not run, as deat-rb export writes it
         claimed["autoattack"] = None
-    own = info.model_dump(exclude={"dataset", "eps", "clean_acc", "autoattack_acc"}, exclude_none=True)
-    facts = {"architecture": _architecture(spec), **own, **metadata.declared_fields()}
+        unknown.add("unreliable")
+    if UNKNOWN_DATA in (info.footnote or ""):
+        unknown.add("additional_data")
+    # What an export says of its own evaluation does not hold for the board's.
+    method, footnote = split_footnote(info.footnote or "")
+    facts = {"architecture": _architecture(spec), **info.model_dump(exclude=unknown, exclude_none=True),
+             "method": method, "footnote": footnote or None, **metadata.declared_fields()}  # fmt: skip
     return Submission(
         weights, model, spec, data, dataset_name, parse_fraction(info.eps), facts, None, digest,
         {attack: float(text) for attack, text in claimed.items() if text is not None}, matched.classes,

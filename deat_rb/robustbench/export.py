@@ -14,10 +14,12 @@ from deat_rb.models.spec import ModelSpec
 from deat_rb.models.weights import load_weights
 from deat_rb.robustbench.format import (
     NAME,
+    NOTES,
     SPELLED,
     UNKNOWN_DATA,
     ExportPaths,
     check_export_dataset,
+    eps_note,
     model_source,
     robustbench_weights,
     spelled_architecture,
@@ -117,12 +119,13 @@ def export(
         **({} if unreliable is None else {"unreliable": unreliable}),
     }
     notes = (
-        f"Trained with deat-rb, method {config.attack.method}.",
+        NOTES["method"].format(method=config.attack.method),
         f"Training had not ended: {opened.unfinished}." if opened.unfinished else "",
         _stand_in_note(config, dataset),
-        f"Accuracies on {report.n_examples} test images." if report.n_examples < FULL_TEST_SET else "",
-        f"AutoAttack was not run: its accuracy of {UNKNOWN_ACCURACY} stands for unknown." if unknown else "",
-        f"Failed checks of the evaluation: {', '.join(failed)}." if failed else "",
+        NOTES["subset"].format(count=report.n_examples) if report.n_examples < FULL_TEST_SET else "",
+        eps_note(info["eps"], config.attack.norm),
+        NOTES["autoattack"].format(accuracy=UNKNOWN_ACCURACY) if unknown else "",
+        NOTES["checks"].format(checks=", ".join(failed)) if failed else "",
         UNKNOWN_DATA if additional_data is None else "",
         footnote,
     )
@@ -168,7 +171,7 @@ def _stand_in_note(config: Any, dataset: str) -> str:
     if data.dataset == dataset:
         return ""
     folder = f" named {Path(data.data_dir).name}" if data.dataset == "folder" and data.data_dir else ""
-    return f"Trained and evaluated on {SPELLED.get(data.dataset, data.dataset)}{folder}, not on {SPELLED[dataset]}."
+    return NOTES["data"].format(own=SPELLED.get(data.dataset, data.dataset) + folder, dataset=SPELLED[dataset])
 
 
 def _evaluation(run: RunDirectory, advice: str) -> Report:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from deat_rb.attacks.threat_models import DEFAULT_EPS
 from deat_rb.models.names import PREACTRESNET18, PREACTRESNET18_BN, RESNET18, canonical_arch
 from deat_rb.models.spec import ModelSpec, model_spec, robustbench_class
 from deat_rb.models.weights import check_weights, detect_variant, strip_wrappers
@@ -18,6 +19,7 @@ from deat_rb.utils import compat, seeding
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.files import read_json
 from deat_rb.utils.safe_load import load_tensors
+from deat_rb.utils.units import format_fraction
 
 NAME = re.compile(r"[A-Z][A-Za-z-]*[0-9]{4}[A-Z][A-Za-z0-9-]*(_[A-Za-z0-9-]+)*", re.ASCII)
 
@@ -35,6 +37,36 @@ _SOURCE = {
 
 UNKNOWN_DATA = "It is unknown whether additional training data were used: false stands for unknown."
 """Footnote of an export; RobustBench's ``additional_data`` is true or false."""
+
+NOTES = {
+    "method": "Trained with deat-rb, method {method}.",
+    "data": "Trained and evaluated on {own}, not on {dataset}.",
+    "subset": "Accuracies on {count} test images.",
+    "eps": "Evaluated at eps {eps} instead of {usual}.",
+    "autoattack": "AutoAttack was not run: its accuracy of {accuracy} stands for unknown.",
+    "checks": "Failed checks of the evaluation: {checks}.",
+    "additional data": UNKNOWN_DATA,
+}
+"""Sentences that exports write into the footnote."""
+
+
+def eps_note(eps: str, norm: str) -> str:
+    """Return the sentence about a radius other than that of RobustBench's CIFAR leaderboards, or an empty one."""
+    usual = format_fraction(DEFAULT_EPS[norm])
+    return "" if eps == usual else NOTES["eps"].format(eps=eps, usual=usual)
+
+
+def split_footnote(footnote: str) -> tuple[str | None, str]:
+    """Return the training method that an export's footnote names, and the footnote without the sentences in `NOTES`."""
+    found = {name: re.compile(_sentence(template)) for name, template in NOTES.items()}
+    method = found["method"].search(footnote)
+    for pattern in found.values():
+        footnote = pattern.sub("", footnote)
+    return None if method is None else method["method"], footnote.strip()
+
+
+def _sentence(template: str) -> str:
+    return re.sub(r"\\{(\w+)\\}", r"(?P<\1>.{1,400}?)", re.escape(template)) + "( |$)"
 
 
 @dataclass(frozen=True)

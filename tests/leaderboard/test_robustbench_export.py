@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import made_up_board
 import pytest
 import torch
 from board_problems import NAME, FakeEvaluation, entry_of, make_checkpoint, make_run, network, submit
 
 from deat_rb.leaderboard.board import Board
-from deat_rb.leaderboard.robustbench_export import export_board
+from deat_rb.leaderboard.robustbench_export import export_board, robustbench_info
 from deat_rb.robustbench.register import register
 from deat_rb.utils import compat, safe_load
 from deat_rb.utils.errors import DeatError
@@ -68,3 +69,13 @@ def test_export_board_refuses_an_empty_export(tmp_path: Path, board: Board, fake
     submit(board, make_run(tmp_path / "run"), keep_weights=False)
     with pytest.raises(DeatError, match=r"nothing on the board .*: .* does not store its weights"):
         export_board(board.path, tmp_path / "none", as_dataset="cifar10")
+
+
+@pytest.mark.parametrize(
+    ("eps", "norm", "note"),
+    [("8/255", "Linf", None), ("1/255", "Linf", "Evaluated at eps 1/255 instead of 8/255."),
+     ("0.5", "L2", None), ("0.25", "L2", "Evaluated at eps 0.25 instead of 0.5.")],
+)  # fmt: skip
+def test_robustbench_info_notes_another_eps(eps: str, norm: str, note: str | None) -> None:
+    entry = made_up_board.entry(dataset="cifar10", eps=eps, threat_model=norm, weights_file=None)
+    assert robustbench_info(entry, "cifar10").get("footnote") == note

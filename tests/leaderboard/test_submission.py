@@ -18,6 +18,7 @@ from deat_rb.data.images import first_test_examples
 from deat_rb.eval_target import open_target
 from deat_rb.leaderboard.board import Board
 from deat_rb.leaderboard.datasets import load_board_dataset
+from deat_rb.leaderboard.ranking import rank
 from deat_rb.leaderboard.submission import SubmissionMetadata
 from deat_rb.leaderboard.untrusted_weights import as_safetensors
 from deat_rb.leaderboard.verify import verify
@@ -369,3 +370,21 @@ def test_submit_decodes_only_test_images_within_the_limit(
     submit(board, **four_classes(tmp_path), data_dir=image_folder, memory_limit=1000)
     verify(board.path, data_dirs={"colors": image_folder}, sample=50, memory_limit=1000)
     assert [(each["test_only"], each["memory_limit"]) for each in loaded] == [(True, 1000)] * 2
+
+
+def test_submit_of_an_export_says_nothing_of_the_exports_own_evaluation(
+    tmp_path: Path, board: Board, fake: FakeEvaluation
+) -> None:
+    footnote = (
+        "Trained with deat-rb, method standard. Trained and evaluated on v1.5 of my images, not on CIFAR-10. "
+        "Accuracies on 60 test images. Evaluated at eps 0.1 instead of 8/255. "
+        "AutoAttack was not run: its accuracy of 0.00 stands for unknown. Failed checks of the evaluation: eval mode. "
+        "It is unknown whether additional training data were used: false stands for unknown. Our second try."
+    )
+    weights = make_checkpoint(tmp_path, clean_acc=..., autoattack_acc="0.00", unreliable=True, footnote=footnote)
+    entry = submit(board, weights, "Wong2020Fast", dataset="digits")
+    assert (entry.footnote, entry.unreliable, entry.method) == ("Our second try.", None, "standard")
+    assert entry.additional_data is None
+    assert [each.rank for each in rank([entry])] == [None], "a baseline"
+    told = submit(board, weights, "Wong2020Fast_2", dataset="digits", additional_data=False, unreliable=True)
+    assert (told.additional_data, told.unreliable) == (False, True)

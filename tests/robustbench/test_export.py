@@ -219,6 +219,13 @@ def test_export_without_autoattack_says_that_its_accuracy_is_unknown(run: Run, t
     assert "AutoAttack was not run: its accuracy of 0.00 stands for unknown." in info["footnote"]
 
 
+def test_export_notes_another_eps(run: Run, tmp_path: Path) -> None:
+    run.config.attack.eps = 1 / 255
+    run.evaluated(eps=1 / 255, autoattack=97)
+    paths = export(run.path, model_name="Wang2021Gradient", output=tmp_path)
+    assert "Evaluated at eps 1/255 instead of 8/255." in info_of(paths)["footnote"]
+
+
 @pytest.mark.parametrize(("attack", "expected"), [("autoattack", 48.5), ("pgd_100", 0.0)])
 def test_export_is_ranked_by_robustbench(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attack: str, expected: float
