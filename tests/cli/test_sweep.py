@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,7 @@ n_examples = 16
 @pytest.mark.slow
 def test_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deat_rb.runs.train.plot_curves", lambda *_, **__: None)
+    monkeypatch.setattr("deat_rb.runs.estimate.BATCHES", 1)
     monkeypatch.chdir(tmp_path)
     Path("small.toml").write_text(STUDY)
 
@@ -91,12 +94,22 @@ def test_sweep_leaves_runs_whose_images_are_not_on_this_machine_to_others(tmp_pa
     assert "seed 0: not done" in (out / "small.md").read_text()
 
 
-@pytest.mark.slow
-def test_sweep_fails_if_workers_fail_and_leave_runs(tmp_path: Path) -> None:
-    study, out = tmp_path / "small.toml", tmp_path / "out"
+@pytest.mark.skipif(os.name == "nt", reason="the stand-in for a worker is a shell script")
+def test_sweep_fails_if_workers_fail_and_leave_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker prints its command, which is then run in this process."""
+    study, out, failing = tmp_path / "small.toml", tmp_path / "out", tmp_path / "failing"
     study.write_text(STUDY.replace("[grid]", f'dataset = "folder"\ndata_dir = "{tmp_path / "nowhere"}"\n[grid]'))
+    failing.write_text('#!/bin/sh\necho "$@"\nexit 2\n')
+    failing.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(failing))
     result = CliRunner().invoke(main, ["sweep", "--trust-code", str(study), "--output", str(out), "--jobs", "2"])
     assert result.exit_code == 2
+    for number in (1, 2):
+        option, module, *command = (out / "logs" / f"worker-{number}.log").read_text().split()
+        assert (option, module) == ("-m", "deat_rb")
+        worker = CliRunner().invoke(main, command)
+        assert worker.exit_code == 2
+        assert "2 runs cannot begin on this machine" in worker.stderr
     assert result.stderr.splitlines()[-1].startswith("Error: 2 runs not done: worker ")
     assert f"ended with exit status 2; see {out / 'logs' / 'worker-'}" in result.stderr.splitlines()[-1]
 
@@ -119,7 +132,8 @@ def test_sweep_says_what_is_done_after_ctrl_c(
     assert result.stderr == f"Interrupted: {kept}\n"
 
 
-def test_sweep_of_open_ended_runs(tmp_path: Path) -> None:
+def test_sweep_of_open_ended_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deat_rb.runs.estimate.BATCHES", 1)
     study = tmp_path / "small.toml"
     study.write_text(STUDY.replace("epochs = 1", 'epochs = "open"\npatience = 2'))
     arguments = ["sweep", "--trust-code", str(study), "--output", str(tmp_path / "out")]

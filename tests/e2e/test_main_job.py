@@ -214,7 +214,8 @@ def test_train_exits_with_130_on_ctrl_c(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-def test_train_dry_run_writes_nothing(tmp_path: Path) -> None:
+def test_train_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deat_rb.runs.estimate.BATCHES", 1)
     # 60 images less 10 held out make 3 batches of 20; 3 epochs of (7 + 1) backward passes each.
     assert "72 backward passes" in done("train", "--method", "pgd-7", "--dry-run", *TINY, cwd=tmp_path)
     assert not list(tmp_path.iterdir())

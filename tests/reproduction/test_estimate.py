@@ -104,7 +104,8 @@ def test_estimate_refuses_more_images_than_the_digits_500(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "options", [{}, {"norm": "L2", "eps": 1.5}, {"method": "fgsm-pgi"}], ids=["Linf", "L2", "one step"]
 )
-def test_estimate_measures(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_estimate_measures(tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deat_rb.runs.estimate.BATCHES", 1)
     told: list[str] = []
     predicted = estimate(StudyFolder(tmp_path), small_study(options).runs, notify=told.append)
     assert len(told) == 1
