@@ -28,7 +28,8 @@ class Fill:
         calls: Number of forward passes.
         images: Images in all of them.
         seconds: Seconds per round of the whole attack; empty if it was not timed.
-        differing: Number of examples whose verdict differs from that of the other way; has to be 0.
+        differing: Number of examples whose verdict differs from that of the other way.
+        equal: Whether that has to be 0: on a GPU, rounding depends on the number of images in a pass.
     """
 
     stage: str
@@ -37,7 +38,8 @@ class Fill:
     calls: int
     images: int
     seconds: list[float]
-    differing: int = 0
+    differing: int
+    equal: bool
 
     @property
     def fill(self) -> float:
@@ -126,5 +128,6 @@ class _Way:
     def rows(self, seconds: list[float], differing: int) -> list[Fill]:
         """Return the rows of the attack's stages, after `run`."""
         sizes = {stage: each for stage, each in self.recorder.sizes.items() if stage != "natural"}
-        row = partial(Fill, together=self.together, batch_size=self.batch_size, seconds=seconds, differing=differing)
+        row = partial(Fill, together=self.together, batch_size=self.batch_size, seconds=seconds, differing=differing,
+                      equal=self.target.device.type == "cpu")  # fmt: skip
         return [row(stage, calls=len(each), images=sum(each)) for stage, each in sizes.items()]

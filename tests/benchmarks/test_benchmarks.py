@@ -320,6 +320,8 @@ def test_fill_counts_passes_of_batches_one_by_one_and_together() -> None:
     alone, together = fill.measure(target, batch_size=36, repeats=1, autoattack=False, attacks=["pgd-6"])
     assert (alone.stage, alone.together, together.together) == ("pgd-6", False, True)
     assert alone.differing == together.differing == 0
+    assert alone.equal
+    assert together.equal
     assert together.calls < alone.calls <= 4 * 7
     assert alone.fill == pytest.approx(alone.images / alone.calls / 36)
     assert alone.fill < together.fill <= 1
