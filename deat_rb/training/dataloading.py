@@ -129,7 +129,7 @@ def epoch_batches(loader: Loader, epoch: int, batch: int, seed: int, check: Chec
 
 
 def _seeded(batches: Iterator[Any], epoch: int, first: int, seed: int) -> Iterator[Any]:
-    """Seed torch's generators before each batch, so that a loader's random numbers depend only on epoch and batch."""
+    """Seed the global generators before each batch, so that its random numbers depend on epoch and batch only."""
     for number in itertools.count():
         seeding.seed_global(seed, "load", epoch, number)
         try:

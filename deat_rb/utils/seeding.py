@@ -7,10 +7,12 @@ batch)``, so that streams are independent and a resumed run draws the same numbe
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,15 +40,23 @@ def generator(seed: int, *key: str | int, device: torch.device | str = "cpu") ->
 
 @contextmanager
 def preserved() -> Iterator[None]:
-    """Restore the states of torch's global generators on exit."""
+    """Restore the states of the global generators of torch, numpy and Python on exit."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        yield
+    of_numpy, of_python = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        np.random.set_state(of_numpy)
+        random.setstate(of_python)
 
 
 def seed_global(seed: int, *key: str | int) -> None:
-    """Seed torch's global generators, used by random starts of attacks and dropout, for a stream."""
-    torch.manual_seed(derive(seed, *key))
+    """Seed the global generators for a stream: torch's, and numpy's and Python's, with which loaders may augment."""
+    derived = derive(seed, *key)
+    torch.manual_seed(derived)
+    np.random.seed(derived % 2**32)
+    random.seed(derived)
 
 
 @contextmanager

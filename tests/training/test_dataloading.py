@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fits import Generated, equal, fitted, weights
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from training_problems import images_and_labels, loader, made, run_config
 
 import deat_rb
@@ -91,3 +95,35 @@ def test_sharded_loader_refuses_a_batch_smaller_than_the_ranks() -> None:
     assert len(next(batches)[0][1]) == 1
     with pytest.raises(DeatError, match="a batch of 3 images cannot be split among 4 ranks; drop"):
         next(batches)
+
+
+class Augmented(Dataset[tuple[Tensor, Tensor]]):
+    """Images that are darkened by a random factor."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        self.draw = draw
+        self.images, self.labels = images_and_labels()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index] * self.draw(), self.labels[index]
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand])
+def test_fit_seeds_the_generators_with_which_loaders_augment(draw: Callable[[], float]) -> None:
+    """In training and in validation; what the caller draws next does not depend on training."""
+    results = []
+    for first in (1, 2):
+        random.seed(first)
+        np.random.seed(first)
+        expected = [draw(), draw()]
+        random.seed(first)
+        np.random.seed(first)
+        data = DataLoader(Augmented(draw), batch_size=3)
+        assert draw() == expected[0]
+        history = deat_rb.create("pgd-1", made()).fit(data, data, epochs=2, lr=0.1, seed=3)
+        assert draw() == expected[1]
+        results.append([(row.loss, row.l_x, row.val_acc) for row in history.rows])
+    assert results[0] == results[1]
