@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import OutOfMemoryError, Tensor, enable_grad, nn
 from torchattacks.attack import Attack
 
-from deat_rb.data.check import ROUNDING, check_label_values, check_pixels, check_types
+from deat_rb.data.check import ROUNDING, check_label_values, check_pixels, check_tensors, check_types
 from deat_rb.models.check import trial_logits
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.module_state import preserve_modes, preserve_state, require_autograd
@@ -87,12 +87,13 @@ class StatelessAttack(Attack):
             raise DeatError(
                 "the model was created inside torch.inference_mode(), so it has no gradients; create it outside"
             )
+        check_tensors(inputs, inputs if labels is None else labels)
         if inputs.is_inference():
             inputs = inputs.clone()
         if labels is not None and labels.is_inference():
             labels = labels.clone()
         applied = self._normalization_applied
-        if isinstance(inputs, Tensor) and inputs.is_floating_point() and inputs.numel():
+        if inputs.is_floating_point() and inputs.numel():
             images = self.inverse_normalize(inputs.to(self.device)) if applied else inputs
             check_pixels(images, allow_nan=True, tolerance=NORMALIZED_ROUNDING if applied else ROUNDING)
         with preserve_state(self.model), enable_grad(), explained_failures(self, inputs, labels):

@@ -32,14 +32,25 @@ def check_batch(
     check_label_values(labels, num_classes)
 
 
+def check_tensors(images: Tensor, labels: Tensor) -> None:
+    """Check that images and labels are tensors with values.
+
+    Raises:
+        DeatError: One is another object, or is on the device meta.
+    """
+    if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
+        raise DeatError(f"images and labels must be tensors, not {type(images).__name__} and {type(labels).__name__}")
+    if images.is_meta or labels.is_meta:
+        raise DeatError("images or labels have no values, only shapes (device meta): create them on another device")
+
+
 def check_types(images: Tensor, labels: Tensor, *, soft: bool = False) -> None:
     """Check types and shapes of a batch without reading its values; ``soft`` as for `check_batch`.
 
     Raises:
         DeatError: Images or labels have a wrong type or shape.
     """
-    if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
-        raise DeatError(f"images and labels must be tensors, not {type(images).__name__} and {type(labels).__name__}")
+    check_tensors(images, labels)
     if not images.is_floating_point():
         raise DeatError(
             f"images must be floating-point in [0, 1], not {_describe(images)}: convert to float and divide by 255"

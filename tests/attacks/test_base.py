@@ -236,3 +236,15 @@ def test_call_leaves_unexplained_errors_as_they_are() -> None:
     model = Recorder(fails_at=2)
     with pytest.raises(RuntimeError, match=r"^the model fails here"):
         PGD(model, steps=3)(IMAGES, FOUR)
+
+
+@pytest.mark.parametrize("method", ["PGD", "trainer"])
+def test_call_refuses_what_is_no_tensor(method: str) -> None:
+    images, labels = images_and_labels()
+    attack: Any = PGD(made()) if method == "PGD" else create("pgd-2", made())
+    with pytest.raises(DeatError, match="images and labels must be tensors, not ndarray and Tensor"):
+        attack(images.numpy(), labels)
+    with pytest.raises(DeatError, match="images and labels must be tensors, not Tensor and list"):
+        attack(images, labels.tolist())
+    with pytest.raises(DeatError, match="images or labels have no values, only shapes"):
+        attack(images.to("meta"), labels)
