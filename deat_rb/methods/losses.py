@@ -128,6 +128,11 @@ def surrogate(name: str | SurrogateLoss, *, beta: float = 6.0, label_smoothing: 
         )
     if isinstance(name, SurrogateLoss):
         return name
+    if not isinstance(name, str):
+        raise DeatError(
+            f"loss = {name!r} is neither a name nor a SurrogateLoss: give deat_rb.training.SurrogateLoss(name, "
+            "function), whose function returns one value per image"
+        )
     check_weight("beta", beta, "TRADES and MART use 6")
     if name == "ce":
         function = partial(cross_entropy, **smoothed) if smoothed else cross_entropy
@@ -137,6 +142,6 @@ def surrogate(name: str | SurrogateLoss, *, beta: float = 6.0, label_smoothing: 
         return SurrogateLoss("nls", function)
     regularized = {"trades": trades, "mart": mart}
     if name not in regularized:
-        raise DeatError(f"there is no surrogate loss '{name}': {did_you_mean(str(name), ('ce', 'nls', *regularized))}")
+        raise DeatError(f"there is no surrogate loss '{name}': {did_you_mean(name, ('ce', 'nls', *regularized))}")
     function = partial(regularized[name], beta=beta, **smoothed)
     return SurrogateLoss(name, function, needs_clean=True, soft_labels=name == "trades")

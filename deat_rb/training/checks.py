@@ -13,6 +13,7 @@ from deat_rb.data.check import ROUNDING, are_soft, check_batch, check_label_valu
 from deat_rb.models.check import check_not_meta, check_trainable, check_weights_exist, trial_logits
 from deat_rb.training.base import Batch, TrainerBase
 from deat_rb.training.engine import Engine, explain_nondeterminism
+from deat_rb.training.surrogate_loss import check_shape
 from deat_rb.utils import seeding
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.module_state import preserve_state
@@ -161,7 +162,8 @@ class BatchChecker:
                 if train_mode:
                     trial_logits(model, images[:2], source="the model in train mode", advice=ADVICE)
                     self._check_gradients(images[:2])
-                num_classes = trial_logits(model.eval(), images[:2], advice=ADVICE).shape[1]
+                logits = trial_logits(model.eval(), images[:2], advice=ADVICE)
+                num_classes = logits.shape[1]
                 if not train_mode:
                     self._check_gradients(images[:2])
             check_label_values(labels, num_classes)
@@ -171,6 +173,8 @@ class BatchChecker:
                                 "classes: give one for each")  # fmt: skip
             if are_soft(labels):
                 self.trainer.check_soft_labels()
+            with engine.autocast(), seeding.preserved():
+                check_shape(self.trainer.loss, logits, labels[:2])
             self.trainer.check_attack(images)
         except DeatError as error:
             if (nondeterminism := explain_nondeterminism(error)) is not None:

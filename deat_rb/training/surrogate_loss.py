@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deat_rb.utils.errors import DeatError
+
 
 class ClassWeights:
     """Class weights, copied to each device only once.
@@ -73,3 +75,23 @@ class SurrogateLoss:
     def with_weights(self, values: Tensor, labels: Tensor) -> Tensor:
         """Return a value per example (N,) multiplied by the weight of its class, if there are class weights."""
         return values if self.class_weights is None else values * self.class_weights.of(labels)
+
+
+def check_shape(loss: SurrogateLoss, logits: Tensor, labels: Tensor) -> None:
+    """Check that a loss is one value per example, before class weights multiply it.
+
+    Args:
+        loss: The loss.
+        logits: Any logits, (N, K).
+        labels: Their labels.
+
+    Raises:
+        DeatError: It is not.
+    """
+    function = loss.function.function if isinstance(loss.function, WeightedLoss) else loss.function
+    losses = function(logits, labels, *([logits] if loss.needs_clean else []))
+    if losses.shape != (len(logits),):
+        raise DeatError(
+            f"the loss {loss.name} has the shape {tuple(losses.shape)} for {len(logits)} images, not "
+            f"({len(logits)},): return one value per image, as torch's cross_entropy with reduction='none'"
+        )
