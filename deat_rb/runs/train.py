@@ -27,7 +27,7 @@ from deat_rb.runs.plots import plot_curves
 from deat_rb.runs.resolution import default_name, resolve
 from deat_rb.runs.trackers import TrackerError, Trackers
 from deat_rb.training import checkpoint
-from deat_rb.training.callbacks import Callback
+from deat_rb.training.callbacks import Callback, check_callbacks
 from deat_rb.training.early_stopping import NOT_RISEN
 from deat_rb.training.fit import fit
 from deat_rb.training.history import History
@@ -61,6 +61,7 @@ def train(
     Raises:
         DeatError: An option or the data are invalid, or the name is taken; nothing has been written then.
     """
+    check_callbacks(callbacks)
     if name is not None:
         check_name(name)
     if not isinstance(options, TrainingPlan):

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 
 from deat_rb.training.history import History
 from deat_rb.training.metrics import BatchStats, EpochAccumulator, EpochStats
 from deat_rb.training.state import TrainingState
+from deat_rb.utils.errors import DeatError
 
 
 class Action(IntEnum):
-    """Action between two batches; the highest one that any callback on any rank requests is carried out."""
+    """Action between two batches; the highest one that any callback on any rank requests is carried out.
+
+    Attributes:
+        CONTINUE: Go on with the next batch.
+        SAVE: Save a checkpoint, if there is a run, and go on.
+        STOP: Save a checkpoint, if there is a run, and raise `deat_rb.utils.errors.Interrupted`.
+        ABORT: Raise `deat_rb.utils.errors.DeatError` without saving anything.
+    """
 
     CONTINUE = 0
     SAVE = 1
@@ -70,3 +79,27 @@ class Callback:
 
     def on_fit_end(self, history: History) -> None:
         """Run when training has ended without an error; the model holds the selected weights."""
+
+
+def check_callbacks(callbacks: object) -> None:
+    """Check that these are callbacks.
+
+    Raises:
+        DeatError: They are not.
+    """
+    if not isinstance(callbacks, Sequence) or not all(isinstance(each, Callback) for each in callbacks):
+        raise DeatError(f"callbacks = {callbacks!r} is not a list of callbacks: give one such as [MyCallback()]")
+
+
+def requested_by(callback: Callback) -> Action:
+    """Return the action that a callback requests.
+
+    Raises:
+        DeatError: It returns something else.
+    """
+    action = callback.requested_action()
+    if not isinstance(action, Action):
+        raise DeatError(
+            f"{type(callback).__name__}.requested_action returned {action!r}: return an Action, such as Action.CONTINUE"
+        )
+    return action

@@ -9,7 +9,7 @@ from typing import Any
 from deat_rb.training.averaging import WeightAverage
 from deat_rb.training.base import Batch, TrainerBase
 from deat_rb.training.best_weights import BestWeights
-from deat_rb.training.callbacks import Callback
+from deat_rb.training.callbacks import Callback, check_callbacks
 from deat_rb.training.checkpointing import Checkpointing, MetricsWriter
 from deat_rb.training.checks import check_fit, check_requirements
 from deat_rb.training.cuda_graphs import choose_graphs
@@ -74,6 +74,7 @@ def fit(
     given = {name: value for name, value in options.items() if value is not None}
     if "device" in given:
         given["device"] = str(given["device"])
+    check_callbacks(callbacks)
     optim, runtime = _grouped(given)
     check_optim(optim, "")
     if optim.select == "best" and val_loader is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deat_rb.attacks.gradient_probe import lipschitz_lower_bound
 from deat_rb.training.base import Batch
-from deat_rb.training.callbacks import Action, Callback
+from deat_rb.training.callbacks import Action, Callback, requested_by
 from deat_rb.training.checks import BatchChecker, BatchError, check_positions
 from deat_rb.training.dataloading import HeldOut, Loader, check_loader, count_batches, epoch_batches, materialize, shard
 from deat_rb.training.engine import explain_nondeterminism
@@ -246,7 +246,7 @@ class Loop:
         done = (state.epoch - 1) * state.batches + state.batch
         if state.world.size > 1 and state.engine.device.type == "cuda" and done % AGREE_EVERY:
             return Action.CONTINUE
-        requested = [each.requested_action() for each in self.callbacks]
+        requested = [requested_by(each) for each in self.callbacks]
         requested.append(Action.STOP if self.requests.requested else Action.CONTINUE)
         return Action(self.state.world.max_over_ranks(max(requested)))
 

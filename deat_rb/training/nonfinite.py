@@ -86,9 +86,12 @@ class NonFiniteMonitor(Callback):
         return Action.ABORT if self._found() else Action.CONTINUE
 
     def on_action(self, action: Action) -> None:
-        """Raise on ABORT, and before non-finite values would be saved to a checkpoint."""
-        if action == Action.ABORT or self.state.world.max_over_ranks(self._found() is not None):
+        """Raise before non-finite values would be saved to a checkpoint, and on a callback's ABORT."""
+        if self.state.world.max_over_ranks(self._found() is not None):
             self._raise()
+        if action == Action.ABORT:
+            where = f"batch {self.state.batch} of epoch {self.state.epoch}"
+            raise DeatError(f"a callback aborted training after {where}; {self.state.describe_saved()}")
 
     def on_train_epoch_end(self) -> None:
         """Raise if the epoch had a non-finite value, or if all of its batches were skipped."""

@@ -18,7 +18,7 @@ from deat_rb.training.history import History
 from deat_rb.training.metrics import EpochAccumulator, EpochStats
 from deat_rb.training.state import TrainingState
 from deat_rb.utils.distributed import World
-from deat_rb.utils.errors import Interrupted
+from deat_rb.utils.errors import DeatError, Interrupted
 
 
 def test_callbacks_hooks_run_in_order() -> None:
@@ -151,3 +151,41 @@ def test_callbacks_may_stop_a_run_that_resumes(tmp_path: Path) -> None:
     with pytest.raises(Interrupted, match="keeps 0 of 2 epochs and 1 batch of the next; deat-rb train --resume"):
         trainer.fit(loader(2), epochs=2, run=run, callbacks=[TimeLimit()])
     assert len(trainer.fit(loader(2), epochs=2, run=run, resume=True).rows) == 2
+
+
+class Requests(Callback):
+    """Request something after the second batch of the first epoch."""
+
+    def __init__(self, action: Any) -> None:
+        self.action = action
+
+    def requested_action(self) -> Any:
+        return self.action if self.state.batch == 2 else Action.CONTINUE
+
+
+def test_callbacks_may_abort_training() -> None:
+    model = made()
+    trainer = deat_rb.create("pgd-1", model)
+    message = (
+        "^a callback aborted training after batch 2 of epoch 1; 0 of 2 epochs were trained; the model has the newest"
+    )
+    with pytest.raises(DeatError, match=message):
+        trainer.fit(loader(3), epochs=2, lr=0.1, callbacks=[Requests(Action.ABORT)])
+
+
+@pytest.mark.parametrize("action", [None, 7, "stop"])
+def test_callbacks_must_request_an_action(action: Any) -> None:
+    with pytest.raises(DeatError, match=f"Requests.requested_action returned {action!r}: return an Action, such as"):
+        fitted(callbacks=[Requests(action)])
+
+
+@pytest.mark.parametrize("callbacks", [Callback(), [Callback], [lambda: None], "Callback"])
+def test_callbacks_must_be_a_list_of_callbacks(callbacks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        DeatError, match=r"callbacks = .* is not a list of callbacks: give one such as \[MyCallback\(\)"
+    ):
+        fitted(callbacks=callbacks)
+    with pytest.raises(DeatError, match="is not a list of callbacks"):
+        deat_rb.train({"method": "pgd-1", "dataset": "digits"}, callbacks=callbacks)
+    assert not list(tmp_path.iterdir())
