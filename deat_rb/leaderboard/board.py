@@ -22,6 +22,7 @@ from typing import Any
 from deat_rb.evaluation.runner import Progress
 from deat_rb.leaderboard.entry import Entry, parse_entry, read_entries
 from deat_rb.leaderboard.measure import SAMPLE, check_sample, evaluate_fully, verify_claim
+from deat_rb.leaderboard.ranking import Images, images_of
 from deat_rb.leaderboard.submission import Submission, SubmissionMetadata, open_submission
 from deat_rb.leaderboard.untrusted import MAX_JSON, read_limited, symlink_in_path
 from deat_rb.leaderboard.untrusted_weights import MAX_WEIGHTS, as_safetensors
@@ -134,7 +135,9 @@ class Board:
             **submission.facts,
             "model_name": metadata.model_name,
             "dataset": dataset,
-            "dataset_note": self._dataset_note(dataset, fingerprint, metadata.dataset_note),
+            "dataset_note": self._dataset_note(
+                dataset, Images(fingerprint, len(submission.data.test), metadata.dataset_note)
+            ),
             "eps": format_fraction(submission.eps),
             "threat_model": submission.norm,
             "n_test": len(submission.data.test),
@@ -165,23 +168,24 @@ class Board:
                 raise DeatError(f"the board has {other.stem}, which differs from {path.stem} only in letter case: "
                                 "choose another --model-name")  # fmt: skip
 
-    def _dataset_note(self, dataset: str, fingerprint: str | None, note: str | None) -> str | None:
-        """Return a dataset's note, which all of its entries share.
+    def _dataset_note(self, dataset: str, images: Images) -> str | None:
+        """Return the note of a dataset's images, which all of their entries should share.
 
         Raises:
             DeatError: The board has different data or a different note under this name.
         """
         entries = self.entries(left_out=[]) if (self.path / "entries").is_dir() else ()
         own = [entry for entry in entries if entry.kind == "measured" and entry.dataset == dataset]
-        for entry in own:
-            if entry.data_sha256 != fingerprint:
-                raise DeatError(f"{dataset} has different data on this board (SHA-256 {str(entry.data_sha256)[:12]}, "
-                                f"submitted {str(fingerprint)[:12]}): choose another --dataset-name")  # fmt: skip
-            if note not in (None, entry.dataset_note):
-                raise DeatError(f"--dataset-note differs from the board's note for {dataset}, "
-                                f"'{entry.dataset_note}': omit it")  # fmt: skip
-        if own:
-            return own[0].dataset_note
+        notes = [entry.dataset_note for entry in own if images_of(entry)[:2] == images[:2]]
+        if own and not notes:
+            raise DeatError(f"{dataset} has different data on this board (SHA-256 {str(own[0].data_sha256)[:12]}, "
+                            f"{own[0].n_test} images; submitted {str(images.data_sha256)[:12]}, {images.n_test} "
+                            "images): choose another --dataset-name")  # fmt: skip
+        note = images.note
+        if notes and note not in (None, *notes):
+            raise DeatError(f"--dataset-note differs from the board's note for {dataset}, '{notes[0]}': omit it")
+        if notes:
+            return note or notes[0]
         known = dataset in compat.DATASETS or dataset in SPELLED
         return note if note is not None or known else f"images of the folder {dataset}"
 
@@ -202,7 +206,7 @@ class Board:
         with self.locked():
             self._check_free(entry.key, replace)
             if entry.kind == "measured":
-                self._dataset_note(entry.dataset, entry.data_sha256, entry.dataset_note)
+                self._dataset_note(entry.dataset, images_of(entry))
             contents = self._replaced(entry)
             if weights is not None:
                 contents[entry.weights_place] = weights

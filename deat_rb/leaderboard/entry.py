@@ -5,34 +5,37 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    ValidationError,
-    model_validator,
-)
-from pydantic_core import CoreSchema
-from pydantic_core.core_schema import no_info_after_validator_function
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deat_rb.evaluation.report import Check
 from deat_rb.evaluation.statistics import wilson
-from deat_rb.leaderboard.pages.format import web_link
-from deat_rb.leaderboard.untrusted import MAX_JSON, parse_json_object, plain, read_limited, visible
+from deat_rb.leaderboard.fields import (
+    Amount,
+    Day,
+    Eps,
+    Examples,
+    LineText,
+    Link,
+    Matches,
+    Percent,
+    Row,
+    Sha256,
+    ShortText,
+    Text,
+    Versions,
+    check_size,
+    json_pattern,
+)
+from deat_rb.leaderboard.untrusted import MAX_JSON, parse_json_object, read_limited, visible
 from deat_rb.models.names import PRETRAINED
 from deat_rb.models.spec import ModelSpec
 from deat_rb.robustbench.format import NAME
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.text import counted, printable
-from deat_rb.utils.units import check_eps, format_fraction, parse_fraction
+from deat_rb.utils.units import parse_fraction
 
 AttackName = Literal["natural", "fgsm", "pgd-100", "cw-20", "autoattack"]
 
@@ -74,70 +77,6 @@ def check_dataset_name(name: str) -> str:
     return name
 
 
-def _pattern(pattern: str) -> dict[str, Any]:
-    """Return what a text's JSON schema says of its pattern."""
-    return {"pattern": f"^({pattern})$"}
-
-
-@dataclass(frozen=True)
-class _Matches:
-    """Validator of a text by a pattern, which also stands in the JSON schema."""
-
-    pattern: str
-    problem: str
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return no_info_after_validator_function(self._check, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {**handler(schema), **_pattern(self.pattern)}
-
-    def _check(self, text: str) -> str:
-        if re.fullmatch(self.pattern, text) is None:
-            raise ValueError(self.problem)
-        return text
-
-
-def _web_link(text: str) -> str:
-    if web_link(plain(text)) is None or re.search(r"[\"'<>]", text):
-        raise ValueError("is not an https:// or http:// address with an ASCII host name")
-    return text
-
-
-def _canonical_eps(value: object) -> object:
-    """Format an eps, given as a string or as the number that ``update_json`` writes, as 8/255 or as a decimal."""
-    if isinstance(value, str) and re.fullmatch(r"[0-9.eE +/-]{1,20}", value, re.ASCII) is None:
-        raise ValueError("is not a number or a fraction such as 8/255")
-    if not isinstance(value, str | float | int):
-        raise ValueError("is not a number or a fraction such as 8/255")
-    return format_fraction(check_eps(parse_fraction(value), norm="L2"))  # in Linf, `Entry` also refuses eps above 1
-
-
-def _check_size(check: Check) -> Check:
-    if len(check.name) > 80 or len(check.sentence) > 2000 or not abs(check.figure or 0) <= 1e300:
-        raise ValueError("has a name or sentence that is too long, or a value that is not finite")
-    visible(check.name)
-    visible(check.sentence)
-    return check
-
-
-ShortText = Annotated[str, Field(max_length=80), AfterValidator(plain)]
-LineText = Annotated[str, Field(max_length=400), AfterValidator(plain)]
-Text = Annotated[str, Field(max_length=2000), AfterValidator(plain)]
-Percent = Annotated[str, _Matches(r"100(\.0{1,4})?|[0-9]{1,2}(\.[0-9]{1,4})?",
-                                  "is not an accuracy in percent, such as '43.21'")]  # fmt: skip
-Link = Annotated[str, Field(max_length=400), AfterValidator(_web_link)]
-Eps = Annotated[str, BeforeValidator(_canonical_eps),
-                Field(json_schema_extra=_pattern(r"[0-9.]+(e[+-]?[0-9]+)?(/[0-9.]+)?"))]  # fmt: skip
-Sha256 = Annotated[str, _Matches("[0-9a-f]{64}", "is not a SHA-256 of 64 hexadecimal digits")]
-Day = Annotated[str, _Matches("[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])", "is not a date such as 2026-01-31")]
-Amount = Annotated[float, Field(ge=0, le=1e15)]
-Examples = Annotated[int, Field(ge=1, le=10**9)]
-Versions = Annotated[dict[ShortText, ShortText], Field(max_length=64)]
-Number = Annotated[int, Field(ge=-(10**15), le=10**15)] | Annotated[float, Field(ge=-1e300, le=1e300)]
-Row = Annotated[dict[Annotated[str, Field(pattern=r"^[a-z_0-9]{1,40}$")], Number | None], Field(max_length=64)]
-
-
 class RobustBenchInfo(BaseModel):
     """RobustBench's ``model_info/<dataset>/<threat>/<name>.json``; accuracies are in percent, as strings."""
 
@@ -148,9 +87,9 @@ class RobustBenchInfo(BaseModel):
     authors: Text | None = None
     additional_data: bool | None = None
     number_forward_passes: Annotated[int, Field(ge=1, le=10**6)] | None = None
-    dataset: Annotated[str, AfterValidator(check_dataset_name), Field(json_schema_extra=_pattern(DATASET_NAME))]
+    dataset: Annotated[str, AfterValidator(check_dataset_name), Field(json_schema_extra=json_pattern(DATASET_NAME))]
     venue: LineText | None = None
-    architecture: Annotated[LineText, _Matches(r"[\D0-9]*", "has digits other than 0 to 9")] | None = None
+    architecture: Annotated[LineText, Matches(r"[\D0-9]*", "has digits other than 0 to 9")] | None = None
     eps: Eps
     clean_acc: Percent | None = None
     reported: Percent | None = None
@@ -253,7 +192,7 @@ class Entry(RobustBenchInfo):
     """
 
     schema_version: Annotated[int, Field(ge=1, le=SCHEMA_VERSION)] = SCHEMA_VERSION
-    model_name: Annotated[str, AfterValidator(check_model_name), Field(json_schema_extra=_pattern(NAME.pattern))]
+    model_name: Annotated[str, AfterValidator(check_model_name), Field(json_schema_extra=json_pattern(NAME.pattern))]
     threat_model: Literal["Linf", "L2"] = "Linf"
     kind: Literal["measured", "published"]
     dataset_note: LineText | None = None
@@ -269,7 +208,7 @@ class Entry(RobustBenchInfo):
     remeasured: dict[AttackName, Accuracy] = {}
     n_examples: Examples | None = None
     n_test: Examples | None = None
-    checks: Annotated[tuple[Annotated[Check, AfterValidator(_check_size)], ...], Field(max_length=100)] = ()
+    checks: Annotated[tuple[Annotated[Check, AfterValidator(check_size)], ...], Field(max_length=100)] = ()
     metrics: Annotated[tuple[Row, ...], Field(max_length=MAX_EPOCHS)] = ()
     command: Annotated[str, Field(max_length=2000), AfterValidator(visible)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None

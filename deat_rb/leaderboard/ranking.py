@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from deat_rb.leaderboard.entry import Entry
 from deat_rb.utils.errors import DeatError, did_you_mean
@@ -20,29 +21,61 @@ PARTS: dict[Part, str] = {
 }
 
 
+class Images(NamedTuple):
+    """The test images of an entry; two boards that were merged may have different ones under one dataset name."""
+
+    data_sha256: str | None
+    n_test: int | None
+    note: str | None
+
+
+def images_of(entry: Entry) -> Images:
+    """Return the test images of an entry."""
+    return Images(entry.data_sha256, entry.n_test, entry.dataset_note)
+
+
+class Group(NamedTuple):
+    """What the entries of one table share; only they are compared with each other.
+
+    Attributes:
+        dataset: Name of the dataset.
+        threat_model: Norm of the attacks.
+        eps: Radius of the attacks.
+        images: The test images, if the board measured on several under this dataset name; else, and for published
+            results, None.
+        subset: Number of evaluated images, if only part of the test set was evaluated.
+    """
+
+    dataset: str
+    threat_model: str
+    eps: str
+    images: Images | None
+    subset: int | None
+
+    @property
+    def conditions(self) -> str:
+        """Everything but the dataset's name, for a heading."""
+        images = self.images and f", data {(self.images.data_sha256 or '')[:12]} of {self.images.n_test:,} images"
+        subset = f", {self.subset:,} test images" if self.subset else ""
+        return f"{self.threat_model}, eps {self.eps}{images or ''}{subset}"
+
+
 @dataclass(frozen=True)
 class RankedEntry:
     """An entry with its rank.
 
     Attributes:
         entry: The entry.
-        rank: Rank, from 1, among full evaluations with the same dataset, threat model and eps; ties share a rank. None
-            for other entries, for baselines (trained without adversarial examples) and without a robust accuracy.
+        rank: Rank, from 1, among full evaluations of the same group; ties share a rank. None for other entries, for
+            baselines (trained without adversarial examples) and without a robust accuracy.
         part: ``full``; ``subset`` (of the test set); or ``published`` (not measured by this board).
+        group: The group within which the entry is compared.
     """
 
     entry: Entry
     rank: int | None
     part: Part
-
-    @property
-    def group(self) -> tuple[str, str, float]:
-        """Dataset, threat model and eps, within which entries are compared."""
-        return _group(self.entry)
-
-
-def _group(entry: Entry) -> tuple[str, str, float]:
-    return entry.dataset, entry.threat_model, parse_fraction(entry.eps)
+    group: Group
 
 
 def _descending(value: str | float | None) -> float:
@@ -86,20 +119,32 @@ def rank(entries: Sequence[Entry], *, dataset: str | None = None, sort: str = "r
     known = sorted({entry.dataset for entry in entries})
     if dataset is not None and dataset not in known:
         raise DeatError(f"the board has no dataset '{printable(dataset, 40)}': {did_you_mean(dataset, known)}")
-    chosen = [entry for entry in entries if dataset in (None, entry.dataset)]
+    images = defaultdict(set)
+    for entry in entries:
+        if entry.kind == "measured":
+            images[entry.dataset].add(images_of(entry))
+    several = {name for name, found in images.items() if len(found) > 1}
+    chosen = [(entry, _group(entry, several)) for entry in entries if dataset in (None, entry.dataset)]
     ranked = []
-    for entry in chosen:
+    for entry, group in chosen:
         place, part, robust = None, _part(entry), entry.robust
         if part == "full" and robust is not None and not is_baseline(entry):
-            rivals = (other for other in chosen
-                      if _part(other) == "full" and _group(other) == _group(entry) and not is_baseline(other)
-                      )  # fmt: skip
+            rivals = (other for other, others in chosen
+                      if _part(other) == "full" and others == group and not is_baseline(other))  # fmt: skip
             place = 1 + sum((other.robust or 0) > robust for other in rivals)
-        ranked.append(RankedEntry(entry, place, part))
-    order = list(PARTS)
-    return tuple(
-        sorted(ranked, key=lambda each: (each.group, order.index(each.part), SORTS[sort](each.entry), each.entry.key))
-    )
+        ranked.append(RankedEntry(entry, place, part, group))
+    return tuple(sorted(ranked, key=lambda each: (*_order(each), SORTS[sort](each.entry), each.entry.key)))
+
+
+def _group(entry: Entry, several: Container[str]) -> Group:
+    images = images_of(entry) if entry.kind == "measured" and entry.dataset in several else None
+    return Group(entry.dataset, entry.threat_model, entry.eps, images, entry.n_examples if entry.is_subset else None)
+
+
+def _order(ranked: RankedEntry) -> tuple[Any, ...]:
+    group = ranked.group
+    return (group.dataset, group.threat_model, parse_fraction(group.eps), str(group.images),
+            list(PARTS).index(ranked.part), group.subset or 0)  # fmt: skip
 
 
 def is_baseline(entry: Entry) -> bool:

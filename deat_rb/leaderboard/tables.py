@@ -38,7 +38,7 @@ COLUMNS: dict[str, Callable[[RankedEntry], str]] = {
     "method": lambda each: each.entry.method or "",
     "backward passes": lambda each: _number(each.entry.backward_passes, 0),
     "seconds": lambda each: _number(each.entry.train_seconds, 0),
-    "extra data": lambda each: "yes" if each.entry.additional_data else "",
+    "extra data": lambda each: {True: "yes", False: "no", None: ""}[each.entry.additional_data],
     "architecture": lambda each: each.entry.architecture or "",
     "venue": lambda each: each.entry.venue or "",
 }
@@ -55,9 +55,9 @@ def _groups(ranked: Sequence[RankedEntry]) -> list[tuple[str, str, list[RankedEn
     groups = []
     for _, part in groupby(ranked, key=lambda each: (each.group, each.part)):
         rows = list(part)
-        entry = rows[0].entry
-        heading = f"{entry.dataset}, {entry.threat_model}, eps {entry.eps}: {PARTS[rows[0].part]}"
-        groups.append((heading, entry.dataset_note or "", rows))
+        group = rows[0].group
+        heading = f"{group.dataset}, {group.conditions}: {PARTS[rows[0].part]}, accuracies in %"
+        groups.append((heading, rows[0].entry.dataset_note or "", rows))
     return groups
 
 
@@ -114,9 +114,11 @@ def as_csv(ranked: Sequence[RankedEntry]) -> str:
     """Return one CSV table; an apostrophe is inserted before text that a spreadsheet would read as a formula."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(("dataset", "threat", "eps", "part", *COLUMNS))
+    writer.writerow(("dataset", "threat", "eps", "part", "test images", "data", *COLUMNS))
     for each in ranked:
-        cells = [each.entry.dataset, each.entry.threat_model, each.entry.eps, each.part]
+        entry = each.entry
+        cells = [entry.dataset, entry.threat_model, entry.eps, each.part, str(entry.n_test or ""),
+                 entry.data_sha256 or ""]  # fmt: skip
         cells += [cell(each) for cell in COLUMNS.values()]
         writer.writerow(map(csv_text, cells))
     return file.getvalue()
@@ -160,14 +162,18 @@ def latex_text(text: str) -> str:
 def as_latex(ranked: Sequence[RankedEntry]) -> str:
     r"""Return booktabs tables, each with a ``\label``; the best value of each accuracy is bold."""
     lines = [r"% needs \usepackage{booktabs}"]
+    labels: list[str] = []
     for heading, note, rows in _groups(ranked):
         columns = {title: [latex_text(cell) for cell in column] for title, column in _columns(rows).items()}
         for title in _ACCURACIES & columns.keys():
             best = max((cell for cell in columns[title] if cell), key=float)
             columns[title] = [rf"\textbf{{{cell}}}" if cell == best and len(rows) > 1 else cell
                               for cell in columns[title]]  # fmt: skip
-        entry, caption = rows[0].entry, f"{heading}. {note}" if note else heading
-        label = re.sub(r"[^a-zA-Z0-9.]+", "-", f"{entry.dataset}-{entry.threat_model}-{entry.eps}-{rows[0].part}")
+        group, caption = rows[0].group, f"{heading}. {note}" if note else heading
+        parts = (group.dataset, group.threat_model, group.eps, rows[0].part, str(group.subset or ""))
+        label = re.sub(r"[^a-zA-Z0-9.]+", "-", "-".join(filter(None, parts)))
+        labels.append(label)
+        label += f"-{labels.count(label)}" if labels.count(label) > 1 else ""
         layout = "".join("l" if title in _TEXT_COLUMNS else "r" for title in columns)
         lines += [r"\begin{table}", r"\centering", rf"\caption{{{latex_text(caption)}}}", rf"\label{{tab:{label}}}"]
         lines += [rf"\begin{{tabular}}{{{layout}}}", r"\toprule", " & ".join(map(latex_text, columns)) + r" \\"]

@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from deat_rb.leaderboard.entry import MAX_EPOCHS, Row
+from deat_rb.leaderboard.entry import MAX_EPOCHS
+from deat_rb.leaderboard.fields import Row
 from deat_rb.leaderboard.untrusted import parse_json_object
 from deat_rb.runs.config import RunConfig
 from deat_rb.runs.defaults import DEFAULT_TEXTS

@@ -15,6 +15,7 @@ from deat_rb.leaderboard.entry import Entry, check_board, check_place, entry_fil
 from deat_rb.leaderboard.measure import SAMPLE, check_sample, compare_claim, evaluate_sample, refuse_failed
 from deat_rb.leaderboard.pages.index import INDEX
 from deat_rb.leaderboard.pages.model import page_of
+from deat_rb.leaderboard.ranking import images_of
 from deat_rb.leaderboard.weights import check_hash, load_network
 from deat_rb.models.class_names import match_classes
 from deat_rb.models.spec import ModelSpec
@@ -82,8 +83,8 @@ def verify(
                 result.notes.append(f"{entry.key}: the board does not store its weights")
                 continue
             model = load_network(entry, board.path)
-            data = _dataset(entry, data_dirs or {}, datasets, memory_limit) if sample else None
-            if data is not None:
+            data = _dataset(entry, data_dirs or {}, datasets, memory_limit)
+            if data is not None and sample:
                 num_classes = cast(ModelSpec, entry.model).num_classes
                 matched = match_classes(data.classes, entry.classes or (), num_classes, source=entry.key,
                                         dataset=data.name)  # fmt: skip
@@ -156,9 +157,15 @@ def _check_strays(board: Path, known: set[Path]) -> Iterator[str]:
 def _check_datasets(entries: list[Entry]) -> Iterator[str]:
     firsts: dict[str, Entry] = {}
     for entry in entries:
-        first = firsts.setdefault(entry.dataset, entry) if entry.data_sha256 is not None else entry
-        if first.data_sha256 != entry.data_sha256:
+        first = firsts.setdefault(entry.dataset, entry) if entry.kind == "measured" else entry
+        own, others = images_of(entry), images_of(first)
+        if own.data_sha256 != others.data_sha256:
             yield f"{entry.key} was measured on different data than {first.key}"
+        elif own.n_test != others.n_test:
+            yield f"{entry.key} has n_test {own.n_test}, but {first.key}, with the same data, {others.n_test}"
+        elif own.note != others.note:
+            yield (f"{entry.key} has the dataset_note '{own.note}', but {first.key}, with the same data, "
+                   f"'{others.note}': make them equal, or they are not ranked together")  # fmt: skip
 
 
 def _dataset(
@@ -183,7 +190,9 @@ def _dataset(
             memory_limit=memory_limit,
         )
     data = loaded[entry.dataset, image_size]
-    if data.fingerprint != entry.data_sha256 or len(data.test) != entry.n_test:
+    if data.fingerprint != entry.data_sha256:
         raise DeatError(f"the data here (SHA-256 {data.fingerprint[:12]}...) differ from the entry's "
                         f"({str(entry.data_sha256)[:12]}...): check --data-dir")  # fmt: skip
+    if len(data.test) != entry.n_test:
+        raise DeatError(f"n_test is {entry.n_test}, but these data have {len(data.test)} test images: correct it")
     return data

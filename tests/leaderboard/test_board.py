@@ -180,6 +180,28 @@ def test_submit_refuses_other_data_of_the_same_name(tmp_path: Path, board: Board
         submit(board, make_run(tmp_path / "two"), "Wang2021Gradient_2")
 
 
+def test_submit_to_a_merged_board_joins_the_entries_of_its_images(
+    tmp_path: Path, board: Board, fake: FakeEvaluation
+) -> None:
+    folder: dict[str, Any] = {"data_dir": tmp_path, "dataset_name": "pets"}
+    submit(board, make_run(tmp_path / "one", dataset="folder"), "Wang2021Gradient_B", dataset_note="Cats.", **folder)
+    submit(board, make_run(tmp_path / "two", dataset="folder"), "Wang2021Gradient_A", **folder)
+    file = board.path / "entries/pets/Linf/Wang2021Gradient_A.json"
+    file.write_text(file.read_text().replace("Cats.", "Our cats."))
+    other = file.with_name("Wang2021Gradient.json")
+    other.write_text(file.read_text().replace("Gradient_A", "Gradient").replace(digits().fingerprint, "c" * 64))
+    assert submit(
+        board, make_run(tmp_path / "three", dataset="folder"), "Wang2021Gradient_C", **folder
+    ).dataset_note == ("Our cats.")
+    entry = submit(board, make_run(tmp_path / "four", dataset="folder"), "Wang2021Gradient_D", dataset_note="Cats.",
+                   **folder)  # fmt: skip
+    assert entry.dataset_note == "Cats."
+    with pytest.raises(
+        DeatError, match=r"--dataset-note differs from the board's note for pets, 'Our cats\.': omit it"
+    ):
+        submit(board, make_run(tmp_path / "five", dataset="folder"), "Wang2021Gradient_E", dataset_note="x", **folder)
+
+
 def test_submit_refuses_a_read_only_board_before_evaluating(
     tmp_path: Path, board: Board, fake: FakeEvaluation, monkeypatch: pytest.MonkeyPatch
 ) -> None:

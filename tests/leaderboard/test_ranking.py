@@ -47,3 +47,14 @@ def test_rank_counts_instead_of_rounding() -> None:
     entries = [made_up_board.entry(f"Doe2021Made_{name}", correct=(27_001,) * 4 + (count,), **size)
                for name, count in (("A", 27_000), ("B", 27_001))]  # fmt: skip
     assert [(each.rank, each.entry.model_name[-1]) for each in rank(entries)] == [(1, "B"), (2, "A")]
+
+
+@pytest.mark.parametrize(
+    "other", [{"data_sha256": "ef" * 32}, {"n_test": 501, "n_examples": 501}, {"dataset_note": "Another note."}]
+)
+def test_rank_compares_only_entries_of_the_same_images(other: dict[str, Any]) -> None:
+    entries = [made_up_board.entry("Doe2021Made_A"), made_up_board.entry("Doe2021Made_B", **other)]
+    (first, second) = rank(entries)
+    assert first.group != second.group
+    assert (first.rank, second.rank) == (1, 1)
+    assert len({each.group for each in rank([entries[0], entries[0]])}) == 1

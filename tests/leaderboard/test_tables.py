@@ -26,8 +26,8 @@ def test_tables_show_the_datasets_note(tmp_path: Path, board: Board, fake: FakeE
     metadata: dict[str, Any] = {"data_dir": tmp_path, "dataset_name": "pets", "dataset_note": "Of our own_ cats."}
     submit(board, make_run(tmp_path / "run", dataset="folder"), **metadata)
     ranked = rank(board.entries())
-    assert "eps 0.1: whole test set**\n\nOf our own\\_ cats.\n\n| rank" in as_markdown(ranked)
-    assert "whole test set. Of our own\\_ cats.}" in as_latex(ranked)
+    assert "eps 0.1: whole test set, accuracies in %**\n\nOf our own\\_ cats.\n\n| rank" in as_markdown(ranked)
+    assert "whole test set, accuracies in \\%. Of our own\\_ cats.}" in as_latex(ranked)
     (table,) = as_tables(ranked, 100)
     assert isinstance(table, Table)
     assert str(table.caption) == "Of our own_ cats."
@@ -85,7 +85,7 @@ def test_as_csv_defuses_formulas(tmp_path: Path, board: Board, fake: FakeEvaluat
 def test_every_format_has_a_table_for_each_group() -> None:
     ranked = rank(made_up_board.board())
     assert len(as_tables(ranked, 200)) == 4
-    assert as_markdown(ranked).count("**digits, Linf, eps 0.1: part of the test set, not ranked**") == 1
+    assert as_markdown(ranked).count("**digits, Linf, eps 0.1, 200 test images: part of the test set, not ranked,") == 1
     assert as_latex(ranked).count(r"\begin{tabular}") == 4
     rows = list(csv.DictReader(io.StringIO(as_csv(ranked))))
     ranks = [each.rank for each in ranked]
@@ -99,7 +99,34 @@ def test_every_format_has_a_table_for_each_group() -> None:
 def test_as_latex_is_a_labelled_booktabs_table() -> None:
     text = as_latex(rank(made_up_board.board(), dataset="digits"))
     assert text.startswith(r"% needs \usepackage{booktabs}")
-    assert re.findall(r"\\label{(.*)}", text) == ["tab:digits-Linf-0.1-full", "tab:digits-Linf-0.1-subset"]
+    assert re.findall(r"\\label{(.*)}", text) == ["tab:digits-Linf-0.1-full", "tab:digits-Linf-0.1-subset-200"]
     assert text.count(r"\centering") == 2
     assert r"\textbf{99.60}" in text, "the best natural accuracy"
     assert r"\textbf{81.40}" in text, "the best under AutoAttack"
+
+
+def test_tables_of_subsets_of_different_sizes_are_apart() -> None:
+    sizes = {"A": (20, 50), "B": (51, 300)}
+    ranked = rank([made_up_board.entry(f"Doe2021Made_{name}", correct=(count,) * 5, n_examples=size)
+                   for name, (count, size) in sizes.items()])  # fmt: skip
+    assert [str(table.title) for table in as_tables(ranked, 80) if isinstance(table, Table)] == [
+        f"digits, Linf, eps 0.1, {size} test images: part of the test set, not ranked, accuracies in %"
+        for size in (50, 300)
+    ]
+    assert "textbf" not in as_latex(ranked)
+
+
+def test_tables_of_different_images_of_one_name_are_apart() -> None:
+    entries = [made_up_board.entry("Doe2021Made_A"), made_up_board.entry("Doe2021Made_B", data_sha256="ef" * 32),
+               made_up_board.entry("Doe2021Made_C", dataset_note="Another note.")]  # fmt: skip
+    text = as_latex(rank(entries))
+    assert re.findall(r"\\label{tab:(.*)}", text) == [f"digits-Linf-0.1-full{each}" for each in ("", "-2", "-3")]
+    assert text.count("data cdcdcdcdcdcd of 500 images") == 2
+    rows = list(csv.DictReader(io.StringIO(as_csv(rank(entries)))))
+    assert {(row["test images"], row["data"]) for row in rows} == {("500", "cd" * 32), ("500", "ef" * 32)}
+
+
+def test_extra_data_are_yes_no_or_unknown() -> None:
+    entries = [made_up_board.entry(f"Doe2021Made_{name}", additional_data=known)
+               for name, known in (("A", True), ("B", False), ("C", None))]  # fmt: skip
+    assert [row["extra data"] for row in csv.DictReader(io.StringIO(as_csv(rank(entries))))] == ["yes", "no", ""]

@@ -125,6 +125,30 @@ def test_verify_reads_a_read_only_board(tmp_path: Path, monkeypatch: pytest.Monk
     assert snapshot(path) == before
 
 
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [({"data_sha256": "ef" * 32}, "Made_B was measured on different data than digits/Linf/Doe2021Made_A"),
+     ({"n_test": 50, "n_examples": 50, "correct": (49, 43, 41, 40, 40)},
+      "Made_B has n_test 50, but digits/Linf/Doe2021Made_A, with the same data, 500"),
+     ({"dataset_note": "Another note."}, "Made_B has the dataset_note 'Another note.', but digits/Linf/Doe2021Made_A")],
+)  # fmt: skip
+def test_verify_names_entries_of_other_images(tmp_path: Path, other: dict[str, Any], message: str) -> None:
+    entries = [made_up_board.entry(f"Doe2021Made_{name}", weights_file=None, **changes)
+               for name, changes in (("A", {}), ("B", other))]  # fmt: skip
+    (problem,) = verify(made_up_board.write(tmp_path, entries), sample=0).problems
+    assert message in problem
+
+
+def test_verify_names_a_wrong_size_of_the_test_set(tmp_path: Path, board: Board, fake: FakeEvaluation) -> None:
+    submit(board, make_run(tmp_path / "run", n=100))
+    assert verify(board.path, sample=0).problems == []
+    file = board.path / f"entries/digits/Linf/{NAME}.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"n_test": 100}))
+    for sample in (0, 50):
+        (problem,) = verify(board.path, sample=sample).problems
+        assert "n_test is 100, but these data have 500 test images" in problem
+
+
 OWN = Path(__file__).parents[2]
 
 

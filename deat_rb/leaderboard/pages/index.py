@@ -34,7 +34,7 @@ from deat_rb.leaderboard.pages.published import (
     ROBUSTBENCH_LINK,
     PaperTable,
 )
-from deat_rb.leaderboard.ranking import RankedEntry, is_baseline, rank
+from deat_rb.leaderboard.ranking import Group, RankedEntry, is_baseline, rank
 from deat_rb.runs.defaults import default_val_size
 from deat_rb.runs.options import GROUP_OF, TrainOptions, train_options
 from deat_rb.runs.resolution import resolve
@@ -103,21 +103,6 @@ MAY_DIFFER = {"--epochs", "--name", "--output", "--data-dir", "--seed"} | {
 """Options of a training command with which it is still the paper's training, and the epochs, which are counted."""
 
 ATTACKED: tuple[AttackName, ...] = ("fgsm", "pgd-100", "cw-20")
-
-
-class Group(NamedTuple):
-    """Properties shared by the models of one table."""
-
-    dataset: str
-    threat_model: str
-    eps: str
-    subset: int | None
-
-    @property
-    def heading(self) -> str:
-        """The table's heading."""
-        part = f", {self.subset:,} test images" if self.subset else ""
-        return f"{dataset_title(self.dataset)}, {self.threat_model}, eps {self.eps}{part}"
 
 
 def build(board: str | Path, *, left_out: list[str] | None = None) -> Path:
@@ -197,13 +182,11 @@ def _render(template: str, content: dict[str, Any]) -> bytes:
 def board_content(entries: Sequence[Entry]) -> dict[str, Any]:
     """Return the variables of ``board.html.j2``."""
     groups: dict[Group, list[RankedEntry]] = defaultdict(list)
-    for ranked in (*rank(entries), *(RankedEntry(reference, None, "published") for reference in REFERENCES)):
-        entry = ranked.entry
-        subset = entry.n_examples if entry.is_subset else None
-        groups[Group(entry.dataset, entry.threat_model, entry.eps, subset)].append(ranked)
+    for ranked in rank((*entries, *REFERENCES)):
+        groups[ranked.group].append(ranked)
     datasets = {entry.dataset for entry in entries}
     empty = {group: all(each.entry in REFERENCES for each in rows) for group, rows in groups.items()}
-    order = sorted(groups, key=lambda group: (empty[group], group[:3], group.subset or 0))
+    order = sorted(groups, key=lambda group: (empty[group], group[:3], str(group.images), group.subset or 0))
     measured = sum(entry.kind == "measured" for entry in entries)
     return {
         "title": TITLE,
@@ -248,7 +231,7 @@ def _group_content(group: Group, ranked: Sequence[RankedEntry]) -> dict[str, Any
         row["cells"] = [(cell, column.style) for cell, column, is_known in styled if is_known]
     note = f"Evaluated on {group.subset:,} test images only: listed separately, not ranked." if group.subset else ""
     return {
-        "heading": group.heading,
+        "heading": f"{dataset_title(group.dataset)}, {group.conditions}",
         "columns": (RANK, MODEL, *itertools.compress(COLUMNS, known)),
         "ranked": any(each.rank is not None for each in ranked),
         "sentence": note if entries else "This board has no models of its own in this table.",
