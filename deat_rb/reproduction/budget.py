@@ -229,7 +229,9 @@ def _measured(
     if others := sorted(chosen.changed & CHANGE_ACCURACY):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
         reasons.append(f"measured without your {flags}, which may change these accuracies")
-    if allowed and (other := max(allowed, key=lambda each: each.row.natural).row).method != row.method:
+    accurate = [each.row for each in allowed if each.row.natural > row.natural and each.row.method != row.method]
+    if accurate:
+        other = max(accurate, key=lambda each: each.robust)
         reasons.append(
             f"more accurate on clean images and less robust: --method {other.method} "
             f"(natural {other.natural:g} %, {table.attack} {other.robust:g} % with {other.passes:.3g} passes)"
