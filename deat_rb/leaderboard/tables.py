@@ -114,12 +114,11 @@ def as_csv(ranked: Sequence[RankedEntry]) -> str:
     """Return one CSV table; an apostrophe is inserted before text that a spreadsheet would read as a formula."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(("dataset", "threat", "eps", "part", "test images", "data", *COLUMNS))
+    writer.writerow(("dataset", "threat", "eps", "part", *COLUMNS, "test images", "data"))
     for each in ranked:
         entry = each.entry
-        cells = [entry.dataset, entry.threat_model, entry.eps, each.part, str(entry.n_test or ""),
-                 entry.data_sha256 or ""]  # fmt: skip
-        cells += [cell(each) for cell in COLUMNS.values()]
+        cells = [entry.dataset, entry.threat_model, entry.eps, each.part, *(cell(each) for cell in COLUMNS.values())]
+        cells += [str(entry.n_test or ""), entry.data_sha256 or ""]
         writer.writerow(map(csv_text, cells))
     return file.getvalue()
 
