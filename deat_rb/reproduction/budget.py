@@ -164,10 +164,10 @@ def choose(
 ) -> Choice:
     """Choose options for a budget.
 
-    The first table that has runs of the given method and setting decides. Of these runs the most robust is taken that
-    the budget allows, and its epochs are raised to the budget, at most twofold. If the budget is smaller than all of
-    them, the epochs of the cheapest are reduced. Runs of methods that refuse a given option are left out. A given
-    method that was not measured gets as many epochs as it can.
+    The first table decides that has runs of the given method and setting whose methods take the given options. Of these
+    runs the most robust is taken that the budget allows, and its epochs are raised to the budget, at most twofold. If
+    the budget is smaller than all of them, the epochs of the cheapest are reduced. A given method that was not measured
+    gets as many epochs as it can.
 
     Args:
         budget: The budget. A budget of time is converted by timing ten batches of each network and loss.
@@ -182,17 +182,21 @@ def choose(
     if given.get("epochs") is not None:
         raise DeatError(f"--epochs {given['epochs']} and --budget exclude each other; give only one")
     costs = _Costs(budget, Clock(notify))
+    refused: dict[str, DeatError] = {}
     for table in read_tables() if tables is None else tables:
-        if rows := [row for row in table.rows if _agrees(row, given)]:
-            return _measured(budget, given, table, rows, costs)
+        candidates, refusing = _candidates([row for row in table.rows if _agrees(row, given)], given, costs)
+        refused |= refusing
+        if candidates:
+            return _measured(budget, table, candidates, costs, left_out=sorted(refused))
+    if refused:
+        raise next(iter(refused.values()))
     return _unmeasured(budget, given, costs)
 
 
 def _measured(
-    budget: Budget, given: Mapping[str, Any], table: Table, rows: Sequence[Measured], costs: _Costs
+    budget: Budget, table: Table, candidates: Sequence[_Candidate], costs: _Costs, *, left_out: Sequence[str]
 ) -> Choice:
     """Choose from measured runs of one table."""
-    candidates, refused = _candidates(rows, given, costs)
     allowed = [each for each in candidates if each.cost <= budget.amount]
     if allowed:
         chosen = max(allowed, key=lambda each: (each.row.robust, each.row.natural))
@@ -224,8 +228,8 @@ def _measured(
             f"further epochs are counted with {row.last_epoch:g} passes each; if the steps rise, the run takes more "
             f"than {budget}"
         )
-    if refused:
-        reasons.append(f"left out {', '.join(refused)}, which your options exclude")
+    if left_out:
+        reasons.append(f"left out {', '.join(left_out)}, which your options exclude")
     if others := sorted(chosen.changed & CHANGE_ACCURACY):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
         reasons.append(f"measured without your {flags}, which may change these accuracies")
@@ -270,12 +274,8 @@ class _Candidate(NamedTuple):
 
 def _candidates(
     rows: Sequence[Measured], given: Mapping[str, Any], costs: _Costs
-) -> tuple[list[_Candidate], list[str]]:
-    """Return the runs whose methods take the given options, and the names of the other methods.
-
-    Raises:
-        DeatError: None does; with the reason of the first one.
-    """
+) -> tuple[list[_Candidate], dict[str, DeatError]]:
+    """Return the runs whose methods take the given options, and why the other methods do not."""
     candidates: list[_Candidate] = []
     refused: dict[str, DeatError] = {}
     for row in rows:
@@ -290,9 +290,8 @@ def _candidates(
             continue
         cost = costs.of(options, None if CHANGE_COST & changed else row.passes)
         candidates.append(_Candidate(row, options, changed, cost))
-    if not candidates:
-        raise next(iter(refused.values()))
-    return candidates, sorted(refused.keys() - {each.row.method for each in candidates})
+    taken = {each.row.method for each in candidates}
+    return candidates, {method: error for method, error in refused.items() if method not in taken}
 
 
 def _changed(row: Measured, given: Mapping[str, Any]) -> frozenset[str]:

@@ -217,6 +217,11 @@ def test_choose_takes_the_first_table_with_the_method() -> None:
     chosen = choose(Budget(55, "passes"), {"method": "mart"}, tables=tables)
     assert chosen.options == {"method": "mart", "epochs": 5, "ema": 0.5}
     assert "(easier images; here)" in chosen.reasons[1]
+    # No method of the first table takes beta.
+    fast = Table(data="made-up images", attack="AutoAttack", rows=TABLE.rows[:3])
+    chosen = choose(Budget(110, "passes"), {"beta": 4, "arch": ARCH}, tables=[fast, easier])
+    assert (chosen.options["method"], chosen.options["epochs"]) == ("mart", 10)
+    assert "left out free-4, n-fgsm, pgd-7, which your options exclude" in chosen.reasons
 
 
 def test_choose_names_a_method_that_is_more_accurate_on_clean_images() -> None:
