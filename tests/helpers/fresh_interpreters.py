@@ -58,4 +58,7 @@ def started() -> Iterator[Fresh]:
             printed = [(folder / name).read_text(encoding="utf-8") for name in ("stdout", "stderr")]
             return subprocess.CompletedProcess(code, status, *printed)
 
-        yield run
+        try:
+            yield run
+        finally:
+            server.kill()  # closing its stdin does not end it: processes forked meanwhile hold the pipe's other end
