@@ -104,6 +104,8 @@ def _print_groups(runs: tuple[str, ...], by: str, form: str | None) -> None:
     table = grouped_table(list(map(Path, runs)), by)
     if form is None:
         Console().print(as_rich(table))
+        for note in table.notes:
+            click.echo(f"note: {note}")
     elif form == "json":
         click.echo(json.dumps(as_json(table), indent=2, ensure_ascii=False))
     else:

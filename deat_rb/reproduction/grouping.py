@@ -80,4 +80,5 @@ def grouped_table(paths: Sequence[Path], by: str) -> ResultTable:
     first = reports[0]
     where = f"{counted(first.n_examples, 'image')}, {first.norm}, eps {format_fraction(first.eps)}"
     title = f"Mean and standard deviation over seeds, {where}"
-    return ResultTable.of(results, name="comparison", title=title)
+    notes = [f"training of {run.path} has not ended: it has {run.unfinished}" for run in runs if run.unfinished]
+    return ResultTable.of(results, name="comparison", title=title, notes=notes)

@@ -67,7 +67,9 @@ def test_a_run_whose_training_has_not_ended_is_no_seed_of_one_that_has(
     metrics = paths[1] / "metrics.jsonl"
     metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
     result = CliRunner().invoke(main, ["compare", *map(str, paths), "--group-by", "method", "--json"])
-    rows = {row["label"]: row["means"]["natural"]["count"] for row in json.loads(result.stdout)["rows"]}
+    table = json.loads(result.stdout)
+    assert table["notes"] == [f"training of {paths[1]} has not ended: it has 1 of 2 epochs"]
+    rows = {row["label"]: row["means"]["natural"]["count"] for row in table["rows"]}
     assert rows == {"pgd-1, trained all epochs": 2, "pgd-1, trained 1 of 2 epochs": 1}
     result = CliRunner().invoke(main, ["compare", *map(str, paths[:2])])
     assert f"note: training of {paths[1]} has not ended: it has 1 of 2 epochs" in result.stderr
