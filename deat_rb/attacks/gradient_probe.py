@@ -117,7 +117,7 @@ def uses_mean_reduction(attack: Attack, images: Tensor) -> bool:
 
     The attack is called on two images and on a batch that has each of them eight times, with the same logits for all:
     the L1 norm of the gradient with respect to the logits remains if the loss is averaged, and is eightfold if it is
-    summed, whatever noise the attack draws. The model's state and torch's generators are preserved.
+    summed, whatever noise the attack draws. The model's state and the global generators are preserved.
 
     Raises:
         DeatError: If the attack computes no gradient at its inputs, so that l_X is undefined.
@@ -148,7 +148,7 @@ def check_every_image_is_attacked(attack: Attack, images: Tensor) -> None:
 
     Attacks made for evaluation return the clean image there. They are known by name (`SUCCESSFUL_ONLY`) or by a trial
     on a few images, in which logits are replaced by ones that always predict the label but have the model's gradients.
-    The model's state and torch's generators are preserved.
+    The model's state and the global generators are preserved.
 
     Raises:
         DeatError: If the attack returns clean images.

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -134,13 +133,7 @@ def _make_gradient_contiguous(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 
 @contextmanager
 def _seeded(seed: int, *key: str | int) -> Iterator[None]:
-    """Seed the global generators of torch and NumPy, and restore their states on exit."""
-    before = np.random.get_state()
-    number = seeding.derive(seed, *key)
+    """Seed the global generators, and restore their states on exit."""
     with seeding.preserved():
-        torch.manual_seed(number)
-        np.random.seed(number % 2**32)
-        try:
-            yield
-        finally:
-            np.random.set_state(before)
+        seeding.seed_global(seed, *key)
+        yield

@@ -108,7 +108,8 @@ def evaluate(
         progress: Called as ``(attack, done, total, robust)`` after each batch, first of ``natural``, where ``robust``
             is the number of examples classified correctly so far. Stages of an attack have names such as
             ``autoattack/square``, and their ``robust`` counts all examples; attacks of a sweep have names such as
-            ``fgsm (eps 4/255)``. An `EvaluationCallback` has more hooks.
+            ``fgsm (eps 4/255)``. A `deat_rb.evaluation.runner.EvaluationCallback` has more
+            hooks.
         provenance: Source of the model and the data, for the report; invisible characters are replaced with U+FFFD.
         finish: Function that saves the report; called before ``state`` is removed, so that nothing is lost if it fails.
         ranks: The ranks that share the evaluation, from `deat_rb.utils.distributed.world`; all must call this with the

@@ -47,7 +47,7 @@ NOTES = {
     "checks": "Failed checks of the evaluation: {checks}.",
     "additional data": UNKNOWN_DATA,
 }
-"""Sentences that exports write into the footnote."""
+"""Sentences that exports write into the footnote, about their evaluation and their form; a board writes its own."""
 
 
 def eps_note(eps: str, norm: str) -> str:

@@ -47,6 +47,14 @@ def test_parse_entry_reads_entries_that_store_percents_too() -> None:
     assert parse_entry(json.dumps(content).encode(), "x") == entry(), "the counts decide"
 
 
+def test_parse_entry_reads_an_entry_of_the_first_format() -> None:
+    """A whole one, as commit 64c0c76 had it: with percents and intervals, and names of checks that are others now."""
+    old = Path(__file__).parents[1] / "fixtures/entry_of_the_first_format.json"
+    measured = parse_entry(old.read_bytes(), "old")
+    assert b'"accuracy"' in old.read_bytes()
+    assert (measured.clean_acc, measured.autoattack_acc) == ("40.00", "20.33")
+
+
 def test_entry_computes_its_accuracies_and_key() -> None:
     measured = entry()
     assert (measured.key, measured.clean_acc, measured.autoattack_acc) == (

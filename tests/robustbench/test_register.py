@@ -30,7 +30,7 @@ LARGE = ("preactresnet18", "preactresnet18-bn", "resnet18")
 @pytest.mark.parametrize(
     ("arch", "dataset"),
     [("wrn-10-1", "cifar10"), ("wrn-10-1", "cifar100"),
-     *(pytest.param(name, "cifar100", marks=pytest.mark.slow) for name in LARGE)],
+     *(pytest.param(name, "cifar10", marks=pytest.mark.slow) for name in LARGE)],
 )  # fmt: skip
 def test_register_makes_robustbench_load_the_same_logits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, dataset: str
