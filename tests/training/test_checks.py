@@ -16,9 +16,8 @@ from training_problems import images_and_labels, loader, made, network, normaliz
 
 import deat_rb
 from deat_rb.methods import AttackTrainer
-from deat_rb.methods.losses import weighted as weigh
 from deat_rb.runs.directory import RunDirectory
-from deat_rb.training import Callback, SurrogateLoss
+from deat_rb.training import Callback
 from deat_rb.training.checks import InputFlags
 from deat_rb.training.engine import Engine
 from deat_rb.training.state import TrainingState
@@ -422,32 +421,6 @@ def test_fit_reads_a_stream_once_more_to_count_its_batches() -> None:
     stream = Stream()
     history = deat_rb.create("pgd-1", made()).fit(DataLoader(stream, batch_size=4), epochs=2)
     assert (stream.iterators, history.rows[0].updates) == (3, 3)
-
-
-def mean(logits: Tensor, labels: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(logits, labels)
-
-
-def per_class(logits: Tensor, labels: Tensor) -> Tensor:
-    targets = nn.functional.one_hot(labels, logits.shape[1]).to(logits)
-    return nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-
-
-@pytest.mark.parametrize(("function", "shape"), [(mean, r"\(\)"), (per_class, r"\(2, 4\)")])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_fit_refuses_a_loss_that_is_not_per_image(function: Any, shape: str, weighted: bool) -> None:
-    loss = SurrogateLoss("own", function)
-    trainer = AttackTrainer(deat_rb.PGD(made(), steps=1), loss=weigh(loss, [1.0, 2.0, 3.0, 4.0]) if weighted else loss)
-    before = weights(trainer.model)
-    with pytest.raises(DeatError, match=rf"the loss own has the shape {shape} for 2 images, not \(2,\): return one"):
-        trainer.fit(loader(), epochs=1)
-    assert equal(weights(trainer.model), before)
-
-
-def test_trainers_refuse_a_loss_that_is_a_function() -> None:
-    loss: Any = nn.CrossEntropyLoss()
-    with pytest.raises(DeatError, match=r"loss = CrossEntropyLoss\(\) is neither a name nor a SurrogateLoss: give"):
-        AttackTrainer(deat_rb.PGD(made()), loss=loss)
 
 
 @pytest.mark.parametrize("part", [0, 1])
