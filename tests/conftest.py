@@ -39,10 +39,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        # What these tests run records CUDA graphs or uses streams, which no CPU has.
+        # Reason: these tests record CUDA graphs or use streams, which no CPU has; stand-ins test the same code there.
         pytest.skip("needs a CUDA device: a CPU has no CUDA graphs or streams, and stand-ins test this code there")
     if item.get_closest_marker("nightly") and "nightly" not in item.config.option.markexpr:
-        # These check on all images what other tests of the suite check on few.
+        # Reason: these check on all images, for minutes, what other tests of the suite check on few.
         pytest.skip("takes minutes: the nightly workflow runs it, by `pytest -m nightly`")
 
 
@@ -85,7 +85,8 @@ def fresh() -> Iterator[Fresh]:
     from fresh_interpreters import started
 
     if not hasattr(os, "fork"):
-        pytest.skip("forks an interpreter")
+        # Reason: Windows cannot fork, and an interpreter for each of these tests would take ten seconds.
+        pytest.skip("needs os.fork, which Windows lacks: the same code is tested where there is one")
     with started() as run:
         yield run
 

@@ -296,7 +296,7 @@ class Entry(RobustBenchInfo):
             if accuracy.n_correct > self.figures.get("natural", accuracy).n_correct:
                 yield f"figures.{attack} is above the natural accuracy"
         if self.kind == "measured" and self.external is not None and self.autoattack_acc is None:
-            yield f"external {self.external} needs figures.autoattack, which bounds it"
+            yield f"external {self.external} needs an accuracy under AutoAttack, which bounds it"
         for field, bound in (("reported", "clean_acc"), ("external", "clean_acc"), ("external", "autoattack_acc")):
             if float(getattr(self, field) or 0) > float(getattr(self, bound) or 100):
                 yield f"{field} {getattr(self, field)} is above {bound} {getattr(self, bound)}"

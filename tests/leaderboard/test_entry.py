@@ -87,7 +87,7 @@ def test_accuracy_refuses_impossible_counts(n_correct: float) -> None:
     ({"n_test": 99},                                         "n_examples 100 is greater than n_test 99"),
     ({"reported": "50.01"},                                  "reported 50.01 is above clean_acc"),
     ({"external": "25.01"},                                  "external 25.01 is above autoattack_acc"),
-    ({"external": "99.99", "figures": {"natural": HALF}},    "external 99.99 needs figures.autoattack, which bounds"),
+    ({"external": "99.99", "figures": {"natural": HALF}},    "external 99.99 needs an accuracy under AutoAttack"),
     ({"kind": "published", "figures": {}, "clean_acc": "50.00", "external": "50.01"},
      "external 50.01 is above clean_acc 50.00"),
     ({"kind": "published", "figures": {}, "clean_acc": "100.99"},  "clean_acc: is not an accuracy in percent"),

@@ -40,7 +40,7 @@ def natural_only(path: Path, **changes: Any) -> dict[str, Any]:
     (lambda entry, weights: entry.write_text(entry.read_text().replace('"n_correct": 400', '"n_correct": 501')),
      "figures.natural: n_correct 501 is greater than n_examples 500"),
     (lambda entry, weights: entry.write_text(json.dumps(natural_only(entry, external="80.00"))),
-     "external 80.00 needs figures.autoattack"),
+     "external 80.00 needs an accuracy under AutoAttack"),
     (lambda entry, weights: entry.rename(entry.with_stem("Wang2021Other")),                            "is misplaced"),
     (lambda entry, weights: entry.with_suffix(".txt").write_text("?"),                       "txt belongs to no entry"),
     (lambda entry, weights: entry.with_name("Wang2022Link.json").symlink_to(entry),                     "is a symlink"),

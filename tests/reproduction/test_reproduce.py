@@ -181,8 +181,8 @@ def test_draw(kind: FigureKind) -> None:
 
 def test_draw_says_what_means_and_deviations_are_of(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seeds with 3 and 2 epochs have a mean curve of 2 points."""
-    figures: list[Any] = []
-    monkeypatch.setattr("deat_rb.reproduction.figures._saved", figures.append)
+    drawn: list[Any] = []
+    monkeypatch.setattr("deat_rb.reproduction.figures._saved", drawn.append)
     rows = [EpochStats(epoch=epoch, l_x=10.0 * epoch, loss=1 / epoch) for epoch in (1, 2, 3)]
     two = [Drawn(0, rows, {}, 10, 40.0, "", 1.0), Drawn(1, rows[:2], {}, 10, 50.0, "", 1.0)]
     one, unevaluated = [Drawn(2, rows, {}, 10)], [Drawn(3, rows, {}, 10)] * 3
@@ -192,11 +192,11 @@ def test_draw_says_what_means_and_deviations_are_of(monkeypatch: pytest.MonkeyPa
     ]  # fmt: skip
     for kind, runs in cases:
         draw(kind, "A title", runs, [], "Not the paper's.")
-    assert len(figures[0].axes[0].lines[0].get_xdata()) == 2
+    assert len(drawn[0].axes[0].lines[0].get_xdata()) == 2
     of, over = (
         "Not the paper's. Mean and one standard deviation of",
         ", over the epochs that all seeds of a curve have.",
     )
-    assert [" ".join(each.get_supxlabel().split()) for each in figures] == [
+    assert [" ".join(each.get_supxlabel().split()) for each in drawn] == [
         f"{of} 2 seeds{over}", f"{of} 1 to 2 seeds{over}", *["Not the paper's."] * 2, f"{of} 2 seeds.",
     ]  # fmt: skip
