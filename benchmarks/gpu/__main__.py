@@ -51,6 +51,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--eval-batch", type=int, default=500)
     parser.add_argument("--eval-batches", type=int, nargs="+", default=[128, 500, 1000])
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--step-methods", default=",".join(steps.METHODS), help="methods of the stage speed")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--compile", action="store_true", help="train with torch.compile in table1")
     parser.add_argument("--ema", type=float, help="train with averaged weights in table1")

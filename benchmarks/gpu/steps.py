@@ -142,7 +142,7 @@ def speed(
     """
     repeats = session.options.repeats
     settings = ("off",) if not session.cuda else ("auto",) if compiled else ("auto", "off")
-    for precision, method, graphs in product(precisions, methods or METHODS, settings):
+    for precision, method, graphs in product(precisions, methods or session.options.step_methods.split(","), settings):
         with session.recording_failure(stage, method=method, precision=precision, cuda_graphs=graphs):
             began = time.monotonic()
             with _step(session, method, precision, compiled=compiled, cuda_graphs=graphs) as step:
