@@ -127,6 +127,12 @@ def smoke(session: Session) -> None:
                 )
 
 
+def _asked(session: Session) -> list[str]:
+    """Return the methods of ``--step-methods``."""
+    names: str | None = session.options.step_methods
+    return names.split(",") if names else []
+
+
 def speed(
     session: Session,
     stage: str = "speed",
@@ -141,8 +147,9 @@ def speed(
     compiled, are captured in a graph.
     """
     repeats = session.options.repeats
+    methods = methods or _asked(session) or METHODS
     settings = ("off",) if not session.cuda else ("auto",) if compiled else ("auto", "off")
-    for precision, method, graphs in product(precisions, methods or session.options.step_methods.split(","), settings):
+    for precision, method, graphs in product(precisions, methods, settings):
         with session.recording_failure(stage, method=method, precision=precision, cuda_graphs=graphs):
             began = time.monotonic()
             with _step(session, method, precision, compiled=compiled, cuda_graphs=graphs) as step:
@@ -233,13 +240,14 @@ def bench(session: Session) -> None:
     """Time each method's step beside its published loop and its bare passes; then the work beside the steps."""
     problem = Problem(session.options.arch, session.options.batch_size, session.device)
     precision = resolve_precision("auto", session.device)
-    methods = sorted(check_methods(()), key=lambda name: name not in FIRST)
-    for rows, _ in measure_speed(problem, methods, (precision,), 5):
+    methods = sorted(check_methods(_asked(session)), key=lambda name: name not in FIRST)
+    for rows, _ in measure_speed(problem, methods, (precision,), 5, compiled=session.options.compile):
         for row in rows:
             session.record(
                 "bench",
                 method=row.method,
                 precision=precision,
+                compiled=session.options.compile,
                 published_ms=round(1e3 * median(row.published), 2),
                 ms=round(1e3 * median(row.ours), 2),
                 bare_ms=round(1e3 * median(row.limit), 2),

@@ -37,6 +37,18 @@ class Recorder(Protocol):
         ...
 
 
+def _has_waited(caught: list[warnings.WarningMessage]) -> bool:
+    """Return whether a function waited for the device, and pass on the warnings that are not about that."""
+    waited = False
+    for each in caught:
+        text = str(each.message)
+        if "synchronizing CUDA operation" in text:
+            waited = True
+        elif "Synchronization debug mode is a prototype" not in text:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+    return waited
+
+
 class CudaRecorder:
     """Records functions as CUDA graphs.
 
@@ -63,11 +75,7 @@ class CudaRecorder:
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
         current.wait_stream(stream)
-        waited = [each for each in caught if "synchronizing CUDA operation" in str(each.message)]
-        for each in caught:
-            if each not in waited:
-                warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-        return result, not waited
+        return result, not _has_waited(caught)
 
     def record(self, function: Callable[[], T]) -> tuple[Callable[[], None], T]:
         """Record a function as a graph."""
