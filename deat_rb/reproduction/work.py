@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -216,6 +217,7 @@ class Worker:
         return True
 
     def _train(self, run: RunSpec, begun: _Begun) -> None:
+        gc.collect()  # frees what the run before had on the device, since networks and methods refer to each other
         path, explicit = self.folder.run_path(run), run.options.explicit()
         with self.listener.training() as callback:
             if path.is_dir():
@@ -234,6 +236,7 @@ class Worker:
 
     def _evaluate(self, run: RunSpec, attacks: Sequence[str], asked: int | None, begun: _Begun) -> Evaluated:
         begun.value = False
+        gc.collect()  # as in `_train`
         path, data = self.folder.run_path(run), run.options.data
         target = open_target(path, data_dir=data.data_dir, memory_limit=data.memory_limit, trust_code=self._trusts(run))
         if target.provenance["data_sha256"] != RunDirectory.open(path).config.data_fingerprint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import shutil
@@ -21,6 +22,7 @@ from small_studies import small_study, table_json, work
 from training_problems import ARCH
 
 from deat_rb.evaluation.runner import Progress
+from deat_rb.models.spec import NormalizedModel
 from deat_rb.reproduction.folder import Evaluated, StudyFolder
 from deat_rb.reproduction.planning import Planner
 from deat_rb.reproduction.results import collect
@@ -80,6 +82,39 @@ def test_work_runs_no_module_that_a_found_run_names(tmp_path: Path, monkeypatch:
     worker.work()
     (reason,) = worker.refused.values()
     assert "builds its network with 'evil_run:build', which runs that module's code" in reason
+
+
+class CountingNetworks(Silent):
+    """Counts the networks in memory when a training and an evaluation begin."""
+
+    def __init__(self) -> None:
+        self.before = self._count()
+        self.counts: list[int] = []
+
+    def _count(self) -> int:
+        return sum(type(each) is NormalizedModel for each in gc.get_objects())
+
+    def training(self) -> AbstractContextManager[Callback]:
+        self.counts.append(self._count() - self.before)
+        return super().training()
+
+    def evaluating(self) -> AbstractContextManager[Progress | None]:
+        self.counts.append(self._count() - self.before)
+        return super().evaluating()
+
+
+@pytest.mark.slow
+def test_networks_of_earlier_runs_are_freed(tmp_path: Path) -> None:
+    """Even if Python, which counts objects and not the memory of a GPU, sees no reason to look for cycles."""
+    study = small_study({"method": "pgd-1"}, {"method": "free-2"})
+    gc.collect()
+    listener = CountingNetworks()
+    gc.disable()
+    try:
+        Worker(study, StudyFolder(tmp_path), listener).work()
+    finally:
+        gc.enable()
+    assert listener.counts == [0, 1, 0, 1], "an evaluation's own network is the only one"
 
 
 class Interrupting(Silent):
