@@ -24,6 +24,6 @@ def test_has_waited_passes_on_what_is_not_about_the_check(messages: list[str], w
         warnings.simplefilter("always")
         for message in [*messages, "of a network"]:
             warnings.warn(message, stacklevel=1)
-    with pytest.warns(UserWarning) as shown:
+    with pytest.warns(UserWarning, match="of a network") as shown:
         assert _has_waited(caught) is waited
     assert [str(each.message) for each in shown] == ["of a network"]
