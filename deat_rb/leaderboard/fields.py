@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from datetime import date
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
@@ -14,6 +15,8 @@ from deat_rb.evaluation.report import Check
 from deat_rb.leaderboard.pages.format import web_link
 from deat_rb.leaderboard.untrusted import plain, visible
 from deat_rb.utils.units import check_eps, format_fraction, parse_fraction
+
+NO_DATE = "is not a date such as 2026-01-31"
 
 
 def json_pattern(pattern: str) -> dict[str, Any]:
@@ -55,6 +58,14 @@ def _canonical_eps(value: object) -> object:
     return format_fraction(check_eps(parse_fraction(value), norm="L2"))  # in Linf, `Entry` also refuses eps above 1
 
 
+def _in_the_calendar(text: str) -> str:
+    try:
+        date.fromisoformat(text)
+    except ValueError:
+        raise ValueError(NO_DATE) from None
+    return text
+
+
 def check_size(check: Check) -> Check:
     """Return a check whose texts and value are not too large."""
     if len(check.name) > 80 or len(check.sentence) > 2000 or not abs(check.figure or 0) <= 1e300:
@@ -73,7 +84,8 @@ Link = Annotated[str, Field(max_length=400), AfterValidator(_web_link)]
 Eps = Annotated[str, BeforeValidator(_canonical_eps),
                 Field(json_schema_extra=json_pattern(r"[0-9.]+(e[+-]?[0-9]+)?(/[0-9.]+)?"))]  # fmt: skip
 Sha256 = Annotated[str, Matches("[0-9a-f]{64}", "is not a SHA-256 of 64 hexadecimal digits")]
-Day = Annotated[str, Matches("[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])", "is not a date such as 2026-01-31")]
+Day = Annotated[str, AfterValidator(_in_the_calendar),
+                Matches("[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])", NO_DATE)]  # fmt: skip
 Amount = Annotated[float, Field(ge=0, le=1e15)]
 Examples = Annotated[int, Field(ge=1, le=10**9)]
 Versions = Annotated[dict[ShortText, ShortText], Field(max_length=64)]

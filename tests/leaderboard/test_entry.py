@@ -99,6 +99,7 @@ def test_accuracy_refuses_impossible_counts(n_correct: float) -> None:
     ({"weights_file": "weights/../secret"},                  "weights_file is not weights/digits/Linf/Wang2021Gra"),
     ({"model": SPEC.model_copy(update={"arch": "os:x"})},     "built by 'os', but submitted code is never run"),
     ({"submitted": "31.1.2026"},                             "submitted: is not a date"),
+    ({"submitted": "2026-02-31"},                            "submitted: is not a date"),
     ({"weights_sha256": "A" * 64},                           "is not a SHA-256"),
     ({"weights_sha256": None},                               "a measured entry needs weights_sha256"),
     ({"kind": "published"},                                  "a published entry cannot have figures"),
