@@ -37,13 +37,17 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(str(error)) from None
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        # Reason: these tests record CUDA graphs or use streams, which no CPU has; stand-ins test the same code there.
-        pytest.skip("needs a CUDA device: a CPU has no CUDA graphs or streams, and stand-ins test this code there")
-    if item.get_closest_marker("nightly") and "nightly" not in item.config.option.markexpr:
-        # Reason: these check on all images, for minutes, what other tests of the suite check on few.
-        pytest.skip("takes minutes: the nightly workflow runs it, by `pytest -m nightly`")
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip the tests marked ``gpu`` without a GPU, and leave out those marked ``nightly`` unless they are asked for."""
+    if not torch.cuda.is_available():
+        no_gpu = "records CUDA graphs or uses streams, which no CPU has; stand-ins test the same code there"
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=no_gpu))
+    if "nightly" not in config.option.markexpr:
+        nightly = [item for item in items if item.get_closest_marker("nightly")]
+        config.hook.pytest_deselected(items=nightly)
+        items[:] = [item for item in items if item not in nightly]
 
 
 @pytest.fixture
@@ -84,9 +88,6 @@ def fresh() -> Iterator[Fresh]:
     """Run code in an interpreter without deat_rb and robustbench; see `fresh_interpreters`."""
     from fresh_interpreters import started
 
-    if not hasattr(os, "fork"):
-        # Reason: Windows cannot fork, and an interpreter for each of these tests would take ten seconds.
-        pytest.skip("needs os.fork, which Windows lacks: the same code is tested where there is one")
     with started() as run:
         yield run
 

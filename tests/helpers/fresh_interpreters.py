@@ -1,8 +1,12 @@
-"""Interpreters without deat_rb and robustbench: forks of one that has imported torch, which takes longest."""
+"""Interpreters without deat_rb and robustbench: forks of one that has imported torch, which takes longest.
+
+Without `os.fork`, as on Windows, each is started anew.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -44,19 +48,35 @@ class Fresh(Protocol):
         ...
 
 
+COMMAND = [sys.executable, "-P", "-W", "ignore", "-c"]
+
+
+def _result(code: str, folder: Path, status: int) -> subprocess.CompletedProcess[str]:
+    printed = [(folder / name).read_text(encoding="utf-8") for name in ("stdout", "stderr")]
+    return subprocess.CompletedProcess(code, status, *printed)
+
+
+def run_anew(code: str, folder: Path, *path: str) -> subprocess.CompletedProcess[str]:
+    """Run code as `Fresh` does, in an interpreter that imports everything itself."""
+    program = f"import sys; sys.path[:0] = {list(path)!r}; exec({code!r}, {{'__name__': '__main__'}})"
+    with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as errors:
+        status = subprocess.call([*COMMAND, program], cwd=folder, stdout=out, stderr=errors)
+    return _result(code, folder, status)
+
+
 @contextlib.contextmanager
 def started() -> Iterator[Fresh]:
     """Start the interpreter that is forked, and yield what forks it."""
-    command = [sys.executable, "-P", "-W", "ignore", "-c", SERVER]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+    if not hasattr(os, "fork"):
+        yield run_anew
+        return
+    with subprocess.Popen([*COMMAND, SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         pipe_in: Any = server.stdin
         pipe_out: Any = server.stdout
 
         def run(code: str, folder: Path, *path: str) -> subprocess.CompletedProcess[str]:
             print(repr((code, str(folder), list(path))), file=pipe_in, flush=True)
-            status = int(pipe_out.readline())
-            printed = [(folder / name).read_text(encoding="utf-8") for name in ("stdout", "stderr")]
-            return subprocess.CompletedProcess(code, status, *printed)
+            return _result(code, folder, int(pipe_out.readline()))
 
         try:
             yield run

@@ -182,7 +182,7 @@ def test_draw(kind: FigureKind) -> None:
 def test_draw_says_what_means_and_deviations_are_of(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seeds with 3 and 2 epochs have a mean curve of 2 points."""
     drawn: list[Any] = []
-    monkeypatch.setattr("deat_rb.reproduction.figures._saved", drawn.append)
+    monkeypatch.setattr(f"{draw.__module__}._saved", drawn.append)
     rows = [EpochStats(epoch=epoch, l_x=10.0 * epoch, loss=1 / epoch) for epoch in (1, 2, 3)]
     two = [Drawn(0, rows, {}, 10, 40.0, "", 1.0), Drawn(1, rows[:2], {}, 10, 50.0, "", 1.0)]
     one, unevaluated = [Drawn(2, rows, {}, 10)], [Drawn(3, rows, {}, 10)] * 3
