@@ -89,18 +89,30 @@ class Table(BaseModel):
     rows: tuple[Measured, ...] = Field(min_length=1)
 
 
+class NetworkTable(Table):
+    """Runs with the options of those of another table and another network.
+
+    Attributes:
+        arch: The network.
+    """
+
+    arch: str
+
+
 class Tables(BaseModel):
     """Tables of measured runs.
 
     Attributes:
         schema_version: Version of the schema.
-        tables: The tables, the most trustworthy one first.
+        tables: The tables from which is chosen, the most trustworthy one first.
+        other_networks: Those of other networks, which are printed beside the choice if the network is trained.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[2]
+    schema_version: Literal[3]
     tables: tuple[Table, ...] = Field(min_length=1)
+    other_networks: tuple[NetworkTable, ...] = ()
 
 
 CHANGE_COST = frozenset({"steps", "max_steps", "gamma", "awp", "awp_warmup", "tau"})
@@ -135,9 +147,9 @@ class Choice:
     reasons: tuple[str, ...]
 
 
-def read_tables() -> tuple[Table, ...]:
-    """Return the tables that come with deat-rb, the most trustworthy one first."""
-    return Tables.model_validate_json(files("deat_rb.reproduction").joinpath("budget.json").read_bytes()).tables
+def read_tables() -> Tables:
+    """Return the tables that come with deat-rb."""
+    return Tables.model_validate_json(files("deat_rb.reproduction").joinpath("budget.json").read_bytes())
 
 
 def parse_budget(text: str) -> Budget:
@@ -159,7 +171,7 @@ def choose(
     budget: Budget,
     given: Mapping[str, Any],
     *,
-    tables: Sequence[Table] | None = None,
+    tables: Tables | None = None,
     notify: Callable[[str], None] = print,
 ) -> Choice:
     """Choose options for a budget.
@@ -183,18 +195,27 @@ def choose(
         raise DeatError(f"--epochs {given['epochs']} and --budget exclude each other; give only one")
     costs = _Costs(budget, Clock(notify))
     refused: dict[str, DeatError] = {}
-    for table in read_tables() if tables is None else tables:
+    tables = read_tables() if tables is None else tables
+    for table in tables.tables:
         candidates, refusing = _candidates([row for row in table.rows if _agrees(row, given)], given, costs)
         refused |= refusing
         if candidates:
-            return _measured(budget, table, candidates, costs, left_out=sorted(refused))
+            return _measured(
+                budget, table, candidates, costs, left_out=sorted(refused), other_networks=tables.other_networks
+            )
     if refused:
         raise next(iter(refused.values()))
     return _unmeasured(budget, given, costs)
 
 
 def _measured(
-    budget: Budget, table: Table, candidates: Sequence[_Candidate], costs: _Costs, *, left_out: Sequence[str]
+    budget: Budget,
+    table: Table,
+    candidates: Sequence[_Candidate],
+    costs: _Costs,
+    *,
+    left_out: Sequence[str],
+    other_networks: Sequence[NetworkTable],
 ) -> Choice:
     """Choose from measured runs of one table."""
     allowed = [each for each in candidates if each.cost <= budget.amount]
@@ -215,11 +236,11 @@ def _measured(
         raise DeatError(
             f"--budget is too small: an epoch of {row.method} takes {each}, but the budget is {budget}; give more"
         )
-    reasons = [
-        f"{row.method}, {counted(epochs, 'epoch')}: {why}",
-        f"measured with {counted(row.epochs, 'epoch')}, {row.passes:.3g} passes: natural {row.natural:g} %, "
-        f"{table.attack} {row.robust:g} % ({table.data}; {row.source})",
-    ]
+    reasons = [f"{row.method}, {counted(epochs, 'epoch')}: {why}", _result(table, row)]
+    arch = make_options(chosen.options).model.arch
+    for network in other_networks:
+        if network.arch == arch:
+            reasons += [_result(network, measured) for measured in network.rows if measured.options == row.options]
     if epochs != row.epochs:
         change = "raised" if epochs > row.epochs else "reduced"
         reasons.append(f"for the budget, the epochs are {change} to {epochs}, which were not measured")
@@ -241,6 +262,14 @@ def _measured(
             f"(natural {other.natural:g} %, {table.attack} {other.robust:g} % with {other.passes:.3g} passes)"
         )
     return Choice({**chosen.options, "epochs": epochs}, tuple(reasons))
+
+
+def _result(table: Table, row: Measured) -> str:
+    """Return what was measured, as a sentence."""
+    return (
+        f"measured with {counted(row.epochs, 'epoch')}, {row.passes:.3g} passes: natural {row.natural:g} %, "
+        f"{table.attack} {row.robust:g} % ({table.data}; {row.source})"
+    )
 
 
 def _agrees(row: Measured, given: Mapping[str, Any]) -> bool:
