@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from time import monotonic
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from deat_rb.cli.progress import LINE_EVERY, ProgressDisplay
 from deat_rb.evaluation.runner import EvaluationCallback
 from deat_rb.utils.text import counted, duration
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-LINE_EVERY = 30.0
-"""Minimum interval between two plain lines of an attack, in seconds."""
 
-
-class EvaluationProgress(EvaluationCallback, AbstractContextManager["EvaluationProgress"]):
+class EvaluationProgress(EvaluationCallback, ProgressDisplay):
     """Progress of an evaluation on stderr: attack, images done, accuracy so far and time left.
 
     Args:
@@ -25,38 +21,23 @@ class EvaluationProgress(EvaluationCallback, AbstractContextManager["EvaluationP
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-        super().__init__()
+        EvaluationCallback.__init__(self)
+        ProgressDisplay.__init__(
+            self, TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.fields[accuracy]}", markup=False), TimeRemainingColumn(),
+            description="loading", console=console, accuracy="",
+        )  # fmt: skip
         self._n_examples = 0
-        self.console = console or Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[accuracy]}", markup=False),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-        )
-        self._task = self._bar.add_task("loading", total=None, accuracy="")
         self._attack = self._accuracy = ""
         self._resumed = 0.0
-        self._start = self._last_line = monotonic()
-        self._last = self._start
+        self._start = self._last_line = self._last = monotonic()
 
     def __enter__(self) -> Self:
-        if self.console.is_interactive:
-            self._bar.start()
+        super().__enter__()
         self._start = self._last_line = self._last = monotonic()
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self.console.is_interactive:
-            self._bar.stop()
 
     def __call__(self, attack: str, done: int, total: int, robust: int) -> None:
         """Show a finished batch."""
@@ -116,4 +97,4 @@ class EvaluationProgress(EvaluationCallback, AbstractContextManager["EvaluationP
 
     def _print(self, line: str) -> None:
         self._last_line = self._last
-        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+        super()._print(line)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,11 +13,9 @@ from deat_rb.utils.errors import DeatError, Interrupted
 from deat_rb.utils.text import counted
 
 if TYPE_CHECKING:
-    from deat_rb.evaluation.runner import Progress
     from deat_rb.reproduction.estimate import Prediction
-    from deat_rb.reproduction.folder import Record, StudyFolder
-    from deat_rb.reproduction.study import RunSpec, Study
-    from deat_rb.training.callbacks import Callback
+    from deat_rb.reproduction.folder import StudyFolder
+    from deat_rb.reproduction.study import Study
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -146,6 +144,7 @@ def _train_and_evaluate(
     write: Callable[[], None],
 ) -> None:
     """Train and evaluate the remaining runs here, by worker processes, or by jobs of a cluster."""
+    from deat_rb.cli.study_progress import StudyProgress
     from deat_rb.reproduction.work import Worker
     from deat_rb.reproduction.workers import check_gpus
 
@@ -157,7 +156,7 @@ def _train_and_evaluate(
     left = [run for run in (study.runs if only is None else (only,)) if not folder.is_settled(run)]
     if not left:
         click.echo(_nothing_left(study, folder) if only is None else f"{only.name} is {folder.status(only)}", err=True)
-    worker, failures = Worker(study, folder, Listener(folder)), list[str]()
+    worker, failures = Worker(study, folder, StudyProgress(folder)), list[str]()
     with _telling_what_is_done(study, folder):
         if not left:
             pass
@@ -215,11 +214,12 @@ def _submit(folder: StudyFolder, options: WorkOptions, count: int, arguments: Se
 
 def _run_workers(study: Study, folder: StudyFolder, environs: list[dict[str, str]], arguments: list[str]) -> list[str]:
     """Start workers, print the runs that end, and return a sentence for each worker that ended with an error."""
+    from deat_rb.cli.study_progress import StudyProgress
     from deat_rb.reproduction.workers import run_workers
 
     folder.create()
     settled = {run.name for run in study.runs if folder.is_settled(run)}
-    listener = Listener(folder)
+    progress = StudyProgress(folder)
     click.echo(
         f"runs left: {len(study.runs) - len(settled)}, workers: {len(environs)}, logs in {folder.logs}", err=True
     )
@@ -231,7 +231,7 @@ def _run_workers(study: Study, folder: StudyFolder, environs: list[dict[str, str
                 record = folder.record(run)
                 assert record is not None
                 click.echo(f"{len(settled)} of {len(study.runs)}: ", nl=False, err=True)
-                listener.on_run_end(run, record)
+                progress.on_run_end(run, record)
 
     failures: list[str] = []
 
@@ -242,51 +242,6 @@ def _run_workers(study: Study, folder: StudyFolder, environs: list[dict[str, str
     run_workers(arguments, environs, folder.logs, on_poll=tell, on_end=fail)
     tell()
     return failures
-
-
-class Listener:
-    """Shows progress on stderr; a `deat_rb.reproduction.work.WorkListener`."""
-
-    def __init__(self, folder: StudyFolder) -> None:
-        self._folder = folder
-
-    def on_run_start(self, run: RunSpec, number: int, total: int) -> None:
-        """Print which run starts."""
-        click.echo(f"run {number} of {total}: {run.label}, seed {run.seed} ({run.name})", err=True)
-
-    def on_run_end(self, run: RunSpec, record: Record) -> None:
-        """Print a run's result, or why it failed."""
-        from deat_rb.reproduction.results import collect
-
-        if record.status == "failed":
-            click.echo(f"failed: {run.label}, seed {run.seed}: {record.reason}", err=True)
-            return
-        values = collect(self._folder, [run])[0].values
-        text = ", ".join(f"{column} {value:,.2f}" for column, value in values.items())
-        click.echo(f"done: {run.label}, seed {run.seed}: {text}", err=True)
-
-    def on_refused(self, run: RunSpec, reason: str) -> None:
-        """Print why a run cannot begin on this machine."""
-        click.echo(f"cannot begin here: {run.label}, seed {run.seed}: {reason}", err=True)
-
-    def on_waiting(self, busy: int) -> None:
-        """Print that other processes are working on the remaining runs."""
-        click.echo(f"waiting for the runs of other processes: {busy} (--no-wait exits instead)", err=True)
-
-    @contextmanager
-    def training(self) -> Iterator[Callback]:
-        """Show a bar, or a line per minute."""
-        from deat_rb.cli.training_progress import TrainingProgress
-
-        with TrainingProgress() as progress:
-            yield progress
-
-    def evaluating(self) -> AbstractContextManager[Progress | None]:
-        """Show a bar, or a line per 30 seconds."""
-        from deat_rb.cli.evaluation_progress import EvaluationProgress
-
-        progress: AbstractContextManager[Progress] = EvaluationProgress()
-        return progress
 
 
 def print_status(study: Study, folder: StudyFolder) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from time import monotonic
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
+from deat_rb.cli.progress import ProgressDisplay
 from deat_rb.models.names import trust_flag
 from deat_rb.training.callbacks import Callback
 from deat_rb.training.history import History
@@ -34,7 +33,7 @@ LINE_EVERY = 60.0
 BAR_WIDTH = 20
 
 
-class TrainingProgress(Callback, AbstractContextManager["TrainingProgress"]):
+class TrainingProgress(Callback, ProgressDisplay):
     """Shows metrics and the remaining time.
 
     On a terminal there is a bar; otherwise, as in a log file, a line is printed every minute. Every epoch ends with a
@@ -47,18 +46,14 @@ class TrainingProgress(Callback, AbstractContextManager["TrainingProgress"]):
 
     def __init__(self, console: Console | None = None, seeds: Sequence[int] = ()) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
+        from rich.progress import BarColumn, TextColumn
 
-        self.console = console or Console(stderr=True, quiet=not is_main())
-        self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(BAR_WIDTH),
-            TextColumn("{task.fields[metrics]}", markup=False),
-            TextColumn("{task.fields[left]}", markup=False),
-            console=self.console,
-            transient=True,
-        )
-        self._task = self._bar.add_task("loading", total=None, metrics="", left="")
+        Callback.__init__(self)
+        ProgressDisplay.__init__(
+            self, TextColumn("{task.description}", markup=False), BarColumn(BAR_WIDTH),
+            TextColumn("{task.fields[metrics]}", markup=False), TextColumn("{task.fields[left]}", markup=False),
+            description="loading", console=console or Console(stderr=True, quiet=not is_main()), metrics="", left="",
+        )  # fmt: skip
         self._seeds = seeds
         self._run = 0
         self._label = ""
@@ -66,17 +61,6 @@ class TrainingProgress(Callback, AbstractContextManager["TrainingProgress"]):
         self._started = self._epoch_started = self._shown = monotonic()
         self._epoch = self._epochs = self._batches = self._done = 0
         self._resumed_from: int | None = None
-
-    def __enter__(self) -> Self:
-        if self.console.is_interactive:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self.console.is_interactive:
-            self._bar.stop()
 
     def on_fit_start(self, state: TrainingState) -> None:
         """Start showing the next run."""
@@ -174,9 +158,6 @@ class TrainingProgress(Callback, AbstractContextManager["TrainingProgress"]):
             metrics=", ".join(shown),
             left=left,
         )
-
-    def _print(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def print_plan(planned: TrainingPlan, seeds: Sequence[int] = ()) -> None:

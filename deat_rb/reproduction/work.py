@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -49,8 +49,8 @@ PAUSE = 0.2
 """Seconds between these attempts."""
 
 
-class WorkListener(Protocol):
-    """Interface for showing the progress of a study."""
+class StudyCallback:
+    """Hooks of the work on a study, which do nothing by default."""
 
     def on_run_start(self, run: RunSpec, number: int, total: int) -> None:
         """Run when run ``number`` (from 1) of ``total`` has been claimed."""
@@ -66,34 +66,10 @@ class WorkListener(Protocol):
 
     def training(self) -> AbstractContextManager[Callback]:
         """Return a callback for training."""
-        ...
-
-    def evaluating(self) -> AbstractContextManager[Progress | None]:
-        """Return the progress of an evaluation."""
-        ...
-
-
-class Silent:
-    """A `WorkListener` that shows nothing."""
-
-    def on_run_start(self, run: RunSpec, number: int, total: int) -> None:
-        """Do nothing."""
-
-    def on_run_end(self, run: RunSpec, record: Record) -> None:
-        """Do nothing."""
-
-    def on_refused(self, run: RunSpec, reason: str) -> None:
-        """Do nothing."""
-
-    def on_waiting(self, busy: int) -> None:
-        """Do nothing."""
-
-    def training(self) -> AbstractContextManager[Callback]:
-        """Return a callback that does nothing."""
         return nullcontext(Callback())
 
     def evaluating(self) -> AbstractContextManager[Progress | None]:
-        """Return no progress."""
+        """Return the progress of an evaluation."""
         return nullcontext(None)
 
 
@@ -116,16 +92,16 @@ class Worker:
     Args:
         study: The study.
         folder: Its folder.
-        listener: Shows the progress.
+        callback: Hooks, which may show the progress.
 
     Attributes:
         refused: Why runs could not begin on this machine, by name; they are left to other processes.
     """
 
-    def __init__(self, study: Study, folder: StudyFolder, listener: WorkListener | None = None) -> None:
+    def __init__(self, study: Study, folder: StudyFolder, callback: StudyCallback | None = None) -> None:
         self.study = study
         self.folder = folder
-        self.listener = listener or Silent()
+        self.callback = callback or StudyCallback()
         self.refused: dict[str, str] = {}
         self._planner = Planner()
 
@@ -147,7 +123,7 @@ class Worker:
             if not busy or (idle == ATTEMPTS and not wait):
                 return
             if idle == ATTEMPTS:
-                self.listener.on_waiting(busy)
+                self.callback.on_waiting(busy)
             if idle:
                 time.sleep(PAUSE if idle < ATTEMPTS else POLL)
 
@@ -183,7 +159,7 @@ class Worker:
 
     def _process(self, run: RunSpec, number: int) -> bool:
         """Train and evaluate a claimed run; return False if a `deat-rb train --resume` is training it."""
-        self.listener.on_run_start(run, number, len(self.study.runs))
+        self.callback.on_run_start(run, number, len(self.study.runs))
         begun, record = _Begun(), self.folder.record(run)
         facts: dict[str, Any] = {"commit": source_commit(), "started": now()}
         try:
@@ -208,18 +184,18 @@ class Worker:
             reason = str(error) if isinstance(error, DeatError) else f"{type(error).__name__}: {_first_line(error)}"
             if not begun.value:
                 self.refused[run.name] = reason
-                self.listener.on_refused(run, reason)
+                self.callback.on_refused(run, reason)
                 return True
             failure = {"status": "failed", "reason": reason, "trained": record is not None, "finished": now()}
             record = (record or Record(status="failed", **facts)).model_copy(update=failure)
         self.folder.write_record(run, record)
-        self.listener.on_run_end(run, record)
+        self.callback.on_run_end(run, record)
         return True
 
     def _train(self, run: RunSpec, begun: _Begun) -> None:
         gc.collect()  # frees what the run before had on the device, since networks and methods refer to each other
         path, explicit = self.folder.run_path(run), run.options.explicit()
-        with self.listener.training() as callback:
+        with self.callback.training() as callback:
             if path.is_dir():
                 changes = {name: explicit[name] for name in MAY_CHANGE if name in explicit}
                 resume(path, changes, callbacks=[begun, callback], trust_code=self._trusts(run))
@@ -250,7 +226,7 @@ class Worker:
                          classes=target.classes, run=path, own_eps=target.eps, own_norm=target.norm,
                          training=summary(RunDirectory.open(path)))  # fmt: skip
 
-        with self.listener.evaluating() as progress:
+        with self.callback.evaluating() as progress:
             # One begun on another device or with other versions starts over: it is hours, but the run is days.
             report = resume_or_restart(partial(
                 evaluate,

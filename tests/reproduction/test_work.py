@@ -27,7 +27,7 @@ from deat_rb.reproduction.folder import Evaluated, StudyFolder
 from deat_rb.reproduction.planning import Planner
 from deat_rb.reproduction.results import collect
 from deat_rb.reproduction.study import Evaluation, RunSpec
-from deat_rb.reproduction.work import Silent, Worker
+from deat_rb.reproduction.work import StudyCallback, Worker
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.runs.train import train
 from deat_rb.training.callbacks import Callback
@@ -84,7 +84,7 @@ def test_work_runs_no_module_that_a_found_run_names(tmp_path: Path, monkeypatch:
     assert "builds its network with 'evil_run:build', which runs that module's code" in reason
 
 
-class CountingNetworks(Silent):
+class CountingNetworks(StudyCallback):
     """Counts the networks in memory when a training and an evaluation begin."""
 
     def __init__(self) -> None:
@@ -108,16 +108,16 @@ def test_networks_of_earlier_runs_are_freed(tmp_path: Path) -> None:
     """Even if Python, which counts objects and not the memory of a GPU, sees no reason to look for cycles."""
     study = small_study({"method": "pgd-1"}, {"method": "free-2"})
     gc.collect()
-    listener = CountingNetworks()
+    callback = CountingNetworks()
     gc.disable()
     try:
-        Worker(study, StudyFolder(tmp_path), listener).work()
+        Worker(study, StudyFolder(tmp_path), callback).work()
     finally:
         gc.enable()
-    assert listener.counts == [0, 1, 0, 1], "an evaluation's own network is the only one"
+    assert callback.counts == [0, 1, 0, 1], "an evaluation's own network is the only one"
 
 
-class Interrupting(Silent):
+class Interrupting(StudyCallback):
     """Ends the first epoch as if it had taken 1,000 s and were followed by Ctrl-C."""
 
     def training(self) -> AbstractContextManager[Callback]:
@@ -176,7 +176,7 @@ def test_more_images_than_the_digits_500_are_refused_before_training(tmp_path: P
     assert not folder.run_path(study.runs[0]).exists()
 
 
-class StoppingInPgd(Silent):
+class StoppingInPgd(StudyCallback):
     """Ends an evaluation in its second attack, as by Ctrl-C."""
 
     def evaluating(self) -> AbstractContextManager[Progress]:
