@@ -37,12 +37,17 @@ def sweep(study: Path, output: Path | None, trust_code: bool, **options: Any) ->
     from deat_rb.reproduction.results import collect
     from deat_rb.reproduction.study import read_study
     from deat_rb.reproduction.tables import ResultTable, as_rich, images_text, unfinished_lines
+    from deat_rb.utils.errors import DeatError
 
     described = read_study(study)
     for run in described.runs:
         check_trust(run.options.model.arch, trust_code, source=f"the study {study}")
         import_from_current_folder(run.options.model.arch)
     folder = StudyFolder(output or Path(study.stem))
+    if (folder.path / f"{described.name}.json").resolve() == study.resolve():
+        raise DeatError(
+            f"the results would overwrite the study {study}: give another folder by --output, or move the study"
+        )
 
     def write() -> None:
         results = collect(folder, described.runs)

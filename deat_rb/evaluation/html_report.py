@@ -262,7 +262,8 @@ def _first_attack(report: Report, among: Iterable[str]) -> list[str | None]:
 
 
 def _pairs(report: Report, labels: Tensor, names: _Names, predictions: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    if "natural" not in predictions or not report.verdicts:
+    """Return the most frequent confusions under attack; nothing if the images of an attack were not kept."""
+    if not report.verdicts or not report.results.keys() <= predictions.keys():
         return []
     clean = Counter(zip(labels.tolist(), predictions["natural"].tolist(), strict=True))
     attacked: Counter[tuple[int, int]] = Counter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,20 @@ def test_sweep_refuses(tmp_path: Path) -> None:
         )
         assert result.exit_code == 2
         assert message in result.stderr
+
+
+@pytest.mark.parametrize("output", [[], ["--output", "."]])
+def test_sweep_does_not_overwrite_its_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: list[str]) -> None:
+    """The results are written to small/small.json, or to ./small.json."""
+    monkeypatch.chdir(tmp_path)
+    study = Path("small.json") if output else Path("small", "small.json")
+    study.parent.mkdir(exist_ok=True)
+    study.write_text(json.dumps(tomllib.loads(STUDY)))
+    before = study.read_bytes()
+    result = CliRunner().invoke(main, ["sweep", "--trust-code", str(study), *output, "--tables"])
+    assert result.exit_code == 2
+    assert f"the results would overwrite the study {study}: give another folder by --output" in result.stderr
+    assert study.read_bytes() == before
 
 
 @pytest.mark.slow

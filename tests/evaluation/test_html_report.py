@@ -101,6 +101,15 @@ def test_render_page_counts_confusions_under_the_first_successful_attack(tmp_pat
     )
 
 
+@pytest.mark.parametrize("kept", [("natural",), ("natural", "fgsm")])
+def test_render_page_counts_no_confusions_if_images_were_not_kept(tmp_path: Path, kept: tuple[str, ...]) -> None:
+    """What clean images, or some attacks only, are mistaken for is not what it is under the first successful attack."""
+    report, images, labels, predictions = example_report()
+    known = {name: predictions[name] for name in kept}
+    write_page(report, tmp_path / "a.html", images=images, labels=labels, classes=(), predictions=known)
+    assert "under attack % of class" not in read(tmp_path / "a.html").spaced
+
+
 def test_render_page_shows_example_images(tmp_path: Path) -> None:
     document = page(tmp_path)
     pictures = [picture(attributes["src"]) for attributes in document.all("img")]
