@@ -26,6 +26,9 @@ from deat_rb.utils.hub import is_hub
 from deat_rb.utils.safe_load import load_state_dict, load_tensors
 from deat_rb.utils.units import parse_fraction
 
+IMAGENET_EPS = 4 / 255
+"""Radius at which RobustBench evaluates models of ImageNet."""
+
 
 @dataclass(frozen=True)
 class NetworkOptions:
@@ -275,8 +278,9 @@ def _open_named(target: str, options: NetworkOptions, dataset: str | None) -> Ne
         model = load_zoo_model(bare, dataset=zoo, norm=options.norm, model_dir=model_dir)
         file = zoo_file(bare, dataset=zoo, norm=options.norm, model_dir=model_dir)
         provenance |= {"weights": file.name, "weights_sha256": sha256_file(file)}
-        return Network(model, target, provenance, zoo_classes(zoo), False,
-                       options.image_size if zoo == "imagenet" else 32)  # fmt: skip
+        is_imagenet = zoo == "imagenet"
+        return Network(model, target, provenance, zoo_classes(zoo), False, options.image_size if is_imagenet else 32,
+                       eps=IMAGENET_EPS if is_imagenet else None, norm=options.norm)  # fmt: skip
     model, (height, _), classes = load_pretrained(target)
     return Network(model, target, provenance, classes, False, options.image_size or height)
 

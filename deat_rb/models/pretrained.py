@@ -46,7 +46,8 @@ def load_zoo_model(name: str, *, dataset: str, norm: str = "Linf", model_dir: st
         The model in eval mode; it takes images in [0, 1].
 
     Raises:
-        DeatError: RobustBench has no such model, it consists of several files, or its file is missing or damaged.
+        DeatError: RobustBench has no such model, or no file of it, or several; or the file is missing or damaged, or
+            has no tensor for some of the network's weights.
     """
     compat.check_dataset(dataset)
     compat.robustbench()
@@ -62,6 +63,9 @@ def load_zoo_model(name: str, *, dataset: str, norm: str = "Linf", model_dir: st
     if isinstance(entries[name]["gdrive_id"], list):
         raise DeatError(f"RobustBench's {name} consists of several files: load it with robustbench.load_model and pass "
                         "the model to deat_rb.evaluate")  # fmt: skip
+    if not entries[name]["gdrive_id"]:
+        raise DeatError(f"RobustBench has no file of {name}, whose weights come from another package: load it with "
+                        "robustbench.load_model and pass the model to deat_rb.evaluate")  # fmt: skip
     file = zoo_file(name, dataset=dataset, norm=norm, model_dir=model_dir)
     if not file.is_file():
         raise DeatError(f"the weights of RobustBench's {name} are not at {file}: download them with "
@@ -69,12 +73,37 @@ def load_zoo_model(name: str, *, dataset: str, norm: str = "Linf", model_dir: st
     tensors = {key.removeprefix("model."): tensor for key, tensor in load_tensors(file).items()}
     with contextlib.redirect_stdout(io.StringIO()):
         model: nn.Module = entries[name]["model"]()
+    if dataset == "imagenet":
+        tensors = _named_as_in(model, tensors)
+    own = model.state_dict()
+    # robustbench ignores missing tensors of its ImageNet models and of some others if their normalization is missing.
+    if missing := [key for key in own if key not in tensors and key.rpartition(".")[2] not in _NOT_IN_FILES]:
+        raise DeatError(f"{file} does not contain the weights of RobustBench's {name}: {len(missing)} of {len(own)} "
+                        f"tensors are missing, such as {missing[0]}")  # fmt: skip
     try:
         model = utils._safe_load_state_dict(model, name, tensors, enums.BenchmarkDataset(dataset))
     except RuntimeError as error:
         first = " ".join(str(error).split())[:200]
         raise DeatError(f"{file} does not contain the weights of RobustBench's {name}: {first}") from None
     return model.eval()
+
+
+_NOT_IN_FILES = ("mu", "sigma", "mean", "std", "num_batches_tracked")
+"""Ends of the names of tensors that a file may lack: constants of a normalization, and BatchNorm's counters."""
+
+
+def _named_as_in(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a file of an ImageNet model by the names of the network, as `robustbench.load_model` does.
+
+    The files have the names of the bare network, which most models wrap in ``Sequential(normalize, model)``. Files of
+    Swin networks may have the names of older versions of timm.
+    """
+    wrapped = any(key.startswith("model.") for key in model.state_dict())
+    net: nn.Module = model.get_submodule("model") if wrapped else model
+    if type(net).__name__ == "SwinTransformer" and not net.state_dict().keys() <= tensors.keys():
+        swin: Any = importlib.import_module("timm.models.swin_transformer")
+        tensors = swin.checkpoint_filter_fn(tensors, net)
+    return {f"model.{key}": tensor for key, tensor in tensors.items()} if wrapped else tensors
 
 
 def load_pretrained(target: str) -> tuple[nn.Module, tuple[int, int], tuple[str, ...]]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from deat_rb.loading import NetworkOptions, open_network
 from deat_rb.models.pretrained import load_pretrained, load_zoo_model
 from deat_rb.utils import compat
 from deat_rb.utils.errors import DeatError
@@ -43,9 +44,48 @@ def test_load_zoo_model_from_its_file(zoo: tuple[Path, nn.Module], tmp_path: Pat
         load_zoo_model("Wong2020Fast", dataset="cifar10", model_dir=folder)
 
 
+def imagenet_files(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], Path]:
+    """Write the file of an ImageNet model with weights of chance; return its tensors and its path."""
+    compat.robustbench()
+    from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+    from robustbench.model_zoo.models import model_dicts
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: nn.Module = model_dicts[BenchmarkDataset.imagenet][ThreatModel.Linf][name]["model"]()
+    tensors: dict[str, torch.Tensor] = model.get_submodule("model").state_dict()
+    file = folder / "imagenet" / "Linf" / f"{name}.pt"
+    file.parent.mkdir(parents=True)
+    torch.save({"state_dict": tensors}, file)
+    return tensors, file
+
+
+def test_load_zoo_model_of_imagenet_as_robustbench_does(tmp_path: Path) -> None:
+    """Its file has the names of the bare network, without normalization."""
+    name = "Salman2020Do_R18"
+    imagenet_files(name, tmp_path)
+    model = load_zoo_model(name, dataset="imagenet", model_dir=tmp_path)
+    expected: nn.Module = compat.robustbench().load_model(name, tmp_path, "imagenet", "Linf")
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(model(images), expected(images))
+    options = NetworkOptions(model_dir=tmp_path, image_size=64)
+    network = open_network(f"robustbench:{name}", options, dataset="imagenet")
+    assert (network.eps, network.norm, network.image_size) == (4 / 255, "Linf", 64)
+
+
+@pytest.mark.parametrize("lacks", ["fc.weight", "layer1.0.bn1.running_var"])
+def test_load_zoo_model_refuses_a_file_without_all_weights(tmp_path: Path, lacks: str) -> None:
+    """RobustBench tolerates an ImageNet model without them: it would be partly random."""
+    tensors, file = imagenet_files("Salman2020Do_R18", tmp_path)
+    torch.save({key: each for key, each in tensors.items() if key != lacks}, file)
+    with pytest.raises(DeatError, match=rf"weights of RobustBench's Salman2020Do_R18: 1 of 124 .* model.{lacks}"):
+        load_zoo_model("Salman2020Do_R18", dataset="imagenet", model_dir=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "dataset", "sentence"),
     [
+        ("Standard_R50", "imagenet", "has no file of Standard_R50, whose weights come from another package"),
         ("Wong2020Fsat", "cifar10", "RobustBench has no Linf model 'Wong2020Fsat' of cifar10: did you mean"),
         ("Wong2020Fast", "digits", "RobustBench has no dataset 'digits'"),
         ("Diffenderfer2021Winning_LRR_CARD_Deck", "cifar10", "has no Linf model"),
