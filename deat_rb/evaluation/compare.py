@@ -232,7 +232,7 @@ def _check_same(first_name: str, first: Report, name: str, report: Report) -> No
             if one != other:
                 raise DeatError(
                     f"{first_name} and {name} cannot be compared: they were evaluated on different "
-                    "images; evaluate both on the same images"
+                    "images, or their classes have different orders; evaluate both on the same images and classes"
                 )
             return
     raise DeatError(f"{first_name} and {name} do not both record a hash of their test images; evaluate them again")

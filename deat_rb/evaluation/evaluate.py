@@ -135,7 +135,7 @@ def evaluate(
         with prepared_for_eval(
             model, images, labels, batch_size=batch_size, device=device, channels_last=channels_last
         ) as prepared:
-            _check_square(names, norm, images)
+            _check_images(names, norm, images)
             ranks = ranks or World()
             keep = keep_adversarial
             if keep is None:
@@ -257,8 +257,11 @@ def _sweep_cost(plans: Mapping[float, Mapping[str, Attack]], n_examples: int) ->
             f"{counted(n_examples, 'image')}, of which {dearest} needs {count} x {calls[dearest]:,}")  # fmt: skip
 
 
-def _check_square(names: Sequence[str], norm: str, images: Tensor | LabeledImages) -> None:
-    """Refuse images that are too small for Square in L2, whose tiles are a fifth of the image size."""
+def _check_images(names: Sequence[str], norm: str, images: Tensor | LabeledImages) -> None:
+    """Refuse images that an attack cannot take: AutoAttack's are in float32; Square's tiles in L2 are a fifth."""
+    auto = [name for name in names if name.startswith("autoattack")]
+    if auto and isinstance(images, Tensor) and images.dtype == torch.float64:
+        raise DeatError(f"{auto[0]} is computed in float32, not float64: give model.float() and images.float()")
     squares = [name for name in names if name in ("square", "autoattack", "autoattack-plus")]
     height, width = images.shape[-2:]
     if norm == "L2" and squares and min(height, width) < SQUARE_TILES:

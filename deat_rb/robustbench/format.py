@@ -212,13 +212,13 @@ def exported_spec(
 
 
 def _numbers(tensors: Mapping[str, Tensor], name: str, source: Path) -> tuple[float, ...] | None:
-    """Return the mean or standard deviation of the normalization, or None."""
+    """Return the mean or standard deviation of the normalization of three channels, or None."""
     found = tensors.get(name)
     if found is None:
         return None
     if found.numel() not in (1, 3) or not found.is_floating_point():
         raise DeatError(f"{source} has a tensor {name} that is not one number per channel: save it as (1, C, 1, 1)")
-    return tuple(found.flatten().tolist())
+    return tuple(found.flatten().expand(3).tolist())
 
 
 def known_architecture(spelled: str) -> str | None:

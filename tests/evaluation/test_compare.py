@@ -92,7 +92,7 @@ def test_compare_makes_names_unique() -> None:
         (
             {"provenance": {"data_sha256": "def"}},
             "1111",
-            "they were evaluated on different images; evaluate both on the same images$",
+            "different images, or their classes have different orders; evaluate both on the same images and classes$",
         ),
         ({"provenance": {}}, "1111", "a and b do not both record a hash of their test images"),
     ],

@@ -39,6 +39,17 @@ def test_evaluate_square_in_l2_refuses_tiny_images(attack: str) -> None:
         evaluate(network, images, labels, attacks=attack, eps=0.5, norm="L2")
 
 
+@pytest.mark.parametrize("attack", ["autoattack", "fgsm,autoattack-rand"])
+def test_evaluate_autoattack_refuses_float64(attack: str) -> None:
+    images, labels = torch.rand(4, 3, 8, 8).double(), torch.tensor([0, 1, 2, 0])
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).double()
+    with pytest.raises(
+        DeatError, match=r"autoattack(-rand)? is computed in float32, not float64: give model.float\(\)"
+    ):
+        evaluate(network, images, labels, attacks=attack, eps=0.1)
+    assert evaluate(network, images, labels, attacks="pgd-2", eps=0.1).n_examples == 4
+
+
 @pytest.mark.parametrize(
     ("attack", "eps", "robust"),
     [

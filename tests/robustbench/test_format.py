@@ -46,6 +46,14 @@ def test_exported_spec_reads_sizes_from_the_tensors(run: Run, tmp_path: Path, mo
     assert exported_spec(paths.weights.name) == spec
 
 
+def test_exported_spec_takes_one_number_for_all_channels(run: Run, tmp_path: Path) -> None:
+    tensors = dict(run.model.net.state_dict())
+    tensors |= {"mu": torch.full((1, 1, 1, 1), 0.5), "sigma": torch.full((1, 1, 1, 1), 0.25)}
+    torch.save(tensors, tmp_path / "weights.pt")
+    spec = exported_spec(tmp_path / "weights.pt", arch="wrn-10-1")
+    assert (spec.mean, spec.std, spec.channels) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 3)
+
+
 @pytest.mark.parametrize(
     ("architecture", "known"),
     [("WideResNet-34-10", "wrn-34-10"), ("WRN-28-4", "wrn-28-4"), ("PreActResNet-18", "preactresnet18"),
