@@ -68,8 +68,8 @@ class WeightAverage:
         """Set the model's tensors to the averages within the context, and restore its own on exit."""
         current = self._current()
         own = {name: tensor.clone() for name, tensor in current.items()}
-        _copy(self.tensors, current)
         try:
+            _copy(self.tensors, current)
             yield
         finally:
             _copy(own, self._current())

@@ -20,7 +20,7 @@ from deat_rb.training.history import History
 from deat_rb.training.lr import LearningRate, rate_of, set_momentum, set_rate
 from deat_rb.training.metrics import EpochStats
 from deat_rb.training.place import Place
-from deat_rb.training.signals import StopRequests
+from deat_rb.training.signals import StopRequested, StopRequests
 from deat_rb.training.state import TrainingState
 from deat_rb.training.step_runner import StepRunner
 from deat_rb.training.validation import validate_epoch
@@ -130,7 +130,7 @@ class Loop:
             row = self._train_epoch(loader)
             try:
                 row = state.world.on_main(partial(self._validate, row, validation))
-            except KeyboardInterrupt:
+            except StopRequested:  # a second signal may come while the weights are swapped, which must not be saved
                 self._act(Action.SAVE)
                 raise
             for each in self.callbacks:

@@ -11,6 +11,10 @@ from types import FrameType, TracebackType
 from typing import Any
 
 
+class StopRequested(KeyboardInterrupt):
+    """A first SIGINT or SIGTERM that stops training where a checkpoint can be written."""
+
+
 class StopRequests:
     """Context manager that records the first SIGINT or SIGTERM as a stop request; a second raises KeyboardInterrupt.
 
@@ -44,16 +48,18 @@ class StopRequests:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raise KeyboardInterrupt immediately if a stop is requested in this context, where interrupting is safe."""
+        """Raise `StopRequested` immediately if a stop is requested in this context, where interrupting is safe."""
         self._at_once = True
         try:
             if self.requested:
-                raise KeyboardInterrupt
+                raise StopRequested
             yield
         finally:
             self._at_once = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again, self.requested = self.requested, True
-        if again or self._at_once:
+        if again:
             raise KeyboardInterrupt
+        if self._at_once:
+            raise StopRequested

@@ -168,11 +168,12 @@ def validate_epoch(
     rule = state.trainer.stopping
 
     def attacked(count: int | None = None, steps: int = 20) -> Validation:
-        with state.engine.autocast():  # of its own, because autocast caches the weights that it has cast
+        # Autocast of its own, because it caches the weights that it has cast. Swapping weights is not interrupted.
+        with state.engine.autocast(), requests.at_once():
             return validate(state.model, images if count is None else images[:count], labels[:count], steps=steps,
                             eps=state.trainer.eps, norm=state.trainer.norm, seed=state.seed)  # fmt: skip
 
-    with requests.at_once(), state.engine.eager(state.model):
+    with state.engine.eager(state.model):
         if not only_rule:
             row = _with_accuracies(state, row, attacked)
         if rule is not None and rule.validation_steps:

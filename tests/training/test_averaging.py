@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from deat_rb.training.averaging import WeightAverage
 from deat_rb.training.callbacks import Callback
 from deat_rb.training.metrics import BatchStats, EpochStats
 from deat_rb.training.state import TrainingState
-from deat_rb.training.validation import Validation
+from deat_rb.training.validation import Validation, validate
 from deat_rb.utils.errors import DeatError, Interrupted
 from deat_rb.utils.safe_load import load_tensors
 
@@ -162,6 +165,40 @@ def test_resume_restores_the_average_bit_for_bit(tmp_path: Path) -> None:
         assert outcome(run) == outcome(whole)
         for which in ("best-raw", "last-raw"):
             assert load_bytes(run, which) == load_bytes(whole, which)
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_interruption_while_weights_are_swapped_loses_no_bit(
+    second: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C comes with half of the averages copied, or in the attack and again with half of the weights restored."""
+    whole, run = (RunDirectory.create(tmp_path / name, run_config()) for name in ("whole", "run"))
+    train("u-fgsm", whole, ema=0.9)
+    copies: list[str] = []
+
+    def copy_and_interrupt(source: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> None:
+        for number, (name, tensor) in enumerate(source.items()):
+            target[name].copy_(tensor)
+            if number == len(source) // 2:
+                copies.append(name)
+                if len(copies) == (2 if second else 1):
+                    signal.raise_signal(signal.SIGINT)
+
+    def attack_and_interrupt(*args: Any, **options: Any) -> Validation:
+        if second:
+            signal.raise_signal(signal.SIGINT)
+        return validate(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("deat_rb.training.averaging._copy", copy_and_interrupt)
+        patched.setattr("deat_rb.training.validation.validate", attack_and_interrupt)
+        kept = "keeps 0 of 3 epochs;" if second else "keeps 0 of 3 epochs and 4 batches of the next;"
+        with pytest.raises(Interrupted, match=kept):
+            train("u-fgsm", run, ema=0.9)
+    train("u-fgsm", run, resume=True, ema=0.9)
+    assert outcome(run) == outcome(whole)
+    for which in ("best-raw", "last-raw"):
+        assert load_bytes(run, which) == load_bytes(whole, which)
 
 
 def load_bytes(run: RunDirectory, which: str) -> bytes:
