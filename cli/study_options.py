@@ -151,9 +151,10 @@ def _train_and_evaluate(
     only = None if options.only is None else study.run(options.only)
     if gpus and only is None and (options.retry or not all(map(folder.is_settled, study.runs))):
         check_gpus(gpus)
-    for run in study.runs if options.retry else ():
+    chosen = study.runs if only is None else (only,)
+    for run in chosen if options.retry else ():
         folder.forget_failure(run)
-    left = [run for run in (study.runs if only is None else (only,)) if not folder.is_settled(run)]
+    left = [run for run in chosen if not folder.is_settled(run)]
     if not left:
         click.echo(_nothing_left(study, folder) if only is None else f"{only.name} is {folder.status(only)}", err=True)
     worker, failures = Worker(study, folder, StudyProgress(folder)), list[str]()

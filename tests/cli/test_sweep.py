@@ -15,7 +15,8 @@ from training_problems import ARCH
 
 from deat_rb.cli import main
 from deat_rb.reproduction.estimate import Times
-from deat_rb.reproduction.folder import Record
+from deat_rb.reproduction.folder import Record, StudyFolder
+from deat_rb.reproduction.study import read_study
 from deat_rb.reproduction.work import Worker
 from deat_rb.utils.errors import Interrupted
 
@@ -131,6 +132,20 @@ def test_sweep_says_what_is_done_after_ctrl_c(
     assert result.exit_code == 130
     kept = f"{tmp_path / 'out'} keeps 1 of 2 runs, and what the others have saved; repeat the command to continue"
     assert result.stderr == f"Interrupted: {kept}\n"
+
+
+def test_sweep_retries_only_the_run_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, folder = tmp_path / "small.toml", StudyFolder(tmp_path / "out")
+    file.write_text(STUDY)
+    first, second = read_study(file).runs
+    folder.create()
+    for run in (first, second):
+        folder.write_record(run, Record(status="failed", reason="it diverged"))
+    monkeypatch.setattr(Worker, "work_on", lambda self, run: True)
+    arguments = ["sweep", "--trust-code", str(file), "--output", str(folder.path), "--only", first.name, "--retry"]
+    assert CliRunner().invoke(main, arguments, catch_exceptions=False).exit_code == 0
+    assert folder.record(first) is None
+    assert folder.record(second) == Record(status="failed", reason="it diverged")
 
 
 def test_sweep_of_open_ended_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
