@@ -24,6 +24,7 @@ ROBUST = 0.6
 """Fraction of an attack's passes that are actually run, since misclassified images are not attacked further."""
 
 PASSES = {
+    "natural": 0,
     "fgsm": 1,
     "noise-gaussian": 1,
     "noise-uniform": 1,

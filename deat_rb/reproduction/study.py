@@ -133,7 +133,10 @@ class _EvaluationTable(BaseModel):
             autoattack = (self.n_examples or 0) if autoattack else None
         elif AUTOATTACK in names and autoattack is None:
             autoattack = self.n_examples or 0
-        return Evaluation(tuple(name for name in names if name != AUTOATTACK), self.n_examples, autoattack)
+        attacks = tuple(name for name in names if name != AUTOATTACK)
+        if not attacks and autoattack is None:
+            attacks = ("natural",)  # which the evaluation under an attack includes
+        return Evaluation(attacks, self.n_examples, autoattack)
 
 
 class _StudyFile(BaseModel):
