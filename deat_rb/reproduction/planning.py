@@ -50,14 +50,23 @@ def check_evaluation(run: RunSpec, planned: TrainingPlan) -> None:
     Raises:
         DeatError: An attack is in another norm, or there are fewer images.
     """
-    for attack in run.evaluation.attacks:
-        if attack.startswith(PREFIX):
-            parse_torchattack(attack).check_norm(planned.config.attack.norm)
+    check_attacks(run.evaluation.attacks, planned.config.attack.norm)
     asked = {"n_examples": run.evaluation.n_examples, "autoattack": run.evaluation.autoattack}
     for name, count in asked.items():
         if count is not None and count > len(planned.data.test):
             raise DeatError(f"{name} = {count} is more than the {len(planned.data.test)} test images of "
                             f"{planned.data.name}: give at most that many")  # fmt: skip
+
+
+def check_attacks(attacks: Iterable[str], norm: str) -> None:
+    """Check that attacks are in a norm.
+
+    Raises:
+        DeatError: One is in another norm.
+    """
+    for attack in attacks:
+        if attack.startswith(PREFIX):
+            parse_torchattack(attack).check_norm(norm)
 
 
 def begun_runs(folder: StudyFolder, runs: Iterable[RunSpec]) -> list[tuple[RunSpec, RunConfig]]:
@@ -105,6 +114,23 @@ def check_one_dataset(folder: StudyFolder, runs: Iterable[tuple[RunSpec, RunConf
                     "were changed in between: restore them and remove the run with others, and its record in "
                     f"{folder.path / 'state'}, or choose another --output"
                 )
+
+
+def check_one_precision(folder: StudyFolder, runs: Iterable[tuple[RunSpec, RunConfig]]) -> None:
+    """Check that runs that differ only in the seed have one precision, which ``auto`` leaves to each machine.
+
+    Raises:
+        DeatError: Two runs differ in precision.
+    """
+    seen: dict[str, tuple[RunSpec, str]] = {}
+    for run, config in runs:
+        other, known = seen.setdefault(run.setting, (run, config.runtime.precision))
+        if known != config.runtime.precision:
+            raise DeatError(
+                f"{folder.run_path(other)} and {folder.run_path(run)} differ only in the seed, but one is in {known} "
+                f"and one in {config.runtime.precision}, as their machines chose: train both on machines of one kind "
+                f"(remove a finished run with its record in {folder.path / 'state'}), or give the study a precision"
+            )
 
 
 def check_same_data(folder: StudyFolder, runs: Iterable[RunSpec]) -> None:

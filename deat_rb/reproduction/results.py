@@ -10,7 +10,7 @@ from pathlib import Path
 from deat_rb.evaluation.report import Report, page_file
 from deat_rb.evaluation.statistics import mean_and_deviation
 from deat_rb.reproduction.folder import StudyFolder
-from deat_rb.reproduction.planning import begun_runs, check_not_extended, check_one_dataset
+from deat_rb.reproduction.planning import begun_runs, check_not_extended, check_one_dataset, check_one_precision
 from deat_rb.reproduction.provenance import eval_command, train_command
 from deat_rb.reproduction.study import RunSpec
 from deat_rb.runs.directory import CONFIG, RunDirectory
@@ -66,12 +66,14 @@ def collect(folder: StudyFolder, runs: Sequence[RunSpec]) -> list[RunResult]:
     """Return the results of all runs, including unfinished ones.
 
     Raises:
-        DeatError: A file of a run is damaged, a run was extended, or runs that are done and for which the study names
-            the same data or initial weights had different ones.
+        DeatError: A file of a run is damaged, a run was extended, runs that are done and for which the study names
+            the same data or initial weights had different ones, or seeds of one setting differ in precision.
     """
     results = [_result(folder, run) for run in runs]
     done = [run for run, result in zip(runs, results, strict=True) if result.status == "done"]
-    check_one_dataset(folder, begun_runs(folder, done))
+    begun = begun_runs(folder, done)
+    check_one_dataset(folder, begun)
+    check_one_precision(folder, begun)
     return results
 
 

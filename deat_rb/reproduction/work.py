@@ -23,9 +23,11 @@ from deat_rb.reproduction.folder import Evaluated, Record, StudyFolder
 from deat_rb.reproduction.planning import (
     Planner,
     begun_runs,
+    check_attacks,
     check_evaluation,
     check_not_extended,
     check_one_dataset,
+    check_one_precision,
 )
 from deat_rb.reproduction.provenance import eval_command, hardware, now, source_commit
 from deat_rb.reproduction.study import RunSpec, Study
@@ -202,7 +204,9 @@ class Worker:
                 return
             planned = self._planner.plan(run.options)
             check_evaluation(run, planned)
-            check_one_dataset(self.folder, [*begun_runs(self.folder, self.study.runs), (run, planned.config)])
+            runs = [*begun_runs(self.folder, self.study.runs), (run, planned.config)]
+            check_one_dataset(self.folder, runs)
+            check_one_precision(self.folder, runs)
             train(planned, output=self.folder.runs, name=run.name, callbacks=[begun, callback])
 
     def _trusts(self, run: RunSpec) -> bool:
@@ -218,6 +222,7 @@ class Worker:
         if target.provenance["data_sha256"] != RunDirectory.open(path).config.data_fingerprint:
             raise DeatError("the images were changed after the run was trained on them; restore them")
         images, labels = target.test_images(asked)
+        check_attacks(attacks, target.norm)
         device = resolve_device(run.options.runtime.device)
         begun.value = True
 
@@ -237,7 +242,7 @@ class Worker:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         # natural accuracy is part of every report
-        return Evaluated(attacks=("natural", *attacks), asked=asked, n_examples=report.n_examples,
+        return Evaluated(attacks=tuple(dict.fromkeys(("natural", *attacks))), asked=asked, n_examples=report.n_examples,
                          model_sha256=report.model_sha256,
                          seconds=sum(each.seconds for each in report.results.values()))  # fmt: skip
 

@@ -158,6 +158,34 @@ def test_runs_from_initial_weights_that_were_changed_in_place_are_not_averaged(t
         collect(folder, study.runs)
 
 
+def test_seeds_in_the_precisions_of_unlike_machines_are_not_averaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither is a further one begun where it would be in another precision; a study may compare precisions."""
+    study = small_study({"method": "pgd-1", "precision": "auto"}, seeds=(0, 1), evaluation=Evaluation(()))
+    first, second = study.runs
+    monkeypatch.setattr("deat_rb.runs.resolution.resolve_precision", lambda name, device: "fp32")
+    folder = begun(replace(study, runs=(first,)), tmp_path / "study")
+    monkeypatch.setattr("deat_rb.runs.resolution.resolve_precision", lambda name, device: "bf16")
+    worker = Worker(study, folder)
+    worker.work_on(second)
+    named = f"{folder.run_path(first)} and {folder.run_path(second)} differ only in the seed, but one is in fp32 and "
+    assert worker.refused[second.name].startswith(f"{named}one in bf16, as their machines chose: train both on")
+    assert not folder.run_path(second).exists()
+    begun(replace(study, runs=(second,)), tmp_path / "study")
+    for run in study.runs:
+        folder.write_record(run, Record(status="done"))
+    with pytest.raises(DeatError, match=re.escape(named)):
+        collect(folder, study.runs)
+    monkeypatch.undo()
+    both = small_study({"method": "pgd-1"}, {"method": "pgd-1", "precision": "bf16"}, evaluation=Evaluation(()))
+    folder = begun(both, tmp_path / "both")
+    folder.create()
+    for run in both.runs:
+        folder.write_record(run, Record(status="done"))
+    assert [each.status for each in collect(folder, both.runs)] == ["done", "done"]
+
+
 @pytest.mark.parametrize("evaluated", [True, False])
 def test_a_run_that_was_extended_is_neither_evaluated_nor_averaged(tmp_path: Path, evaluated: bool) -> None:
     """As by `deat-rb train --resume RUN --epochs 12`, after its evaluation or before it."""

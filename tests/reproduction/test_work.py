@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 from noise_folder import SIZE, make_folder
-from small_runs import identical
+from small_runs import SMALL, identical
 from small_studies import small_study, table_json, work
 from training_problems import ARCH
 
@@ -26,7 +27,7 @@ from deat_rb.models.spec import NormalizedModel
 from deat_rb.reproduction.folder import Evaluated, StudyFolder
 from deat_rb.reproduction.planning import Planner
 from deat_rb.reproduction.results import collect
-from deat_rb.reproduction.study import Evaluation, RunSpec
+from deat_rb.reproduction.study import Evaluation, RunSpec, read_study
 from deat_rb.reproduction.work import StudyCallback, Worker
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.runs.train import train
@@ -227,6 +228,33 @@ def test_work_skips_what_is_done_and_adds_an_attack(tmp_path: Path, monkeypatch:
     more = small_study(evaluation=Evaluation(("fgsm", "pgd-3"), 16))
     work(more, tmp_path)
     assert {"fgsm", "pgd-3"} <= collect(folder, more.runs)[0].values.keys()
+
+
+def test_an_attack_in_another_norm_leaves_a_finished_run_done(tmp_path: Path) -> None:
+    folder = work(small_study(evaluation=Evaluation(("natural",), 16)), tmp_path)
+    study = small_study(evaluation=Evaluation(("torchattacks.PGDL2(eps=0.5)",), 16))
+    before = folder.record(study.runs[0])
+    assert before is not None
+    assert before.status == "done"
+    worker = Worker(study, folder)
+    worker.work()
+    (reason,) = worker.refused.values()
+    assert "attacks in L2, but the evaluation is in Linf" in reason
+    assert folder.record(study.runs[0]) == before
+
+
+def test_natural_accuracy_alone_is_measured_and_in_the_table(tmp_path: Path) -> None:
+    file = tmp_path / "study.json"
+    row = {name: value for name, value in SMALL.items() if name != "method"}
+    file.write_text(json.dumps({"options": {**row, "epochs": 1}, "runs": [{"method": "pgd-1"}],
+                                "evaluation": {"attacks": "natural", "n_examples": 16}}))  # fmt: skip
+    study = read_study(file)
+    folder = work(study, tmp_path / "study")
+    (result,) = collect(folder, study.runs)
+    assert (result.status, result.images) == ("done", {"natural": 16})
+    record = folder.record(study.runs[0])
+    assert record is not None
+    assert [each.attacks for each in record.evaluations] == [("natural",)]
 
 
 def test_a_failed_run_stops_no_other_and_is_tried_again_on_request(tmp_path: Path) -> None:
