@@ -15,8 +15,8 @@ from deat_rb.attacks.threat_models import DEFAULT_EPS, check_norm
 from deat_rb.methods.losses import surrogate
 from deat_rb.methods.recipes import CONSTANT, PAPER_EPS, Recipe, path_of, resolve
 from deat_rb.models.check import check_weights_exist
-from deat_rb.training.base import who_needs_one_class
 from deat_rb.training.schedule import Schedule
+from deat_rb.training.soft_labels import who_needs_one_class
 from deat_rb.training.trainer import Trainer
 from deat_rb.utils.errors import DeatError
 from deat_rb.utils.units import check_eps, is_whole_number, parse_scalar

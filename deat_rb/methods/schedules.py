@@ -199,7 +199,8 @@ def replay(schedule: Schedule, rows: Iterable[EpochStats | Mapping[str, Any]]) -
     Args:
         schedule: The schedule, in its initial state.
         rows: The result of `deat_rb.runs.directory.RunDirectory.rows`, or the parsed lines of a ``metrics.jsonl``; only
-            the values that the schedule uses, such as ``l_x``, are needed.
+            the values that the schedule uses, such as ``l_x``, are needed. A guided schedule takes those after the
+            warm-up of the radius.
 
     Returns:
         The steps of each epoch.

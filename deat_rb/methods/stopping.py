@@ -108,6 +108,8 @@ class GradientRatio(StoppingRule):
 def replay(rule: StoppingRule, rows: Iterable[EpochStats | Mapping[str, Any]]) -> Stop | None:
     """Run a rule on the metrics of a finished run; rows as for `deat_rb.methods.schedules.replay`.
 
+    Give only those after the warm-up of the radius.
+
     Returns:
         The `Stop` that would have ended training, or None.
     """

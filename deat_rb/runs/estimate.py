@@ -75,7 +75,7 @@ def estimate(planned: TrainingPlan) -> Estimate:
         DeatError: Training cannot be started with these options.
     """
     config, trainer, epochs = planned.config, planned.trainer, estimated_epochs(planned)
-    bounds = trainer.schedule.step_bounds(epochs) or [(trainer.steps, trainer.steps)] * epochs
+    bounds = trainer.step_bounds(epochs) or [(trainer.steps, trainer.steps)] * epochs
     low, high = (sum(each) for each in zip(*bounds, strict=True))
     first, most = trainer.steps, max(most for _, most in bounds)
     times = time_batches(planned, sorted({first, most}))

@@ -100,7 +100,7 @@ class TrainingPlan:
         They are those of all epochs; None for an open-ended run and where the attack, schedule or trainer has none.
         """
         config, epochs, last = self.config, self.config.optim.epochs, self.batches - 1
-        steps = None if epochs == OPEN else self.trainer.schedule.step_bounds(epochs)
+        steps = None if epochs == OPEN else self.trainer.step_bounds(epochs)
         if steps is None:
             return None
         sizes = [config.data.batch_size] * last + [len(self.train) - last * config.data.batch_size]

@@ -20,9 +20,10 @@ from deat_rb.attacks.pgd import PGD
 from deat_rb.attacks.threat_models import THREATS
 from deat_rb.training.costs import Costs
 from deat_rb.training.engine import Engine
-from deat_rb.training.metrics import BatchStats
+from deat_rb.training.metrics import BatchStats, EpochStats
 from deat_rb.training.place import Place
 from deat_rb.training.schedule import Constant, Schedule
+from deat_rb.training.soft_labels import who_needs_one_class
 from deat_rb.training.stopping_rule import StoppingRule
 from deat_rb.training.surrogate_loss import SurrogateLoss
 from deat_rb.utils.devices import check_outside_autocast
@@ -32,37 +33,6 @@ from deat_rb.utils.text import counted
 from deat_rb.utils.units import is_whole_number
 
 Batch = tuple[Tensor, Tensor]
-
-
-def who_needs_one_class(
-    trainer: type[TrainerBase],
-    loss: SurrogateLoss,
-    attack: type[Attack],
-    attack_loss: str,
-    tau: int | None,
-    schedule: type[Schedule],
-) -> str | None:
-    """Return the part of a method that needs one class per image, rather than shares of classes; None if none does.
-
-    Args:
-        trainer: The trainer's class.
-        loss: The surrogate loss.
-        attack: The attack's class.
-        attack_loss: The loss that it maximizes.
-        tau: Its early stop; None for none.
-        schedule: The schedule's class.
-    """
-    if loss.class_weights is not None:
-        return "weighting by class"
-    if not loss.soft_labels:
-        return f"the loss {loss.name}"
-    if not trainer.takes_soft_labels:
-        return f"the training step of {trainer.__name__}"
-    if not issubclass(attack, PGD) or attack_loss not in ("ce", "kl"):
-        return f"the attack {attack.__name__}" + (f" on {attack_loss}" if issubclass(attack, PGD) else "")
-    if tau is not None:
-        return "a friendly attack, which stops early at a misclassification,"
-    return "a schedule by training accuracy" if schedule.needs_accuracy else None
 
 
 class TrainerBase(StatelessAttack):
@@ -211,6 +181,10 @@ class TrainerBase(StatelessAttack):
             for name, value in own.items():
                 setattr(crafter, name, value)
 
+    def is_warming_up(self, epoch: int) -> bool:
+        """Return whether the radius rises in an epoch, numbered from 1, so that no other may be compared with it."""
+        return epoch <= self.eps_warmup
+
     def step_settings(self) -> tuple[object, ...]:
         """Return the settings that a training step uses, other than the model and the optimizer.
 
@@ -283,6 +257,21 @@ class TrainerBase(StatelessAttack):
 
     def _parts(self) -> dict[str, Schedule | StoppingRule | None]:
         return {"schedule": self.schedule, "stopping": self.stopping}
+
+    def step_bounds(self, epochs: int) -> list[tuple[int, int]] | None:
+        """Return the fewest and the most attack steps of each epoch, as `Schedule.step_bounds` does."""
+        before = sum(map(self.is_warming_up, range(1, epochs + 1))) if self.schedule.guided else 0
+        bounds = self.schedule.step_bounds(epochs - before)
+        return None if bounds is None else [(self.steps, self.steps)] * before + bounds
+
+    def update_schedule(self, row: EpochStats) -> None:
+        """Set the attack's steps and step size for the next epoch, given the metrics of the epoch that has ended.
+
+        A guided schedule, which compares epochs, begins with the first one after the warm-up of the radius.
+        """
+        if not (self.schedule.guided and self.is_warming_up(row.epoch)):
+            self.schedule.update(row)
+        self.apply_schedule()
 
     def apply_schedule(self) -> None:
         """Set the attack's steps and step size as scheduled for the next epoch.

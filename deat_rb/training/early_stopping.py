@@ -10,7 +10,7 @@ from deat_rb.utils.text import counted
 
 
 class EarlyStopping(Callback):
-    """Apply a stopping rule after each epoch.
+    """Apply a stopping rule after each epoch that follows the warm-up of the radius.
 
     Args:
         rule: The stopping rule.
@@ -27,6 +27,8 @@ class EarlyStopping(Callback):
         Raises:
             DeatError: The rule keeps an epoch whose weights are no longer there.
         """
+        if self.state.trainer.is_warming_up(row.epoch):
+            return
         stop = self.rule.update(row)
         if stop is None:
             return
@@ -46,7 +48,7 @@ NOT_RISEN = "robust validation accuracy has not risen"
 
 
 class Patience(Callback):
-    """End training when the robust validation accuracy has not risen for some epochs.
+    """End training when the robust validation accuracy has not risen for some epochs after the radius's warm-up.
 
     Training ends only after an epoch with validation, so that a patience below ``validate_every`` waits for the next
     one.
@@ -61,10 +63,11 @@ class Patience(Callback):
 
     def on_validation_end(self, row: EpochStats) -> None:
         """End training if the best epoch is too long ago."""
-        history = self.state.history
-        validated = [each for each in (*history.rows, row) if each.val_robust_acc is not None]
-        if row.val_robust_acc is None or history.stopped is not None:
+        history, is_warming_up = self.state.history, self.state.trainer.is_warming_up
+        if row.val_robust_acc is None or history.stopped is not None or is_warming_up(row.epoch):
             return
+        rows = [each for each in (*history.rows, row) if not is_warming_up(each.epoch)]
+        validated = [each for each in rows if each.val_robust_acc is not None]
         best = max(validated, key=lambda each: (each.val_robust_acc or 0.0, -each.epoch))
         if row.epoch - best.epoch >= self.epochs:
             count = row.epoch - best.epoch

@@ -135,8 +135,7 @@ class Loop:
                 raise
             for each in self.callbacks:
                 each.on_validation_end(row)
-            trainer.schedule.update(row)
-            trainer.apply_schedule()
+            trainer.update_schedule(row)
             state.finish_epoch(row)
             for each in self.callbacks:
                 each.on_epoch_end(row)

@@ -23,6 +23,8 @@ class Schedule:
 
     Attributes:
         steps: Attack steps in the next epoch.
+        guided: Whether the steps depend on l_X, which needs a constant radius: `update` is then not called for the
+            epochs of its warm-up.
         needs_epochs: Whether the steps depend on the run's number of epochs. If so, the run cannot be open-ended, and
             its number of epochs cannot be increased later.
         needs_accuracy: Whether the steps depend on training accuracy.

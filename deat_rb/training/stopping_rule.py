@@ -38,7 +38,7 @@ class StoppingRule:
     validation_steps = 0
 
     def update(self, stats: EpochStats) -> Stop | None:
-        """Return a `Stop` if training should end after this epoch, else None."""
+        """Return a `Stop` if training should end after this epoch, else None; not called in the radius's warm-up."""
         return None
 
     def state_dict(self) -> dict[str, Any]:

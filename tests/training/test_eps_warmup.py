@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torchattacks
 from fits import equal, weights
+from resumed_runs import Stops, outcome
 from small_runs import planned
-from training_problems import Positioned, images_and_labels, made
+from training_problems import Positioned, images_and_labels, made, normalized, run_config
 
 import deat_rb
 from deat_rb.methods.describe import describe
+from deat_rb.runs.directory import RunDirectory
 from deat_rb.runs.train import resume, train
 from deat_rb.training import validation
 from deat_rb.training.callbacks import Callback
+from deat_rb.training.history import History
 from deat_rb.training.metrics import BatchStats
-from deat_rb.utils.errors import DeatError
+from deat_rb.utils.errors import DeatError, Interrupted
 
 DATA = Positioned([images_and_labels(4)] * 2)
 
@@ -127,3 +133,73 @@ def test_eps_is_restored_if_a_step_fails() -> None:
     with pytest.raises(RuntimeError, match="stop at 0"):
         trainer.fit(DATA, epochs=1, lr=0.1)
     assert trainer.crafter.eps == 0.1
+
+
+def with_l_x(method: str, l_x: list[float], **options: Any) -> History:
+    """Train as many epochs as there are values, which are the epochs' l_X."""
+    trainer, script = deat_rb.create(method, made(), **options), list(l_x)
+    step = trainer.training_step
+
+    def scripted(*args: Any) -> BatchStats:
+        return replace(step(*args), l_x=torch.tensor(script.pop(0)))
+
+    trainer.__dict__["training_step"] = scripted
+    return trainer.fit([images_and_labels(4)], epochs=len(l_x), lr=1e-3, lr_schedule="flat")
+
+
+@pytest.mark.parametrize("method", ["m+u-fgsm", "m+n-fgsm"])
+def test_a_surge_of_l_x_ends_training_only_after_the_warm_up(method: str) -> None:
+    """R is (5710 - 2570) / 2 = 1570 and then (8880 - 3600) / 2 = 2640, more than 1.5 times that: m = 2 is epoch 7."""
+    surge = [2570.0, 3600.0, 5710.0, 8880.0]
+    history = with_l_x(method, [*surge, 9000.0, *surge, 9000.0], eps_warmup=5)
+    assert (len(history.rows), history.selected) == (9, 7)
+
+
+def test_a_guided_schedule_begins_after_the_warm_up() -> None:
+    """The second step comes after epoch 4, the threshold 1.01 * 40 = 40.4 after epoch 5; 41 in epoch 7 exceeds it."""
+    history = with_l_x("m+pgd", [1.0, 10.0, 100.0, 50.0, 40.0, 40.3, 41.0, 41.0], eps_warmup=3)
+    assert history.steps == [1, 1, 1, 1, 2, 2, 2, 3]
+
+
+def test_step_bounds_of_a_guided_schedule_begin_after_the_warm_up() -> None:
+    trainer = deat_rb.create("m+pgd", made(), eps_warmup=3)
+    assert trainer.step_bounds(6) == [(1, 1)] * 4 + [(2, 2), (2, 3)]
+    assert trainer.step_bounds(2) == [(1, 1)] * 2
+    assert deat_rb.create("deat-2", made(), eps_warmup=3).step_bounds(4) == [(1, 1), (1, 1), (2, 2), (2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("robust", "epochs"),
+    [([0.5] * 12, 8), ([0.9, 0.1, 0.1, 0.1, 0.1, 0.2, 0.3, 0.2, 0.3, 0.9], 9)],
+)
+def test_patience_begins_after_the_warm_up(robust: list[float], epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 2 epochs: the first to be compared is epoch 6, so that epoch 8, or 2 after the best one, is the last."""
+    script = list(robust)
+    monkeypatch.setattr(
+        validation, "validate", lambda *args, **options: validation.Validation(0.9, script.pop(0), 3, 2)
+    )
+    history = deat_rb.create("pgd-1", made(), eps_warmup=5).fit(
+        DATA, [images_and_labels(4)], epochs=12, lr=1e-3, lr_schedule="flat", patience=2
+    )
+    assert len(history.rows) == epochs
+    assert history.stopped == "robust validation accuracy has not risen for 2 epochs"
+
+
+def test_a_run_resumed_in_and_after_the_warm_up_equals_the_uninterrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two batches per epoch: the interruptions are in epoch 2, which is in the warm-up, and in epoch 4."""
+    monkeypatch.setattr(validation, "validate", lambda *args, **options: validation.Validation(0.9, 0.5, 3, 2))
+
+    def fit(run: RunDirectory, callbacks: Sequence[Callback] = ()) -> History:
+        return deat_rb.create("m+pgd", normalized(), eps_warmup=2, gamma=0.01).fit(
+            DATA, [images_and_labels(4)], run=run, resume=True, callbacks=callbacks, epochs=9, patience=2, lr=0.05
+        )
+
+    whole, pieces = (RunDirectory.create(tmp_path / name, run_config()) for name in ("whole", "pieces"))
+    assert fit(whole).steps == [1, 1, 1, 2, 2]
+    for batches in (3, 4):
+        with pytest.raises(Interrupted):
+            fit(pieces, [Stops(batches)])
+    fit(pieces)
+    assert outcome(pieces) == outcome(whole)
