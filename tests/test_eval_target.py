@@ -89,7 +89,9 @@ def test_open_target_notes_files_that_were_left_out(run_and_data: tuple[Path, Pa
 def test_open_target_notes_changed_data(run_and_data: tuple[Path, Path], tmp_path: Path) -> None:
     run, data = run_and_data
     moved = data.rename(tmp_path / "elsewhere")
-    with pytest.raises(DeatError, match="has no folder train"):
+    with pytest.raises(
+        DeatError, match=f"the folder of the images, {data}, does not exist: give its present place by --data-dir"
+    ):
         open_target(run)
     assert "note" not in open_target(run, data_dir=moved).provenance
     shutil.copy(moved / "test" / "red" / "0000.png", moved / "test" / "blue" / "0000.png")

@@ -54,6 +54,8 @@ def folder_layout(root: Path) -> FolderLayout:
     Raises:
         DeatError: A folder is missing or cannot be read, or there are several folders of validation images.
     """
+    if not _is_folder(root):
+        raise DeatError(f"the folder of the images, {root}, does not exist: give its present place by --data-dir")
     validation = [name for name in VALIDATION if _is_folder(root / name)]
     if len(validation) > 1:
         raise DeatError(f"--data-dir {root} has the folders {' and '.join(validation)}: keep only one of them")

@@ -225,9 +225,11 @@ def open_image(path: Path) -> OpenedImage:
             if mode.startswith(("I", "F")):
                 raise DeatError(f"{path} has more than 8 bits per value, which Pillow would clip at 255: "
                                 "convert it to 8 bits")  # fmt: skip
-            image.load()
             with contextlib.suppress(Exception):  # an intact image may have damaged EXIF data
-                turned = image.getexif().get(ORIENTATION, 1) in range(2, 9)
+                turned = kind == "TIFF" and _is_turned(image)  # load() turns a TIFF, and removes the orientation
+            image.load()
+            with contextlib.suppress(Exception):
+                turned = turned or _is_turned(image)
                 ImageOps.exif_transpose(image, in_place=True)
             rgb, transparent = _to_rgb(image)
     except DeatError:
@@ -242,6 +244,10 @@ def open_image(path: Path) -> OpenedImage:
             raise DeatError(f"{path} cannot be read: {error.strerror}") from error
         raise DeatError(f"{path} cannot be read as an image: repair or remove it") from error
     return OpenedImage(rgb, mode, kind, turned, transparent)
+
+
+def _is_turned(image: Image.Image) -> bool:
+    return image.getexif().get(ORIENTATION, 1) in range(2, 9)
 
 
 def _to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:

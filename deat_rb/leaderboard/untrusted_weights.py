@@ -15,6 +15,7 @@ from deat_rb.models.spec import ModelSpec, NormalizedModel
 from deat_rb.models.weights import check_weights
 from deat_rb.utils import seeding
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.module_state import load_tensors_into
 from deat_rb.utils.safe_load import load_state_dict, load_tensors, save_tensors
 
 MAX_WEIGHTS = 2 * 2**30
@@ -83,7 +84,7 @@ def load_checked(path: Path, spec: ModelSpec, *, source: Path) -> NormalizedMode
     declared = _normalization(model)
     weights = check_weights(model, load_tensors(path), source=str(source))
     _check_values(model, weights, source)
-    model.load_state_dict(weights)
+    load_tensors_into(model, weights)
     if not torch.allclose(declared, _normalization(model), atol=1e-5):
         raise DeatError(f"{source} contains the normalization {_format(_normalization(model))}, but {_format(declared)}"
                         " is declared: submit the matching weights")  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from deat_rb.models.names import PREACTRESNET18, PREACTRESNET18_BN, RESNET18
 from deat_rb.models.spec import NormalizedModel
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.module_state import load_tensors_into
 
 _STATISTICS = {"mu": "mu", "mean": "mu", "_mean": "mu", "new_mean": "mu", "means": "mu",
                "sigma": "sigma", "std": "sigma", "_std": "sigma", "new_std": "sigma", "stds": "sigma", "sds": "sigma",
@@ -21,6 +22,9 @@ _MARKS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_modu
 
 _WRAPPED = re.compile(r"^(?:(?:module|model|net|_orig_mod)\.)+(?=.)")
 """Prefixes of DataParallel, DDP, AveragedModel, Lightning and torch.compile."""
+
+_DENSE_LAYER = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.([12]\.)")
+"""Start of a tensor's name in a DenseNet that was trained with the first versions of PyTorch."""
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
@@ -37,7 +41,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
     Raises:
         DeatError: See `check_weights`.
     """
-    model.load_state_dict(check_weights(model, tensors, source=source))
+    load_tensors_into(model, check_weights(model, tensors, source=source))
 
 
 def with_new_head(
@@ -144,7 +148,7 @@ def _unwrapped(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         yield {**statistics, **current}
         statistics = {**_statistics(current), **statistics}
         step = {name: tensor for name, tensor in current.items() if not _is_statistic(name, current)}
-        for change in (_without_bookkeeping, _without_prefixes, _without_common_component):
+        for change in (_without_bookkeeping, _as_torchvision_loads, _without_prefixes, _without_common_component):
             changed = change(step)
             if changed.keys() != step.keys():
                 step = changed
@@ -178,6 +182,11 @@ def _without_bookkeeping(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.rpartition(".")[2] != "n_averaged"
         and not (attacker and name.removeprefix("module.").startswith("attacker."))
     }
+
+
+def _as_torchvision_loads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors of torchvision's files of DenseNets as its networks do on loading."""
+    return {_DENSE_LAYER.sub(r"\1\2", name): tensor for name, tensor in tensors.items()}
 
 
 def _without_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from deat_rb.training.checkpoint import host_copies
 from deat_rb.training.history import History
 from deat_rb.training.metrics import EpochStats
 from deat_rb.training.state import EpochWeights
+from deat_rb.utils.module_state import load_tensors_into
 
 
 class BestWeights(Callback):
@@ -47,7 +48,7 @@ class BestWeights(Callback):
         best = self._best() if self.select == "best" else None
         selected = best or self.state.recent[-1]
         history.selected = selected.row.epoch
-        self.state.model.load_state_dict(selected.weights)
+        load_tensors_into(self.state.model, selected.weights)
 
     def write(self) -> None:
         """Start writing the best and the last weights to the run, unless its files already hold them."""

@@ -161,18 +161,20 @@ class Engine:
         """Average the buffers over all ranks.
 
         BatchNorm's running statistics are averages of each batch's, so it is enough to average them before they are
-        read; the result differs only by rounding. Other buffers are averaged after each batch.
+        read, unless it computes them over all ranks; the result differs only by rounding. Other buffers are averaged
+        after each batch.
 
         Args:
             model: The model.
             average: The averaged weights, whose buffers count as statistics.
             statistics: Whether to average statistics; if False, only other buffers.
         """
-        if self.world.size == 1 or self.sync_bn:
+        if self.world.size == 1:
             return
+        is_averaged = statistics and not self.sync_bn
         buffers: list[Tensor] = []
         for module in model.modules():
-            if statistics or not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if is_averaged or not isinstance(module, nn.modules.batchnorm._BatchNorm):
                 constant = getattr(module, "constant_buffers", ())
                 buffers += [each for name, each in module.named_buffers(recurse=False) if name not in constant]
         if statistics and average is not None:

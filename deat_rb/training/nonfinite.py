@@ -17,6 +17,7 @@ from deat_rb.training.metrics import BatchStats, EpochStats
 from deat_rb.training.optimizers import optimizer_tensors
 from deat_rb.training.state import TrainingState
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.module_state import load_tensors_into
 
 CHECK_EVERY = 10.0
 """Seconds between checks within an epoch; each check synchronizes with the device."""
@@ -122,7 +123,7 @@ class NonFiniteMonitor(Callback):
         good = "no epoch has finished yet"
         if state.recent:
             good = f"the model has the weights of epoch {state.recent[-1].row.epoch}"
-            state.model.load_state_dict(state.recent[-1].weights)
+            load_tensors_into(state.model, state.recent[-1].weights)
         with contextlib.suppress(DeatError):
             state.writer.wait()
         if state.saved is not None:
@@ -147,7 +148,7 @@ class Snapshot:
 
     def restore(self) -> None:
         """Restore the copied state."""
-        self._trainer.model.load_state_dict(self._model)
+        load_tensors_into(self._trainer.model, self._model)
         for tensor, before in self._optimizer:
             tensor.copy_(before)
         if self._average is not None:

@@ -28,6 +28,7 @@ from deat_rb.training.run_store import RunStore
 from deat_rb.training.stopping_rule import Stop
 from deat_rb.utils.distributed import World
 from deat_rb.utils.errors import DeatError
+from deat_rb.utils.module_state import load_tensors_into
 from deat_rb.utils.options import OPEN
 from deat_rb.utils.records import describe_validation_error
 from deat_rb.utils.text import counted
@@ -261,7 +262,7 @@ def restore(state: TrainingState, checkpoint: Checkpoint, saved: SavedState) -> 
         expected = state.model.state_dict()
         state.epoch, state.batch, state._seconds = saved.epoch, saved.batch, saved.spent
         state.skipped, state.history.stopped = saved.skipped, saved.stopped
-        state.model.load_state_dict(checkpoint.take_like("model", expected))
+        load_tensors_into(state.model, checkpoint.take_like("model", expected))
         checkpoint.take_optimizer(state.optimizer)
         set_rate(state.optimizer, saved.lr)
         state.trainer.load_state_dict(saved.trainer, checkpoint.take("trainer"))

@@ -26,6 +26,9 @@ from deat_rb.training.surrogate_loss import WeightedLoss
 from deat_rb.utils.cuda_graphs import KNOWN, WARM_UPS, package_of, unknown_module
 from deat_rb.utils.errors import DeatError
 
+MODULE_SETTINGS = ("training", "p", "drop_prob", "momentum", "eps")
+"""Settings of modules that a recorded step fixes and a callback may change, such as the probability of dropout."""
+
 Step = Callable[[], BatchStats]
 
 
@@ -158,7 +161,7 @@ class StepRunner:
         model = self.trainer.model
         return (
             self.trainer.step_settings(),
-            *(module.training for module in model.modules()),
+            *(tuple(map(vars(module).get, MODULE_SETTINGS)) for module in model.modules()),
             *(parameter.requires_grad for parameter in model.parameters()),
             *(
                 tuple((name, value) for name, value in group.items() if isinstance(value, int | float | tuple | None))

@@ -16,6 +16,19 @@ from deat_rb.utils.errors import DeatError
 T = TypeVar("T", Tensor | None, nn.Parameter | None)
 
 
+def load_tensors_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load a plain dict of a model's tensors.
+
+    What `torch.nn.Module.state_dict` returns also has the versions of the modules, without which some refuse to load.
+
+    Raises:
+        RuntimeError: A name is unknown or a shape is wrong.
+    """
+    state = model.state_dict()
+    state.update(tensors)
+    model.load_state_dict(state)
+
+
 @contextmanager
 def preserve_modes(model: nn.Module) -> Iterator[None]:
     """Restore the train or eval mode of every module on exit."""

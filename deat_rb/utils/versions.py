@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 
-DISTRIBUTIONS = ("deat-rb", "torch", "torchvision", "torchattacks", "robustbench", "pyautoattack")
+DISTRIBUTIONS = ("deat-rb", "torch", "torchvision", "timm", "torchattacks", "robustbench", "pyautoattack")
 
 
 def version(distribution: str) -> str:

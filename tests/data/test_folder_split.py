@@ -153,14 +153,15 @@ def test_info_of_a_split_folder(tmp_path: Path) -> None:
     turned[0x0112] = 6
     image = Image.new("RGBA", (2, 9), (9, 8, 7, 100))
     image.save(root / "train" / "b" / "turned.png", exif=turned)
+    image.convert("RGB").save(root / "train" / "b" / "turned.tif", tiffinfo={0x0112: 6})
     (root / "train" / "a" / "notes.txt").touch()
     info = folder_info(root)
     train = info.parts["train"]
-    assert (train.classes, info.parts["test"].classes) == ({"a": 12, "b": 3}, {"a": 3, "b": 1})
+    assert (train.classes, info.parts["test"].classes) == ({"a": 12, "b": 4}, {"a": 3, "b": 1})
     assert (min(train.widths), max(train.widths)) == (4, 15)
     assert 9 in train.widths, "after the orientation is applied"
-    assert train.modes == {"RGB": 13, "L": 1, "RGBA": 1}
-    assert (train.turned, train.transparent) == (1, 1)
+    assert train.modes == {"RGB": 14, "L": 1, "RGBA": 1}
+    assert (train.turned, train.transparent) == (2, 1)
     assert info.across_parts() == [[("train", "a", "train/a/0.png"), ("test", "a", "test/a/same.tif")]]
     assert info.across_classes() == [[("train", "a", "train/a/1.png"), ("train", "b", "train/b/same.png")]]
     assert info.skipped == {".txt": 1}
@@ -168,7 +169,7 @@ def test_info_of_a_split_folder(tmp_path: Path) -> None:
     shown = cli("info", root)
     assert shown.exit_code == 0
     joined = " ".join(shown.output.split())
-    for text in ("train: 15 images in 2 classes", "1 group of identical images in several parts", "1 rotated by EXIF",
+    for text in ("train: 16 images in 2 classes", "1 group of identical images in several parts", "2 rotated by EXIF",
                  "test/a/same.tif", "1 file skipped: .txt (1)"):  # fmt: skip
         assert text in joined
     assert max(map(len, shown.output.splitlines())) <= 80

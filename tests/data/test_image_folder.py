@@ -138,7 +138,7 @@ def test_folder_needs_train_and_test(folder: Path, part: str) -> None:
 
 
 def test_folder_refuses_a_missing_path(tmp_path: Path) -> None:
-    with pytest.raises(DeatError, match=f"--data-dir {tmp_path / 'nowhere'} has no folder train"):
+    with pytest.raises(DeatError, match=f"the folder of the images, {tmp_path / 'nowhere'}, does not exist: give"):
         load(tmp_path / "nowhere")
 
 

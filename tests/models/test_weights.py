@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import re
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -273,6 +274,40 @@ def test_load_weights_says_names_differ_apart_from_shapes() -> None:
         load_weights(model, renamed, source="a.pt")
     with pytest.raises(DeatError, match=r"number of classes: shapes differ \(net\.4\.weight \(3, 4\) instead"):
         load_weights(build_model("my_networks:small", num_classes=5), model.state_dict(), source="a.pt")
+
+
+class Versioned(nn.Linear):
+    """A layer that loads weights of its own version only, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+        if local_metadata.get("version") != 2:
+            raise ValueError("version should be set to 2")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def test_load_weights_into_a_network_that_asks_for_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def versioned(num_classes: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), Versioned(3 * 32 * 32, num_classes))
+
+    monkeypatch.setattr("my_networks.versioned", versioned, raising=False)
+    model = build_model("my_networks:versioned", num_classes=3)
+    new = shifted(model)
+    load_weights(model, new, source="a.pt")
+    assert all(torch.equal(tensor, new[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_load_weights_of_torchvisions_densenet_files(prefix: str) -> None:
+    """Their names are those of the first versions of PyTorch, which torchvision replaces on loading."""
+    model = build_model("torchvision:densenet121", num_classes=10)
+    new = shifted(model)
+    old = {re.sub(r"(norm|conv)([12])\.", r"\1.\2.", name.removeprefix("net.")): tensor for name, tensor in new.items()
+           if name.startswith("net.")}  # fmt: skip
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    load_weights(model, {f"{prefix}{name}": tensor for name, tensor in old.items()}, source="a.pt")
+    assert all(torch.equal(tensor, new[name]) for name, tensor in model.net.state_dict(prefix="net.").items())
 
 
 def test_load_weights_takes_one_mean_for_all_channels() -> None:

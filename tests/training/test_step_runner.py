@@ -197,8 +197,10 @@ def test_a_change_that_a_graph_cannot_see_records_anew() -> None:
     assert recordings() == 5
     trainer.steps = 3
     assert recordings() == 6
+    vars(model[1])["momentum"] = 0.2
+    assert recordings() == 7
     runner(images[:4], labels[:4], 4)  # a short batch does not
-    assert recordings(1) == 6
+    assert recordings(1) == 7
 
 
 def test_statistics_are_not_overwritten_by_the_next_step() -> None:
