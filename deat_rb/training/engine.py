@@ -20,7 +20,7 @@ from deat_rb.training.averaging import WeightAverage
 from deat_rb.training.batch_counters import BatchCounters
 from deat_rb.training.cuda_graphs import Graphs
 from deat_rb.utils.device_copier import DeviceCopier
-from deat_rb.utils.devices import Precision, check_sync_bn
+from deat_rb.utils.devices import Precision, check_sync_bn, preserved_float32_precision
 from deat_rb.utils.distributed import World
 
 # Turned off because `Engine.sync_buffers` averages the buffers; torch 2.15 renamed the argument.
@@ -332,13 +332,9 @@ def fast_gpu_math(device: torch.device, *, autotune: bool = True) -> Iterator[No
     if device.type != "cuda":
         yield
         return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        with _cudnn_benchmark(autotune):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with preserved_float32_precision(), _cudnn_benchmark(autotune):
+        torch.set_float32_matmul_precision("high")
+        yield
 
 
 @contextmanager

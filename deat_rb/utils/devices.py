@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 
@@ -111,8 +111,10 @@ def default_batch_size(device: torch.device) -> int:
 
 def uses_tf32(device: torch.device) -> bool:
     """Return whether convolutions in float32 are computed in TF32, as torch does by default on NVIDIA's GPUs."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    return nvidia and torch.backends.cudnn.allow_tf32 and torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] < 8:
+        return False
+    cudnn: Any = torch.backends.cudnn
+    return bool(cudnn.conv.fp32_precision == "tf32" if _newer_settings() else cudnn.allow_tf32)
 
 
 @contextmanager
@@ -128,11 +130,46 @@ def _without_tf32(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    with preserved_float32_precision():
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        for each in _newer_settings():
+            each.fp32_precision = "ieee"
+        yield
+
+
+@contextmanager
+def preserved_float32_precision() -> Iterator[None]:
+    """Restore on exit in which precision a GPU computes in float32.
+
+    torch 2.9 and later have a second API for it. Getters of the first, whose setters change both, raise an error while
+    the two disagree.
+    """
+    newer = [(each, each.fp32_precision) for each in _newer_settings()]
+    for each, _ in newer:
+        each.fp32_precision = "ieee"  # with which the first API's products always agree
+    matmul = torch.get_float32_matmul_precision()
+    try:
+        convolutions = torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # it is not False, with which ieee would agree
+        convolutions = True
+
+    def restore() -> None:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolutions
+        for each, precision in newer:
+            each.fp32_precision = precision
+
+    restore()
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+        restore()
+
+
+def _newer_settings() -> list[Any]:
+    """Return the settings of torch's second API that the first API changes, too; none before torch 2.9."""
+    backends: Any = torch.backends
+    if not hasattr(backends.cudnn, "conv"):
+        return []
+    return [backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.cudnn.rnn]
