@@ -99,9 +99,9 @@ def main() -> None:
     save(figure, part, "WRN-10-1, 20,000 CIFAR-10 (JPEG) images, eps 8/255, one seed, 2,000 test images", "recipes.png")
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True, sharey=True)
-    draw_cost(left, everything, "PGD-100", 10000)
+    draw_cost(left, everything, "CW-20", 10000)
     for number, row in enumerate(everything, 1):
-        draw_point(right, row, "PGD-100", row.accuracy["natural"], number, 10000)
+        draw_point(right, row, "CW-20", row.accuracy["natural"], number, 10000)
     right.set(xlabel="natural accuracy, %")
     title = "WRN-10-1, 49,000 CIFAR-10 (JPEG) images, eps 8/255, one seed, 10,000 test images"
     save(figure, everything, title, "recipes-all.png")
