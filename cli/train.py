@@ -136,7 +136,8 @@ def _recorded(config: Path, explicit: dict[str, Any], trust_code: bool) -> dict[
     """
     from deat_rb.methods.registry import recipe
     from deat_rb.models.names import canonical_arch, check_trust
-    from deat_rb.runs.options import read_options
+    from deat_rb.runs.options import make_options, read_options
+    from deat_rb.runs.resolution import method_defaults
 
     recorded = read_options(config)
     if "arch" not in explicit and "arch" in recorded:
@@ -153,6 +154,17 @@ def _recorded(config: Path, explicit: dict[str, Any], trust_code: bool) -> dict[
             raise DeatError(
                 f"{given} conflicts with --config, as {config} holds the options of {held}: omit --config and give "
                 "the options you want to keep"
+            )
+    for option in sorted(explicit.keys() & {"steps", "epochs"}):
+        held = {name: value for name, value in explicit.items() if name != option} | recorded
+        both = held, held | {option: explicit[option]}
+        before, now = (method_defaults(make_options(each))[1] for each in both)
+        kept = [name for name in recorded.keys() - explicit.keys() if before.get(name) != now.get(name)]
+        if kept:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(kept))
+            raise DeatError(
+                f"--{option} {explicit[option]} changes the default of {flags}, which {config} holds: "
+                f"give {'it' if len(kept) == 1 else 'them'}, too, or omit --config"
             )
     return recorded
 

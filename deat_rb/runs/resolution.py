@@ -50,9 +50,7 @@ def resolve(options: TrainOptions) -> TrainOptions:
     explicit, dataset, device_name = options.explicit(), options.data.dataset, options.runtime.device
     defaults = dataset_defaults(dataset)
     method, row = recipe(_for_dataset(options.attack.method, dataset))
-    arch = canonical_arch(explicit.get("arch", default_arch(dataset, options.attack.setting)))
-    setting = setting_defaults(options.attack.setting, row.with_steps(options.attack.steps), arch)
-    setting["epochs"] *= defaults.epoch_factor
+    arch, setting = method_defaults(options)
     check_trackers(options.output.track)
     norm = explicit.get("norm", own_norm(row))
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -75,8 +73,6 @@ def resolve(options: TrainOptions) -> TrainOptions:
         "batch_size": defaults.batch_size,
         "augment": defaults.augment,
         **setting,
-        **(ANYTIME if explicit.get("epochs") == OPEN else {}),
-        **optimizer_defaults(explicit.get("optimizer")),
         **explicit,
         "method": method,
         "data_dir": _absolute(options.data.data_dir),
@@ -107,6 +103,17 @@ def resolve(options: TrainOptions) -> TrainOptions:
         raise DeatError(f"--extra-fraction {resolved.data.extra_fraction:g} requires --extra-data: give both")
     _check_arch(resolved)
     return resolved
+
+
+def method_defaults(options: TrainOptions) -> tuple[str, dict[str, Any]]:
+    """Return the architecture, and what follows from it, the setting, method, steps, epochs and optimizer."""
+    explicit, dataset = options.explicit(), options.data.dataset
+    _, row = recipe(_for_dataset(options.attack.method, dataset))
+    arch = canonical_arch(explicit.get("arch", default_arch(dataset, options.attack.setting)))
+    defaults = setting_defaults(options.attack.setting, row.with_steps(options.attack.steps), arch)
+    defaults["epochs"] *= dataset_defaults(dataset).epoch_factor
+    anytime = ANYTIME if explicit.get("epochs") == OPEN else {}
+    return arch, defaults | anytime | optimizer_defaults(explicit.get("optimizer"))
 
 
 def _check_trainer(method: str, row: Recipe, options: TrainOptions) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -85,6 +87,35 @@ def test_config_refuses_options_on_which_the_defaults_of_others_depend(flags: li
     config.write_text(run_config(dataset="cifar10", setting="fast").model_dump_json())
     said = refusal("--config", config, "--trust-code", *flags)
     assert f"{' '.join(flags)} conflicts with --config, as {config} holds the options of" in said
+
+
+@pytest.mark.parametrize(
+    ("recorded", "option", "value", "too", "others"),
+    [  # YOPO's learning rate is 0.2 / m; FREE's epochs in fastat are 200 / R, twice that on digits
+        ({"method": "yopo-5-3", "lr": 0.04}, "--steps", "2", "--lr", ["0.1"]),
+        ({"method": "free-4", "setting": "fastat", "epochs": 100}, "--steps", "8", "--epochs", ["50"]),
+        ({"method": "m-deat", "epochs": 22, "lr": 0.1}, "--epochs", "open", "--lr", ["0.05"]),
+        ({"method": "m-deat", "epochs": "open", "lr": 0.05}, "--epochs", "22", "--lr", ["0.1"]),
+    ],
+)
+def test_config_refuses_steps_and_epochs_on_which_what_it_holds_depends(
+    recorded: dict[str, Any], option: str, value: str, too: str, others: list[str], tmp_path: Path
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(recorded))
+    said = refusal("--config", config, option, value, "--dry-run")
+    expected = f"{option} {value} changes the default of {too}, which {config} holds: give it, too, or omit --config"
+    assert said == expected
+    said = refusal("--config", config, option, value, too, *others, "--eps", "5", "--dry-run")
+    assert said.startswith("--eps"), "the next option is refused"
+
+
+def test_config_takes_another_number_of_steps_or_epochs_that_changes_no_default(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    for recorded in ({"method": "pgd-7", "lr": 0.1}, {"method": "yopo-5-3", "optimizer": "adamw", "lr": 0.001}):
+        config.write_text(json.dumps(recorded))
+        said = refusal("--config", config, "--steps", "2", "--epochs", "3", "--eps", "5", "--dry-run")
+        assert said.startswith("--eps"), "the next option is refused"
 
 
 @pytest.mark.parametrize("flags", [["--arch", "WRN10-1"], ["--method", "M+TRADE"]])
