@@ -35,6 +35,7 @@ from torch import Tensor
 from deat_rb.models.names import trust_flag
 from deat_rb.models.spec import ModelSpec
 from deat_rb.runs.config import RunConfig
+from deat_rb.training.early_stopping import NOT_RISEN
 from deat_rb.training.metrics import EpochStats
 from deat_rb.utils.errors import DeatError, UnwritableError
 from deat_rb.utils.files import atomic_write, read_json, sha256_file, write_json
@@ -192,8 +193,8 @@ class RunDirectory:
             return None
         if optim.epochs == OPEN or not rows or len(rows) >= optim.epochs:
             return None
-        may_stop = optim.early_stopping or optim.patience is not None
-        if may_stop and rows[-1].stopped is not None:
+        stopped = rows[-1].stopped  # with --no-early-stopping, a stopping rule's reason is only recorded
+        if stopped is not None and (optim.early_stopping or stopped.startswith(NOT_RISEN)):
             return None
         return f"{len(rows)} of {counted(optim.epochs, 'epoch')}"
 

@@ -34,7 +34,12 @@ def run(tmp_path: Path) -> RunDirectory:
         ({"epochs": 1}, None, None),
         ({"epochs": 6}, "l_X rose", None),
         ({"epochs": 6, "early_stopping": False}, "l_X rose", "1 of 6 epochs"),
-        ({"epochs": 6, "early_stopping": False, "patience": 1}, "accuracy has not risen", None),
+        ({"epochs": 6, "early_stopping": False, "patience": 9}, "l_X rose", "1 of 6 epochs"),
+        (
+            {"epochs": 6, "early_stopping": False, "patience": 1},
+            "robust validation accuracy has not risen for 1 epoch",
+            None,
+        ),
         ({"epochs": "open", "lr_schedule": "flat", "ema": 0.9}, None, None),
     ],
 )
