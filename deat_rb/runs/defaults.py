@@ -72,7 +72,7 @@ DEFAULT_TEXTS = {
     "epochs": "setting's: 10 to 15 fast, by method; 50 standard; 100 fastat (free-R 200/R, deat 50); digits twice that",
     "ema": "off; 0.9995 fastat",
     "label_smoothing": "0 (fgsm-pgi 0.4, liet 0.6); 0.4 fastat (liet 0.6)",
-    "gamma": "setting's: 1.0 fast with preactresnet18, else 1.01",
+    "gamma": "setting's: 1.0 fast with preactresnet18, else 1.01; 1.5 m+u-fgsm and m+n-fgsm",
     "val_size": "2 % of the images, at most 1,000 and at least 100 (20 % of fewer than 500)",
     **{
         name: "setting's: " + ", ".join(f"{getattr(row, name)} {setting}" for setting, row in SETTINGS.items())

@@ -107,8 +107,9 @@ class AttackConfig(OptionGroup):
     )
     max_steps: int | None = option(None, "Maximum number of attack steps of a schedule.", default_text="method's", ge=1)
     gamma: float | None = option(
-        None, "Threshold factor gamma of the gradient-magnitude schedule.", gt=0, allow_inf_nan=False
-    )
+        None, "Threshold factor gamma of the gradient-magnitude schedule, or of the stopping rule by gradient "
+        "magnitude.", gt=0, allow_inf_nan=False,
+    )  # fmt: skip
     beta: float | None = option(
         None, "Weight of the regularization term of TRADES and MART.", default_text="method's: 6", ge=0,
         allow_inf_nan=False,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from deat_rb.methods.build import configure
-from deat_rb.methods.registry import recipe
+from deat_rb.methods.registry import known_methods, recipe
 from deat_rb.runs.defaults import dataset_defaults, default_arch, setting_defaults
-from deat_rb.runs.options import make_options
+from deat_rb.runs.options import make_options, train_options
 from deat_rb.runs.resolution import resolve
 from deat_rb.utils.errors import DeatError
 
@@ -107,3 +107,11 @@ def test_dataset_defaults_are_the_papers_but_for_digits() -> None:
         assert defaults.epoch_factor == 1
     with pytest.raises(DeatError, match="unknown dataset 'cifar': did you mean 'cifar10'"):
         dataset_defaults("cifar")
+
+
+def test_gamma_is_documented_for_schedules_and_for_stopping_rules() -> None:
+    gamma = next(each for each in train_options() if each.name == "gamma")
+    stopping = {name: recipe(name)[1].stopping_options.get("gamma") for name in known_methods()}
+    assert {name: value for name, value in stopping.items() if value} == {"m+u-fgsm": 1.5, "m+n-fgsm": 1.5}
+    assert "; 1.5 m+u-fgsm and m+n-fgsm" in str(gamma.default)
+    assert "stopping rule" in gamma.help
