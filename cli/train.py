@@ -118,7 +118,10 @@ def train(
         return
     with TrainingProgress(seeds=seeds or ()) as progress:
         where: dict[str, Any] = {"output": output, "name": name, "callbacks": [progress]}
-        results = train_seeds(options, seeds, data=planned.data, **where) if seeds else [run_training(planned, **where)]
+        if seeds:
+            results = train_seeds(options, seeds, data=planned.data, extra=planned.extra, **where)
+        else:
+            results = [run_training(planned, **where)]
     if not is_main():
         return
     for run, history in results:

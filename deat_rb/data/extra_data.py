@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,9 @@ class ExtraData:
     images: ImageSet
     mapped: bool
 
+    @cached_property
     def fingerprint(self) -> str:
-        """Return the SHA-256 of all images and labels."""
+        """The SHA-256 of all images and labels."""
         digest = hashlib.sha256(repr(tuple(self.images.images.shape)).encode())
         for start in range(0, len(self.images), CHUNK):
             digest.update(self.images.images[start : start + CHUNK].permute(0, 2, 3, 1).contiguous().numpy().data)

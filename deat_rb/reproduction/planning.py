@@ -175,4 +175,4 @@ def _fingerprint(config: RunConfig, name: str, path: str) -> str:
         return load_data(data.dataset, data_dir=path, image_size=data.image_size, memory_limit=data.memory_limit,
                          test_only=True).fingerprint  # fmt: skip
     shape = (network.channels, network.image_size, network.image_size)
-    return load_extra_data(path, shape=shape, num_classes=network.num_classes).fingerprint()
+    return load_extra_data(path, shape=shape, num_classes=network.num_classes).fingerprint

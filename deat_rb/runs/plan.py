@@ -103,7 +103,8 @@ class TrainingPlan:
         steps = None if epochs == OPEN else self.trainer.step_bounds(epochs)
         if steps is None:
             return None
-        sizes = [config.data.batch_size] * last + [len(self.train) - last * config.data.batch_size]
+        size = config.data.batch_size
+        sizes = [size] * last + [len(self.train) - last * size if self.extra is None else size]
         fewest, most = (
             self.trainer.costs(sum(each), epochs, sizes, config.network.num_classes)
             for each in zip(*steps, strict=True)
@@ -257,6 +258,7 @@ def plan(
     started: bool = False,
     dry: bool = False,
     data: Dataset | None = None,
+    extra: ExtraData | None = None,
     progress: Progress | None = None,
 ) -> TrainingPlan:
     """Resolve options, load the data and build the model; write nothing.
@@ -270,6 +272,7 @@ def plan(
         dry: Whether the plan is only displayed, not trained. No dataset or pretrained weights are then downloaded, and
             of a folder only the images needed to check the attack are decoded.
         data: The dataset, if it was already loaded with these options.
+        extra: The images of ``extra_data``, likewise.
         progress: Called with the number of decoded images and the total, if images are not kept in memory.
 
     Raises:
@@ -292,10 +295,10 @@ def plan(
             f"--curve-test {resolved.output.curve_test} is more than the {len(data.test)} test images; give fewer"
         )
     train, val = _split(data, resolved.data, resolved.optim.seed)
-    extra = None
     if resolved.data.extra_data is not None:
-        extra = load_extra_data(resolved.data.extra_data, shape=train.shape, num_classes=len(data.classes),
-                                memory_limit=resolved.data.memory_limit)  # fmt: skip
+        if extra is None:
+            extra = load_extra_data(resolved.data.extra_data, shape=train.shape, num_classes=len(data.classes),
+                                    memory_limit=resolved.data.memory_limit)  # fmt: skip
         check_share(extra.images, train.shape, resolved.data.extra_fraction or 0.0, resolved.data.batch_size)
     decoded = not dry or data.known_fingerprint is not None  # normalization and fingerprint take all images
     mean, std = _normalization(data, resolved, decoded)
@@ -306,7 +309,7 @@ def plan(
         "classes": data.classes,
         "network": spec,
         "data_fingerprint": data.fingerprint if decoded else "",
-        "extra_fingerprint": None if extra is None or dry else extra.fingerprint(),
+        "extra_fingerprint": None if extra is None or dry else extra.fingerprint,
         "init_sha256": None if weights is None else weights.sha256(),
         "train_images": len(train),
         "val_images": len(val),

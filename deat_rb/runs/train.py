@@ -15,6 +15,7 @@ import torch
 
 from deat_rb.data.batches import Batches
 from deat_rb.data.datasets import Dataset
+from deat_rb.data.extra_data import ExtraData
 from deat_rb.data.images import interleave_classes
 from deat_rb.data.validation_images import ValidationImages
 from deat_rb.models.names import check_trust
@@ -242,6 +243,7 @@ def train_seeds(
     name: str | None = None,
     callbacks: Sequence[Callback] = (),
     data: Dataset | None = None,
+    extra: ExtraData | None = None,
 ) -> list[tuple[RunDirectory, History]]:
     """Train once with each of several seeds.
 
@@ -252,6 +254,7 @@ def train_seeds(
         name: Prefix of the runs' names, followed by ``-s`` and the seed.
         callbacks: Called during training, on rank 0.
         data: The dataset, if it was already loaded.
+        extra: The images of ``extra_data``, likewise.
 
     Raises:
         DeatError: An option or the data are invalid, or a name is taken; nothing has been written then.
@@ -260,8 +263,8 @@ def train_seeds(
         twice = [seed for seed, count in Counter(seeds).items() if count > 1]
         problem = f"has {twice[0]} twice: remove the duplicates" if twice else "is empty: give seeds such as 0,1,2"
         raise DeatError(f"--seeds {','.join(map(str, seeds))} {problem}")
-    plans = [plan(options.but(seed=seeds[0]), data=data)]
-    plans += [plan(options.but(seed=seed), data=plans[0].data) for seed in seeds[1:]]
+    plans = [plan(options.but(seed=seeds[0]), data=data, extra=extra)]
+    plans += [plan(options.but(seed=seed), data=plans[0].data, extra=plans[0].extra) for seed in seeds[1:]]
     names = [f"{name}-s{p.config.optim.seed}" if name else default_name(p.config) for p in plans]
     for each in names:
         check_free(Path(output) / each)

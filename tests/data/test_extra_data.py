@@ -64,10 +64,10 @@ def test_fingerprint_depends_on_images_and_labels_only(tmp_path: Path) -> None:
     given = arrays()
     np.savez(tmp_path / "a.npz", **given)
     np.savez_compressed(tmp_path / "b.npz", **given)
-    a, b = (load(tmp_path / name).fingerprint() for name in ("a.npz", "b.npz"))
+    a, b = (load(tmp_path / name).fingerprint for name in ("a.npz", "b.npz"))
     given["label"][7] = (given["label"][7] + 1) % 4
     np.savez(tmp_path / "c.npz", **given)
-    assert a == b != load(tmp_path / "c.npz").fingerprint()
+    assert a == b != load(tmp_path / "c.npz").fingerprint
 
 
 class _Attack:

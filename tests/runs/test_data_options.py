@@ -16,12 +16,14 @@ from small_runs import SMALL, identical
 from small_runs import planned as small_plan
 
 from deat_rb import create
+from deat_rb.data.extra_data import ExtraData, load_extra_data
 from deat_rb.leaderboard.training_record import training_command, training_facts
 from deat_rb.models.spec import build_model
 from deat_rb.runs.directory import RunDirectory
 from deat_rb.runs.options import make_options
-from deat_rb.runs.plan import plan
-from deat_rb.runs.train import resume, train
+from deat_rb.runs.plan import TrainingPlan, plan
+from deat_rb.runs.train import resume, train, train_seeds
+from deat_rb.training.history import History
 from deat_rb.utils.errors import DeatError, Interrupted
 
 pytestmark = pytest.mark.usefixtures("without_curves")
@@ -112,7 +114,7 @@ def test_run_records_its_extra_data_and_resumes_with_the_same_only(tmp_path: Pat
     with pytest.raises(Interrupted):
         train(planned, output=tmp_path, name="run", callbacks=[Stops(3)])
     run = RunDirectory.open(tmp_path / "run")
-    assert run.config.extra_fingerprint == planned.extra.fingerprint() if planned.extra else None
+    assert run.config.extra_fingerprint == planned.extra.fingerprint if planned.extra else None
     assert run.rows()[0].examples == 64
     assert training_facts(run.config, [])["additional_data"] is True
     assert "--extra-data extra.npz --extra-fraction 0.7" in training_command(run.config)
@@ -139,3 +141,39 @@ def test_plan_refuses_extra_data(tmp_path: Path) -> None:
     with pytest.raises(DeatError, match=r"^31 training images are fewer than a batch of 32; reduce --batch-size$"):
         small_plan(extra_data=enough, train_size=31)
     small_plan(extra_data=enough, train_size=33)  # without a last batch of one image
+
+
+def test_cost_of_liet_with_extra_data_is_what_a_run_counts(tmp_path: Path) -> None:
+    """Of 21 batches, the first and the last, which extra images fill to 2, take a pass over 10 gray images."""
+    extra = str(write_extra(tmp_path / "extra.npz"))
+    ready = small_plan(method="liet", train_size=41, batch_size=2, epochs=1, extra_data=extra, extra_fraction=0.5)
+    costs = ready.costs()
+    assert costs is not None
+    assert costs.backwards == 2 * 21 + 10 / 2 + 10 / 2
+    _, history = train(ready, output=tmp_path)
+    assert [row.backwards for row in history.rows] == [costs.backwards]
+
+
+def test_train_seeds_reads_the_extra_images_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a plan made before, as by the command, or of the first seed."""
+    loaded: list[ExtraData] = []
+
+    def load(*args: Any, **options: Any) -> ExtraData:
+        loaded.append(load_extra_data(*args, **options))
+        return loaded[-1]
+
+    trained: list[ExtraData | None] = []
+
+    def counted(each: TrainingPlan, *, output: Path, name: str, **options: Any) -> tuple[RunDirectory, History]:
+        trained.append(each.extra)
+        return RunDirectory(output / name, each.config), History()
+
+    monkeypatch.setattr("deat_rb.runs.plan.load_extra_data", load)
+    monkeypatch.setattr("deat_rb.runs.train.train", counted)
+    options = make_options({**SMALL, "extra_data": str(write_extra(tmp_path / "extra.npz"))})
+    train_seeds(options, [3, 4], output=tmp_path)
+    first = plan(options)
+    train_seeds(options, [3, 4], output=tmp_path, data=first.data, extra=first.extra)
+    assert len(loaded) == 2
+    assert all(each is loaded[number // 2] for number, each in enumerate(trained))
+    assert len(trained) == 4
