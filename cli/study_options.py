@@ -297,14 +297,14 @@ def print_estimate(study: Study, folder: StudyFolder, environs: Sequence[Mapping
     table.add_column("run", overflow="fold")
     for column in ("seeds", "epochs", "backward passes", "training", "evaluation"):
         table.add_column(column, justify="right")
-    rows: dict[tuple[str, str, bool], list[Prediction]] = {}
+    rows: dict[tuple[str, str, float], list[Prediction]] = {}
     for each in predicted:
         place = f"{each.run.options.attack.setting}, {each.run.options.model.arch}"
-        rows.setdefault((each.run.label, place, each.is_trained), []).append(each)
-    for (label, place, is_trained), seeds in rows.items():
+        rows.setdefault((each.run.label, place, each.training), []).append(each)
+    for (label, place, _), seeds in rows.items():
         first = seeds[0]
         name = label if len({other for same, other, _ in rows if same == label}) == 1 else f"{label} ({place})"
-        passes, training = ("0", "done") if is_trained else (
+        passes, training = ("0", "done") if first.is_trained else (
             first.passes_text(), duration(first.training) + (" per epoch" if first.is_open else "")
         )  # fmt: skip
         table.add_row(escape(name), str(len(seeds)), str(format_epochs(first.epochs)), passes, training,

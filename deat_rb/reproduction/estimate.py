@@ -94,7 +94,7 @@ def read_estimate(folder: StudyFolder) -> dict[str, float]:
 
 
 def estimate(folder: StudyFolder, runs: Sequence[RunSpec], *, notify: Callable[[str], None]) -> list[Prediction]:
-    """Predict the time of the runs that are left on this machine, and store it for `--status`.
+    """Predict the time of the runs that are left on this machine, and store that of whole runs for `--status`.
 
     The times of an attack step and of an update are measured in ten batches of each network and loss. A number of
     steps that is not known in advance is taken from finished runs of other seeds, or else is the mean of its minimum
@@ -115,7 +115,15 @@ def estimate(folder: StudyFolder, runs: Sequence[RunSpec], *, notify: Callable[[
     folder.create()
     seconds = {each.run.name: each.seconds for each in predicted if not (each.is_open or each.is_trained)}
     write_json(folder.path / ESTIMATE, {**read_estimate(folder), **seconds})
-    return predicted
+    return [_left(each, len(folder.rows(each.run))) for each in predicted]
+
+
+def _left(predicted: Prediction, epochs: int) -> Prediction:
+    """Return the part of a prediction that is left after a number of epochs."""
+    if not epochs or predicted.is_open or predicted.is_trained:
+        return predicted
+    share = 1 - epochs / predicted.epochs
+    return replace(predicted, passes=share * predicted.passes, exact=False, training=share * predicted.training)
 
 
 @dataclass(frozen=True)

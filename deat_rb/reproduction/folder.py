@@ -59,7 +59,6 @@ class Record(BaseModel):
         trained: Whether it was trained before it failed.
         evaluations: Its evaluations.
         commit: Git commit of deat-rb at the end of training; empty if unknown.
-        host: Name of the machine.
         hardware: Description of the device.
         started: When training began or was last resumed (ISO 8601, UTC).
         finished: When the record was last written (ISO 8601, UTC).
@@ -73,7 +72,6 @@ class Record(BaseModel):
     trained: bool = False
     evaluations: tuple[Evaluated, ...] = ()
     commit: str = ""
-    host: str = ""
     hardware: str = ""
     started: str = ""
     finished: str = ""

@@ -97,7 +97,9 @@ def estimated_epochs(planned: TrainingPlan) -> int:
 def training_seconds(
     planned: TrainingPlan, update: float, step: float, total_steps: float, validation_pass: float
 ) -> float:
-    """Return the seconds that training and validation take; of an open-ended run, those of one epoch.
+    """Return the seconds that training and validation, also on test images for a curve, take.
+
+    Of an open-ended run, they are those of one epoch.
 
     Args:
         planned: The plan of the run.
@@ -109,6 +111,7 @@ def training_seconds(
     optim, epochs = planned.config.optim, estimated_epochs(planned)
     validations = 1 / optim.validate_every if optim.epochs == OPEN else -(-epochs // optim.validate_every)
     images = validations * len(planned.val) * (2 if optim.ema else 1)  # averaged and raw weights
+    images += epochs * (planned.config.output.curve_test or 0)
     validation = images * VALIDATION_PASSES * validation_pass / planned.config.data.batch_size
     return planned.batches * (update * epochs + step * total_steps) + validation
 

@@ -83,6 +83,18 @@ def test_estimate_of_a_trained_run_is_its_missing_evaluation(tmp_path: Path, mon
     assert read_estimate(folder) == {}, "status would take them for the seconds of whole runs"
 
 
+def test_estimate_of_a_begun_run_is_that_of_the_epochs_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of 12 steps, 4 updates and 448 s of validation; status divides the stored seconds of whole runs itself."""
+    monkeypatch.setattr("deat_rb.reproduction.estimate._measure", lambda planned, kind: Times(2.0, 1.0, 32.0))
+    study, folder = small_study({"method": "pgd-3"}, evaluation=Evaluation(())), StudyFolder(tmp_path)
+    (run,) = study.runs
+    path = RunDirectory.create(folder.run_path(run), Planner().plan(run.options).config).path
+    (path / METRICS).write_text(json.dumps(asdict(EpochStats(epoch=1))) + "\n")
+    (found,) = estimate(folder, study.runs, notify=lambda text: None)
+    assert (found.passes, found.training) == (8, (12 + 8 + 448) / 2)
+    assert read_estimate(folder) == {run.name: 12 + 8 + 448}
+
+
 def test_estimate_counts_squares_queries_and_names_attacks_that_it_does_not_know(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

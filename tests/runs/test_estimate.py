@@ -64,6 +64,13 @@ def test_estimate_of_every_d_epochs_is_known(fixed_times: None) -> None:
     assert found.low == found.high == pytest.approx(2 * (6 + 9) + 42)
 
 
+def test_estimate_counts_the_test_images_of_a_curve(fixed_times: None) -> None:
+    """In each of 4 epochs 32 images, 14 s; the 16 validation images, 7 s, after epochs 2 and 4, twice with ``ema``."""
+    curve: dict[str, Any] = {"method": "pgd-1", "epochs": 4, "validate_every": 2, "curve_test": 32}
+    assert estimate(planned(**curve)).low == 16 + 4 * 14 + 2 * 7
+    assert estimate(planned(**curve, ema=0.9)).low == 16 + 4 * 14 + 2 * 2 * 7
+
+
 def test_estimate_says_that_a_run_may_end_earlier(fixed_times: None) -> None:
     assert estimate(planned(method="u-fgsm")).may_end_earlier
     assert not estimate(planned(method="u-fgsm", early_stopping=False)).may_end_earlier
