@@ -58,7 +58,7 @@ class TrainingProgress(Callback, ProgressDisplay):
         self._run = 0
         self._label = ""
         self._validated = ""
-        self._started = self._epoch_started = self._shown = monotonic()
+        self._started = self._shown = monotonic()
         self._epoch = self._epochs = self._batches = self._done = 0
         self._resumed_from: int | None = None
 
@@ -71,11 +71,10 @@ class TrainingProgress(Callback, ProgressDisplay):
 
     def on_epoch_start(self, epoch: int, epochs: int, batches: int, steps: int) -> None:
         """Show the epoch; the bar counts the batches of all epochs."""
-        self._epoch_started = monotonic()
         self._epoch, self._epochs, self._batches = epoch, epochs, batches
         self._done = (epoch - 1) * batches + self.state.batch
         if self._resumed_from is None:
-            self._resumed_from, self._started = self._done, self._epoch_started
+            self._resumed_from, self._started = self._done, monotonic()
         self._update(f"{self._where(epoch)}, steps {steps}", [])
 
     def on_batch_end(self, sums: EpochAccumulator) -> None:
@@ -91,7 +90,7 @@ class TrainingProgress(Callback, ProgressDisplay):
             f"train {so_far['correct'] / sums.examples:.1%}",
             *([self._validated] if self._validated else []),
             f"grad. magnitude {so_far['l_x']:.4g}",
-            f"{sums.examples / (now - self._epoch_started):.0f} images/s",
+            f"{sums.examples / self.state.seconds:.0f} images/s",
         ]
         if self.console.is_interactive:
             self._update(None, metrics)

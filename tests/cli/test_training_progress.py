@@ -57,8 +57,8 @@ def sums(batches: int) -> EpochAccumulator:
     return total
 
 
-def started(seed: int = 0, batch: int = 0) -> Any:
-    return SimpleNamespace(seed=seed, batch=batch)
+def started(seed: int = 0, batch: int = 0, seconds: float = 10.0) -> Any:
+    return SimpleNamespace(seed=seed, batch=batch, seconds=seconds)
 
 
 ROW = EpochStats(epoch=2, steps=3, loss=1.25, train_acc=0.5, val_acc=0.625, val_robust_acc=0.25, l_x=12345.678,
@@ -82,12 +82,13 @@ def test_training_progress_prints_a_line_per_epoch(clock: Clock) -> None:
 
 
 def test_training_progress_prints_a_line_a_minute_to_a_log_file(clock: Clock) -> None:
-    out = console()
+    out, state = console(), started()
     with TrainingProgress(out) as progress:
-        progress.on_fit_start(started())
+        progress.on_fit_start(state)
         progress.on_epoch_start(1, 2, 300, 1)
         for batch in range(1, 301):
             clock.now += 1
+            state.seconds = float(batch)
             progress.on_batch_end(sums(batch))
     lines = text(out).splitlines()
     assert [line.partition(":")[0] for line in lines] == [f"epoch 1/2, batch {n}/300" for n in range(60, 301, 60)]
@@ -115,6 +116,18 @@ def test_training_progress_after_a_resume_counts_only_what_it_saw(clock: Clock) 
         clock.now += 4
         progress.on_epoch_end(EpochStats(epoch=9, steps=3))
     assert text(out).splitlines()[0].endswith("about 20 s left")  # 2 batches in 4 s, 10 to come
+
+
+def test_training_progress_after_a_resume_divides_all_images_of_the_epoch_by_all_its_seconds(clock: Clock) -> None:
+    """300 batches of 8 images in 40 s before the resume, and one in 60 s after it: 2,408 images in 100 s."""
+    out, state = console(), started(batch=300, seconds=40.0)
+    with TrainingProgress(out) as progress:
+        progress.on_fit_start(state)
+        progress.on_epoch_start(1, 10, 390, 1)
+        clock.now += 60
+        state.seconds += 60
+        progress.on_batch_end(sums(301))
+    assert ", 24 images/s, " in text(out)
 
 
 @pytest.mark.parametrize("width", [80, 100, 200])
