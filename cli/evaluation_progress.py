@@ -25,8 +25,8 @@ class EvaluationProgress(EvaluationCallback, ProgressDisplay):
 
         EvaluationCallback.__init__(self)
         ProgressDisplay.__init__(
-            self, TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-            TextColumn("{task.fields[accuracy]}", markup=False), TimeRemainingColumn(),
+            self, BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[accuracy]}", markup=False),
+            TimeRemainingColumn(),
             description="loading", console=console, accuracy="",
         )  # fmt: skip
         self._n_examples = 0

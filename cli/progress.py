@@ -21,8 +21,8 @@ class ProgressDisplay(AbstractContextManager["ProgressDisplay"]):
     """Base class of progress displays, whose bar is shown within a ``with`` statement, on a terminal only.
 
     Args:
-        columns: Columns of the bar.
-        description: What is shown at first.
+        columns: Columns of the bar after the first one, the description.
+        description: The first description.
         console: Where to print; by default stderr.
         redirect_stdout: Whether what is printed meanwhile goes above the bar.
         fields: First values of the columns' fields.
@@ -37,10 +37,13 @@ class ProgressDisplay(AbstractContextManager["ProgressDisplay"]):
         **fields: Any,
     ) -> None:
         from rich.console import Console
-        from rich.progress import Progress
+        from rich.progress import Progress, TextColumn
 
         self.console = console or Console(stderr=True)
-        self._bar = Progress(*columns, console=self.console, transient=True, redirect_stdout=redirect_stdout)
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False), *columns,
+            console=self.console, transient=True, redirect_stdout=redirect_stdout,
+        )  # fmt: skip
         self._task = self._bar.add_task(description, total=None, **fields)
 
     def __enter__(self) -> Self:
@@ -71,8 +74,7 @@ class ImageProgress(ProgressDisplay):
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
         super().__init__(
-            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}", markup=False), TimeRemainingColumn(),
+            BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}", markup=False), TimeRemainingColumn(),
             description=action, console=console, redirect_stdout=False, rate="",
         )  # fmt: skip
         self._action, self._is_bar_shown = action, bar

@@ -50,8 +50,8 @@ class TrainingProgress(Callback, ProgressDisplay):
 
         Callback.__init__(self)
         ProgressDisplay.__init__(
-            self, TextColumn("{task.description}", markup=False), BarColumn(BAR_WIDTH),
-            TextColumn("{task.fields[metrics]}", markup=False), TextColumn("{task.fields[left]}", markup=False),
+            self, BarColumn(BAR_WIDTH), TextColumn("{task.fields[metrics]}", markup=False),
+            TextColumn("{task.fields[left]}", markup=False),
             description="loading", console=console or Console(stderr=True, quiet=not is_main()), metrics="", left="",
         )  # fmt: skip
         self._seeds = seeds

@@ -258,7 +258,7 @@ def _sweep_cost(plans: Mapping[float, Mapping[str, Attack]], n_examples: int) ->
 
 
 def _check_images(names: Sequence[str], norm: str, images: Tensor | LabeledImages) -> None:
-    """Refuse images that an attack cannot take: AutoAttack's are in float32; Square's tiles in L2 are a fifth."""
+    """Refuse float64, in which AutoAttack does not compute, and images below the size of Square's tiles in L2."""
     auto = [name for name in names if name.startswith("autoattack")]
     if auto and isinstance(images, Tensor) and images.dtype == torch.float64:
         raise DeatError(f"{auto[0]} is computed in float32, not float64: give model.float() and images.float()")
