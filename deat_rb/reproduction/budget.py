@@ -266,8 +266,10 @@ def _measured(
 
 def _result(table: Table, row: Measured) -> str:
     """Return what was measured, as a sentence."""
+    others = {name: value for name, value in row.options.items() if name not in ("method", "setting", "epochs")}
+    flags = "".join(f", --{name.replace('_', '-')} {value}" for name, value in others.items())
     return (
-        f"measured with {counted(row.epochs, 'epoch')}, {row.passes:.3g} passes: natural {row.natural:g} %, "
+        f"measured with {counted(row.epochs, 'epoch')}{flags}, {row.passes:.3g} passes: natural {row.natural:g} %, "
         f"{table.attack} {row.robust:g} % ({table.data}; {row.source})"
     )
 

@@ -243,7 +243,7 @@ def test_choose_names_a_method_that_is_more_accurate_on_clean_images() -> None:
 def test_choose_names_what_the_same_options_reached_with_the_network_that_is_trained() -> None:
     """Other networks do not decide, however robust they are, and runs with other options are not named."""
     rows = (row("n-fgsm", 10, 22, 55, ema=0.99), row("free-4", 10, 40, 99, ema=0.5))
-    other = NetworkTable(arch=ARCH, data="made-up images, small network", attack="CW-20", rows=rows)
+    other = NetworkTable(arch=ARCH, data="small network", attack="CW-20", rows=rows)
     for passes, epochs, arch, is_said in (
         (20, 10, ARCH, True), (26, 13, ARCH, True), (20, 10, "preactresnet18", False), (40, 10, ARCH, False),
     ):  # fmt: skip
@@ -252,7 +252,7 @@ def test_choose_names_what_the_same_options_reached_with_the_network_that_is_tra
         expected = choose(Budget(passes, "passes"), given, tables=of(TABLE))
         assert (chosen.options, chosen.options["epochs"]) == (expected.options, epochs)
         said = (
-            "measured with 10 epochs, 22 passes: natural 80 %, CW-20 55 % (made-up images, small network; here)",
+            "measured with 10 epochs, --ema 0.99, 22 passes: natural 80 %, CW-20 55 % (small network; here)",
         ) * is_said  # fmt: skip
         assert chosen.reasons == (*expected.reasons[:2], *said, *expected.reasons[2:])
 
@@ -279,13 +279,22 @@ def test_tables_that_come_with_deat_rb_have_known_methods_and_options() -> None:
 
 
 @pytest.mark.parametrize(
-    ("passes", "epochs", "schedule"), [(30, 15, None), (35, 17, None), (36, 18, "flat"), (60, 30, "flat")]
+    ("passes", "method", "epochs", "schedule"),
+    [
+        (30, "n-fgsm", 15, None),
+        (33, "n-fgsm", 16, None),
+        (34, "m-deat", 11, None),
+        (36, "n-fgsm", 18, "flat"),
+        (60, "n-fgsm", 30, "flat"),
+    ],
 )
-def test_choose_takes_what_was_most_robust_on_all_images(passes: float, epochs: int, schedule: str | None) -> None:
+def test_choose_takes_what_was_most_robust_on_all_images(
+    passes: float, method: str, epochs: int, schedule: str | None
+) -> None:
     """As docs/lab/recipes.md says under "For a budget"."""
     chosen = choose(Budget(passes, "passes"), {})
     assert (chosen.options["method"], chosen.options["epochs"], chosen.options.get("lr_schedule")) == (
-        "n-fgsm", epochs, schedule,
+        method, epochs, schedule,
     )  # fmt: skip
 
 
